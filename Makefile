@@ -1,0 +1,61 @@
+# Every target makes the virtual environment it needs. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LINKS := build/types
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check bench clean
+
+help:
+	@echo "make demo    make a small checkpoint and stream it (examples/demo.py)"
+	@echo "make test    run the tests"
+	@echo "make check   everything a change must pass: lint, types, test"
+	@echo "make lint    ruff: rules and format"
+	@echo "make types   mypy, strict"
+	@echo "make bench   measure streaming against its ceiling (bench/stream.py)"
+	@echo "make clean   remove .venv, caches and build output"
+	@echo
+	@echo "The first of them installs into $(VENV), once, the versions in constraints.txt."
+	@echo "Another Python (3.11 or newer):  make test PYTHON=python3.12"
+	@echo "No GPU? This saves gigabytes of CUDA libraries:"
+	@echo "    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy names a module after its folders, and this folder may be called anything, so
+# it looks through a link called penstock. Sibling imports of scripts are found too.
+types: $(STAMP)
+	@mkdir -p $(LINKS) && ln -sfn ../.. $(LINKS)/penstock
+	cd $(LINKS) && MYPYPATH=penstock/tests:penstock/bench:penstock/examples \
+	    $(abspath $(BIN))/mypy --config-file penstock/setup.cfg \
+	    --explicit-package-bases \
+	    $(addprefix penstock/,__init__.py io scheduler offload tests bench examples)
+
+check: lint types test
+
+bench: $(STAMP)
+	$(BIN)/python bench/stream.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage htmlcov
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	    "penstock needs Python 3.11 or newer, $(PYTHON) is %d.%d; " \
+	    "name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Installing into $(VENV): a few minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,dev]"
+	@touch $@

@@ -1,0 +1,47 @@
+"""Penstock streams a model's weights through a small working set while many
+micro-batches run through each layer that is there."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .io.errors import PenstockError
+    from .offload.model import load, statistics, sweep, unwrap, wrap
+    from .offload.policy import Policy
+    from .offload.score import score
+
+# Imported on first use: importing the package must cost nothing and touch nothing.
+_HOMES = {
+    "PenstockError": "io.errors",
+    "Policy": "offload.policy",
+    "load": "offload.model",
+    "score": "offload.score",
+    "statistics": "offload.model",
+    "sweep": "offload.model",
+    "unwrap": "offload.model",
+    "wrap": "offload.model",
+}
+
+__all__ = [
+    "PenstockError",
+    "Policy",
+    "load",
+    "score",
+    "statistics",
+    "sweep",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

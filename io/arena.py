@@ -1,0 +1,71 @@
+"""One exact, byte-budgeted, huge-page-backed piece of host memory."""
+
+import ctypes
+import mmap
+from types import TracebackType
+from typing import Self
+
+from .errors import ClosedError, DoesNotFitError
+
+_HUGE_PAGE_BYTES = 2 << 20
+
+
+class Arena:
+    """`nbytes` of anonymous memory, aligned to a huge page and advised to use them
+    (4 KiB pages cost TLB misses in every matrix product).
+
+    Pages are taken from the system as they are first written. The memory goes back
+    when the arena is closed and the last view of it is gone.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        try:
+            # Exactly as much as was asked for, plus address space to align in.
+            self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES)
+        except (OSError, OverflowError, ValueError) as error:
+            raise DoesNotFitError(
+                f"the system refused {nbytes} bytes of memory ({error}); lower "
+                "device_memory"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        address = ctypes.addressof(anchor)
+        del anchor  # an exported buffer would keep the map from closing
+        start = -address % _HUGE_PAGE_BYTES
+        whole = memoryview(self._map)
+        self._view: memoryview | None = whole[start : start + nbytes]
+        whole.release()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._view is None else "open"
+        return f"<Arena: {self.nbytes} bytes, {state}>"
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The writable bytes `offset` ... `offset + nbytes`."""
+        if self._view is None:
+            raise ClosedError("this arena is closed; load the model again")
+        return self._view[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """Gives the memory back, or leaves that to the last tensor that views it."""
+        if self._view is None:
+            return
+        self._view.release()
+        self._view = None
+        try:
+            self._map.close()
+        except BufferError:
+            del self._map  # the user holds a view: its death unmaps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,104 @@
+"""A Hugging Face safetensors checkpoint as it lies on disk: files, tensors, stamps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from .errors import CheckpointError
+from .header import FileStamp, TensorEntry, read_header
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Immutable description of a checkpoint; holds no open file."""
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    """By tensor name as stored in the files."""
+    stamps: Mapping[Path, FileStamp]
+    """Size and mtime of each file when its header was read."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Reads the headers of `folder`'s `model.safetensors`, or of all the shards that
+    its index names. Raises CheckpointError for anything missing or contradictory."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder; give the folder of a Hugging Face checkpoint "
+            f"(with config.json and {SINGLE_FILE} or {INDEX_FILE})"
+        )
+    index_path = folder / INDEX_FILE
+    if index_path.exists():
+        weight_map = _read_index(index_path)
+        checkpoint = open_files(folder, sorted(set(weight_map.values())))
+        _check_index(index_path, weight_map, checkpoint)
+        return checkpoint
+    if (folder / SINGLE_FILE).exists():
+        return open_files(folder, [SINGLE_FILE])
+    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.gguf")
+    )
+    hint = (
+        f"; it has {others[0]}, which is another format: save it with "
+        "model.save_pretrained(...) first"
+        if others
+        else ""
+    )
+    raise CheckpointError(f"{folder} has no {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+
+def open_files(folder: Path, names: list[str]) -> Checkpoint:
+    """The checkpoint made of the files `names` in `folder`."""
+    entries: dict[str, TensorEntry] = {}
+    stamps: dict[Path, FileStamp] = {}
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(
+                f"shard {name} is missing from {folder}; the checkpoint has "
+                f"{len(names)} files: download or copy the missing one"
+            )
+        stamps[path], found = read_header(path)
+        for entry in found:
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"tensor {entry.name!r} is in two files: "
+                    f"{entries[entry.name].path.name} and {name}"
+                )
+            entries[entry.name] = entry
+    return Checkpoint(folder, MappingProxyType(entries), MappingProxyType(stamps))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no safetensors index: {error!r}") from None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name
+        for name in weight_map.values()
+    ):
+        raise CheckpointError(f"{path}: weight_map must map tensors to file names")
+    return weight_map
+
+
+def _check_index(
+    path: Path, weight_map: dict[str, str], checkpoint: Checkpoint
+) -> None:
+    for tensor, file in weight_map.items():
+        entry = checkpoint.entries.get(tensor)
+        if entry is None or entry.path.name != file:
+            raise CheckpointError(
+                f"{path} says that tensor {tensor!r} is in {file}, but it is not"
+            )

@@ -1,0 +1,41 @@
+"""The completion of work that other threads do: wait for it, once it is needed."""
+
+import threading
+
+
+class Handle:
+    """Counts parts down; `wait` returns when all are done and raises what failed.
+
+    Parts finish on any thread (`done`); `wait` may be called by any thread, again and
+    again, and raises the same first error each time.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self._lock = threading.Lock()
+        self._left = parts
+        self._finished = threading.Event()
+        self._error: BaseException | None = None
+        if parts == 0:
+            self._finished.set()
+
+    def done(self, error: BaseException | None = None) -> None:
+        """One part is finished, with or without an error."""
+        with self._lock:
+            self._left -= 1
+            if error is not None and self._error is None:
+                self._error = error
+            if self._left == 0:
+                self._finished.set()
+
+    @property
+    def is_done(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self) -> None:
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+
+    def wait_quietly(self) -> None:
+        """Waits until nobody writes any more; an error is no concern of the caller."""
+        self._finished.wait()

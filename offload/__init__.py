@@ -1,0 +1,1 @@
+"""What a user touches: policy, models, jobs, command line."""

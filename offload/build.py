@@ -1,0 +1,235 @@
+"""Puts a streamed model together. The only file that names concrete tiers."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..io.arena import Arena
+from ..io.checkpoint import Checkpoint
+from ..io.errors import DoesNotFitError
+from ..io.layout import Layout, layout
+from ..io.loader import Loader
+from ..io.recipe import Recipe
+from ..io.threads import ThreadReader
+from ..scheduler.doors import Doors, Site
+from ..scheduler.gate import Gate
+from ..scheduler.order import Order
+from ..scheduler.working_set import WorkingSet
+from .binding import Binding
+from .engine import Engine
+from .memory import available_bytes
+from .poison import StreamedParameter
+from .policy import Policy
+from .rows import RowGatherer
+from .sites import Found, Place, find
+
+_log = logging.getLogger("penstock")
+
+
+def build(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+) -> Engine:
+    """Streams the tensors of `recipes` (by their names in `model`) from `checkpoint`.
+
+    Raises DoesNotFitError, saying the least that works, when device_memory is too
+    small. Nothing is left open when it raises.
+    """
+    places, recipes = _places(model, recipes)
+    nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
+    gathered = _gathered(model, places, recipes, policy.gather_rows)
+    capacity = _capacity(policy, nbytes)
+    found, layouts = _divide(model, places, recipes, nbytes, gathered, capacity, policy)
+    fallbacks = _check_budget(found, layouts, capacity)
+    arena = Arena(capacity)
+    reader = ThreadReader(
+        checkpoint.stamps,
+        num_threads=policy.io.threads,
+        chunk_bytes=policy.io.chunk,
+        direct=policy.io.direct,
+    )
+    loader = Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
+    gatherers = {
+        name: RowGatherer(
+            recipes[name],
+            reader,
+            buffer_bytes=policy.io.bounce,
+            max_gap_bytes=reader.alignment,
+        )
+        for name in gathered
+    }
+    working_set = WorkingSet(
+        [plan.nbytes for plan in layouts],
+        capacity=capacity,
+        load=loader.load,
+        needed=frozenset(
+            index
+            for index, unit in enumerate(found.units)
+            if unit.sites or unit.is_resident
+        ),
+    )
+    stand_ins: dict[str, torch.Tensor] = {}
+    binding = Binding(found, layouts, places, stand_ins, arena)
+    sites = [
+        Site(site.name, binding.units_of_site(index))
+        for index, site in enumerate(found.sites)
+    ]
+    doors = Doors(sites, working_set, bind=binding.bind, unbind=binding.unbind)
+    engine = Engine(
+        model,
+        policy,
+        found,
+        nbytes=nbytes,
+        arena=arena,
+        reader=reader,
+        loader=loader,
+        working_set=working_set,
+        binding=binding,
+        doors=doors,
+        gate=Gate(doors, Order(len(sites)), lookahead=policy.lookahead),
+        gatherers=tuple(gatherers.values()),
+        fallbacks=fallbacks,
+    )
+    for name, recipe in recipes.items():
+        gatherer = gatherers.get(name)
+        stand_ins[name] = StreamedParameter(
+            name,
+            recipe.shape,
+            recipe.dtype,
+            torch.device(policy.device),
+            touch=lambda name=name: engine.touch(name),
+            gather=gatherer.gather if gatherer is not None else None,
+        )
+    try:
+        binding.poison_all()
+        engine.start()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _places(
+    model: nn.Module, recipes: Mapping[str, Recipe]
+) -> tuple[dict[str, list[Place]], dict[str, Recipe]]:
+    """Where each distinct tensor is used, under the one name that has a recipe."""
+    by_tensor: dict[int, str] = {}
+    places: dict[str, list[Place]] = {}
+    for module_name, module in model.named_modules():
+        for store, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                name = f"{module_name}.{key}" if module_name else key
+                if name in recipes:
+                    by_tensor.setdefault(id(tensor), name)
+                places.setdefault(str(id(tensor)), []).append(
+                    Place(module, key, is_buffer)
+                )
+    named = {
+        by_tensor[int(tensor)]: where
+        for tensor, where in places.items()
+        if int(tensor) in by_tensor
+    }
+    return named, {name: recipes[name] for name in named}
+
+
+def _gathered(
+    model: nn.Module,
+    places: Mapping[str, list[Place]],
+    recipes: Mapping[str, Recipe],
+    min_bytes: int,
+) -> frozenset[str]:
+    """Tables that are large enough, lie in one byte range, and are an embedding's."""
+    return frozenset(
+        name
+        for name, recipe in recipes.items()
+        if recipe.nbytes >= min_bytes
+        and recipe.stored_rows is not None
+        and len(recipe.shape) == 2
+        and any(isinstance(place.module, nn.Embedding) for place in places[name])
+    )
+
+
+def _capacity(policy: Policy, nbytes: Mapping[str, int]) -> int:
+    if policy.device_memory != "auto":
+        return policy.device_memory
+    # What is read in place takes up to two pages more than it has bytes.
+    whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
+    return max(min(available_bytes() // 2, whole), 1 << 20)
+
+
+def _divide(
+    model: nn.Module,
+    places: Mapping[str, list[Place]],
+    recipes: Mapping[str, Recipe],
+    nbytes: Mapping[str, int],
+    gathered: frozenset[str],
+    capacity: int,
+    policy: Policy,
+) -> tuple[Found, list[Layout]]:
+    """Blocks as they are, where two fit beside what is resident; finer where not."""
+    limit = capacity
+    while True:
+        found = find(
+            model,
+            places,
+            nbytes,
+            gathered,
+            max_site_bytes=limit,
+            resident_below=min(policy.resident_below, capacity // 64),
+        )
+        layouts = [
+            layout(
+                unit.name,
+                [recipes[name] for name in unit.tensors],
+                alignment=ThreadReader.alignment,
+                max_gap_bytes=policy.io.max_gap,
+            )
+            for unit in found.units
+        ]
+        resident, largest = _needs(found, layouts)
+        if resident + 2 * largest <= capacity or limit <= 1:
+            return found, layouts
+        finer = min(limit, largest) * 3 // 4
+        limit = finer if finer > 4096 else 1
+
+
+def _needs(found: Found, layouts: list[Layout]) -> tuple[int, int]:
+    """Bytes of the resident units, and the most that any one site needs at once."""
+    resident = sum(
+        plan.nbytes
+        for unit, plan in zip(found.units, layouts, strict=True)
+        if unit.is_resident
+    )
+    by_site = [0] * len(found.sites)
+    for unit, plan in zip(found.units, layouts, strict=True):
+        for site in unit.sites:
+            by_site[site] += plan.nbytes
+    return resident, max(by_site, default=0)
+
+
+def _check_budget(
+    found: Found, layouts: list[Layout], capacity: int
+) -> tuple[str, ...]:
+    resident, largest = _needs(found, layouts)
+    least = resident + largest
+    if least > capacity:
+        raise DoesNotFitError(
+            f"device_memory of {capacity} bytes is too small: {largest} bytes of the "
+            f"largest part and {resident} that are always needed make at least "
+            f"{least}; set device_memory to at least {least}"
+        )
+    if resident + 2 * largest > capacity and len(found.sites) > 1:
+        message = (
+            f"no room to fetch beside the largest part: device_memory of "
+            f"{resident + 2 * largest} bytes would overlap reading and computing "
+            f"everywhere (it is {capacity})"
+        )
+        _log.warning(message)
+        return (message,)
+    return ()

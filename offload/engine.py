@@ -1,0 +1,195 @@
+"""The machinery behind one streamed model: hooks in, weights through, hooks out."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..io.arena import Arena
+from ..io.errors import FaultError
+from ..io.loader import Loader
+from ..io.reader import Reader
+from ..scheduler.doors import Doors
+from ..scheduler.gate import Gate
+from ..scheduler.sweep import Sweep
+from ..scheduler.working_set import WorkingSet
+from .binding import Binding
+from .memory import available_bytes, peak_resident_bytes
+from .policy import Policy
+from .rows import RowGatherer
+from .sites import Found
+from .statistics import Statistics
+
+_log = logging.getLogger("penstock")
+
+
+class Engine:
+    """Owns everything that streams one model: arena, reader, threads, hooks.
+
+    Made by `build`; closed once, by `close`. The model keeps working in between, for
+    plain calls and for sweeps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        found: Found,
+        *,
+        nbytes: Mapping[str, int],
+        arena: Arena,
+        reader: Reader,
+        loader: Loader,
+        working_set: WorkingSet,
+        binding: Binding,
+        doors: Doors,
+        gate: Gate,
+        gatherers: Sequence[RowGatherer],
+        fallbacks: Sequence[str],
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.found = found
+        self._nbytes = nbytes
+        self._arena = arena
+        self._reader = reader
+        self._loader = loader
+        self._working_set = working_set
+        self._binding = binding
+        self._doors = doors
+        self._gate = gate
+        self._gatherers = gatherers
+        self._fallbacks = list(fallbacks)
+        self._faults: Counter[str] = Counter()
+        self._unit_of = {
+            name: index for index, unit in enumerate(found.units) for name in unit.tensors
+        }
+        self._sweeps: list[Sweep] = []
+        self._hooks: list[Any] = []
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"<Engine: {type(self.model).__name__}, {len(self.found.units)} units, {state}>"
+
+    def start(self) -> None:
+        """Loads what is resident, hooks the sites, and fetches the first of them."""
+        for index, unit in enumerate(self.found.units):
+            if unit.is_resident:
+                offset = self._working_set.acquire(index)
+                self._working_set.keep(index)
+                self._binding.bind_for_ever(index, offset)
+        for index, site in enumerate(self.found.sites):
+            self._hook(site.module, index)
+        self._hooks.append(
+            self.model.register_forward_pre_hook(
+                lambda module, args: self._gate.abandon_plain()
+            )
+        )
+        self._doors.expect(range(min(1 + self.policy.lookahead, len(self.found.sites))))
+
+    def touch(self, name: str) -> torch.Tensor:
+        """The real tensor `name`, touched while its unit is not bound: a fault. The
+        unit is loaded on the spot and, where it fits, stays."""
+        unit = self._unit_of[name]
+        with self._gate.turn():
+            if not self._working_set.is_resident(unit):
+                self._count_fault(name, unit)
+            offset = self._working_set.acquire(unit)
+            try:
+                if not self._working_set.is_resident(unit) and self._working_set.keep(
+                    unit
+                ):
+                    self._binding.bind_for_ever(unit, offset)
+                return self._binding.tensors(unit, offset)[name]
+            finally:
+                self._working_set.release(unit)
+
+    def sweep(self, width: int | None, seed: int | None) -> Sweep:
+        """A sweep over this model; ends with it at the latest."""
+        limit = self.policy.activation_memory
+        sweep = Sweep(
+            self._gate,
+            width=width,
+            activation_bytes=available_bytes() // 4 if limit == "auto" else limit,
+            seed=seed,
+            devices=(torch.device(self.policy.device).type,),
+        )
+        self._sweeps.append(sweep)
+        return sweep
+
+    def statistics(self) -> Statistics:
+        working_set = self._working_set.statistics()
+        reader = self._reader.statistics()
+        loader = self._loader.statistics()
+        resident = {
+            name
+            for unit in working_set.resident_units
+            for name in self.found.units[unit].tensors
+        }
+        on_device = sum(self._nbytes[name] for name in resident)
+        total = sum(self._nbytes.values())
+        return Statistics(
+            model_bytes=total,
+            device_memory_bytes=working_set.capacity_bytes,
+            bytes_by_tier={"device": on_device, "disk": total - on_device},
+            bytes_read={"disk": reader.bytes_read},
+            bytes_loaded=loader.bytes_loaded,
+            bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
+            bytes_copied=loader.bytes_copied + loader.bytes_converted,
+            passes=self._gate.num_passes,
+            wait_seconds=working_set.wait_seconds,
+            compute_seconds=self._gate.compute_seconds,
+            peak_device_bytes=working_set.peak_bytes,
+            peak_host_bytes=peak_resident_bytes(),
+            held_bytes_per_micro_batch=max(
+                (s.statistics().held_bytes_per_micro_batch for s in self._sweeps),
+                default=0,
+            ),
+            num_unused_loads=working_set.num_unused_loads,
+            faults=dict(self._faults),
+            fallbacks=(*self._fallbacks, *reader.fallbacks),
+        )
+
+    def close(self) -> None:
+        """Takes the hooks out and gives threads, descriptors and memory back. The
+        model's streamed weights say so when they are touched afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for sweep in self._sweeps:
+            sweep.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._working_set.close()
+        self._loader.close()
+        self._reader.close()
+        self._binding.poison_all()
+        self._arena.close()
+
+    def _hook(self, module: nn.Module, site: int) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self._gate.after(site)
+
+        self._hooks.append(module.register_forward_pre_hook(before))
+        self._hooks.append(module.register_forward_hook(after, always_call=True))
+
+    def _count_fault(self, name: str, unit: int) -> None:
+        self._faults[name] += 1
+        if self.policy.strict:
+            raise FaultError(
+                f"{name!r} was used outside of the forward of its unit "
+                f"{self.found.units[unit].name!r}; strict: false loads it on the spot"
+            )
+        if self._faults[name] == 1:
+            _log.warning(
+                "%s is used outside of the forward of its module: loaded on the spot",
+                name,
+            )

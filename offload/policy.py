@@ -1,0 +1,184 @@
+"""What the user asks for. Every default of Penstock stands here and nowhere else."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from ..io.errors import PolicyError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """`"2GiB"`, `"1.5 GB"` or a number of bytes. GiB is 2**30, GB is 10**9."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
+    if isinstance(value, int):
+        nbytes = value
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in _UNITS:
+            known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
+        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes <= 0:
+        raise ValueError(f"{value!r} must be more than nothing")
+    return nbytes
+
+
+def _bytes_or_auto(value: Any) -> Any:
+    return value if value == "auto" else parse_bytes(value)
+
+
+_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
+Bytes = Annotated[
+    int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})
+]
+AutoBytes = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_bytes_or_auto),
+    WithJsonSchema({**_SIZE_SCHEMA}),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+
+class IO(_Section):
+    """How bytes come from disk."""
+
+    reader: Literal["auto", "threads"] = "auto"
+    """The reader; this version has one, `threads`."""
+    threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """Reads under way at once. Two keep one NVMe drive busy in large chunks."""
+    chunk: Bytes = 8 << 20
+    """Most bytes of one read."""
+    max_gap: Bytes = 256 << 10
+    """Tensors with at most so many foreign bytes between them are read as one."""
+    bounce: Bytes = 4 << 20
+    """Buffer, one each for two threads, of what is cast or assembled on its way in."""
+    direct: bool = True
+    """Read past the page cache (O_DIRECT) where the file system can."""
+
+
+class Policy(_Section):
+    """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
+
+    device: Literal["cpu"] = "cpu"
+    """The device that computes; this version computes on the CPU."""
+    dtype: str = "auto"
+    """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
+    the checkpoint's. Another one is cast on the way in."""
+    device_memory: AutoBytes = "auto"
+    """Bytes of the working set: streamed slots and resident weights. `auto` is half of
+    the memory that is free, at most the model."""
+    activation_memory: AutoBytes = "auto"
+    """Bytes that the suspended micro-batches of a sweep may keep alive together. `auto`
+    is a quarter of the memory that is free when the sweep starts."""
+    micro_batch_tokens: PositiveInt = 512
+    """Tokens that run through a unit in one call, when scoring."""
+    tokens_in_flight: PositiveInt = 4096
+    """Tokens that share one pass over the weights, when scoring: enough of them make
+    streaming free."""
+    lookahead: Annotated[int, Field(ge=0, le=8)] = 2
+    """Sites whose units are prefetched while one computes."""
+    gather_rows: Bytes = 32 << 20
+    """Embedding tables of at least this size are not loaded: the rows that are looked
+    up are read from the file."""
+    resident_below: Bytes = 1 << 20
+    """Modules outside of the blocks (norms, small embeddings) below this size stay in
+    the working set."""
+    strict: bool = False
+    """Weights touched outside of their unit's forward are an error instead of being
+    loaded on the spot, counted, and made resident."""
+    io: IO = IO()
+    """How bytes come from disk."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise PolicyError(_explain(error, type(self))) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Reads a policy file. Raises PolicyError naming the file and the key."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text)
+        except OSError as error:
+            raise PolicyError(f"cannot read {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{path} is no YAML: {error}") from None
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise PolicyError(f"{path} must hold keys and values, not {values!r}")
+        try:
+            return cls(**{str(key): value for key, value in values.items()})
+        except PolicyError as error:
+            raise PolicyError(f"{path}: {error}") from None
+
+    def with_settings(self, settings: list[str]) -> Self:
+        """This policy with `key=value` settings; nested keys are dotted
+        (`io.threads=4`), values are YAML."""
+        values = self.model_dump(exclude_unset=True)
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise PolicyError(f"{setting!r} is no setting: write key=value")
+            target = values
+            *parents, name = key.strip().split(".")
+            for parent in parents:
+                target = target.setdefault(parent, {})
+                if not isinstance(target, dict):
+                    raise PolicyError(f"{key!r}: {parent} has no keys below it")
+            target[name] = yaml.safe_load(text)
+        return type(self)(**values)
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    problems = []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"] if part not in ("int", "literal")]
+        name = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(_keys_at(model, path[:-1]))
+            problems.append(f"unknown key {name!r}; known: {known}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{name}: {message} (got {item['input']!r})")
+    return "; ".join(problems)
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)

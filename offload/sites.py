@@ -1,0 +1,181 @@
+"""Finds the sites and units of any `nn.Module`: the repeated blocks, and the embedding,
+head and norm around them. Reads the module tree; changes nothing."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module refers to a tensor."""
+
+    module: nn.Module
+    key: str
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSite:
+    """A module that waits for its units."""
+
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class FoundUnit:
+    """Tensors that move together: they are used by exactly the same sites."""
+
+    name: str
+    tensors: tuple[str, ...]
+    sites: tuple[int, ...]
+    is_resident: bool
+    """Some of it is used where no site waits: it must always be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The sites in definition order, and the units that they share out."""
+
+    sites: tuple[FoundSite, ...]
+    units: tuple[FoundUnit, ...]
+
+
+def find(
+    model: nn.Module,
+    places: Mapping[str, list[Place]],
+    nbytes: Mapping[str, int],
+    gathered: frozenset[str],
+    *,
+    max_site_bytes: int,
+    resident_below: int,
+) -> Found:
+    """Divides the tensors of `model` into units.
+
+    `places` says where each tensor (by name; a tied one has several places) is used,
+    `nbytes` how large it is, `gathered` which embedding tables are never loaded for
+    their embedding. A block larger than `max_site_bytes` is divided into the modules in
+    it; modules outside of blocks below `resident_below` bytes are resident.
+    """
+    names = {(id(p.module), p.key): name for name, ps in places.items() for p in ps}
+    tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below)
+    sites = tuple(tree.sites("", model, in_block=False))
+    return Found(sites, _units(sites, places, names, gathered))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    names: Mapping[tuple[int, str], str]
+    nbytes: Mapping[str, int]
+    gathered: frozenset[str]
+    max_site_bytes: int
+    resident_below: int
+
+    def sites(
+        self, name: str, module: nn.Module, in_block: bool
+    ) -> Iterator[FoundSite]:
+        """The sites at or below `module`, outermost first; shared modules once."""
+        yield from self._sites(name, module, in_block, set())
+
+    def _sites(
+        self, name: str, module: nn.Module, in_block: bool, seen: set[int]
+    ) -> Iterator[FoundSite]:
+        if id(module) in seen:
+            return
+        size = self._size(module)
+        if size == 0 or self._is_gathered(module):
+            return
+        children = [(n, m) for n, m in module.named_children() if self._size(m)]
+        # A container's own forward is never called: a hook on it would never fire.
+        can_run = type(module).forward is not nn.Module.forward
+        fits = size <= self.max_site_bytes or not children
+        if can_run and fits and (in_block or not children):
+            seen.add(id(module))
+            if in_block or size >= self.resident_below:
+                yield FoundSite(name, module)
+            return
+        in_block = in_block or _is_stack(module)
+        for child_name, child in children:
+            full_name = f"{name}.{child_name}" if name else child_name
+            yield from self._sites(full_name, child, in_block, seen)
+
+    def _size(self, module: nn.Module) -> int:
+        return sum(self.nbytes[name] for name in tensors_in(module, self.names))
+
+    def _is_gathered(self, module: nn.Module) -> bool:
+        name = self.names.get((id(module), "weight"))
+        return isinstance(module, nn.Embedding) and name in self.gathered
+
+
+def tensors_in(
+    module: nn.Module, names: Mapping[tuple[int, str], str]
+) -> dict[str, None]:
+    """The names of the parameters used in `module`, each once, in order."""
+    found: dict[str, None] = {}
+    for part in module.modules():
+        for key in part._parameters:
+            if (name := names.get((id(part), key))) is not None:
+                found[name] = None
+    return found
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the children of `module` are blocks, run one after the other."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    kinds = {type(child) for child in module.children()}
+    return isinstance(module, nn.Sequential) and len(module) > 1 and len(kinds) == 1
+
+
+def _units(
+    sites: tuple[FoundSite, ...],
+    places: Mapping[str, list[Place]],
+    names: Mapping[tuple[int, str], str],
+    gathered: frozenset[str],
+) -> tuple[FoundUnit, ...]:
+    """Groups the tensors by the set of sites that use them."""
+    inside: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for index, site in enumerate(sites):
+        for part in site.module.modules():
+            for key in part._parameters:
+                inside[id(part), key].append(index)
+    groups: dict[tuple[tuple[int, ...], bool], list[str]] = defaultdict(list)
+    for name, where in places.items():
+        used: set[int] = set()
+        is_resident = False
+        for place in where:
+            at = inside.get((id(place.module), place.key), [])
+            used.update(at)
+            is_gather = name in gathered and isinstance(place.module, nn.Embedding)
+            is_resident = is_resident or not (at or is_gather)
+        # Buffers are always resident; so is what no site waits for, as one unit.
+        key = ((), True) if is_resident else (tuple(sorted(used)), False)
+        if not used and not is_resident:
+            groups[(-1 - len(groups),), False].append(name)  # gathered only
+        else:
+            groups[key].append(name)
+    ordered = sorted(groups.items(), key=lambda item: (not item[0][1], item[0][0]))
+    return tuple(
+        FoundUnit(
+            _unit_name(sites, used, tensors, is_resident),
+            tuple(tensors),
+            tuple(site for site in used if site >= 0),
+            is_resident,
+        )
+        for (used, is_resident), tensors in ordered
+    )
+
+
+def _unit_name(
+    sites: tuple[FoundSite, ...],
+    used: tuple[int, ...],
+    tensors: list[str],
+    is_resident: bool,
+) -> str:
+    if is_resident:
+        return "resident"
+    if used[0] < 0:
+        return tensors[0]
+    return " + ".join(sites[site].name or "model" for site in used)

@@ -1,0 +1,85 @@
+"""A module's parameters on disk: written once, streamed from there, put back."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..io.checkpoint import SINGLE_FILE, Checkpoint, open_files
+from ..io.errors import OutputError, UsageError
+from ..io.recipe import Recipe, plain
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """The parameters of one module in a temporary folder."""
+
+    folder: "tempfile.TemporaryDirectory[str]"
+    checkpoint: Checkpoint
+    recipes: dict[str, Recipe]
+    names: dict[str, list[str]]
+    """All names of each tied parameter, by the name it is stored under."""
+    gradients: dict[str, bool]
+    dtypes: dict[str, torch.dtype]
+
+    def restore(self, module: nn.Module) -> None:
+        """Puts the parameters back, bit for bit, and removes the folder."""
+        stored = load_file(Path(self.folder.name) / SINGLE_FILE)
+        for first, names in self.names.items():
+            parameter = nn.Parameter(
+                stored[first].to(self.dtypes[first]),
+                requires_grad=self.gradients[first],
+            )
+            for name in names:
+                owner, _, key = name.rpartition(".")
+                module.get_submodule(owner)._parameters[key] = parameter
+        self.folder.cleanup()
+
+
+def spill(module: nn.Module, dtype: str) -> Spilled:
+    """Writes the parameters of `module` to a temporary safetensors file. Floating ones
+    are cast to `dtype` (unless "auto") when they are streamed. The module itself is not
+    changed yet.
+
+    Raises OutputError when the disk is full, UsageError when there is nothing to do.
+    """
+    names: dict[str, list[str]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    first_of: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.device.type == "meta":
+            raise UsageError(f"{name!r} is on meta: there are no values to stream")
+        first = first_of.setdefault(id(parameter), name)
+        names.setdefault(first, []).append(name)
+        tensors[first] = parameter.detach().cpu().contiguous()
+    if not tensors:
+        raise UsageError(f"{type(module).__name__} has no parameters to stream")
+    folder = tempfile.TemporaryDirectory(prefix="penstock-")
+    try:
+        save_file(tensors, Path(folder.name) / SINGLE_FILE)
+    except Exception as error:
+        folder.cleanup()
+        raise OutputError(
+            f"writing the parameters to {folder.name} failed ({error}); set TMPDIR to "
+            "a folder with room for them"
+        ) from error
+    checkpoint = open_files(Path(folder.name), [SINGLE_FILE])
+    wanted = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
+    recipes = {}
+    for name, entry in checkpoint.entries.items():
+        is_floating = entry.dtype.is_floating_point
+        kind = wanted if wanted is not None and is_floating else entry.dtype
+        recipes[name] = plain(entry, name=name, dtype=kind)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return Spilled(
+        folder,
+        checkpoint,
+        recipes,
+        names,
+        {name: parameters[name].requires_grad for name in tensors},
+        {name: parameters[name].dtype for name in tensors},
+    )

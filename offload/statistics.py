@@ -1,0 +1,40 @@
+"""What a streamed model has done so far, as plain numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counters of one streamed model since it was loaded."""
+
+    model_bytes: int
+    """Bytes of all the weights, tied ones once, in the dtype they compute in."""
+    device_memory_bytes: int
+    """The working set's budget."""
+    bytes_by_tier: Mapping[str, int]
+    """Where the weights are: `device` (resident) and `disk` (streamed)."""
+    bytes_read: Mapping[str, int]
+    """Bytes read from each tier, alignment and gaps included."""
+    bytes_loaded: int
+    """Checkpoint bytes of the units that were loaded, each counted once a load."""
+    bytes_gathered: int
+    """Bytes of embedding rows that were looked up in the file."""
+    bytes_copied: int
+    """Bytes that the CPU moved on their way: casts, assembled parameters."""
+    passes: int
+    wait_seconds: float
+    """Time for which computing stood still because weights were not there yet."""
+    compute_seconds: float
+    """Time spent in the model's own code."""
+    peak_device_bytes: int
+    """Most bytes of the working set in use at one time."""
+    peak_host_bytes: int
+    """Most memory of this process at one time (resident set), activations and all."""
+    held_bytes_per_micro_batch: int
+    """Activations that one suspended micro-batch keeps alive."""
+    num_unused_loads: int
+    faults: Mapping[str, int]
+    """Weights touched outside of their unit's forward, by name."""
+    fallbacks: tuple[str, ...]
+    """What could not be had as asked, each said once."""

@@ -1,0 +1,1 @@
+"""When things happen: pure decisions, and the loop that carries them out."""

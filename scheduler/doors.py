@@ -1,0 +1,71 @@
+"""The doors of a model's sites: open while the site's units are there and bound.
+
+A site is a module that runs as a whole (a block, an embedding, a head); it needs one
+unit, or several where it shares weights with others.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .working_set import WorkingSet
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A module at whose door micro-batches wait."""
+
+    name: str
+    units: tuple[int, ...]
+
+
+class Doors:
+    """Counts who is inside each site and keeps its units until the last one left.
+
+    `bind(site, offsets)` makes the site's parameters real once its units stand at
+    `offsets`; `unbind(site)` takes them away before the bytes may be reused.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        working_set: WorkingSet,
+        *,
+        bind: Callable[[int, tuple[int, ...]], None],
+        unbind: Callable[[int], None],
+    ) -> None:
+        self.sites = sites
+        self._working_set = working_set
+        self._bind = bind
+        self._unbind = unbind
+        self._inside = [0] * len(sites)
+
+    def is_open(self, site: int) -> bool:
+        return self._inside[site] > 0
+
+    def enter(self, site: int) -> None:
+        """Opens the door if nobody is inside: waits for the units and binds them."""
+        if self._inside[site] == 0:
+            offsets: list[int] = []
+            units = self.sites[site].units
+            try:
+                for unit in units:
+                    offsets.append(self._working_set.acquire(unit))
+                self._bind(site, tuple(offsets))
+            except BaseException:
+                for unit in units[: len(offsets)]:
+                    self._working_set.release(unit)
+                raise
+        self._inside[site] += 1
+
+    def leave(self, site: int) -> None:
+        """Closes the door behind the last one: the units may be overwritten."""
+        self._inside[site] -= 1
+        if self._inside[site] == 0:
+            self._unbind(site)
+            for unit in self.sites[site].units:
+                self._working_set.release(unit)
+
+    def expect(self, sites: Iterable[int]) -> None:
+        """Starts loading what these sites will need, soonest first."""
+        units = [unit for site in sites for unit in self.sites[site].units]
+        self._working_set.prefetch(dict.fromkeys(units))

@@ -1,0 +1,134 @@
+"""What a module's hooks call: lets a plain call through, stops a swept micro-batch."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..io.errors import PenstockError
+from .doors import Doors
+from .order import Order
+
+if TYPE_CHECKING:
+    from .sweep import Sweep
+
+_POLL_SECONDS = 0.2
+_STUCK_POLLS = 10
+
+
+class Gate:
+    """`before` and `after` every site, for sweeps and for plain calls.
+
+    One thread at a time runs the model: the one that sweeps, or the one whose plain
+    call is inside a site. A call from another thread waits its turn.
+    """
+
+    def __init__(self, doors: Doors, order: Order, *, lookahead: int) -> None:
+        self.doors = doors
+        self.order = order
+        self.num_passes = 0
+        self.compute_seconds = 0.0
+        self._lookahead = lookahead
+        self._turn = threading.RLock()
+        self._sweep: Sweep | None = None
+        self._sweeping_thread = 0
+        self._position: int | None = None
+        self._plain: list[int] = []
+        self._plain_started = 0.0
+
+    def before(self, site: int) -> None:
+        """Returns when `site` may run; called by its forward pre-hook."""
+        sweep = self._sweep
+        if sweep is not None and sweep.is_running_here():
+            sweep.arrive(site)
+        else:
+            self._begin_plain(site)
+
+    def after(self, site: int) -> None:
+        """`site` has run, or has failed; called by its forward hook."""
+        sweep = self._sweep
+        if sweep is not None and sweep.is_running_here():
+            sweep.depart(site)
+        elif self._plain and self._plain[-1] == site:
+            self._end_plain()
+
+    def visit(self, site: int, waiting: set[int]) -> None:
+        """Opens `site` for as long as the caller stays inside, and looks ahead."""
+        self.doors.enter(site)
+        if not self.order.is_ahead(self._position, site):
+            self.num_passes += 1
+        self._position = site
+        self.doors.expect(self.order.upcoming(site, waiting, self._lookahead))
+
+    def next_of(self, waiting: set[int]) -> int:
+        """The site among `waiting` whose turn it is."""
+        return self.order.nearest(self._position, waiting)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keeps other threads from running the model meanwhile."""
+        self._take_turn()
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def start_sweep(self, sweep: "Sweep") -> None:
+        self._take_turn()
+        if self._sweep is not None:
+            self._turn.release()
+            raise PenstockError(
+                "a sweep over this model is under way: finish it before the next one"
+            )
+        self._sweep, self._sweeping_thread = sweep, threading.get_ident()
+
+    def end_sweep(self) -> None:
+        self._sweep = None
+        self._turn.release()
+
+    def abandon_plain(self) -> None:
+        """Closes what an interrupted plain call left open (no hook runs after an
+        interrupt): called where the model's own forward begins."""
+        while self._plain and not (self._sweep and self._sweep.is_running_here()):
+            if not self._turn.acquire(blocking=False):
+                return  # another thread's, and alive
+            self._turn.release()
+            self._end_plain()
+
+    def _begin_plain(self, site: int) -> None:
+        self._take_turn()
+        try:
+            self.order.observe(self._position, site)
+            self.visit(site, set())
+        except BaseException:
+            self._turn.release()
+            raise
+        self._plain.append(site)
+        self._plain_started = time.perf_counter()
+
+    def _end_plain(self) -> None:
+        self.compute_seconds += time.perf_counter() - self._plain_started
+        self._plain_started = time.perf_counter()
+        self.doors.leave(self._plain.pop())
+        self._turn.release()
+
+    def _take_turn(self) -> None:
+        polls = 0
+        while not self._turn.acquire(timeout=_POLL_SECONDS):
+            polls = polls + 1 if self._is_sweep_waiting_for_a_thread() else 0
+            if polls >= _STUCK_POLLS:
+                raise PenstockError(
+                    "a micro-batch of a sweep waits for this thread, which waits for "
+                    "the sweep: call the model from the micro-batch's own thread (a "
+                    "streamer's thread cannot take part in a sweep)"
+                )
+
+    def _is_sweep_waiting_for_a_thread(self) -> bool:
+        """Whether a running micro-batch stands in a lock, a join or a queue."""
+        sweep = self._sweep
+        if sweep is None or not sweep.is_running:
+            return False
+        frame = sys._current_frames().get(self._sweeping_thread)
+        return frame is not None and frame.f_code.co_filename == threading.__file__

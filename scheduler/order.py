@@ -1,0 +1,86 @@
+"""In which order sites run, learnt from what really follows what. Pure.
+
+A site is a module at whose door a micro-batch waits until its units are there.
+"""
+
+from collections.abc import Collection
+
+
+class Order:
+    """Predicts the next site and chooses among those that somebody waits at.
+
+    Before anything was seen, sites are expected in definition order. Every arrival
+    teaches: the sequence is the order of first arrivals, the successor of a site is
+    what followed it last. A prediction may be wrong; it costs a read, never a weight.
+    """
+
+    def __init__(self, num_sites: int) -> None:
+        self._num_sites = num_sites
+        self._sequence: list[int] = []
+        self._successor: dict[int, int] = {}
+
+    @property
+    def first(self) -> int | None:
+        """The site where a new micro-batch is expected first."""
+        if self._sequence:
+            return self._sequence[0]
+        return 0 if self._num_sites else None
+
+    def observe(self, previous: int | None, site: int) -> None:
+        """A micro-batch that came from `previous` (None: just started) is at `site`."""
+        if previous is not None:
+            self._successor[previous] = site
+        if site not in self._sequence:
+            at = self._sequence.index(previous) + 1 if previous in self._sequence else 0
+            self._sequence.insert(at, site)
+
+    def predict(self, site: int) -> int | None:
+        """What followed `site` last, or what is defined after it; None if unknown."""
+        if site in self._successor:
+            return self._successor[site]
+        following = site + 1
+        unseen = following < self._num_sites and following not in self._sequence
+        return following if unseen else None
+
+    def nearest(self, site: int | None, waiting: Collection[int]) -> int:
+        """The first of `waiting` after `site`, going round: like a lift, so that each
+        round serves everybody once and stragglers are caught up with."""
+        return min(waiting, key=lambda other: self._distance(site, other))
+
+    def upcoming(
+        self, site: int, waiting: Collection[int], depth: int
+    ) -> tuple[int, ...]:
+        """The next `depth` sites that are needed after `site`, as far as is known."""
+        found: list[int] = []
+        here = site
+        while len(found) < depth:
+            candidates = {w for w in waiting if w != site} - set(found)
+            predicted = self.predict(here)
+            if predicted is not None:
+                candidates.add(predicted)
+            if not candidates:
+                break
+            here = self.nearest(here, candidates)
+            if here == site or here in found:
+                break
+            found.append(here)
+        return tuple(found)
+
+    def is_ahead(self, position: int | None, site: int) -> bool:
+        """Whether going from `position` to `site` stays in the same pass. A site that
+        runs several times in a row (a shared layer) does not end it."""
+        if position not in self._sequence or site not in self._sequence:
+            return False
+        if position == site:
+            return len(self._sequence) > 1
+        return self._sequence.index(site) > self._sequence.index(position)
+
+    def _distance(self, site: int | None, other: int) -> int:
+        total = len(self._sequence) + 1
+        if other not in self._sequence:  # a guess: expected right after `site`
+            return 0
+        position = self._sequence.index(other)
+        if site is None or site not in self._sequence:
+            return position + 1
+        ahead = position - self._sequence.index(site)
+        return ahead if ahead > 0 else ahead + total

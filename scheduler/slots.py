@@ -1,0 +1,93 @@
+"""Which bytes of the arena hold which unit. Pure bookkeeping: moves nothing.
+
+Slots differ in size and are carved where they fit. Placement is two-ended: neighbours
+in time go to opposite ends, so that of any two units that fit together the second
+always finds its bytes in one piece while the first is being read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A region of the arena that holds one unit."""
+
+    unit: int
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+class Slots:
+    """The slots of an arena of `capacity` bytes, kept in address order."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._slots: list[Slot] = []
+
+    def __repr__(self) -> str:
+        used = sum(slot.nbytes for slot in self._slots)
+        return f"<Slots: {len(self._slots)}, {used}/{self.capacity} bytes>"
+
+    def claim(self, unit: int, nbytes: int) -> Slot | None:
+        """Takes the smallest gap that holds `nbytes`, or returns None. Nothing that is
+        claimed ever moves."""
+        gaps = [(end - start, start, end) for start, end in self._gaps()]
+        fitting = [gap for gap in gaps if gap[0] >= nbytes]
+        if not fitting:
+            return None
+        _, start, end = min(fitting)
+        at_right_end = end == self.capacity and start > 0
+        slot = Slot(unit, end - nbytes if at_right_end else start, nbytes)
+        self._slots.append(slot)
+        self._slots.sort(key=lambda s: s.offset)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Gives a claimed slot back."""
+        self._slots.remove(slot)
+
+    def cheapest_room(self, nbytes: int, costs: Mapping[int, int]) -> list[int]:
+        """The units to evict so that `nbytes` fit in one piece: those with the least
+        sum of `costs`, of which only the keys may go. Empty when nothing helps."""
+        best: tuple[int, list[int]] | None = None
+        for first in range(len(self._slots)):
+            start = self._slots[first - 1].end if first else 0
+            evicted: list[int] = []
+            cost = 0
+            for index in range(first, len(self._slots)):
+                unit = self._slots[index].unit
+                if unit not in costs:
+                    break
+                evicted.append(unit)
+                cost += costs[unit]
+                is_last = index + 1 == len(self._slots)
+                end = self.capacity if is_last else self._slots[index + 1].offset
+                if end - start >= nbytes:
+                    if best is None or cost < best[0]:
+                        best = (cost, evicted)
+                    break
+        return best[1] if best else []
+
+    def largest_gap_beside(self, pinned: set[int]) -> int:
+        """Bytes that could be had in one piece if only `pinned` units stayed."""
+        edges = [0]
+        for slot in self._slots:
+            if slot.unit in pinned:
+                edges += [slot.offset, slot.end]
+        edges.append(self.capacity)
+        return max(b - a for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        gaps, position = [], 0
+        for slot in self._slots:
+            if slot.offset > position:
+                gaps.append((position, slot.offset))
+            position = slot.end
+        if position < self.capacity:
+            gaps.append((position, self.capacity))
+        return gaps

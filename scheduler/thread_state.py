@@ -1,0 +1,121 @@
+"""torch's thread-local state, which greenlets of one thread would share.
+
+Grad mode, inference mode, autocast, function modes and the random generator belong to
+a thread, not to a greenlet. Left alone they leak from one micro-batch into the next,
+and killing one inside `inference_mode` would leave the caller in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# torch's own guard. Leaving one restores exactly the state that entering it found,
+# grad mode and the set of dispatch keys included: entering is taking a snapshot.
+_Guard = torch._C._InferenceMode
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The part of the state that is no dispatch key."""
+
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    is_autocast_cached: bool
+    random: dict[str, torch.Tensor]
+
+    @classmethod
+    def current(cls, devices: tuple[str, ...]) -> "_Settings":
+        return cls(
+            {
+                device: (
+                    torch.is_autocast_enabled(device),
+                    torch.get_autocast_dtype(device),
+                )
+                for device in devices
+            },
+            torch.is_autocast_cache_enabled(),
+            {device: _random_state(device) for device in devices},
+        )
+
+    def apply(self) -> None:
+        for device, (is_enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(device, is_enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.is_autocast_cached)
+        for device, state in self.random.items():
+            _set_random_state(device, state)
+
+
+class ThreadState:
+    """What one flow of control sees while it runs, and keeps while it does not.
+
+    A running flow is taken off the thread by `suspend` and put back by `resume`;
+    `start_like` runs a new flow under what a suspended one sees. Between two flows the
+    thread is in plain inference mode.
+    """
+
+    def __init__(self, devices: tuple[str, ...]) -> None:
+        self._devices = devices
+        self._guard: Any = None
+        self._settings: _Settings | None = None
+        self._function_modes: list[Any] = []
+        self._dispatch_modes: list[Any] = []
+
+    def suspend(self) -> None:
+        """Remembers what this flow sees and leaves the thread plain."""
+        self._settings = _Settings.current(self._devices)
+        self._dispatch_modes, self._function_modes = _take_modes()
+        self._guard = _Guard(True)
+        self._guard.__enter__()
+        for device in self._devices:
+            torch.set_autocast_enabled(device, False)
+
+    def resume(self) -> None:
+        """Puts back what `suspend` took, whatever the last flow left behind."""
+        assert self._settings is not None, "only what was suspended can resume"
+        _take_modes()
+        # Settings first: the guard restores the keys that they switch on and off.
+        self._settings.apply()
+        self._guard.__exit__(None, None, None)
+        self._guard = None
+        _put_modes(self._dispatch_modes, self._function_modes)
+
+    def start_like(self, other: "ThreadState", seed: int) -> None:
+        """Starts this flow with the modes of the suspended `other`, in inference mode,
+        with a random state of its own."""
+        assert other._settings is not None, "only a suspended flow can be copied"
+        other._settings.apply()
+        for device in self._devices:
+            generator = torch.Generator(device).manual_seed(seed)
+            _set_random_state(device, generator.get_state())
+        _put_modes(other._dispatch_modes, other._function_modes)
+
+
+def _take_modes() -> tuple[list[Any], list[Any]]:
+    """Empties the thread's mode stacks; returns them from the bottom up."""
+    dispatch, function = [], []
+    while _get_current_dispatch_mode_stack():
+        dispatch.append(torch._C._pop_torch_dispatch_stack())
+    while _get_current_function_mode_stack():
+        function.append(torch._C._pop_torch_function_stack())
+    return dispatch[::-1], function[::-1]
+
+
+def _put_modes(dispatch: list[Any], function: list[Any]) -> None:
+    for mode in dispatch:
+        torch._C._push_on_torch_dispatch_stack(mode)
+    for mode in function:
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def _random_state(device: str) -> torch.Tensor:
+    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+
+
+def _set_random_state(device: str, state: torch.Tensor) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state)
