@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINKS := build/types
+PATHS := penstock/tests:penstock/bench:penstock/bench/peers:penstock/examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types check bench clean
@@ -36,7 +37,7 @@ lint: $(STAMP)
 # it looks through a link called penstock. Sibling imports of scripts are found too.
 types: $(STAMP)
 	@mkdir -p $(LINKS) && ln -sfn ../.. $(LINKS)/penstock
-	cd $(LINKS) && MYPYPATH=penstock/tests:penstock/bench:penstock/examples \
+	cd $(LINKS) && MYPYPATH=$(PATHS) \
 	    $(abspath $(BIN))/mypy --config-file penstock/setup.cfg \
 	    --explicit-package-bases \
 	    $(addprefix penstock/,__init__.py io scheduler offload tests bench examples)

@@ -112,9 +112,7 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
         if not shape or shape[-1] % stored.packed:
             raise CheckpointError(f"{where}: {dtype_name} needs an even last dimension")
         shape = (*shape[:-1], shape[-1] // stored.packed)
-    return TensorEntry(
-        name, stored.torch, shape, path, data_start + start, end - start
-    )
+    return TensorEntry(name, stored.torch, shape, path, data_start + start, end - start)
 
 
 def _check_coverage(

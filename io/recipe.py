@@ -32,7 +32,9 @@ class View:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "View":
-        return cls(tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return cls(
+            int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+        )
 
     @property
     def numel(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..io.arena import Arena
+from ..io.errors import PenstockError
 from ..io.layout import Layout, Placed
 from .sites import Found, Place, tensors_in
 
@@ -68,12 +69,22 @@ class Binding:
                     parameters[key] = cast(nn.Parameter, tensor)
 
     def unbind(self, site: int) -> None:
-        """Takes the parameters of `site` away again."""
+        """Takes the parameters of `site` away again. Raises PenstockError when the
+        model wrote to them: the next load would silently undo that."""
+        written = None
         for name, places in self._places_of_site[site].items():
             if name not in self._forever:
                 stand_in = self._stand_ins[name]
                 for parameters, key in places:
+                    parameter = parameters[key]
+                    if parameter is not None and parameter._version:
+                        written = name
                     parameters[key] = cast(nn.Parameter, stand_in)
+        if written is not None:
+            raise PenstockError(
+                f"the model writes to its weights ({written!r}), which are read again "
+                "at every pass: it cannot be streamed"
+            )
 
     def bind_for_ever(self, unit: int, offset: int) -> None:
         """`unit` stays at `offset`: makes its tensors real wherever they are used."""

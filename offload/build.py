@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from ..io.arena import Arena
 from ..io.checkpoint import Checkpoint
 from ..io.errors import DoesNotFitError
+from ..io.extent import align_down
 from ..io.layout import Layout, layout
 from ..io.loader import Loader
 from ..io.recipe import Recipe
@@ -64,6 +66,7 @@ def build(
     }
     working_set = WorkingSet(
         [plan.nbytes for plan in layouts],
+        names=[unit.name for unit in found.units],
         capacity=capacity,
         load=loader.load,
         needed=frozenset(
@@ -101,7 +104,7 @@ def build(
             recipe.shape,
             recipe.dtype,
             torch.device(policy.device),
-            touch=lambda name=name: engine.touch(name),
+            touch=partial(engine.touch, name),
             gather=gatherer.gather if gatherer is not None else None,
         )
     try:
@@ -157,10 +160,12 @@ def _gathered(
 
 def _capacity(policy: Policy, nbytes: Mapping[str, int]) -> int:
     if policy.device_memory != "auto":
-        return policy.device_memory
+        # Slots at the end of the arena must start aligned, too.
+        return align_down(policy.device_memory, ThreadReader.alignment)
     # What is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
-    return max(min(available_bytes() // 2, whole), 1 << 20)
+    wanted = max(min(available_bytes() // 2, whole), 1 << 20)
+    return align_down(wanted, ThreadReader.alignment)
 
 
 def _divide(

@@ -14,6 +14,7 @@ from ..io.loader import Loader
 from ..io.reader import Reader
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
+from ..scheduler.module_state import ModuleState
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
@@ -65,7 +66,9 @@ class Engine:
         self._fallbacks = list(fallbacks)
         self._faults: Counter[str] = Counter()
         self._unit_of = {
-            name: index for index, unit in enumerate(found.units) for name in unit.tensors
+            name: index
+            for index, unit in enumerate(found.units)
+            for name in unit.tensors
         }
         self._sweeps: list[Sweep] = []
         self._hooks: list[Any] = []
@@ -73,7 +76,8 @@ class Engine:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
-        return f"<Engine: {type(self.model).__name__}, {len(self.found.units)} units, {state}>"
+        kind, units = type(self.model).__name__, len(self.found.units)
+        return f"<Engine: {kind}, {units} units, {state}>"
 
     def start(self) -> None:
         """Loads what is resident, hooks the sites, and fetches the first of them."""
@@ -100,11 +104,15 @@ class Engine:
                 self._count_fault(name, unit)
             offset = self._working_set.acquire(unit)
             try:
-                if not self._working_set.is_resident(unit) and self._working_set.keep(
-                    unit
-                ):
+                tensor = self._binding.tensors(unit, offset)[name]
+                if self._working_set.is_resident(unit):
+                    return tensor
+                if self._working_set.keep(unit):
                     self._binding.bind_for_ever(unit, offset)
-                return self._binding.tensors(unit, offset)[name]
+                    return tensor
+                # What comes of the touch may be a view that outlives the slot.
+                with torch.inference_mode(False):
+                    return tensor.detach().clone()
             finally:
                 self._working_set.release(unit)
 
@@ -117,6 +125,7 @@ class Engine:
             activation_bytes=available_bytes() // 4 if limit == "auto" else limit,
             seed=seed,
             devices=(torch.device(self.policy.device).type,),
+            module_state=ModuleState(self.model.modules()),
         )
         self._sweeps.append(sweep)
         return sweep

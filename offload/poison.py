@@ -57,10 +57,10 @@ class StreamedParameter(torch.Tensor):
         return self
 
     # Without it, subclass methods would come back as instances of this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -71,12 +71,19 @@ class StreamedParameter(torch.Tensor):
         if func in _PASS_ON:
             return args[0]
         if func is torch.ops.aten.embedding.default and isinstance(args[0], cls):
-            if args[0]._gather is not None:
-                return args[0]._gather(args[1])
+            gather = args[0]._gather
+            if gather is not None:
+                return gather(args[1])
         if _is_cast_by_module():
             raise PenstockError(
                 "streamed weights cannot be cast or moved in place: set dtype and "
                 "device in the Policy and load the model again"
+            )
+
+        if _writes_to(func, args, cls):
+            raise PenstockError(
+                f"{func} would write to streamed weights, which are read again at "
+                "every pass: change the checkpoint instead"
             )
 
         def real(value: Any) -> Any:
@@ -84,7 +91,7 @@ class StreamedParameter(torch.Tensor):
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = list(self.shape)
         return f"StreamedParameter({self._name!r}, {shape}, {self.dtype}, not loaded)"
 
@@ -109,8 +116,18 @@ class StreamedParameter(torch.Tensor):
 
 def _not_here(name: str, verb: str) -> PenstockError:
     return PenstockError(
-        f"{name!r} is streamed and cannot be {verb}: use the checkpoint's own files, or "
-        "penstock.unwrap(model) where the module was wrapped"
+        f"{name!r} is streamed and cannot be {verb}: use the checkpoint's own files, "
+        "or penstock.unwrap(model) where the module was wrapped"
+    )
+
+
+def _writes_to(func: Any, args: tuple[Any, ...], kind: type) -> bool:
+    schema = func._schema
+    return schema.is_mutable and any(
+        isinstance(value, kind)
+        and argument.alias_info is not None
+        and argument.alias_info.is_write
+        for value, argument in zip(args, schema.arguments, strict=False)
     )
 
 

@@ -53,9 +53,7 @@ def _bytes_or_auto(value: Any) -> Any:
 
 
 _SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
-Bytes = Annotated[
-    int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})
-]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})]
 AutoBytes = Annotated[
     int | Literal["auto"],
     BeforeValidator(_bytes_or_auto),
@@ -179,6 +177,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for name in path:
         annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type), f"{name} is no section"
+        assert issubclass(annotation, BaseModel), f"{name} is no section"
         model = annotation
     return list(model.model_fields)

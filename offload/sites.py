@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a module refers to a tensor."""
@@ -151,11 +152,12 @@ def _units(
             is_gather = name in gathered and isinstance(place.module, nn.Embedding)
             is_resident = is_resident or not (at or is_gather)
         # Buffers are always resident; so is what no site waits for, as one unit.
-        key = ((), True) if is_resident else (tuple(sorted(used)), False)
-        if not used and not is_resident:
-            groups[(-1 - len(groups),), False].append(name)  # gathered only
-        else:
-            groups[key].append(name)
+        if is_resident:
+            groups[(), True].append(name)
+        elif used:
+            groups[tuple(sorted(used)), False].append(name)
+        else:  # gathered only: a unit of its own, loaded by a fault at most
+            groups[(-1 - len(groups),), False].append(name)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][1], item[0][0]))
     return tuple(
         FoundUnit(

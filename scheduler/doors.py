@@ -39,6 +39,10 @@ class Doors:
         self._unbind = unbind
         self._inside = [0] * len(sites)
 
+    @property
+    def wait_seconds(self) -> float:
+        return self._working_set.wait_seconds
+
     def is_open(self, site: int) -> bool:
         return self._inside[site] > 0
 
@@ -61,9 +65,11 @@ class Doors:
         """Closes the door behind the last one: the units may be overwritten."""
         self._inside[site] -= 1
         if self._inside[site] == 0:
-            self._unbind(site)
-            for unit in self.sites[site].units:
-                self._working_set.release(unit)
+            try:
+                self._unbind(site)
+            finally:
+                for unit in self.sites[site].units:
+                    self._working_set.release(unit)
 
     def expect(self, sites: Iterable[int]) -> None:
         """Starts loading what these sites will need, soonest first."""

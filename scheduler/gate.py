@@ -75,6 +75,16 @@ class Gate:
         finally:
             self._turn.release()
 
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Counts the time spent inside, less what is spent waiting for weights."""
+        start, waited = time.perf_counter(), self.doors.wait_seconds
+        try:
+            yield
+        finally:
+            self.compute_seconds += time.perf_counter() - start
+            self.compute_seconds -= self.doors.wait_seconds - waited
+
     def start_sweep(self, sweep: "Sweep") -> None:
         self._take_turn()
         if self._sweep is not None:

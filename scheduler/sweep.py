@@ -9,8 +9,8 @@ everybody who waits at it, and goes on to the next. Layer-major order emerges.
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -19,7 +19,8 @@ import torch
 
 from ..io.errors import ClosedError, PenstockError
 from .gate import Gate
-from .held import held_bytes
+from .micro_batch import MicroBatch
+from .module_state import ModuleState
 from .thread_state import ThreadState
 
 Batch = TypeVar("Batch")
@@ -29,6 +30,9 @@ _log = logging.getLogger("penstock")
 
 # A micro-batch may catch the exit and call the model again; not for ever.
 _MAX_EXITS = 100
+# Waits of the first micro-batch after which the modules' state is looked at: each look
+# walks the whole model, and what a model keeps shows in its first passes.
+_NUM_LESSONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +52,7 @@ class SweepStatistics:
     num_finished: int
     max_in_flight: int
     held_bytes_per_micro_batch: int
-    """Activations that the first micro-batch kept while it waited; 0 if it never did."""
-
-
-@dataclass(slots=True, eq=False)
-class _MicroBatch:
-    index: int
-    greenlet: Any
-    state: ThreadState
-    last: int | None = None
-    inside: list[int] = field(default_factory=list)
-    num_exits: int = 0
-    value: Any = None
-    error: BaseException | None = None
+    """Activations that the first micro-batch kept while it waited."""
 
 
 class Sweep:
@@ -78,6 +70,7 @@ class Sweep:
         activation_bytes: int | None,
         seed: int | None,
         devices: tuple[str, ...],
+        module_state: ModuleState,
     ) -> None:
         if width is not None and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -86,19 +79,19 @@ class Sweep:
         self._activation_bytes = activation_bytes
         self._seed = seed
         self._devices = devices
-        self._waiting: dict[int, deque[_MicroBatch]] = {}
-        self._running: _MicroBatch | None = None
-        self._finished: list[_MicroBatch] = []
-        self._left_behind: list[_MicroBatch] = []
+        self._module_state = module_state
+        self._waiting: dict[int, deque[MicroBatch]] = {}
+        self._running: MicroBatch | None = None
+        self._finished: list[MicroBatch] = []
+        self._left_behind: list[MicroBatch] = []
         self._num_started = 0
         self._num_finished = 0
         self._num_in_flight = 0
         self._max_in_flight = 0
         self._held_bytes = 0
-        self._is_active = False
+        self._lessons_left = 0
         self._is_stopping = False
         self._is_closed = False
-        self._hub: Any = None
         self._hub_state = ThreadState(devices)
 
     def map(
@@ -138,20 +131,21 @@ class Sweep:
         if self._is_closed:
             raise ClosedError("this sweep is closed: open another one")
         self._gate.start_sweep(self)
-        self._is_active = True
+        self._lessons_left = _NUM_LESSONS
         seed = self._seed
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu").item())
-        source = enumerate(batches)
+        job = _Job(fn, enumerate(batches), seed)
         try:
-            more = True
-            while more or self._num_in_flight:
-                more = self._round(fn, source, seed, more)
+            while job.has_more or self._num_in_flight:
+                with self._gate.computing():
+                    self._round(job)
                 while self._finished:
-                    yield self._outcome(self._finished.pop(0))
+                    me = self._finished.pop(0)
+                    error = me.error if isinstance(me.error, Exception) else None
+                    yield Outcome(me.index, me.value, error)
         finally:
             self._stop()
-            self._is_active = False
             self._gate.end_sweep()
 
     def statistics(self) -> SweepStatistics:
@@ -186,20 +180,21 @@ class Sweep:
 
     def is_running_here(self) -> bool:
         """Whether the caller is this sweep's running micro-batch."""
-        running = self._running
-        return running is not None and running.greenlet is greenlet.getcurrent()
+        return self._running is not None and self._running.is_current
 
     def arrive(self, site: int) -> None:
-        """The running micro-batch is at `site`; returns inside, with the units there."""
+        """The running micro-batch is at `site`: returns once it is inside."""
         me = self._running
         assert me is not None, "only a running micro-batch arrives"
         self._exit_if_stopping(me)
-        self._gate.order.observe(me.last, site)
-        me.last = site
+        self._gate.order.observe(me.last_site, site)
+        me.last_site = site
         if not self._gate.doors.is_open(site):
             self._waiting.setdefault(site, deque()).append(me)
-            me.state.suspend()
-            self._hub.switch()
+            if me.index == 0 and self._lessons_left:
+                self._lessons_left -= 1
+                self._module_state.learn()
+            me.wait()
             self._exit_if_stopping(me)
         self._gate.doors.enter(site)
         me.inside.append(site)
@@ -212,66 +207,50 @@ class Sweep:
             me.inside.pop()
             self._gate.doors.leave(site)
 
-    def _exit_if_stopping(self, me: _MicroBatch) -> None:
+    def _exit_if_stopping(self, me: MicroBatch) -> None:
         if not self._is_stopping:
             return
         me.num_exits += 1
         if me.num_exits <= _MAX_EXITS:
             raise greenlet.GreenletExit
         _log.warning("micro-batch %d swallows its exit and is left behind", me.index)
-        me.state.suspend()
-        self._hub.switch()
+        me.wait()
 
     # The hub.
 
-    def _round(
-        self,
-        fn: Callable[[Batch], Result],
-        source: Iterator[tuple[int, Batch]],
-        seed: int,
-        more: bool,
-    ) -> bool:
-        """Serves one site to all who wait there; returns whether batches may be left.
-        New ones start whenever there is room."""
-        self._hub = greenlet.getcurrent()
-        more = more and self._admit(fn, source, seed)
+    def _round(self, job: "_Job[Any, Any]") -> None:
+        """Serves one site to all who wait there; new ones start when there is room."""
+        self._admit(job)
         if not self._waiting:
-            return more
+            return
         gate = self._gate
         site = gate.next_of(set(self._waiting))
         expected = set(self._waiting)
-        if more and gate.order.first is not None:
+        if job.has_more and gate.order.first is not None:
             expected.add(gate.order.first)
         gate.visit(site, expected)
         try:
             while site in self._waiting:
                 self._resume(self._take(site))
-                more = more and self._admit(fn, source, seed)
+                self._admit(job)
         finally:
             gate.doors.leave(site)
-        return more
 
-    def _take(self, site: int) -> _MicroBatch:
+    def _take(self, site: int) -> MicroBatch:
         queue = self._waiting[site]
         me = queue.popleft()
         if not queue:
             del self._waiting[site]
         return me
 
-    def _admit(
-        self,
-        fn: Callable[[Batch], Result],
-        source: Iterator[tuple[int, Batch]],
-        seed: int,
-    ) -> bool:
-        """Starts batches while there is room; False once there are none left."""
-        while self._has_room():
+    def _admit(self, job: "_Job[Any, Any]") -> None:
+        while job.has_more and self._has_room():
             try:
-                index, batch = next(source)
+                index, batch = next(job.batches)
             except StopIteration:
-                return False
-            self._start(index, fn, batch, seed + index)
-        return True
+                job.has_more = False
+                return
+            self._start(job, index, batch)
 
     def _has_room(self) -> bool:
         if self._width is not None and self._num_in_flight >= self._width:
@@ -282,82 +261,67 @@ class Sweep:
             return False
         return (self._num_in_flight + 1) * self._held_bytes <= self._activation_bytes
 
-    def _start(
-        self, index: int, fn: Callable[[Batch], Result], batch: Batch, seed: int
-    ) -> None:
-        def work() -> None:
-            try:
-                me.value = fn(batch)
-            except greenlet.GreenletExit:
-                me.error = ClosedError("the sweep was stopped before this finished")
-            except BaseException as error:
-                me.error = error
-
-        flow = greenlet.greenlet(work, parent=self._hub)
-        flow.gr_context = copy_context()
-        me = _MicroBatch(index, flow, ThreadState(self._devices))
+    def _start(self, job: "_Job[Any, Any]", index: int, batch: Any) -> None:
+        me = MicroBatch(
+            index,
+            partial(job.fn, batch),
+            devices=self._devices,
+            hub_state=self._hub_state,
+            module_state=self._module_state,
+        )
         self._num_started += 1
         self._num_in_flight += 1
         self._max_in_flight = max(self._max_in_flight, self._num_in_flight)
-        self._switch(me, lambda: me.state.start_like(self._hub_state, seed))
+        self._run(me, partial(me.start, job.seed + index))
 
-    def _resume(self, me: _MicroBatch) -> None:
-        me.greenlet.parent = self._hub
-        self._switch(me, me.state.resume)
-        if not self._held_bytes and not me.greenlet.dead:
-            self._held_bytes = held_bytes(me.greenlet.gr_frame)
+    def _resume(self, me: MicroBatch) -> None:
+        self._run(me, me.resume)
+        if not self._held_bytes and not me.is_done:
+            self._held_bytes = me.held_bytes()
 
-    def _switch(self, me: _MicroBatch, put_state: Callable[[], None]) -> None:
-        """Runs `me` until it waits or ends, under its own thread state."""
-        self._hub_state.suspend()
+    def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
+        self._running = me
         try:
-            put_state()
-            self._running = me
-            me.greenlet.switch()
+            piece()
         finally:
             self._running = None
-            self._hub_state.resume()
-        if me.greenlet.dead:
-            self._end(me)
+        if me.is_done:
+            self._leave_all(me)
+            self._num_finished += 1
+            if me.error is not None and not isinstance(me.error, Exception):
+                raise me.error  # an interrupt is the caller's, not the micro-batch's
+            self._finished.append(me)
 
-    def _end(self, me: _MicroBatch) -> None:
-        for site in reversed(me.inside):  # a failed forward leaves without its hook
-            self._gate.doors.leave(site)
-        me.inside.clear()
+    def _leave_all(self, me: MicroBatch) -> None:
+        """A failed forward leaves without its hook; nothing stays open behind it."""
         self._num_in_flight -= 1
-        self._num_finished += 1
-        if me.error is not None and not isinstance(me.error, Exception):
-            raise me.error  # an interrupt is the caller's, not the micro-batch's
-        self._finished.append(me)
-
-    def _outcome(self, me: _MicroBatch) -> Outcome[Result]:
-        error = me.error if isinstance(me.error, Exception) else None
-        return Outcome(me.index, me.value, error)
+        while me.inside:
+            self._gate.doors.leave(me.inside.pop())
 
     def _stop(self) -> None:
-        """Ends what still waits: each unwinds under its own state, `finally` and all."""
+        """Ends what still waits."""
         self._is_stopping = True
-        self._hub = greenlet.getcurrent()
         left = [me for queue in self._waiting.values() for me in queue]
         self._waiting.clear()
         for me in left:
-            self._exit(me)
-            if not me.greenlet.dead:
+            self._running = me
+            try:
+                me.exit()
+            finally:
+                self._running = None
+                self._leave_all(me)
+            if not me.is_done:
                 self._left_behind.append(me)
+        self._waiting.clear()
         self._finished.clear()
         self._is_stopping = False
 
-    def _exit(self, me: _MicroBatch) -> None:
-        self._hub_state.suspend()
-        try:
-            me.state.resume()
-            self._running = me
-            me.greenlet.parent = self._hub
-            me.greenlet.throw(greenlet.GreenletExit)
-        finally:
-            self._running = None
-            self._hub_state.resume()
-        for site in reversed(me.inside):
-            self._gate.doors.leave(site)
-        me.inside.clear()
-        self._num_in_flight -= 1
+
+@dataclass(slots=True)
+class _Job(Generic[Batch, Result]):
+    """One `run`: what to do, and what is left to do it with."""
+
+    fn: Callable[[Batch], Result]
+    batches: Iterator[tuple[int, Batch]]
+    seed: int
+    has_more: bool = True

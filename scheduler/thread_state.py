@@ -98,7 +98,7 @@ def _take_modes() -> tuple[list[Any], list[Any]]:
     dispatch, function = [], []
     while _get_current_dispatch_mode_stack():
         dispatch.append(torch._C._pop_torch_dispatch_stack())
-    while _get_current_function_mode_stack():
+    while _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         function.append(torch._C._pop_torch_function_stack())
     return dispatch[::-1], function[::-1]
 

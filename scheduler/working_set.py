@@ -51,8 +51,8 @@ class WorkingSet:
     """Holds units of `sizes` bytes in an arena of `capacity` bytes.
 
     `load(unit, offset)` starts a load and returns it. `needed` units must find room
-    whatever becomes resident (others are only ever loaded by a fault). All methods are called by one
-    thread at a time; loads run elsewhere.
+    whatever becomes resident (others are only ever loaded by a fault). All methods are
+    called by one thread at a time; loads run elsewhere.
 
     A released unit stays until its bytes are needed. The one released last goes first:
     in a cyclic sweep it is needed again last, so a model that fits is read once and of
@@ -63,11 +63,13 @@ class WorkingSet:
         self,
         sizes: Sequence[int],
         *,
+        names: Sequence[str],
         capacity: int,
         load: Callable[[int, int], Load],
         needed: frozenset[int],
     ) -> None:
         self._sizes = sizes
+        self._names = names
         self._needed = needed
         self._load = load
         self._slots = Slots(capacity)
@@ -76,7 +78,7 @@ class WorkingSet:
         self._clock = 0
         self._claimed = 0
         self._peak = 0
-        self._wait_seconds = 0.0
+        self.wait_seconds = 0.0
         self._num_unused = 0
         self._is_closed = False
 
@@ -97,7 +99,7 @@ class WorkingSet:
                 self._drop(unit)
             raise
         finally:
-            self._wait_seconds += time.perf_counter() - start
+            self.wait_seconds += time.perf_counter() - start
         held.was_read = True
         return held.slot.offset
 
@@ -141,7 +143,7 @@ class WorkingSet:
         return WorkingSetStatistics(
             self._slots.capacity,
             self._peak,
-            self._wait_seconds,
+            self.wait_seconds,
             self._num_unused,
             tuple(sorted(self._resident)),
         )
@@ -204,7 +206,7 @@ class WorkingSet:
         used = sum(h.slot.nbytes for h in self._held.values() if h.users)
         kept = sum(self._sizes[u] for u in self._resident)
         return (
-            f"unit {unit} needs {self._sizes[unit]} bytes at once with {used} bytes in "
+            f"{self._names[unit]!r} needs {self._sizes[unit]} bytes with {used} in "
             f"use and {kept} resident, but the working set has {self._slots.capacity}; "
-            f"raise device_memory to at least {self._sizes[unit] + used + kept}"
+            f"set device_memory to at least {self._sizes[unit] + used + kept}"
         )

@@ -1,0 +1,98 @@
+"""One micro-batch: the caller's function in a greenlet, and what is its alone."""
+
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Any
+
+import greenlet
+
+from ..io.errors import ClosedError
+from .held import held_bytes
+from .module_state import ModuleState, Values
+from .thread_state import ThreadState
+
+
+class MicroBatch:
+    """Runs `work()` piece by piece: `start`, then `resume` until it `is_done`.
+
+    Between pieces it keeps its own thread state, context variables, module state and
+    random state; the hub's (`hub_state`) are put back whenever it is not running.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        work: Callable[[], Any],
+        *,
+        devices: tuple[str, ...],
+        hub_state: ThreadState,
+        module_state: ModuleState,
+    ) -> None:
+        self.index = index
+        self.last_site: int | None = None
+        self.inside: list[int] = []
+        self.num_exits = 0
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._work = work
+        self._state = ThreadState(devices)
+        self._hub_state = hub_state
+        self._module_state = module_state
+        self._module_values: Values = ()
+        self._flow: Any = greenlet.greenlet(self._run)
+        self._flow.gr_context = copy_context()
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self._flow.dead)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is this micro-batch's own code."""
+        return self._flow is greenlet.getcurrent()
+
+    def start(self, seed: int) -> None:
+        """Runs until the first wait or the end, with a random state of its own."""
+        self._switch(
+            lambda: self._state.start_like(self._hub_state, seed), self._flow.switch
+        )
+
+    def resume(self) -> None:
+        """Runs on until the next wait or the end."""
+        self._switch(self._state.resume, self._flow.switch)
+
+    def exit(self) -> None:
+        """Unwinds what waits, `finally` and all, under its own state."""
+        self._switch(
+            self._state.resume, lambda: self._flow.throw(greenlet.GreenletExit)
+        )
+
+    def wait(self) -> None:
+        """Called by the running micro-batch: back to the hub until resumed."""
+        self._module_values = self._module_state.take()
+        self._state.suspend()
+        self._flow.parent.switch()
+
+    def held_bytes(self) -> int:
+        """Bytes of activations that it keeps alive while it waits."""
+        return held_bytes(self._flow.gr_frame)
+
+    def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
+        self._flow.parent = greenlet.getcurrent()
+        self._hub_state.suspend()
+        try:
+            put_state()
+            self._module_state.put(self._module_values)
+            go()
+        finally:
+            self._hub_state.resume()
+
+    def _run(self) -> None:
+        try:
+            self.value = self._work()
+        except greenlet.GreenletExit:
+            self.error = ClosedError("the sweep was stopped before this finished")
+        except BaseException as error:  # the sweep's owner decides whose it is
+            self.error = error
+        finally:
+            self._module_state.put(())
