@@ -1,5 +1,6 @@
 """One exact, byte-budgeted, huge-page-backed piece of host memory."""
 
+import contextlib
 import ctypes
 import mmap
 from types import TracebackType
@@ -21,15 +22,21 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         try:
-            # Exactly as much as was asked for, plus address space to align in.
-            self._map = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES)
+            # Exactly as much as was asked for, plus address space to align in. Private:
+            # most systems give no huge pages to shared memory.
+            self._map = mmap.mmap(
+                -1,
+                nbytes + _HUGE_PAGE_BYTES,
+                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+            )
         except (OSError, OverflowError, ValueError) as error:
             raise DoesNotFitError(
                 f"the system refused {nbytes} bytes of memory ({error}); lower "
                 "device_memory"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._advise("MADV_HUGEPAGE")
+        # A fork during a direct read into private memory may tear it: open(2), NOTES.
+        self._advise("MADV_DONTFORK")
         anchor = ctypes.c_char.from_buffer(self._map)
         address = ctypes.addressof(anchor)
         del anchor  # an exported buffer would keep the map from closing
@@ -58,6 +65,11 @@ class Arena:
             self._map.close()
         except BufferError:
             del self._map  # the user holds a view: its death unmaps
+
+    def _advise(self, name: str) -> None:
+        """Advice is not taken on every system (a kernel without huge pages)."""
+        with contextlib.suppress(AttributeError, OSError):
+            self._map.madvise(getattr(mmap, name))
 
     def __enter__(self) -> Self:
         return self

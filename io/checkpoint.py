@@ -38,24 +38,22 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder} is no folder; give the folder of a Hugging Face checkpoint "
             f"(with config.json and {SINGLE_FILE} or {INDEX_FILE})"
         )
+    if (folder / SINGLE_FILE).exists():  # where there is an index, too, as transformers
+        return open_files(folder, [SINGLE_FILE])
     index_path = folder / INDEX_FILE
     if index_path.exists():
         weight_map = _read_index(index_path)
         checkpoint = open_files(folder, sorted(set(weight_map.values())))
         _check_index(index_path, weight_map, checkpoint)
         return checkpoint
-    if (folder / SINGLE_FILE).exists():
-        return open_files(folder, [SINGLE_FILE])
-    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.gguf")
-    )
-    hint = (
-        f"; it has {others[0]}, which is another format: save it with "
+    others = [p for kind in ("bin", "gguf", "pt") for p in folder.glob(f"*.{kind}")]
+    advice = (
+        f"it has {min(others).name}, which is another format: save it with "
         "model.save_pretrained(...) first"
         if others
-        else ""
+        else "give the folder of a downloaded Hugging Face checkpoint"
     )
-    raise CheckpointError(f"{folder} has no {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    raise CheckpointError(f"{folder} has no {SINGLE_FILE} nor {INDEX_FILE}; {advice}")
 
 
 def open_files(folder: Path, names: list[str]) -> Checkpoint:
@@ -73,8 +71,9 @@ def open_files(folder: Path, names: list[str]) -> Checkpoint:
         for entry in found:
             if entry.name in entries:
                 raise CheckpointError(
-                    f"tensor {entry.name!r} is in two files: "
-                    f"{entries[entry.name].path.name} and {name}"
+                    f"tensor {entry.name!r} is in two files of {folder}: "
+                    f"{entries[entry.name].path.name} and {name}; download or save "
+                    "the checkpoint again"
                 )
             entries[entry.name] = entry
     return Checkpoint(folder, MappingProxyType(entries), MappingProxyType(stamps))
@@ -83,14 +82,32 @@ def open_files(folder: Path, names: list[str]) -> Checkpoint:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no safetensors index: {error!r}") from None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name
-        for name in weight_map.values()
-    ):
-        raise CheckpointError(f"{path}: weight_map must map tensors to file names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors index ({error!r}); download it again"
+        ) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path}: weight_map must map tensors to files; download it again"
+        )
+    for name in weight_map.values():
+        if not _is_file_name(name):
+            raise CheckpointError(
+                f"{path}: weight_map names {name!r}, which is no file beside it; "
+                "download it again"
+            )
     return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    """A plain name of a shard: nothing that leads out of the folder."""
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name.endswith(".safetensors")
+        and len(name) < 256
+        and "\0" not in name
+    )
 
 
 def _check_index(
@@ -100,5 +117,6 @@ def _check_index(
         entry = checkpoint.entries.get(tensor)
         if entry is None or entry.path.name != file:
             raise CheckpointError(
-                f"{path} says that tensor {tensor!r} is in {file}, but it is not"
+                f"{path} says that tensor {tensor!r} is in {file}, but it is not; "
+                "download or save the checkpoint again"
             )

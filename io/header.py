@@ -48,32 +48,34 @@ class FileStamp:
 def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
     """Parses the header of `path`; entries come in file order.
 
-    Raises CheckpointError naming the file and what is wrong with it.
+    Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
     try:
         with path.open("rb") as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
             prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{path} is {stamp.size_bytes} bytes long: too short to be a "
-                    "safetensors file; download or save it again"
-                )
             length = int.from_bytes(prefix, "little")
-            if length > min(MAX_HEADER_BYTES, stamp.size_bytes - 8):
+            if prefix == b"version ":
                 raise CheckpointError(
-                    f"{path} says its header has {length} bytes, but the file has "
-                    f"{stamp.size_bytes}: truncated or not a safetensors file"
+                    f"{path} is a pointer of Git LFS, not the file: run `git lfs pull`"
+                )
+            if len(prefix) < 8:
+                raise _broken(path, f"is too short: {stamp.size_bytes} bytes")
+            if length > min(MAX_HEADER_BYTES, stamp.size_bytes - 8):
+                raise _broken(
+                    path,
+                    f"says that its header has {length} bytes, but the file has "
+                    f"{stamp.size_bytes}: it is truncated or no safetensors file",
                 )
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} has a header that is no JSON: {error}") from None
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"has a header that is no JSON ({error})") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is no JSON object")
+        raise _broken(path, "has a header that is no JSON object")
     header.pop("__metadata__", None)
     entries = sorted(
         (_entry(path, 8 + length, name, value) for name, value in header.items()),
@@ -83,36 +85,56 @@ def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
     return stamp, tuple(entries)
 
 
+def _broken(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}; download, copy or save it again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON allows a name twice and Python keeps the last: which one is the lie?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands in it twice")
+    return found
+
+
 def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
-    where = f"{path}, tensor {name!r}"
-    try:
-        dtype_name, shape = value["dtype"], tuple(value["shape"])
-        start, end = value["data_offsets"]
-        sound = all(
-            isinstance(x, int) and not isinstance(x, bool) and x >= 0
-            for x in (*shape, start, end)
+    tensor = f"tensor {name!r}"
+    if not _is_sound(value):
+        raise _broken(path, f"has a malformed entry of {tensor}: {value!r}")
+    shape: tuple[int, ...] = tuple(value["shape"])
+    start, end = value["data_offsets"]
+    dtype_name = value["dtype"]
+    stored = STORED_DTYPES.get(dtype_name)
+    if stored is None or stored.torch is None:
+        known = ", ".join(key for key, found in STORED_DTYPES.items() if found.torch)
+        raise CheckpointError(
+            f"{path}, {tensor}: torch has no dtype {dtype_name}; save the checkpoint "
+            f"again in one of {known}"
         )
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{where}: malformed header entry {value!r}")
-    if dtype_name not in STORED_DTYPES:
-        known = ", ".join(STORED_DTYPES)
-        raise CheckpointError(f"{where}: unknown dtype {dtype_name!r}; known: {known}")
-    stored = STORED_DTYPES[dtype_name]
-    if stored.torch is None:
-        raise CheckpointError(f"{where}: torch has no dtype for {dtype_name}")
     bits = math.prod(shape) * stored.bits
     if end - start != bits // 8 or bits % 8:
-        raise CheckpointError(
-            f"{where}: {dtype_name} {list(shape)} takes {bits / 8:g} bytes, "
-            f"but its offsets {start}..{end} hold {end - start}"
+        raise _broken(
+            path,
+            f"contradicts itself: {tensor}, {dtype_name} {list(shape)}, takes "
+            f"{bits / 8:g} bytes, but its offsets {start}..{end} hold {end - start}",
         )
     if stored.packed > 1:
         if not shape or shape[-1] % stored.packed:
-            raise CheckpointError(f"{where}: {dtype_name} needs an even last dimension")
+            raise _broken(path, f"has {tensor} in {dtype_name} with an odd row")
         shape = (*shape[:-1], shape[-1] // stored.packed)
     return TensorEntry(name, stored.torch, shape, path, data_start + start, end - start)
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a header entry has the types that the format demands."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    return len(offsets) == 2 and all(type(x) is int and x >= 0 for x in shape + offsets)
 
 
 def _check_coverage(
@@ -123,21 +145,19 @@ def _check_coverage(
     position = data_start
     for entry in entries:
         if entry.offset < position:
-            raise CheckpointError(
-                f"{path}, tensor {entry.name!r} overlaps the tensor before it"
-            )
+            raise _broken(path, f"has tensor {entry.name!r} overlap the one before it")
         if entry.offset > position:
-            raise CheckpointError(
-                f"{path}: {entry.offset - position} bytes before tensor "
-                f"{entry.name!r} belong to no tensor"
+            raise _broken(
+                path,
+                f"has {entry.offset - position} bytes before tensor {entry.name!r} "
+                "that belong to no tensor",
             )
         position = entry.offset + entry.nbytes
     if position > size_bytes:
-        raise CheckpointError(
-            f"{path} is truncated: its header promises {position} bytes, the file has "
-            f"{size_bytes}; download or copy it again"
+        raise _broken(
+            path,
+            f"is truncated: its header promises {position} bytes, the file has "
+            f"{size_bytes}",
         )
     if position < size_bytes:
-        raise CheckpointError(
-            f"{path} has {size_bytes - position} bytes after its last tensor"
-        )
+        raise _broken(path, f"has {size_bytes - position} bytes after its last tensor")

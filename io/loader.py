@@ -2,6 +2,7 @@
 
 import mmap
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ class UnitLoad:
                 handle.wait()
         except PenstockError as error:
             raise type(error)(f"unit {self._unit_name!r}: {error}") from error
+        except Exception as error:
+            raise PenstockError(
+                f"unit {self._unit_name!r} cannot be made of what is stored: {error!r}"
+            ) from error
 
     def wait_quietly(self) -> None:
         """Waits until nothing writes into the slot any more."""
@@ -132,6 +137,8 @@ class Loader:
             try:
                 act()
             except BaseException as error:  # raised by whoever waits for the unit
+                # Whoever keeps the error must not keep the arena with it.
+                traceback.clear_frames(error.__traceback__)
                 handle.done(error)
             else:
                 handle.done()
@@ -150,6 +157,8 @@ class Loader:
     def _convert(self, conversion: Conversion, offset: int) -> None:
         recipe = conversion.recipe
         assert recipe.convert is not None, "only recipes with a function convert"
+        if not recipe.nbytes:
+            return
         stored = {
             entry.name: self._read(
                 Extent(entry.path, entry.offset, entry.nbytes), entry.dtype

@@ -6,13 +6,14 @@ import mmap
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from .errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
-from .extent import Extent, chunks
+from .extent import Extent, align_up, chunks
 from .handle import Handle
 from .header import FileStamp
 from .reader import ReaderStatistics
@@ -22,7 +23,7 @@ _ALIGNMENT = 4096  # every O_DIRECT file system accepts it; 512 would save < 8 K
 
 
 class ThreadReader:
-    """Reads in `num_threads` threads, in chunks of at most `chunk_bytes`.
+    """Reads in `num_threads` threads, in chunks of `chunk_bytes` (made whole pages).
 
     preadv drops the GIL and O_DIRECT leaves the copying to the device, so reading
     costs compute next to nothing. A file system that refuses O_DIRECT is read through
@@ -42,7 +43,7 @@ class ThreadReader:
         direct: bool,
     ) -> None:
         self._stamps = stamps
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = align_up(chunk_bytes, _ALIGNMENT)
         self._direct = direct
         self._jobs: queue.SimpleQueue[tuple[Extent, memoryview, Handle] | None] = (
             queue.SimpleQueue()
@@ -69,6 +70,7 @@ class ThreadReader:
     def submit(self, extent: Extent, buffer: memoryview) -> Handle:
         if self._is_closed:
             raise ClosedError("this reader is closed; load the model again")
+        assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
         parts = list(chunks(extent, max_chunk_bytes=self._chunk_bytes))
         handle = Handle(len(parts))
         for part in parts:
@@ -114,6 +116,8 @@ class ThreadReader:
             try:
                 self._read(extent, buffer)
             except BaseException as error:  # the waiter raises it, on its own thread
+                # Whoever keeps the error must not keep the buffer with it.
+                traceback.clear_frames(error.__traceback__)
                 handle.done(error)
             else:
                 handle.done()

@@ -2,7 +2,7 @@
 stand-ins back before its bytes are reused."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,6 +44,11 @@ class Binding:
             for name, where in places.items()
             for place in where
         }
+        self._names = {
+            (id(place.module._parameters), place.key): name
+            for name, where in places.items()
+            for place in where
+        }
         self._places_of_site = [
             {
                 name: [
@@ -56,6 +61,10 @@ class Binding:
             }
             for site in found.sites
         ]
+
+    def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
+        """The name of the tensor that a module's `parameters` hold under `key`."""
+        return self._names[id(parameters), key]
 
     def units_of_site(self, site: int) -> tuple[int, ...]:
         return self._units_of_site[site]

@@ -86,7 +86,7 @@ def build(
         model,
         policy,
         found,
-        nbytes=nbytes,
+        recipes=recipes,
         arena=arena,
         reader=reader,
         loader=loader,

@@ -12,6 +12,7 @@ from ..io.arena import Arena
 from ..io.errors import FaultError
 from ..io.loader import Loader
 from ..io.reader import Reader
+from ..io.recipe import Recipe
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
 from ..scheduler.module_state import ModuleState
@@ -40,7 +41,7 @@ class Engine:
         policy: Policy,
         found: Found,
         *,
-        nbytes: Mapping[str, int],
+        recipes: Mapping[str, Recipe],
         arena: Arena,
         reader: Reader,
         loader: Loader,
@@ -54,7 +55,7 @@ class Engine:
         self.model = model
         self.policy = policy
         self.found = found
-        self._nbytes = nbytes
+        self.recipes = recipes
         self._arena = arena
         self._reader = reader
         self._loader = loader
@@ -130,6 +131,26 @@ class Engine:
         self._sweeps.append(sweep)
         return sweep
 
+    def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
+        """The name of the tensor that a module's `parameters` hold under `key`."""
+        return self._binding.name_of(parameters, key)
+
+    def note(self, fallback: str) -> None:
+        """Announces, once, something that could not be had as asked."""
+        if fallback not in self._fallbacks:
+            self._fallbacks.append(fallback)
+            _log.warning(fallback)
+
+    @property
+    def first_unit_at(self) -> float | None:
+        """When the first site began to compute (`time.perf_counter`), if any did."""
+        return self._gate.first_visit_at
+
+    @property
+    def pass_fraction(self) -> float:
+        """How far the current pass over the weights is, 0 to 1."""
+        return self._gate.fraction
+
     def statistics(self) -> Statistics:
         working_set = self._working_set.statistics()
         reader = self._reader.statistics()
@@ -139,8 +160,8 @@ class Engine:
             for unit in working_set.resident_units
             for name in self.found.units[unit].tensors
         }
-        on_device = sum(self._nbytes[name] for name in resident)
-        total = sum(self._nbytes.values())
+        on_device = sum(self.recipes[name].nbytes for name in resident)
+        total = sum(recipe.nbytes for recipe in self.recipes.values())
         return Statistics(
             model_bytes=total,
             device_memory_bytes=working_set.capacity_bytes,

@@ -42,6 +42,7 @@ def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     model_class = _model_class(config, checkpoint.folder)
     model_dtype = _choose_dtype(config, checkpoint, dtype)
     _set_dtype(config, model_dtype)
+    config.name_or_path = str(checkpoint.folder)
     model = _on_meta(model_class, config, model_dtype)
     recipes = make_recipes(model, checkpoint, model_dtype)
     _finish(model, recipes, checkpoint)

@@ -103,6 +103,9 @@ class Policy(_Section):
     tokens_in_flight: PositiveInt = 4096
     """Tokens that share one pass over the weights, when scoring: enough of them make
     streaming free."""
+    logits_memory: Bytes = 64 << 20
+    """Bytes of logits (with their float32 copies) that exist at one time, when scoring:
+    the head runs in chunks of as many positions."""
     lookahead: Annotated[int, Field(ge=0, le=8)] = 2
     """Sites whose units are prefetched while one computes."""
     gather_rows: Bytes = 32 << 20

@@ -30,6 +30,7 @@ class Gate:
         self.order = order
         self.num_passes = 0
         self.compute_seconds = 0.0
+        self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._turn = threading.RLock()
         self._sweep: Sweep | None = None
@@ -37,6 +38,11 @@ class Gate:
         self._position: int | None = None
         self._plain: list[int] = []
         self._plain_started = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """How far through its sites the current pass is, 0 to 1."""
+        return self.order.fraction(self._position)
 
     def before(self, site: int) -> None:
         """Returns when `site` may run; called by its forward pre-hook."""
@@ -57,6 +63,8 @@ class Gate:
     def visit(self, site: int, waiting: set[int]) -> None:
         """Opens `site` for as long as the caller stays inside, and looks ahead."""
         self.doors.enter(site)
+        if self.first_visit_at is None:
+            self.first_visit_at = time.perf_counter()
         if not self.order.is_ahead(self._position, site):
             self.num_passes += 1
         self._position = site

@@ -66,6 +66,12 @@ class Order:
             found.append(here)
         return tuple(found)
 
+    def fraction(self, site: int | None) -> float:
+        """How much of a pass lies before `site`, 0 to 1."""
+        if site not in self._sequence or not self._num_sites:
+            return 0.0
+        return self._sequence.index(site) / self._num_sites
+
     def is_ahead(self, position: int | None, site: int) -> bool:
         """Whether going from `position` to `site` stays in the same pass. A site that
         runs several times in a row (a shared layer) does not end it."""

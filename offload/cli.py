@@ -1,0 +1,182 @@
+"""The command line: `penstock score`, `penstock verify`."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ..io.errors import PenstockError
+from .policy import Policy
+
+ROWS_WITH_ERRORS = 1
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="penstock",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Runs transformers that do not fit into memory: weights are streamed from the
+checkpoint's own files while many micro-batches run through each layer that is there.
+
+Exit codes: **0** all rows done, **1** rows with errors, **2** bad usage or bad input
+file, **3** the machine cannot do it (and what would).""",
+)
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a Hugging Face checkpoint: config.json, *.safetensors, and the "
+        "tokenizer's files."
+    ),
+]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option("--policy", help="YAML file that says how to stream the model."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Sets one key of the policy, such as device_memory=2GiB, dtype=float32 or "
+        "io.threads=4. Repeatable; wins over the file.",
+    ),
+]
+
+
+@app.callback()
+def _callback() -> None:
+    """Quiets what transformers says on its own."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@app.command()
+def score(
+    model: Model,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help='JSONL: a row is {"id", "text"} or {"id", "prompt", "completion"}.',
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help='JSONL: {"id", "logprob", "tokens", "perplexity"} or {"id", "error"} '
+            "for each row, in the input's order.",
+        ),
+    ],
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.json: speed, bytes, what bound the run."),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Score texts longer than the model's context in windows of so many "
+            "tokens. Without it such a row is an error."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens by which windows advance (default: half a window)."),
+    ] = None,
+) -> None:
+    """Log-probability of each text (or completion) under a causal language model.
+
+    Example: `penstock score ./llama-3b texts.jsonl -o scores.jsonl --set
+    device_memory=1GiB --report out/`
+    """
+    from .job import ScoreJob
+    from .show import report_table
+
+    console = Console(stderr=True)
+    job = ScoreJob(
+        model, source, output, _policy(policy, settings), report, window, stride
+    )
+    try:
+        result = job.run(console)
+    except KeyboardInterrupt:
+        _say(f"interrupted: the results so far are in {output}.partial")
+        raise typer.Exit(INTERRUPTED) from None
+    if console.is_terminal:
+        console.print(report_table(result, f"{output}"))
+    if result["rows_failed"]:
+        _say(f"{result['rows_failed']} of {result['rows']} rows failed: see {output}")
+        raise typer.Exit(ROWS_WITH_ERRORS)
+
+
+@app.command()
+def verify(model: Model, policy: PolicyFile = None, settings: Settings = None) -> None:
+    """Streamed against resident, unit by unit, bit for bit, on a few tokens.
+
+    Says which weights are used outside of their module's forward, too. Exit code 1
+    when anything differs.
+    """
+    from .verify import verify as run
+
+    result = run(model, _policy(policy, settings))
+    print(
+        f"{len(result.sites_run)} of {result.num_sites} sites run, "
+        f"{result.num_tensors} tensors compared with {result.reference}"
+    )
+    for name, count in result.faults.items():
+        print(f"fault: {name} is used outside of its module's forward ({count}x)")
+    for difference in result.differences:
+        print(f"DIFFERS: {difference}")
+    print("equal, bit for bit" if result.is_equal else "NOT EQUAL")
+    if not result.is_equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def policy(
+    file: PolicyFile = None,
+    settings: Settings = None,
+    schema: Annotated[
+        bool, typer.Option(help="Print the JSON schema of policy files instead.")
+    ] = False,
+) -> None:
+    """Prints the policy that a file and settings make, defaults and all, as JSON."""
+    chosen = _policy(file, settings)
+    value: Any = Policy.model_json_schema() if schema else chosen.model_dump()
+    print(json.dumps(value, indent=2))
+
+
+def _policy(path: Path | None, settings: list[str] | None) -> Policy:
+    chosen = Policy() if path is None else Policy.from_yaml(path)
+    return chosen.with_settings(settings or [])
+
+
+def _say(message: str) -> None:
+    print(f"penstock: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point. A user's mistake is one sentence, never a traceback."""
+    handler = RichHandler(
+        console=Console(stderr=True), show_time=False, show_path=False
+    )
+    logger = logging.getLogger("penstock")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        app()
+    except PenstockError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)

@@ -1,0 +1,41 @@
+"""Numbers as a person reads them, and the tables they stand in."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def human_bytes(nbytes: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def report_table(report: dict[str, Any], title: str) -> Table:
+    """The report's main figures, and what bound the run."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    failed = f" ({report['rows_failed']} failed)" if report["rows_failed"] else ""
+    weights = report["bytes_by_tier"]
+    table.add_row("rows", f"{report['rows']:,}{failed}")
+    table.add_row("tokens", f"{report['tokens']:,}")
+    table.add_row("tokens/s", f"{report['tokens_per_second']:,.1f}")
+    table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
+    table.add_row("weights", human_bytes(report["model_bytes"]))
+    table.add_row("  streamed", human_bytes(weights["disk"]))
+    table.add_row("  resident", human_bytes(weights["device"]))
+    table.add_row("passes", f"{report['passes']}")
+    table.add_row("bytes read", human_bytes(report["bytes_read"]["disk"]))
+    table.add_row("working set", human_bytes(report["peak_device_bytes"]))
+    table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
+    table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")
+    table.add_row("bound by", report["bound_by"])
+    for fallback in report["fallbacks"]:
+        table.add_row("fallback", fallback)
+    for name, count in report["faults"].items():
+        table.add_row("fault", f"{name} ({count}x)")
+    return table

@@ -1,0 +1,234 @@
+"""Is the streamed model the resident one? Compared unit by unit, bit for bit.
+
+A few tokens are run through the streamed model. Whenever a site has run, its weights
+are compared with the same weights loaded in another way, and the site is run again on
+the same inputs with those: outputs must be equal to the last bit.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..io.errors import UsageError
+from ..io.recipe import Recipe
+from .engine import Engine
+from .memory import available_bytes
+from .model import engine_of, load, unwrap
+from .policy import Policy
+
+Reference = Callable[[str], torch.Tensor]
+"""The tensor of a name in the model, by a way that is not the streamed one."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was compared, and what differed."""
+
+    reference: str
+    """Where the resident weights came from."""
+    num_sites: int = 0
+    sites_run: set[str] = field(default_factory=set)
+    num_tensors: int = 0
+    differences: list[str] = field(default_factory=list)
+    faults: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.differences and bool(self.sites_run)
+
+
+def verify(
+    path: str | Path,
+    policy: Policy | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Verification:
+    """Compares the checkpoint in `path`, streamed under `policy`, with the resident
+    one: all of it where it fits into memory, else one unit at a time. `inputs` are
+    keyword arguments of the model's forward; by default a few made-up ones.
+
+    Raises PenstockError for what cannot be loaded; differences are in the result.
+    """
+    model = load(path, policy)
+    try:
+        engine = engine_of(model)
+        inputs = inputs or sample_inputs(model)
+        fits = 2 * engine.statistics().model_bytes < available_bytes()
+        resident = _resident(model, path) if fits else None
+        name = "transformers' own loading" if fits else "safetensors, unit by unit"
+        result = Verification(name, num_sites=len(engine.found.sites))
+        reference = (
+            _from_model(resident, engine)
+            if resident is not None
+            else _from_files(engine)
+        )
+        with torch.inference_mode(), _comparing(engine, reference, result):
+            streamed = model(**inputs)
+            if resident is not None:
+                _compare_outputs("the model", streamed, resident(**inputs), result)
+        result.faults = engine.statistics().faults
+        return result
+    finally:
+        unwrap(model)
+
+
+def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """A few tokens, or a picture, such as the model's forward takes. Raises UsageError
+    for a model that takes neither alone."""
+    if model.main_input_name == "pixel_values":
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        return {
+            "pixel_values": torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+        }
+    text = model.config.get_text_config()
+    if model.main_input_name != "input_ids" or not hasattr(text, "vocab_size"):
+        raise UsageError(
+            f"{type(model).__name__} takes {model.main_input_name!r}: give inputs for "
+            "it to penstock.offload.verify.verify in Python"
+        )
+    vocabulary = int(text.vocab_size)
+    ids = torch.arange(14).view(2, 7) * 7 % max(vocabulary - 1, 1)
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :5]
+    return inputs
+
+
+class _comparing:
+    """Hooks every site so that what it did is checked before its units are gone."""
+
+    def __init__(
+        self, engine: Engine, reference: Reference, result: Verification
+    ) -> None:
+        self._engine = engine
+        self._reference = reference
+        self._result = result
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for site in self._engine.found.sites:
+            self._watch(site.name, site.module)
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        given: list[tuple[Any, Any]] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append(tree_map(_own, (args, kwargs)))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._check(name, module, *given.pop(), output)
+
+        self._hooks += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True, prepend=True),
+        ]
+
+    def _check(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        result = self._result
+        result.sites_run.add(name)
+        streamed = list(_parameters(module))
+        for store, key, parameter in streamed:
+            tensor_name = self._engine.name_of(store, key)
+            expected = self._reference(tensor_name)
+            result.num_tensors += 1
+            if not _same_bits(parameter, expected):
+                result.differences.append(f"weights of {tensor_name}")
+            store[key] = nn.Parameter(expected, requires_grad=False)
+        try:
+            again = module.forward(*args, **kwargs)
+        finally:
+            for store, key, parameter in streamed:
+                store[key] = parameter
+        _compare_outputs(name, output, again, result)
+
+
+def _own(value: Any) -> Any:
+    """A copy of an argument that the site may write to (hidden states, a cache)."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    is_data = hasattr(value, "__dict__") and not callable(value)
+    return copy.deepcopy(value) if is_data else value
+
+
+def _parameters(
+    module: nn.Module,
+) -> Iterator[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                yield part._parameters, key, parameter
+
+
+def _compare_outputs(
+    name: str, streamed: Any, resident: Any, result: Verification
+) -> None:
+    pairs = zip(tree_leaves(streamed), tree_leaves(resident), strict=True)
+    for one, other in pairs:
+        if isinstance(one, torch.Tensor) and not _same_bits(one, other):
+            result.differences.append(f"output of {name}")
+            return
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(a, b)
+
+
+def _resident(model: Any, path: str | Path) -> Any:
+    kind: Any = type(model).__mro__[1]
+    loaded = kind.from_pretrained(path, dtype=model.config.dtype)
+    return loaded.train(False)
+
+
+def _from_model(resident: Any) -> Reference:
+    tensors = dict(resident.named_parameters(remove_duplicate=False))
+    return lambda name: tensors[name].detach()
+
+
+def _from_files(engine: Engine) -> Reference:
+    """Straight from the files by the safetensors library, one tensor at a time."""
+
+    def reference(name: str) -> torch.Tensor:
+        recipe = engine.recipes[name]
+        if recipe.convert is not None:
+            stored = {
+                entry.name: _stored(entry.path, entry.name) for entry in recipe.entries
+            }
+            return recipe.convert(stored).to(recipe.dtype)
+        return _assembled(recipe)
+
+    return reference
+
+
+def _assembled(recipe: Recipe) -> torch.Tensor:
+    flat = torch.empty(torch.Size(recipe.shape).numel(), dtype=recipe.dtype)
+    for piece in recipe.pieces:
+        source = piece.source.on(
+            _stored(piece.entry.path, piece.entry.name).reshape(-1)
+        )
+        piece.target.on(flat).copy_(source)
+    return flat.view(recipe.shape)
+
+
+def _stored(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor

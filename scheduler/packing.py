@@ -1,0 +1,46 @@
+"""Rows of different lengths into micro-batches of similar lengths. Pure."""
+
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], *, max_tokens: int) -> tuple[tuple[int, ...], ...]:
+    """Groups rows (by index) so that each group, padded to its longest row, has at most
+    `max_tokens` tokens; a longer row gets a group of its own. Longest rows first: what
+    needs most memory is met at once, and the short ones fill the end.
+
+    Rows of one length share groups first, so padding is least.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"a micro-batch of {max_tokens} tokens holds nothing")
+    groups: list[tuple[int, ...]] = []
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if group and (len(group) + 1) * lengths[group[0]] > max_tokens:
+            groups.append(tuple(group))
+            group = []
+        group.append(row)
+    if group:
+        groups.append(tuple(group))
+    return tuple(groups)
+
+
+def spans(length: int, first: int, *, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Cuts a row of `length` tokens into windows of at most `window`.
+
+    Returns (start, end, scored): tokens `start` to `end` are run, those from `scored`
+    on (absolute) are scored in this window. Every token from `first` (at least 1: the
+    first has no past) is scored exactly once, with at least `window - stride` tokens
+    of context where the row has them.
+    """
+    if not 0 < stride < window:
+        raise ValueError(f"a stride of {stride} must be between 1 and {window - 1}")
+    found = []
+    scored = max(first, 1)
+    end = min(length, window)
+    while True:
+        if end > scored:
+            found.append((max(0, end - window), end, scored))
+            scored = end
+        if end >= length:
+            return found
+        end = min(length, end + stride)

@@ -1,0 +1,129 @@
+"""What all tests share: one thread, no progress bars, and a watch on what is left."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+# Before anything imports them.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from checkpoints import random_tensor, write_checkpoint
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,  # no_leaks watches all examples as one
+        HealthCheck.too_slow,
+    ],
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+class _WatchedMap(mmap.mmap):
+    """A mapping that is counted for as long as it is mapped."""
+
+    alive: weakref.WeakSet[_WatchedMap] = weakref.WeakSet()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _WatchedMap:
+        self = super().__new__(cls, *args, **kwargs)
+        cls.alive.add(self)
+        return self
+
+
+def mapped_bytes() -> int:
+    """Bytes mapped by this process's `mmap.mmap` objects made under `no_leaks`: those
+    not closed, or closed by nobody yet since a view of them lives."""
+    return sum(len(found) for found in list(_WatchedMap.alive) if not found.closed)
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the one that listed the folder
+    return found
+
+
+def _threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("penstock-")}
+
+
+@pytest.fixture
+def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that leaves a thread, a file descriptor or a mapping behind.
+
+    What only waits for the garbage collector is no leak, but is collected here.
+    """
+    monkeypatch.setattr(mmap, "mmap", _WatchedMap)
+    threads, descriptors, nbytes = _threads(), _descriptors(), mapped_bytes()
+
+    def left() -> dict[str, Any]:
+        now = _descriptors().items() - descriptors.items()
+        return {
+            "threads": {thread.name for thread in _threads() - threads},
+            "descriptors": {number: target for number, target in now},
+            "mapped bytes": max(mapped_bytes() - nbytes, 0),
+        }
+
+    yield
+    if any(left().values()):
+        gc.collect()
+    found = {what: value for what, value in left().items() if value}
+    assert not found, f"left behind: {found}"
+
+
+class TinyCheckpoint(Protocol):
+    """Writes random tensors of these dtypes and shapes; returns the folder."""
+
+    def __call__(
+        self,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        num_shards: int = 1,
+    ) -> Path: ...
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """Writes checkpoints of random bits, each into a folder of its own."""
+
+    def write(
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        num_shards: int = 1,
+    ) -> Path:
+        made = {
+            name: random_tensor(dtype, shape, seed=seed)
+            for seed, (name, (dtype, shape)) in enumerate(tensors.items())
+        }
+        folder = tmp_path_factory.mktemp("checkpoint")
+        return write_checkpoint(folder, made, num_shards=num_shards)
+
+    return write
+
+
+FolderFactory = Callable[[], Path]
+
+
+@pytest.fixture
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderFactory:
+    """Makes a new folder at each call: property tests need one for each example."""
+    return lambda: tmp_path_factory.mktemp("example")
