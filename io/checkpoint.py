@@ -105,7 +105,7 @@ def _is_file_name(name: object) -> bool:
         isinstance(name, str)
         and Path(name).name == name
         and name.endswith(".safetensors")
-        and len(name) < 256
+        and len(name.encode(errors="replace")) < 256
         and "\0" not in name
     )
 

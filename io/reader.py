@@ -27,7 +27,7 @@ class Reader(Protocol):
 
     def submit(self, extent: Extent, buffer: memoryview) -> Handle:
         """Starts reading `extent` into `buffer` (at least as long). A window may end
-        past the end of the file; what lies past it is left as it is.
+        past the end of the file; what stands there in the buffer is then undefined.
 
         The handle raises ReadError for an I/O error and CheckpointChangedError when
         the file is shorter than promised or no longer the one that was opened.

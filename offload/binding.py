@@ -19,6 +19,10 @@ class Binding:
     Parameters are built once for each offset that a unit ever stands at, outside of
     inference mode, and swapped into `_parameters` directly: a site of nine costs about
     a microsecond.
+
+    They require gradients as the resident model's do, because torch chooses kernels by
+    that (`matmul` folds differently) and the last bit would differ. Where gradients are
+    recorded they do not: streamed weights are gone by the time of a backward pass.
     """
 
     def __init__(
@@ -33,7 +37,7 @@ class Binding:
         self._places = places
         self._stand_ins = stand_ins
         self._arena = arena
-        self._built: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
         self._forever: set[str] = set()
         self._units_of_site = [
             tuple(u for u, unit in enumerate(found.units) if site in unit.sites)
@@ -97,7 +101,9 @@ class Binding:
 
     def bind_for_ever(self, unit: int, offset: int) -> None:
         """`unit` stays at `offset`: makes its tensors real wherever they are used."""
-        for name, tensor in self.tensors(unit, offset).items():
+        with torch.no_grad():  # it will still be there, whatever is recorded
+            tensors = self.tensors(unit, offset)
+        for name, tensor in tensors.items():
             self._forever.add(name)
             for place in self._places[name]:
                 store = place.module._buffers if place.is_buffer else None
@@ -108,11 +114,11 @@ class Binding:
 
     def tensors(self, unit: int, offset: int) -> dict[str, torch.Tensor]:
         """The tensors of `unit` as views of the arena at `offset`, by name."""
-        key = (unit, offset)
+        key = (unit, offset, torch.is_grad_enabled())
         if key not in self._built:
             with torch.inference_mode(False):
                 self._built[key] = {
-                    placed.name: self._build(placed, offset)
+                    placed.name: self._build(placed, offset, is_recorded=key[2])
                     for placed in self._layouts[unit].tensors
                 }
         return self._built[key]
@@ -130,7 +136,7 @@ class Binding:
                     place.module._parameters[place.key] = stand_in
         self._built.clear()
 
-    def _build(self, placed: Placed, offset: int) -> nn.Parameter:
+    def _build(self, placed: Placed, offset: int, *, is_recorded: bool) -> nn.Parameter:
         size = placed.dtype.itemsize
         numel = torch.Size(placed.shape).numel()
         if numel == 0:
@@ -138,4 +144,5 @@ class Binding:
         else:
             memory = self._arena.view(offset + placed.offset, numel * size)
             tensor = torch.frombuffer(memory, dtype=placed.dtype).view(placed.shape)
-        return nn.Parameter(tensor, requires_grad=False)
+        wants_grad = self._stand_ins[placed.name].requires_grad
+        return nn.Parameter(tensor, requires_grad=wants_grad and not is_recorded)

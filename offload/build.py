@@ -106,6 +106,7 @@ def build(
             torch.device(policy.device),
             touch=partial(engine.touch, name),
             gather=gatherer.gather if gatherer is not None else None,
+            requires_grad=_requires_grad(places[name][0]),
         )
     try:
         binding.poison_all()
@@ -139,6 +140,11 @@ def _places(
         if int(tensor) in by_tensor
     }
     return named, {name: recipes[name] for name in named}
+
+
+def _requires_grad(place: Place) -> bool:
+    parameter = place.module._parameters.get(place.key)
+    return parameter is not None and parameter.requires_grad
 
 
 def _gathered(

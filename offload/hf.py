@@ -49,7 +49,6 @@ def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     if model.can_generate() and (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.train(False)
-    model.requires_grad_(False)
     return Skeleton(model, recipes)
 
 

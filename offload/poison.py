@@ -44,11 +44,12 @@ class StreamedParameter(torch.Tensor):
         device: torch.device,
         touch: Callable[[], torch.Tensor],
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        requires_grad: bool = False,
     ) -> "StreamedParameter":
         # Outside of inference mode, or views of it would be inference tensors.
         with torch.inference_mode(False):
             self = torch.Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dtype, device=device, requires_grad=False
+                cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
             )
         self._name = name
         self._touch = touch

@@ -6,6 +6,7 @@ the same inputs with those: outputs must be equal to the last bit.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..io.errors import UsageError
 from ..io.recipe import Recipe
+from ..scheduler.module_state import ModuleState
 from .engine import Engine
 from .memory import available_bytes
 from .model import engine_of, load, unwrap
@@ -64,12 +66,16 @@ def verify(
         name = "transformers' own loading" if fits else "safetensors, unit by unit"
         result = Verification(name, num_sites=len(engine.found.sites))
         reference = (
-            _from_model(resident, engine)
-            if resident is not None
-            else _from_files(engine)
+            _from_model(resident) if resident is not None else _from_files(engine)
         )
         with torch.inference_mode(), _comparing(engine, reference, result):
-            streamed = model(**inputs)
+            try:
+                streamed = model(**inputs)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"{type(model).__name__} does not take the sample inputs "
+                    f"{', '.join(inputs)} ({error}): give it others in Python"
+                ) from error
             if resident is not None:
                 _compare_outputs("the model", streamed, resident(**inputs), result)
         result.faults = engine.statistics().faults
@@ -86,9 +92,11 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         shape = (1, getattr(config, "num_channels", 3), height, width)
-        return {
-            "pixel_values": torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
-        }
+        values = torch.linspace(-1, 1, torch.Size(shape).numel())
+        inputs = {"pixel_values": values.view(shape)}
+        if "input_ids" in inspect.signature(type(model).forward).parameters:
+            inputs["input_ids"] = torch.arange(2, 9)[None]
+        return inputs
     text = model.config.get_text_config()
     if model.main_input_name != "input_ids" or not hasattr(text, "vocab_size"):
         raise UsageError(
@@ -124,12 +132,18 @@ class _comparing:
 
     def _watch(self, name: str, module: nn.Module) -> None:
         given: list[tuple[Any, Any]] = []
+        states: list[ModuleState] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             given.append(tree_map(_own, (args, kwargs)))
+            states.append(ModuleState(module.modules()))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            state = states.pop()
+            state.learn()
+            kept = state.take()  # run again from where the first run began
             self._check(name, module, *given.pop(), output)
+            state.put(kept)
 
         self._hooks += [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -144,11 +158,14 @@ class _comparing:
         streamed = list(_parameters(module))
         for store, key, parameter in streamed:
             tensor_name = self._engine.name_of(store, key)
-            expected = self._reference(tensor_name)
+            with torch.inference_mode(False):  # as a resident model's weights are
+                resident = nn.Parameter(
+                    self._reference(tensor_name), requires_grad=parameter.requires_grad
+                )
             result.num_tensors += 1
-            if not _same_bits(parameter, expected):
+            if not _same_bits(parameter, resident):
                 result.differences.append(f"weights of {tensor_name}")
-            store[key] = nn.Parameter(expected, requires_grad=False)
+            store[key] = resident
         try:
             again = module.forward(*args, **kwargs)
         finally:

@@ -5,7 +5,7 @@ in time go to opposite ends, so that of any two units that fit together the seco
 always finds its bytes in one piece while the first is being read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -34,8 +34,9 @@ class Slots:
         return f"<Slots: {len(self._slots)}, {used}/{self.capacity} bytes>"
 
     def claim(self, unit: int, nbytes: int) -> Slot | None:
-        """Takes the smallest gap that holds `nbytes`, or returns None. Nothing that is
-        claimed ever moves."""
+        """Takes the smallest gap that holds `nbytes` (at least 1), or returns None.
+        Nothing that is claimed ever moves."""
+        assert nbytes > 0, f"unit {unit} has no bytes: nothing is to be claimed for it"
         gaps = [(end - start, start, end) for start, end in self._gaps()]
         fitting = [gap for gap in gaps if gap[0] >= nbytes]
         if not fitting:
@@ -75,12 +76,21 @@ class Slots:
 
     def largest_gap_beside(self, pinned: set[int]) -> int:
         """Bytes that could be had in one piece if only `pinned` units stayed."""
-        edges = [0]
-        for slot in self._slots:
-            if slot.unit in pinned:
-                edges += [slot.offset, slot.end]
-        edges.append(self.capacity)
-        return max(b - a for a, b in zip(edges[::2], edges[1::2], strict=True))
+        gaps = self._only(pinned)._gaps()
+        return max((end - start for start, end in gaps), default=0)
+
+    def fit_beside(self, pinned: set[int], sizes: Iterable[int]) -> bool:
+        """Whether slots of all these `sizes` could be had at once if only `pinned`
+        units stayed."""
+        trial = self._only(pinned)
+        return all(
+            trial.claim(-1, nbytes) is not None for nbytes in sorted(sizes)[::-1]
+        )
+
+    def _only(self, units: set[int]) -> "Slots":
+        kept = Slots(self.capacity)
+        kept._slots = [slot for slot in self._slots if slot.unit in units]
+        return kept
 
     def _gaps(self) -> list[tuple[int, int]]:
         gaps, position = [], 0

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from penstock.io.checkpoint import INDEX_FILE, SINGLE_FILE
 from safetensors.torch import save_file
+
+from penstock.io.checkpoint import INDEX_FILE, SINGLE_FILE
 
 SAVED_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -44,8 +45,8 @@ def random_tensor(
     nbytes = numel * dtype.itemsize
     bits = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
     if dtype is torch.bool:
-        return (bits % 2).view(torch.bool).reshape(*shape)
-    return bits.view(dtype).reshape(*shape)
+        return (bits % 2).view(torch.bool).reshape(tuple(shape))
+    return bits.view(dtype).reshape(tuple(shape))
 
 
 def random_floats(

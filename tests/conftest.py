@@ -7,9 +7,9 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 # Before anything imports them.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -18,8 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from checkpoints import random_tensor, write_checkpoint
 from hypothesis import HealthCheck, settings
+
+from checkpoints import random_tensor, write_checkpoint
 
 torch.set_num_threads(1)
 
@@ -38,7 +39,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 class _WatchedMap(mmap.mmap):
     """A mapping that is counted for as long as it is mapped."""
 
-    alive: weakref.WeakSet[_WatchedMap] = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet[_WatchedMap]] = weakref.WeakSet()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _WatchedMap:
         self = super().__new__(cls, *args, **kwargs)
@@ -66,11 +67,27 @@ def _threads() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith("penstock-")}
 
 
+_HAS_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[_HAS_FAILED] = report.failed
+    return report
+
+
 @pytest.fixture
-def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_leaks(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Fails a test that leaves a thread, a file descriptor or a mapping behind.
 
-    What only waits for the garbage collector is no leak, but is collected here.
+    What only waits for the garbage collector is no leak, but is collected here. A test
+    that has failed already is left in peace: its traceback keeps what it held.
     """
     monkeypatch.setattr(mmap, "mmap", _WatchedMap)
     threads, descriptors, nbytes = _threads(), _descriptors(), mapped_bytes()
@@ -84,6 +101,8 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         }
 
     yield
+    if request.node.stash.get(_HAS_FAILED, False):
+        return
     if any(left().values()):
         gc.collect()
     found = {what: value for what, value in left().items() if value}
@@ -118,12 +137,3 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return write_checkpoint(folder, made, num_shards=num_shards)
 
     return write
-
-
-FolderFactory = Callable[[], Path]
-
-
-@pytest.fixture
-def new_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderFactory:
-    """Makes a new folder at each call: property tests need one for each example."""
-    return lambda: tmp_path_factory.mktemp("example")

@@ -50,8 +50,6 @@ def make(peer: str, python: str) -> bool:
     subprocess.run([python, "-m", "venv", str(env)], check=True)
     # DeepSpeed comes as source: its setup is told that there is no GPU to build for.
     variables = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    # The ops belong in the environment, wherever else torch may be told to keep them.
-    variables.pop("TORCH_EXTENSIONS_DIR", None)
     interpreter = str(environment_python(peer))
     subprocess.run(
         [interpreter, "-m", "pip", "install", "-q", "-r", str(requirements(peer))],

@@ -34,10 +34,8 @@ def set_environment() -> None:
         LOCAL_SIZE="1",
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-    )
-    # The compiled ops live in the environment, where make_envs.py built them.
-    os.environ.setdefault(
-        "TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions"))
+        # The compiled ops live in the environment, where make_envs.py built them.
+        TORCH_EXTENSIONS_DIR=str(Path(sys.prefix, "torch_extensions")),
     )
     # ninja is the environment's own, which is not on the path unless activated.
     os.environ["PATH"] = f"{Path(sys.prefix, 'bin')}:{os.environ.get('PATH', '')}"
