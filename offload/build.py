@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from ..io.errors import DoesNotFitError
 from ..io.extent import align_down
 from ..io.layout import Layout, layout
 from ..io.loader import Loader
+from ..io.reader import Reader
 from ..io.recipe import Recipe
 from ..io.threads import ThreadReader
 from ..scheduler.doors import Doors, Site
@@ -21,7 +23,7 @@ from ..scheduler.order import Order
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .engine import Engine
-from .memory import available_bytes
+from .memory import HeapTrimmer, available_bytes
 from .poison import StreamedParameter
 from .policy import Policy
 from .rows import RowGatherer
@@ -47,53 +49,32 @@ def build(
     capacity = _capacity(policy, nbytes)
     found, layouts = _divide(model, places, recipes, nbytes, gathered, capacity, policy)
     fallbacks = _check_budget(found, layouts, capacity)
-    arena = Arena(capacity)
-    reader = ThreadReader(
-        checkpoint.stamps,
-        num_threads=policy.io.threads,
-        chunk_bytes=policy.io.chunk,
-        direct=policy.io.direct,
-    )
-    loader = Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
+    tiers = _open(checkpoint, layouts, capacity, policy)
     gatherers = {
         name: RowGatherer(
             recipes[name],
-            reader,
+            tiers.reader,
             buffer_bytes=policy.io.bounce,
-            max_gap_bytes=reader.alignment,
+            max_gap_bytes=tiers.reader.alignment,
         )
         for name in gathered
     }
-    working_set = WorkingSet(
-        [plan.nbytes for plan in layouts],
-        names=[unit.name for unit in found.units],
-        capacity=capacity,
-        load=loader.load,
-        needed=frozenset(
-            index
-            for index, unit in enumerate(found.units)
-            if unit.sites or unit.is_resident
-        ),
-    )
     stand_ins: dict[str, torch.Tensor] = {}
-    binding = Binding(found, layouts, places, stand_ins, arena)
-    sites = [
-        Site(site.name, binding.units_of_site(index))
-        for index, site in enumerate(found.sites)
-    ]
-    doors = Doors(sites, working_set, bind=binding.bind, unbind=binding.unbind)
+    binding = Binding(found, layouts, places, stand_ins, tiers.arena)
+    working_set = _working_set(found, layouts, capacity, tiers.loader)
+    doors = _doors(found, working_set, binding)
     engine = Engine(
         model,
         policy,
         found,
         recipes=recipes,
-        arena=arena,
-        reader=reader,
-        loader=loader,
+        arena=tiers.arena,
+        reader=tiers.reader,
+        loader=tiers.loader,
         working_set=working_set,
         binding=binding,
         doors=doors,
-        gate=Gate(doors, Order(len(sites)), lookahead=policy.lookahead),
+        gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
         gatherers=tuple(gatherers.values()),
         fallbacks=fallbacks,
     )
@@ -115,6 +96,58 @@ def build(
         engine.close()
         raise
     return engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiers:
+    arena: Arena
+    reader: Reader
+    loader: Loader
+
+
+def _open(
+    checkpoint: Checkpoint, layouts: list[Layout], capacity: int, policy: Policy
+) -> _Tiers:
+    arena = Arena(capacity)
+    reader = ThreadReader(
+        checkpoint.stamps,
+        num_threads=policy.io.threads,
+        chunk_bytes=policy.io.chunk,
+        direct=policy.io.direct,
+    )
+    return _Tiers(
+        arena, reader, Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
+    )
+
+
+def _working_set(
+    found: Found, layouts: list[Layout], capacity: int, loader: Loader
+) -> WorkingSet:
+    return WorkingSet(
+        [plan.nbytes for plan in layouts],
+        names=[unit.name for unit in found.units],
+        capacity=capacity,
+        load=loader.load,
+        needed=frozenset(
+            index
+            for index, unit in enumerate(found.units)
+            if unit.sites or unit.is_resident
+        ),
+    )
+
+
+def _doors(found: Found, working_set: WorkingSet, binding: Binding) -> Doors:
+    trim = HeapTrimmer()
+
+    def bind(site: int, offsets: tuple[int, ...]) -> None:
+        trim()  # the site before this one has freed its activations
+        binding.bind(site, offsets)
+
+    sites = [
+        Site(site.name, binding.units_of_site(index))
+        for index, site in enumerate(found.sites)
+    ]
+    return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
 
 
 def _places(
@@ -183,7 +216,8 @@ def _divide(
     capacity: int,
     policy: Policy,
 ) -> tuple[Found, list[Layout]]:
-    """Blocks as they are, where two fit beside what is resident; finer where not."""
+    """Blocks as they are, where two fit beside what is resident; finer where not. What
+    cannot be divided (a head) may be larger."""
     limit = capacity
     while True:
         found = find(
@@ -199,19 +233,24 @@ def _divide(
                 unit.name,
                 [recipes[name] for name in unit.tensors],
                 alignment=ThreadReader.alignment,
-                max_gap_bytes=policy.io.max_gap,
+                # What is read once may take more reads; what stays, no gaps.
+                max_gap_bytes=0 if unit.is_resident else policy.io.max_gap,
             )
             for unit in found.units
         ]
-        resident, largest = _needs(found, layouts)
-        if resident + 2 * largest <= capacity or limit <= 1:
+        resident, by_site = _needs(found, layouts)
+        room = (capacity - resident) // 2
+        is_coarse = any(
+            nbytes > room and any(True for _ in site.module.children())
+            for site, nbytes in zip(found.sites, by_site, strict=True)
+        )
+        if not is_coarse or limit <= 1:
             return found, layouts
-        finer = min(limit, largest) * 3 // 4
-        limit = finer if finer > 4096 else 1
+        limit = max(1, min(room, limit * 3 // 4))
 
 
-def _needs(found: Found, layouts: list[Layout]) -> tuple[int, int]:
-    """Bytes of the resident units, and the most that any one site needs at once."""
+def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
+    """Bytes of the resident units, and those that each site needs at once."""
     resident = sum(
         plan.nbytes
         for unit, plan in zip(found.units, layouts, strict=True)
@@ -221,13 +260,14 @@ def _needs(found: Found, layouts: list[Layout]) -> tuple[int, int]:
     for unit, plan in zip(found.units, layouts, strict=True):
         for site in unit.sites:
             by_site[site] += plan.nbytes
-    return resident, max(by_site, default=0)
+    return resident, by_site
 
 
 def _check_budget(
     found: Found, layouts: list[Layout], capacity: int
 ) -> tuple[str, ...]:
-    resident, largest = _needs(found, layouts)
+    resident, by_site = _needs(found, layouts)
+    largest = max(by_site, default=0)
     least = resident + largest
     if least > capacity:
         raise DoesNotFitError(

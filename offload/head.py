@@ -56,7 +56,7 @@ class CausalScorer:
         tail = self._tail
 
         def logits_of(part: slice) -> torch.Tensor:
-            fields = {**outputs, "last_hidden_state": hidden[:, part]}
+            fields = {**outputs, "last_hidden_state": hidden[:, part].contiguous()}
             self._outputs.set(type(outputs)(**fields))
             logits = tail(input_ids=ids[:, part]).logits
             assert isinstance(logits, torch.Tensor)

@@ -1,5 +1,7 @@
 """How much memory there is and was used, by psutil and the kernel's own counters."""
 
+import ctypes
+import time
 from pathlib import Path
 
 import psutil
@@ -32,6 +34,25 @@ def peak_resident_bytes() -> int:
     except OSError:
         pass
     return int(psutil.Process().memory_info().rss)
+
+
+class HeapTrimmer:
+    """Gives freed activations back to the system, at most once in `seconds`.
+
+    Without it glibc keeps them in ever more broken pieces: 400 MiB after twenty layers
+    of a 1.1B model, for a percent of the time. Does nothing on other C libraries.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        self._seconds = seconds
+        self._last = 0.0
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def __call__(self) -> None:
+        now = time.perf_counter()
+        if self._trim is not None and now - self._last >= self._seconds:
+            self._trim(0)
+            self._last = time.perf_counter()
 
 
 def _number(path: str) -> int | None:

@@ -76,7 +76,7 @@ class IO(_Section):
     """Reads under way at once. Two keep one NVMe drive busy in large chunks."""
     chunk: Bytes = 8 << 20
     """Most bytes of one read."""
-    max_gap: Bytes = 256 << 10
+    max_gap: Bytes = 32 << 10
     """Tensors with at most so many foreign bytes between them are read as one."""
     bounce: Bytes = 4 << 20
     """Buffer, one each for two threads, of what is cast or assembled on its way in."""

@@ -38,6 +38,16 @@ class Doors:
         self._bind = bind
         self._unbind = unbind
         self._inside = [0] * len(sites)
+        self._offsets: list[tuple[int, ...]] = [()] * len(sites)
+        users: dict[int, set[int]] = {}
+        for index, site in enumerate(sites):
+            for unit in site.units:
+                users.setdefault(unit, set()).add(index)
+        self._sharing = [
+            frozenset().union(*(users[unit] for unit in site.units)) - {index}
+            for index, site in enumerate(sites)
+        ]
+        working_set.need_together(site.units for site in sites)
 
     @property
     def wait_seconds(self) -> float:
@@ -49,16 +59,15 @@ class Doors:
     def enter(self, site: int) -> None:
         """Opens the door if nobody is inside: waits for the units and binds them."""
         if self._inside[site] == 0:
-            offsets: list[int] = []
             units = self.sites[site].units
+            offsets = self._working_set.acquire_together(units)
             try:
-                for unit in units:
-                    offsets.append(self._working_set.acquire(unit))
-                self._bind(site, tuple(offsets))
+                self._bind(site, offsets)
             except BaseException:
-                for unit in units[: len(offsets)]:
+                for unit in units:
                     self._working_set.release(unit)
                 raise
+            self._offsets[site] = offsets
         self._inside[site] += 1
 
     def leave(self, site: int) -> None:
@@ -67,6 +76,9 @@ class Doors:
         if self._inside[site] == 0:
             try:
                 self._unbind(site)
+                for other in self._sharing[site]:
+                    if self._inside[other]:  # it still needs what both had bound
+                        self._bind(other, self._offsets[other])
             finally:
                 for unit in self.sites[site].units:
                     self._working_set.release(unit)
@@ -75,3 +87,13 @@ class Doors:
         """Starts loading what these sites will need, soonest first."""
         units = [unit for site in sites for unit in self.sites[site].units]
         self._working_set.prefetch(dict.fromkeys(units))
+
+    def shut(self) -> None:
+        """Closes whatever is open. Called when nobody can be inside any more: an
+        interrupt (Ctrl-C) may strike between any two lines and cut a `leave` off."""
+        if not any(self._inside) and not self._working_set.has_readers:
+            return
+        self._working_set.release_all()
+        for site in range(len(self.sites)):
+            self._inside[site] = 0
+            self._unbind(site)

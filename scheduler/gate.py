@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..io import handle
 from ..io.errors import PenstockError
 from .doors import Doors
 from .order import Order
 
 if TYPE_CHECKING:
-    from .sweep import Sweep
+    from .hub import Hub
 
 _POLL_SECONDS = 0.2
 _STUCK_POLLS = 10
@@ -33,10 +34,11 @@ class Gate:
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._turn = threading.RLock()
-        self._sweep: Sweep | None = None
+        self._sweep: Hub | None = None
         self._sweeping_thread = 0
         self._position: int | None = None
-        self._plain: list[int] = []
+        self._plain: list[tuple[int, int]] = []
+        """(thread, site) of the plain calls under way, outermost first."""
         self._plain_started = 0.0
 
     @property
@@ -57,18 +59,22 @@ class Gate:
         sweep = self._sweep
         if sweep is not None and sweep.is_running_here():
             sweep.depart(site)
-        elif self._plain and self._plain[-1] == site:
+        elif self._plain and self._plain[-1] == (threading.get_ident(), site):
             self._end_plain()
 
     def visit(self, site: int, waiting: set[int]) -> None:
         """Opens `site` for as long as the caller stays inside, and looks ahead."""
         self.doors.enter(site)
-        if self.first_visit_at is None:
-            self.first_visit_at = time.perf_counter()
-        if not self.order.is_ahead(self._position, site):
-            self.num_passes += 1
-        self._position = site
-        self.doors.expect(self.order.upcoming(site, waiting, self._lookahead))
+        try:
+            if self.first_visit_at is None:
+                self.first_visit_at = time.perf_counter()
+            if not self.order.is_ahead(self._position, site):
+                self.num_passes += 1
+            self._position = site
+            self.doors.expect(self.order.upcoming(site, waiting, self._lookahead))
+        except BaseException:
+            self.doors.leave(site)
+            raise
 
     def next_of(self, waiting: set[int]) -> int:
         """The site among `waiting` whose turn it is."""
@@ -93,60 +99,93 @@ class Gate:
             self.compute_seconds += time.perf_counter() - start
             self.compute_seconds -= self.doors.wait_seconds - waited
 
-    def start_sweep(self, sweep: "Sweep") -> None:
-        self._take_turn()
-        if self._sweep is not None:
-            self._turn.release()
-            raise PenstockError(
-                "a sweep over this model is under way: finish it before the next one"
-            )
-        self._sweep, self._sweeping_thread = sweep, threading.get_ident()
+    def rewind(self) -> None:
+        """Goes back to the earliest site that anybody waits at."""
+        self._position = None
 
-    def end_sweep(self) -> None:
-        self._sweep = None
-        self._turn.release()
+    def start_sweep(self, sweep: "Hub") -> None:
+        """Waits for the turn and keeps it until `end_sweep`."""
+        self._take_turn()
+        try:
+            if self._sweep is not None:
+                raise PenstockError(
+                    "a sweep over this model is under way: finish it before the next "
+                    "one"
+                )
+            self._close_all()
+            self._sweeping_thread = threading.get_ident()
+            self._sweep = sweep
+        except BaseException:
+            if self._sweep is not sweep:
+                self._turn.release()
+            raise
+
+    def end_sweep(self, sweep: "Hub") -> None:
+        """Lets others have their turn, if it was this sweep's."""
+        if self._sweep is sweep:
+            try:
+                self._close_all()
+            finally:
+                self._sweep = None
+                self._turn.release()
 
     def abandon_plain(self) -> None:
         """Closes what an interrupted plain call left open (no hook runs after an
         interrupt): called where the model's own forward begins."""
-        while self._plain and not (self._sweep and self._sweep.is_running_here()):
-            if not self._turn.acquire(blocking=False):
-                return  # another thread's, and alive
-            self._turn.release()
+        if self._sweep is None and self._turn.acquire(blocking=False):
+            try:  # else it is another thread's, and alive
+                self._close_all()
+            finally:
+                self._turn.release()
+
+    def _close_all(self) -> None:
+        """Called by who has the turn, outside of all sites."""
+        while self._plain:
             self._end_plain()
+        self.doors.shut()
 
     def _begin_plain(self, site: int) -> None:
         self._take_turn()
         try:
-            self.order.observe(self._position, site)
+            self.order.observe(self._position, site, is_repeat=True)
             self.visit(site, set())
+            self._plain.append((threading.get_ident(), site))
         except BaseException:
             self._turn.release()
             raise
-        self._plain.append(site)
         self._plain_started = time.perf_counter()
 
     def _end_plain(self) -> None:
         self.compute_seconds += time.perf_counter() - self._plain_started
         self._plain_started = time.perf_counter()
-        self.doors.leave(self._plain.pop())
-        self._turn.release()
+        try:
+            self.doors.leave(self._plain.pop()[1])
+        finally:
+            self._turn.release()
 
     def _take_turn(self) -> None:
         polls = 0
         while not self._turn.acquire(timeout=_POLL_SECONDS):
-            polls = polls + 1 if self._is_sweep_waiting_for_a_thread() else 0
+            polls = polls + 1 if self._is_waited_for() else 0
             if polls >= _STUCK_POLLS:
                 raise PenstockError(
-                    "a micro-batch of a sweep waits for this thread, which waits for "
-                    "the sweep: call the model from the micro-batch's own thread (a "
+                    "the thread that sweeps waits for this thread, which waits for the "
+                    "sweep: call the model from the micro-batch's own thread (a "
                     "streamer's thread cannot take part in a sweep)"
                 )
 
-    def _is_sweep_waiting_for_a_thread(self) -> bool:
-        """Whether a running micro-batch stands in a lock, a join or a queue."""
+    def _is_waited_for(self) -> bool:
+        """Whether the sweeping thread joins the caller's, or a micro-batch stands in
+        some lock, join or queue that the caller may have to do with."""
         sweep = self._sweep
-        if sweep is None or not sweep.is_running:
-            return False
         frame = sys._current_frames().get(self._sweeping_thread)
-        return frame is not None and frame.f_code.co_filename == threading.__file__
+        if sweep is None or frame is None:
+            return False
+        is_in_lock = False
+        while frame is not None and frame.f_code.co_filename == threading.__file__:
+            if frame.f_locals.get("self") is threading.current_thread():
+                return True
+            is_in_lock, frame = True, frame.f_back
+        # Not so if it waits for weights: those come by themselves.
+        is_load = frame is not None and frame.f_code.co_filename == handle.__file__
+        return is_in_lock and sweep.is_running and not is_load

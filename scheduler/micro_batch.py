@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -16,20 +17,23 @@ class MicroBatch:
     """Runs `work()` piece by piece: `start`, then `resume` until it `is_done`.
 
     Between pieces it keeps its own thread state, context variables, module state and
-    random state; the hub's (`hub_state`) are put back whenever it is not running.
+    random state; the hub's are put back whenever it is not running.
     """
 
     def __init__(
         self,
         index: int,
-        work: Callable[[], Any],
+        work: "partial[Any]",
         *,
         devices: tuple[str, ...],
         hub_state: ThreadState,
         module_state: ModuleState,
     ) -> None:
         self.index = index
+        self.num_arrivals = 0
+        """Sites that it came to so far."""
         self.last_site: int | None = None
+        self.visited: set[int] = set()
         self.inside: list[int] = []
         self.num_exits = 0
         self.value: Any = None
@@ -45,6 +49,11 @@ class MicroBatch:
     @property
     def is_done(self) -> bool:
         return bool(self._flow.dead)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it was started and did not end."""
+        return bool(self._flow)
 
     @property
     def is_current(self) -> bool:
@@ -63,6 +72,8 @@ class MicroBatch:
 
     def exit(self) -> None:
         """Unwinds what waits, `finally` and all, under its own state."""
+        if not self.is_alive:
+            return
         self._switch(
             self._state.resume, lambda: self._flow.throw(greenlet.GreenletExit)
         )
@@ -75,10 +86,11 @@ class MicroBatch:
 
     def held_bytes(self) -> int:
         """Bytes of activations that it keeps alive while it waits."""
-        return held_bytes(self._flow.gr_frame)
+        return held_bytes(self._flow.gr_frame, self._work)
 
     def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
         self._flow.parent = greenlet.getcurrent()
+        hub_values = self._module_state.take()
         self._hub_state.suspend()
         try:
             put_state()
@@ -86,6 +98,7 @@ class MicroBatch:
             go()
         finally:
             self._hub_state.resume()
+            self._module_state.put(hub_values)
 
     def _run(self) -> None:
         try:
@@ -95,4 +108,4 @@ class MicroBatch:
         except BaseException as error:  # the sweep's owner decides whose it is
             self.error = error
         finally:
-            self._module_state.put(())
+            self._module_state.look(self.index, self.last_site, None)

@@ -10,14 +10,16 @@ class Order:
     """Predicts the next site and chooses among those that somebody waits at.
 
     Before anything was seen, sites are expected in definition order. Every arrival
-    teaches: the sequence is the order of first arrivals, the successor of a site is
-    what followed it last. A prediction may be wrong; it costs a read, never a weight.
+    teaches: the sequence is the order in which micro-batches come to sites, the
+    successor of a site is what followed it last. A prediction may be wrong; it costs a
+    read, never a weight.
     """
 
     def __init__(self, num_sites: int) -> None:
         self._num_sites = num_sites
         self._sequence: list[int] = []
         self._successor: dict[int, int] = {}
+        self._last: set[int] = set()
 
     @property
     def first(self) -> int | None:
@@ -26,18 +28,32 @@ class Order:
             return self._sequence[0]
         return 0 if self._num_sites else None
 
-    def observe(self, previous: int | None, site: int) -> None:
-        """A micro-batch that came from `previous` (None: just started) is at `site`."""
+    def observe(self, previous: int | None, site: int, *, is_repeat: bool) -> None:
+        """A micro-batch that came from `previous` (None: just started) is at `site`,
+        where it was before (`is_repeat`: a loop, another pass) or was not."""
         if previous is not None:
             self._successor[previous] = site
-        if site not in self._sequence:
-            at = self._sequence.index(previous) + 1 if previous in self._sequence else 0
-            self._sequence.insert(at, site)
+        sequence = self._sequence
+        after = sequence.index(previous) if previous in sequence else -1
+        if site not in sequence:
+            # Who skips a block must not put what follows in front of that block.
+            at, start = after + 1, -1 if previous is None else previous
+            while at < len(sequence) and start < sequence[at] < site:
+                at += 1
+            sequence.insert(at, site)
+        elif not is_repeat and sequence.index(site) < after:
+            sequence.remove(site)  # so it comes later than it was thought to
+            sequence.insert(after, site)
+
+    def observe_end(self, last: int | None) -> None:
+        """A micro-batch ended after `last`: what is defined after it may never run."""
+        if last is not None:
+            self._last.add(last)
 
     def predict(self, site: int) -> int | None:
         """What followed `site` last, or what is defined after it; None if unknown."""
-        if site in self._successor:
-            return self._successor[site]
+        if site in self._successor or site in self._last:
+            return self._successor.get(site)
         following = site + 1
         unseen = following < self._num_sites and following not in self._sequence
         return following if unseen else None

@@ -24,7 +24,9 @@ def pack(lengths: Sequence[int], *, max_tokens: int) -> tuple[tuple[int, ...], .
     return tuple(groups)
 
 
-def spans(length: int, first: int, *, window: int, stride: int) -> list[tuple[int, int, int]]:
+def spans(
+    length: int, first: int, *, window: int, stride: int
+) -> list[tuple[int, int, int]]:
     """Cuts a row of `length` tokens into windows of at most `window`.
 
     Returns (start, end, scored): tokens `start` to `end` are run, those from `scored`

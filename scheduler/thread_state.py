@@ -2,7 +2,9 @@
 
 Grad mode, inference mode, autocast, function modes and the random generator belong to
 a thread, not to a greenlet. Left alone they leak from one micro-batch into the next,
-and killing one inside `inference_mode` would leave the caller in it.
+and killing one inside `inference_mode` would leave the caller in it. So do two things
+of the whole process that code sets for a while: the default dtype, and which attention
+kernels may be chosen (`sdpa_kernel`).
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ class _Settings:
 
     autocast: dict[str, tuple[bool, torch.dtype]]
     is_autocast_cached: bool
+    default_dtype: torch.dtype
+    attention: tuple[bool, ...]
     random: dict[str, torch.Tensor]
 
     @classmethod
@@ -36,6 +40,8 @@ class _Settings:
                 for device in devices
             },
             torch.is_autocast_cache_enabled(),
+            torch.get_default_dtype(),
+            _attention_kernels(),
             {device: _random_state(device) for device in devices},
         )
 
@@ -44,6 +50,10 @@ class _Settings:
             torch.set_autocast_enabled(device, is_enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.is_autocast_cached)
+        if torch.get_default_dtype() != self.default_dtype:
+            torch.set_default_dtype(self.default_dtype)
+        if _attention_kernels() != self.attention:
+            _set_attention_kernels(self.attention)
         for device, state in self.random.items():
             _set_random_state(device, state)
 
@@ -65,8 +75,9 @@ class ThreadState:
 
     def suspend(self) -> None:
         """Remembers what this flow sees and leaves the thread plain."""
-        self._settings = _Settings.current(self._devices)
+        # Modes first: nothing that follows is for them to see.
         self._dispatch_modes, self._function_modes = _take_modes()
+        self._settings = _Settings.current(self._devices)
         self._guard = _Guard(True)
         self._guard.__enter__()
         for device in self._devices:
@@ -97,7 +108,7 @@ def _take_modes() -> tuple[list[Any], list[Any]]:
     """Empties the thread's mode stacks; returns them from the bottom up."""
     dispatch, function = [], []
     while _get_current_dispatch_mode_stack():
-        dispatch.append(torch._C._pop_torch_dispatch_stack())
+        dispatch.append(torch._C._pop_torch_dispatch_stack(None))
     while _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         function.append(torch._C._pop_torch_function_stack())
     return dispatch[::-1], function[::-1]
@@ -108,6 +119,23 @@ def _put_modes(dispatch: list[Any], function: list[Any]) -> None:
         torch._C._push_on_torch_dispatch_stack(mode)
     for mode in function:
         torch._C._push_on_torch_function_stack(mode)
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
+
+
+def _set_attention_kernels(enabled: tuple[bool, ...]) -> None:
+    flash, mem_efficient, math, cudnn = enabled
+    torch._C._set_sdp_use_flash(flash)
+    torch._C._set_sdp_use_mem_efficient(mem_efficient)
+    torch._C._set_sdp_use_math(math)
+    torch._C._set_sdp_use_cudnn(cudnn)
 
 
 def _random_state(device: str) -> torch.Tensor:

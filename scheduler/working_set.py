@@ -42,6 +42,8 @@ class WorkingSetStatistics:
 class _Held:
     slot: Slot
     load: Load
+    wanted_at: int
+    """The `prefetch` that expected it last."""
     users: int = 0
     was_read: bool = False
     released_at: int = 0
@@ -50,9 +52,10 @@ class _Held:
 class WorkingSet:
     """Holds units of `sizes` bytes in an arena of `capacity` bytes.
 
-    `load(unit, offset)` starts a load and returns it. `needed` units must find room
-    whatever becomes resident (others are only ever loaded by a fault). All methods are
-    called by one thread at a time; loads run elsewhere.
+    `load(unit, offset)` starts a load and returns it; if it raises, nothing is under
+    way. `needed` units must find room whatever becomes resident (others are only ever
+    loaded by a fault). All methods are called by one thread at a time; loads run
+    elsewhere.
 
     A released unit stays until its bytes are needed. The one released last goes first:
     in a cyclic sweep it is needed again last, so a model that fits is read once and of
@@ -70,12 +73,13 @@ class WorkingSet:
     ) -> None:
         self._sizes = sizes
         self._names = names
-        self._needed = needed
+        self._needed = {(unit,) for unit in needed}
         self._load = load
         self._slots = Slots(capacity)
         self._held: dict[int, _Held] = {}
         self._resident: set[int] = set()
         self._clock = 0
+        self._num_prefetches = 0
         self._claimed = 0
         self._peak = 0
         self.wait_seconds = 0.0
@@ -85,54 +89,88 @@ class WorkingSet:
     def __repr__(self) -> str:
         return f"<WorkingSet: {sorted(self._held)} in {self._slots!r}>"
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether a unit that is not resident is being read."""
+        return any(
+            held.users and unit not in self._resident
+            for unit, held in self._held.items()
+        )
+
     def acquire(self, unit: int) -> int:
         """Waits until `unit` is there and returns its offset; it stays until as many
         `release`. Raises DoesNotFitError when what is in use leaves no room."""
+        return self.acquire_together((unit,))[0]
+
+    def acquire_together(self, units: Sequence[int]) -> tuple[int, ...]:
+        """`acquire` of all `units` or, when it raises, of none."""
         start = time.perf_counter()
-        held = self._find_or_load(unit)
-        held.users += 1
         try:
-            held.load.wait()
-        except BaseException:
-            held.users -= 1
-            if held.users == 0 and unit not in self._resident:
-                self._drop(unit)
-            raise
+            claimed = self._claim_all(units)
+            try:
+                for held in claimed:
+                    held.load.wait()
+            except BaseException:
+                self._give_up(units)
+                raise
         finally:
             self.wait_seconds += time.perf_counter() - start
-        held.was_read = True
-        return held.slot.offset
+        for held in claimed:
+            held.was_read = True
+        return tuple(held.slot.offset for held in claimed)
 
     def release(self, unit: int) -> None:
         """One reader of `unit` is done with it."""
+        if self._is_closed:
+            return  # closed under a reader: there is nothing left to give back
         held = self._held[unit]
         assert held.users > 0, f"unit {unit} was released more often than acquired"
         held.users -= 1
         self._clock += 1
         held.released_at = self._clock
 
+    def release_all(self) -> None:
+        """Nobody reads any more: forgets the readers that an interrupt cut off."""
+        for unit, held in self._held.items():
+            if unit not in self._resident:
+                held.users = 0
+
     def prefetch(self, units: Iterable[int]) -> None:
         """Starts loading `units`, soonest first, into bytes that nobody reads and
         nobody waits for; stops at the first that finds no such bytes."""
-        wanted = list(units)
+        wanted = [] if self._is_closed else list(units)
+        self._num_prefetches += 1
+        for unit in wanted:
+            if unit in self._held:
+                self._held[unit].wanted_at = self._num_prefetches
         for unit in wanted:
             if unit in self._held:
                 continue
             costs = {
                 other: self._cost(held)
                 for other, held in self._held.items()
-                if held.was_read and self._is_idle(other) and other not in wanted
+                if self._is_idle(other)
+                and other not in wanted
+                and (held.was_read or self._was_guessed_wrong(held))
             }
-            if self._claim_and_load(unit, costs) is None:
+            try:
+                if self._claim_and_load(unit, costs) is None:
+                    return
+            except Exception:  # raised again by the acquire that needs the unit
                 return
+
+    def need_together(self, groups: Iterable[tuple[int, ...]]) -> None:
+        """The units of each group are acquired at once: `keep` leaves room for that."""
+        self._needed.update(groups)
 
     def keep(self, unit: int) -> bool:
         """Makes `unit` (held already) resident: it is never thrown out again. Refuses,
-        returning False, where the largest other unit would no longer find room."""
+        returning False, where others that are needed would no longer find room."""
         pinned = self._resident | {unit}
-        others = [self._sizes[u] for u in self._needed - pinned]
-        if self._slots.largest_gap_beside(pinned) < max(others, default=0):
-            return False
+        for group in self._needed:
+            sizes = [self._sizes[other] for other in group if other not in pinned]
+            if not self._slots.fit_beside(pinned, sizes):
+                return False
         self._resident.add(unit)
         return True
 
@@ -155,23 +193,57 @@ class WorkingSet:
             held.load.wait_quietly()
         self._held.clear()
 
-    def _find_or_load(self, unit: int) -> _Held:
+    def _claim_all(self, units: Sequence[int]) -> list[_Held]:
         if self._is_closed:
             raise ClosedError("this model was closed; load it again to use it")
-        if (held := self._held.get(unit)) is not None:
-            return held
-        costs = {
-            other: self._cost(held)
-            for other, held in self._held.items()
-            if self._is_idle(other)
-        }
-        claimed = self._claim_and_load(unit, costs)
-        if claimed is None:
-            raise DoesNotFitError(self._why_not(unit))
-        return claimed
+        # What is here already first, so that the others do not throw it out.
+        order = sorted(units, key=lambda unit: unit not in self._held)
+        if not self._claim_each(order):
+            # Together they may fit where what one of them found in place, or what
+            # nobody reads, now stands in the way: start from an emptied arena.
+            for unit in [unit for unit in self._held if self._is_idle(unit)]:
+                self._evict(unit)
+            order = sorted(units, key=lambda unit: -self._sizes[unit])
+            if not self._claim_each(order):
+                raise DoesNotFitError(self._why_not(units))
+        return [self._held[unit] for unit in units]
+
+    def _claim_each(self, units: Sequence[int]) -> bool:
+        """Makes the caller a reader of each, or of none and returns False."""
+        taken: list[_Held] = []
+        try:
+            for unit in units:
+                held = self._held.get(unit) or self._claim_for_reading(unit)
+                if held is None:
+                    break
+                held.users += 1
+                taken.append(held)
+        finally:
+            if len(taken) < len(units):
+                for held in taken:
+                    held.users -= 1
+        return len(taken) == len(units)
+
+    def _claim_for_reading(self, unit: int) -> _Held | None:
+        idle = filter(self._is_idle, self._held)
+        costs = {other: self._cost(self._held[other]) for other in idle}
+        return self._claim_and_load(unit, costs)
+
+    def _give_up(self, units: Sequence[int]) -> None:
+        """Undoes an acquire whose loads failed: the next one loads anew."""
+        for unit in units:
+            held = self._held[unit]
+            held.users -= 1
+            if not held.was_read and self._is_idle(unit):
+                self._drop(unit)
 
     def _is_idle(self, unit: int) -> bool:
         return self._held[unit].users == 0 and unit not in self._resident
+
+    def _was_guessed_wrong(self, held: _Held) -> bool:
+        """Whether it was prefetched but for two visits nobody expected it any more: a
+        site that turned out not to run must not keep its bytes for ever."""
+        return held.wanted_at < self._num_prefetches - 1
 
     def _cost(self, held: _Held) -> int:
         """Of throwing a unit out: its bytes; among equals, the one released last goes;
@@ -184,29 +256,45 @@ class WorkingSet:
         slot = self._slots.claim(unit, nbytes)
         if slot is None:
             for other in self._slots.cheapest_room(nbytes, costs):
-                self._drop(other)
+                self._evict(other)
             slot = self._slots.claim(unit, nbytes)
             if slot is None:
                 return None
+        try:
+            load = self._load(unit, slot.offset)
+            held = self._held[unit] = _Held(slot, load, self._num_prefetches)
+        except Exception:  # not after an interrupt: something may be writing there
+            self._slots.release(slot)
+            raise
         self._claimed += nbytes
         self._peak = max(self._peak, self._claimed)
-        held = self._held[unit] = _Held(slot, self._load(unit, slot.offset))
         return held
 
+    def _evict(self, unit: int) -> None:
+        self._num_unused += not self._held[unit].was_read
+        self._drop(unit)
+
     def _drop(self, unit: int) -> None:
-        held = self._held.pop(unit)
-        if not held.was_read:
-            self._num_unused += 1
+        held = self._held[unit]
         # Nobody may write into these bytes once they are somebody else's.
         held.load.wait_quietly()
+        del self._held[unit]
         self._slots.release(held.slot)
         self._claimed -= held.slot.nbytes
 
-    def _why_not(self, unit: int) -> str:
-        used = sum(h.slot.nbytes for h in self._held.values() if h.users)
+    def _why_not(self, units: Sequence[int]) -> str:
+        in_use = {u for u, held in self._held.items() if held.users} - self._resident
+        used = sum(self._sizes[u] for u in in_use)
         kept = sum(self._sizes[u] for u in self._resident)
+        wanted = set(units) - in_use - self._resident
+        need = sum(self._sizes[u] for u in wanted)
+        least = need + used + kept
+        capacity = self._slots.capacity
+        if least <= capacity:  # room enough, but in pieces
+            largest = self._slots.largest_gap_beside(in_use | self._resident)
+            least = capacity + need - largest
+        names = " + ".join(repr(self._names[u]) for u in units)
         return (
-            f"{self._names[unit]!r} needs {self._sizes[unit]} bytes with {used} in "
-            f"use and {kept} resident, but the working set has {self._slots.capacity}; "
-            f"set device_memory to at least {self._sizes[unit] + used + kept}"
+            f"{names} needs {need} bytes with {used} in use and {kept} resident, but "
+            f"the working set has {capacity}; set device_memory to at least {least}"
         )

@@ -104,6 +104,7 @@ def check_aligned(plan: Layout, alignment: int) -> None:
         assert placed.offset + nbytes_of(placed) <= plan.nbytes
 
 
+@pytest.mark.slow
 @given(
     example=examples(),
     alignment=ALIGNMENTS,
@@ -130,7 +131,7 @@ def test_every_byte_of_every_parameter_is_written_once_and_is_right(
         assert same_bits(slot.tensor(placed), wanted)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(example=examples(), alignment=ALIGNMENTS)
 def test_stored_bytes_count_what_parameters_are_made_of(
     example: Example, alignment: int
@@ -276,6 +277,7 @@ def test_two_parameters_may_be_the_same_stored_tensor(tmp_path: Path) -> None:
 def test_a_unit_of_empty_tensors_has_a_slot_and_no_reads(tmp_path: Path) -> None:
     recipes = files_of(tmp_path, random_tensor(torch.float32, (0, 3)))
     plan = layout("unit", recipes.values(), alignment=4096, max_gap_bytes=0)
-    assert plan.reads == plan.copies == ()
+    assert not plan.reads
+    assert not plan.copies
     assert plan.tensors == (Placed("0", 0, torch.float32, (0, 3)),)
     assert plan.nbytes == 4096

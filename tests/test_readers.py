@@ -343,7 +343,7 @@ def open_threads(
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     nbytes=st.integers(1, 6 * PAGE),
     places=st.lists(

@@ -1,0 +1,54 @@
+"""A memory limit around a subprocess, by a cgroup where the machine allows one."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_V2 = Path("/sys/fs/cgroup")
+_V1 = Path("/sys/fs/cgroup/memory")
+
+
+@contextlib.contextmanager
+def memory_limit(limit_bytes: int | None) -> Iterator[Callable[[], None] | None]:
+    """Yields what a child calls before it runs (`preexec_fn`), or None where there is
+    no limit or the machine does not allow one: say so in the results."""
+    if limit_bytes is None:
+        yield None
+        return
+    group = _make(limit_bytes)
+    if group is None:
+        yield None
+        return
+    try:
+        yield lambda: _join(group)
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def is_allowed() -> bool:
+    """Whether this process may set memory limits."""
+    group = _make(1 << 30)
+    if group is None:
+        return False
+    group.rmdir()
+    return True
+
+
+def _make(limit_bytes: int) -> Path | None:
+    for root, name in ((_V2, "memory.max"), (_V1, "memory.limit_in_bytes")):
+        group = root / f"penstock-bench-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / name).write_text(str(limit_bytes))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        return group
+    return None
+
+
+def _join(group: Path) -> None:
+    (group / "cgroup.procs").write_text("0")

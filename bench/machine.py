@@ -1,0 +1,97 @@
+"""Prints the machine card: what a figure was measured on, in a form to paste anywhere.
+
+`python bench/machine.py [FOLDER]`: the last line is one JSON object. FOLDER (default:
+here) says which disk is meant.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def card(folder: Path) -> dict[str, Any]:
+    """Facts about this computer; None for what it does not tell."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads_of_torch": torch.get_num_threads(),
+        "cpu_features": _features(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "disk_free_bytes": psutil.disk_usage(str(folder)).free,
+        "file_system": _file_system(folder),
+        "gpus": [
+            torch.cuda.get_device_name(index)
+            for index in range(torch.cuda.device_count())
+        ],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def matmul_flops_per_second(rows: int, dtype: torch.dtype) -> float:
+    """Best of five of `rows` x 3072 x 8192, after one to warm up."""
+    a, w = torch.randn(rows, 3072).to(dtype), torch.randn(8192, 3072).to(dtype)
+    torch.nn.functional.linear(a, w)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, w)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * rows * 3072 * 8192 / best
+
+
+def evict(folder: Path) -> None:
+    """Throws the files of `folder` out of the page cache, so that they are read from
+    the disk; programs and libraries stay warm."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _features() -> list[str]:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+    return [flag for flag in wanted if flag in flags]
+
+
+def _file_system(folder: Path) -> str | None:
+    parts = psutil.disk_partitions(all=True)
+    found = [p for p in parts if str(folder.resolve()).startswith(p.mountpoint)]
+    return max(found, key=lambda p: len(p.mountpoint)).fstype if found else None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    found = card(folder)
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (8, 64, 512):
+            key = f"matmul_{rows}_rows_{str(dtype).split('.')[1]}_flops_per_second"
+            found[key] = matmul_flops_per_second(rows, dtype)
+    for key, value in found.items():
+        print(f"{key:48} {value}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

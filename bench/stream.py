@@ -1,0 +1,270 @@
+"""Streamed against resident, and against the peers, on one checkpoint in one run.
+
+Regime: scoring, thousands of tokens in flight, so compute-bound where streaming keeps
+up. The ceiling is what the matrix products need at the measured rate, or what reading
+the weights once needs at the measured O_DIRECT rate, whichever is more.
+
+Every run is a process of its own, the checkpoint thrown out of the page cache before
+it; A and B are interleaved, medians are shown, and beside each time stand counts
+that noise cannot move. Streamed and resident log-probabilities are compared bit for
+bit. The last line of the output is one JSON object.
+
+`python bench/stream.py` makes a 3B checkpoint once. With `--peers accelerate airllm
+deepspeed` it runs them in their own environments (make them with
+`python bench/peers/make_envs.py`).
+"""
+
+import argparse
+import json
+import mmap
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import limits
+import machine
+from penstock.io.checkpoint import open_checkpoint
+from penstock.io.extent import Extent, align_up
+from penstock.io.threads import ThreadReader
+from penstock.offload.policy import parse_bytes
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+
+def make_tokens(path: Path, vocabulary: int, tokens: int, rows: int, width: int) -> int:
+    """Micro-batches of `rows` x `width` random ids, `tokens` in all; returns how many
+    micro-batches."""
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, tokens // (rows * width))
+    ids = torch.randint(5, vocabulary, (count, rows, width), generator=generator)
+    path.write_text(json.dumps({"batches": ids.tolist()}))
+    return count
+
+
+def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
+    """Sequential O_DIRECT reads of the checkpoint, two threads, 8 MiB each."""
+    checkpoint = open_checkpoint(model)
+    buffer = memoryview(mmap.mmap(-1, 256 << 20))
+    read, start = 0, time.perf_counter()
+    with ThreadReader(
+        checkpoint.stamps, num_threads=2, chunk_bytes=8 << 20, direct=True
+    ) as reader:
+        for path, stamp in checkpoint.stamps.items():
+            for offset in range(0, stamp.size_bytes, len(buffer)):
+                nbytes = min(len(buffer), align_up(stamp.size_bytes - offset, 4096))
+                reader.submit(Extent(path, offset, nbytes), buffer).wait()
+                read += nbytes
+                if read >= limit_bytes:
+                    return read / (time.perf_counter() - start)
+    return read / (time.perf_counter() - start)
+
+
+def run(command: list[str], model: Path, limit_bytes: int | None) -> dict[str, Any]:
+    """Runs `command` on a checkpoint that is in no cache and returns the JSON object of
+    its last line."""
+    machine.evict(model)
+    with limits.memory_limit(limit_bytes) as join:
+        done = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=join, check=False
+        )
+    try:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        assert isinstance(found, dict), "a worker prints an object"
+    except (IndexError, ValueError, AssertionError):
+        tail = done.stderr.strip().splitlines()[-3:]
+        return {"error": f"exit {done.returncode}: {' | '.join(tail)}"}
+    return found
+
+
+def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
+    """What is compared, by name."""
+    worker = [sys.executable, str(HERE / "stream_worker.py")]
+    common = [
+        "--model",
+        str(args.model),
+        "--tokens",
+        str(tokens),
+        "--dtype",
+        args.dtype,
+    ]
+    found = {
+        "penstock": [
+            *worker,
+            "streamed",
+            *common,
+            "--device-memory",
+            args.device_memory,
+        ]
+    }
+    if not args.no_resident:
+        found["resident"] = [*worker, "resident", *common]
+    for peer in args.peers:
+        found[peer] = [
+            str(HERE / "peers" / ".envs" / peer / "bin" / "python"),
+            str(HERE / "peers" / f"run_{peer}.py"),
+            *common,
+            "--cpu-memory",
+            str(parse_bytes(args.device_memory)),
+        ]
+    return found
+
+
+def ceiling(args: argparse.Namespace, num_tokens: int, rows: int) -> dict[str, float]:
+    """Seconds that this work takes at the machine's measured rates."""
+    checkpoint = open_checkpoint(args.model)
+    stored = checkpoint.num_bytes
+    embedding = checkpoint.entries["model.embed_tokens.weight"].nbytes
+    parameters = (stored - embedding) / 2  # rows are looked up, not multiplied
+    dtype = getattr(torch, args.dtype)
+    flops = machine.matmul_flops_per_second(rows, dtype)
+    disk = disk_bytes_per_second(args.model)
+    compute, read = 2 * parameters * num_tokens / flops, (stored - embedding) / disk
+    return {
+        "matmul_flops_per_second": flops,
+        "disk_bytes_per_second": disk,
+        "compute_seconds": compute,
+        "read_seconds": read,
+        "tokens_per_second": num_tokens / max(compute, read),
+    }
+
+
+def summarise(name: str, runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
+    """Medians of one contender's runs, and the share of the ceiling."""
+    good = [r for r in runs if "error" not in r]
+    if not good:
+        return {"name": name, "error": runs[0]["error"] if runs else "not run"}
+    rates = [r["tokens_per_second"] for r in good]
+    keys = (
+        "seconds",
+        "load_seconds",
+        "seconds_to_first_layer",
+        "peak_rss_bytes",
+        "disk_written_bytes",
+        "disk_read_bytes",
+        "bytes_loaded",
+        "wait_seconds",
+    )
+    found: dict[str, Any] = {
+        "name": name,
+        "tokens_per_second": statistics.median(rates),
+        "spread": [min(rates), max(rates)],
+        "of_ceiling": statistics.median(rates) / best,
+        "runs": len(good),
+    }
+    for key in keys:
+        values = [r[key] for r in good if r.get(key) is not None]
+        found[key] = statistics.median(values) if values else None
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"\n{'':12}{'tokens/s':>10}{'ceiling':>9}{'load s':>8}{'first s':>9}"
+        f"{'peak MiB':>10}{'read MiB':>10}{'written':>9}"
+    )
+    for row in rows:
+        if "error" in row:
+            print(f"{row['name']:12}{row['error']}")
+            continue
+
+        def cell(key: str, scale: float, width: int, form: str, row: Any = row) -> str:
+            value = row.get(key)
+            return f"{'-' if value is None else format(value / scale, form):>{width}}"
+
+        print(
+            f"{row['name']:12}{row['tokens_per_second']:10.1f}"
+            f"{row['of_ceiling']:9.1%}"
+            + cell("load_seconds", 1, 8, ".2f")
+            + cell("seconds_to_first_layer", 1, 9, ".2f")
+            + cell("peak_rss_bytes", 1 << 20, 10, ".0f")
+            + cell("disk_read_bytes", 1 << 20, 10, ".0f")
+            + cell("disk_written_bytes", 1 << 20, 9, ".0f")
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-3b")
+    parser.add_argument("--size", default="3b", help="made if --model is absent")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--width", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device-memory", default="1GiB")
+    parser.add_argument("--memory-limit", help="of each process, such as 3GiB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-resident", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=[])
+    parser.add_argument(
+        "--unlimited", nargs="*", default=["resident"], help="run without the limit"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.model.exists():
+        from checkpoint import make_checkpoint
+
+        make_checkpoint(args.model, args.size)
+    config = json.loads((args.model / "config.json").read_text())
+    limit = parse_bytes(args.memory_limit) if args.memory_limit else None
+    facts = machine.card(args.model)
+    print(json.dumps(facts, indent=1))
+    if limit is not None and not limits.is_allowed():
+        print("NO memory limit: this machine allows no cgroup of ours")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.json"
+        count = make_tokens(
+            path, config["vocab_size"], args.tokens, args.rows, args.width
+        )
+        num_tokens = count * args.rows * args.width
+        best = ceiling(args, num_tokens, args.rows * args.width)
+        print(f"ceiling: {json.dumps(best)}")
+        contenders = commands(args, path)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+        for number in range(args.rounds):
+            for name, command in contenders.items():
+                found = run(
+                    command, args.model, None if name in args.unlimited else limit
+                )
+                runs[name].append(found)
+                rate = found.get("tokens_per_second", found.get("error"))
+                print(f"round {number}: {name}: {rate}", flush=True)
+    rate = best["tokens_per_second"]
+    rows = [summarise(name, found, rate) for name, found in runs.items()]
+    show(rows)
+    equal = _equal(runs)
+    if equal is not None:
+        print(f"streamed log-probabilities equal resident, bit for bit: {equal}")
+    settings = {k: str(v) for k, v in vars(args).items()}
+    result = {
+        "machine": facts,
+        "settings": settings,
+        "ceiling": best,
+        "results": rows,
+        "bit_identical": equal,
+    }
+    print(json.dumps(result))
+
+
+def _equal(runs: dict[str, list[dict[str, Any]]]) -> bool | None:
+    sums = [
+        r["logprob_sums"]
+        for name in ("penstock", "resident")
+        for r in runs.get(name, [])
+        if "logprob_sums" in r
+    ]
+    both = "resident" in runs and len(sums) >= 2
+    return all(s == sums[0] for s in sums) if both else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""One thread at a time runs a streamed model; others wait, but never for ever."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import penstock
+from nets import (
+    Net,
+    assert_usable,
+    batches,
+    log,
+    make,
+    open_sites,
+    same,
+    serially,
+    streamed,
+    who,
+)
+from penstock.io.errors import ClosedError, PenstockError
+from penstock.io.handle import Handle
+from penstock.offload.model import engine_of
+from penstock.scheduler import gate as gate_module
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "_POLL_SECONDS", 0.002)
+
+
+class Caller(threading.Thread):
+    """Calls `fn` and keeps what came of it."""
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.value: Any = None
+        self.error: Exception | None = None
+        self.has_begun = threading.Event()
+        self.has_ended = threading.Event()
+
+    def run(self) -> None:
+        self.has_begun.set()
+        try:
+            with torch.inference_mode():
+                self.value = self.fn()
+        except Exception as error:
+            self.error = error
+        self.has_ended.set()
+
+
+def test_a_call_from_another_thread_waits_for_the_sweep_and_then_runs() -> None:
+    net = make(Net)
+    items = batches(3)
+    expected = serially(net, items)
+    caller = Caller(lambda: net(items[0]))
+
+    def fn(item: tuple[int, torch.Tensor]) -> torch.Tensor:
+        who.set(item[0])
+        if item[0] == 0:
+            caller.start()
+            caller.has_begun.wait()
+        return net(item[1])  # type: ignore[no-any-return]
+
+    with streamed(net), penstock.sweep(net) as sweep:
+        assert same(sweep.map(fn, enumerate(items)), expected)
+        caller.join()
+        assert open_sites(net) == []
+    assert caller.error is None
+    assert same(caller.value, expected[0])
+    assert [number for _, number in log][-5:] == [-1] * 5  # all of it, after the sweep
+
+
+def waits_by_join(caller: Caller) -> None:
+    caller.join()
+
+
+def waits_by_event(caller: Caller) -> None:
+    caller.has_ended.wait()
+
+
+def waits_by_queue(caller: Caller) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    inner, caller.fn = caller.fn, lambda: None
+
+    def put() -> None:
+        try:
+            results.put(inner())
+        except PenstockError as error:
+            caller.error = error
+            results.put(error)
+
+    caller.fn = put
+    caller.start()
+    results.get()
+
+
+@pytest.mark.parametrize("wait", [waits_by_join, waits_by_event, waits_by_queue])
+def test_a_micro_batch_that_waits_for_such_a_call_is_no_deadlock(
+    wait: Callable[[Caller], None], impatient: None
+) -> None:
+    net = make(Net)
+    expected = serially(lambda x: net(net(x)), batches(3))
+    caller = Caller(lambda: net(batches(1)[0]))
+
+    def fn(item: tuple[int, torch.Tensor]) -> torch.Tensor:
+        x = net(item[1])
+        if item[0] == 1:
+            if wait is not waits_by_queue:
+                caller.start()
+            wait(caller)
+        return net(x)  # type: ignore[no-any-return]
+
+    with streamed(net), penstock.sweep(net) as sweep:
+        assert same(sweep.map(fn, enumerate(batches(3))), expected)
+        caller.join()
+        assert_usable(net, net, serially(net, batches(2)))
+    assert isinstance(caller.error, PenstockError)
+    assert "which waits for the sweep" in str(caller.error)
+
+
+def test_a_caller_that_joins_such_a_thread_between_outcomes_is_no_deadlock(
+    impatient: None,
+) -> None:
+    net = make(Net)
+    with streamed(net), penstock.sweep(net) as sweep:
+        for _ in sweep.run(lambda n: [net(x) for x in batches(n)], [1, 2]):
+            caller = Caller(lambda: net(batches(1)[0]))
+            caller.start()
+            caller.join()
+            assert isinstance(caller.error, PenstockError)
+        assert_usable(net, net, serially(net, batches(2)))
+
+
+def test_waiting_for_weights_is_not_waiting_for_a_thread(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A micro-batch stands in a load for very long; the thread that waits for its turn
+    just goes on waiting."""
+    net = make(Net)
+    expected = serially(net, batches(2))
+    caller = Caller(lambda: net(batches(1)[0]))
+    slow = Handle(1)
+
+    def fn(item: tuple[int, torch.Tensor]) -> torch.Tensor:
+        if item[0] == 1:
+            caller.start()
+            caller.has_begun.wait()
+            slow.wait()
+        return net(item[1])  # type: ignore[no-any-return]
+
+    with streamed(net):
+        gate = engine_of(net)._gate
+        is_waited_for, num_polls = gate._is_waited_for, 0
+
+        def counted() -> bool:
+            nonlocal num_polls
+            num_polls += 1
+            if num_polls == 3 * gate_module._STUCK_POLLS:
+                slow.done()
+            return is_waited_for()
+
+        monkeypatch.setattr(gate, "_is_waited_for", counted)
+        with penstock.sweep(net) as sweep:
+            assert same(sweep.map(fn, enumerate(batches(2))), expected)
+        caller.join()
+    assert caller.error is None
+    assert same(caller.value, expected[0])
+
+
+def test_plain_calls_of_many_threads_take_turns() -> None:
+    net = make(Net)
+    items = batches(12)
+    expected = serially(net, items)
+
+    def call(x: torch.Tensor) -> Any:
+        with torch.inference_mode():
+            return net(x)
+
+    with streamed(net):
+        with ThreadPoolExecutor(4) as pool:
+            assert same(list(pool.map(call, items)), expected)
+        assert_usable(net, net, expected)
+
+
+def test_sweeps_of_two_threads_take_turns() -> None:
+    net = make(Net)
+    expected = serially(net, batches(4))
+
+    def sweep() -> list[Any]:
+        with penstock.sweep(net) as mine:
+            return mine.map(net, batches(4))
+
+    with streamed(net):
+        callers = [Caller(sweep) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert [caller.error for caller in callers] == [None] * 3
+        assert all(same(caller.value, expected) for caller in callers)
+        assert open_sites(net) == []
+
+
+def test_a_hook_of_another_thread_closes_nothing_of_mine() -> None:
+    """torch calls `after` even where `before` has raised: with no turn of its own."""
+    net = make(Net)
+    with streamed(net):
+        gate = engine_of(net)._gate
+        gate.before(0)
+        other = Caller(lambda: gate.after(0))
+        other.start()
+        other.join()
+        assert other.error is None
+        assert gate.doors.is_open(0)
+        gate.after(0)
+        assert open_sites(net) == []
+
+
+def test_a_sweep_closed_by_another_thread_ends_at_its_next_step() -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+    with streamed(net):
+        with penstock.sweep(net) as sweep:
+            run = sweep.run(lambda n: [net(x) for x in batches(n)], [1, 2, 3])
+            next(run)
+            closer = Caller(sweep.close)
+            closer.start()
+            closer.join()
+            with pytest.raises(ClosedError, match="closed before it had ended"):
+                next(run)
+        assert_usable(net, net, expected)
