@@ -1,9 +1,11 @@
 """The command line: `penstock score`, `penstock verify`."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,16 +169,27 @@ def _say(message: str) -> None:
     print(f"penstock: {message}", file=sys.stderr)
 
 
-def main() -> None:
-    """The entry point. A user's mistake is one sentence, never a traceback."""
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Shows what Penstock announces (fallbacks, faults) as it happens."""
     handler = RichHandler(
         console=Console(stderr=True), show_time=False, show_path=False
     )
     logger = logging.getLogger("penstock")
+    propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
-    logger.propagate = False
     try:
-        app()
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+def main() -> None:
+    """The entry point. A user's mistake is one sentence, never a traceback."""
+    try:
+        with _log_on_stderr():
+            app()
     except PenstockError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_code)

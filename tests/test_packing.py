@@ -1,0 +1,59 @@
+"""Rows into micro-batches, long rows into windows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.scheduler.packing import pack, spans
+
+LENGTHS = st.lists(st.integers(1, 300), max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 600))
+def test_every_row_is_in_exactly_one_micro_batch_within_the_budget(
+    lengths: list[int], max_tokens: int
+) -> None:
+    groups = pack(lengths, max_tokens=max_tokens)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        assert len(group) == 1 or len(group) * longest <= max_tokens
+
+
+def test_rows_of_similar_length_share_a_micro_batch() -> None:
+    assert pack([10, 100, 11, 99], max_tokens=200) == ((1, 3), (2, 0))
+
+
+def test_equal_lengths_need_no_padding() -> None:
+    groups = pack([8] * 16, max_tokens=32)
+    assert [len(group) for group in groups] == [4, 4, 4, 4]
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds nothing"):
+        pack([1], max_tokens=0)
+
+
+@given(st.data())
+def test_windows_score_every_token_once_with_enough_context(
+    data: st.DataObject,
+) -> None:
+    length = data.draw(st.integers(2, 200))
+    first = data.draw(st.integers(1, length - 1))
+    window = data.draw(st.integers(2, 80))
+    stride = data.draw(st.integers(1, window - 1))
+    scored: list[int] = []
+    for start, end, begin in spans(length, first, window=window, stride=stride):
+        assert 0 <= start < begin < end <= length
+        assert end - start <= window
+        assert begin - start >= min(begin, window - stride)
+        scored += range(begin, end)
+    assert scored == list(range(first, length))
+
+
+@pytest.mark.parametrize("stride", [0, 10, 11])
+def test_a_stride_that_skips_or_stands_still_is_refused(stride: int) -> None:
+    with pytest.raises(ValueError, match="stride"):
+        spans(20, 1, window=10, stride=stride)

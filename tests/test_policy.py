@@ -1,0 +1,85 @@
+"""Policies: units, unknown keys, YAML, settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penstock import Policy
+from penstock.io.errors import PolicyError
+from penstock.offload.policy import parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("2GiB", 2 << 30),
+        ("2 GB", 2 * 10**9),
+        ("1.5 MiB", 3 << 19),
+        ("512", 512),
+        (4096, 4096),
+        ("1kib", 1024),
+    ],
+)
+def test_sizes_have_units(text: str | int, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["2 Gigs", "GiB", "-1GiB", 0, "", True, 1.5])
+def test_what_is_no_size_is_refused(text: object) -> None:
+    with pytest.raises(PolicyError, match="device_memory"):
+        Policy(device_memory=text)
+
+
+def test_an_unknown_key_lists_the_known_ones() -> None:
+    with pytest.raises(PolicyError, match="'divice'; known: device, dtype"):
+        Policy(divice="cpu")
+    with pytest.raises(PolicyError, match=r"'io.thread'; known: reader, threads"):
+        Policy(io={"thread": 2})
+
+
+def test_a_policy_is_read_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("device_memory: 1GiB\nio:\n  threads: 3\n")
+    policy = Policy.from_yaml(path)
+    assert policy.device_memory == 1 << 30
+    assert policy.io.threads == 3
+    assert policy.tokens_in_flight == Policy().tokens_in_flight
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "device_memory: much\n"])
+def test_a_bad_policy_file_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(PolicyError, match=r"policy\.yaml"):
+        Policy.from_yaml(path)
+
+
+def test_settings_win_over_the_file() -> None:
+    policy = Policy(device_memory="1GiB").with_settings(
+        ["device_memory=2GiB", "io.threads=4", "strict=true"]
+    )
+    assert (policy.device_memory, policy.io.threads, policy.strict) == (
+        2 << 30,
+        4,
+        True,
+    )
+    with pytest.raises(PolicyError, match="key=value"):
+        policy.with_settings(["strict"])
+    with pytest.raises(PolicyError, match="no keys below"):
+        policy.with_settings(["strict.very=true"])
+
+
+def test_every_field_is_documented_in_the_schema() -> None:
+    schema = Policy.model_json_schema()
+    nested = schema["$defs"]["IO"]["properties"]
+    for name, field in {**schema["properties"], **nested}.items():
+        field = schema["$defs"]["IO"] if "$ref" in field else field
+        assert field.get("description"), f"{name} has no description"
+
+
+def test_policies_are_immutable() -> None:
+    policy = Policy()
+    with pytest.raises(ValueError, match="frozen"):
+        policy.strict = True  # type: ignore[misc]
