@@ -4,7 +4,7 @@ module just before it runs and drop it just after."""
 
 from __future__ import annotations
 
-from common import Meter, offload_folder, parse_options, score, versions
+from peer_common import Meter, offload_folder, parse_options, score, versions
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from common import Meter, offload_folder, parse_options, score, versions
+from peer_common import Meter, offload_folder, parse_options, score, versions
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import Meter, offload_folder, parse_options, score, versions
+from peer_common import Meter, offload_folder, parse_options, score, versions
 
 # The example's number of swap buffers, one for each parameter read ahead or in use.
 # More of them made no run faster, and each is as large as the largest parameter.
