@@ -3,12 +3,14 @@ one JSON object, its keys those of the peers' scripts."""
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before anybody imports it
+
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 import penstock
@@ -52,7 +54,8 @@ def streamed(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str,
 
 def resident(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str, Any]:
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    model.train(False)
     scorer = CausalScorer(model, max_logits_bytes=_LOGITS_BYTES)
     for parameter in model.parameters():  # mapped files count as loaded when touched
         parameter.data = parameter.data.clone()
@@ -74,7 +77,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device-memory", default="1GiB")
     args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
     source = json.loads(args.tokens.read_text())["batches"]
     batches = [torch.tensor(batch) for batch in source]
     run = streamed if args.mode == "streamed" else resident

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoint import make_checkpoint
 from rich.console import Console
 
+from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.offload.job import ScoreJob
 from penstock.offload.show import report_table

@@ -25,9 +25,12 @@ class Reader(Protocol):
     alignment: int
     """Offsets, lengths and addresses that are multiples of it are read directly."""
 
-    def submit(self, extent: Extent, buffer: memoryview) -> Handle:
+    def submit(
+        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
+    ) -> Handle:
         """Starts reading `extent` into `buffer` (at least as long). A window may end
         past the end of the file; what stands there in the buffer is then undefined.
+        What is `urgent` (somebody waits for it already) goes before what is not.
 
         The handle raises ReadError for an I/O error and CheckpointChangedError when
         the file is shorter than promised or no longer the one that was opened.

@@ -1,6 +1,7 @@
 """The `threads` reader: preadv on O_DIRECT descriptors by a small pool of threads."""
 
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from .errors import CheckpointChangedError, CheckpointError, ClosedError, ReadError
 from .extent import Extent, align_up, chunks
@@ -20,6 +21,15 @@ from .reader import ReaderStatistics
 
 _log = logging.getLogger("penstock")
 _ALIGNMENT = 4096  # every O_DIRECT file system accepts it; 512 would save < 8 KiB
+
+
+_URGENT, _NORMAL, _LAST = range(3)
+
+
+class _Job(NamedTuple):
+    extent: Extent
+    buffer: memoryview
+    handle: Handle
 
 
 class ThreadReader:
@@ -45,9 +55,10 @@ class ThreadReader:
         self._stamps = stamps
         self._chunk_bytes = align_up(chunk_bytes, _ALIGNMENT)
         self._direct = direct
-        self._jobs: queue.SimpleQueue[tuple[Extent, memoryview, Handle] | None] = (
-            queue.SimpleQueue()
+        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = (
+            queue.PriorityQueue()
         )
+        self._number = itertools.count()
         self._lock = threading.Lock()
         self._files: dict[Path, tuple[int, bool]] = {}
         self._fallbacks: list[str] = []
@@ -67,7 +78,9 @@ class ThreadReader:
             f"{self._bytes_read} bytes>"
         )
 
-    def submit(self, extent: Extent, buffer: memoryview) -> Handle:
+    def submit(
+        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
+    ) -> Handle:
         if self._is_closed:
             raise ClosedError("this reader is closed; load the model again")
         assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
@@ -75,7 +88,8 @@ class ThreadReader:
         handle = Handle(len(parts))
         for part in parts:
             start = part.offset - extent.offset
-            self._jobs.put((part, buffer[start : start + part.nbytes], handle))
+            job = _Job(part, buffer[start : start + part.nbytes], handle)
+            self._put(job, _URGENT if urgent else _NORMAL)
         return handle
 
     def statistics(self) -> ReaderStatistics:
@@ -92,7 +106,7 @@ class ThreadReader:
             return
         self._is_closed = True
         for _ in self._threads:
-            self._jobs.put(None)
+            self._put(None, _LAST)
         for thread in self._threads:
             thread.join()
         for descriptor, _ in self._files.values():
@@ -110,18 +124,22 @@ class ThreadReader:
     ) -> None:
         self.close()
 
+    def _put(self, job: "_Job | None", priority: int) -> None:
+        # The number keeps equals in order and jobs from being compared.
+        self._jobs.put((priority, next(self._number), job))
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            extent, buffer, handle = job
+        while (job := self._jobs.get()[2]) is not None:
+            handle = job.handle
             try:
-                self._read(extent, buffer)
+                self._read(job.extent, job.buffer)
             except BaseException as error:  # the waiter raises it, on its own thread
                 # Whoever keeps the error must not keep the buffer with it.
                 traceback.clear_frames(error.__traceback__)
                 handle.done(error)
             else:
                 handle.done()
-            del job, extent, buffer, handle  # a mapping lives as long as its views
+            del job, handle  # a mapping lives as long as its views
 
     def _read(self, extent: Extent, buffer: memoryview) -> None:
         descriptor, stamp = self._open(extent.path)

@@ -74,7 +74,7 @@ class RowGatherer:
         starts, handles, position = [], [], 0
         for window in reads:
             part = self._buffer[position : position + window.nbytes]
-            handles.append(self._reader.submit(window, part))
+            handles.append(self._reader.submit(window, part, urgent=True))
             starts.append(position)
             position += window.nbytes
         for handle in handles:

@@ -56,7 +56,7 @@ def outputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.usefixtures("no_leaks")
 def test_streamed_equals_resident_bit_for_bit(name: str, tmp_path: Path) -> None:
     zoo.save_checkpoint(name, tmp_path)
-    resident = zoo.load(name, tmp_path).eval()
+    resident = zoo.load(name, tmp_path).train(False)
     batches = [zoo.inputs(name, seed=seed) for seed in range(3)]
     with torch.inference_mode():
         expected = [outputs_of(resident, batch) for batch in batches]
@@ -166,7 +166,7 @@ class Plain(nn.Module):
 @pytest.mark.usefixtures("no_leaks")
 def test_a_plain_module_that_is_no_transformer_is_streamed() -> None:
     torch.manual_seed(0)
-    module = Plain().eval()
+    module: Any = Plain().eval()
     batches = [torch.randn(2, 3, 8, 8) for _ in range(5)]
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with torch.inference_mode():

@@ -90,6 +90,16 @@ def test_recipes_make_what_from_pretrained_loads(name: str, tmp_path: Path) -> N
         assert functions == [], "merged experts are parts of a parameter"
 
 
+def test_the_tenth_expert_comes_after_the_ninth(tmp_path: Path) -> None:
+    config = zoo.ARCHITECTURES["mixtral"].config()
+    config.num_local_experts = 12
+    config.architectures = ["MixtralForCausalLM"]
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    skeleton, made = built(tmp_path, "auto")
+    loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
+    check_against(loaded, skeleton, made)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_auto_keeps_the_dtype_of_the_checkpoint(
     stored: torch.dtype, tmp_path: Path

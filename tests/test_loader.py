@@ -31,6 +31,8 @@ from penstock.io.errors import (
     PenstockError,
     ReadError,
 )
+from penstock.io.extent import Extent
+from penstock.io.handle import Handle
 from penstock.io.layout import Layout, Placed, layout
 from penstock.io.loader import Loader, UnitLoad
 from penstock.io.recipe import Piece, Recipe, View, plain
@@ -215,6 +217,43 @@ def test_a_cast_is_torchs_own_however_it_is_cut(
         statistics = rig.loader.statistics()
     nbytes = tensor.numel() * stored.itemsize
     assert statistics.bytes_copied == statistics.bytes_loaded == nbytes
+
+
+class RecordingReader(ThreadReader):
+    """A reader that keeps what was asked of it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(
+            checkpoint.stamps, num_threads=2, chunk_bytes=1 << 20, direct=True
+        )
+        self.asked: list[Extent] = []
+
+    def submit(self, extent: Extent, buffer: memoryview) -> Handle:
+        self.asked.append(extent)
+        return super().submit(extent, buffer)
+
+
+@pytest.mark.parametrize("kind", ["whole", "columns"])
+@pytest.mark.parametrize("bounce_bytes", [PAGE, 5 * PAGE])
+def test_a_copy_takes_no_more_memory_than_its_bounce_buffer(
+    bounce_bytes: int, kind: str, tmp_path: Path
+) -> None:
+    stored = random_floats(torch.float32, (300, 256))
+    write_packed(tmp_path / SINGLE_FILE, {"it": stored}, data_start=PAGE + 100)
+    checkpoint = open_checkpoint(tmp_path)
+    entry = checkpoint.entries["it"]
+    recipe = plain(entry, name="it", dtype=torch.bfloat16)
+    if kind == "columns":  # of a parameter twice as wide
+        target = View.of(torch.empty((300, 512), device="meta")[:, 256:])
+        piece = Piece(entry, View.whole((300, 256)), target)
+        recipe = Recipe("it", (300, 512), torch.bfloat16, (piece,))
+    plan = layout("unit", [recipe], alignment=PAGE, max_gap_bytes=0)
+    with Arena(plan.nbytes) as arena, RecordingReader(checkpoint) as reader:
+        loader = Loader([plan], arena, reader, bounce_bytes=bounce_bytes)
+        loader.load(0, 0).wait()
+        loader.close()
+    assert sum(extent.nbytes for extent in reader.asked) >= entry.nbytes
+    assert max(e.nbytes for e in reader.asked) <= bounce_bytes + 2 * PAGE
 
 
 @pytest.mark.parametrize("rows", [4, 5, 64])

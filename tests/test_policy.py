@@ -82,4 +82,4 @@ def test_every_field_is_documented_in_the_schema() -> None:
 def test_policies_are_immutable() -> None:
     policy = Policy()
     with pytest.raises(ValueError, match="frozen"):
-        policy.strict = True  # type: ignore[misc]
+        policy.strict = True

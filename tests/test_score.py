@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resident(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder).train(False)
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_rows_are_taken_lazily(folder: Path) -> None:
 
     settings = policy(micro_batch_tokens=64, tokens_in_flight=128)
     with penstock.load(folder, settings) as model:
-        results = penstock.score(model, rows())
+        results: Any = penstock.score(model, rows())
         first = [next(results) for _ in range(5)]
         results.close()
         again = list(penstock.score(model, ROWS))

@@ -4,6 +4,8 @@ module just before it runs and drop it just after."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from peer_common import Meter, offload_folder, parse_options, score, versions
 
 
@@ -17,17 +19,19 @@ def main() -> None:
         meter.start_loading()
         # Weights that the checkpoint holds as the model wants them are not written
         # again: the hooks read them from the checkpoint's own safetensors files.
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             options.model,
             dtype=getattr(torch, options.dtype),
             device_map="auto",
             max_memory={"cpu": options.cpu_memory},
             offload_folder=folder,
-        ).eval()
+        )
+        model.eval()
         meter.finish_loading(model)
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
-            return model(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits
 
         scores = score(forward, options)
         devices = list(model.hf_device_map.values())

@@ -36,7 +36,8 @@ def main() -> None:
         meter.finish_loading(model.model)
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
-            return model(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits
 
         scores = score(forward, options)
         meter.report(options, versions("airllm", "accelerate"), scores, folder)

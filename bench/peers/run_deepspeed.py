@@ -60,12 +60,11 @@ def configuration(model: Path, dtype: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto_model: Any = AutoModelForCausalLM
     config = AutoConfig.from_pretrained(model)
     hidden = config.get_text_config().hidden_size
     with torch.device("meta"):
-        sizes = [
-            p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()
-        ]
+        sizes = [p.numel() for p in auto_model.from_config(config).parameters()]
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -98,9 +97,9 @@ def main() -> None:
     set_environment()
     import deepspeed
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers import AutoModelForCausalLM, integrations
 
+    hugging_face: Any = integrations
     with offload_folder(options) as folder:
         meter.start_loading()
         # It keeps all large weights on disk or none: --cpu-memory has no place here.
@@ -109,14 +108,15 @@ def main() -> None:
         dtype = getattr(torch, options.dtype)
         # While this object lives, from_pretrained builds the model under zero.Init:
         # each parameter goes to its file as soon as it is made.
-        zero3 = HfDeepSpeedConfig(config)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        zero3 = hugging_face.HfDeepSpeedConfig(config)
+        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         engine = deepspeed.initialize(model=model.eval(), config=config)[0]
         engine.module.eval()
         meter.finish_loading(engine.module)
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
-            return engine(input_ids=ids, use_cache=False).logits
+            logits: torch.Tensor = engine(input_ids=ids, use_cache=False).logits
+            return logits
 
         scores = score(forward, options)
         elements = config["zero_optimization"]["offload_param"]["buffer_size"]
