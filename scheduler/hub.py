@@ -155,6 +155,7 @@ class Hub:
             if self._waiting:
                 self._serve(self._gate.next_of(self._whose_turn()))
         finally:
+            self._hub_state.resume()  # unless an interrupt struck, it has been
             self._is_in_round = False
 
     def stop(self) -> None:
@@ -165,6 +166,7 @@ class Hub:
         errors: list[BaseException] = []
         for me in list(self._in_flight.values()):
             try:
+                self._hub_state.resume()
                 self._end(me)
             except BaseException as error:  # the others must end all the same
                 errors.append(error)

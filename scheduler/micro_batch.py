@@ -91,12 +91,14 @@ class MicroBatch:
     def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
         self._flow.parent = greenlet.getcurrent()
         hub_values = self._module_state.take()
-        self._hub_state.suspend()
         try:
+            self._hub_state.suspend()
             put_state()
             self._module_state.put(self._module_values)
             go()
         finally:
+            if self.is_done:  # an interrupt in `wait` left it suspended for ever
+                self._state.resume()
             self._hub_state.resume()
             self._module_state.put(hub_values)
 

@@ -166,13 +166,14 @@ class Sweep:
             raise ClosedError("this sweep was closed before it had ended")
 
     def _end(self, hub: Hub) -> None:
-        """Stops `hub` and lets others at the model; once, if it ever had its turn."""
-        if self._hub is hub:
-            self._hub = None
+        """Stops `hub` and lets others at the model, if it ever had its turn. Cut off by
+        an interrupt, `close` does it again."""
         try:
             hub.stop()
         finally:
             self._gate.end_sweep(hub)
+            if self._hub is hub:
+                self._hub = None
 
 
 def _outcome(hub: Hub) -> Outcome[Any]:

@@ -64,6 +64,9 @@ class ThreadState:
     A running flow is taken off the thread by `suspend` and put back by `resume`;
     `start_like` runs a new flow under what a suspended one sees. Between two flows the
     thread is in plain inference mode.
+
+    An interrupt (Ctrl-C) may cut either off: `resume` can be called again until it has
+    come to its end, and does nothing after that.
     """
 
     def __init__(self, devices: tuple[str, ...]) -> None:
@@ -72,11 +75,16 @@ class ThreadState:
         self._settings: _Settings | None = None
         self._function_modes: list[Any] = []
         self._dispatch_modes: list[Any] = []
+        self._is_suspended = False
 
     def suspend(self) -> None:
         """Remembers what this flow sees and leaves the thread plain."""
+        self._settings = None
+        self._dispatch_modes = _get_current_dispatch_mode_stack()
+        self._function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        self._is_suspended = True
         # Modes first: nothing that follows is for them to see.
-        self._dispatch_modes, self._function_modes = _take_modes()
+        _drop_modes()
         self._settings = _Settings.current(self._devices)
         self._guard = _Guard(True)
         self._guard.__enter__()
@@ -85,13 +93,17 @@ class ThreadState:
 
     def resume(self) -> None:
         """Puts back what `suspend` took, whatever the last flow left behind."""
-        assert self._settings is not None, "only what was suspended can resume"
-        _take_modes()
+        if not self._is_suspended:
+            return
+        _drop_modes()
         # Settings first: the guard restores the keys that they switch on and off.
-        self._settings.apply()
-        self._guard.__exit__(None, None, None)
-        self._guard = None
+        if self._settings is not None:
+            self._settings.apply()
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)
+            self._guard = None
         _put_modes(self._dispatch_modes, self._function_modes)
+        self._is_suspended = False
 
     def start_like(self, other: "ThreadState", seed: int) -> None:
         """Starts this flow with the modes of the suspended `other`, in inference mode,
@@ -104,14 +116,12 @@ class ThreadState:
         _put_modes(other._dispatch_modes, other._function_modes)
 
 
-def _take_modes() -> tuple[list[Any], list[Any]]:
-    """Empties the thread's mode stacks; returns them from the bottom up."""
-    dispatch, function = [], []
-    while _get_current_dispatch_mode_stack():
-        dispatch.append(torch._C._pop_torch_dispatch_stack(None))
-    while _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-        function.append(torch._C._pop_torch_function_stack())
-    return dispatch[::-1], function[::-1]
+def _drop_modes() -> None:
+    """Empties the thread's mode stacks."""
+    for _ in _get_current_dispatch_mode_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    for _ in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        torch._C._pop_torch_function_stack()
 
 
 def _put_modes(dispatch: list[Any], function: list[Any]) -> None:

@@ -116,7 +116,7 @@ def opened(
 @given(
     example=examples(max_side=90),
     split=st.integers(0, 5),
-    bounce_bytes=st.sampled_from([1, 100, PAGE, 1 << 20]),
+    bounce_bytes=st.sampled_from([700, PAGE, 1 << 20]),
     max_gap_bytes=st.sampled_from([0, PAGE, 1 << 18]),
     chunk_bytes=st.sampled_from([PAGE, 3 * PAGE, 1 << 20]),
     direct=st.booleans(),
@@ -228,9 +228,11 @@ class RecordingReader(ThreadReader):
         )
         self.asked: list[Extent] = []
 
-    def submit(self, extent: Extent, buffer: memoryview) -> Handle:
+    def submit(
+        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
+    ) -> Handle:
         self.asked.append(extent)
-        return super().submit(extent, buffer)
+        return super().submit(extent, buffer, urgent=urgent)
 
 
 @pytest.mark.parametrize("kind", ["whole", "columns"])

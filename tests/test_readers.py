@@ -155,6 +155,21 @@ class ReaderContract:
                 wanted = content[window.offset : window.end]
                 assert bytes(buffer[: len(wanted)]) == wanted
 
+    def test_an_urgent_read_gives_the_same_bytes(
+        self, make_reader: MakeReader, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "x"
+        content = write(path, 5 * PAGE)
+        buffers = [buffer_of(5 * PAGE), buffer_of(5 * PAGE)]
+        with make_reader(stamps_of(path), chunk_bytes=PAGE) as reader:
+            handles = [
+                reader.submit(Extent(path, 0, 5 * PAGE), buffer, urgent=urgent)
+                for buffer, urgent in zip(buffers, [False, True], strict=True)
+            ]
+            for handle in handles:
+                handle.wait()
+        assert bytes(buffers[0]) == bytes(buffers[1]) == content
+
     def test_bytes_and_reads_are_counted(
         self, make_reader: MakeReader, tmp_path: Path
     ) -> None:
@@ -404,6 +419,9 @@ class FakeSystem:
     fail_read_at: dict[int, int] = field(default_factory=dict)
     """errno by file offset, of a longer read than the one that probes."""
     longest_read: int = 1 << 40
+    gate: threading.Event | None = None
+    """Reads wait for it, once they are recorded."""
+    has_started: threading.Event = field(default_factory=threading.Event)
     opened: list[tuple[str, int]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     _open: Callable[..., int] = os.open
@@ -425,6 +443,9 @@ class FakeSystem:
         is_probe = isinstance(buffers[0], mmap.mmap)
         if not is_probe:
             self.offsets.append(offset)
+            self.has_started.set()
+            if self.gate is not None:
+                self.gate.wait()
             if offset in self.fail_read_at:
                 number = self.fail_read_at[offset]
                 raise OSError(number, os.strerror(number))
@@ -516,6 +537,29 @@ def test_short_reads_are_completed(
         assert read(reader, Extent(path, 0, len(content))) == content
         assert reader.statistics().num_reads == 5
     assert system.offsets == [0, PAGE, 2 * PAGE, 3 * PAGE, 4 * PAGE]
+
+
+def test_what_is_urgent_is_read_before_what_was_asked_for_earlier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    content = write(path, 8 * PAGE)
+    system = FakeSystem(gate=threading.Event())
+    system.install(monkeypatch)
+    assert system.gate is not None
+    buffer = buffer_of(8 * PAGE)
+    handles = []
+    with open_threads(stamps_of(path), num_threads=1) as reader:
+        for page, urgent in [(0, False), (1, False), (2, False), (5, True), (4, True)]:
+            extent = Extent(path, page * PAGE, PAGE)
+            part = buffer[extent.offset : extent.end]
+            handles.append(reader.submit(extent, part, urgent=urgent))
+            system.has_started.wait()  # the first is under way before the second comes
+        system.gate.set()
+        for handle in handles:
+            handle.wait()
+    assert [offset // PAGE for offset in system.offsets] == [0, 5, 4, 1, 2]
+    assert bytes(buffer[: 3 * PAGE]) == content[: 3 * PAGE]
 
 
 def test_each_file_is_opened_once_and_only_when_it_is_read(

@@ -32,6 +32,7 @@ def set_environment() -> None:
         WORLD_SIZE="1",
         LOCAL_SIZE="1",
         MASTER_ADDR="127.0.0.1",
+        GLOO_SOCKET_IFNAME="lo",
         MASTER_PORT=str(port),
         # The compiled ops live in the environment, where make_envs.py built them.
         TORCH_EXTENSIONS_DIR=str(Path(sys.prefix, "torch_extensions")),
