@@ -1,7 +1,7 @@
 """Puts a streamed model together. The only file that names concrete tiers."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,8 +47,10 @@ def build(
     nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
     gathered = _gathered(model, places, recipes, policy.gather_rows)
     capacity = _capacity(policy, nbytes)
-    found, layouts = _divide(model, places, recipes, nbytes, gathered, capacity, policy)
-    fallbacks = _check_budget(found, layouts, capacity)
+    divide = partial(_divide, model, places, recipes, nbytes, gathered, policy)
+    found, layouts = divide(capacity)
+    _check_least(divide, capacity)
+    fallbacks = _check_overlap(found, layouts, capacity)
     tiers = _open(checkpoint, layouts, capacity, policy)
     gatherers = {
         name: RowGatherer(
@@ -213,8 +215,8 @@ def _divide(
     recipes: Mapping[str, Recipe],
     nbytes: Mapping[str, int],
     gathered: frozenset[str],
-    capacity: int,
     policy: Policy,
+    capacity: int,
 ) -> tuple[Found, list[Layout]]:
     """Blocks as they are, where two fit beside what is resident; finer where not. What
     cannot be divided (a head) may be larger."""
@@ -263,18 +265,31 @@ def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
     return resident, by_site
 
 
-def _check_budget(
-    found: Found, layouts: list[Layout], capacity: int
-) -> tuple[str, ...]:
-    resident, by_site = _needs(found, layouts)
-    largest = max(by_site, default=0)
-    least = resident + largest
+def _check_least(
+    divide: Callable[[int], tuple[Found, list[Layout]]], capacity: int
+) -> None:
+    """A larger budget keeps more resident and so needs more: the least that works is
+    the first that does with what it asks for itself."""
+    least = capacity
+    while True:
+        resident, by_site = _needs(*divide(least))
+        largest = max(by_site, default=0)
+        if resident + largest <= least:
+            break
+        least = resident + largest
     if least > capacity:
         raise DoesNotFitError(
             f"device_memory of {capacity} bytes is too small: {largest} bytes of the "
             f"largest part and {resident} that are always needed make at least "
             f"{least}; set device_memory to at least {least}"
         )
+
+
+def _check_overlap(
+    found: Found, layouts: list[Layout], capacity: int
+) -> tuple[str, ...]:
+    resident, by_site = _needs(found, layouts)
+    largest = max(by_site, default=0)
     if resident + 2 * largest > capacity and len(found.sites) > 1:
         message = (
             f"no room to fetch beside the largest part: device_memory of "

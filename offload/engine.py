@@ -198,6 +198,8 @@ class Engine:
         self._working_set.close()
         self._loader.close()
         self._reader.close()
+        for gatherer in self._gatherers:
+            gatherer.close()
         self._binding.poison_all()
         self._arena.close()
 

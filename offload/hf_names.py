@@ -178,7 +178,7 @@ def _merged(
         found = [
             (int(match[1]) if match.groups() else 0, view)
             for key, view in views.items()
-            if (match := re.fullmatch(re.escape(pattern).replace(r"\*", r"(\d+)"), key))
+            if (match := re.fullmatch(_numbered(pattern), key.replace("\\.", ".")))
         ]
         found.sort(key=lambda item: item[0])
         for entry, (_, view) in zip(entries, found, strict=True):
@@ -188,6 +188,13 @@ def _merged(
     if sum(piece.target.numel for piece in pieces) != meta.numel():
         raise ValueError(f"{name} is not filled")
     return {name: pieces}
+
+
+def _numbered(pattern: str) -> str:
+    """A regex for the full names of a pattern of transformers, which may write its dots
+    as "." or as "\\."."""
+    plain_dots = pattern.replace("\\.", ".")
+    return re.escape(plain_dots).replace(r"\*", r"(\d+)")
 
 
 def _cut(

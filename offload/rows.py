@@ -52,6 +52,10 @@ class RowGatherer:
         self.bytes_gathered += len(distinct) * self._row_bytes
         return torch.embedding(rows, inverse)
 
+    def close(self) -> None:
+        """Gives the buffer back; stand-ins still refer to this."""
+        self._buffer = memoryview(b"")
+
     @property
     def _gap(self) -> int:
         return max(self._max_gap_bytes, self._reader.alignment)
@@ -77,6 +81,8 @@ class RowGatherer:
             handles.append(self._reader.submit(window, part, urgent=True))
             starts.append(position)
             position += window.nbytes
+        for handle in handles:
+            handle.wait_quietly()  # nobody may write into the buffer after this
         for handle in handles:
             handle.wait()
         at = 0

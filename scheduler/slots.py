@@ -30,8 +30,12 @@ class Slots:
         self._slots: list[Slot] = []
 
     def __repr__(self) -> str:
-        used = sum(slot.nbytes for slot in self._slots)
-        return f"<Slots: {len(self._slots)}, {used}/{self.capacity} bytes>"
+        used, total = self.used_bytes, self.capacity
+        return f"<Slots: {len(self._slots)}, {used}/{total} bytes>"
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self._slots)
 
     def claim(self, unit: int, nbytes: int) -> Slot | None:
         """Takes the smallest gap that holds `nbytes` (at least 1), or returns None.

@@ -80,7 +80,6 @@ class WorkingSet:
         self._resident: set[int] = set()
         self._clock = 0
         self._num_prefetches = 0
-        self._claimed = 0
         self._peak = 0
         self.wait_seconds = 0.0
         self._num_unused = 0
@@ -260,14 +259,13 @@ class WorkingSet:
             slot = self._slots.claim(unit, nbytes)
             if slot is None:
                 return None
+        self._peak = max(self._peak, self._slots.used_bytes)
         try:
             load = self._load(unit, slot.offset)
             held = self._held[unit] = _Held(slot, load, self._num_prefetches)
-        except Exception:  # not after an interrupt: something may be writing there
+        except Exception:  # after an interrupt the slot is lost: who knows what writes
             self._slots.release(slot)
             raise
-        self._claimed += nbytes
-        self._peak = max(self._peak, self._claimed)
         return held
 
     def _evict(self, unit: int) -> None:
@@ -280,7 +278,6 @@ class WorkingSet:
         held.load.wait_quietly()
         del self._held[unit]
         self._slots.release(held.slot)
-        self._claimed -= held.slot.nbytes
 
     def _why_not(self, units: Sequence[int]) -> str:
         in_use = {u for u, held in self._held.items() if held.users} - self._resident

@@ -146,7 +146,7 @@ def test_the_largest_gap_beside_what_stays_is_what_could_be_had(
     slots, claimed = filled(capacity, sizes)
     left = [slot for slot in claimed if slot.unit in pinned]
     assert slots.largest_gap_beside(pinned) == max(free_runs(capacity, left), default=0)
-    assert len(slots._slots) == len(claimed)  # it only looked
+    assert slots.used_bytes == sum(slot.nbytes for slot in claimed)  # it only looked
 
 
 @given(st.integers(1, 60), sizes, st.sets(st.integers(0, 11)), sizes)
@@ -166,4 +166,5 @@ def test_what_is_said_to_fit_beside_what_stays_does(
 
 def test_use_over_capacity_is_shown() -> None:
     slots, _ = filled(100, [30, 40])
+    assert slots.used_bytes == 70
     assert repr(slots) == "<Slots: 2, 70/100 bytes>"
