@@ -1,7 +1,6 @@
 """Puts a streamed model together. The only file that names concrete tiers."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +9,7 @@ from torch import nn
 
 from ..io.arena import Arena
 from ..io.checkpoint import Checkpoint
-from ..io.errors import DoesNotFitError
-from ..io.extent import align_down
-from ..io.layout import Layout, layout
+from ..io.layout import Layout
 from ..io.loader import Loader
 from ..io.reader import Reader
 from ..io.recipe import Recipe
@@ -22,15 +19,13 @@ from ..scheduler.gate import Gate
 from ..scheduler.order import Order
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
+from .division import capacity_of, check_least, check_overlap, divide
 from .engine import Engine
-from .memory import HeapTrimmer, available_bytes
+from .memory import HeapTrimmer
 from .poison import StreamedParameter
 from .policy import Policy
 from .rows import RowGatherer
-from .sites import Found, Place, find
-
-_log = logging.getLogger("penstock")
-
+from .sites import Found, Place
 
 def build(
     model: nn.Module,
@@ -46,11 +41,14 @@ def build(
     places, recipes = _places(model, recipes)
     nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
     gathered = _gathered(model, places, recipes, policy.gather_rows)
-    capacity = _capacity(policy, nbytes)
-    divide = partial(_divide, model, places, recipes, nbytes, gathered, policy)
-    found, layouts = divide(capacity)
-    _check_least(divide, capacity)
-    fallbacks = _check_overlap(found, layouts, capacity)
+    alignment = ThreadReader.alignment
+    capacity = capacity_of(policy, nbytes, alignment=alignment)
+    divided = partial(
+        divide, model, places, recipes, nbytes, gathered, policy, alignment
+    )
+    found, layouts = divided(capacity)
+    check_least(divided, capacity)
+    fallbacks = check_overlap(found, layouts, capacity)
     tiers = _open(checkpoint, layouts, capacity, policy)
     gatherers = {
         name: RowGatherer(
@@ -197,105 +195,3 @@ def _gathered(
         and len(recipe.shape) == 2
         and any(isinstance(place.module, nn.Embedding) for place in places[name])
     )
-
-
-def _capacity(policy: Policy, nbytes: Mapping[str, int]) -> int:
-    if policy.device_memory != "auto":
-        # Slots at the end of the arena must start aligned, too.
-        return align_down(policy.device_memory, ThreadReader.alignment)
-    # What is read in place takes up to two pages more than it has bytes.
-    whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
-    wanted = max(min(available_bytes() // 2, whole), 1 << 20)
-    return align_down(wanted, ThreadReader.alignment)
-
-
-def _divide(
-    model: nn.Module,
-    places: Mapping[str, list[Place]],
-    recipes: Mapping[str, Recipe],
-    nbytes: Mapping[str, int],
-    gathered: frozenset[str],
-    policy: Policy,
-    capacity: int,
-) -> tuple[Found, list[Layout]]:
-    """Blocks as they are, where two fit beside what is resident; finer where not. What
-    cannot be divided (a head) may be larger."""
-    limit = capacity
-    while True:
-        found = find(
-            model,
-            places,
-            nbytes,
-            gathered,
-            max_site_bytes=limit,
-            resident_below=min(policy.resident_below, capacity // 64),
-        )
-        layouts = [
-            layout(
-                unit.name,
-                [recipes[name] for name in unit.tensors],
-                alignment=ThreadReader.alignment,
-                # What is read once may take more reads; what stays, no gaps.
-                max_gap_bytes=0 if unit.is_resident else policy.io.max_gap,
-            )
-            for unit in found.units
-        ]
-        resident, by_site = _needs(found, layouts)
-        room = (capacity - resident) // 2
-        is_coarse = any(
-            nbytes > room and any(True for _ in site.module.children())
-            for site, nbytes in zip(found.sites, by_site, strict=True)
-        )
-        if not is_coarse or limit <= 1:
-            return found, layouts
-        limit = max(1, min(room, limit * 3 // 4))
-
-
-def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and those that each site needs at once."""
-    resident = sum(
-        plan.nbytes
-        for unit, plan in zip(found.units, layouts, strict=True)
-        if unit.is_resident
-    )
-    by_site = [0] * len(found.sites)
-    for unit, plan in zip(found.units, layouts, strict=True):
-        for site in unit.sites:
-            by_site[site] += plan.nbytes
-    return resident, by_site
-
-
-def _check_least(
-    divide: Callable[[int], tuple[Found, list[Layout]]], capacity: int
-) -> None:
-    """A larger budget keeps more resident and so needs more: the least that works is
-    the first that does with what it asks for itself."""
-    least = capacity
-    while True:
-        resident, by_site = _needs(*divide(least))
-        largest = max(by_site, default=0)
-        if resident + largest <= least:
-            break
-        least = resident + largest
-    if least > capacity:
-        raise DoesNotFitError(
-            f"device_memory of {capacity} bytes is too small: {largest} bytes of the "
-            f"largest part and {resident} that are always needed make at least "
-            f"{least}; set device_memory to at least {least}"
-        )
-
-
-def _check_overlap(
-    found: Found, layouts: list[Layout], capacity: int
-) -> tuple[str, ...]:
-    resident, by_site = _needs(found, layouts)
-    largest = max(by_site, default=0)
-    if resident + 2 * largest > capacity and len(found.sites) > 1:
-        message = (
-            f"no room to fetch beside the largest part: device_memory of "
-            f"{resident + 2 * largest} bytes would overlap reading and computing "
-            f"everywhere (it is {capacity})"
-        )
-        _log.warning(message)
-        return (message,)
-    return ()

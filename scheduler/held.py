@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_MAX_DEPTH = 6
+_MAX_DEPTH = 12
 _MAX_ITEMS = 4096
 _MAX_OBJECTS = 50_000
 

@@ -73,7 +73,7 @@ class WorkingSet:
     ) -> None:
         self._sizes = sizes
         self._names = names
-        self._needed = {(unit,) for unit in needed}
+        self._needed: set[tuple[int, ...]] = {(unit,) for unit in needed}
         self._load = load
         self._slots = Slots(capacity)
         self._held: dict[int, _Held] = {}

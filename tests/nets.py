@@ -51,7 +51,8 @@ class Net(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        found: torch.Tensor = self.head(x)
+        return found
 
 
 def make(kind: Callable[..., Any], *args: Any) -> Any:

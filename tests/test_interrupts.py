@@ -247,11 +247,12 @@ class InterruptAtLine:
         self.at = ""
 
     def __enter__(self) -> InterruptAtLine:
+        self._before = sys.gettrace()  # coverage, perhaps
         sys.settrace(self._on_call)
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
         is_ours = frame.f_code.co_filename.startswith(SCHEDULER)

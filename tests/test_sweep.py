@@ -98,7 +98,7 @@ def test_modules_get_the_very_arguments_they_were_called_with() -> None:
     seen: list[bool] = []
 
     class Picky(Block):
-        def forward(self, x: Any, extra: Any = None) -> Any:  # type: ignore[override]
+        def forward(self, x: Any, extra: Any = None) -> Any:
             seen.append(extra is marker and isinstance(x, torch.Tensor))
             return super().forward(x)
 
@@ -546,7 +546,7 @@ def test_blocks_are_skipped_by_some() -> None:
         def forward(self, item: tuple[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
             skipped, x = item
             for block in self.blocks:
-                if block.name not in skipped:
+                if str(block.name) not in skipped:
                     x = block(x)
             return x
 
@@ -582,12 +582,15 @@ class Sharing(nn.Module):
     """One module is used by the model itself and inside of every block."""
 
     class Using(Block):
+        shared: Any
+
         def __init__(self, shared: nn.Module) -> None:
             super().__init__()
             self.shared = shared
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + self.shared(super().forward(-x))
+            inner: torch.Tensor = self.shared(super().forward(-x))
+            return super().forward(x) + inner
 
     def __init__(self) -> None:
         super().__init__()

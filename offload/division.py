@@ -1,0 +1,121 @@
+"""Divides a model into units that fit a budget, or says the least that would do."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from ..io.errors import DoesNotFitError
+from ..io.extent import align_down
+from ..io.layout import Layout, layout
+from ..io.recipe import Recipe
+from .memory import available_bytes
+from .policy import Policy
+from .sites import Found, Place, find
+
+_log = logging.getLogger("penstock")
+
+
+def capacity_of(policy: Policy, nbytes: Mapping[str, int], *, alignment: int) -> int:
+    """Bytes of the working set: as asked, or half of the free memory."""
+    if policy.device_memory != "auto":
+        # Slots at the end of the arena must start aligned, too.
+        return align_down(policy.device_memory, alignment)
+    # What is read in place takes up to two pages more than it has bytes.
+    whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
+    wanted = max(min(available_bytes() // 2, whole), 1 << 20)
+    return align_down(wanted, alignment)
+
+
+def divide(
+    model: nn.Module,
+    places: Mapping[str, list[Place]],
+    recipes: Mapping[str, Recipe],
+    nbytes: Mapping[str, int],
+    gathered: frozenset[str],
+    policy: Policy,
+    alignment: int,
+    capacity: int,
+) -> tuple[Found, list[Layout]]:
+    """Blocks as they are, where two fit beside what is resident; finer where not. What
+    cannot be divided (a head) may be larger."""
+    limit = capacity
+    while True:
+        found = find(
+            model,
+            places,
+            nbytes,
+            gathered,
+            max_site_bytes=limit,
+            resident_below=min(policy.resident_below, capacity // 64),
+        )
+        layouts = [
+            layout(
+                unit.name,
+                [recipes[name] for name in unit.tensors],
+                alignment=alignment,
+                # What is read once may take more reads; what stays, no gaps.
+                max_gap_bytes=0 if unit.is_resident else policy.io.max_gap,
+            )
+            for unit in found.units
+        ]
+        resident, by_site = _needs(found, layouts)
+        room = (capacity - resident) // 2
+        is_coarse = any(
+            nbytes > room and any(True for _ in site.module.children())
+            for site, nbytes in zip(found.sites, by_site, strict=True)
+        )
+        if not is_coarse or limit <= 1:
+            return found, layouts
+        limit = max(1, min(room, limit * 3 // 4))
+
+
+def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
+    """Bytes of the resident units, and those that each site needs at once."""
+    resident = sum(
+        plan.nbytes
+        for unit, plan in zip(found.units, layouts, strict=True)
+        if unit.is_resident
+    )
+    by_site = [0] * len(found.sites)
+    for unit, plan in zip(found.units, layouts, strict=True):
+        for site in unit.sites:
+            by_site[site] += plan.nbytes
+    return resident, by_site
+
+
+def check_least(
+    divide: Callable[[int], tuple[Found, list[Layout]]], capacity: int
+) -> None:
+    """A larger budget keeps more resident and so needs more: the least that works is
+    the first that does with what it asks for itself."""
+    least = capacity
+    while True:
+        resident, by_site = _needs(*divide(least))
+        largest = max(by_site, default=0)
+        if resident + largest <= least:
+            break
+        least = resident + largest
+    if least > capacity:
+        raise DoesNotFitError(
+            f"device_memory of {capacity} bytes is too small: {largest} bytes of the "
+            f"largest part and {resident} that are always needed make at least "
+            f"{least}; set device_memory to at least {least}"
+        )
+
+
+def check_overlap(
+    found: Found, layouts: list[Layout], capacity: int
+) -> tuple[str, ...]:
+    """What is to be announced where two of the largest parts do not fit together."""
+    resident, by_site = _needs(found, layouts)
+    largest = max(by_site, default=0)
+    if resident + 2 * largest > capacity and len(found.sites) > 1:
+        message = (
+            f"no room to fetch beside the largest part: device_memory of "
+            f"{resident + 2 * largest} bytes would overlap reading and computing "
+            f"everywhere (it is {capacity})"
+        )
+        _log.warning(message)
+        return (message,)
+    return ()

@@ -1,0 +1,173 @@
+"""Three floors, and imports go down only: offload -> scheduler -> io."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import penstock
+
+ROOT = Path(penstock.__file__).parent
+FLOORS = ("io", "scheduler", "offload")
+FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).glob("*.py"))
+MAX_LINES = 300
+
+PURE = {
+    "scheduler/admission.py",
+    "scheduler/order.py",
+    "scheduler/packing.py",
+    "scheduler/slots.py",
+}
+"""Decisions: they could be taken on a machine with no torch, clock or file."""
+PURE_IMPORTS = {"bisect", "collections", "dataclasses", "math", "typing"}
+
+TIERS = {"penstock.io.threads"}
+"""Modules of one way to read; whoever imports one has chosen it."""
+PARTS = {"Arena", "Binding", "Doors", "Gate", "Loader", "Order", "WorkingSet"}
+"""What a streamed model is put together from."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """`from module import name`, or `import module`."""
+
+    module: str
+    name: str
+    level: int
+    line: int
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """All of them, in functions and under TYPE_CHECKING too, with absolute names."""
+    here = ["penstock", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, "", 0, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: len(here) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                yield Import(module, alias.name, node.level, node.lineno)
+
+
+def floor_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "penstock" and len(parts) > 1 else None
+
+
+@pytest.fixture(params=FILES, ids=label)
+def path(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+def test_all_three_floors_were_found() -> None:
+    assert {path.parent.name for path in FILES} == set(FLOORS)
+    assert {label(path) for path in FILES} >= PURE
+
+
+def test_imports_go_down_only(path: Path) -> None:
+    below = FLOORS[: FLOORS.index(path.parent.name) + 1]
+    for found in imports_of(path):
+        if found.package == "penstock":
+            floor = floor_of(found.module)
+            assert floor in below, f"line {found.line} imports {found.module}"
+
+
+def test_library_files_import_each_other_relatively(path: Path) -> None:
+    for found in imports_of(path):
+        assert found.level or found.package != "penstock", f"line {found.line}"
+        assert found.package not in ("tests", "bench", "examples"), f"line {found.line}"
+
+
+def test_only_build_names_a_concrete_tier(path: Path) -> None:
+    if label(path) != "offload/build.py" and path.parent.name != "io":
+        for found in imports_of(path):
+            whole = f"{found.module}.{found.name}"
+            assert not TIERS & {found.module, whole}, f"line {found.line}"
+
+
+def test_only_build_puts_the_parts_together(path: Path) -> None:
+    """Others may name their types."""
+    if label(path) == "offload/build.py":
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in PARTS, f"line {node.lineno} makes one"
+
+
+def test_build_does_name_them() -> None:
+    build = ROOT / "offload" / "build.py"
+    imported = {found.module for found in imports_of(build)}
+    assert imported >= TIERS
+    made = {
+        node.func.id
+        for node in ast.walk(tree_of(build))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert made >= PARTS
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_decisions_import_no_torch_clock_or_file(name: str) -> None:
+    for found in imports_of(ROOT / name):
+        is_pure = found.package in PURE_IMPORTS or (
+            found.package == "penstock"
+            and f"scheduler/{found.module.rpartition('.')[2]}.py" in PURE
+        )
+        assert is_pure, f"line {found.line} imports {found.module}"
+
+
+def test_the_folder_io_is_no_regular_package() -> None:
+    """With an __init__.py it would hide the standard library's io in places."""
+    assert not (ROOT / "io" / "__init__.py").exists()
+    assert (ROOT / "scheduler" / "__init__.py").exists()
+    assert (ROOT / "offload" / "__init__.py").exists()
+
+
+def test_no_file_is_named_like_a_module_of_the_standard_library() -> None:
+    """A script's own folder comes first on sys.path. `penstock.io` is a folder, and
+    `statistics` a name that nothing here imports the other one of."""
+    taken = {label(p) for p in FILES if p.stem in sys.stdlib_module_names}
+    assert taken == set()
+
+
+def test_files_stay_short_enough_to_read(path: Path) -> None:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES
+
+
+def test_every_file_begins_with_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(tree_of(path))
+
+
+def test_importing_the_package_imports_no_floor() -> None:
+    for found in imports_of(ROOT / "__init__.py"):
+        node_is_lazy = found.level == 0 or floor_of(found.module) in FLOORS
+        assert node_is_lazy
+    top_level = [
+        node
+        for node in tree_of(ROOT / "__init__.py").body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    assert [ast.unparse(node) for node in top_level] == [
+        "from typing import TYPE_CHECKING, Any"
+    ]
