@@ -27,6 +27,7 @@ from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found, Place
 
+
 def build(
     model: nn.Module,
     checkpoint: Checkpoint,

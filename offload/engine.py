@@ -119,11 +119,15 @@ class Engine:
 
     def sweep(self, width: int | None, seed: int | None) -> Sweep:
         """A sweep over this model; ends with it at the latest."""
-        limit = self.policy.activation_memory
+        limit: int | None
+        if self.policy.activation_memory != "auto":
+            limit = self.policy.activation_memory
+        else:  # a width is the caller's own bound
+            limit = available_bytes() // 4 if width is None else None
         sweep = Sweep(
             self._gate,
             width=width,
-            activation_bytes=available_bytes() // 4 if limit == "auto" else limit,
+            activation_bytes=limit,
             seed=seed,
             devices=(torch.device(self.policy.device).type,),
             module_state=ModuleState(self.model.modules()),

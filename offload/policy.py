@@ -97,7 +97,7 @@ class Policy(_Section):
     the memory that is free, at most the model."""
     activation_memory: AutoBytes = "auto"
     """Bytes that the suspended micro-batches of a sweep may keep alive together. `auto`
-    is a quarter of the memory that is free when the sweep starts."""
+    is a quarter of the memory that is free when a sweep starts without a width."""
     micro_batch_tokens: PositiveInt = 512
     """Tokens that run through a unit in one call, when scoring."""
     tokens_in_flight: PositiveInt = 4096

@@ -216,6 +216,26 @@ def test_only_as_many_start_as_the_activation_budget_holds_at_the_end(
         assert sweep.statistics().max_in_flight == limit
 
 
+def test_the_others_catch_up_with_the_one_that_showed_what_it_keeps() -> None:
+    net = make(Caching)
+    for index, block in enumerate(net.blocks):
+        block.name = str(index)
+    each = 8 * (64 << 10) + (20 << 10)
+    with streamed(net, activation_memory=5 * each), penstock.sweep(net) as sweep:
+        sweep.map(named(net), enumerate(batches(5)))
+        loaded = penstock.statistics(net).bytes_loaded
+        weights = penstock.statistics(net).model_bytes
+    sites = [site for site, _ in log]
+    assert sites == [
+        "0",
+        "1",
+        *["0"] * 4,
+        *["1"] * 4,
+        *[s for s in "234567" for _ in range(5)],
+    ]
+    assert loaded <= weights * 10 / 8  # two units again at most, not all of them
+
+
 def test_what_a_micro_batch_holds_is_about_what_it_holds() -> None:
     net = make(Net)
     x = torch.randn(4096, WIDTH)
