@@ -37,7 +37,12 @@ def is_allowed() -> bool:
 
 
 def _make(limit_bytes: int) -> Path | None:
-    for root, name in ((_V2, "memory.max"), (_V1, "memory.limit_in_bytes")):
+    for root, marker, name in (
+        (_V2, "cgroup.controllers", "memory.max"),
+        (_V1, "memory.limit_in_bytes", "memory.limit_in_bytes"),
+    ):
+        if not (root / marker).exists():
+            continue
         group = root / f"penstock-bench-{os.getpid()}"
         try:
             group.mkdir()

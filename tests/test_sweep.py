@@ -226,13 +226,8 @@ def test_the_others_catch_up_with_the_one_that_showed_what_it_keeps() -> None:
         loaded = penstock.statistics(net).bytes_loaded
         weights = penstock.statistics(net).model_bytes
     sites = [site for site, _ in log]
-    assert sites == [
-        "0",
-        "1",
-        *["0"] * 4,
-        *["1"] * 4,
-        *[s for s in "234567" for _ in range(5)],
-    ]
+    assert sorted(sites[:10]) == ["0"] * 5 + ["1"] * 5
+    assert sites[10:] == [site for site in "234567" for _ in range(5)]
     assert loaded <= weights * 10 / 8  # two units again at most, not all of them
 
 
