@@ -19,11 +19,11 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
+from .counters import Statistics
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found
-from .statistics import Statistics
 
 _log = logging.getLogger("penstock")
 

@@ -10,9 +10,9 @@ from ..io.checkpoint import open_checkpoint
 from ..io.errors import PenstockError
 from ..scheduler.sweep import Sweep
 from .build import build
+from .counters import Statistics
 from .engine import Engine
 from .policy import Policy
-from .statistics import Statistics
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..io.errors import OutputError
+from .counters import Statistics
 from .policy import Policy
-from .statistics import Statistics
 
 # Below this share of waiting, faster storage would not be felt.
 _WAITING_BINDS = 0.1

@@ -9,8 +9,7 @@ Layer-major order emerges.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from ..io.errors import PenstockError
 from .admission import Admission
 from .gate import Gate
+from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
 from .thread_state import ThreadState
@@ -30,24 +30,6 @@ _log = logging.getLogger("penstock")
 _MAX_EXITS = 100
 # What could not be ended stays suspended: were it to die, it would run once more.
 _LEFT_BEHIND: list[MicroBatch] = []
-
-
-@dataclass(slots=True)
-class Job:
-    """What to do with each batch, and the batches that are left."""
-
-    fn: Callable[[Any], Any]
-    batches: Iterator[tuple[int, Any]]
-    has_more: bool = True
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counts micro-batches."""
-
-    num_started: int = 0
-    num_finished: int = 0
-    max_in_flight: int = 0
 
 
 class Hub:
@@ -199,7 +181,7 @@ class Hub:
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
         first = self._gate.order.first
-        if self._job.has_more and first is not None:
+        if self._job.expects_more and first is not None:
             return {*self._waiting, first}
         return set(self._waiting)
 
@@ -215,9 +197,8 @@ class Hub:
         job, num = self._job, 0
         while job.has_more and self._admission.has_room(len(self._in_flight)):
             try:
-                index, batch = next(job.batches)
+                index, batch = job.take()
             except StopIteration:
-                job.has_more = False
                 break
             self._start(index, batch)
             num += 1

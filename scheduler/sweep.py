@@ -13,7 +13,8 @@ from typing import Any, Generic, Self, TypeVar
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission
 from .gate import Gate
-from .hub import Hub, Job, Progress
+from .hub import Hub
+from .job import Job, Progress
 from .module_state import ModuleState
 
 Batch = TypeVar("Batch")
@@ -153,7 +154,7 @@ class Sweep:
 
     def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> Hub:
         return Hub(
-            Job(fn, enumerate(batches)),
+            Job(fn, batches),
             self._gate,
             self._admission,
             self._progress,

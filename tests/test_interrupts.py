@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -240,11 +241,13 @@ def test_who_raises_the_exit_itself_is_ended_by_it(flows: list[Any]) -> None:
 
 
 class InterruptAtLine:
-    """Raises KeyboardInterrupt as the `count`-th line of the scheduler begins."""
+    """Raises KeyboardInterrupt as the `count`-th line of the scheduler (of its files
+    called `files`, if any are named) begins."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *files: str) -> None:
         self.left = count
         self.at = ""
+        self._paths = tuple(f"{SCHEDULER}/{file}" for file in files or [""])
 
     def __enter__(self) -> InterruptAtLine:
         self._before = sys.gettrace()  # coverage, perhaps
@@ -255,7 +258,7 @@ class InterruptAtLine:
         sys.settrace(self._before)
 
     def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        is_ours = frame.f_code.co_filename.startswith(SCHEDULER)
+        is_ours = frame.f_code.co_filename.startswith(self._paths)
         return self._on_line if is_ours else None
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
@@ -267,34 +270,58 @@ class InterruptAtLine:
         return self._on_line
 
 
+def strike(net: Any, expected: list[Any], interrupt: InterruptAtLine) -> bool:
+    """Interrupts a sweep. Whether it did; either way nothing may come of it."""
+    seen = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
+
+    def fn(x: torch.Tensor) -> Any:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return net(x)
+
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        interrupt,
+        penstock.sweep(net, seed=0) as sweep,
+    ):
+        sweep.map(fn, batches(2))
+    assert torch.equal(torch.get_rng_state(), seen[0]), interrupt.at
+    assert torch.is_grad_enabled() == seen[1], interrupt.at
+    assert torch.get_default_dtype() == seen[2], interrupt.at
+    assert not torch.is_inference_mode_enabled(), interrupt.at
+    with torch.inference_mode():
+        assert same(net(batches(1)[0]), expected[0]), interrupt.at
+    assert open_sites(net) == [], interrupt.at
+    return interrupt.at != ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 21, 41, 61])
 def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) -> None:
     """Every 20-th of the lines that the scheduler runs, in four parts."""
     net = make(Net, 2)
     expected = serially(net, batches(2))
-    before = torch.get_rng_state(), torch.is_grad_enabled()
-    struck: list[str] = []
-
-    def fn(x: torch.Tensor) -> Any:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            return net(x)
-
     # Room to spare: struck between claiming a slot and loading it, it is lost.
     with streamed(net, slots=3):
-        for count in itertools.count(first, 80):
-            with InterruptAtLine(count) as interrupt:
-                try:
-                    with penstock.sweep(net, seed=0) as sweep:
-                        sweep.map(fn, batches(2))
-                except KeyboardInterrupt:
-                    struck.append(interrupt.at)
-            assert torch.equal(torch.get_rng_state(), before[0]), struck[-1]
-            assert torch.is_grad_enabled() == before[1], struck[-1]
-            assert not torch.is_inference_mode_enabled(), struck[-1]
-            with torch.inference_mode():
-                assert same(net(batches(1)[0]), expected[0]), struck[-1]
-            assert open_sites(net) == [], struck[-1]
-            if not interrupt.at:
-                break
-    assert len(set(struck)) > 10
+        lines = itertools.count(first, 80)
+        assert sum(
+            itertools.takewhile(
+                bool, (strike(net, expected, InterruptAtLine(n)) for n in lines)
+            )
+        )
+
+
+@pytest.mark.slow
+def test_no_line_between_two_micro_batches_leaves_the_thread_in_the_wrong_state() -> (
+    None
+):
+    block = make(Block)
+    expected = serially(block, batches(2))
+    files = "thread_state.py", "micro_batch.py"
+    with streamed(block):
+        lines = itertools.count(1)
+        assert sum(
+            itertools.takewhile(
+                bool,
+                (strike(block, expected, InterruptAtLine(n, *files)) for n in lines),
+            )
+        )

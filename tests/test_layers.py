@@ -19,6 +19,7 @@ MAX_LINES = 300
 
 PURE = {
     "scheduler/admission.py",
+    "scheduler/job.py",
     "scheduler/order.py",
     "scheduler/packing.py",
     "scheduler/slots.py",

@@ -81,6 +81,14 @@ def test_one_pass_reads_every_unit_once_for_all() -> None:
     assert statistics.num_unused_loads == 0
 
 
+def test_the_end_of_a_list_is_known_and_nothing_is_fetched_for_more() -> None:
+    net = make(Net)
+    with streamed(net), penstock.sweep(net, width=4) as sweep:
+        sweep.map(net, batches(4))
+        statistics = penstock.statistics(net)
+    assert statistics.bytes_loaded == statistics.model_bytes
+
+
 def test_no_batches_no_results() -> None:
     net = make(Net)
     with streamed(net), penstock.sweep(net) as sweep:
@@ -222,7 +230,7 @@ def test_the_others_catch_up_with_the_one_that_showed_what_it_keeps() -> None:
         block.name = str(index)
     each = 8 * (64 << 10) + (20 << 10)
     with streamed(net, activation_memory=5 * each), penstock.sweep(net) as sweep:
-        sweep.map(named(net), enumerate(batches(5)))
+        sweep.map(named(net), list(enumerate(batches(5))))
         loaded = penstock.statistics(net).bytes_loaded
         weights = penstock.statistics(net).model_bytes
     sites = [site for site, _ in log]

@@ -414,6 +414,17 @@ def test_prefetch_stops_where_everything_is_read_or_awaited() -> None:
     assert working_set.statistics().num_unused_loads == 0
 
 
+def test_prefetch_does_not_throw_out_one_that_is_expected_for_another() -> None:
+    working_set, disk = make([4, 4, 4], 8)
+    working_set.acquire(1)
+    working_set.release(1)
+    working_set.acquire(0)
+    working_set.prefetch([1, 2])
+    working_set.release(0)
+    working_set.acquire(1)
+    assert disk.loads == [1, 0]
+
+
 def test_a_wrong_guess_does_not_keep_its_bytes_for_ever() -> None:
     working_set, disk = make([4] * 4, 8)
     working_set.acquire(0)
@@ -448,8 +459,10 @@ def test_a_failed_load_is_raised_by_the_acquire_that_needs_it(how: str) -> None:
     getattr(disk, how).add(1)
     with pytest.raises(ReadError, match="1"):
         working_set.acquire(1)
+    working_set.acquire_together((0, 1))  # nothing is lost: all the room is there
+    working_set.release_all()
     checker = Checker(working_set, disk)
-    for unit in (1, 0, 2, 1):  # nothing is lost: all the room is there again
+    for unit in (1, 0, 2, 1):
         checker.enter(unit)
         checker.expect([(unit + 1) % 3])
         checker.leave(unit)

@@ -1,0 +1,46 @@
+"""What a sweep has to do, and how much of it is done. Pure."""
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Job:
+    """What to do with each batch, and the batches that are left."""
+
+    fn: Callable[[Any], Any]
+    batches: Iterable[Any]
+    has_more: bool = True
+    """False once `batches` has come to its end."""
+    num_taken: int = 0
+
+    def __post_init__(self) -> None:
+        self._left = iter(self.batches)
+
+    @property
+    def expects_more(self) -> bool:
+        """Whether another batch is likely: the end of a list is seen beforehand."""
+        is_last = isinstance(self.batches, Sized) and self.num_taken >= len(
+            self.batches
+        )
+        return self.has_more and not is_last
+
+    def take(self) -> tuple[int, Any]:
+        """The next batch and its number; StopIteration at the end."""
+        try:
+            batch = next(self._left)
+        except StopIteration:
+            self.has_more = False
+            raise
+        self.num_taken += 1
+        return self.num_taken - 1, batch
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts micro-batches."""
+
+    num_started: int = 0
+    num_finished: int = 0
+    max_in_flight: int = 0
