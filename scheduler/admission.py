@@ -47,10 +47,11 @@ class Admission:
 
     def wants(self, index: int, num_sites: int) -> bool:
         """Whether to look at what micro-batch `index` holds at its `num_sites`-th
-        site: all of them early, the scout now and then, since caches grow."""
-        if self._scout in (None, index) and num_sites > 2:
+        site: the scout early and then now and then, since caches grow; others, where
+        it matters how large they are, once they hold hidden states."""
+        if self._scout in (None, index):
             return num_sites == 3 or num_sites.bit_count() == 1
-        return num_sites <= 2
+        return num_sites == 2 and self._activation_bytes is not None
 
     def note(self, index: int, num_sites: int, held_bytes: int) -> None:
         """Micro-batch `index` waits at its `num_sites`-th site and holds this much."""

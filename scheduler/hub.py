@@ -137,7 +137,6 @@ class Hub:
             if self._waiting:
                 self._serve(self._gate.next_of(self._whose_turn()))
         finally:
-            self._hub_state.resume()  # unless an interrupt struck, it has been
             self._is_in_round = False
 
     def stop(self) -> None:
@@ -152,6 +151,7 @@ class Hub:
                 self._end(me)
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
+        self._hub_state.resume()  # which an interrupt may have cut off
         if errors:
             raise errors[0]
 

@@ -1,7 +1,8 @@
 """What a sweep has to do, and how much of it is done. Pure."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 
@@ -21,10 +22,7 @@ class Job:
     @property
     def expects_more(self) -> bool:
         """Whether another batch is likely: the end of a list is seen beforehand."""
-        is_last = isinstance(self.batches, Sized) and self.num_taken >= len(
-            self.batches
-        )
-        return self.has_more and not is_last
+        return self.has_more and length_hint(self._left, 1) > 0
 
     def take(self) -> tuple[int, Any]:
         """The next batch and its number; StopIteration at the end."""

@@ -8,6 +8,7 @@ each other's. Which attributes those are is learnt by watching the micro-batches
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import nn
 _ABSENT = object()
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 # Exactly these: a copy of them is one, which nobody promises for others.
+_BUILT_OF = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
 
 # A look walks the whole model, so their number is bounded. What a model keeps shows
 # early: in the first micro-batch, and in the first ones that take another way.
 _NUM_FIRST_LOOKS = 256
-_NUM_LOOKS_A_STEP = 8
+_NUM_LOOKS_A_STEP = 4
 
 Values = tuple[Any, ...]
 """What the watched attributes hold for one micro-batch."""
@@ -34,13 +36,20 @@ class ModuleState:
     Lists, dicts and sets that are changed in place are swapped, too. Of a tensor that
     is written in place nobody has the old values: `conflict` names it. What hangs
     deeper (an attribute of an attribute) is not seen.
+
+    Hooks and submodules belong to all. So does a mark that they were put in: else each
+    would put in its own (transformers, when hidden states are first asked for).
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._stores: list[tuple[str, dict[str, Any]]] = []
+        self._built: list[dict[str, Any]] = []
         for module in modules:
             name = type(module).__name__
             self._stores += [(name, vars(module)), (name, module._buffers)]
+            self._built += [vars(module)[part] for part in _BUILT_OF]
+        self._first_looks_left = _NUM_FIRST_LOOKS
+        self._looks: Counter[tuple[int | None, int | None]] = Counter()
         self._watched: list[tuple[dict[str, Any], str]] = []
         self._seen: set[tuple[int, str]] = set()
         self.conflict: str | None = None
@@ -49,11 +58,14 @@ class ModuleState:
 
     def begin(self) -> None:
         """What the modules hold now is what every new micro-batch starts with."""
-        self._known = [dict(store) for _, store in self._stores]
+        self._num_built = sum(map(len, self._built))
+        self._known: list[tuple[int, tuple[str, ...], tuple[Any, ...]]] = []
         self._contents: dict[tuple[int, str], tuple[dict[str, Any], _Blank]] = {}
         self._tensors: list[tuple[str, torch.Tensor, int]] = []
         for owner, store in self._stores:
-            for key, value in _plain(store):
+            plain = dict(_plain(store))
+            self._known.append((len(store), tuple(plain), tuple(plain.values())))
+            for key, value in plain.items():
                 if type(value) in _CONTAINERS:
                     self._contents[id(store), key] = (store, _Blank(value))
                 elif isinstance(value, torch.Tensor) and not value.is_inference():
@@ -62,8 +74,6 @@ class ModuleState:
             self._before(store, key, store.get(key, _ABSENT))
             for store, key in self._watched
         ]
-        self._first_looks_left = _NUM_FIRST_LOOKS
-        self._looks: Counter[tuple[int | None, int | None]] = Counter()
 
     def look(self, index: int, previous: int | None, site: int | None) -> None:
         """Micro-batch `index` went from site `previous` to `site` (None: its start, its
@@ -79,13 +89,22 @@ class ModuleState:
     def learn(self) -> None:
         """Finds the attributes that changed since `begin`: from now on each micro-batch
         has its own, and a new one starts with what they held before."""
-        for (_, store), known in zip(self._stores, self._known, strict=True):
-            if store.keys() == known.keys() and _same(store.values(), known.values()):
+        before_num, self._num_built = self._num_built, sum(map(len, self._built))
+        was_built = self._num_built != before_num
+        for (_, store), (size, keys, values) in zip(
+            self._stores, self._known, strict=True
+        ):
+            found = map(store.get, keys, repeat(_ABSENT))
+            if len(store) == size and all(map(is_, found, values)):
                 continue
-            now = dict(_plain(store))
-            for key in {**dict(_plain(known)), **now}:
+            known, now = dict(zip(keys, values, strict=True)), dict(_plain(store))
+            for key in {**known, **now}:
                 before, after = known.get(key, _ABSENT), now.get(key, _ABSENT)
-                if before is not after:
+                if before is after:
+                    continue
+                if was_built and after is True:
+                    self._seen.add((id(store), key))
+                else:
                     self._watch(store, key, before)
         for (_, key), (store, blank) in self._contents.items():
             if not blank.is_unchanged():

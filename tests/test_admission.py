@@ -100,6 +100,14 @@ def test_the_largest_batch_seen_stands_for_all() -> None:
     assert room(admission) < 12 // 2
 
 
+def test_without_a_budget_only_one_is_looked_at() -> None:
+    admission = Admission(width=4, activation_bytes=None, num_sites=5)
+    admission.note(2, 2, 64 * KIB)
+    assert admission.wants(2, 3)
+    assert not any(admission.wants(3, num) for num in range(1, 40))
+    assert admission.largest_held_bytes == 64 * KIB
+
+
 def test_one_that_ends_before_it_shows_its_growth_has_shown_enough() -> None:
     admission = scouted(1 << 30, 1 << 20)
     guess = room(admission)

@@ -27,6 +27,7 @@ from nets import (
     streamed,
 )
 from penstock.io.errors import ClosedError
+from penstock.offload.model import engine_of
 from penstock.scheduler import hub
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -119,6 +120,11 @@ def test_an_interrupted_plain_call_is_cleaned_up_by_the_next_one() -> None:
     def interrupt(module: Any, args: Any) -> None:
         raise KeyboardInterrupt
 
+    def look(x: torch.Tensor) -> Any:
+        seen.append(open_sites(net))
+        return net(x)
+
+    seen: list[list[str]] = []
     with streamed(net):
         for is_sweep in (False, True):
             hook = net.blocks[2].linear.register_forward_pre_hook(interrupt)
@@ -127,9 +133,28 @@ def test_an_interrupted_plain_call_is_cleaned_up_by_the_next_one() -> None:
             hook.remove()
             assert open_sites(net) == ["blocks.2", "units in use"]
             with penstock.sweep(net) as sweep, torch.inference_mode():
-                found = sweep.map(net, batches(3)) if is_sweep else net(batches(1)[0])
+                found = sweep.map(look, batches(3)) if is_sweep else net(batches(1)[0])
             assert same(found, expected if is_sweep else expected[0])
             assert open_sites(net) == []
+    assert seen[0] == []
+
+
+def test_an_interrupt_while_looking_ahead_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with streamed(net):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_of(net)._working_set, "prefetch", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                net(batches(1)[0])
+            assert open_sites(net) == []
+        assert_usable(net, net, expected)
 
 
 def test_another_interrupt_while_others_unwind_is_raised_once_all_have(
@@ -284,6 +309,7 @@ def strike(net: Any, expected: list[Any], interrupt: InterruptAtLine) -> bool:
         penstock.sweep(net, seed=0) as sweep,
     ):
         sweep.map(fn, batches(2))
+    assert open_sites(net) == [], interrupt.at
     assert torch.equal(torch.get_rng_state(), seen[0]), interrupt.at
     assert torch.is_grad_enabled() == seen[1], interrupt.at
     assert torch.get_default_dtype() == seen[2], interrupt.at

@@ -25,7 +25,7 @@ PURE = {
     "scheduler/slots.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
-PURE_IMPORTS = {"bisect", "collections", "dataclasses", "math", "typing"}
+PURE_IMPORTS = {"bisect", "collections", "dataclasses", "math", "operator", "typing"}
 
 TIERS = {"penstock.io.threads"}
 """Modules of one way to read; whoever imports one has chosen it."""

@@ -213,6 +213,29 @@ def test_parameters_hooks_and_children_are_not_state() -> None:
     assert state.take() == ()
 
 
+def test_the_mark_of_what_was_built_in_is_everybodys() -> None:
+    def act(part: Part) -> None:
+        if not getattr(part, "has_hook", False):
+            part.register_forward_hook(lambda *args: None)
+            part.has_hook = True  # type: ignore[assignment]
+        part.kept += 1
+
+    part = Part(kept=0)
+    state, _ = learnt(part, act)
+    assert part.has_hook
+    assert part.kept == 0  # but not what changed beside it
+    part.eval()
+    state.learn()
+    state.take()
+    assert part.training  # nor what was True all along
+    act(part)
+    assert len(part._forward_hooks) == 1
+    state.begin()
+    state.learn()
+    state.take()
+    assert part.has_hook
+
+
 def test_what_is_learnt_later_is_blank_for_those_who_waited() -> None:
     part = Part(kept=0, later=0)
     state, first = learnt(part, set_number)
@@ -253,6 +276,8 @@ def test_every_new_step_is_looked_at_and_no_step_for_ever() -> None:
     for _ in range(1000):
         state.look(0, 1, 2)
     assert looks == few + _NUM_FIRST_LOOKS
-    state.begin()
+    state.begin()  # another run of the same sweep
     state.look(3, 1, 2)
+    assert looks == few + _NUM_FIRST_LOOKS
+    state.look(3, 3, 1)
     assert looks == few + _NUM_FIRST_LOOKS + 1

@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import penstock
+import zoo
 from nets import WIDTH, Block, Net, batches, make, same, serially, streamed
+from penstock import Policy
 from penstock.io.errors import PenstockError
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -405,6 +408,31 @@ def test_the_callers_own_calls_between_outcomes_keep_their_state() -> None:
                 mine.append(net(x))
                 assert same(outcome.value, expected[: outcome.index + 1])
     assert same(mine, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_hidden_states_that_are_first_asked_for_in_a_sweep_are_those_asked_for(
+    name: str, tmp_path: Path
+) -> None:
+    """transformers hooks the blocks when it is first asked, and marks the model."""
+    zoo.save_checkpoint(name, tmp_path)
+    items = [zoo.inputs(name, seed=seed) for seed in range(3)]
+
+    def states(model: Any) -> Callable[[Any], Any]:
+        def fn(inputs: Any) -> Any:
+            found = model(**inputs, output_hidden_states=True)
+            return [found.logits, found.hidden_states]
+
+        return fn
+
+    policy = Policy(device_memory=1 << 20, resident_below=1)
+    with penstock.load(tmp_path, policy) as model:
+        expected = serially(states(model), items)
+    with penstock.load(tmp_path, policy) as model, penstock.sweep(model) as sweep:
+        found = sweep.map(states(model), items)
+        assert sweep.statistics().max_in_flight == 3
+    assert same(found, expected)
 
 
 class WritingInPlace(Net):

@@ -148,8 +148,15 @@ def test_waiting_for_weights_is_not_waiting_for_a_thread(
     just goes on waiting."""
     net = make(Net)
     expected = serially(net, batches(2))
-    caller = Caller(lambda: net(batches(1)[0]))
     slow = Handle(1)
+
+    def call() -> Any:
+        try:
+            return net(batches(1)[0])
+        finally:
+            slow.done()  # were it to fail, nobody should wait for ever
+
+    caller = Caller(call)
 
     def fn(item: tuple[int, torch.Tensor]) -> torch.Tensor:
         if item[0] == 1:

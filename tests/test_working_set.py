@@ -272,6 +272,7 @@ class ModuloUnits:
         pass
 
 
+@pytest.mark.slow
 def test_the_checker_finds_the_wrong_weights_of_slots_by_modulo() -> None:
     wrong = set()
     for num, slots in SHAPES:
@@ -303,6 +304,7 @@ def test_units_of_any_sizes_are_right_while_they_are_read(
         assert loads == [len(sizes), 0, 0, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.data())
 def test_whatever_is_read_fetched_or_kept_in_any_order_the_weights_are_right(
