@@ -143,6 +143,7 @@ def summarise(name: str, runs: list[dict[str, Any]], best: float) -> dict[str, A
     rates = [r["tokens_per_second"] for r in good]
     keys = (
         "seconds",
+        "cpu_seconds",
         "load_seconds",
         "seconds_to_first_layer",
         "peak_rss_bytes",
@@ -166,8 +167,8 @@ def summarise(name: str, runs: list[dict[str, Any]], best: float) -> dict[str, A
 
 def show(rows: list[dict[str, Any]]) -> None:
     print(
-        f"\n{'':12}{'tokens/s':>10}{'ceiling':>9}{'load s':>8}{'first s':>9}"
-        f"{'peak MiB':>10}{'read MiB':>10}{'written':>9}"
+        f"\n{'':12}{'tokens/s':>10}{'ceiling':>9}{'CPU s':>8}{'load s':>8}"
+        f"{'first s':>9}{'peak MiB':>10}{'read MiB':>10}{'written':>9}"
     )
     for row in rows:
         if "error" in row:
@@ -181,6 +182,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['name']:12}{row['tokens_per_second']:10.1f}"
             f"{row['of_ceiling']:9.1%}"
+            + cell("cpu_seconds", 1, 8, ".1f")
             + cell("load_seconds", 1, 8, ".2f")
             + cell("seconds_to_first_layer", 1, 9, ".2f")
             + cell("peak_rss_bytes", 1 << 20, 10, ".0f")
@@ -237,7 +239,8 @@ def main() -> None:
                 )
                 runs[name].append(found)
                 rate = found.get("tokens_per_second", found.get("error"))
-                print(f"round {number}: {name}: {rate}", flush=True)
+                cpu = found.get("cpu_seconds")
+                print(f"round {number}: {name}: {rate} CPU s: {cpu}", flush=True)
     rate = best["tokens_per_second"]
     rows = [summarise(name, found, rate) for name, found in runs.items()]
     show(rows)

@@ -31,15 +31,17 @@ def streamed(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str,
     start = time.perf_counter()
     with penstock.load(args.model, policy) as model:
         scorer = CausalScorer(model, max_logits_bytes=_LOGITS_BYTES)
-        loaded = time.perf_counter()
+        loaded, used = time.perf_counter(), time.process_time()
         with penstock.sweep(model, width=len(batches)) as sweep:
             sums = sweep.map(lambda ids: score(scorer, ids), batches)
         seconds = time.perf_counter() - loaded
+        cpu_seconds = time.process_time() - used
         found = penstock.statistics(model)
         first = engine_of(model).first_unit_at or loaded
     return {
         "load_seconds": loaded - start,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "seconds_to_first_layer": first - start,
         "bytes_loaded": found.bytes_loaded,
         "bytes_gathered": found.bytes_gathered,
@@ -59,12 +61,13 @@ def resident(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str,
     scorer = CausalScorer(model, max_logits_bytes=_LOGITS_BYTES)
     for parameter in model.parameters():  # mapped files count as loaded when touched
         parameter.data = parameter.data.clone()
-    loaded = time.perf_counter()
+    loaded, used = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         sums = [value for ids in batches for value in score(scorer, ids)]
     return {
         "load_seconds": loaded - start,
         "seconds": time.perf_counter() - loaded,
+        "cpu_seconds": time.process_time() - used,
         "logprob_sums": sums,
     }
 
