@@ -4,11 +4,21 @@ import contextlib
 import ctypes
 import mmap
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from .errors import ClosedError, DoesNotFitError
 
 _HUGE_PAGE_BYTES = 2 << 20
+
+
+class Memory(Protocol):
+    """Bytes that units are loaded into and viewed in."""
+
+    nbytes: int
+
+    def view(self, offset: int, nbytes: int) -> memoryview: ...
+
+    def close(self) -> None: ...
 
 
 class Arena:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+_MIN_BALANCED_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Extent:
@@ -56,8 +58,23 @@ def windows(
     return tuple(merged)
 
 
-def chunks(extent: Extent, *, max_chunk_bytes: int) -> Iterator[Extent]:
-    """`extent` cut into consecutive pieces of at most `max_chunk_bytes`."""
-    for offset in range(extent.offset, extent.end, max_chunk_bytes):
-        nbytes = min(max_chunk_bytes, extent.end - offset)
-        yield Extent(extent.path, offset, nbytes)
+def chunks(
+    extent: Extent, *, alignment: int, max_chunk_bytes: int, max_concurrency: int
+) -> Iterator[Extent]:
+    """`extent`, which starts aligned, cut into consecutive pieces of nearly equal size,
+    each aligned and of at most `max_chunk_bytes` (or one page, if that is less).
+
+    Their number is a multiple of `max_concurrency`, as far as pieces of a megabyte
+    allow: as many lanes end together, and none idles while another reads the rest.
+    """
+    if not extent.nbytes:
+        return
+    pages = -(-extent.nbytes // alignment)
+    num = -(-pages // max(max_chunk_bytes // alignment, 1))
+    balanced = align_up(num, max_concurrency)
+    if extent.nbytes >= balanced * _MIN_BALANCED_BYTES:
+        num = balanced
+    for index in range(num):
+        start = extent.offset + index * pages // num * alignment
+        end = extent.offset + (index + 1) * pages // num * alignment
+        yield Extent(extent.path, start, min(end, extent.end) - start)

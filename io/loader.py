@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .arena import Arena
+from .arena import Memory
 from .errors import PenstockError
 from .extent import Extent, aligned
 from .handle import Handle
@@ -74,7 +74,7 @@ class Loader:
     def __init__(
         self,
         layouts: Sequence[Layout],
-        arena: Arena,
+        arena: Memory,
         reader: Reader,
         *,
         bounce_bytes: int,

@@ -12,6 +12,8 @@ from .handle import Handle
 class ReaderStatistics:
     """Counters since the reader was opened."""
 
+    name: str
+    """Which reader it is: `threads`, `libaio`, ..."""
     bytes_read: int
     num_reads: int
     is_direct: bool
@@ -22,6 +24,7 @@ class ReaderStatistics:
 class Reader(Protocol):
     """Reads extents in the background. A blocking read is `submit(...).wait()`."""
 
+    name: str
     alignment: int
     """Offsets, lengths and addresses that are multiples of it are read directly."""
 

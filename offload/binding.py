@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..io.arena import Arena
+from ..io.arena import Memory
 from ..io.errors import PenstockError
+from ..io.host import HostTier
 from ..io.layout import Layout, Placed
 from .sites import Found, Place, tensors_in
 
@@ -31,16 +32,22 @@ class Binding:
         layouts: Sequence[Layout],
         places: Mapping[str, list[Place]],
         stand_ins: Mapping[str, torch.Tensor],
-        arena: Arena,
+        arena: Memory,
+        host: HostTier | None,
     ) -> None:
         self._layouts = layouts
         self._places = places
         self._stand_ins = stand_ins
         self._arena = arena
+        self._host = host
         self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
         self._forever: set[str] = set()
         self._units_of_site = [
-            tuple(u for u, unit in enumerate(found.units) if site in unit.sites)
+            tuple(
+                index
+                for index, unit in enumerate(found.units)
+                if site in unit.sites and not self.is_in_host(index)
+            )
             for site in range(len(found.sites))
         ]
         names = {
@@ -70,7 +77,12 @@ class Binding:
         """The name of the tensor that a module's `parameters` hold under `key`."""
         return self._names[id(parameters), key]
 
+    def is_in_host(self, unit: int) -> bool:
+        """Whether `unit` stays in host memory, where it is used as it lies."""
+        return self._host is not None and unit in self._host.offsets
+
     def units_of_site(self, site: int) -> tuple[int, ...]:
+        """The units that have to be brought for `site`."""
         return self._units_of_site[site]
 
     def bind(self, site: int, offsets: tuple[int, ...]) -> None:
@@ -112,13 +124,22 @@ class Binding:
                 else:
                     place.module._parameters[place.key] = cast(nn.Parameter, tensor)
 
+    def bind_host(self) -> None:
+        """Makes what stays in host memory real wherever it is used."""
+        if self._host is not None:
+            for unit, offset in self._host.offsets.items():
+                self.bind_for_ever(unit, offset)
+
     def tensors(self, unit: int, offset: int) -> dict[str, torch.Tensor]:
-        """The tensors of `unit` as views of the arena at `offset`, by name."""
+        """The tensors of `unit`, which lies at `offset`, as views, by name."""
+        memory = self._arena
+        if self._host is not None and self.is_in_host(unit):
+            memory = self._host.memory
         key = (unit, offset, torch.is_grad_enabled())
         if key not in self._built:
             with torch.inference_mode(False):
                 self._built[key] = {
-                    placed.name: self._build(placed, offset, is_recorded=key[2])
+                    placed.name: self._build(placed, memory, offset, is_recorded=key[2])
                     for placed in self._layouts[unit].tensors
                 }
         return self._built[key]
@@ -136,13 +157,15 @@ class Binding:
                     place.module._parameters[place.key] = stand_in
         self._built.clear()
 
-    def _build(self, placed: Placed, offset: int, *, is_recorded: bool) -> nn.Parameter:
+    def _build(
+        self, placed: Placed, memory: Memory, offset: int, *, is_recorded: bool
+    ) -> nn.Parameter:
         size = placed.dtype.itemsize
         numel = torch.Size(placed.shape).numel()
         if numel == 0:
             tensor = torch.empty(placed.shape, dtype=placed.dtype)
         else:
-            memory = self._arena.view(offset + placed.offset, numel * size)
-            tensor = torch.frombuffer(memory, dtype=placed.dtype).view(placed.shape)
+            view = memory.view(offset + placed.offset, numel * size)
+            tensor = torch.frombuffer(view, dtype=placed.dtype).view(placed.shape)
         wants_grad = self._stand_ins[placed.name].requires_grad
         return nn.Parameter(tensor, requires_grad=wants_grad and not is_recorded)

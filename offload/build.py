@@ -1,14 +1,25 @@
 """Puts a streamed model together. The only file that names concrete tiers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from torch import nn
 
+from ..io import aio
+from ..io.aio import LibaioReader
 from ..io.arena import Arena
+from ..io.buffered import AiofilesReader
 from ..io.checkpoint import Checkpoint
+from ..io.choice import Remembered, choose
+from ..io.files import ALIGNMENT
+from ..io.header import FileStamp
+from ..io.host import HostTier
 from ..io.layout import Layout
 from ..io.loader import Loader
 from ..io.reader import Reader
@@ -17,13 +28,15 @@ from ..io.threads import ThreadReader
 from ..scheduler.doors import Doors, Site
 from ..scheduler.gate import Gate
 from ..scheduler.order import Order
+from ..scheduler.placement import spread
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .division import capacity_of, check_least, check_overlap, divide
 from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
-from .policy import Policy
+from .policy import IO, Policy
+from .progress import FillProgress
 from .rows import RowGatherer
 from .sites import Found, Place
 
@@ -42,15 +55,16 @@ def build(
     places, recipes = _places(model, recipes)
     nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
     gathered = _gathered(model, places, recipes, policy.gather_rows)
-    alignment = ThreadReader.alignment
+    alignment = ALIGNMENT
     capacity = capacity_of(policy, nbytes, alignment=alignment)
     divided = partial(
         divide, model, places, recipes, nbytes, gathered, policy, alignment
     )
     found, layouts = divided(capacity)
     check_least(divided, capacity)
+    in_host = _in_host(found, layouts, policy)
     fallbacks = check_overlap(found, layouts, capacity)
-    tiers = _open(checkpoint, layouts, capacity, policy)
+    tiers = _open(checkpoint, layouts, in_host, capacity, policy)
     gatherers = {
         name: RowGatherer(
             recipes[name],
@@ -61,8 +75,8 @@ def build(
         for name in gathered
     }
     stand_ins: dict[str, torch.Tensor] = {}
-    binding = Binding(found, layouts, places, stand_ins, tiers.arena)
-    working_set = _working_set(found, layouts, capacity, tiers.loader)
+    binding = Binding(found, layouts, places, stand_ins, tiers.arena, tiers.host)
+    working_set = _working_set(found, layouts, in_host, capacity, tiers.loader)
     doors = _doors(found, working_set, binding)
     engine = Engine(
         model,
@@ -72,12 +86,13 @@ def build(
         arena=tiers.arena,
         reader=tiers.reader,
         loader=tiers.loader,
+        host=tiers.host,
         working_set=working_set,
         binding=binding,
         doors=doors,
         gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
         gatherers=tuple(gatherers.values()),
-        fallbacks=fallbacks,
+        fallbacks=(*fallbacks, *tiers.fallbacks),
     )
     for name, recipe in recipes.items():
         gatherer = gatherers.get(name)
@@ -104,25 +119,87 @@ class _Tiers:
     arena: Arena
     reader: Reader
     loader: Loader
+    host: HostTier | None
+    fallbacks: tuple[str, ...]
+
+
+def _in_host(found: Found, layouts: list[Layout], policy: Policy) -> tuple[int, ...]:
+    """The units that stay in host memory."""
+    streamed = [
+        index
+        for index, unit in enumerate(found.units)
+        if unit.sites and not unit.is_resident
+    ]
+    sizes = [layouts[unit].nbytes for unit in streamed]
+    return tuple(streamed[i] for i in spread(sizes, policy.host_memory or 0))
 
 
 def _open(
-    checkpoint: Checkpoint, layouts: list[Layout], capacity: int, policy: Policy
+    checkpoint: Checkpoint,
+    layouts: list[Layout],
+    in_host: tuple[int, ...],
+    capacity: int,
+    policy: Policy,
 ) -> _Tiers:
-    arena = Arena(capacity)
-    reader = ThreadReader(
-        checkpoint.stamps,
-        num_threads=policy.io.threads,
-        chunk_bytes=policy.io.chunk,
-        direct=policy.io.direct,
+    with ExitStack() as opened:
+        arena = opened.enter_context(Arena(capacity))
+        reader, fallbacks = open_reader(checkpoint.stamps, policy.io)
+        opened.enter_context(reader)
+        host = None
+        if in_host:
+            progress = FillProgress("reading into host memory")
+            with progress:
+                host = HostTier(
+                    layouts,
+                    in_host,
+                    reader,
+                    checkpoint.stamps,
+                    bounce_bytes=policy.io.bounce,
+                    shared=policy.host_shared,
+                    version=f"{version('penstock')} {version('transformers')}",
+                    progress=progress,
+                )
+        loader = Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
+        opened.pop_all()  # from here on the engine closes them
+        return _Tiers(arena, reader, loader, host, fallbacks)
+
+
+def open_reader(
+    stamps: Mapping[Path, FileStamp], io: IO
+) -> tuple[Reader, tuple[str, ...]]:
+    """The reader that `io` asks for or, where it cannot be had, the best that can, and
+    what was said of that."""
+    sizes = {"chunk_bytes": io.chunk}
+    makers: dict[str, Callable[[], Reader]] = {
+        "libaio": partial(
+            LibaioReader, stamps, depth=io.depth, direct=io.direct, **sizes
+        ),
+        "threads": partial(
+            ThreadReader, stamps, num_threads=io.threads, direct=io.direct, **sizes
+        ),
+        "aiofiles": partial(AiofilesReader, stamps, num_tasks=io.threads, **sizes),
+    }
+    missing = {"gds": "it reads into the memory of a GPU, and the device is the CPU"}
+    if (reason := aio.why_not()) is not None:
+        missing["libaio"] = reason
+    name, fallbacks = choose(
+        io.reader,
+        makers,
+        missing,
+        stamps,
+        direct=io.direct,
+        settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
+        remembered=Remembered(user_cache_path("penstock") / "readers.json"),
     )
-    return _Tiers(
-        arena, reader, Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
-    )
+    return makers[name](), fallbacks
 
 
 def _working_set(
-    found: Found, layouts: list[Layout], capacity: int, loader: Loader
+    found: Found,
+    layouts: list[Layout],
+    in_host: tuple[int, ...],
+    capacity: int,
+    loader: Loader,
 ) -> WorkingSet:
     return WorkingSet(
         [plan.nbytes for plan in layouts],
@@ -132,7 +209,7 @@ def _working_set(
         needed=frozenset(
             index
             for index, unit in enumerate(found.units)
-            if unit.sites or unit.is_resident
+            if (unit.sites or unit.is_resident) and index not in in_host
         ),
     )
 

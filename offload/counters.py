@@ -13,7 +13,10 @@ class Statistics:
     device_memory_bytes: int
     """The working set's budget."""
     bytes_by_tier: Mapping[str, int]
-    """Where the weights are: `device` (resident) and `disk` (streamed)."""
+    """Where the weights are: `device` (resident), `host` (read once, used where they
+    lie) and `disk` (streamed)."""
+    reader: str
+    """How files are read: `libaio`, `threads`, ..."""
     bytes_read: Mapping[str, int]
     """Bytes read from each tier, alignment and gaps included."""
     bytes_loaded: int

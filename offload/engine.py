@@ -10,6 +10,7 @@ from torch import nn
 
 from ..io.arena import Arena
 from ..io.errors import FaultError
+from ..io.host import HostTier
 from ..io.loader import Loader
 from ..io.reader import Reader
 from ..io.recipe import Recipe
@@ -45,6 +46,7 @@ class Engine:
         arena: Arena,
         reader: Reader,
         loader: Loader,
+        host: HostTier | None,
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
@@ -59,6 +61,7 @@ class Engine:
         self._arena = arena
         self._reader = reader
         self._loader = loader
+        self._host = host
         self._working_set = working_set
         self._binding = binding
         self._doors = doors
@@ -87,6 +90,7 @@ class Engine:
                 offset = self._working_set.acquire(index)
                 self._working_set.keep(index)
                 self._binding.bind_for_ever(index, offset)
+        self._binding.bind_host()
         for index, site in enumerate(self.found.sites):
             self._hook(site.module, index)
         self._hooks.append(
@@ -165,11 +169,22 @@ class Engine:
             for name in self.found.units[unit].tensors
         }
         on_device = sum(self.recipes[name].nbytes for name in resident)
+        in_host = sum(
+            self.recipes[name].nbytes
+            for index, unit in enumerate(self.found.units)
+            if self._binding.is_in_host(index)
+            for name in unit.tensors
+        )
         total = sum(recipe.nbytes for recipe in self.recipes.values())
         return Statistics(
             model_bytes=total,
             device_memory_bytes=working_set.capacity_bytes,
-            bytes_by_tier={"device": on_device, "disk": total - on_device},
+            bytes_by_tier={
+                "device": on_device,
+                "host": in_host,
+                "disk": total - on_device - in_host,
+            },
+            reader=reader.name,
             bytes_read={"disk": reader.bytes_read},
             bytes_loaded=loader.bytes_loaded,
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
@@ -205,6 +220,8 @@ class Engine:
         for gatherer in self._gatherers:
             gatherer.close()
         self._binding.poison_all()
+        if self._host is not None:
+            self._host.close()
         self._arena.close()
 
     def _hook(self, module: nn.Module, site: int) -> None:

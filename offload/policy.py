@@ -70,10 +70,15 @@ class _Section(BaseModel):
 class IO(_Section):
     """How bytes come from disk."""
 
-    reader: Literal["auto", "threads"] = "auto"
-    """The reader; this version has one, `threads`."""
+    reader: Literal["auto", "libaio", "threads", "aiofiles", "gds"] = "auto"
+    """How files are read: `libaio` (the kernel's queue) and `threads` read past the
+    page cache, `aiofiles` through it, `gds` straight into a GPU. `auto` measures once
+    for each drive and remembers; what cannot be had is announced and replaced."""
     threads: Annotated[int, Field(ge=1, le=64)] = 2
-    """Reads under way at once. Two keep one NVMe drive busy in large chunks."""
+    """Reads under way at once, of `threads` and `aiofiles`. Two keep one NVMe drive
+    busy in large chunks."""
+    depth: Annotated[int, Field(ge=1, le=256)] = 8
+    """Reads under way at once, of `libaio`."""
     chunk: Bytes = 8 << 20
     """Most bytes of one read."""
     max_gap: Bytes = 32 << 10
@@ -95,6 +100,12 @@ class Policy(_Section):
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
+    host_memory: Bytes | None = None
+    """Bytes of weights that are read once and stay in host memory, beside
+    device_memory; the rest is streamed from disk at every pass. None: nothing stays."""
+    host_shared: bool = False
+    """Processes of this machine that load the same checkpoint with the same policy
+    share one copy of what stays in host memory."""
     activation_memory: AutoBytes = "auto"
     """Bytes that the suspended micro-batches of a sweep may keep alive together. `auto`
     is a quarter of the memory that is free when a sweep starts without a width."""

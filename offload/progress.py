@@ -1,6 +1,7 @@
 """A progress bar with an ETA on a terminal; nothing at all elsewhere."""
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -68,3 +69,36 @@ class JobProgress:
         while not self._done.wait(_SECONDS):
             done, total, remark = self._poll()
             self._bar.update(self._task, completed=done, total=total, remark=remark)
+
+
+class FillProgress:
+    """Called with (done, total) bytes, shows a bar on a terminal once it takes longer
+    than two seconds. Closed by `with`."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._state = (0, 0)
+        self._bar: JobProgress | None = None
+        self._start = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._state = (done, total)
+        if self._bar is None and time.monotonic() - self._start > 2:
+            self._bar = JobProgress(Console(stderr=True), self._title, self._poll)
+            self._bar.__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, traceback)
+
+    def _poll(self) -> tuple[float, float, str]:
+        done, total = self._state
+        return done, total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"

@@ -28,6 +28,8 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("weights", human_bytes(report["model_bytes"]))
     table.add_row("  streamed", human_bytes(weights["disk"]))
     table.add_row("  resident", human_bytes(weights["device"]))
+    if weights["host"]:
+        table.add_row("  in host memory", human_bytes(weights["host"]))
     table.add_row("passes", f"{report['passes']}")
     table.add_row("bytes read", human_bytes(report["bytes_read"]["disk"]))
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Generator, Iterator, Mapping
@@ -15,6 +16,8 @@ from typing import Any, ClassVar, Protocol
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What is remembered of this computer's drives is no business of tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="penstock-tests-")
 
 import pytest
 import torch

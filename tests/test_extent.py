@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.io.extent import Extent, align_down, align_up, aligned, chunks, windows
 
+MIB = 1 << 20
 FILES = (Path("a"), Path("b"))
 ALIGNMENTS = st.sampled_from([1, 8, 512, 4096])
 EXTENTS = st.builds(
@@ -121,17 +122,51 @@ def test_neighbours_share_a_window_and_strangers_do_not() -> None:
     assert joined == (Extent(FILES[0], 0, 20480), Extent(FILES[1], 0, 4096))
 
 
-@given(extent=EXTENTS, max_chunk_bytes=st.integers(1, 5_000))
-def test_chunks_are_the_extent_cut_in_order(
-    extent: Extent, max_chunk_bytes: int
+@given(
+    first_page=st.integers(0, 9),
+    nbytes=st.integers(0, 40 * MIB) | st.sampled_from([0, 1, 4095, 4096, 4097]),
+    max_chunk_bytes=st.sampled_from([1, 5000, 1 << 16, MIB, 8 * MIB, 1 << 40]),
+    max_concurrency=st.integers(1, 9),
+)
+def test_chunks_are_the_extent_cut_in_order_into_aligned_equals(
+    first_page: int, nbytes: int, max_chunk_bytes: int, max_concurrency: int
 ) -> None:
-    found = list(chunks(extent, max_chunk_bytes=max_chunk_bytes))
+    extent = Extent(FILES[0], first_page * 4096, nbytes)
+    found = list(
+        chunks(
+            extent,
+            alignment=4096,
+            max_chunk_bytes=max_chunk_bytes,
+            max_concurrency=max_concurrency,
+        )
+    )
     position = extent.offset
     for chunk in found:
         assert chunk.path == extent.path
         assert chunk.offset == position
-        assert 0 < chunk.nbytes <= max_chunk_bytes
+        assert chunk.offset % 4096 == 0
+        assert 0 < chunk.nbytes <= max(max_chunk_bytes, 4096)
         position = chunk.end
-    assert position == (extent.end if found else extent.offset)
-    assert bool(found) == bool(extent.nbytes)
-    assert all(c.nbytes == max_chunk_bytes for c in found[:-1])
+    assert position == extent.end
+    sizes = [chunk.nbytes for chunk in found]
+    if found:
+        assert max(sizes) - min(sizes) < 2 * 4096  # the last one may be cut, too
+    if nbytes >= align_up(len(found), max_concurrency) * MIB:
+        assert len(found) % max_concurrency == 0  # the lanes end together
+
+
+def test_a_read_is_shared_out_among_the_lanes() -> None:
+    def sizes(nbytes: int, max_concurrency: int) -> list[int]:
+        extent = Extent(FILES[0], 0, nbytes)
+        found = chunks(
+            extent,
+            alignment=4096,
+            max_chunk_bytes=8 * MIB,
+            max_concurrency=max_concurrency,
+        )
+        return [chunk.nbytes for chunk in found]
+
+    assert sizes(9 * MIB, 2) == [9 * MIB // 2] * 2  # not 8 and 1
+    assert sizes(24 * MIB, 2) == [6 * MIB] * 4
+    assert sizes(24 * MIB, 1) == [8 * MIB] * 3
+    assert sizes(MIB, 4) == [MIB]  # too small to be worth it

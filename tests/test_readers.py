@@ -18,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import random_tensor
+from penstock.io import aio
+from penstock.io.aio import LibaioReader
+from penstock.io.buffered import AiofilesReader
 from penstock.io.errors import (
     CheckpointChangedError,
     CheckpointError,
@@ -346,6 +349,39 @@ class TestThreadReader(ReaderContract):
 
 class TestBufferedThreadReader(TestThreadReader):
     """Through the page cache."""
+
+    direct = False
+
+
+class TestAiofilesReader(ReaderContract):
+    @pytest.fixture
+    def make_reader(self) -> MakeReader:
+        def make(
+            stamps: Mapping[Path, FileStamp], *, chunk_bytes: int = 1 << 20
+        ) -> Reader:
+            return AiofilesReader(stamps, num_tasks=3, chunk_bytes=chunk_bytes)
+
+        return make
+
+
+@pytest.mark.skipif(aio.why_not() is not None, reason=str(aio.why_not()))
+class TestLibaioReader(ReaderContract):
+    direct = True
+
+    @pytest.fixture
+    def make_reader(self) -> MakeReader:
+        def make(
+            stamps: Mapping[Path, FileStamp], *, chunk_bytes: int = 1 << 20
+        ) -> Reader:
+            return LibaioReader(
+                stamps, depth=4, chunk_bytes=chunk_bytes, direct=self.direct
+            )
+
+        return make
+
+
+class TestBufferedLibaioReader(TestLibaioReader):
+    """Where the kernel reads at once, within the submission."""
 
     direct = False
 

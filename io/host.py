@@ -1,0 +1,105 @@
+"""The host tier: units that are read once and stay in host memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from .arena import Arena, Memory
+from .header import FileStamp
+from .layout import Layout
+from .loader import Loader, UnitLoad
+from .reader import Reader
+from .shared import SharedArena
+
+
+class HostTier:
+    """Holds `units` (numbers into `layouts`) side by side. They are read in parallel
+    while this is made; `progress(done_bytes, total_bytes)` is called as they come.
+
+    With `shared`, processes that hold the same units of the same files share one copy,
+    which the first of them reads; `version` is that of whatever makes weights of stored
+    tensors. Raises what reading raises; nothing stays open then.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        units: Sequence[int],
+        reader: Reader,
+        stamps: Mapping[Path, FileStamp],
+        *,
+        bounce_bytes: int,
+        shared: bool,
+        version: str,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._layouts = layouts
+        self._reader = reader
+        self._bounce_bytes = bounce_bytes
+        self._progress = progress
+        self.offsets: dict[int, int] = {}
+        """Where each unit lies in `memory`."""
+        nbytes = 0
+        for unit in units:
+            self.offsets[unit] = nbytes
+            nbytes += layouts[unit].nbytes
+        self.memory: Memory
+        if shared:
+            shared_memory = SharedArena(
+                f"{version} {self._key(stamps)}", nbytes, self._fill
+            )
+            self.was_filled_here = shared_memory.was_filled_here
+            self.memory = shared_memory
+            return
+        self.memory = Arena(nbytes)
+        self.was_filled_here = True
+        try:
+            self._fill(self.memory)
+        except BaseException:
+            self.memory.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<HostTier: {len(self.offsets)} units in {self.memory!r}>"
+
+    def close(self) -> None:
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _fill(self, memory: Memory) -> None:
+        loader = Loader(
+            self._layouts, memory, self._reader, bounce_bytes=self._bounce_bytes
+        )
+        loads: list[UnitLoad] = []
+        try:
+            for unit, offset in self.offsets.items():
+                loads.append(loader.load(unit, offset))
+            done = 0
+            for unit, load in zip(self.offsets, loads, strict=True):
+                load.wait()
+                done += self._layouts[unit].nbytes
+                self._progress(done, memory.nbytes)
+        finally:  # nothing may write into memory that is given back
+            for load in loads:
+                load.wait_quietly()
+            loader.close()
+
+    def _key(self, stamps: Mapping[Path, FileStamp]) -> str:
+        """All that determines what lies where, but the code that puts it there."""
+        files = sorted((str(path.resolve()), stamps[path]) for path in stamps)
+        units = [
+            (plan.name, plan.nbytes, plan.tensors, plan.reads, plan.copies)
+            for plan in (self._layouts[unit] for unit in self.offsets)
+        ]
+        return f"{files} {units}"

@@ -1,0 +1,180 @@
+"""Memory that several processes of one machine share: one copy of what they all read.
+
+A file in the system's shared memory, named after its content. Locks on it say who is
+there, and the kernel takes them back from a process that dies:
+
+- whoever fills it holds the exclusive lock, so others wait for the end of that;
+- whoever uses it holds the shared lock;
+- the last to close gets the exclusive lock at once, and removes the file.
+
+After a kill of all users the file stays. The next one to come uses it, if it wants just
+that and it was filled, and removes it if not.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from .errors import ClosedError, DoesNotFitError
+
+FOLDER = Path("/dev/shm")
+_READY = b"penstock: filled"
+_PAGE = mmap.PAGESIZE
+_RETRY_SECONDS = 0.01
+
+
+class SharedArena:
+    """`nbytes` that are the same memory in every process which gives the same `key`
+    (whatever determines the content: two contents must not have one key).
+
+    `fill(arena)` is called in one of the processes, before any of them has the arena.
+    Raises DoesNotFitError when the system's shared memory is too small.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        nbytes: int,
+        fill: Callable[["SharedArena"], None],
+        *,
+        folder: Path = FOLDER,
+    ) -> None:
+        self.nbytes = nbytes
+        self.was_filled_here = False
+        digest = hashlib.blake2b(f"{nbytes} {key}".encode(), digest_size=16)
+        self.path = folder / f"penstock-{os.getuid()}-{digest.hexdigest()}"
+        self._view: memoryview | None = None
+        self._remove_abandoned()
+        while not self._attach(fill):
+            time.sleep(_RETRY_SECONDS)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._view is None else "open"
+        return f"<SharedArena: {self.nbytes} bytes, {state}>"
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes `offset` ... `offset + nbytes`."""
+        if self._view is None:
+            raise ClosedError("this arena is closed; load the model again")
+        return self._view[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """Leaves; the last of all processes frees the memory."""
+        if self._view is None:
+            return
+        self._view.release()
+        self._view = None
+        try:
+            self._map.close()
+        except BufferError:
+            del self._map  # the user holds a view: its death unmaps
+        if _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._is_named():
+            self.path.unlink()
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _remove_abandoned(self) -> None:
+        """Frees what users that were killed have left. One that is just being made, and
+        not locked yet, may be hit: its maker notices and makes another."""
+        for path in self.path.parent.glob(f"penstock-{os.getuid()}-*"):
+            if path == self.path:
+                continue
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                        path.unlink()
+                finally:
+                    os.close(descriptor)
+
+    def _attach(self, fill: Callable[["SharedArena"], None]) -> bool:
+        """Tries to be a user of the filled memory; False to try again."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(self.path, flags, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # waits for one who fills
+            if self._is_named() and self._is_filled():
+                self._open()
+                return True
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            # Another one may be as far as this: only one of them gets it.
+            if not _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                os.close(self._descriptor)
+                return False
+            if not self._is_named() or self._is_filled():
+                os.close(self._descriptor)
+                return False
+            self._fill(fill)
+            # Not atomic: whoever comes between finds it filled, and uses it, too; or is
+            # the last to close, and removes it: then this one's is a copy of its own.
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        except BaseException:
+            self._view = None
+            os.close(self._descriptor)
+            raise
+        return True
+
+    def _fill(self, fill: Callable[["SharedArena"], None]) -> None:
+        try:
+            # Now, or a full /dev/shm would kill the process at the first touch.
+            os.posix_fallocate(self._descriptor, 0, self.nbytes + _PAGE)
+            self._open()
+            fill(self)
+            os.pwrite(self._descriptor, _READY, self.nbytes)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.ENOMEM,
+            ):
+                raise DoesNotFitError(
+                    f"{self.path.parent} has no room for {self.nbytes} bytes; enlarge "
+                    "it (docker: --shm-size), lower host_memory, or set host_shared: "
+                    "false"
+                ) from error
+            raise
+        self.was_filled_here = True
+
+    def _open(self) -> None:
+        self._map = mmap.mmap(self._descriptor, self.nbytes)
+        with contextlib.suppress(AttributeError, OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._map)
+
+    def _is_filled(self) -> bool:
+        return os.pread(self._descriptor, len(_READY), self.nbytes) == _READY
+
+    def _is_named(self) -> bool:
+        """Whether the file that is open is the one by that name: the last user may have
+        removed it since it was opened."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+
+def _lock(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    return True
