@@ -52,10 +52,10 @@ def matmul_flops_per_second(rows: int, dtype: torch.dtype) -> float:
 
 
 def evict(folder: Path) -> None:
-    """Throws the files of `folder` out of the page cache, so that they are read from
-    the disk; programs and libraries stay warm."""
+    """Throws `folder`'s files (or that one file) out of the page cache, so that they
+    are read from the disk; programs and libraries stay warm."""
     os.sync()
-    for path in folder.rglob("*"):
+    for path in [folder, *folder.rglob("*")]:
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

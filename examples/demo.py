@@ -40,7 +40,12 @@ def main() -> None:
     folder = make_checkpoint(
         args.out / f"llama-{args.size}", args.size, console=console
     )
-    policy = Policy(device_memory=args.device_memory, dtype=compute_dtype())
+    dtype = compute_dtype()
+    if dtype != "auto":
+        console.print(
+            f"this CPU has no instructions for bfloat16: computing in {dtype}"
+        )
+    policy = Policy(device_memory=args.device_memory, dtype=dtype)
     job = ScoreJob(
         model=folder,
         source=HERE / "texts.jsonl",

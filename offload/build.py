@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import nn
 
 from ..io import aio
@@ -35,7 +34,7 @@ from .division import capacity_of, check_least, check_overlap, divide
 from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
-from .policy import IO, Policy
+from .policy import IO, Policy, cache_folder
 from .progress import FillProgress
 from .rows import RowGatherer
 from .sites import Found, Place
@@ -189,7 +188,7 @@ def open_reader(
         stamps,
         direct=io.direct,
         settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
-        remembered=Remembered(user_cache_path("penstock") / "readers.json"),
+        remembered=Remembered(cache_folder(io) / "readers.json"),
     )
     return makers[name](), fallbacks
 

@@ -124,7 +124,19 @@ def score(
 
 
 @app.command()
-def verify(model: Model, policy: PolicyFile = None, settings: Settings = None) -> None:
+def verify(
+    model: Model,
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    checksums: Annotated[
+        bool,
+        typer.Option(
+            "--checksums",
+            help="Instead: sums the bytes of every tensor, the first time into a file "
+            "beside the checkpoint, later to compare with it.",
+        ),
+    ] = False,
+) -> None:
     """Streamed against resident, unit by unit, bit for bit, on a few tokens.
 
     Says which weights are used outside of their module's forward, too. Exit code 1
@@ -132,7 +144,11 @@ def verify(model: Model, policy: PolicyFile = None, settings: Settings = None) -
     """
     from .verify import verify as run
 
-    result = run(model, _policy(policy, settings))
+    chosen = _policy(policy, settings)
+    if checksums:
+        _verify_checksums(model, chosen)
+        return
+    result = run(model, chosen)
     print(
         f"{len(result.sites_run)} of {result.num_sites} sites run, "
         f"{result.num_tensors} tensors compared with {result.reference}"
@@ -146,6 +162,23 @@ def verify(model: Model, policy: PolicyFile = None, settings: Settings = None) -
         raise typer.Exit(1)
 
 
+def _verify_checksums(model: Path, policy: Policy) -> None:
+    from .integrity import verify_checksums
+
+    result = verify_checksums(model, policy)
+    for difference in result.differences:
+        print(f"DIFFERS: {difference}")
+    if result.differences:
+        print(f"NOT AS SUMMED: download it again, or delete {result.side_file}")
+        raise typer.Exit(1)
+    if result.was_written:
+        print(
+            f"wrote the checksums of {result.num_tensors} tensors: {result.side_file}"
+        )
+    else:
+        print(f"{result.num_tensors} tensors are as they were: {result.side_file}")
+
+
 @app.command()
 def policy(
     file: PolicyFile = None,
@@ -156,7 +189,9 @@ def policy(
 ) -> None:
     """Prints the policy that a file and settings make, defaults and all, as JSON."""
     chosen = _policy(file, settings)
-    value: Any = Policy.model_json_schema() if schema else chosen.model_dump()
+    value: Any = (
+        Policy.model_json_schema() if schema else chosen.model_dump(mode="json")
+    )
     print(json.dumps(value, indent=2))
 
 

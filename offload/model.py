@@ -12,7 +12,7 @@ from ..scheduler.sweep import Sweep
 from .build import build
 from .counters import Statistics
 from .engine import Engine
-from .policy import Policy
+from .policy import Policy, cache_folder
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,15 +40,16 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
 
 def wrap(module: Model, policy: Policy | None = None) -> Model:
     """Streams a module that is already built: its parameters are written once to a
-    temporary safetensors file and read from there. The module is changed in place and
-    returned; `penstock.unwrap(module)` puts its parameters back.
+    safetensors file in the cache folder and read from there. The module is changed in
+    place and returned; `penstock.unwrap(module)` puts its parameters back and removes
+    that file.
     """
     from .spill import spill
 
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
     policy = policy or Policy()
-    spilled = spill(module, policy.dtype)
+    spilled = spill(module, policy.dtype, cache_folder(policy.io))
     try:
         engine = build(module, spilled.checkpoint, spilled.recipes, policy)
     except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
+from platformdirs import user_cache_path
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -77,7 +78,7 @@ class IO(_Section):
     threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Reads under way at once, of `threads` and `aiofiles`. Two keep one NVMe drive
     busy in large chunks."""
-    depth: Annotated[int, Field(ge=1, le=256)] = 8
+    depth: Annotated[int, Field(ge=1, le=256)] = 4
     """Reads under way at once, of `libaio`."""
     chunk: Bytes = 8 << 20
     """Most bytes of one read."""
@@ -87,6 +88,14 @@ class IO(_Section):
     """Buffer, one each for two threads, of what is cast or assembled on its way in."""
     direct: bool = True
     """Read past the page cache (O_DIRECT) where the file system can."""
+    cache: Path | None = None
+    """Folder for what is kept between runs (which reader is best) and for the weights
+    of wrapped modules while they are streamed. None: the user's cache folder."""
+
+
+def cache_folder(io: IO) -> Path:
+    """The folder that `io` asks for, or the user's, as this system has it."""
+    return io.cache or user_cache_path("penstock")
 
 
 class Policy(_Section):

@@ -1,5 +1,8 @@
 """A module's parameters on disk: written once, streamed from there, put back."""
 
+import contextlib
+import fcntl
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +16,15 @@ from ..io.checkpoint import SINGLE_FILE, Checkpoint, open_files
 from ..io.errors import OutputError, UsageError
 from ..io.recipe import Recipe, plain
 
+_PREFIX = "wrapped-"
+_LOCK = "in-use"
+
 
 @dataclass(frozen=True)
 class Spilled:
     """The parameters of one module in a temporary folder."""
 
-    folder: "tempfile.TemporaryDirectory[str]"
+    folder: "SpillFolder"
     checkpoint: Checkpoint
     recipes: dict[str, Recipe]
     names: dict[str, list[str]]
@@ -28,7 +34,7 @@ class Spilled:
 
     def restore(self, module: nn.Module) -> None:
         """Puts the parameters back, bit for bit, and removes the folder."""
-        stored = load_file(Path(self.folder.name) / SINGLE_FILE)
+        stored = load_file(self.folder.path / SINGLE_FILE)
         for first, names in self.names.items():
             parameter = nn.Parameter(
                 stored[first].to(self.dtypes[first]),
@@ -40,8 +46,39 @@ class Spilled:
         self.folder.cleanup()
 
 
-def spill(module: nn.Module, dtype: str) -> Spilled:
-    """Writes the parameters of `module` to a temporary safetensors file. Floating ones
+class SpillFolder:
+    """A folder in `cache` that is removed when it is cleaned up, or at exit. It is
+    locked meanwhile: what killed processes have left is known by that, and removed."""
+
+    def __init__(self, cache: Path) -> None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(cache)
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache)
+            self.path = Path(self._folder.name)
+            self._lock = (self.path / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
+                "a folder that can be written"
+            ) from error
+
+    def cleanup(self) -> None:
+        self._folder.cleanup()
+        self._lock.close()
+
+
+def _remove_abandoned(cache: Path) -> None:
+    for path in cache.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (path / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path)
+
+
+def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
+    """Writes the parameters of `module`, once, to a safetensors file in a folder of its
+    own in `cache`, which is removed when they are put back. Floating ones
     are cast to `dtype` (unless "auto") when they are streamed. The module itself is not
     changed yet.
 
@@ -58,16 +95,20 @@ def spill(module: nn.Module, dtype: str) -> Spilled:
         tensors[first] = parameter.detach().cpu().contiguous()
     if not tensors:
         raise UsageError(f"{type(module).__name__} has no parameters to stream")
-    folder = tempfile.TemporaryDirectory(prefix="penstock-")
+    folder = SpillFolder(cache)
     try:
-        save_file(tensors, Path(folder.name) / SINGLE_FILE)
+        # Under another name first: what has the final one is whole.
+        partial = folder.path / f"{SINGLE_FILE}.partial"
+        save_file(tensors, partial)
+        partial.rename(partial.with_suffix(""))
     except Exception as error:
         folder.cleanup()
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         raise OutputError(
-            f"writing the parameters to {folder.name} failed ({error}); set TMPDIR to "
-            "a folder with room for them"
+            f"writing {nbytes} bytes of parameters to {folder.path} failed ({error}); "
+            "set io.cache to a folder with room for them"
         ) from error
-    checkpoint = open_files(Path(folder.name), [SINGLE_FILE])
+    checkpoint = open_files(folder.path, [SINGLE_FILE])
     wanted = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     recipes = {}
     for name, entry in checkpoint.entries.items():

@@ -1,0 +1,367 @@
+"""Each reader and tier against the drive's own speed, in one run.
+
+Regime: large sequential reads of a cold file, as streaming does them. The ceiling is
+the better of fio with O_DIRECT, where it is installed, and a plain loop of O_DIRECT
+preadv calls into huge pages, over the same file, at the same size and depth. Both are
+measured in turns with the readers, round by round: a slow minute is everybody's. Shown
+are medians (of the shares of each round's ceiling, too), and CPU seconds for each GB.
+
+`python bench/tiers.py` writes `tiers.json` and `tiers.png` into bench/out and prints a
+table; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import machine
+from penstock.io import aio
+from penstock.io.aio import LibaioReader
+from penstock.io.arena import Arena
+from penstock.io.buffered import AiofilesReader
+from penstock.io.choice import best_of, measure
+from penstock.io.extent import Extent
+from penstock.io.header import FileStamp
+from penstock.io.reader import Reader
+from penstock.io.shared import SharedArena
+from penstock.io.threads import ThreadReader
+from penstock.offload.policy import parse_bytes
+
+HERE = Path(__file__).parent
+SLOT_BYTES = 256 << 20
+"""What is read into, again and again, as a slot is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to read at one size and depth."""
+
+    way: str
+    chunk_bytes: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Result:
+    way: str
+    chunk_bytes: int
+    depth: int
+    bytes_per_second: float
+    spread: tuple[float, float]
+    cpu_seconds_per_gb: float
+    of_ceiling: float | None
+
+
+def make_file(path: Path, nbytes: int) -> None:
+    """Random bytes: a drive that compresses must not look faster than it is."""
+    if path.exists() and path.stat().st_size == nbytes:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for start in range(0, nbytes, 64 << 20):
+            file.write(os.urandom(min(64 << 20, nbytes - start)))
+        os.fsync(file.fileno())
+
+
+def plain_loop(path: Path, case: Case) -> float | None:
+    """The plainest way: `depth` threads, each a stripe, preadv into huge pages and
+    nothing else; no queue, no handle, no check."""
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+
+    def stripe(lane: int) -> None:
+        with Arena(case.chunk_bytes) as arena:
+            buffer = arena.view(0, case.chunk_bytes)
+            step = case.chunk_bytes * case.depth
+            for offset in range(lane * case.chunk_bytes, size, step):
+                os.preadv(descriptor, [buffer], offset)
+            buffer.release()
+
+    try:
+        with ThreadPoolExecutor(case.depth) as pool:
+            list(pool.map(stripe, range(case.depth)))
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def fio(path: Path, case: Case) -> float | None:
+    """The ceiling by the tool that storage people use, without its start: its rate."""
+    command = [
+        "fio",
+        "--name=ceiling",
+        f"--filename={path}",
+        "--readonly",
+        "--rw=read",
+        "--direct=1",
+        "--ioengine=libaio",
+        f"--bs={case.chunk_bytes}",
+        f"--iodepth={case.depth}",
+        "--output-format=json",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True)
+    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])
+
+
+def by_reader(
+    open_reader: Callable[[], Reader], path: Path, arena: Arena
+) -> float | None:
+    """The whole file, a slot's worth at a time with two under way."""
+    size, half = path.stat().st_size, arena.nbytes // 2
+    with open_reader() as reader:
+        handles: list[Any] = [None, None]
+        for number, offset in enumerate(range(0, size, half)):
+            lane = number % 2
+            if handles[lane] is not None:
+                handles[lane].wait()
+            extent = Extent(path, offset, min(half, size - offset))
+            view = arena.view(lane * half, extent.nbytes)
+            handles[lane] = reader.submit(extent, view)
+        for handle in filter(None, handles):
+            handle.wait()
+    return None
+
+
+def reader_of(case: Case, stamps: dict[Path, FileStamp]) -> Callable[[], Reader]:
+    if case.way == "libaio":
+        return partial(
+            LibaioReader,
+            stamps,
+            depth=case.depth,
+            chunk_bytes=case.chunk_bytes,
+            direct=True,
+        )
+    if case.way == "threads":
+        return partial(
+            ThreadReader,
+            stamps,
+            num_threads=case.depth,
+            chunk_bytes=case.chunk_bytes,
+            direct=True,
+        )
+    return partial(
+        AiofilesReader, stamps, num_tasks=case.depth, chunk_bytes=case.chunk_bytes
+    )
+
+
+Ceiling = Callable[[Path, Case], float | None]
+
+
+def timed(act: Callable[[], float | None], path: Path) -> tuple[float, float]:
+    """Bytes per second of reading the cold file (or what the way says itself), and CPU
+    seconds, children's too."""
+    machine.evict(path)
+    used, start = sum(os.times()[:4]), time.perf_counter()
+    rate = act()
+    seconds = time.perf_counter() - start
+    return rate or path.stat().st_size / seconds, sum(os.times()[:4]) - used
+
+
+def run(args: argparse.Namespace, path: Path) -> list[Result]:
+    stamps = {path: FileStamp.of(path.stat())}
+    ceilings: dict[str, Callable[[Path, Case], float | None]] = {
+        "plain loop": plain_loop
+    }
+    if shutil.which("fio"):
+        ceilings["fio"] = fio
+    readers = ["threads", "aiofiles"]
+    if args.plain_only:
+        ceilings, readers = {"plain loop": plain_loop}, ["threads"]
+    if (reason := aio.why_not()) is None:
+        readers.append("libaio")
+    else:
+        print(f"NO libaio: {reason}")
+    cases = [
+        Case(way, parse_bytes(chunk), depth)
+        for chunk in args.chunks
+        for depth in args.depths
+        for way in (*ceilings, *readers)
+    ]
+    rates: dict[Case, list[float]] = defaultdict(list)
+    costs: dict[Case, list[float]] = defaultdict(list)
+    with Arena(SLOT_BYTES) as arena:
+        for number in range(args.rounds):
+            for case in cases[:: -1 if number % 2 else 1]:
+                act = (
+                    partial(ceilings[case.way], path, case)
+                    if case.way in ceilings
+                    else partial(by_reader, reader_of(case, stamps), path, arena)
+                )
+                rate, cpu = timed(act, path)
+                rates[case].append(rate)
+                costs[case].append(cpu / path.stat().st_size * 1e9)
+                print(f"round {number}: {case}: {rate / 1e9:.3f} GB/s", flush=True)
+    medians = {case: statistics.median(found) for case, found in rates.items()}
+    return [
+        Result(
+            case.way,
+            case.chunk_bytes,
+            case.depth,
+            medians[case],
+            (min(rates[case]), max(rates[case])),
+            statistics.median(costs[case]),
+            None
+            if case.way in ceilings
+            else statistics.median(
+                mine / best
+                for mine, best in zip(
+                    rates[case],
+                    _ceiling_by_round(rates, case, set(ceilings)),
+                    strict=True,
+                )
+            ),
+        )
+        for case in cases
+    ]
+
+
+def _ceiling_by_round(
+    rates: dict[Case, list[float]], case: Case, ceilings: set[str]
+) -> list[float]:
+    """The best way of the ceiling at this size and depth, in each round."""
+    same = [
+        found
+        for other, found in rates.items()
+        if other.way in ceilings
+        and (other.chunk_bytes, other.depth) == (case.chunk_bytes, case.depth)
+    ]
+    return [max(values) for values in zip(*same, strict=True)]
+
+
+def auto(path: Path) -> dict[str, Any]:
+    """What `io.reader: auto` would choose here, and by which figures."""
+    stamps = {path: FileStamp.of(path.stat())}
+    names = ["threads"] + (["libaio"] if aio.why_not() is None else [])
+    makers = {
+        name: reader_of(Case(name, 8 << 20, 2 if name == "threads" else 8), stamps)
+        for name in names
+    }
+    machine.evict(path)
+    start = time.perf_counter()
+    trials = measure(makers, stamps)
+    seconds = time.perf_counter() - start
+    return {
+        "chosen": best_of(trials).reader if trials else None,
+        "seconds": seconds,
+        "trials": [asdict(trial) for trial in trials],
+    }
+
+
+def arenas(nbytes: int) -> dict[str, dict[str, int]]:
+    """What arenas take of the memory, against what was asked of them."""
+    import psutil
+
+    process = psutil.Process()
+    found = {}
+    for name, make in (
+        ("private", lambda: Arena(nbytes)),
+        ("shared", lambda: SharedArena(f"bench {os.getpid()}", nbytes, lambda _: None)),
+    ):
+        before = process.memory_info().rss
+        with make() as arena:
+            view = arena.view(0, nbytes)
+            for page in range(0, nbytes, mmap.PAGESIZE):
+                view[page] = 1
+            taken = process.memory_info().rss - before
+            view.release()
+        found[name] = {"asked_bytes": nbytes, "resident_bytes": taken}
+    return found
+
+
+def plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    depths = sorted({result.depth for result in results})
+    figure, axes = pyplot.subplots(
+        1, len(depths), figsize=(4.2 * len(depths), 4), sharey=True, squeeze=False
+    )
+    for axis, depth in zip(axes[0], depths, strict=True):
+        for way in dict.fromkeys(result.way for result in results):
+            mine = [r for r in results if r.way == way and r.depth == depth]
+            axis.plot(
+                [r.chunk_bytes / 2**20 for r in mine],
+                [r.bytes_per_second / 1e9 for r in mine],
+                marker="o",
+                linestyle="--" if mine[0].of_ceiling is None else "-",
+                label=way,
+            )
+        axis.set_title(f"{depth} reads under way")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("MiB a read")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("GB/s, cold file (dashed: ceiling)")
+    axes[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def show(results: list[Result]) -> None:
+    print(
+        f"\n{'':12}{'MiB':>6}{'depth':>7}{'GB/s':>8}{'low':>7}{'high':>7}"
+        f"{'ceiling':>9}{'CPU s/GB':>10}"
+    )
+    for r in results:
+        share = "-" if r.of_ceiling is None else f"{r.of_ceiling:.1%}"
+        low, high = r.spread
+        print(
+            f"{r.way:12}{r.chunk_bytes / 2**20:6g}{r.depth:7}"
+            f"{r.bytes_per_second / 1e9:8.3f}{low / 1e9:7.2f}{high / 1e9:7.2f}"
+            f"{share:>9}{r.cpu_seconds_per_gb:10.3f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--file", type=Path, help="made when it is not there")
+    parser.add_argument("--size", default="4GiB")
+    parser.add_argument("--chunks", nargs="+", default=["1MiB", "8MiB", "32MiB"])
+    parser.add_argument("--depths", nargs="+", type=int, default=[2, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--plain-only", action="store_true", help="no fio, no aiofiles: more rounds"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    args = parser.parse_args()
+    path = (args.file or args.out / "tiers.bin").resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = machine.card(args.out)
+    print(json.dumps(facts, indent=1))
+    make_file(path, parse_bytes(args.size))
+    results = run(args, path)
+    choice = auto(path)
+    memory = arenas(min(1 << 30, parse_bytes(args.size)))
+    show(results)
+    print(f"auto chooses {choice['chosen']} in {choice['seconds']:.2f} s")
+    for name, found in memory.items():
+        share = found["resident_bytes"] / found["asked_bytes"]
+        print(f"{name} arena: {share:.4f} of the bytes asked for are resident")
+    plot(results, args.out / "tiers.png")
+    result = {
+        "machine": facts,
+        "results": [asdict(r) for r in results],
+        "auto": choice,
+        "arenas": memory,
+    }
+    (args.out / "tiers.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

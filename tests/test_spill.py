@@ -1,0 +1,95 @@
+"""A wrapped module's weights: written whole or not at all, and removed in the end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import penstock
+from nets import Net, batches, make, same, serially
+from penstock import Policy
+from penstock.io.checkpoint import SINGLE_FILE
+from penstock.io.errors import OutputError
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@contextmanager
+def files_end_at(nbytes: int) -> Iterator[None]:
+    """The system refuses to write files longer than that, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def policy(cache: Path) -> Policy:
+    return Policy(device_memory="1MiB", io={"cache": cache})
+
+
+def test_the_weights_lie_in_the_cache_while_they_are_streamed(tmp_path: Path) -> None:
+    cache = tmp_path / "made" / "cache"
+    net = make(Net)
+    expected = serially(net, batches(2))
+    penstock.wrap(net, policy(cache))
+    (folder,) = cache.glob("wrapped-*")
+    assert {path.name for path in folder.iterdir()} == {SINGLE_FILE, "in-use"}
+    assert same(serially(net, batches(2)), expected)
+    penstock.unwrap(net)
+    assert list(cache.glob("wrapped-*")) == []
+
+
+def test_a_full_disk_is_one_error_at_once_and_changes_nothing(tmp_path: Path) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+    start = time.perf_counter()
+    with files_end_at(1000), pytest.raises(OutputError, match=r"io\.cache") as caught:
+        penstock.wrap(net, policy(tmp_path))
+    assert time.perf_counter() - start < 1.0
+    assert str(tmp_path) in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    assert same(serially(net, batches(2)), expected)
+    penstock.wrap(net, policy(tmp_path))  # there is room again
+    assert same(serially(net, batches(2)), expected)
+    penstock.unwrap(net)
+
+
+def test_a_cache_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"set io\.cache"):
+        penstock.wrap(make(Net), policy(tmp_path / "file" / "cache"))
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    code = f"""
+        import os, signal, torch, penstock
+        from penstock import Policy
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        policy = Policy(device_memory="1MiB", io={{"cache": {str(tmp_path)!r}}})
+        penstock.wrap(net, policy)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob("wrapped-*")
+    one, other = make(Net), make(Net)
+    penstock.wrap(one, policy(tmp_path))
+    assert not left.exists()
+    penstock.wrap(other, policy(tmp_path))  # the first one's stays: it is in use
+    assert len(list(tmp_path.glob("wrapped-*"))) == 2
+    penstock.unwrap(one)
+    penstock.unwrap(other)
