@@ -121,7 +121,8 @@ def ceiling(args: argparse.Namespace, num_tokens: int, rows: int) -> dict[str, f
     checkpoint = open_checkpoint(args.model)
     stored = checkpoint.num_bytes
     embedding = checkpoint.entries["model.embed_tokens.weight"].nbytes
-    parameters = (stored - embedding) / 2  # rows are looked up, not multiplied
+    size = checkpoint.entries["model.embed_tokens.weight"].dtype.itemsize
+    parameters = (stored - embedding) / size  # rows are looked up, not multiplied
     dtype = getattr(torch, args.dtype)
     flops = machine.matmul_flops_per_second(rows, dtype)
     disk = disk_bytes_per_second(args.model)
@@ -259,14 +260,27 @@ def main() -> None:
 
 
 def _equal(runs: dict[str, list[dict[str, Any]]]) -> bool | None:
-    sums = [
-        r["logprob_sums"]
+    """Whether all runs gave the same sums; says which rows of which run did not."""
+    sums = {
+        f"{name}, round {number}": found["logprob_sums"]
         for name in ("penstock", "resident")
-        for r in runs.get(name, [])
-        if "logprob_sums" in r
-    ]
-    both = "resident" in runs and len(sums) >= 2
-    return all(s == sums[0] for s in sums) if both else None
+        for number, found in enumerate(runs.get(name, []))
+        if "logprob_sums" in found
+    }
+    if "resident" not in runs or len(sums) < 2:
+        return None
+    first = next(iter(sums.values()))
+    is_equal = True
+    for run_name, found in sums.items():
+        rows = [
+            i
+            for i, pair in enumerate(zip(found, first, strict=True))
+            if len({*pair}) > 1
+        ]
+        if rows:
+            is_equal = False
+            print(f"DIFFERS from the first run: {run_name}, rows {rows}")
+    return is_equal
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from .layout import Conversion, Copy, Layout
 from .reader import Reader
 from .recipe import View
 
+_SERIAL_NUMEL = 32_000
+"""Fewer elements than torch shares out (at::internal::GRAIN_SIZE is 32,768)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoaderStatistics:
@@ -151,7 +154,7 @@ class Loader:
         memory = self._arena.view(offset + copy.target_offset, nbytes)
         target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
         for extent, source, part in _parts(copy, target, self._bounce_bytes):
-            part.copy_(source.on(self._read(extent, copy.dtype)))
+            _copy_serially(part, source.on(self._read(extent, copy.dtype)))
             self._count(copied=extent.nbytes)
 
     def _convert(self, conversion: Conversion, offset: int) -> None:
@@ -187,6 +190,18 @@ class Loader:
         self._reader.submit(window, buffer[: window.nbytes]).wait()
         start = extent.offset - window.offset
         return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
+
+
+def _copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies and casts in this thread alone: larger pieces torch would share out to a
+    team of threads of its own, which fights with the one that computes."""
+    if not (target.is_contiguous() and source.is_contiguous()):
+        target.copy_(source)
+        return
+    flat, stored = target.view(-1), source.view(-1)
+    for start in range(0, flat.numel(), _SERIAL_NUMEL):
+        piece = slice(start, start + _SERIAL_NUMEL)
+        flat[piece].copy_(stored[piece])
 
 
 def _parts(

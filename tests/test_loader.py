@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import re
+import resource
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +21,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import random_floats, random_tensor, same_bits
 from conftest import TinyCheckpoint, mapped_bytes
+from penstock.io import aio
+from penstock.io.aio import LibaioReader
 from penstock.io.arena import Arena
+from penstock.io.buffered import AiofilesReader
 from penstock.io.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from penstock.io.errors import (
     CheckpointChangedError,
@@ -33,8 +39,10 @@ from penstock.io.errors import (
 )
 from penstock.io.extent import Extent
 from penstock.io.handle import Handle
+from penstock.io.header import FileStamp
 from penstock.io.layout import Layout, Placed, layout
 from penstock.io.loader import Loader, UnitLoad
+from penstock.io.reader import Reader
 from penstock.io.recipe import Piece, Recipe, View, plain
 from penstock.io.threads import ThreadReader
 from recipes import Example, examples, make, write_packed
@@ -52,7 +60,7 @@ class Rig:
     offsets: Sequence[int]
     arena: Arena
     loader: Loader
-    reader: ThreadReader
+    reader: Reader
 
     def start(self) -> list[UnitLoad]:
         return [self.loader.load(i, at) for i, at in enumerate(self.offsets)]
@@ -81,6 +89,19 @@ class Rig:
         return torch.frombuffer(content, dtype=placed.dtype).view(placed.shape)
 
 
+READERS = ("threads", "aiofiles", *(["libaio"] if aio.why_not() is None else []))
+
+
+def open_reader(
+    name: str, stamps: Mapping[Path, FileStamp], chunk_bytes: int, direct: bool
+) -> Reader:
+    if name == "aiofiles":
+        return AiofilesReader(stamps, num_tasks=2, chunk_bytes=chunk_bytes)
+    if name == "libaio":
+        return LibaioReader(stamps, depth=3, chunk_bytes=chunk_bytes, direct=direct)
+    return ThreadReader(stamps, num_threads=2, chunk_bytes=chunk_bytes, direct=direct)
+
+
 @contextmanager
 def opened(
     checkpoint: Checkpoint,
@@ -89,6 +110,7 @@ def opened(
     max_gap_bytes: int = 1 << 16,
     direct: bool = True,
     chunk_bytes: int = 1 << 20,
+    reader: str = "threads",
 ) -> Iterator[Rig]:
     layouts, offsets, position = [], [], 0
     for index, unit in enumerate(units):
@@ -100,13 +122,11 @@ def opened(
         position += plan.nbytes
     with (
         Arena(position) as arena,
-        ThreadReader(
-            checkpoint.stamps, num_threads=2, chunk_bytes=chunk_bytes, direct=direct
-        ) as reader,
+        open_reader(reader, checkpoint.stamps, chunk_bytes, direct) as opened_reader,
     ):
-        loader = Loader(layouts, arena, reader, bounce_bytes=bounce_bytes)
+        loader = Loader(layouts, arena, opened_reader, bounce_bytes=bounce_bytes)
         try:
-            yield Rig(layouts, offsets, arena, loader, reader)
+            yield Rig(layouts, offsets, arena, loader, opened_reader)
         finally:
             loader.close()
 
@@ -120,9 +140,11 @@ def opened(
     max_gap_bytes=st.sampled_from([0, PAGE, 1 << 18]),
     chunk_bytes=st.sampled_from([PAGE, 3 * PAGE, 1 << 20]),
     direct=st.booleans(),
+    reader=st.sampled_from(READERS),
 )
 def test_every_parameter_is_what_safetensors_loads(
     example: Example,
+    reader: str,
     split: int,
     bounce_bytes: int,
     max_gap_bytes: int,
@@ -137,6 +159,7 @@ def test_every_parameter_is_what_safetensors_loads(
             *units,
             bounce_bytes=bounce_bytes,
             max_gap_bytes=max_gap_bytes,
+            reader=reader,
             chunk_bytes=chunk_bytes,
             direct=direct,
         ) as rig:
@@ -582,3 +605,40 @@ def test_nothing_is_left_of_an_interrupted_load(two_units: TwoUnits) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_in_steady_state_a_unit_costs_no_memory_and_no_copy(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mapping is made, no page of memory is touched for the first time, nothing is
+    kept, and the CPU copies no byte."""
+    tensors = {name: random_floats(torch.float32, (512, 512)) for name in "abcd"}
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    checkpoint = open_checkpoint(tmp_path)
+    recipes = [plain(e, name=n, dtype=e.dtype) for n, e in checkpoint.entries.items()]
+    num_loads = 40
+    with opened(checkpoint, recipes[:2], recipes[2:], reader=reader) as rig:
+        for _ in range(10):
+            rig.load()
+        mapped = mapped_bytes()
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(num_loads):
+                for load in rig.start():
+                    load.wait()
+                del load
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+            gc.collect()
+            kept = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        assert mapped_bytes() == mapped
+        assert kept < 200 * num_loads  # a unit of 2 MiB: not even its description
+        # The slots have 2 x 2 MiB, 1,024 pages, and are filled 40 times.
+        assert faults < 1024
+        statistics = rig.loader.statistics()
+        assert statistics.bytes_copied == statistics.bytes_converted == 0

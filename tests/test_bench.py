@@ -1,0 +1,28 @@
+"""The benchmarks run, at toy size, and end with one JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(BENCH / "tiers.py"), "--size", "8MiB", "--rounds"]
+    options = ["1", "--chunks", "1MiB", "--depths", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"plain loop", "threads", "aiofiles"} <= {r["way"] for r in found["results"]}
+    assert all(r["bytes_per_second"] > 0 for r in found["results"])
+    assert json.loads((tmp_path / "tiers.json").read_text()) == found
+    assert (tmp_path / "tiers.png").stat().st_size > 1000
