@@ -70,7 +70,6 @@ class LibaioReader:
     ) -> None:
         import libaio
 
-        self._libaio = libaio
         self._context = libaio.AIOContext(depth)
         self._depth = depth
         self._chunk_bytes = chunk_bytes
@@ -140,8 +139,8 @@ class LibaioReader:
         self.close()
 
     def _work(self) -> None:
+        is_open = True
         try:
-            is_open = True
             while is_open or self._busy or self._stalled:
                 is_open = is_open and self._fill()
                 if self._busy:
@@ -150,7 +149,7 @@ class LibaioReader:
                     time.sleep(_RETRY_SECONDS)
                 self._submit_stalled()
         except BaseException as error:
-            self._give_up(error)
+            self._give_up(error, is_open)
 
     def _fill(self) -> bool:
         """Begins as many parts as there are idle lanes. False at the end."""
@@ -168,12 +167,12 @@ class LibaioReader:
             self._begin(lane)
         return True
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: BaseException, is_open: bool) -> None:
         """The kernel's queue is broken: nobody may wait for it for ever."""
         self._context.close()  # nothing writes into a buffer after this
         for lane in [*self._busy.values(), *self._stalled]:
             self._end(lane, error)
-        while (part := self._backlog.take()) is not None:
+        while is_open and (part := self._backlog.take()) is not None:
             part.fail(error)
 
     def _begin(self, lane: _Lane) -> None:

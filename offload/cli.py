@@ -142,12 +142,12 @@ def verify(
     Says which weights are used outside of their module's forward, too. Exit code 1
     when anything differs.
     """
-    from .verify import verify as run
-
     chosen = _policy(policy, settings)
     if checksums:
         _verify_checksums(model, chosen)
         return
+    from .verify import verify as run
+
     result = run(model, chosen)
     print(
         f"{len(result.sites_run)} of {result.num_sites} sites run, "
