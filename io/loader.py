@@ -198,10 +198,8 @@ def _copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
     if not (target.is_contiguous() and source.is_contiguous()):
         target.copy_(source)
         return
-    flat, stored = target.view(-1), source.view(-1)
-    for start in range(0, flat.numel(), _SERIAL_NUMEL):
-        piece = slice(start, start + _SERIAL_NUMEL)
-        flat[piece].copy_(stored[piece])
+    pieces = (t.view(-1).split(_SERIAL_NUMEL) for t in (target, source))
+    torch._foreach_copy_(*map(list, pieces))  # one call: the interpreter's lock is hot
 
 
 def _parts(
