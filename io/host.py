@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .arena import Arena, Memory
+from .arena import Arena, HostMemory
 from .header import FileStamp
 from .layout import Layout
 from .loader import Loader, UnitLoad
@@ -44,7 +44,7 @@ class HostTier:
         for unit in units:
             self.offsets[unit] = nbytes
             nbytes += layouts[unit].nbytes
-        self.memory: Memory
+        self.memory: HostMemory
         if shared:
             shared_memory = SharedArena(
                 f"{version} {self._key(stamps)}", nbytes, self._fill
@@ -77,7 +77,7 @@ class HostTier:
     ) -> None:
         self.close()
 
-    def _fill(self, memory: Memory) -> None:
+    def _fill(self, memory: HostMemory) -> None:
         loader = Loader(
             self._layouts, memory, self._reader, bounce_bytes=self._bounce_bytes
         )

@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from .arena import Memory
+from .arena import HostMemory
 from .errors import PenstockError
+from .event import Event
 from .extent import Extent, aligned
 from .handle import Handle
 from .layout import Conversion, Copy, Layout
@@ -36,7 +37,9 @@ class LoaderStatistics:
 
 
 class UnitLoad:
-    """One unit on its way into its slot."""
+    """One unit on its way into its slot. Nothing of it is queued on a device."""
+
+    ready = None
 
     def __init__(self, unit_name: str, handles: Sequence[Handle]) -> None:
         self._unit_name = unit_name
@@ -77,7 +80,7 @@ class Loader:
     def __init__(
         self,
         layouts: Sequence[Layout],
-        arena: Memory,
+        arena: HostMemory,
         reader: Reader,
         *,
         bounce_bytes: int,
@@ -91,8 +94,11 @@ class Loader:
         self._lock = threading.Lock()
         self._statistics = LoaderStatistics(0, 0, 0, 0)
 
-    def load(self, unit: int, offset: int) -> UnitLoad:
-        """Starts loading `unit` into the arena at `offset` (aligned)."""
+    def load(self, unit: int, offset: int, after: tuple[Event, ...] = ()) -> UnitLoad:
+        """Starts loading `unit` into the arena at `offset` (aligned), where a device
+        is at work until all of `after` have passed."""
+        for event in after:
+            event.wait()
         plan = self._layouts[unit]
         handles = [
             self._reader.submit(

@@ -20,10 +20,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from .errors import ClosedError, DoesNotFitError
+from .arena import HostMemory
+from .errors import DoesNotFitError
 
 FOLDER = Path("/dev/shm")
 _READY = b"penstock: filled"
@@ -31,7 +30,7 @@ _PAGE = mmap.PAGESIZE
 _RETRY_SECONDS = 0.01
 
 
-class SharedArena:
+class SharedArena(HostMemory):
     """`nbytes` that are the same memory in every process which gives the same `key`
     (whatever determines the content: two contents must not have one key).
 
@@ -47,49 +46,22 @@ class SharedArena:
         *,
         folder: Path = FOLDER,
     ) -> None:
-        self.nbytes = nbytes
+        super().__init__(nbytes)
         self.was_filled_here = False
         digest = hashlib.blake2b(f"{nbytes} {key}".encode(), digest_size=16)
         self.path = folder / f"penstock-{os.getuid()}-{digest.hexdigest()}"
-        self._view: memoryview | None = None
         self._remove_abandoned()
         while not self._attach(fill):
             time.sleep(_RETRY_SECONDS)
-
-    def __repr__(self) -> str:
-        state = "closed" if self._view is None else "open"
-        return f"<SharedArena: {self.nbytes} bytes, {state}>"
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """The bytes `offset` ... `offset + nbytes`."""
-        if self._view is None:
-            raise ClosedError("this arena is closed; load the model again")
-        return self._view[offset : offset + nbytes]
 
     def close(self) -> None:
         """Leaves; the last of all processes frees the memory."""
         if self._view is None:
             return
-        self._view.release()
-        self._view = None
-        try:
-            self._map.close()
-        except BufferError:
-            del self._map  # the user holds a view: its death unmaps
+        super().close()
         if _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._is_named():
             self.path.unlink()
         os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _remove_abandoned(self) -> None:
         """Frees what users that were killed have left. One that is just being made, and

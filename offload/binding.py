@@ -10,7 +10,8 @@ from torch import nn
 from ..io.arena import Memory
 from ..io.errors import PenstockError
 from ..io.host import HostTier
-from ..io.layout import Layout, Placed
+from ..io.layout import Placed
+from ..io.transfer import Transfer
 from .sites import Found, Place, tensors_in
 
 
@@ -29,13 +30,13 @@ class Binding:
     def __init__(
         self,
         found: Found,
-        layouts: Sequence[Layout],
+        transfers: Sequence[Transfer],
         places: Mapping[str, list[Place]],
         stand_ins: Mapping[str, torch.Tensor],
         arena: Memory,
         host: HostTier | None,
     ) -> None:
-        self._layouts = layouts
+        self._transfers = transfers
         self._places = places
         self._stand_ins = stand_ins
         self._arena = arena
@@ -140,7 +141,7 @@ class Binding:
             with torch.inference_mode(False):
                 self._built[key] = {
                     placed.name: self._build(placed, memory, offset, is_recorded=key[2])
-                    for placed in self._layouts[unit].tensors
+                    for placed in self._transfers[unit].tensors
                 }
         return self._built[key]
 
@@ -165,7 +166,7 @@ class Binding:
         if numel == 0:
             tensor = torch.empty(placed.shape, dtype=placed.dtype)
         else:
-            view = memory.view(offset + placed.offset, numel * size)
-            tensor = torch.frombuffer(view, dtype=placed.dtype).view(placed.shape)
+            stored = memory.tensor(offset + placed.offset, numel * size)
+            tensor = stored.view(placed.dtype).view(placed.shape)
         wants_grad = self._stand_ins[placed.name].requires_grad
         return nn.Parameter(tensor, requires_grad=wants_grad and not is_recorded)

@@ -1,43 +1,30 @@
-"""Puts a streamed model together. The only file that names concrete tiers."""
+"""Puts a streamed model together."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..io import aio
-from ..io.aio import LibaioReader
-from ..io.arena import Arena
-from ..io.buffered import AiofilesReader
 from ..io.checkpoint import Checkpoint
-from ..io.choice import Remembered, choose
+from ..io.device import Device
 from ..io.files import ALIGNMENT
-from ..io.header import FileStamp
-from ..io.host import HostTier
-from ..io.layout import Layout
-from ..io.loader import Loader
-from ..io.reader import Reader
 from ..io.recipe import Recipe
-from ..io.threads import ThreadReader
+from ..io.transfer import Transfer
 from ..scheduler.doors import Doors, Site
 from ..scheduler.gate import Gate
 from ..scheduler.order import Order
-from ..scheduler.placement import spread
+from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
-from .division import capacity_of, check_least, check_overlap, divide
+from .division import capacity_of, check_least, check_overlap, divide, needs
 from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
-from .policy import IO, Policy, cache_folder
-from .progress import FillProgress
+from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found, Place
+from .tiers import Tiers, open_device, transfers_of
 
 
 def build(
@@ -53,7 +40,8 @@ def build(
     """
     places, recipes = _places(model, recipes)
     nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
-    gathered = _gathered(model, places, recipes, policy.gather_rows)
+    device = open_device(policy.device)
+    gathered = _gathered(model, places, recipes, policy.gather_rows, device)
     alignment = ALIGNMENT
     capacity = capacity_of(policy, nbytes, alignment=alignment)
     divided = partial(
@@ -61,9 +49,10 @@ def build(
     )
     found, layouts = divided(capacity)
     check_least(divided, capacity)
-    in_host = _in_host(found, layouts, policy)
+    transfers = transfers_of(layouts, device, policy)
     fallbacks = check_overlap(found, layouts, capacity)
-    tiers = _open(checkpoint, layouts, in_host, capacity, policy)
+    placement = _placement(found, transfers, device, capacity, policy)
+    tiers = Tiers(checkpoint, layouts, transfers, placement, device, capacity, policy)
     gatherers = {
         name: RowGatherer(
             recipes[name],
@@ -74,24 +63,21 @@ def build(
         for name in gathered
     }
     stand_ins: dict[str, torch.Tensor] = {}
-    binding = Binding(found, layouts, places, stand_ins, tiers.arena, tiers.host)
-    working_set = _working_set(found, layouts, in_host, capacity, tiers.loader)
+    binding = Binding(found, transfers, places, stand_ins, tiers.memory, tiers.in_place)
+    working_set = _working_set(found, transfers, capacity, tiers)
     doors = _doors(found, working_set, binding)
     engine = Engine(
         model,
         policy,
         found,
         recipes=recipes,
-        arena=tiers.arena,
-        reader=tiers.reader,
-        loader=tiers.loader,
-        host=tiers.host,
+        tiers=tiers,
         working_set=working_set,
         binding=binding,
         doors=doors,
         gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
         gatherers=tuple(gatherers.values()),
-        fallbacks=(*fallbacks, *tiers.fallbacks),
+        fallbacks=fallbacks,
     )
     for name, recipe in recipes.items():
         gatherer = gatherers.get(name)
@@ -113,103 +99,81 @@ def build(
     return engine
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiers:
-    arena: Arena
-    reader: Reader
-    loader: Loader
-    host: HostTier | None
-    fallbacks: tuple[str, ...]
-
-
-def _in_host(found: Found, layouts: list[Layout], policy: Policy) -> tuple[int, ...]:
-    """The units that stay in host memory."""
+def _placement(
+    found: Found,
+    transfers: list[Transfer],
+    device: Device,
+    capacity: int,
+    policy: Policy,
+) -> tuple[str, ...]:
+    """The tier of each unit. What is always needed is loaded from disk, once."""
     streamed = [
         index
         for index, unit in enumerate(found.units)
         if unit.sites and not unit.is_resident
     ]
-    sizes = [layouts[unit].nbytes for unit in streamed]
-    return tuple(streamed[i] for i in spread(sizes, policy.host_memory or 0))
+    first_peer = next(iter(policy.peer), "peer")
+    tiers = place(
+        [transfers[unit].nbytes for unit in streamed],
+        [found.units[unit].name for unit in streamed],
+        budgets=_budgets(found, transfers, device, capacity, policy),
+        rules={
+            rule: first_peer if tier == "peer" else tier
+            for rule, tier in policy.placement.items()
+        },
+    )
+    where = dict(zip(streamed, tiers, strict=True))
+    return tuple(where.get(unit, "disk") for unit in range(len(found.units)))
 
 
-def _open(
-    checkpoint: Checkpoint,
-    layouts: list[Layout],
-    in_host: tuple[int, ...],
+def _budgets(
+    found: Found,
+    transfers: list[Transfer],
+    device: Device,
     capacity: int,
     policy: Policy,
-) -> _Tiers:
-    with ExitStack() as opened:
-        arena = opened.enter_context(Arena(capacity))
-        reader, fallbacks = open_reader(checkpoint.stamps, policy.io)
-        opened.enter_context(reader)
-        host = None
-        if in_host:
-            progress = FillProgress("reading into host memory")
-            with progress:
-                host = HostTier(
-                    layouts,
-                    in_host,
-                    reader,
-                    checkpoint.stamps,
-                    bounce_bytes=policy.io.bounce,
-                    shared=policy.host_shared,
-                    version=f"{version('penstock')} {version('transformers')}",
-                    progress=progress,
-                )
-        loader = Loader(layouts, arena, reader, bounce_bytes=policy.io.bounce)
-        opened.pop_all()  # from here on the engine closes them
-        return _Tiers(arena, reader, loader, host, fallbacks)
+) -> dict[str, int]:
+    """Bytes of each tier, the fastest first."""
+    host = {"host": policy.host_memory or 0}
+    room = _room_to_stay(found, transfers, capacity, policy.lookahead)
+    rest = {"device": room, **policy.peer}
+    is_in_place = device.is_host and "host" not in policy.links
+    return {**host, **rest} if is_in_place else {**rest, **host}
 
 
-def open_reader(
-    stamps: Mapping[Path, FileStamp], io: IO
-) -> tuple[Reader, tuple[str, ...]]:
-    """The reader that `io` asks for or, where it cannot be had, the best that can, and
-    what was said of that."""
-    sizes = {"chunk_bytes": io.chunk}
-    makers: dict[str, Callable[[], Reader]] = {
-        "libaio": partial(
-            LibaioReader, stamps, depth=io.depth, direct=io.direct, **sizes
-        ),
-        "threads": partial(
-            ThreadReader, stamps, num_threads=io.threads, direct=io.direct, **sizes
-        ),
-        "aiofiles": partial(AiofilesReader, stamps, num_tasks=io.threads, **sizes),
-    }
-    missing = {"gds": "it reads into the memory of a GPU, and the device is the CPU"}
-    if (reason := aio.why_not()) is not None:
-        missing["libaio"] = reason
-    name, fallbacks = choose(
-        io.reader,
-        makers,
-        missing,
-        stamps,
-        direct=io.direct,
-        settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
-        remembered=Remembered(cache_folder(io) / "readers.json"),
+def _room_to_stay(
+    found: Found, transfers: list[Transfer], capacity: int, lookahead: int
+) -> int:
+    """Bytes of the working set that units may keep for good: all of them if the model
+    fits; else beside the largest part, each part that is fetched meanwhile has room."""
+    sizes = [plan.nbytes for plan in transfers]
+    resident, by_site = needs(found, sizes)
+    streamed = sum(
+        size
+        for unit, size in zip(found.units, sizes, strict=True)
+        if unit.sites and not unit.is_resident
     )
-    return makers[name](), fallbacks
+    if resident + streamed <= capacity:
+        return streamed
+    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
 
 
 def _working_set(
-    found: Found,
-    layouts: list[Layout],
-    in_host: tuple[int, ...],
-    capacity: int,
-    loader: Loader,
+    found: Found, transfers: list[Transfer], capacity: int, tiers: Tiers
 ) -> WorkingSet:
+    in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
     return WorkingSet(
-        [plan.nbytes for plan in layouts],
+        [plan.nbytes for plan in transfers],
         names=[unit.name for unit in found.units],
         capacity=capacity,
-        load=loader.load,
+        load=tiers.load,
+        mark=tiers.mark,
         needed=frozenset(
             index
             for index, unit in enumerate(found.units)
-            if (unit.sites or unit.is_resident) and index not in in_host
+            if (unit.sites or unit.is_resident) and index not in in_place
         ),
+        staying=[u for u, tier in enumerate(tiers.placement) if tier == "device"],
     )
 
 
@@ -262,12 +226,15 @@ def _gathered(
     places: Mapping[str, list[Place]],
     recipes: Mapping[str, Recipe],
     min_bytes: int,
+    device: Device,
 ) -> frozenset[str]:
-    """Tables that are large enough, lie in one byte range, and are an embedding's."""
+    """Tables that are large enough, lie in one byte range, and are an embedding's. None
+    on a GPU: that would have to wait until the host has seen the ids."""
     return frozenset(
         name
         for name, recipe in recipes.items()
-        if recipe.nbytes >= min_bytes
+        if device.is_host
+        and recipe.nbytes >= min_bytes
         and recipe.stored_rows is not None
         and len(recipe.shape) == 2
         and any(isinstance(place.module, nn.Embedding) for place in places[name])

@@ -1,7 +1,7 @@
 """Divides a model into units that fit a budget, or says the least that would do."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -70,18 +70,20 @@ def divide(
         limit = max(1, min(room, limit * 3 // 4))
 
 
-def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and those that each site needs at once."""
-    resident = sum(
-        plan.nbytes
-        for unit, plan in zip(found.units, layouts, strict=True)
-        if unit.is_resident
-    )
+def needs(found: Found, sizes: Sequence[int]) -> tuple[int, list[int]]:
+    """Bytes of the resident units, and those that each site needs at once, where units
+    have `sizes`."""
+    resident = 0
     by_site = [0] * len(found.sites)
-    for unit, plan in zip(found.units, layouts, strict=True):
+    for unit, size in zip(found.units, sizes, strict=True):
+        resident += size if unit.is_resident else 0
         for site in unit.sites:
-            by_site[site] += plan.nbytes
+            by_site[site] += size
     return resident, by_site
+
+
+def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
+    return needs(found, [plan.nbytes for plan in layouts])
 
 
 def check_least(

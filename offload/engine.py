@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..io.arena import Arena
 from ..io.errors import FaultError
-from ..io.host import HostTier
-from ..io.loader import Loader
-from ..io.reader import Reader
 from ..io.recipe import Recipe
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
@@ -25,6 +21,7 @@ from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found
+from .tiers import Tiers
 
 _log = logging.getLogger("penstock")
 
@@ -43,10 +40,7 @@ class Engine:
         found: Found,
         *,
         recipes: Mapping[str, Recipe],
-        arena: Arena,
-        reader: Reader,
-        loader: Loader,
-        host: HostTier | None,
+        tiers: Tiers,
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
@@ -58,10 +52,7 @@ class Engine:
         self.policy = policy
         self.found = found
         self.recipes = recipes
-        self._arena = arena
-        self._reader = reader
-        self._loader = loader
-        self._host = host
+        self._tiers = tiers
         self._working_set = working_set
         self._binding = binding
         self._doors = doors
@@ -161,38 +152,25 @@ class Engine:
 
     def statistics(self) -> Statistics:
         working_set = self._working_set.statistics()
-        reader = self._reader.statistics()
-        loader = self._loader.statistics()
-        resident = {
-            name
-            for unit in working_set.resident_units
-            for name in self.found.units[unit].tensors
-        }
-        on_device = sum(self.recipes[name].nbytes for name in resident)
-        in_host = sum(
-            self.recipes[name].nbytes
-            for index, unit in enumerate(self.found.units)
-            if self._binding.is_in_host(index)
-            for name in unit.tensors
-        )
-        total = sum(recipe.nbytes for recipe in self.recipes.values())
+        reader = self._tiers.reader.statistics()
+        loaders = [loader.statistics() for loader in self._tiers.loaders]
+        by_tier = self._bytes_by_tier(working_set.resident_units)
+        on_gpu = self._tiers.device.peak_bytes()
         return Statistics(
-            model_bytes=total,
+            model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
-            bytes_by_tier={
-                "device": on_device,
-                "host": in_host,
-                "disk": total - on_device - in_host,
-            },
+            bytes_by_tier=by_tier,
             reader=reader.name,
-            bytes_read={"disk": reader.bytes_read},
-            bytes_loaded=loader.bytes_loaded,
+            bytes_read=self._tiers.bytes_read(),
+            bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
-            bytes_copied=loader.bytes_copied + loader.bytes_converted,
+            bytes_copied=sum(
+                loader.bytes_copied + loader.bytes_converted for loader in loaders
+            ),
             passes=self._gate.num_passes,
             wait_seconds=working_set.wait_seconds,
             compute_seconds=self._gate.compute_seconds,
-            peak_device_bytes=working_set.peak_bytes,
+            peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
             held_bytes_per_micro_batch=max(
                 (s.statistics().held_bytes_per_micro_batch for s in self._sweeps),
@@ -200,8 +178,23 @@ class Engine:
             ),
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
-            fallbacks=(*self._fallbacks, *reader.fallbacks),
+            fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),
         )
+
+    def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
+        found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+        for index, unit in enumerate(self.found.units):
+            tier = "device" if index in resident else self._tiers.placement[index]
+            found[tier if tier in found else "peer"] += sum(
+                self.recipes[name].nbytes for name in unit.tensors
+            )
+        placed = {name for unit in self.found.units for name in unit.tensors}
+        found["disk"] += sum(
+            recipe.nbytes
+            for name, recipe in self.recipes.items()
+            if name not in placed  # rows of it are looked up
+        )
+        return found
 
     def close(self) -> None:
         """Takes the hooks out and gives threads, descriptors and memory back. The
@@ -215,14 +208,10 @@ class Engine:
             hook.remove()
         self._hooks.clear()
         self._working_set.close()
-        self._loader.close()
-        self._reader.close()
         for gatherer in self._gatherers:
             gatherer.close()
         self._binding.poison_all()
-        if self._host is not None:
-            self._host.close()
-        self._arena.close()
+        self._tiers.close()
 
     def _hook(self, module: nn.Module, site: int) -> None:
         def before(module: nn.Module, args: Any) -> None:

@@ -11,9 +11,9 @@ from ..io.checksums import (
     read_side_file,
     write_side_file,
 )
-from .build import open_reader
 from .policy import Policy
 from .progress import FillProgress
+from .readers import open_reader
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from platformdirs import user_cache_path
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -62,6 +63,17 @@ AutoBytes = Annotated[
 ]
 
 
+_DEVICE = r"^(cpu|cuda(:\d+)?)$"
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True
@@ -93,6 +105,18 @@ class IO(_Section):
     of wrapped modules while they are streamed. None: the user's cache folder."""
 
 
+_Tier = Annotated[str, Field(pattern=r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$")]
+
+
+class Link(_Section):
+    """The speed that a link is held to."""
+
+    bandwidth: Bytes
+    """Bytes a second."""
+    latency: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that each unit is late, beside that."""
+
+
 def cache_folder(io: IO) -> Path:
     """The folder that `io` asks for, or the user's, as this system has it."""
     return io.cache or user_cache_path("penstock")
@@ -101,20 +125,33 @@ def cache_folder(io: IO) -> Path:
 class Policy(_Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
 
-    device: Literal["cpu"] = "cpu"
-    """The device that computes; this version computes on the CPU."""
+    device: Annotated[str, Field(pattern=_DEVICE)] = "cpu"
+    """The device that computes: `cpu`, `cuda` or `cuda:1`."""
     dtype: str = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
     the checkpoint's. Another one is cast on the way in."""
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
+    peer: dict[Annotated[str, Field(pattern=_DEVICE)], Bytes] = {}
+    """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
+    `cpu`, host memory plays the part of another GPU."""
     host_memory: Bytes | None = None
     """Bytes of weights that are read once and stay in host memory, beside
     device_memory; the rest is streamed from disk at every pass. None: nothing stays."""
     host_shared: bool = False
     """Processes of this machine that load the same checkpoint with the same policy
     share one copy of what stays in host memory."""
+    placement: dict[Annotated[str, AfterValidator(_expression)], _Tier] = {}
+    """Where units are to stay, by regular expressions on their names, the first that
+    matches: `device`, `peer` (the first one) or a peer's name, `host`, `disk`. The
+    others are spread over these, in this order, as far as there is room."""
+    staging_memory: AutoBytes = "auto"
+    """Bytes of host memory that weights pass through on their way from disk to a GPU.
+    `auto` is three times the largest unit."""
+    links: dict[Literal["peer", "host", "disk"], Link] = {}
+    """Links to be held to a stated speed, by the tier at their end: to leave room on
+    them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
     """Bytes that the suspended micro-batches of a sweep may keep alive together. `auto`
     is a quarter of the memory that is free when a sweep starts without a width."""

@@ -1,6 +1,45 @@
 """Which units stay in which tier. Pure."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+
+from ..io.errors import PolicyError
+
+
+def place(
+    sizes: Sequence[int],
+    names: Sequence[str],
+    *,
+    budgets: Mapping[str, int],
+    rules: Mapping[str, str],
+) -> tuple[str, ...]:
+    """The tier of each unit of `sizes` bytes: what the first of `rules` (regular
+    expression on its name -> tier) says that matches, else the first tier of `budgets`
+    (in order of preference) that has room for its share, else "disk".
+
+    Raises PolicyError when rules put more into a tier than its budget holds.
+    """
+    ruled = [
+        next((tier for rule, tier in rules.items() if re.search(rule, name)), None)
+        for name in names
+    ]
+    left = dict(budgets)
+    for tier in dict.fromkeys(tier for tier in ruled if tier not in (None, "disk")):
+        assert tier is not None, "None was left out"
+        need = sum(n for n, where in zip(sizes, ruled, strict=True) if where == tier)
+        if need > left.get(tier, 0):
+            raise PolicyError(
+                f"placement puts {need} bytes into {tier!r}, which has room for "
+                f"{left.get(tier, 0)}: raise {_KEYS.get(tier, 'peer')}, or let fewer "
+                "units match"
+            )
+        left[tier] -= need
+    found = list(ruled)
+    for tier, budget in left.items():
+        free = [unit for unit, where in enumerate(found) if where is None]
+        for index in spread([sizes[unit] for unit in free], budget):
+            found[free[index]] = tier
+    return tuple(tier or "disk" for tier in found)
 
 
 def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
@@ -23,3 +62,7 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
             chosen.append(unit)
             taken += size
     return tuple(sorted(chosen))
+
+
+_KEYS = {"device": "device_memory", "host": "host_memory"}
+"""Of the policy; other tiers are the names of peers."""

@@ -8,6 +8,9 @@ always finds its bytes in one piece while the first is being read.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ..io.event import Event
+from .cooling import Cooling
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -28,6 +31,7 @@ class Slots:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._slots: list[Slot] = []
+        self._cooling: Cooling[Event] = Cooling()
 
     def __repr__(self) -> str:
         used, total = self.used_bytes, self.capacity
@@ -52,9 +56,24 @@ class Slots:
         self._slots.sort(key=lambda s: s.offset)
         return slot
 
-    def release(self, slot: Slot) -> None:
-        """Gives a claimed slot back."""
-        self._slots.remove(slot)
+    def reserve(self, unit: int, nbytes: int) -> Slot:
+        """A slot for good. There must be room: who decides what stays has counted."""
+        slot = self.claim(unit, nbytes)
+        assert slot is not None, f"no room for unit {unit}, which is to stay"
+        return slot
+
+    def release(
+        self, slot: Slot, after: Iterable[Event] = (), *, stays: bool = False
+    ) -> None:
+        """Gives a claimed slot back (or, if it `stays`, only its content): its bytes
+        may be written once all of `after` have passed."""
+        self._cooling.add(slot.offset, slot.end, after)
+        if not stays:
+            self._slots.remove(slot)
+
+    def pending(self, slot: Slot) -> tuple[Event, ...]:
+        """What the first to write into `slot` has to wait for."""
+        return self._cooling.take(slot.offset, slot.end)
 
     def cheapest_room(self, nbytes: int, costs: Mapping[int, int]) -> list[int]:
         """The units to evict so that `nbytes` fit in one piece: those with the least
@@ -82,6 +101,13 @@ class Slots:
         """Bytes that could be had in one piece if only `pinned` units stayed."""
         gaps = self._only(pinned)._gaps()
         return max((end - start for start, end in gaps), default=0)
+
+    def least_for(self, nbytes: int, pinned: set[int]) -> int:
+        """The least capacity with which `nbytes` more would fit beside `pinned`."""
+        least = self._only(pinned).used_bytes + nbytes
+        if least <= self.capacity:  # room enough, but in pieces
+            least = self.capacity + nbytes - self.largest_gap_beside(pinned)
+        return least
 
     def fit_beside(self, pinned: set[int], sizes: Iterable[int]) -> bool:
         """Whether slots of all these `sizes` could be had at once if only `pinned`

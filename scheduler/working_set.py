@@ -7,21 +7,11 @@ and what nobody reads is known, because every reader says so (`acquire`, `releas
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..io.errors import ClosedError, DoesNotFitError
+from ..io.event import Event
+from .load import Load
 from .slots import Slot, Slots
-
-
-class Load(Protocol):
-    """A load under way into a slot."""
-
-    @property
-    def is_done(self) -> bool: ...
-
-    def wait(self) -> None: ...
-
-    def wait_quietly(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +37,23 @@ class _Held:
     users: int = 0
     was_read: bool = False
     released_at: int = 0
+    last_read: Event | None = None
+    """The end of the device's work that its last reader had queued."""
 
 
 class WorkingSet:
     """Holds units of `sizes` bytes in an arena of `capacity` bytes.
 
-    `load(unit, offset)` starts a load and returns it; if it raises, nothing is under
-    way. `needed` units must find room whatever becomes resident (others are only ever
-    loaded by a fault). All methods are called by one thread at a time; loads run
-    elsewhere.
+    `load(unit, offset, after)` starts a load and returns it; if it raises, nothing is
+    under way. What a device still does with those bytes is over when all of `after`
+    have passed; `mark()` is the point that a device's work has come to, or None where
+    all work is done when it is given. `needed` units must find room whatever becomes
+    resident (others are only ever loaded by a fault). All methods are called by one
+    thread at a time; loads run elsewhere.
 
-    A released unit stays until its bytes are needed. The one released last goes first:
-    in a cyclic sweep it is needed again last, so a model that fits is read once and of
-    a larger one as much as fits stays from pass to pass.
+    `staying` units have a place of their own, for good. Any other stays, released,
+    until its bytes are needed. The one released last goes first: in a cyclic sweep it
+    is needed again last, so as much as fits stays from pass to pass.
     """
 
     def __init__(
@@ -68,14 +62,18 @@ class WorkingSet:
         *,
         names: Sequence[str],
         capacity: int,
-        load: Callable[[int, int], Load],
+        load: Callable[[int, int, tuple[Event, ...]], Load],
+        mark: Callable[[], Event | None],
         needed: frozenset[int],
+        staying: Iterable[int] = (),
     ) -> None:
         self._sizes = sizes
         self._names = names
         self._needed: set[tuple[int, ...]] = {(unit,) for unit in needed}
         self._load = load
+        self._mark = mark
         self._slots = Slots(capacity)
+        self._places = {u: self._slots.reserve(u, sizes[u]) for u in staying}
         self._held: dict[int, _Held] = {}
         self._resident: set[int] = set()
         self._clock = 0
@@ -127,6 +125,7 @@ class WorkingSet:
         held.users -= 1
         self._clock += 1
         held.released_at = self._clock
+        held.last_read = self._mark()
 
     def release_all(self) -> None:
         """Nobody reads any more: forgets the readers that an interrupt cut off."""
@@ -139,9 +138,8 @@ class WorkingSet:
         nobody waits for; stops at the first that finds no such bytes."""
         wanted = [] if self._is_closed else list(units)
         self._num_prefetches += 1
-        for unit in wanted:
-            if unit in self._held:
-                self._held[unit].wanted_at = self._num_prefetches
+        for unit in self._held.keys() & set(wanted):
+            self._held[unit].wanted_at = self._num_prefetches
         for unit in wanted:
             if unit in self._held:
                 continue
@@ -165,7 +163,7 @@ class WorkingSet:
     def keep(self, unit: int) -> bool:
         """Makes `unit` (held already) resident: it is never thrown out again. Refuses,
         returning False, where others that are needed would no longer find room."""
-        pinned = self._resident | {unit}
+        pinned = self._resident | {unit} | set(self._places)
         for group in self._needed:
             sizes = [self._sizes[other] for other in group if other not in pinned]
             if not self._slots.fit_beside(pinned, sizes):
@@ -225,23 +223,23 @@ class WorkingSet:
 
     def _claim_for_reading(self, unit: int) -> _Held | None:
         idle = filter(self._is_idle, self._held)
-        costs = {other: self._cost(self._held[other]) for other in idle}
-        return self._claim_and_load(unit, costs)
+        return self._claim_and_load(unit, {o: self._cost(self._held[o]) for o in idle})
 
     def _give_up(self, units: Sequence[int]) -> None:
         """Undoes an acquire whose loads failed: the next one loads anew."""
         for unit in units:
             held = self._held[unit]
             held.users -= 1
-            if not held.was_read and self._is_idle(unit):
+            if not held.was_read and not held.users:
                 self._drop(unit)
 
     def _is_idle(self, unit: int) -> bool:
-        return self._held[unit].users == 0 and unit not in self._resident
+        stays = unit in self._resident or unit in self._places
+        return self._held[unit].users == 0 and not stays
 
     def _was_guessed_wrong(self, held: _Held) -> bool:
-        """Whether it was prefetched but for two visits nobody expected it any more: a
-        site that turned out not to run must not keep its bytes for ever."""
+        """Whether nobody has expected it for two visits: a site that turned out not to
+        run must not keep its bytes for ever."""
         return held.wanted_at < self._num_prefetches - 1
 
     def _cost(self, held: _Held) -> int:
@@ -251,22 +249,27 @@ class WorkingSet:
         return unread + (held.slot.nbytes << 64) - held.released_at
 
     def _claim_and_load(self, unit: int, costs: dict[int, int]) -> _Held | None:
+        slot = self._places.get(unit) or self._claim(unit, costs)
+        if slot is None:
+            return None
+        self._peak = max(self._peak, self._slots.used_bytes)
+        after = self._slots.pending(slot)
+        try:
+            load = self._load(unit, slot.offset, after)
+            held = self._held[unit] = _Held(slot, load, self._num_prefetches)
+        except Exception:  # after an interrupt the slot is lost: who knows what writes
+            self._free(slot, after)
+            raise
+        return held
+
+    def _claim(self, unit: int, costs: dict[int, int]) -> Slot | None:
         nbytes = self._sizes[unit]
         slot = self._slots.claim(unit, nbytes)
         if slot is None:
             for other in self._slots.cheapest_room(nbytes, costs):
                 self._evict(other)
             slot = self._slots.claim(unit, nbytes)
-            if slot is None:
-                return None
-        self._peak = max(self._peak, self._slots.used_bytes)
-        try:
-            load = self._load(unit, slot.offset)
-            held = self._held[unit] = _Held(slot, load, self._num_prefetches)
-        except Exception:  # after an interrupt the slot is lost: who knows what writes
-            self._slots.release(slot)
-            raise
-        return held
+        return slot
 
     def _evict(self, unit: int) -> None:
         self._num_unused += not self._held[unit].was_read
@@ -277,21 +280,21 @@ class WorkingSet:
         # Nobody may write into these bytes once they are somebody else's.
         held.load.wait_quietly()
         del self._held[unit]
-        self._slots.release(held.slot)
+        self._free(held.slot, (held.load.ready, held.last_read))
+
+    def _free(self, slot: Slot, marks: Iterable[Event | None]) -> None:
+        after = [mark for mark in marks if mark is not None]
+        self._slots.release(slot, after, stays=slot.unit in self._places)
 
     def _why_not(self, units: Sequence[int]) -> str:
-        in_use = {u for u, held in self._held.items() if held.users} - self._resident
-        used = sum(self._sizes[u] for u in in_use)
-        kept = sum(self._sizes[u] for u in self._resident)
-        wanted = set(units) - in_use - self._resident
-        need = sum(self._sizes[u] for u in wanted)
-        least = need + used + kept
+        kept = self._resident | set(self._places)
+        in_use = {u for u, held in self._held.items() if held.users} - kept
+        used, stays = (sum(self._sizes[u] for u in some) for some in (in_use, kept))
+        need = sum(self._sizes[u] for u in set(units) - in_use - kept)
+        least = self._slots.least_for(need, in_use | kept)
         capacity = self._slots.capacity
-        if least <= capacity:  # room enough, but in pieces
-            largest = self._slots.largest_gap_beside(in_use | self._resident)
-            least = capacity + need - largest
         names = " + ".join(repr(self._names[u]) for u in units)
         return (
-            f"{names} needs {need} bytes with {used} in use and {kept} resident, but "
+            f"{names} needs {need} bytes with {used} in use and {stays} resident, but "
             f"the working set has {capacity}; set device_memory to at least {least}"
         )

@@ -69,6 +69,7 @@ class Visits:
             names=[plan.name for plan in self._layouts],
             capacity=arena.nbytes,
             load=self.loader.load,
+            mark=lambda: None,
             needed=frozenset(range(NUM_UNITS)),
         )
         self.errors: list[ReadError] = []

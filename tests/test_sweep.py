@@ -361,20 +361,20 @@ def test_a_load_that_fails_ends_the_sweep_and_the_next_one_loads_again() -> None
         units = engine_of(net)._working_set
         load, calls = units._load, itertools.count()
 
-        def failing_once(unit: int, offset: int) -> Any:
+        def failing_once(unit: int, offset: int, after: Any) -> Any:
             if next(calls) == 2:
                 raise ReadError("the disk is gone")
-            return load(unit, offset)
+            return load(unit, offset, after)
 
         units._load = failing_once
         with penstock.sweep(net) as sweep:
             assert same(sweep.map(net, batches(3)), expected)  # it was only prefetched
         assert_usable(net, net, expected)
 
-        def failing_twice(unit: int, offset: int) -> Any:
+        def failing_twice(unit: int, offset: int, after: Any) -> Any:
             if unit == 2:
                 raise ReadError("the disk is gone")
-            return load(unit, offset)
+            return load(unit, offset, after)
 
         units._load = failing_twice
         with (

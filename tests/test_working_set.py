@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.io.errors import ClosedError, DoesNotFitError, ReadError
+from penstock.io.event import Event
 from penstock.io.handle import Handle
+from penstock.io.loader import UnitLoad
 from penstock.scheduler.doors import Doors, Site
 from penstock.scheduler.working_set import WorkingSet
 
@@ -40,6 +42,7 @@ class FakeLoad:
     offset: int
     error: Exception | None
     is_done: bool = False
+    ready: Event | None = None
 
     def finish(self) -> None:
         if not self.is_done:
@@ -75,7 +78,7 @@ class FakeDisk:
     def __post_init__(self) -> None:
         self.memory = bytearray(self.capacity)
 
-    def load(self, unit: int, offset: int) -> FakeLoad:
+    def load(self, unit: int, offset: int, after: tuple[Event, ...] = ()) -> FakeLoad:
         if unit in self.refuse:
             self.refuse.remove(unit)
             raise ReadError(f"no reading of {unit}")
@@ -221,6 +224,7 @@ def make(
         names=[f"unit{unit}" for unit in range(len(sizes))],
         capacity=capacity,
         load=disk.load,
+        mark=lambda: None,
         needed=frozenset(range(len(sizes)) if needed is None else needed),
     )
     return working_set, disk
@@ -505,7 +509,7 @@ def test_loads_of_units_needed_together_are_under_way_together() -> None:
             under_way.append(len(disk.loads))
             super().wait()
 
-    def load(unit: int, offset: int) -> FakeLoad:
+    def load(unit: int, offset: int, after: tuple[Event, ...] = ()) -> FakeLoad:
         found = disk.load(unit, offset)
         found.__class__ = Watched
         return found
@@ -652,7 +656,7 @@ def test_an_interrupted_wait_leaves_a_unit_that_can_be_read() -> None:
         def wait(self) -> None:
             raise KeyboardInterrupt
 
-    def load(unit: int, offset: int) -> FakeLoad:
+    def load(unit: int, offset: int, after: tuple[Event, ...] = ()) -> FakeLoad:
         disk.pending.append(found := Interrupted(disk, unit, offset, None))
         return found
 
@@ -674,7 +678,7 @@ def test_loads_of_other_threads_in_any_order_never_deadlock() -> None:
 
     with ThreadPoolExecutor(3, "loads") as pool:
 
-        def load(unit: int, offset: int) -> Handle:
+        def load(unit: int, offset: int, after: tuple[Event, ...] = ()) -> UnitLoad:
             handle = Handle(1)
 
             def write() -> None:
@@ -685,13 +689,14 @@ def test_loads_of_other_threads_in_any_order_never_deadlock() -> None:
 
             pool.submit(write)
             go.release()
-            return handle
+            return UnitLoad("", [handle])
 
         working_set = WorkingSet(
             sizes,
             names=[""] * len(sizes),
             capacity=capacity,
             load=load,
+            mark=lambda: None,
             needed=frozenset(range(len(sizes))),
         )
         for _ in range(50):

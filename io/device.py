@@ -1,0 +1,104 @@
+"""What computes: its memory, its streams of work, and the order between them.
+
+Nothing here makes the host wait for the device but `Event.wait`, and only a thread that
+loads calls that.
+"""
+
+from typing import Protocol
+
+import torch
+
+from .arena import Arena, Memory
+from .event import Event
+
+
+class Stream(Protocol):
+    """Work that is done in the order it is given, beside the work of other streams."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies `source` to `target` (uint8, of one length). Both must stay as they
+        are until an event recorded afterwards has passed."""
+        ...
+
+    def record(self) -> Event:
+        """The point after all that was given so far."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """What is given from now on begins after `event`. Does not block."""
+        ...
+
+
+class Device(Protocol):
+    """A place where weights are computed with."""
+
+    name: str
+    is_host: bool
+    """Its memory is the host's: what lies there need not be copied to be used."""
+
+    @property
+    def compute(self) -> Stream:
+        """The stream that the calling thread computes on."""
+        ...
+
+    def stream(self) -> Stream:
+        """A new stream beside it."""
+        ...
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Memory of this device. Raises DoesNotFitError when it has not as much."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """Most memory of the device that this process has had at one time, if the
+        device counts that."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits for all its work: before its memory is given back, never before."""
+        ...
+
+
+class _Done:
+    """The event of work that is done when it is given."""
+
+    def wait(self) -> None:
+        pass
+
+
+class CpuStream:
+    """Does its work at once, in the calling thread."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        # By numpy: torch would share it out to a team of threads, which fights with
+        # the one that computes.
+        target.numpy()[...] = source.numpy()
+
+    def record(self) -> Event:
+        return _Done()
+
+    def wait(self, event: Event) -> None:
+        event.wait()
+
+
+class CpuDevice:
+    """The computer's own processor."""
+
+    name = "cpu"
+    is_host = True
+
+    @property
+    def compute(self) -> CpuStream:
+        return CpuStream()
+
+    def stream(self) -> CpuStream:
+        return CpuStream()
+
+    def allocate(self, nbytes: int) -> Memory:
+        return Arena(nbytes)
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+    def synchronize(self) -> None:
+        pass

@@ -1,0 +1,96 @@
+"""Where a link gets the bytes of its units from."""
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from .arena import HostMemory, Memory
+from .event import Event
+from .layout import Layout
+from .loader import Loader, UnitLoad
+from .ring import Ring
+
+
+class Source(Protocol):
+    """Lends the bytes of units, in the order in which they were asked for."""
+
+    def ask(self, unit: int) -> bool:
+        """Starts to get `unit` ready. False when there is no room for that yet: it is
+        asked for again, before any other, when the oldest was given back."""
+        ...
+
+    def get(self, unit: int) -> tuple[Memory, int]:
+        """Waits for the oldest one asked for and not got: its memory and offset."""
+        ...
+
+    def give_back(self, event: Event | None) -> None:
+        """The oldest one got, or failed to be got (None), has been read when `event`
+        has passed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Kept:
+    """Units that stay where they are, `offsets` into `memory`."""
+
+    def __init__(self, memory: Memory, offsets: Mapping[int, int]) -> None:
+        self._memory = memory
+        self._offsets = offsets
+
+    def ask(self, unit: int) -> bool:
+        return True
+
+    def get(self, unit: int) -> tuple[Memory, int]:
+        return self._memory, self._offsets[unit]
+
+    def give_back(self, event: Event | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Staged:
+    """Units read from disk into a ring of host memory, as many ahead as fit there.
+
+    `ask` may be called by any thread, the rest by the one that copies: the only one
+    that ever waits for the device, to use the ring again.
+    """
+
+    def __init__(self, loader: Loader, layouts: Sequence[Layout], memory: HostMemory):
+        self._loader = loader
+        self._layouts = layouts
+        self._memory = memory
+        self._ring = Ring(memory.nbytes)
+        self._lock = threading.Lock()
+        self._under_way: deque[tuple[int, UnitLoad]] = deque()
+
+    def ask(self, unit: int) -> bool:
+        with self._lock:
+            offset = self._ring.take(self._layouts[unit].nbytes)
+            if offset is None:
+                return False
+            self._under_way.append((offset, self._loader.load(unit, offset)))
+            return True
+
+    def get(self, unit: int) -> tuple[Memory, int]:
+        offset, load = self._under_way[0]
+        load.wait()
+        return self._memory, offset
+
+    def give_back(self, event: Event | None) -> None:
+        try:
+            if event is not None:
+                event.wait()
+        finally:
+            with self._lock:
+                self._under_way.popleft()
+                self._ring.give_back()
+
+    def close(self) -> None:
+        for _, load in self._under_way:
+            load.wait_quietly()
+        self._loader.close()
+        self._memory.close()

@@ -1,0 +1,44 @@
+"""Opens the reader that a policy asks for."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ..io import aio
+from ..io.aio import LibaioReader
+from ..io.buffered import AiofilesReader
+from ..io.choice import Remembered, choose
+from ..io.header import FileStamp
+from ..io.reader import Reader
+from ..io.threads import ThreadReader
+from .policy import IO, cache_folder
+
+
+def open_reader(
+    stamps: Mapping[Path, FileStamp], io: IO
+) -> tuple[Reader, tuple[str, ...]]:
+    """The reader that `io` asks for or, where it cannot be had, the best that can, and
+    what was said of that."""
+    sizes = {"chunk_bytes": io.chunk}
+    makers: dict[str, Callable[[], Reader]] = {
+        "libaio": partial(
+            LibaioReader, stamps, depth=io.depth, direct=io.direct, **sizes
+        ),
+        "threads": partial(
+            ThreadReader, stamps, num_threads=io.threads, direct=io.direct, **sizes
+        ),
+        "aiofiles": partial(AiofilesReader, stamps, num_tasks=io.threads, **sizes),
+    }
+    missing = {"gds": "it reads into the memory of a GPU, and the device is the CPU"}
+    if (reason := aio.why_not()) is not None:
+        missing["libaio"] = reason
+    name, fallbacks = choose(
+        io.reader,
+        makers,
+        missing,
+        stamps,
+        direct=io.direct,
+        settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
+        remembered=Remembered(cache_folder(io) / "readers.json"),
+    )
+    return makers[name](), fallbacks

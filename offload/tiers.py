@@ -1,0 +1,224 @@
+"""Opens the tiers that hold a model's weights, and the ways from them into slots.
+
+The only file that names concrete ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from importlib.metadata import version
+from types import TracebackType
+from typing import Self
+
+from ..io.arena import Arena, Memory
+from ..io.checkpoint import Checkpoint
+from ..io.cuda import CudaDevice, not_peers
+from ..io.device import CpuDevice, Device
+from ..io.event import Event
+from ..io.host import HostTier
+from ..io.layout import Layout
+from ..io.link import Link
+from ..io.loader import Loader
+from ..io.pace import Pace
+from ..io.peer import PeerTier, whole
+from ..io.source import Kept, Source, Staged
+from ..io.transfer import Transfer, as_it_lies, packed
+from ..scheduler.load import Load
+from .policy import Policy
+from .progress import FillProgress
+from .readers import open_reader
+
+_SLOT_ALIGNMENT = 512  # of a GPU's slots and runs: what its allocator gives, too
+
+
+def open_device(name: str) -> Device:
+    """The device called `name`. Raises PolicyError where there is none."""
+    return CpuDevice() if name == "cpu" else CudaDevice(name)
+
+
+def transfers_of(
+    layouts: Sequence[Layout], device: Device, policy: Policy
+) -> list[Transfer]:
+    """How each unit is laid out in a slot of `device`."""
+    if device.is_host:
+        return [as_it_lies(plan) for plan in layouts]
+    gap = policy.io.max_gap
+    return [
+        packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=gap) for plan in layouts
+    ]
+
+
+class Tiers:
+    """Holds the weights of `layouts`, unit by unit where `placement` says, and brings
+    them into slots of `memory`. Nothing stays open when making one raises."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layouts: Sequence[Layout],
+        transfers: Sequence[Transfer],
+        placement: Sequence[str],
+        device: Device,
+        capacity: int,
+        policy: Policy,
+    ) -> None:
+        self.device = device
+        self.placement = placement
+        self.links: list[Link] = []
+        self.host: HostTier | None = None
+        self.peers: list[PeerTier] = []
+        self._layouts = layouts
+        self._policy = policy
+        self._transfers = dict(enumerate(transfers))
+        self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
+        with ExitStack() as opened:
+            self.memory: Memory = device.allocate(capacity)
+            opened.enter_context(closing(self.memory))
+            self.reader, fallbacks = open_reader(checkpoint.stamps, policy.io)
+            opened.enter_context(self.reader)
+            self.fallbacks = list(fallbacks)
+            self.loaders: list[Loader] = []
+            self._open_disk(opened)
+            for name in policy.peer:
+                self._open_peer(name, opened)
+            self._open_host(checkpoint, opened)
+            self._opened = opened.pop_all()
+
+    def __repr__(self) -> str:
+        counts = {tier: self.placement.count(tier) for tier in set(self.placement)}
+        return f"<Tiers: units {counts} for {self.device.name}>"
+
+    @property
+    def in_place(self) -> HostTier | None:
+        """The host tier, if its units are used where they lie."""
+        return None if "host" in self._ways else self.host
+
+    def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
+        """Starts to bring `unit` into the slot at `offset`."""
+        way = self._ways.get(self.placement[unit], self._ways["disk"])
+        return way(unit, offset, after)
+
+    def mark(self) -> Event | None:
+        """The point that the device's work has come to; None if it does all at once."""
+        return None if self.device.is_host else self.device.compute.record()
+
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes that came from each tier so far."""
+        found = {"disk": self.reader.statistics().bytes_read}
+        for link in self.links:
+            if link.tier != "disk":
+                tier = link.tier if link.tier == "host" else "peer"
+                found[tier] = found.get(tier, 0) + link.statistics().bytes_moved
+        return found
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back, after all work with it."""
+        self.device.synchronize()
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _units_of(self, tier: str) -> tuple[int, ...]:
+        return tuple(u for u, where in enumerate(self.placement) if where == tier)
+
+    def _pace(self, tier: str) -> Pace | None:
+        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
+        if speed is None:
+            return None
+        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
+
+    def _loader(self, memory: Arena) -> Loader:
+        loader = Loader(
+            self._layouts, memory, self.reader, bounce_bytes=self._policy.io.bounce
+        )
+        self.loaders.append(loader)
+        return loader
+
+    def _open_disk(self, opened: ExitStack) -> None:
+        """Straight into the slots where a reader can; else through a ring in the host's
+        memory."""
+        if isinstance(self.memory, Arena) and "disk" not in self._policy.links:
+            loader = self._loader(self.memory)
+            opened.callback(loader.close)
+            self._ways["disk"] = loader.load
+        else:
+            link = opened.enter_context(self._from_disk(self.memory, self.device))
+            self._ways["disk"] = link.load
+            self.links.append(link)
+
+    def _from_disk(self, target: Memory, device: Device) -> Link:
+        largest = max(plan.nbytes for plan in self._layouts)
+        asked = self._policy.staging_memory
+        nbytes = 3 * largest if asked == "auto" else max(asked, largest)
+        memory = Arena(nbytes)
+        source = Staged(self._loader(memory), self._layouts, memory)
+        pace = self._pace("disk")
+        return Link("disk", source, self._transfers, target, device, pace=pace)
+
+    def _open_peer(self, name: str, opened: ExitStack) -> None:
+        units = self._units_of(name)
+        if not units:
+            return
+        if name != "cpu" and not_peers(self.device.name, [name]):
+            self.fallbacks.append(
+                f"{self.device.name} cannot reach the memory of {name} directly: its "
+                "weights go through the host"
+            )
+        with FillProgress(f"reading into {name}") as progress:
+            peer = opened.enter_context(
+                PeerTier(
+                    self._transfers,
+                    units,
+                    open_device(name),
+                    open_link=self._from_disk,
+                    progress=progress,
+                )
+            )
+        self.peers.append(peer)
+        ways = {unit: whole(self._transfers[unit]) for unit in units}
+        source = Kept(peer.memory, peer.offsets)
+        self._open_link(name, source, ways, self._pace("peer"), opened)
+
+    def _open_host(self, checkpoint: Checkpoint, opened: ExitStack) -> None:
+        units = self._units_of("host")
+        if not units:
+            return
+        with FillProgress("reading into host memory") as progress:
+            self.host = opened.enter_context(
+                HostTier(
+                    self._layouts,
+                    units,
+                    self.reader,
+                    checkpoint.stamps,
+                    bounce_bytes=self._policy.io.bounce,
+                    shared=self._policy.host_shared,
+                    version=f"{version('penstock')} {version('transformers')}",
+                    progress=progress,
+                )
+            )
+        pace = self._pace("host")
+        if not self.device.is_host or pace is not None:
+            source = Kept(self.host.memory, self.host.offsets)
+            self._open_link("host", source, self._transfers, pace, opened)
+
+    def _open_link(
+        self,
+        tier: str,
+        source: Source,
+        transfers: Mapping[int, Transfer],
+        pace: Pace | None,
+        opened: ExitStack,
+    ) -> None:
+        link = opened.enter_context(
+            Link(tier, source, transfers, self.memory, self.device, pace=pace)
+        )
+        self._ways[tier] = link.load
+        self.links.append(link)
