@@ -6,19 +6,16 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from .backlog import Backlog, Count, Part, line_up
-from .errors import ClosedError
-from .extent import Extent, chunks
-from .files import ALIGNMENT, Files, OpenFile
-from .handle import Handle
+from .backlog import Backlog, Part
+from .extent import Extent
+from .files import Files, OpenFile
 from .header import FileStamp
-from .reader import ReaderStatistics
+from .queued import QueuedReader
 
 _RETRIED = frozenset((errno.EINTR, errno.EAGAIN))
 _RETRY_SECONDS = 0.001
@@ -41,7 +38,7 @@ class _Lane:
     """One place in the kernel's queue, and the part that is read in it."""
 
     block: Any
-    part: Part | None = None
+    part: Part[memoryview] | None = None
     file: OpenFile | None = None
     position: int = 0
     """Bytes of the part that are there."""
@@ -49,7 +46,7 @@ class _Lane:
     """Times the kernel had no room though nothing was under way."""
 
 
-class LibaioReader:
+class LibaioReader(QueuedReader[memoryview]):
     """Keeps up to `depth` reads of at most `chunk_bytes` in the kernel's queue.
 
     One thread submits and collects, so a read costs one system call for each and no
@@ -58,7 +55,6 @@ class LibaioReader:
     """
 
     name = "libaio"
-    alignment = ALIGNMENT
 
     def __init__(
         self,
@@ -70,13 +66,14 @@ class LibaioReader:
     ) -> None:
         import libaio
 
+        super().__init__(
+            Files(stamps, direct=direct),
+            chunk_bytes=chunk_bytes,
+            num_lanes=1,  # a queue this deep has no lane that idles
+        )
         self._context = libaio.AIOContext(depth)
         self._depth = depth
-        self._chunk_bytes = chunk_bytes
-        self._files = Files(stamps, direct=direct)
-        self._backlog = Backlog()
-        self._count = Count()
-        self._is_closed = False
+        self._backlog: Backlog[memoryview] = Backlog()
         self._idle = [
             _Lane(libaio.AIOBlock(libaio.AIOBLOCK_MODE_READ)) for _ in range(depth)
         ]
@@ -93,61 +90,24 @@ class LibaioReader:
             f"{self._count.num_bytes} bytes>"
         )
 
-    def submit(
-        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
-    ) -> Handle:
-        if self._is_closed:
-            raise ClosedError("this reader is closed; load the model again")
-        assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
-        extents = chunks(
-            extent,
-            alignment=ALIGNMENT,
-            max_chunk_bytes=self._chunk_bytes,
-            max_concurrency=1,  # a queue this deep has no lane that idles
-        )
-        handle, parts = line_up(extents, buffer)
+    def _put(self, parts: Iterable[Part[memoryview]], urgent: bool) -> None:
         self._backlog.put(parts, urgent)
-        return handle
 
-    def statistics(self) -> ReaderStatistics:
-        return ReaderStatistics(
-            self.name,
-            self._count.num_bytes,
-            self._count.num_reads,
-            self._files.is_direct,
-            self._files.fallbacks,
-        )
-
-    def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+    def _finish(self) -> None:
         self._backlog.close(1)
         self._thread.join()
-        self._context.close()
-        self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _work(self) -> None:
         is_open = True
         try:
-            while is_open or self._busy or self._stalled:
-                is_open = is_open and self._fill()
-                if self._busy:
-                    self._collect()
-                elif self._stalled:
-                    time.sleep(_RETRY_SECONDS)
-                self._submit_stalled()
+            with self._context:  # closed, it writes into no buffer any more
+                while is_open or self._busy or self._stalled:
+                    is_open = is_open and self._fill()
+                    if self._busy:
+                        self._collect()
+                    elif self._stalled:
+                        time.sleep(_RETRY_SECONDS)
+                    self._submit_stalled()
         except BaseException as error:
             self._give_up(error, is_open)
 
