@@ -6,12 +6,14 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .backlog import Backlog, Part
+from .errors import ReadError
 from .extent import Extent
 from .files import Files, OpenFile
 from .header import FileStamp
@@ -129,11 +131,19 @@ class LibaioReader(QueuedReader[memoryview]):
 
     def _give_up(self, error: BaseException, is_open: bool) -> None:
         """The kernel's queue is broken: nobody may wait for it for ever."""
-        self._context.close()  # nothing writes into a buffer after this
-        for lane in [*self._busy.values(), *self._stalled]:
-            self._end(lane, error)
+        lanes = [*self._busy.values(), *self._stalled]
+        self._busy.clear()
+        self._stalled.clear()
+        # A mapping lives as long as its views: those of reads that were not handed
+        # back are in the context, and others in the frames that the error came through.
+        del self._context
+        traceback.clear_frames(error.__traceback__)
+        for lane in lanes:
+            assert lane.part is not None, "a lane in use has a part"
+            self._end(lane, _broken(lane.part.extent, error))
         while is_open and (part := self._backlog.take()) is not None:
-            part.fail(error)
+            part.fail(_broken(part.extent, error))
+            del part
 
     def _begin(self, lane: _Lane) -> None:
         assert lane.part is not None, "a lane begins with a part"
@@ -219,3 +229,12 @@ class LibaioReader(QueuedReader[memoryview]):
             part.handle.done()
         else:
             part.fail(error)
+
+
+def _broken(extent: Extent, error: BaseException) -> ReadError:
+    found = ReadError(
+        f"reading {extent.nbytes} bytes at {extent.offset} of {extent.path} failed: "
+        f"the kernel's queue of reads is broken ({error}); load the model again"
+    )
+    found.__cause__ = error
+    return found
