@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .backlog import Part
-from .extent import Extent
-from .files import Files
+from .files import Files, OpenFile
 from .header import FileStamp
 from .queued import QueuedReader
 from .workers import Workers
@@ -34,7 +33,9 @@ class ThreadReader(QueuedReader[memoryview]):
         super().__init__(
             Files(stamps, direct=direct), chunk_bytes=chunk_bytes, num_lanes=num_threads
         )
-        self._workers = Workers(self._read, num_threads=num_threads)
+        self._workers = Workers(
+            _pread, self._files, self._count, num_threads=num_threads
+        )
 
     def __repr__(self) -> str:
         return (
@@ -48,20 +49,6 @@ class ThreadReader(QueuedReader[memoryview]):
     def _finish(self) -> None:
         self._workers.close()
 
-    def _read(self, extent: Extent, buffer: memoryview) -> None:
-        file = self._files.open(extent.path)
-        wanted = file.wanted(extent)
-        position = 0
-        while position < wanted:
-            try:
-                count = os.preadv(
-                    file.descriptor, [buffer[position:]], extent.offset + position
-                )
-            except InterruptedError:
-                continue
-            except OSError as error:
-                raise file.failed(extent, error) from error
-            position = file.advance(extent, position, count)
-            self._count.add(reads=1)
-        file.check()
-        self._count.add(nbytes=wanted)
+
+def _pread(file: OpenFile, buffer: memoryview, offset: int) -> int:
+    return os.preadv(file.descriptor, [buffer], offset)
