@@ -1,4 +1,5 @@
-"""Each reader and tier against the drive's own speed, in one run.
+"""Each reader against the drive's own speed and the host tier against a plain copy of
+memory, in one run.
 
 Regime: large sequential reads of a cold file, as streaming does them. The ceiling is
 the better of fio with O_DIRECT, where it is installed, and a plain loop of O_DIRECT
@@ -16,41 +17,27 @@ import mmap
 import os
 import shutil
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import copying
 import machine
 from penstock.io import aio
-from penstock.io.aio import LibaioReader
 from penstock.io.arena import Arena
-from penstock.io.buffered import AiofilesReader
 from penstock.io.choice import best_of, measure
-from penstock.io.extent import Extent
 from penstock.io.header import FileStamp
-from penstock.io.reader import Reader
 from penstock.io.shared import SharedArena
-from penstock.io.threads import ThreadReader
 from penstock.offload.policy import parse_bytes
+from ways import Case, by_reader, fio, make_file, plain_loop, reader_of
 
 HERE = Path(__file__).parent
 SLOT_BYTES = 256 << 20
 """What is read into, again and again, as a slot is."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to read at one size and depth."""
-
-    way: str
-    chunk_bytes: int
-    depth: int
 
 
 @dataclass(frozen=True)
@@ -62,101 +49,6 @@ class Result:
     spread: tuple[float, float]
     cpu_seconds_per_gb: float
     of_ceiling: float | None
-
-
-def make_file(path: Path, nbytes: int) -> None:
-    """Random bytes: a drive that compresses must not look faster than it is."""
-    if path.exists() and path.stat().st_size == nbytes:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for start in range(0, nbytes, 64 << 20):
-            file.write(os.urandom(min(64 << 20, nbytes - start)))
-        os.fsync(file.fileno())
-
-
-def plain_loop(path: Path, case: Case) -> float | None:
-    """The plainest way: `depth` threads, each a stripe, preadv into huge pages and
-    nothing else; no queue, no handle, no check."""
-    size = path.stat().st_size
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-
-    def stripe(lane: int) -> None:
-        with Arena(case.chunk_bytes) as arena:
-            buffer = arena.view(0, case.chunk_bytes)
-            step = case.chunk_bytes * case.depth
-            for offset in range(lane * case.chunk_bytes, size, step):
-                os.preadv(descriptor, [buffer], offset)
-            buffer.release()
-
-    try:
-        with ThreadPoolExecutor(case.depth) as pool:
-            list(pool.map(stripe, range(case.depth)))
-    finally:
-        os.close(descriptor)
-    return None
-
-
-def fio(path: Path, case: Case) -> float | None:
-    """The ceiling by the tool that storage people use, without its start: its rate."""
-    command = [
-        "fio",
-        "--name=ceiling",
-        f"--filename={path}",
-        "--readonly",
-        "--rw=read",
-        "--direct=1",
-        "--ioengine=libaio",
-        f"--bs={case.chunk_bytes}",
-        f"--iodepth={case.depth}",
-        "--output-format=json",
-    ]
-    done = subprocess.run(command, check=True, capture_output=True)
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])
-
-
-def by_reader(
-    open_reader: Callable[[], Reader], path: Path, arena: Arena
-) -> float | None:
-    """The whole file, a slot's worth at a time with two under way."""
-    size, half = path.stat().st_size, arena.nbytes // 2
-    with open_reader() as reader:
-        handles: list[Any] = [None, None]
-        for number, offset in enumerate(range(0, size, half)):
-            lane = number % 2
-            if handles[lane] is not None:
-                handles[lane].wait()
-            extent = Extent(path, offset, min(half, size - offset))
-            view = arena.view(lane * half, extent.nbytes)
-            handles[lane] = reader.submit(extent, view)
-        for handle in filter(None, handles):
-            handle.wait()
-    return None
-
-
-def reader_of(case: Case, stamps: dict[Path, FileStamp]) -> Callable[[], Reader]:
-    if case.way == "libaio":
-        return partial(
-            LibaioReader,
-            stamps,
-            depth=case.depth,
-            chunk_bytes=case.chunk_bytes,
-            direct=True,
-        )
-    if case.way == "threads":
-        return partial(
-            ThreadReader,
-            stamps,
-            num_threads=case.depth,
-            chunk_bytes=case.chunk_bytes,
-            direct=True,
-        )
-    return partial(
-        AiofilesReader, stamps, num_tasks=case.depth, chunk_bytes=case.chunk_bytes
-    )
-
-
-Ceiling = Callable[[Path, Case], float | None]
 
 
 def timed(act: Callable[[], float | None], path: Path) -> tuple[float, float]:
@@ -327,6 +219,16 @@ def show(results: list[Result]) -> None:
         )
 
 
+def show_copied(copied: list[copying.Copied]) -> None:
+    print(f"\n{'copied from':24}{'GB/s':>8}{'low':>7}{'high':>7}{'ceiling':>9}")
+    for c in copied:
+        share = "-" if c.of_ceiling is None else f"{c.of_ceiling:.1%}"
+        low, high = (rate / 1e9 for rate in c.spread)
+        rate = c.bytes_per_second / 1e9
+        print(f"{c.memory:24}{rate:8.2f}{low:7.2f}{high:7.2f}{share:>9}")
+    print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, help="made when it is not there")
@@ -347,7 +249,9 @@ def main() -> None:
     results = run(args, path)
     choice = auto(path)
     memory = arenas(min(1 << 30, parse_bytes(args.size)))
+    copied = copying.run(path, args.rounds)
     show(results)
+    show_copied(copied)
     print(f"auto chooses {choice['chosen']} in {choice['seconds']:.2f} s")
     for name, found in memory.items():
         share = found["resident_bytes"] / found["asked_bytes"]
@@ -358,6 +262,7 @@ def main() -> None:
         "results": [asdict(r) for r in results],
         "auto": choice,
         "arenas": memory,
+        "copied": [asdict(c) for c in copied],
     }
     (args.out / "tiers.json").write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

@@ -6,19 +6,18 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from .backlog import Backlog, Count, Part, line_up
-from .errors import ClosedError
-from .extent import Extent, chunks
-from .files import ALIGNMENT, Files, OpenFile
-from .handle import Handle
+from .backlog import Backlog, Part
+from .errors import ReadError
+from .extent import Extent
+from .files import Files, OpenFile
 from .header import FileStamp
-from .reader import ReaderStatistics
+from .queued import QueuedReader
 
 _RETRIED = frozenset((errno.EINTR, errno.EAGAIN))
 _RETRY_SECONDS = 0.001
@@ -41,7 +40,7 @@ class _Lane:
     """One place in the kernel's queue, and the part that is read in it."""
 
     block: Any
-    part: Part | None = None
+    part: Part[memoryview] | None = None
     file: OpenFile | None = None
     position: int = 0
     """Bytes of the part that are there."""
@@ -49,7 +48,7 @@ class _Lane:
     """Times the kernel had no room though nothing was under way."""
 
 
-class LibaioReader:
+class LibaioReader(QueuedReader[memoryview]):
     """Keeps up to `depth` reads of at most `chunk_bytes` in the kernel's queue.
 
     One thread submits and collects, so a read costs one system call for each and no
@@ -58,7 +57,6 @@ class LibaioReader:
     """
 
     name = "libaio"
-    alignment = ALIGNMENT
 
     def __init__(
         self,
@@ -70,13 +68,14 @@ class LibaioReader:
     ) -> None:
         import libaio
 
+        super().__init__(
+            Files(stamps, direct=direct),
+            chunk_bytes=chunk_bytes,
+            num_lanes=1,  # a queue this deep has no lane that idles
+        )
         self._context = libaio.AIOContext(depth)
         self._depth = depth
-        self._chunk_bytes = chunk_bytes
-        self._files = Files(stamps, direct=direct)
-        self._backlog = Backlog()
-        self._count = Count()
-        self._is_closed = False
+        self._backlog: Backlog[memoryview] = Backlog()
         self._idle = [
             _Lane(libaio.AIOBlock(libaio.AIOBLOCK_MODE_READ)) for _ in range(depth)
         ]
@@ -93,61 +92,24 @@ class LibaioReader:
             f"{self._count.num_bytes} bytes>"
         )
 
-    def submit(
-        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
-    ) -> Handle:
-        if self._is_closed:
-            raise ClosedError("this reader is closed; load the model again")
-        assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
-        extents = chunks(
-            extent,
-            alignment=ALIGNMENT,
-            max_chunk_bytes=self._chunk_bytes,
-            max_concurrency=1,  # a queue this deep has no lane that idles
-        )
-        handle, parts = line_up(extents, buffer)
+    def _put(self, parts: Iterable[Part[memoryview]], urgent: bool) -> None:
         self._backlog.put(parts, urgent)
-        return handle
 
-    def statistics(self) -> ReaderStatistics:
-        return ReaderStatistics(
-            self.name,
-            self._count.num_bytes,
-            self._count.num_reads,
-            self._files.is_direct,
-            self._files.fallbacks,
-        )
-
-    def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
+    def _finish(self) -> None:
         self._backlog.close(1)
         self._thread.join()
-        self._context.close()
-        self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _work(self) -> None:
         is_open = True
         try:
-            while is_open or self._busy or self._stalled:
-                is_open = is_open and self._fill()
-                if self._busy:
-                    self._collect()
-                elif self._stalled:
-                    time.sleep(_RETRY_SECONDS)
-                self._submit_stalled()
+            with self._context:  # closed, it writes into no buffer any more
+                while is_open or self._busy or self._stalled:
+                    is_open = is_open and self._fill()
+                    if self._busy:
+                        self._collect()
+                    elif self._stalled:
+                        time.sleep(_RETRY_SECONDS)
+                    self._submit_stalled()
         except BaseException as error:
             self._give_up(error, is_open)
 
@@ -169,11 +131,19 @@ class LibaioReader:
 
     def _give_up(self, error: BaseException, is_open: bool) -> None:
         """The kernel's queue is broken: nobody may wait for it for ever."""
-        self._context.close()  # nothing writes into a buffer after this
-        for lane in [*self._busy.values(), *self._stalled]:
-            self._end(lane, error)
+        lanes = [*self._busy.values(), *self._stalled]
+        self._busy.clear()
+        self._stalled.clear()
+        # A mapping lives as long as its views: those of reads that were not handed
+        # back are in the context, and others in the frames that the error came through.
+        del self._context
+        traceback.clear_frames(error.__traceback__)
+        for lane in lanes:
+            assert lane.part is not None, "a lane in use has a part"
+            self._end(lane, _broken(lane.part.extent, error))
         while is_open and (part := self._backlog.take()) is not None:
-            part.fail(error)
+            part.fail(_broken(part.extent, error))
+            del part
 
     def _begin(self, lane: _Lane) -> None:
         assert lane.part is not None, "a lane begins with a part"
@@ -259,3 +229,12 @@ class LibaioReader:
             part.handle.done()
         else:
             part.fail(error)
+
+
+def _broken(extent: Extent, error: BaseException) -> ReadError:
+    found = ReadError(
+        f"reading {extent.nbytes} bytes at {extent.offset} of {extent.path} failed: "
+        f"the kernel's queue of reads is broken ({error}); load the model again"
+    )
+    found.__cause__ = error
+    return found

@@ -5,7 +5,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from .extent import Extent
 from .handle import Handle
@@ -13,11 +13,22 @@ from .handle import Handle
 URGENT, NORMAL, LAST = range(3)
 
 
-class Part(NamedTuple):
+class Sliceable(Protocol):
+    """What bytes are read into: a memoryview, or a tensor of bytes on a GPU."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> Self: ...
+
+
+Buffer = TypeVar("Buffer", bound=Sliceable)
+
+
+class Part(NamedTuple, Generic[Buffer]):
     """One read of the device, and the handle that it is a part of."""
 
     extent: Extent
-    buffer: memoryview
+    buffer: Buffer
     handle: Handle
 
     def fail(self, error: BaseException) -> None:
@@ -27,7 +38,9 @@ class Part(NamedTuple):
         self.handle.done(error)
 
 
-def line_up(extents: Iterable[Extent], buffer: memoryview) -> tuple[Handle, list[Part]]:
+def line_up(
+    extents: Iterable[Extent], buffer: Buffer
+) -> tuple[Handle, list[Part[Buffer]]]:
     """The parts of a read whose consecutive `extents` fill `buffer` from its start."""
     extents = list(extents)
     handle = Handle(len(extents))
@@ -39,22 +52,22 @@ def line_up(extents: Iterable[Extent], buffer: memoryview) -> tuple[Handle, list
     return handle, parts
 
 
-class Backlog:
+class Backlog(Generic[Buffer]):
     """A priority queue of parts. `close` ends it: each of the `num_takers` gets None
     once everything before has been taken."""
 
     def __init__(self) -> None:
-        self._queue: queue.PriorityQueue[tuple[int, int, Part | None]] = (
+        self._queue: queue.PriorityQueue[tuple[int, int, Part[Buffer] | None]] = (
             queue.PriorityQueue()
         )
         self._number = itertools.count()  # keeps equals in order, and parts uncompared
 
-    def put(self, parts: Iterable[Part], urgent: bool) -> None:
+    def put(self, parts: Iterable[Part[Buffer]], urgent: bool) -> None:
         for part in parts:
             priority = URGENT if urgent else NORMAL
             self._queue.put((priority, next(self._number), part))
 
-    def take(self, *, wait: bool = True) -> Part | None:
+    def take(self, *, wait: bool = True) -> Part[Buffer] | None:
         """The next part; None at the end. Raises queue.Empty when there is none yet and
         it is not to `wait` for one."""
         return self._queue.get(block=wait)[2]

@@ -3,27 +3,25 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiofiles
 
-from .backlog import LAST, NORMAL, URGENT, Count, Part, line_up
-from .errors import CheckpointError, ClosedError
-from .extent import Extent, chunks
-from .files import ALIGNMENT, OpenFile
-from .handle import Handle
+from .backlog import LAST, NORMAL, URGENT, Part
+from .errors import CheckpointError
+from .files import Files, OpenFile
 from .header import FileStamp
-from .reader import ReaderStatistics
+from .queued import QueuedReader
 
-_Queue = asyncio.PriorityQueue[tuple[int, int, Part | None]]
+_Part = Part[memoryview]
+_Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]
 
 
-class AiofilesReader:
+class AiofilesReader(QueuedReader[memoryview]):
     """Reads in `num_tasks` tasks of an event loop that has a thread of its own, each
     with its own descriptors, in chunks of at most `chunk_bytes`.
 
@@ -32,17 +30,17 @@ class AiofilesReader:
     """
 
     name = "aiofiles"
-    alignment = ALIGNMENT
 
     def __init__(
         self, stamps: Mapping[Path, FileStamp], *, num_tasks: int, chunk_bytes: int
     ) -> None:
+        super().__init__(
+            Files(stamps, direct=False),  # opens none: each task has its own
+            chunk_bytes=chunk_bytes,
+            num_lanes=num_tasks,
+        )
         self._stamps = stamps
-        self._num_tasks = num_tasks
-        self._chunk_bytes = chunk_bytes
-        self._count = Count()
         self._number = itertools.count()
-        self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._queue: _Queue = asyncio.PriorityQueue()
         self._pool = ThreadPoolExecutor(num_tasks, "penstock-read-file")
@@ -53,52 +51,20 @@ class AiofilesReader:
 
     def __repr__(self) -> str:
         return (
-            f"<AiofilesReader: {self._num_tasks} tasks, {self._count.num_bytes} bytes>"
+            f"<AiofilesReader: {self._num_lanes} tasks, {self._count.num_bytes} bytes>"
         )
 
-    def submit(
-        self, extent: Extent, buffer: memoryview, *, urgent: bool = False
-    ) -> Handle:
-        if self._is_closed:
-            raise ClosedError("this reader is closed; load the model again")
-        assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
-        extents = chunks(
-            extent,
-            alignment=ALIGNMENT,
-            max_chunk_bytes=self._chunk_bytes,
-            max_concurrency=self._num_tasks,
-        )
-        handle, parts = line_up(extents, buffer)
+    def _put(self, parts: Iterable[_Part], urgent: bool) -> None:
         for part in parts:
-            self._put(URGENT if urgent else NORMAL, part)
-        return handle
+            self._enqueue(URGENT if urgent else NORMAL, part)
 
-    def statistics(self) -> ReaderStatistics:
-        return ReaderStatistics(
-            self.name, self._count.num_bytes, self._count.num_reads, False, ()
-        )
-
-    def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for _ in range(self._num_tasks):
-            self._put(LAST, None)
+    def _finish(self) -> None:
+        for _ in range(self._num_lanes):
+            self._enqueue(LAST, None)
         self._thread.join()
         self._loop.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _put(self, priority: int, part: Part | None) -> None:
+    def _enqueue(self, priority: int, part: _Part | None) -> None:
         item = (priority, next(self._number), part)
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -108,8 +74,8 @@ class AiofilesReader:
 
     async def _work_all(self) -> None:
         async with AsyncExitStack() as stack:
-            files = _OpenFiles(self._stamps, self._num_tasks, self._pool, stack)
-            await asyncio.gather(*(self._work(files) for _ in range(self._num_tasks)))
+            files = _OpenFiles(self._stamps, self._num_lanes, self._pool, stack)
+            await asyncio.gather(*(self._work(files) for _ in range(self._num_lanes)))
 
     async def _work(self, files: "_OpenFiles") -> None:
         while (part := (await self._queue.get())[2]) is not None:
@@ -126,7 +92,7 @@ class AiofilesReader:
                 part.handle.done()
             del part  # a mapping lives as long as its views
 
-    async def _read(self, handle: Any, file: OpenFile, part: Part) -> None:
+    async def _read(self, handle: Any, file: OpenFile, part: _Part) -> None:
         extent = part.extent
         wanted, position = file.wanted(extent), 0
         while position < wanted:

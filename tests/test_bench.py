@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,13 @@ def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {"plain loop", "threads", "aiofiles"} <= {r["way"] for r in found["results"]}
+    ceilings = {"plain loop", *(["fio"] if shutil.which("fio") else [])}
+    ways = {r["way"] for r in found["results"]}
+    assert {"threads", "aiofiles", *ceilings} <= ways
+    assert {r["way"] for r in found["results"] if r["of_ceiling"] is None} == ceilings
     assert all(r["bytes_per_second"] > 0 for r in found["results"])
+    copied = {c["memory"]: c for c in found["copied"]}
+    assert set(copied) == {"plain memory", "host tier", "host tier, shared"}
+    assert all(c["bytes_per_second"] > 0 for c in copied.values())
     assert json.loads((tmp_path / "tiers.json").read_text()) == found
     assert (tmp_path / "tiers.png").stat().st_size > 1000
