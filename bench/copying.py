@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from penstock.io.arena import Arena, Memory
+from penstock.io.arena import Arena, HostMemory
 from penstock.io.files import ALIGNMENT
 from penstock.io.header import FileStamp, TensorEntry
 from penstock.io.host import HostTier
@@ -55,7 +55,7 @@ def units_of(path: Path) -> list[Layout]:
     ]
 
 
-def copy_out(memory: Memory, offsets: list[int], target: Memory) -> float:
+def copy_out(memory: HostMemory, offsets: list[int], target: HostMemory) -> float:
     """Copies a unit from each of `offsets` into `target`; bytes per second."""
     nbytes = 0
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def run(path: Path, rounds: int) -> list[Copied]:
         bare = stack.enter_context(Arena(nbytes))
         target = stack.enter_context(Arena(UNIT_BYTES))
         offsets = list(private.offsets.values())
-        memories: dict[str, Memory] = {
+        memories: dict[str, HostMemory] = {
             CEILING: bare,
             "host tier": private.memory,
             "host tier, shared": shared.memory,

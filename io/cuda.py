@@ -30,7 +30,7 @@ class CudaStream:
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaEvent(event)
 
@@ -100,7 +100,8 @@ class CudaDevice:
         return CudaStream(torch.cuda.current_stream(self._device))
 
     def stream(self) -> CudaStream:
-        return CudaStream(torch.cuda.Stream(self._device))
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return CudaStream(stream)
 
     def allocate(self, nbytes: int) -> Memory:
         return CudaMemory(nbytes, self._device)

@@ -204,8 +204,11 @@ def _copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
     if not (target.is_contiguous() and source.is_contiguous()):
         target.copy_(source)
         return
-    pieces = (t.view(-1).split(_SERIAL_NUMEL) for t in (target, source))
-    torch._foreach_copy_(*map(list, pieces))  # one call: the interpreter's lock is hot
+    # One call: whoever computes needs the interpreter's lock, too.
+    torch._foreach_copy_(
+        list(torch.split(target.view(-1), _SERIAL_NUMEL)),
+        list(torch.split(source.view(-1), _SERIAL_NUMEL)),
+    )
 
 
 def _parts(

@@ -19,7 +19,7 @@ import torch
 from penstock.io.arena import Arena, HostMemory, Memory
 from penstock.io.event import Event
 from penstock.io.layout import Layout, Placed
-from penstock.io.link import Link
+from penstock.io.link import Link, LinkLoad
 from penstock.io.peer import PeerTier, whole
 from penstock.io.source import Kept, Staged
 from penstock.io.transfer import Transfer, packed
@@ -258,7 +258,11 @@ def forget_copies(link: Link) -> None:
 def forget_order(link: Link) -> None:
     """A copy that does not wait for what was read or copied there before."""
     load = link.load
-    link.load = lambda u, o, after: load(u, o, ())  # type: ignore[method-assign]
+
+    def load_at_once(unit: int, offset: int, after: tuple[Event, ...]) -> LinkLoad:
+        return load(unit, offset, ())
+
+    link.load = load_at_once  # type: ignore[method-assign]
 
 
 def forget_staging(link: Link) -> None:
