@@ -1,12 +1,18 @@
 """A CUDA GPU as a device: one arena, side streams, events instead of barriers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from .arena import Memory
+from .arena import HostMemory, Memory
 from .errors import ClosedError, DoesNotFitError, PolicyError
 from .event import Event
+from .numa import bind, node_near
+from .pinned import CudaRegistrar, Pinned
+
+_PIECE_BYTES = 1 << 30
+"""Pinned in one call: as it is pinned, memory is taken from the system."""
 
 
 class CudaEvent:
@@ -105,6 +111,22 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> Memory:
         return CudaMemory(nbytes, self._device)
+
+    def pin(self, memory: HostMemory, max_bytes: int) -> Pinned | None:
+        return Pinned(
+            memory.view(0, memory.nbytes),
+            max_bytes=max_bytes,
+            chunk_bytes=_PIECE_BYTES,
+            registrar=CudaRegistrar(),
+        )
+
+    def settle(self, memory: HostMemory) -> str | None:
+        p: Any = torch.cuda.get_device_properties(self._device)
+        pci = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+        node = node_near(pci)
+        if node is None:
+            return None
+        return bind(memory.tensor(0, 1).data_ptr(), memory.nbytes, node)
 
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self._device))

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-from .arena import Arena, Memory
+from .arena import Arena, HostMemory, Memory
 from .event import Event
+from .pinned import Pinned
 
 
 class Stream(Protocol):
@@ -47,6 +48,16 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int) -> Memory:
         """Memory of this device. Raises DoesNotFitError when it has not as much."""
+        ...
+
+    def pin(self, memory: HostMemory, max_bytes: int) -> Pinned | None:
+        """Locks memory of the host in place, for copies from it at full speed. None
+        where that is of no use."""
+        ...
+
+    def settle(self, memory: HostMemory) -> str | None:
+        """Asks for pages of `memory`, not yet written, that are near this device. A
+        sentence where that is of use and could not be done."""
         ...
 
     def peak_bytes(self) -> int | None:
@@ -96,6 +107,12 @@ class CpuDevice:
 
     def allocate(self, nbytes: int) -> Memory:
         return Arena(nbytes)
+
+    def pin(self, memory: HostMemory, max_bytes: int) -> Pinned | None:
+        return None
+
+    def settle(self, memory: HostMemory) -> str | None:
+        return None
 
     def peak_bytes(self) -> int | None:
         return None

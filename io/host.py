@@ -19,7 +19,8 @@ class HostTier:
 
     With `shared`, processes that hold the same units of the same files share one copy,
     which the first of them reads; `version` is that of whatever makes weights of stored
-    tensors. Raises what reading raises; nothing stays open then.
+    tensors. Memory that is not shared goes through `prepare` before it is written.
+    Raises what reading raises; nothing stays open then.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class HostTier:
         bounce_bytes: int,
         shared: bool,
         version: str,
+        prepare: Callable[[HostMemory], None] = lambda memory: None,
         progress: Callable[[int, int], None],
     ) -> None:
         self._layouts = layouts
@@ -55,6 +57,7 @@ class HostTier:
         self.memory = Arena(nbytes)
         self.was_filled_here = True
         try:
+            prepare(self.memory)
             self._fill(self.memory)
         except BaseException:
             self.memory.close()

@@ -167,10 +167,14 @@ class Link:
             for event in job.after:
                 self._stream.wait(event)
             for run in transfer.runs:
-                self._stream.copy(
-                    self._target.tensor(job.offset + run.target_offset, run.nbytes),
-                    memory.tensor(start + run.source_offset, run.nbytes),
-                )
+                shift = job.offset + run.target_offset - start - run.source_offset
+                for offset, nbytes in self._source.cut(
+                    start + run.source_offset, run.nbytes
+                ):
+                    self._stream.copy(
+                        self._target.tensor(offset + shift, nbytes),
+                        memory.tensor(offset, nbytes),
+                    )
         finally:  # what is queued writes, even if the rest failed
             job.load.ready = self._stream.record()
         nbytes = sum(run.nbytes for run in transfer.runs)

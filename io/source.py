@@ -2,13 +2,14 @@
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .arena import HostMemory, Memory
 from .event import Event
 from .layout import Layout
 from .loader import Loader, UnitLoad
+from .pinned import Pinned
 from .ring import Ring
 
 
@@ -24,6 +25,11 @@ class Source(Protocol):
         """Waits for the oldest one asked for and not got: its memory and offset."""
         ...
 
+    def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """A range of that memory as ranges (offset, bytes) that can each be copied in
+        one piece: memory that is pinned in pieces cannot in any other."""
+        ...
+
     def give_back(self, event: Event | None) -> None:
         """The oldest one got, or failed to be got (None), has been read when `event`
         has passed."""
@@ -35,9 +41,16 @@ class Source(Protocol):
 class Kept:
     """Units that stay where they are, `offsets` into `memory`."""
 
-    def __init__(self, memory: Memory, offsets: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        offsets: Mapping[int, int],
+        *,
+        pinned: Pinned | None = None,
+    ) -> None:
         self._memory = memory
         self._offsets = offsets
+        self._pinned = pinned
 
     def ask(self, unit: int) -> bool:
         return True
@@ -45,11 +58,15 @@ class Kept:
     def get(self, unit: int) -> tuple[Memory, int]:
         return self._memory, self._offsets[unit]
 
+    def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        return _cut(self._pinned, offset, nbytes)
+
     def give_back(self, event: Event | None) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        if self._pinned is not None:
+            self._pinned.close()
 
 
 class Staged:
@@ -59,8 +76,16 @@ class Staged:
     that ever waits for the device, to use the ring again.
     """
 
-    def __init__(self, loader: Loader, layouts: Sequence[Layout], memory: HostMemory):
+    def __init__(
+        self,
+        loader: Loader,
+        layouts: Sequence[Layout],
+        memory: HostMemory,
+        *,
+        pinned: Pinned | None = None,
+    ) -> None:
         self._loader = loader
+        self._pinned = pinned
         self._layouts = layouts
         self._memory = memory
         self._ring = Ring(memory.nbytes)
@@ -80,6 +105,9 @@ class Staged:
         load.wait()
         return self._memory, offset
 
+    def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        return _cut(self._pinned, offset, nbytes)
+
     def give_back(self, event: Event | None) -> None:
         try:
             if event is not None:
@@ -93,4 +121,14 @@ class Staged:
         for _, load in self._under_way:
             load.wait_quietly()
         self._loader.close()
+        if self._pinned is not None:
+            self._pinned.close()
         self._memory.close()
+
+
+def _cut(pinned: Pinned | None, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    if pinned is None:
+        yield offset, nbytes
+        return
+    for start, length, _ in pinned.cut(offset, nbytes):
+        yield start, length

@@ -149,6 +149,10 @@ class Policy(_Section):
     staging_memory: AutoBytes = "auto"
     """Bytes of host memory that weights pass through on their way from disk to a GPU.
     `auto` is three times the largest unit."""
+    pinned_memory: AutoBytes = "auto"
+    """Most bytes of host memory that are locked in place for copies to a GPU: the host
+    tier and what weights are staged in. `auto`: all of both, as far as the system lets
+    one. What is not locked is copied from more slowly, and announced."""
     links: dict[Literal["peer", "host", "disk"], Link] = {}
     """Links to be held to a stated speed, by the tier at their end: to leave room on
     them, or to try out how a slower one would do."""

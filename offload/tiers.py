@@ -3,30 +3,38 @@
 The only file that names concrete ones.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from types import TracebackType
 from typing import Self
 
-from ..io.arena import Arena, Memory
+import torch
+
+from ..io import gds, straight
+from ..io.arena import Arena, HostMemory, Memory
 from ..io.checkpoint import Checkpoint
 from ..io.cuda import CudaDevice, not_peers
 from ..io.device import CpuDevice, Device
 from ..io.event import Event
+from ..io.gds import GdsReader
 from ..io.host import HostTier
 from ..io.layout import Layout
 from ..io.link import Link
 from ..io.loader import Loader
 from ..io.pace import Pace
 from ..io.peer import PeerTier, whole
+from ..io.pinned import Pinned
 from ..io.source import Kept, Source, Staged
+from ..io.straight import Straight
 from ..io.transfer import Transfer, as_it_lies, packed
 from ..scheduler.load import Load
 from .policy import Policy
 from .progress import FillProgress
 from .readers import open_reader
 
+_log = logging.getLogger("penstock")
 _SLOT_ALIGNMENT = 512  # of a GPU's slots and runs: what its allocator gives, too
 
 
@@ -66,6 +74,9 @@ class Tiers:
         self.links: list[Link] = []
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
+        self._pinned_bytes = 0
+        self._straight: GdsReader | None = None
+        self._checkpoint = checkpoint
         self._layouts = layouts
         self._policy = policy
         self._transfers = dict(enumerate(transfers))
@@ -73,14 +84,17 @@ class Tiers:
         with ExitStack() as opened:
             self.memory: Memory = device.allocate(capacity)
             opened.enter_context(closing(self.memory))
-            self.reader, fallbacks = open_reader(checkpoint.stamps, policy.io)
+            io = policy.io
+            if io.reader == "gds" and not device.is_host:  # beside it, for the rest
+                io = io.model_copy(update={"reader": "auto"})
+            self.reader, fallbacks = open_reader(checkpoint.stamps, io)
             opened.enter_context(self.reader)
             self.fallbacks = list(fallbacks)
-            self.loaders: list[Loader] = []
+            self.loaders: list[Loader | Straight] = []
             self._open_disk(opened)
             for name in policy.peer:
                 self._open_peer(name, opened)
-            self._open_host(checkpoint, opened)
+            self._open_host(opened)
             self._opened = opened.pop_all()
 
     def __repr__(self) -> str:
@@ -104,6 +118,8 @@ class Tiers:
     def bytes_read(self) -> dict[str, int]:
         """Bytes that came from each tier so far."""
         found = {"disk": self.reader.statistics().bytes_read}
+        if self._straight is not None:
+            found["disk"] += self._straight.statistics().bytes_read
         for link in self.links:
             if link.tier != "disk":
                 tier = link.tier if link.tier == "host" else "peer"
@@ -145,7 +161,10 @@ class Tiers:
     def _open_disk(self, opened: ExitStack) -> None:
         """Straight into the slots where a reader can; else through a ring in the host's
         memory."""
-        if isinstance(self.memory, Arena) and "disk" not in self._policy.links:
+        if self._policy.io.reader == "gds" and self._open_straight(opened):
+            return
+        if self.device.is_host and "disk" not in self._policy.links:
+            assert isinstance(self.memory, Arena), "memory of the host"
             loader = self._loader(self.memory)
             opened.callback(loader.close)
             self._ways["disk"] = loader.load
@@ -154,12 +173,34 @@ class Tiers:
             self._ways["disk"] = link.load
             self.links.append(link)
 
+    def _open_straight(self, opened: ExitStack) -> bool:
+        """By cuFile, where all of system, drive, driver and model allow it."""
+        if self.device.is_host:
+            return False  # the reader has said so
+        files = self._checkpoint.stamps
+        largest = max(files, key=lambda path: files[path].size_bytes)
+        reason = straight.why_not(self._layouts)
+        reason = reason or gds.why_not(torch.device(self.device.name), largest)
+        if reason is not None:
+            self._note(f"no reader 'gds': {reason}; weights go through host memory")
+            return False
+        io = self._policy.io
+        reader = GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
+        opened.enter_context(reader)
+        way = Straight(self._layouts, self._transfers, self.memory, reader)
+        self._ways["disk"] = opened.enter_context(way).load
+        self.loaders.append(way)
+        self._straight = reader
+        return True
+
     def _from_disk(self, target: Memory, device: Device) -> Link:
         largest = max(plan.nbytes for plan in self._layouts)
         asked = self._policy.staging_memory
         nbytes = 3 * largest if asked == "auto" else max(asked, largest)
         memory = Arena(nbytes)
-        source = Staged(self._loader(memory), self._layouts, memory)
+        self._note(device.settle(memory))
+        pinned = self._pin(memory, device)
+        source = Staged(self._loader(memory), self._layouts, memory, pinned=pinned)
         pace = self._pace("disk")
         return Link("disk", source, self._transfers, target, device, pace=pace)
 
@@ -168,7 +209,7 @@ class Tiers:
         if not units:
             return
         if name != "cpu" and not_peers(self.device.name, [name]):
-            self.fallbacks.append(
+            self._note(
                 f"{self.device.name} cannot reach the memory of {name} directly: its "
                 "weights go through the host"
             )
@@ -187,7 +228,7 @@ class Tiers:
         source = Kept(peer.memory, peer.offsets)
         self._open_link(name, source, ways, self._pace("peer"), opened)
 
-    def _open_host(self, checkpoint: Checkpoint, opened: ExitStack) -> None:
+    def _open_host(self, opened: ExitStack) -> None:
         units = self._units_of("host")
         if not units:
             return
@@ -197,17 +238,33 @@ class Tiers:
                     self._layouts,
                     units,
                     self.reader,
-                    checkpoint.stamps,
+                    self._checkpoint.stamps,
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
                     version=f"{version('penstock')} {version('transformers')}",
+                    prepare=lambda memory: self._note(self.device.settle(memory)),
                     progress=progress,
                 )
             )
         pace = self._pace("host")
         if not self.device.is_host or pace is not None:
-            source = Kept(self.host.memory, self.host.offsets)
+            pinned = self._pin(self.host.memory, self.device)
+            source = Kept(self.host.memory, self.host.offsets, pinned=pinned)
             self._open_link("host", source, self._transfers, pace, opened)
+
+    def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
+        asked = self._policy.pinned_memory
+        left = memory.nbytes if asked == "auto" else asked - self._pinned_bytes
+        pinned = device.pin(memory, max(left, 0))
+        if pinned is not None:
+            self._pinned_bytes += pinned.pinned_bytes
+            self._note(pinned.fallback)
+        return pinned
+
+    def _note(self, fallback: str | None) -> None:
+        if fallback is not None:
+            self.fallbacks.append(fallback)
+            _log.warning(fallback)
 
     def _open_link(
         self,

@@ -19,8 +19,9 @@ from random import Random
 
 import torch
 
-from penstock.io.arena import Arena, Memory
+from penstock.io.arena import Arena, HostMemory, Memory
 from penstock.io.event import Event
+from penstock.io.pinned import Pinned
 
 Clock = dict[str, int]
 
@@ -145,6 +146,12 @@ class RecordingDevice:
 
     def allocate(self, nbytes: int) -> Memory:
         return Arena(nbytes)
+
+    def pin(self, memory: HostMemory, max_bytes: int) -> Pinned | None:
+        return None
+
+    def settle(self, memory: HostMemory) -> str | None:
+        return None
 
     def peak_bytes(self) -> int | None:
         return None

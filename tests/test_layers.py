@@ -42,6 +42,7 @@ TIERS = {
     "penstock.io.aio",
     "penstock.io.buffered",
     "penstock.io.cuda",
+    "penstock.io.gds",
     "penstock.io.peer",
     "penstock.io.threads",
 }
