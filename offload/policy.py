@@ -168,7 +168,8 @@ class Policy(_Section):
     """Bytes of logits (with their float32 copies) that exist at one time, when scoring:
     the head runs in chunks of as many positions."""
     lookahead: Annotated[int, Field(ge=0, le=8)] = 2
-    """Sites whose units are prefetched while one computes."""
+    """Sites whose units are prefetched while one computes, not counting those whose
+    units stay."""
     gather_rows: Bytes = 32 << 20
     """Embedding tables of at least this size are not loaded: the rows that are looked
     up are read from the file."""

@@ -83,6 +83,10 @@ class Doors:
                 for unit in self.sites[site].units:
                     self._working_set.release(unit)
 
+    def stays(self, site: int) -> bool:
+        """Whether the site's units are there for good."""
+        return all(self._working_set.stays(unit) for unit in self.sites[site].units)
+
     def expect(self, sites: Iterable[int]) -> None:
         """Starts loading what these sites will need, soonest first."""
         units = [unit for site in sites for unit in self.sites[site].units]

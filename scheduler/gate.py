@@ -71,7 +71,9 @@ class Gate:
             if not self.order.is_ahead(self._position, site):
                 self.num_passes += 1
             self._position = site
-            self.doors.expect(self.order.upcoming(site, waiting, self._lookahead))
+            self.doors.expect(
+                self.order.upcoming(site, waiting, self._lookahead, self.doors.stays)
+            )
         except BaseException:
             self.doors.leave(site)
             raise

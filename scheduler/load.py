@@ -1,8 +1,10 @@
-"""A load under way, as the working set sees it."""
+"""A load under way, and the unit that it brought, as the working set sees them."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..io.event import Event
+from .slots import Slot
 
 
 class Load(Protocol):
@@ -20,3 +22,18 @@ class Load(Protocol):
     def wait_quietly(self) -> None:
         """Waits until all that it does is done, or queued before `ready`."""
         ...
+
+
+@dataclass(slots=True)
+class Held:
+    """A unit that has a slot."""
+
+    slot: Slot
+    load: Load
+    wanted_at: int
+    """The `prefetch` that expected it last."""
+    users: int = 0
+    was_read: bool = False
+    released_at: int = 0
+    last_read: Event | None = None
+    """The end of the device's work that its last reader had queued."""

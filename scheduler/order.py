@@ -3,7 +3,7 @@
 A site is a module at whose door a micro-batch waits until its units are there.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 
 class Order:
@@ -64,12 +64,17 @@ class Order:
         return min(waiting, key=lambda other: self._distance(site, other))
 
     def upcoming(
-        self, site: int, waiting: Collection[int], depth: int
+        self,
+        site: int,
+        waiting: Collection[int],
+        depth: int,
+        stays: Callable[[int], bool] = lambda site: False,
     ) -> tuple[int, ...]:
-        """The next `depth` sites that are needed after `site`, as far as is known."""
+        """The sites that are needed after `site`, as far as is known, until `depth` of
+        them are such as have to be brought: what `stays` is no work for a link."""
         found: list[int] = []
         here = site
-        while len(found) < depth:
+        while sum(not stays(other) for other in found) < depth:
             candidates = {w for w in waiting if w != site} - set(found)
             predicted = self.predict(here)
             if predicted is not None:

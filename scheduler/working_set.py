@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..io.errors import ClosedError, DoesNotFitError
 from ..io.event import Event
-from .load import Load
+from .load import Held, Load
 from .slots import Slot, Slots
 
 
@@ -26,19 +26,6 @@ class WorkingSetStatistics:
     num_unused_loads: int
     """Units that were prefetched and thrown out before anybody read them."""
     resident_units: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Held:
-    slot: Slot
-    load: Load
-    wanted_at: int
-    """The `prefetch` that expected it last."""
-    users: int = 0
-    was_read: bool = False
-    released_at: int = 0
-    last_read: Event | None = None
-    """The end of the device's work that its last reader had queued."""
 
 
 class WorkingSet:
@@ -74,7 +61,7 @@ class WorkingSet:
         self._mark = mark
         self._slots = Slots(capacity)
         self._places = {u: self._slots.reserve(u, sizes[u]) for u in staying}
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._resident: set[int] = set()
         self._clock = 0
         self._num_prefetches = 0
@@ -174,6 +161,10 @@ class WorkingSet:
     def is_resident(self, unit: int) -> bool:
         return unit in self._resident
 
+    def stays(self, unit: int) -> bool:
+        """Whether `unit` is there and is never thrown out."""
+        return unit in self._resident or (unit in self._places and unit in self._held)
+
     def statistics(self) -> WorkingSetStatistics:
         return WorkingSetStatistics(
             self._slots.capacity,
@@ -190,7 +181,7 @@ class WorkingSet:
             held.load.wait_quietly()
         self._held.clear()
 
-    def _claim_all(self, units: Sequence[int]) -> list[_Held]:
+    def _claim_all(self, units: Sequence[int]) -> list[Held]:
         if self._is_closed:
             raise ClosedError("this model was closed; load it again to use it")
         # What is here already first, so that the others do not throw it out.
@@ -207,7 +198,7 @@ class WorkingSet:
 
     def _claim_each(self, units: Sequence[int]) -> bool:
         """Makes the caller a reader of each, or of none and returns False."""
-        taken: list[_Held] = []
+        taken: list[Held] = []
         try:
             for unit in units:
                 held = self._held.get(unit) or self._claim_for_reading(unit)
@@ -221,7 +212,7 @@ class WorkingSet:
                     held.users -= 1
         return len(taken) == len(units)
 
-    def _claim_for_reading(self, unit: int) -> _Held | None:
+    def _claim_for_reading(self, unit: int) -> Held | None:
         idle = filter(self._is_idle, self._held)
         return self._claim_and_load(unit, {o: self._cost(self._held[o]) for o in idle})
 
@@ -237,18 +228,18 @@ class WorkingSet:
         stays = unit in self._resident or unit in self._places
         return self._held[unit].users == 0 and not stays
 
-    def _was_guessed_wrong(self, held: _Held) -> bool:
+    def _was_guessed_wrong(self, held: Held) -> bool:
         """Whether nobody has expected it for two visits: a site that turned out not to
         run must not keep its bytes for ever."""
         return held.wanted_at < self._num_prefetches - 1
 
-    def _cost(self, held: _Held) -> int:
+    def _cost(self, held: Held) -> int:
         """Of throwing a unit out: its bytes; among equals, the one released last goes;
         one that was prefetched and not yet read costs more than all that were."""
         unread = 0 if held.was_read else 1 << 120
         return unread + (held.slot.nbytes << 64) - held.released_at
 
-    def _claim_and_load(self, unit: int, costs: dict[int, int]) -> _Held | None:
+    def _claim_and_load(self, unit: int, costs: dict[int, int]) -> Held | None:
         slot = self._places.get(unit) or self._claim(unit, costs)
         if slot is None:
             return None
@@ -256,7 +247,7 @@ class WorkingSet:
         after = self._slots.pending(slot)
         try:
             load = self._load(unit, slot.offset, after)
-            held = self._held[unit] = _Held(slot, load, self._num_prefetches)
+            held = self._held[unit] = Held(slot, load, self._num_prefetches)
         except Exception:  # after an interrupt the slot is lost: who knows what writes
             self._free(slot, after)
             raise

@@ -107,6 +107,13 @@ def test_a_site_is_expected_once_however_many_wait_there() -> None:
     assert order.upcoming(0, [0, 1, 2], 8) == (1, 2)
 
 
+def test_what_stays_is_expected_but_not_counted() -> None:
+    order = learnt(6, [0, 1, 2, 3, 4, 5])
+    assert order.upcoming(0, [], 2, lambda site: site % 2 == 0) == (1, 2, 3)
+    assert order.upcoming(0, [], 1, lambda site: True) == (1, 2, 3, 4, 5)
+    assert order.upcoming(1, [0], 2, lambda site: site != 1) == (2, 3, 4, 5, 0)
+
+
 def test_no_lookahead_expects_nothing() -> None:
     assert learnt(3, [0, 1, 2]).upcoming(0, [1, 2], 0) == ()
 

@@ -1,0 +1,189 @@
+"""Half of the blocks on the device, half over a link that is held to a stated speed.
+
+The ceiling of a pass is `max(t_c, f W / B)`: `t_c` is what it takes when everything
+stays on the device (measured in the same round), `W` the bytes of all blocks, `f` the
+share of them that comes over the link (about a half, counted), `B` the link's speed. It
+is shown for B = 4 W/t_c, where the link is idle most of the time, 1 W/t_c, and
+1/4 W/t_c, where it binds. All cases are run in turns; the medians of the rounds' shares
+are shown beside counts of the bytes that came over the link.
+
+    python bench/links.py [--tier host|peer|disk] [--rounds 3]
+
+The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import machine
+import penstock
+from penstock import Policy
+from penstock.offload.model import engine_of
+
+FACTORS = (4.0, 1.0, 0.25)
+ODD = r"^model\.layers\.\d*[13579]$"
+EVEN = r"^model\.layers\.\d*[02468]$"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case in one round."""
+
+    factor: float | None
+    """Of W/t_c that the link's speed is; None: all stays on the device."""
+    seconds_per_pass: float
+    link_bytes_per_pass: float
+    wait_seconds_per_pass: float
+
+
+def make_model(folder: Path, layers: int, hidden: int) -> None:
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=2048,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def policy_of(
+    tier: str, bytes_per_second: float | None, model_bytes: int, layers: int
+) -> Policy:
+    """All on the device; or every second block in `tier` over a link of that speed,
+    with room for three of them on the device."""
+    values: dict[str, Any] = {"device_memory": model_bytes + (16 << 20)}
+    if bytes_per_second is not None:
+        away = layers // 2 - 3
+        values["device_memory"] -= model_bytes * away // layers
+        values["placement"] = {ODD: tier, EVEN: "device"}
+        values["links"] = {tier: {"bandwidth": round(bytes_per_second)}}
+        if tier == "host":
+            values["host_memory"] = model_bytes
+        if tier == "peer":
+            values["peer"] = {"cpu": model_bytes}
+    return Policy(**values)
+
+
+def run(
+    folder: Path, policy: Policy, batches: list[torch.Tensor], passes: int
+) -> tuple[float, float, float, torch.Tensor]:
+    """(seconds, link bytes, seconds waited, all of a pass, and the last logits)."""
+    with penstock.load(folder, policy) as model:
+
+        def score(ids: torch.Tensor, times: int) -> torch.Tensor:
+            for _ in range(times):
+                logits = model(ids, use_cache=False, logits_to_keep=1).logits
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+        with penstock.sweep(model, width=len(batches)) as sweep:
+            sweep.map(lambda ids: score(ids, 1), batches)  # what stays is there now
+            before, moved = penstock.statistics(model), _link_bytes(model)
+            start = time.perf_counter()
+            found = sweep.map(lambda ids: score(ids, passes), batches)
+            seconds = time.perf_counter() - start
+            after = penstock.statistics(model)
+        waited = after.wait_seconds - before.wait_seconds
+        return (
+            seconds / passes,
+            (_link_bytes(model) - moved) / passes,
+            waited / passes,
+            torch.cat(found),
+        )
+
+
+def _link_bytes(model: Any) -> int:
+    return sum(link.statistics().bytes_moved for link in engine_of(model)._tiers.links)
+
+
+def ceiling(t_c: float, link_bytes: float, bytes_per_second: float) -> float:
+    """Seconds of a pass that wastes nothing."""
+    return max(t_c, link_bytes / bytes_per_second)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.micro_batches, args.rows, args.width)
+    batches = list(torch.randint(5, 2048, shape, generator=generator))
+    model_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    everything = policy_of(args.tier, None, model_bytes, args.layers)
+    t_first, _, _, expected = run(folder, everything, batches, args.passes)
+    with penstock.load(folder, everything) as model:
+        found = engine_of(model).found
+        blocks = [u for u in found.units if ".layers." in u.name]
+        recipes = engine_of(model).recipes
+        block_bytes = sum(recipes[name].nbytes for u in blocks for name in u.tensors)
+    speeds = {factor: factor * block_bytes / t_first for factor in args.factors}
+    runs: list[Run] = []
+    shares: dict[float, list[float]] = {factor: [] for factor in args.factors}
+    for number in range(args.rounds):
+        t_c, _, waited, _ = run(folder, everything, batches, args.passes)
+        runs.append(Run(None, t_c, 0, waited))
+        print(f"round {number}: all on the device: {t_c:.2f} s a pass", flush=True)
+        for factor, speed in speeds.items():
+            policy = policy_of(args.tier, speed, model_bytes, args.layers)
+            seconds, moved, waited, logits = run(folder, policy, batches, args.passes)
+            assert torch.equal(logits, expected), "the link changed the logits"
+            best = ceiling(t_c, moved, speed)
+            shares[factor].append(seconds / best)
+            runs.append(Run(factor, seconds, moved, waited))
+            print(
+                f"  B = {factor:g} W/t_c = {speed / 1e6:.0f} MB/s: {seconds:.2f} s, "
+                f"of at best {best:.2f}: {seconds / best:.3f}; {moved / 1e6:.0f} MB "
+                f"over the link, waited {waited:.2f} s",
+                flush=True,
+            )
+    return {
+        "block_bytes": block_bytes,
+        "seconds_over_ceiling": {f: statistics.median(s) for f, s in shares.items()},
+        "spread": {f: [min(s), max(s)] for f, s in shares.items()},
+        "runs": [asdict(found) for found in runs],
+    }
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tier", choices=("host", "peer", "disk"), default="host")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as name:
+        folder = Path(name)
+        make_model(folder, args.layers, args.hidden)
+        facts = machine.card(folder)
+        found = measure(args, folder)
+    for factor, share in found["seconds_over_ceiling"].items():
+        low, high = found["spread"][factor]
+        print(
+            f"B = {factor:g} W/t_c: {share:.3f} of the ceiling ({low:.3f}-{high:.3f})"
+        )
+    settings = {key: str(value) for key, value in vars(args).items()}
+    print(json.dumps({"machine": facts, "settings": settings, **found}))
+
+
+if __name__ == "__main__":
+    main()
