@@ -66,6 +66,8 @@ class Engine:
             for name in unit.tensors
         }
         self._sweeps: list[Sweep] = []
+        self._held_bytes = 0
+        """The most that a micro-batch of an earlier sweep kept."""
         self._hooks: list[Any] = []
         self._is_closed = False
 
@@ -119,6 +121,8 @@ class Engine:
             limit = self.policy.activation_memory
         else:  # a width is the caller's own bound
             limit = available_bytes() // 4 if width is None else None
+        self._held_bytes = self._most_held_bytes()
+        self._sweeps = [sweep for sweep in self._sweeps if not sweep.is_closed]
         sweep = Sweep(
             self._gate,
             width=width,
@@ -172,14 +176,15 @@ class Engine:
             compute_seconds=self._gate.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
-            held_bytes_per_micro_batch=max(
-                (s.statistics().held_bytes_per_micro_batch for s in self._sweeps),
-                default=0,
-            ),
+            held_bytes_per_micro_batch=self._most_held_bytes(),
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),
         )
+
+    def _most_held_bytes(self) -> int:
+        found = [s.statistics().held_bytes_per_micro_batch for s in self._sweeps]
+        return max([self._held_bytes, *found])
 
     def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
         found = dict.fromkeys(("device", "peer", "host", "disk"), 0)

@@ -126,6 +126,10 @@ class Sweep:
         finally:
             self._end(hub)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     def statistics(self) -> SweepStatistics:
         return SweepStatistics(
             self._progress.num_started,

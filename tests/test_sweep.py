@@ -657,3 +657,19 @@ def test_a_whole_model_that_is_one_site() -> None:
     expected = serially(block, batches(5))
     with streamed(block), penstock.sweep(block) as sweep:
         assert same(sweep.map(block, batches(5)), expected)
+
+
+def test_sweeps_that_are_closed_are_forgotten() -> None:
+    net = make(Net)
+    with streamed(net):
+        with penstock.sweep(net) as sweep:
+            sweep.map(net, batches(2))
+            held = sweep.statistics().held_bytes_per_micro_batch
+        first = weakref.ref(sweep)
+        for _ in range(3):
+            with penstock.sweep(net) as sweep:
+                sweep.map(net, batches(1))
+        gc.collect()
+        assert first() is None
+        assert len(engine_of(net)._sweeps) == 1
+        assert penstock.statistics(net).held_bytes_per_micro_batch >= held > 0
