@@ -6,7 +6,6 @@ import os
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .backlog import Backlog, Part
 from .errors import ReadError
 from .extent import Extent
 from .files import Files, OpenFile
+from .handle import forget_frames
 from .header import FileStamp
 from .queued import QueuedReader
 
@@ -137,7 +137,7 @@ class LibaioReader(QueuedReader[memoryview]):
         # A mapping lives as long as its views: those of reads that were not handed
         # back are in the context, and others in the frames that the error came through.
         del self._context
-        traceback.clear_frames(error.__traceback__)
+        forget_frames(error)
         for lane in lanes:
             assert lane.part is not None, "a lane in use has a part"
             self._end(lane, _broken(lane.part.extent, error))

@@ -3,12 +3,11 @@
 import itertools
 import queue
 import threading
-import traceback
 from collections.abc import Iterable
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from .extent import Extent
-from .handle import Handle
+from .handle import Handle, forget_frames
 
 URGENT, NORMAL, LAST = range(3)
 
@@ -34,7 +33,7 @@ class Part(NamedTuple, Generic[Buffer]):
     def fail(self, error: BaseException) -> None:
         """The waiter raises `error`, on its own thread. Whoever keeps the error must
         not keep the buffer with it: a mapping lives as long as its views."""
-        traceback.clear_frames(error.__traceback__)
+        forget_frames(error)
         self.handle.done(error)
 
 

@@ -87,15 +87,15 @@ class CudaDevice:
     def __init__(self, name: str) -> None:
         if not torch.cuda.is_available():
             raise PolicyError(
-                f"device: this torch ({torch.__version__}) finds no CUDA GPU for "
-                f"{name!r}; install torch for CUDA, or set device: cpu"
+                f"{name!r}: this torch ({torch.__version__}) finds no CUDA GPU; "
+                "install torch for CUDA, or write cpu in its place"
             )
         device = torch.device(name)
         count = torch.cuda.device_count()
         index = torch.cuda.current_device() if device.index is None else device.index
         if index >= count:
             raise PolicyError(
-                f"device: there is no {name!r}: this machine has {count} GPU(s), "
+                f"there is no {name!r}: this machine has {count} GPU(s), "
                 f"cuda:0 to cuda:{count - 1}"
             )
         self._device = torch.device("cuda", index)

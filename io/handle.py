@@ -1,6 +1,7 @@
 """The completion of work that other threads do: wait for it, once it is needed."""
 
 import threading
+import traceback
 
 
 class Handle:
@@ -39,3 +40,14 @@ class Handle:
     def wait_quietly(self) -> None:
         """Waits until nobody writes any more; an error is no concern of the caller."""
         self._finished.wait()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Whoever keeps `error`, or what caused it, must not keep the memory that the
+    functions it came through had in hand: a mapping lives as long as its views."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__

@@ -4,7 +4,6 @@ import contextlib
 import queue
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Self
 
 from .arena import Memory
 from .device import Device
-from .errors import PenstockError
+from .errors import ClosedError, PenstockError
 from .event import Event
-from .handle import Handle
+from .handle import Handle, forget_frames
 from .pace import Pace
 from .source import Source
 from .transfer import Transfer
@@ -67,6 +66,7 @@ class _Job:
     offset: int
     after: tuple[Event, ...]
     load: LinkLoad
+    given: float
 
 
 class Link:
@@ -87,6 +87,7 @@ class Link:
         *,
         pace: Pace | None,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.tier = tier
         self._source = source
@@ -96,6 +97,7 @@ class Link:
         self._stream = device.stream()
         self._pace = pace
         self._sleep = sleep
+        self._clock = clock
         self._lock = threading.Lock()
         self._not_asked: deque[int] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -115,8 +117,10 @@ class Link:
         all of `after` have passed."""
         load = LinkLoad(self._transfers[unit].name, self._device)
         with self._lock:
+            if self._is_closed:
+                raise ClosedError(f"the link from {self.tier} is closed")
             self._not_asked.append(unit)
-            self._jobs.put(_Job(unit, offset, after, load))
+            self._jobs.put(_Job(unit, offset, after, load, self._clock()))
         self._ask_ahead()
         return load
 
@@ -125,10 +129,11 @@ class Link:
 
     def close(self) -> None:
         """Finishes what is under way and ends the thread."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._jobs.put(None)
+        with self._lock:  # nothing is put behind the end
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._jobs.put(None)
         self._thread.join()
         self._source.close()
 
@@ -150,8 +155,7 @@ class Link:
             try:
                 self._bring(job)
             except BaseException as caught:  # raised by whoever waits for the unit
-                # Whoever keeps the error must not keep the memory with it.
-                traceback.clear_frames(caught.__traceback__)
+                forget_frames(caught)
                 error = caught
             job.load.handle.done(error)
             # An error here is the device's, and every later copy raises it, too.
@@ -161,7 +165,6 @@ class Link:
 
     def _bring(self, job: _Job) -> None:
         memory, start = self._source.get(job.unit)
-        begun = time.perf_counter()
         transfer = self._transfers[job.unit]
         try:
             for event in job.after:
@@ -179,8 +182,8 @@ class Link:
             job.load.ready = self._stream.record()
         nbytes = sum(run.nbytes for run in transfer.runs)
         if self._pace is not None:
-            end = self._pace.end_of(nbytes, begun)
-            self._sleep(max(0.0, end - time.perf_counter()))
+            end = self._pace.end_of(nbytes, job.given)
+            self._sleep(max(0.0, end - self._clock()))
         self._statistics = LinkStatistics(
             self._statistics.bytes_moved + nbytes,
             self._statistics.num_copies + len(transfer.runs),

@@ -2,7 +2,6 @@
 
 import mmap
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from .arena import HostMemory
 from .errors import PenstockError
 from .event import Event
 from .extent import Extent, aligned
-from .handle import Handle
+from .handle import Handle, forget_frames
 from .layout import Conversion, Copy, Layout
 from .reader import Reader
 from .recipe import View
@@ -100,17 +99,19 @@ class Loader:
         for event in after:
             event.wait()
         plan = self._layouts[unit]
-        handles = [
-            self._reader.submit(
-                read.extent,
-                self._arena.view(offset + read.slot_offset, read.extent.nbytes),
-            )
-            for read in plan.reads
-        ]
-        handles += [self._start(partial(self._copy, c, offset)) for c in plan.copies]
-        handles += [
-            self._start(partial(self._convert, c, offset)) for c in plan.conversions
-        ]
+        handles: list[Handle] = []
+        try:
+            for read in plan.reads:
+                view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
+                handles.append(self._reader.submit(read.extent, view))
+            for copy in plan.copies:
+                handles.append(self._start(partial(self._copy, copy, offset)))
+            for conversion in plan.conversions:
+                handles.append(self._start(partial(self._convert, conversion, offset)))
+        except BaseException:  # nothing is under way into a slot that nobody holds
+            for handle in handles:
+                handle.wait_quietly()
+            raise
         self._count(loaded=plan.stored_bytes, loads=1)
         return UnitLoad(plan.name, handles)
 
@@ -146,8 +147,7 @@ class Loader:
             try:
                 act()
             except BaseException as error:  # raised by whoever waits for the unit
-                # Whoever keeps the error must not keep the arena with it.
-                traceback.clear_frames(error.__traceback__)
+                forget_frames(error)
                 handle.done(error)
             else:
                 handle.done()

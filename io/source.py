@@ -18,7 +18,8 @@ class Source(Protocol):
 
     def ask(self, unit: int) -> bool:
         """Starts to get `unit` ready. False when there is no room for that yet: it is
-        asked for again, before any other, when the oldest was given back."""
+        asked for again, before any other, when the oldest was given back. What fails
+        is raised by `get`."""
         ...
 
     def get(self, unit: int) -> tuple[Memory, int]:
@@ -69,6 +70,19 @@ class Kept:
             self._pinned.close()
 
 
+class _Failed:
+    """A load that could not even begin."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
+
+    def wait_quietly(self) -> None:
+        pass
+
+
 class Staged:
     """Units read from disk into a ring of host memory, as many ahead as fit there.
 
@@ -90,14 +104,19 @@ class Staged:
         self._memory = memory
         self._ring = Ring(memory.nbytes)
         self._lock = threading.Lock()
-        self._under_way: deque[tuple[int, UnitLoad]] = deque()
+        self._under_way: deque[tuple[int, UnitLoad | _Failed]] = deque()
 
     def ask(self, unit: int) -> bool:
         with self._lock:
             offset = self._ring.take(self._layouts[unit].nbytes)
             if offset is None:
                 return False
-            self._under_way.append((offset, self._loader.load(unit, offset)))
+            load: UnitLoad | _Failed
+            try:
+                load = self._loader.load(unit, offset)
+            except Exception as error:
+                load = _Failed(error)
+            self._under_way.append((offset, load))
             return True
 
     def get(self, unit: int) -> tuple[Memory, int]:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from platformdirs import user_cache_path
@@ -66,6 +66,28 @@ AutoBytes = Annotated[
 _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 
 
+def _device(text: str) -> str:
+    if re.fullmatch(_DEVICE, text) is None:
+        raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
+    return text
+
+
+def _tier(text: str) -> str:
+    if text not in _TIERS and re.fullmatch(_DEVICE, text) is None:
+        raise ValueError(
+            f"{text!r} is no tier: write {', '.join(_TIERS)} or a peer's name (cuda:1)"
+        )
+    return text
+
+
+_TIERS = ("device", "peer", "host", "disk")
+_DeviceName = Annotated[
+    str,
+    AfterValidator(_device),
+    WithJsonSchema({"type": "string", "pattern": _DEVICE}),
+]
+
+
 def _expression(text: str) -> str:
     try:
         re.compile(text)
@@ -105,7 +127,13 @@ class IO(_Section):
     of wrapped modules while they are streamed. None: the user's cache folder."""
 
 
-_Tier = Annotated[str, Field(pattern=r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$")]
+_Tier = Annotated[
+    str,
+    AfterValidator(_tier),
+    WithJsonSchema(
+        {"type": "string", "pattern": r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$"}
+    ),
+]
 
 
 class Link(_Section):
@@ -113,7 +141,7 @@ class Link(_Section):
 
     bandwidth: Bytes
     """Bytes a second."""
-    latency: Annotated[float, Field(ge=0)] = 0.0
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Seconds that each unit is late, beside that."""
 
 
@@ -125,7 +153,7 @@ def cache_folder(io: IO) -> Path:
 class Policy(_Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
 
-    device: Annotated[str, Field(pattern=_DEVICE)] = "cpu"
+    device: _DeviceName = "cpu"
     """The device that computes: `cpu`, `cuda` or `cuda:1`."""
     dtype: str = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
@@ -133,7 +161,7 @@ class Policy(_Section):
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
-    peer: dict[Annotated[str, Field(pattern=_DEVICE)], Bytes] = {}
+    peer: dict[_DeviceName, Bytes] = {}
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
     host_memory: Bytes | None = None
@@ -221,14 +249,22 @@ class Policy(_Section):
                 target = target.setdefault(parent, {})
                 if not isinstance(target, dict):
                     raise PolicyError(f"{key!r}: {parent} has no keys below it")
-            target[name] = yaml.safe_load(text)
+            try:
+                target[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                problem = " ".join(str(error).split())
+                raise PolicyError(f"{setting!r}: no YAML: {problem}") from None
         return type(self)(**values)
+
+
+_HIDDEN = ("int", "literal", "[key]")
+"""Parts of a place that only pydantic knows."""
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = []
     for item in error.errors():
-        path = [str(part) for part in item["loc"] if part not in ("int", "literal")]
+        path = [str(part) for part in item["loc"] if part not in _HIDDEN]
         name = ".".join(path)
         if item["type"] == "extra_forbidden":
             known = ", ".join(_keys_at(model, path[:-1]))
@@ -241,8 +277,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     for name in path:
-        annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type), f"{name} is no section"
+        if name not in model.model_fields:
+            continue  # a key of a dict of sections, which was walked into already
+        annotation: Any = model.model_fields[name].annotation
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
         assert issubclass(annotation, BaseModel), f"{name} is no section"
         model = annotation
     return list(model.model_fields)

@@ -208,7 +208,9 @@ class Tiers:
         units = self._units_of(name)
         if not units:
             return
-        if name != "cpu" and not_peers(self.device.name, [name]):
+        device = open_device(name)
+        is_over_host = not (self.device.is_host or device.is_host)
+        if is_over_host and not_peers(self.device.name, [name]):
             self._note(
                 f"{self.device.name} cannot reach the memory of {name} directly: its "
                 "weights go through the host"
@@ -218,7 +220,7 @@ class Tiers:
                 PeerTier(
                     self._transfers,
                     units,
-                    open_device(name),
+                    device,
                     open_link=self._from_disk,
                     progress=progress,
                 )

@@ -30,10 +30,10 @@ def place(
         if need > left.get(tier, 0):
             raise PolicyError(
                 f"placement puts {need} bytes into {tier!r}, which has room for "
-                f"{left.get(tier, 0)}: raise {_KEYS.get(tier, 'peer')}, or let fewer "
-                "units match"
+                f"{left.get(tier, 0)}: raise {_KEYS.get(tier, f'peer.{tier}')}, or let "
+                "fewer units match"
             )
-        left[tier] -= need
+        left[tier] = left.get(tier, 0) - need
     found = list(ruled)
     for tier, budget in left.items():
         free = [unit for unit, where in enumerate(found) if where is None]
@@ -64,5 +64,5 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-_KEYS = {"device": "device_memory", "host": "host_memory"}
-"""Of the policy; other tiers are the names of peers."""
+_KEYS = {"device": "device_memory", "host": "host_memory", "peer": "peer"}
+"""Of the policy; other tiers are the names of peers, "peer" is any."""

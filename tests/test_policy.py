@@ -69,12 +69,78 @@ def test_settings_win_over_the_file() -> None:
         policy.with_settings(["strict"])
     with pytest.raises(PolicyError, match="no keys below"):
         policy.with_settings(["strict.very=true"])
+    with pytest.raises(PolicyError, match=r"^'placement=\{a': no YAML: [^\n]*$"):
+        policy.with_settings(["placement={a"])
+
+
+def test_tiers_are_set_from_the_command_line_too() -> None:
+    policy = Policy(placement={"head": "disk"}).with_settings(
+        [
+            "peer.cuda:1=4GiB",
+            "links.host.bandwidth=1GB",
+            "links.host.latency=0.001",
+            r"placement={layers\.1\b: peer}",
+        ]
+    )
+    assert policy.peer == {"cuda:1": 4 << 30}
+    assert policy.links["host"].bandwidth == 10**9
+    assert policy.links["host"].latency == 0.001
+    assert policy.placement == {r"layers\.1\b": "peer"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"device": "gpu"}, "device: 'gpu' is no device: write cpu, cuda or cuda:1"),
+        ({"device": "cuda\n"}, "is no device: write cpu"),
+        ({"device": "cuda:"}, "device: 'cuda:' is no device"),
+        ({"device": 0}, "device: Input should be a valid string .got 0"),
+        ({"peer": {"gpu": 1}}, "peer.gpu: 'gpu' is no device: write cpu, cuda or"),
+        ({"peer": {"cuda:1": "all"}}, "peer.cuda:1: 'all' is no size: write 2GiB"),
+        ({"peer": ["cuda:1"]}, "peer: Input should be a valid dictionary"),
+        (
+            {"placement": {"head": "gpu"}},
+            "placement.head: 'gpu' is no tier: write device, peer, host, disk or a "
+            "peer's name",
+        ),
+        ({"placement": {"(": "host"}}, r"'\(' is no regular expression: missing \)"),
+        ({"placement": {1: "host"}}, "placement.1: Input should be a valid string"),
+        ({"links": {"gpu": {"bandwidth": 1}}}, "'peer', 'host' or 'disk' .got 'gpu'"),
+        ({"links": {"host": {"bandwidth": 0}}}, "links.host.bandwidth: 0 must be more"),
+        ({"links": {"host": {}}}, "links.host.bandwidth: Field required"),
+        (
+            {"links": {"host": {"bandwidth": 1, "latncy": 1}}},
+            "unknown key 'links.host.latncy'; known: bandwidth, latency",
+        ),
+        (
+            {"links": {"host": {"bandwidth": 1, "latency": -1}}},
+            "links.host.latency: Input should be greater than or equal to 0 .got -1",
+        ),
+        (
+            {"links": {"host": {"bandwidth": 1, "latency": float("inf")}}},
+            "links.host.latency: Input should be a finite number .got inf",
+        ),
+    ],
+)
+def test_what_is_no_tier_device_or_link_is_named_with_what_would_be_one(
+    values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Policy(**values)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices_are_known_by_torchs_names(name: str) -> None:
+    policy = Policy(device=name, peer={name: 1}, placement={"": name})
+    assert policy.placement[""] == policy.device == name
 
 
 def test_every_field_is_documented_in_the_schema() -> None:
     schema = Policy.model_json_schema()
     nested = schema["$defs"]["IO"]["properties"]
-    for name, field in {**schema["properties"], **nested}.items():
+    link = schema["$defs"]["Link"]["properties"]
+    assert schema["properties"]["device"]["pattern"] == r"^(cpu|cuda(:\d+)?)$"
+    for name, field in {**schema["properties"], **nested, **link}.items():
         field = schema["$defs"]["IO"] if "$ref" in field else field
         assert field.get("description"), f"{name} has no description"
 

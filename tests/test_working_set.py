@@ -217,6 +217,7 @@ def make(
     when: When = "at once",
     seed: int = 0,
     needed: Iterable[int] | None = None,
+    staying: Iterable[int] = (),
 ) -> tuple[WorkingSet, FakeDisk]:
     disk = FakeDisk(sizes, capacity, when, random.Random(seed))
     working_set = WorkingSet(
@@ -226,6 +227,7 @@ def make(
         load=disk.load,
         mark=lambda: None,
         needed=frozenset(range(len(sizes)) if needed is None else needed),
+        staying=staying,
     )
     return working_set, disk
 
