@@ -53,8 +53,7 @@ class FakeGpu(CpuDevice):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     found = FakeGpu()
-    for module in (build, tiers):
-        monkeypatch.setattr(module, "open_device", lambda name: found)
+    monkeypatch.setattr(build, "open_device", lambda name: found)
     yield found
     assert found.registrar.pieces == {}, "every page is given free"
 
