@@ -17,6 +17,7 @@ from ..scheduler.order import Order
 from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
+from .buffers import MovedBuffers
 from .division import capacity_of, check_least, check_overlap, divide, needs
 from .engine import Engine
 from .memory import HeapTrimmer
@@ -72,6 +73,7 @@ def build(
         found,
         recipes=recipes,
         tiers=tiers,
+        buffers=_move_buffers(model, places, device),
         working_set=working_set,
         binding=binding,
         doors=doors,
@@ -85,7 +87,7 @@ def build(
             name,
             recipe.shape,
             recipe.dtype,
-            torch.device(policy.device),
+            torch.device(device.name),
             touch=partial(engine.touch, name),
             gather=gatherer.gather if gatherer is not None else None,
             requires_grad=_requires_grad(places[name][0]),
@@ -97,6 +99,19 @@ def build(
         engine.close()
         raise
     return engine
+
+
+def _move_buffers(
+    model: nn.Module, places: Mapping[str, list[Place]], device: Device
+) -> MovedBuffers:
+    names = {id(module): name for name, module in model.named_modules()}
+    streamed = frozenset(
+        f"{names[id(place.module)]}.{place.key}".lstrip(".")
+        for where in places.values()
+        for place in where
+        if place.is_buffer
+    )
+    return MovedBuffers(model, torch.device(device.name), streamed)
 
 
 def _placement(

@@ -16,6 +16,7 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
+from .buffers import MovedBuffers
 from .counters import Statistics
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
@@ -41,6 +42,7 @@ class Engine:
         *,
         recipes: Mapping[str, Recipe],
         tiers: Tiers,
+        buffers: MovedBuffers,
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
@@ -53,6 +55,7 @@ class Engine:
         self.found = found
         self.recipes = recipes
         self._tiers = tiers
+        self._buffers = buffers
         self._working_set = working_set
         self._binding = binding
         self._doors = doors
@@ -216,6 +219,7 @@ class Engine:
         for gatherer in self._gatherers:
             gatherer.close()
         self._binding.poison_all()
+        self._buffers.close()
         self._tiers.close()
 
     def _hook(self, module: nn.Module, site: int) -> None:

@@ -65,7 +65,7 @@ def outputs(model: Any, kind: str) -> torch.Tensor:
     return found
 
 
-POLICIES = {
+POLICIES: dict[str, dict[str, Any]] = {
     "disk": {},
     "host": {"host_memory": "1GiB"},
     "half": {"host_memory": 60_000, "device_memory": 400_000},

@@ -1,0 +1,38 @@
+"""Buffers go to the device that computes, and come back as they were."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from penstock.offload.buffers import MovedBuffers
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles", torch.arange(4.0), persistent=False)
+        self.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+        self.register_buffer("nothing", None)
+
+
+def test_buffers_are_moved_and_put_back() -> None:
+    first, second = Tables(), Tables()
+    second._buffers["angles"] = first._buffers["angles"]
+    model = nn.Sequential(first, second)
+    before = {name: buffer for name, buffer in model.named_buffers()}
+    meta = torch.device("meta")
+    with MovedBuffers(model, meta, frozenset({"1.mask"})) as moved:
+        assert first.angles.device == first.mask.device == meta
+        assert second.angles is first.angles, "one tensor stays one"
+        assert second.mask.device.type == "cpu", "streamed: it has its own way there"
+        assert first.nothing is None
+    assert all(buffer is before[name] for name, buffer in model.named_buffers())
+    moved.close()  # again
+
+
+def test_nothing_is_moved_to_where_it_is() -> None:
+    model = Tables()
+    angles = model.angles
+    with MovedBuffers(model, torch.device("cpu"), frozenset()):
+        assert model.angles is angles
