@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found, Place
 from .tiers import Tiers, open_device, transfers_of
+
+if TYPE_CHECKING:
+    from .compilation import Compilation
 
 
 def build(
@@ -80,6 +84,7 @@ def build(
         gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
         gatherers=tuple(gatherers.values()),
         fallbacks=fallbacks,
+        compilation=_compilation(found, policy),
     )
     for name, recipe in recipes.items():
         gatherer = gatherers.get(name)
@@ -204,6 +209,14 @@ def _doors(found: Found, working_set: WorkingSet, binding: Binding) -> Doors:
         for index, site in enumerate(found.sites)
     ]
     return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
+
+
+def _compilation(found: Found, policy: Policy) -> "Compilation | None":
+    if not policy.compile:
+        return None
+    from .compilation import Compilation  # torch's compiler takes long to import
+
+    return Compilation(found)
 
 
 def _places(

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found
 from .tiers import Tiers
+
+if TYPE_CHECKING:
+    from .compilation import Compilation
 
 _log = logging.getLogger("penstock")
 
@@ -49,6 +52,7 @@ class Engine:
         gate: Gate,
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
+        compilation: "Compilation | None",
     ) -> None:
         self.model = model
         self.policy = policy
@@ -62,6 +66,7 @@ class Engine:
         self._gate = gate
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
+        self._compilation = compilation
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
@@ -94,6 +99,8 @@ class Engine:
                 lambda module, args: self._gate.abandon_plain()
             )
         )
+        if self._compilation is not None:
+            self._compilation.start(self.note)
         self._doors.expect(range(min(1 + self.policy.lookahead, len(self.found.sites))))
 
     def touch(self, name: str) -> torch.Tensor:
@@ -215,6 +222,8 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._compilation is not None:
+            self._compilation.stop()
         self._working_set.close()
         for gatherer in self._gatherers:
             gatherer.close()
@@ -229,6 +238,9 @@ class Engine:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             self._gate.after(site)
 
+        if self._compilation is not None:
+            before = self._compilation.keep_out(before)
+            after = self._compilation.keep_out(after)
         self._hooks.append(module.register_forward_pre_hook(before))
         self._hooks.append(module.register_forward_hook(after, always_call=True))
 

@@ -204,6 +204,12 @@ class Policy(_Section):
     resident_below: Bytes = 1 << 20
     """Modules outside of the blocks (norms, small embeddings) below this size stay in
     the working set."""
+    compile: bool = False
+    """Compile each block's forward with torch.compile: one graph for all equal blocks,
+    made at the first call, that fuses small operations. It may change the last bits,
+    which `penstock verify` then finds. Needs a C++ compiler (on a GPU: triton) and a
+    call that records no gradients; what cannot be compiled is announced and runs as it
+    is. CUDA graphs are not used: weights stand elsewhere on the next pass."""
     strict: bool = False
     """Weights touched outside of their unit's forward are an error instead of being
     loaded on the spot, counted, and made resident."""
