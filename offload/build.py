@@ -175,7 +175,7 @@ def _room_to_stay(
     )
     if resident + streamed <= capacity:
         return streamed
-    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
+    return max(0, capacity - resident - max(2, 1 + lookahead) * max(by_site, default=0))
 
 
 def _working_set(

@@ -70,6 +70,10 @@ class Doors:
             self._offsets[site] = offsets
         self._inside[site] += 1
 
+    def bind_again(self, site: int) -> None:
+        """Binds what an open `site` has bound already, for another kind of reader."""
+        self._bind(site, self._offsets[site])
+
     def leave(self, site: int) -> None:
         """Closes the door behind the last one: the units may be overwritten."""
         self._inside[site] -= 1

@@ -58,6 +58,7 @@ class Hub:
         self._in_flight: dict[int, MicroBatch] = {}
         self._waiting: dict[int, deque[MicroBatch]] = {}
         self._running: MicroBatch | None = None
+        self._records_gradients = False
         self._is_in_round = False
         self._is_stopping = False
         self._seed = 0
@@ -104,8 +105,11 @@ class Hub:
         if not self._gate.doors.is_open(site):
             self._waiting.setdefault(site, deque()).append(me)
             self._module_state.look(me.index, previous, site)
+            me.records_gradients = torch.is_grad_enabled()
             me.wait()
             self._exit_if_stopping(me)
+        else:
+            self._bind_for(site, records_gradients=torch.is_grad_enabled())
         self._gate.doors.enter(site)
         me.inside.append(site)
 
@@ -157,16 +161,28 @@ class Hub:
 
     def _serve(self, site: int) -> None:
         gate = self._gate
-        gate.visit(site, self._expected())
+        self._records_gradients = self._waiting[site][0].records_gradients
+        with torch.set_grad_enabled(self._records_gradients):  # as who will use it
+            gate.visit(site, self._expected())
         try:
             while site in self._waiting:
                 was_settled = self._admission.is_settled
                 me = self._take(site)
+                self._bind_for(site, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
                 if self._admit() and not was_settled and self._admission.is_settled:
                     gate.rewind()  # the scout is ahead: the others catch up with it
         finally:
-            gate.doors.leave(site)
+            with torch.set_grad_enabled(self._records_gradients):
+                gate.doors.leave(site)
+
+    def _bind_for(self, site: int, *, records_gradients: bool) -> None:
+        """Weights are bound according to whether gradients are recorded: micro-batches
+        may differ in that."""
+        if records_gradients != self._records_gradients:
+            self._records_gradients = records_gradients
+            with torch.set_grad_enabled(records_gradients):
+                self._gate.doors.bind_again(site)
 
     def _whose_turn(self) -> set[int]:
         """The sites that come into question: those where somebody waits inside of

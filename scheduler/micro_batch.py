@@ -34,6 +34,8 @@ class MicroBatch:
         """Sites that it came to so far."""
         self.last_site: int | None = None
         self.visited: set[int] = set()
+        self.records_gradients = False
+        """Whether it did when it came to the site where it waits."""
         self.inside: list[int] = []
         self.num_exits = 0
         self.value: Any = None

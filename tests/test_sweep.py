@@ -673,3 +673,21 @@ def test_sweeps_that_are_closed_are_forgotten() -> None:
         assert first() is None
         assert len(engine_of(net)._sweeps) == 1
         assert penstock.statistics(net).held_bytes_per_micro_batch >= held > 0
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_weights_are_bound_as_the_resident_model_has_them(is_inference: bool) -> None:
+    """`matmul` folds by `requires_grad`: the last bit would depend on the caller."""
+    net = make(Net)
+    seen: set[tuple[bool, bool]] = set()
+
+    def look(module: nn.Module, args: Any) -> None:
+        weights = [p.requires_grad for p in module.parameters(recurse=False)]
+        seen.update((requires, torch.is_grad_enabled()) for requires in weights)
+
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(look)
+    with streamed(net), torch.inference_mode(is_inference), penstock.sweep(net) as s:
+        s.map(net, batches(3))
+    assert seen == {(True, False)}
