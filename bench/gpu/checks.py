@@ -1,0 +1,83 @@
+"""The tests that need a GPU, file by file: one that hangs or cannot be imported costs
+its own results only."""
+
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from gpu.common import Part
+
+ROOT = Path(__file__).resolve().parents[2]
+_TEST_SECONDS = 45
+
+
+def files() -> list[Path]:
+    """Those with a test that is marked `gpu`."""
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return [path for path in paths if "pytest.mark.gpu" in path.read_text()]
+
+
+def run(part: Part, path: Path) -> dict[str, Any]:
+    xml = part.work / f"{path.stem}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
+    # What others warn of on a computer that nobody has tried is no failure of ours.
+    command += ["-p", "no:cacheprovider", "-W", "default", f"--junitxml={xml}"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        command.append(f"--timeout={_TEST_SECONDS}")
+    done = subprocess.run(
+        [*command, str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=max(part.seconds_left - 3, 1),
+    )
+    print(done.stdout[-20_000:], flush=True)
+    if not xml.exists():
+        tail = done.stdout.strip().splitlines()[-8:]
+        return {"error": f"pytest ended with {done.returncode}: {' | '.join(tail)}"}
+    return _read(xml)
+
+
+def _read(xml: Path) -> dict[str, Any]:
+    cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
+    failed: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for case in cases:
+        name = case.get("name", "?")
+        for problem in (*case.findall("failure"), *case.findall("error")):
+            failed[name] = (problem.get("message") or "")[:400]
+        for skip in case.findall("skipped"):
+            skipped[name] = (skip.get("message") or "")[:200]
+    return {
+        "passed": len(cases) - len(failed) - len(skipped),
+        "failed": failed,
+        "skipped": skipped,
+    }
+
+
+def main() -> None:
+    part = Part("tests")
+    found = {}
+    for path in files():
+        found[path.stem] = part.attempt(path.stem, partial(run, part, path))
+    good = [result for result in found.values() if result and "error" not in result]
+    num_failed = sum(len(result["failed"]) for result in good)
+    part.put(
+        num_passed=sum(result["passed"] for result in good),
+        num_failed=num_failed,
+        num_skipped=sum(len(result["skipped"]) for result in good),
+    )
+    if num_failed or len(good) < len(found):
+        names = [name for result in good for name in result["failed"]]
+        broken = [name for name, result in found.items() if result not in good]
+        sys.exit(f"failed: {', '.join(names)}; could not be run: {broken}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Blocks streamed by Penstock's own link, working set, doors and binding, without a
+checkpoint: the weights stand in pinned host memory from the start.
+
+What is left out is what `penstock.load` puts around them: reading files, hooks, the
+sweep's switching. It needs torch and transformers, nothing else.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+)
+
+from gpu.common import Part
+from gpu.shapes import Shape, fill, first_of
+from penstock.io.arena import Arena, Memory
+from penstock.io.cuda import CudaDevice
+from penstock.io.device import CpuDevice, Device
+from penstock.io.event import Event
+from penstock.io.extent import align_up
+from penstock.io.layout import Layout, Placed
+from penstock.io.link import Link
+from penstock.io.pinned import CudaRegistrar, Pinned
+from penstock.io.source import Kept
+from penstock.io.transfer import packed
+from penstock.offload.binding import Binding
+from penstock.offload.sites import Found, FoundSite, FoundUnit, Place
+from penstock.scheduler.doors import Doors, Site
+from penstock.scheduler.working_set import WorkingSet
+
+_ALIGNMENT = 512
+_PIECE_BYTES = 2 << 20
+LOOKAHEAD = 2
+
+
+@dataclass
+class Rig:
+    """Blocks in a cycle, of which a few are on the device at one time."""
+
+    device: Device
+    layers: list[nn.Module]
+    layouts: list[Layout]
+    unit_bytes: int
+    host: Arena
+    link: Link
+    working_set: WorkingSet
+    doors: Doors
+    memory: Memory
+    position: tuple[torch.Tensor, torch.Tensor]
+    fallback: str | None
+    """Why not all of the host memory is pinned."""
+
+    def stream(self) -> None:
+        """One pass with nothing to compute: every unit comes and goes."""
+        for site in range(len(self.layers)):
+            self.working_set.acquire(site)
+            self._look_ahead(site)
+            self.working_set.release(site)
+
+    def run(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """One pass of all hidden states through all blocks, block by block."""
+        states = list(micro_batches)
+        for site, layer in enumerate(self.layers):
+            self.doors.enter(site)
+            self._look_ahead(site)
+            states = [self._through(layer, state) for state in states]
+            self.doors.leave(site)
+        return states
+
+    def stay(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The same work with one block's weights for all, which are there."""
+        states = list(micro_batches)
+        self.doors.enter(0)
+        for _ in self.layers:
+            states = [self._through(self.layers[0], state) for state in states]
+        self.doors.leave(0)
+        return states
+
+    def plain(self, target: torch.Tensor) -> None:
+        """All units into `target` by a bare loop of copies: the ceiling of `stream`."""
+        stream = self.device.stream()
+        for index in range(len(self.layers)):
+            stream.copy(target, self.host.tensor(self._start(index), self.unit_bytes))
+
+    def reference(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What `run` must give, by weights that are copied to the device first."""
+        states = list(micro_batches)
+        layer = copy.deepcopy(self.layers[0]).to_empty(device=states[0].device)
+        parameters = dict(layer.named_parameters())
+        for index, plan in enumerate(self.layouts):
+            for placed, parameter in zip(
+                plan.tensors, parameters.values(), strict=True
+            ):
+                start = self._start(index) + placed.offset
+                stored = self.host.tensor(start, parameter.nbytes)
+                parameter.copy_(stored.view(placed.dtype).view(placed.shape))
+            states = [self._through(layer, state) for state in states]
+        return states
+
+    def _start(self, unit: int) -> int:
+        return unit * align_up(self.unit_bytes, _PIECE_BYTES)
+
+    def _look_ahead(self, site: int) -> None:
+        num = len(self.layers)
+        ahead = [(site + 1 + n) % num for n in range(LOOKAHEAD)]
+        self.doors.expect([other for other in ahead if other != site])
+
+    def _through(self, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
+        return first_of(layer(state, position_embeddings=self.position))
+
+
+@contextmanager
+def open_rig(
+    part: Part, shape: Shape, num_layers: int, num_slots: int
+) -> Iterator[Rig]:
+    """`num_layers` blocks of random weights and a working set of `num_slots`."""
+    config = shape.config(num_layers)
+    with torch.device("meta"):
+        blocks = [LlamaDecoderLayer(config, i) for i in range(num_layers)]
+    layers: list[nn.Module] = [block.bfloat16().eval() for block in blocks]
+    layouts = [_layout(f"layers.{i}", layer) for i, layer in enumerate(layers)]
+    transfers = [
+        packed(plan, alignment=_ALIGNMENT, max_gap_bytes=0) for plan in layouts
+    ]
+    unit_bytes = transfers[0].nbytes
+    stride = align_up(unit_bytes, _PIECE_BYTES)
+    device: Device = CudaDevice("cuda:0") if part.has_cuda else CpuDevice()
+    with ExitStack() as stack:
+        host = stack.enter_context(Arena(stride * num_layers))
+        fallback = None
+        if part.has_cuda:  # a piece for each unit: no copy crosses the end of one
+            fallback = stack.enter_context(
+                Pinned(
+                    host.view(0, host.nbytes),
+                    max_bytes=host.nbytes,
+                    chunk_bytes=stride,
+                    registrar=CudaRegistrar(),
+                )
+            ).fallback
+        for index in range(num_layers):
+            fill(host.tensor(index * stride, unit_bytes), 0.02, part.device)
+        part.synchronize()
+        memory = device.allocate(num_slots * unit_bytes)
+        stack.callback(memory.close)
+        source = Kept(host, {i: i * stride for i in range(num_layers)})
+        link = stack.enter_context(
+            Link("host", source, dict(enumerate(transfers)), memory, device, pace=None)
+        )
+        working_set = WorkingSet(
+            [unit_bytes] * num_layers,
+            names=[plan.name for plan in layouts],
+            capacity=memory.nbytes,
+            load=link.load,
+            mark=_mark(device),
+            needed=frozenset(range(num_layers)),
+        )
+        found, places, stand_ins = _found(layers)
+        binding = Binding(found, transfers, places, stand_ins, memory, None)
+        doors = Doors(
+            [Site(site.name, (i,)) for i, site in enumerate(found.sites)],
+            working_set,
+            bind=binding.bind,
+            unbind=binding.unbind,
+        )
+        stack.callback(device.synchronize)
+        stack.callback(working_set.close)
+        yield Rig(
+            device,
+            layers,
+            layouts,
+            unit_bytes,
+            host,
+            link,
+            working_set,
+            doors,
+            memory,
+            _position(part, shape, num_layers),
+            fallback,
+        )
+
+
+def hidden_states(part: Part, shape: Shape, num: int) -> list[torch.Tensor]:
+    return [
+        torch.randn(
+            shape.rows,
+            shape.row_tokens,
+            shape.hidden,
+            dtype=torch.bfloat16,
+            device=part.device,
+        )
+        for _ in range(num)
+    ]
+
+
+def _mark(device: Device) -> Callable[[], Event | None]:
+    return (lambda: None) if device.is_host else (lambda: device.compute.record())
+
+
+def _position(
+    part: Part, shape: Shape, num_layers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary = LlamaRotaryEmbedding(shape.config(num_layers)).to(part.device)
+    like = torch.empty(1, dtype=torch.bfloat16, device=part.device)
+    ids = torch.arange(shape.row_tokens, device=part.device)[None]
+    cos, sin = rotary(like, ids)
+    return cos, sin
+
+
+def _layout(name: str, layer: nn.Module) -> Layout:
+    """The block's parameters side by side, as they lie in a file."""
+    placed, end = [], 0
+    for key, parameter in layer.named_parameters():
+        full_name = f"{name}.{key}"
+        placed.append(Placed(full_name, end, parameter.dtype, tuple(parameter.shape)))
+        end += parameter.nbytes
+    return Layout(name, end, (), (), (), tuple(placed), end)
+
+
+def _found(
+    layers: list[nn.Module],
+) -> tuple[Found, dict[str, list[Place]], dict[str, torch.Tensor]]:
+    sites, units = [], []
+    places: dict[str, list[Place]] = {}
+    stand_ins: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(layers):
+        name = f"layers.{index}"
+        names = []
+        for key, parameter in layer.named_parameters():
+            owner, _, attribute = key.rpartition(".")
+            full_name = f"{name}.{key}"
+            names.append(full_name)
+            places[full_name] = [Place(layer.get_submodule(owner), attribute)]
+            stand_ins[full_name] = parameter
+        sites.append(FoundSite(name, layer))
+        units.append(FoundUnit(name, tuple(names), (index,), False))
+    return Found(tuple(sites), tuple(units)), places, stand_ins

@@ -1,0 +1,136 @@
+"""The same work by others: accelerate's `cpu_offload`, and all weights on the device.
+
+accelerate is given its weights without a file: every block's are the same tensors in
+host memory, as pageable as accelerate leaves them. Each of its forwards moves all
+blocks, so it is timed twice: one micro-batch after the other (from one of them), and
+all tokens as one batch, which is the best that it can do.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from gpu.common import Part
+from gpu.shapes import Shape, fill, most_layers, shape_of, token_ids
+
+NUM_MICRO_BATCHES = 8
+HEADROOM_BYTES = 14 << 30
+"""Of the device's memory, beside resident weights."""
+
+
+def timed(part: Part, act: Callable[[], object], rounds: int) -> float:
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        act()
+        part.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def offloaded(part: Part, shape: Shape, num_layers: int) -> Any:
+    """The model by accelerate's `cpu_offload`."""
+    from accelerate import cpu_offload, init_empty_weights
+
+    with init_empty_weights():
+        model: Any = LlamaForCausalLM(shape.config(num_layers)).bfloat16()
+    state: dict[str, torch.Tensor] = {}
+    shared: dict[str, torch.Tensor] = {}
+    for name, like in model.state_dict().items():
+        head, _, tail = name.partition(".layers.")
+        key = tail.partition(".")[2] or head
+        if key not in shared:
+            shared[key] = torch.ones(like.shape, dtype=torch.bfloat16)
+            if like.dim() > 1:
+                fill(shared[key].view(-1).view(torch.uint8), 0.02, part.device)
+        state[name] = shared[key]
+    model.eval()
+    return cpu_offload(model, execution_device=part.device, state_dict=state)
+
+
+def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=ids, use_cache=False, logits_to_keep=1
+    ).logits
+    return logits
+
+
+def accelerate(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
+    model = offloaded(part, shape, num_layers)
+    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+    one = timed(part, lambda: forward(model, batches[0]), rounds=1)
+    one = min(one, timed(part, lambda: forward(model, batches[1]), rounds=1))
+    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    found = {
+        "tokens": tokens,
+        "seconds_of_one_micro_batch": one,
+        "tokens_per_second": shape.micro_batch_tokens / one,
+    }
+    part.put(accelerate=found)
+    whole = torch.cat(batches)
+    seconds = timed(part, lambda: forward(model, whole), rounds=1)
+    return {
+        **found,
+        "as_one_batch_seconds": seconds,
+        "as_one_batch_tokens_per_second": tokens / seconds,
+    }
+
+
+def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
+    with torch.device(part.device):
+        factory: Any = AutoModelForCausalLM
+        model = factory.from_config(shape.config(num_layers), dtype=torch.bfloat16)
+    model.eval()
+    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+
+    def act() -> None:
+        for ids in batches:
+            forward(model, ids)
+
+    act()
+    part.synchronize()
+    seconds = timed(part, act, rounds=2)
+    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops_per_second": 2.0
+        * num_layers
+        * shape.layer_parameters
+        * tokens
+        / seconds,
+    }
+
+
+def fits(part: Part, shape: Shape, num_layers: int) -> bool:
+    if not part.has_cuda:
+        return True
+    free, _ = torch.cuda.mem_get_info()
+    tables = 4 * shape.hidden * shape.vocabulary
+    return num_layers * shape.layer_bytes + tables + HEADROOM_BYTES <= free
+
+
+def main() -> None:
+    part = Part("rivals")
+    shape = shape_of(part.is_dry)
+    layers = 5 if part.is_dry else most_layers(shape)
+    part.put(num_layers=layers, weights_bytes=layers * shape.layer_bytes)
+    with torch.inference_mode():
+        if fits(part, shape, layers):
+            part.attempt("resident", lambda: resident(part, shape, layers))
+        else:
+            part.put(resident="skipped: it does not fit")
+        gc.collect()
+        if part.has_cuda:
+            torch.cuda.empty_cache()
+        part.attempt("accelerate", lambda: accelerate(part, shape, layers))
+
+
+if __name__ == "__main__":
+    main()

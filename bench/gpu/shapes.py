@@ -1,0 +1,101 @@
+"""Llamas of a stated shape and memory, and micro-batches for them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers import LlamaConfig
+
+MARGIN_BYTES = 24 << 30
+"""Of the host's memory that is left alone."""
+WANTED_BYTES = 65_000_000_000
+"""Of weights: more than what the project promises to stream (64 GB)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Blocks of Llama 2 70B (or 3), and a small vocabulary: it is blocks that count."""
+
+    hidden: int = 8192
+    intermediate: int = 28672
+    heads: int = 64
+    kv_heads: int = 8
+    vocabulary: int = 32_000
+    row_tokens: int = 1024
+    rows: int = 4
+    """Of a micro-batch."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.row_tokens * self.rows
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one block's matrices."""
+        kv = self.hidden * self.kv_heads // self.heads
+        return self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
+
+    @property
+    def layer_bytes(self) -> int:
+        return 2 * (self.layer_parameters + 2 * self.hidden)
+
+    def config(self, num_layers: int) -> LlamaConfig:
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=num_layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+            dtype="bfloat16",
+        )
+        config._attn_implementation = "sdpa"  # blocks alone would take the slow one
+        return config
+
+
+SEVENTY_B = Shape()
+TINY = Shape(
+    hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=600, row_tokens=8
+)
+
+
+def shape_of(is_dry: bool) -> Shape:
+    return TINY if is_dry else SEVENTY_B
+
+
+def most_layers(shape: Shape, wanted_bytes: int = WANTED_BYTES) -> int:
+    """As many blocks as make `wanted_bytes`, if the host's memory can hold them."""
+    free = psutil.virtual_memory().available - MARGIN_BYTES
+    wanted = -(-wanted_bytes // shape.layer_bytes)
+    return max(3, min(wanted, free // shape.layer_bytes))
+
+
+def token_ids(shape: Shape, num_micro_batches: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(
+            5, shape.vocabulary, (shape.rows, shape.row_tokens), generator=generator
+        )
+        for _ in range(num_micro_batches)
+    ]
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """A block's hidden states: older transformers give a tuple."""
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def fill(target: torch.Tensor, scale: float, device: torch.device) -> None:
+    """Random bf16 numbers into host memory, made where that is fast."""
+    step = 1 << 28
+    flat = target.view(torch.bfloat16)
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        made = torch.randn(len(part), dtype=torch.bfloat16, device=device) * scale
+        part.copy_(made)

@@ -1,0 +1,136 @@
+"""Weights out of pinned host memory, at the level of link, working set and doors: how
+fast they come alone, and how much of that is left beside computing.
+
+A pass is bound by the products or by the link, whichever takes longer; both are
+measured here, on the same blocks, in turns with what they bound.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu.common import Part
+from gpu.links import matmul
+from gpu.rig import Rig, hidden_states, open_rig
+from gpu.shapes import Shape, most_layers, shape_of
+
+NUM_SLOTS = 4
+IN_FLIGHT = (1, 4, 8)
+"""Micro-batches in flight: bound by the link, near the balance, by the products."""
+ROUNDS = 3
+
+
+def timed(part: Part, rig: Rig, act: Callable[[], object]) -> tuple[float, int]:
+    """Seconds of `act` and bytes that the link moved meanwhile."""
+    before = rig.link.statistics().bytes_moved
+    start = time.perf_counter()
+    act()
+    part.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, rig.link.statistics().bytes_moved - before
+
+
+def alone(part: Part, rig: Rig) -> dict[str, Any]:
+    """No compute: the link's rate against a bare loop of copies of as many bytes."""
+    target = torch.empty(rig.unit_bytes, dtype=torch.uint8, device=part.device)
+    nbytes = rig.unit_bytes * len(rig.layers)
+    link, plain, moved = [], [], []
+    rig.stream()
+    part.synchronize()
+    for _ in range(ROUNDS):
+        seconds, bytes_moved = timed(part, rig, rig.stream)
+        link.append(bytes_moved / seconds)
+        moved.append(bytes_moved)
+        plain.append(nbytes / timed(part, rig, lambda: rig.plain(target))[0])
+    return {
+        "link_bytes_per_second": statistics.median(link),
+        "plain_bytes_per_second": statistics.median(plain),
+        "of_plain": statistics.median(a / b for a, b in zip(link, plain, strict=True)),
+        "target": 0.97,
+        "bytes_moved_per_pass": statistics.median(moved),  # what fits stays
+        "bytes_of_all_units": nbytes,
+    }
+
+
+def computing(part: Part, rig: Rig, shape: Shape, num: int) -> dict[str, Any]:
+    """`num` micro-batches, streamed and with weights that stay, in turns."""
+    states = hidden_states(part, shape, num)
+    seconds, moved, stays = [], [], []
+    rig.run(states)
+    rig.stay(states)
+    part.synchronize()
+    waited = rig.working_set.wait_seconds
+    for _ in range(2):
+        found = timed(part, rig, lambda: rig.run(states))
+        seconds.append(found[0])
+        moved.append(found[1])
+        stays.append(timed(part, rig, lambda: rig.stay(states))[0])
+    tokens = num * shape.micro_batch_tokens
+    flops = 2.0 * shape.layer_parameters * len(rig.layers) * tokens
+    return {
+        "tokens_in_flight": tokens,
+        "seconds_per_pass": statistics.median(seconds),
+        "compute_seconds": statistics.median(stays),
+        "bytes_moved_per_pass": statistics.median(moved),
+        "flops_per_second": flops / statistics.median(seconds),
+        "host_wait_seconds": rig.working_set.wait_seconds - waited,
+        "tokens_per_second": tokens / statistics.median(seconds),
+    }
+
+
+def is_equal(part: Part, rig: Rig, shape: Shape) -> bool:
+    states = hidden_states(part, shape, 2)
+    pairs = zip(rig.run(states), rig.reference(states), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def judge(
+    part: Part, rig: Rig, shape: Shape, num: int, link: dict[str, Any], flops: float
+) -> dict[str, Any]:
+    """`computing`, and its shares of the ceilings."""
+    found = computing(part, rig, shape, num)
+    transfer = found["bytes_moved_per_pass"] / link["plain_bytes_per_second"]
+    bound = max(found["compute_seconds"], transfer)
+    return {
+        **found,
+        "transfer_seconds": transfer,
+        "of_max_of_compute_and_transfer": bound / found["seconds_per_pass"],
+        "of_matmul_rate": found["flops_per_second"] / flops,
+        "bound_by": "link" if transfer > found["compute_seconds"] else "compute",
+    }
+
+
+def main() -> None:
+    part = Part("streaming")
+    shape = shape_of(part.is_dry)
+    layers = 5 if part.is_dry else most_layers(shape)
+    flops = matmul(part, shape.micro_batch_tokens, shape.intermediate, shape.hidden)
+    part.put(
+        level="link, working set, doors, binding; transformers' own blocks; no files",
+        num_layers=layers,
+        matmul_flops_per_second=flops,
+        targets={"of_matmul_rate": 0.60, "of_max_of_compute_and_transfer": 0.97},
+    )
+    with torch.inference_mode(), open_rig(part, shape, layers, NUM_SLOTS) as rig:
+        part.put(
+            weights_bytes=layers * rig.unit_bytes,
+            working_set_bytes=rig.memory.nbytes,
+            not_pinned=rig.fallback,
+        )
+        part.attempt("bit_identical", lambda: is_equal(part, rig, shape))
+        found = part.attempt("alone", lambda: alone(part, rig))
+        for num in IN_FLIGHT:
+            part.attempt(
+                f"in_flight_{num}",
+                partial(judge, part, rig, shape, num, found, flops),
+            )
+        if part.has_cuda:
+            part.put(peak_device_bytes=torch.cuda.max_memory_allocated())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The GPU suite itself, where there is no GPU: a dry run, very small."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SUITE = Path(__file__).parent.parent / "bench" / "gpu_suite.py"
+
+
+def dry_run(
+    out: Path, *options: str, env: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, Any], str]:
+    """Its exit code, suite.json and card.md."""
+    command = [sys.executable, str(SUITE), "--out", str(out), "--dry-run", *options]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (out / "suite.json").exists(), done.stderr
+    suite = json.loads((out / "suite.json").read_text())
+    return done.returncode, suite, (out / "card.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_dry_run_leaves_figures_and_a_card(tmp_path: Path) -> None:
+    code, suite, card = dry_run(tmp_path)
+    assert code == 0, card
+    parts = suite["parts"]
+    assert all(part["status"] == "done" for part in parts.values()), card
+    assert parts["links"]["figures"]["copies"] == "skipped: no CUDA"
+    assert parts["streaming"]["figures"]["bit_identical"] is True
+    assert parts["api"]["figures"]["in_flight_8"]["tokens_per_second"] > 0
+    assert parts["rivals"]["figures"]["accelerate"]["tokens_per_second"] > 0
+    assert parts["tracing"]["figures"]["rig"]["main_thread_waits"] == 0
+    assert parts["tests"]["figures"]["num_failed"] == 0
+    assert "| link alone, of a bare loop of copies |" in card
+    left = {path.name for path in tmp_path.iterdir()}
+    traces = {"trace_rig.json.gz", "trace_sweep.json.gz"}
+    assert left == {"suite.json", "card.md", "log.txt", *traces}
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_is_reported_and_stops_no_other(tmp_path: Path) -> None:
+    only = ["--only", "machine", "links", "streaming"]
+    code, suite, card = dry_run(tmp_path, *only, env={"PENSTOCK_SUITE_FAIL": "links"})
+    assert code == 1
+    status = {name: part["status"] for name, part in suite["parts"].items()}
+    assert status["links"] == "FAILED: exit code 1"
+    assert status["machine"] == status["streaming"] == "done"
+    assert "links was made to fail" in card
+
+
+def test_a_process_that_takes_too_long_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    from gpu_suite import supervise
+
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with (tmp_path / "log").open("w") as log:
+        assert supervise(sleeper, 0.1, dict(os.environ), log, log) is None
+        assert (
+            supervise([sys.executable, "-c", ""], 60, dict(os.environ), log, log) == 0
+        )
+
+
+def trace(folder: Path, *events: Mapping[str, Any]) -> Path:
+    path = folder / "trace.json.gz"
+    mark = {"name": "penstock: two passes", "cat": "user_annotation"}
+    every = [{**mark, "ts": 0, "dur": 100, "tid": 7}, *events]
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [{"ph": "X", **event} for event in every]}, file)
+    return path
+
+
+def test_waits_are_counted_by_thread_and_overlap_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    from gpu.tracing import read
+
+    wait = {"name": "cudaEventSynchronize", "cat": "cuda_runtime", "dur": 2}
+    copy = {"name": "Memcpy HtoD (Pinned -> Device)", "cat": "gpu_memcpy", "tid": 1}
+    kernel = {"name": "gemm", "cat": "kernel", "tid": 2}
+    found = read(
+        trace(
+            tmp_path,
+            {**wait, "ts": 10, "tid": 7},
+            {**wait, "ts": 20, "tid": 8},
+            {**wait, "ts": 120, "tid": 7},  # after the two passes
+            {**kernel, "ts": 0, "dur": 50},
+            {**copy, "ts": 40, "dur": 30},
+        )
+    )
+    assert found["waits"] == {
+        "main thread": {"cudaEventSynchronize": 1},
+        "others": {"cudaEventSynchronize": 1},
+    }
+    assert found["main_thread_waits"] == 1
+    assert found["h2d_seconds_beside_kernels"] == pytest.approx(10e-6)
+    assert found["pageable_copies"] == 0
