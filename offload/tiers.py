@@ -6,7 +6,7 @@ The only file that names concrete ones.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Self
 
@@ -53,6 +53,13 @@ def transfers_of(
     return [
         packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=gap) for plan in layouts
     ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "checkout"
 
 
 class Tiers:
@@ -243,7 +250,7 @@ class Tiers:
                     self._checkpoint.stamps,
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
-                    version=f"{version('penstock')} {version('transformers')}",
+                    version=f"{_version('penstock')} {_version('transformers')}",
                     prepare=lambda memory: self._note(self.device.settle(memory)),
                     progress=progress,
                 )
