@@ -36,7 +36,8 @@ class CudaStream:
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Who waits for it sleeps: a loader's thread must not keep a core busy.
+        event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaEvent(event)
 
@@ -57,6 +58,9 @@ class CudaMemory:
             self._buffer: torch.Tensor | None = torch.empty(
                 nbytes, dtype=torch.uint8, device=device
             )
+            # The allocator gives out what this stream may still be at work on; the
+            # copies that come are another stream's.
+            torch.cuda.current_stream(device).synchronize()
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(device)
             raise DoesNotFitError(
