@@ -103,7 +103,7 @@ def _by_chunks(
     logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, step: int
 ) -> torch.Tensor:
     rows, length = targets.shape
-    result = torch.empty(rows, length, dtype=torch.float32)
+    result = torch.empty(rows, length, dtype=torch.float32, device=targets.device)
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
         logits = logits_of(part).float()

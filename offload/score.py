@@ -110,6 +110,7 @@ class _Scoring:
     ) -> None:
         self._engine = engine_of(model)
         policy = self._engine.policy
+        self._device = torch.device(policy.device)
         self._tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:
@@ -213,7 +214,9 @@ class _Scoring:
             ids[index, : len(window.ids)] = torch.tensor(window.ids)
             mask[index, : len(window.ids)] = 1
         padding = int(mask.numel() - mask.sum())
-        found = self._scorer.log_probabilities(ids, mask if padding else None)
+        found = self._scorer.log_probabilities(
+            ids.to(self._device), mask.to(self._device) if padding else None
+        ).cpu()
         for window, logprobs in zip(windows, found, strict=True):
             part = logprobs[window.scored - 1 : len(window.ids) - 1]
             window.row.logprobs[window.start] = float(part.double().sum())
