@@ -45,8 +45,9 @@ def as_it_lies(plan: Layout) -> Transfer:
 
 def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
     """Every parameter aligned, without what lay between: a run begins at a multiple of
-    `alignment` and goes on as long as parameters in it are aligned to 256 bytes and at
-    most `max_gap_bytes` apart."""
+    `alignment` and goes on as long as parameters in it are aligned, too (256 bytes are
+    enough), and at most `max_gap_bytes` apart."""
+    aligned_to = min(alignment, _TENSOR_ALIGNMENT)
     runs: list[Run] = []
     placed: dict[str, Placed] = {}
     for tensor in sorted(plan.tensors, key=lambda tensor: tensor.offset):
@@ -55,7 +56,7 @@ def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
             placed[tensor.name] = replace(tensor, offset=0)
             continue
         run = runs[-1] if runs else None
-        if run is None or not _goes_on(run, tensor.offset, max_gap_bytes):
+        if run is None or not _goes_on(run, tensor.offset, aligned_to, max_gap_bytes):
             end = run.target_offset + run.nbytes if run is not None else 0
             run = Run(tensor.offset, align_up(end, alignment), 0)
             runs.append(run)
@@ -71,7 +72,7 @@ def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
     )
 
 
-def _goes_on(run: Run, offset: int, max_gap_bytes: int) -> bool:
+def _goes_on(run: Run, offset: int, aligned_to: int, max_gap_bytes: int) -> bool:
     ahead = offset - run.source_offset
-    is_aligned = (run.target_offset + ahead) % _TENSOR_ALIGNMENT == 0
+    is_aligned = (run.target_offset + ahead) % aligned_to == 0
     return is_aligned and ahead - run.nbytes <= max_gap_bytes
