@@ -42,9 +42,11 @@ class Run:
 
     factor: float | None
     """Of W/t_c that the link's speed is; None: all stays on the device."""
-    seconds_per_pass: float
-    link_bytes_per_pass: float
-    wait_seconds_per_pass: float
+    seconds: float
+    cpu_seconds: float
+    link_bytes: float
+    wait_seconds: float
+    """All of them of one pass."""
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -80,8 +82,8 @@ def policy_of(
 
 def run(
     folder: Path, policy: Policy, batches: list[torch.Tensor], passes: int
-) -> tuple[float, float, float, torch.Tensor]:
-    """(seconds, link bytes, seconds waited, all of a pass, and the last logits)."""
+) -> tuple[float, float, float, float, torch.Tensor]:
+    """(seconds, CPU seconds, link bytes, seconds waited, all of a pass, logits)."""
     with penstock.load(folder, policy) as model:
 
         def score(ids: torch.Tensor, times: int) -> torch.Tensor:
@@ -93,13 +95,15 @@ def run(
         with penstock.sweep(model, width=len(batches)) as sweep:
             sweep.map(lambda ids: score(ids, 1), batches)  # what stays is there now
             before, moved = penstock.statistics(model), _link_bytes(model)
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             found = sweep.map(lambda ids: score(ids, passes), batches)
             seconds = time.perf_counter() - start
+            cpu_seconds = time.process_time() - used
             after = penstock.statistics(model)
         waited = after.wait_seconds - before.wait_seconds
         return (
             seconds / passes,
+            cpu_seconds / passes,
             (_link_bytes(model) - moved) / passes,
             waited / passes,
             torch.cat(found),
@@ -121,7 +125,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = list(torch.randint(5, 2048, shape, generator=generator))
     model_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     everything = policy_of(args.tier, None, model_bytes, args.layers)
-    t_first, _, _, expected = run(folder, everything, batches, args.passes)
+    t_first, *_, expected = run(folder, everything, batches, args.passes)
     with penstock.load(folder, everything) as model:
         found = engine_of(model).found
         blocks = [u for u in found.units if ".layers." in u.name]
@@ -131,20 +135,27 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     runs: list[Run] = []
     shares: dict[float, list[float]] = {factor: [] for factor in args.factors}
     for number in range(args.rounds):
-        t_c, _, waited, _ = run(folder, everything, batches, args.passes)
-        runs.append(Run(None, t_c, 0, waited))
+        cases: list[float | None] = [None, *args.factors]
+        turn = number % len(cases)  # whoever comes after whom is nobody's fault
+        found: dict[float | None, Run] = {}
+        for factor in cases[turn:] + cases[:turn]:
+            speed = None if factor is None else speeds[factor]
+            policy = policy_of(args.tier, speed, model_bytes, args.layers)
+            *figures, logits = run(folder, policy, batches, args.passes)
+            assert torch.equal(logits, expected), "the link changed the logits"
+            found[factor] = Run(factor, *figures)
+        runs += found.values()
+        t_c = found[None].seconds
         print(f"round {number}: all on the device: {t_c:.2f} s a pass", flush=True)
         for factor, speed in speeds.items():
-            policy = policy_of(args.tier, speed, model_bytes, args.layers)
-            seconds, moved, waited, logits = run(folder, policy, batches, args.passes)
-            assert torch.equal(logits, expected), "the link changed the logits"
+            seconds, moved = found[factor].seconds, found[factor].link_bytes
             best = ceiling(t_c, moved, speed)
             shares[factor].append(seconds / best)
-            runs.append(Run(factor, seconds, moved, waited))
             print(
                 f"  B = {factor:g} W/t_c = {speed / 1e6:.0f} MB/s: {seconds:.2f} s, "
                 f"of at best {best:.2f}: {seconds / best:.3f}; {moved / 1e6:.0f} MB "
-                f"over the link, waited {waited:.2f} s",
+                f"over the link, waited {found[factor].wait_seconds:.2f} s, CPU "
+                f"{found[factor].cpu_seconds:.2f} s of {found[None].cpu_seconds:.2f}",
                 flush=True,
             )
     return {
