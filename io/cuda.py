@@ -132,6 +132,11 @@ class CudaDevice:
             return None
         return bind(memory.tensor(0, 1).data_ptr(), memory.nbytes, node)
 
+    def free_bytes(self) -> int | None:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.memory_reserved(self._device)
+        return int(free + reserved - torch.cuda.memory_allocated(self._device))
+
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self._device))
 

@@ -60,6 +60,10 @@ class Device(Protocol):
         sentence where that is of use and could not be done."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """Memory that can still be had; None if it is the host's."""
+        ...
+
     def peak_bytes(self) -> int | None:
         """Most memory of the device that this process has had at one time, if the
         device counts that."""
@@ -112,6 +116,9 @@ class CpuDevice:
         return None
 
     def settle(self, memory: HostMemory) -> str | None:
+        return None
+
+    def free_bytes(self) -> int | None:
         return None
 
     def peak_bytes(self) -> int | None:

@@ -48,7 +48,9 @@ def build(
     device = open_device(policy.device)
     gathered = _gathered(model, places, recipes, policy.gather_rows, device)
     alignment = ALIGNMENT
-    capacity = capacity_of(policy, nbytes, alignment=alignment)
+    capacity = capacity_of(
+        policy, nbytes, alignment=alignment, free_bytes=device.free_bytes()
+    )
     divided = partial(
         divide, model, places, recipes, nbytes, gathered, policy, alignment
     )

@@ -16,14 +16,22 @@ from .sites import Found, Place, find
 _log = logging.getLogger("penstock")
 
 
-def capacity_of(policy: Policy, nbytes: Mapping[str, int], *, alignment: int) -> int:
-    """Bytes of the working set: as asked, or half of the free memory."""
+def capacity_of(
+    policy: Policy,
+    nbytes: Mapping[str, int],
+    *,
+    alignment: int,
+    free_bytes: int | None,
+) -> int:
+    """Bytes of the working set: as asked, or half of the device's `free_bytes` (None:
+    of the host's)."""
     if policy.device_memory != "auto":
         # Slots at the end of the arena must start aligned, too.
         return align_down(policy.device_memory, alignment)
     # What is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
-    wanted = max(min(available_bytes() // 2, whole), 1 << 20)
+    free = available_bytes() if free_bytes is None else free_bytes
+    wanted = max(min(free // 2, whole), 1 << 20)
     return align_down(wanted, alignment)
 
 

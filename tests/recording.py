@@ -153,6 +153,9 @@ class RecordingDevice:
     def settle(self, memory: HostMemory) -> str | None:
         return None
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def peak_bytes(self) -> int | None:
         return None
 
