@@ -5,6 +5,7 @@ A part that is killed at its time limit leaves what it had measured until then.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -17,6 +18,16 @@ import torch
 
 FAIL = "PENSTOCK_SUITE_FAIL"
 """Names the part that raises at once: for the suite's own test."""
+
+
+WHOLE = ("greenlet", "platformdirs", "psutil", "pydantic", "yaml")
+"""What penstock's own front door needs beside torch and transformers."""
+
+
+def lacking(names: tuple[str, ...] = WHOLE) -> str | None:
+    """Why what needs these packages is left out; None if they are all there."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"skipped: no {', '.join(missing)}" if missing else None
 
 
 class Part:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gpu.common import Part
+from gpu.common import Part, lacking
 from gpu.rig import hidden_states, open_rig
 from gpu.shapes import Shape, shape_of
 
@@ -138,7 +138,10 @@ def main() -> None:
     shape = shape_of(part.is_dry)
     layers = 5 if part.is_dry else 8
     part.attempt("rig", lambda: of_rig(part, shape, layers))
-    part.attempt("sweep", lambda: of_sweep(part, shape, layers))
+    if (reason := lacking()) is not None:
+        part.put(sweep=reason)
+    else:
+        part.attempt("sweep", lambda: of_sweep(part, shape, layers))
 
 
 if __name__ == "__main__":
