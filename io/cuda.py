@@ -106,6 +106,10 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> Memory:
         return CudaMemory(nbytes, self._device)
 
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        with torch.cuda.device(self._device):  # of its current stream's pool
+            storage.resize_(nbytes)
+
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self._device))
 
