@@ -119,6 +119,7 @@ class Engine:
             limit = self.policy.activation_memory
         else:  # a width is the caller's own bound
             limit = available_bytes() // 4 if width is None else None
+        moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._gate,
             width=width,
@@ -126,6 +127,7 @@ class Engine:
             seed=seed,
             devices=(torch.device(self.policy.device).type,),
             module_state=ModuleState(self.model.modules()),
+            evacuation=self._tiers.evacuation() if moves_out else None,
         )
         self._sweeps.append(sweep)
         return sweep
@@ -156,6 +158,7 @@ class Engine:
         loaders = [loader.statistics() for loader in self._tiers.loaders]
         by_tier = self._bytes_by_tier(working_set.resident_units)
         on_gpu = self._tiers.device.peak_bytes()
+        moves = [s.evacuation.statistics() for s in self._sweeps if s.evacuation]
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
@@ -176,6 +179,9 @@ class Engine:
                 (s.statistics().held_bytes_per_micro_batch for s in self._sweeps),
                 default=0,
             ),
+            activation_bytes_out=sum(m.bytes_out for m in moves),
+            activation_bytes_in=sum(m.bytes_in for m in moves),
+            num_activation_buffers=sum(m.num_buffers_allocated for m in moves),
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),

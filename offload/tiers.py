@@ -9,20 +9,26 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from ..io.arena import Arena, Memory
 from ..io.checkpoint import Checkpoint
 from ..io.cuda import CudaDevice, not_peers
 from ..io.device import CpuDevice, Device
 from ..io.event import Event
 from ..io.host import HostTier
+from ..io.host_buffers import HostBuffers
 from ..io.layout import Layout
 from ..io.link import Link
 from ..io.loader import Loader
 from ..io.pace import Pace
 from ..io.peer import PeerTier, whole
+from ..io.pinned import CudaRegistrar, Pinned
 from ..io.source import Kept, Source, Staged
 from ..io.transfer import Transfer, as_it_lies, packed
+from ..scheduler.evacuation import MIN_BYTES, Evacuation
 from ..scheduler.load import Load
+from ..scheduler.ownership import Ownership
 from .policy import Policy
 from .progress import FillProgress
 from .readers import open_reader
@@ -66,6 +72,7 @@ class Tiers:
         self.links: list[Link] = []
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
+        self._ownership: Ownership | None = None
         self._layouts = layouts
         self._policy = policy
         self._transfers = dict(enumerate(transfers))
@@ -101,6 +108,13 @@ class Tiers:
         """The point that the device's work has come to; None if it does all at once."""
         return None if self.device.is_host else self.device.compute.record()
 
+    def evacuation(self) -> Evacuation:
+        """A way out of the device for what suspended micro-batches hold."""
+        if self._ownership is None:  # what it learns holds for all sweeps
+            device = torch.device(self.device.name)
+            self._ownership = Ownership(device, min_bytes=MIN_BYTES)
+        return Evacuation(self.device, HostBuffers(self._pin), self._ownership)
+
     def bytes_read(self) -> dict[str, int]:
         """Bytes that came from each tier so far."""
         found = {"disk": self.reader.statistics().bytes_read}
@@ -125,6 +139,20 @@ class Tiers:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _pin(self, buffer: Arena) -> Pinned | None:
+        if self.device.is_host:
+            return None
+        nbytes = buffer.nbytes
+        pinned = Pinned(
+            buffer.view(0, nbytes),
+            max_bytes=nbytes,
+            chunk_bytes=nbytes,
+            registrar=CudaRegistrar(),
+        )
+        if pinned.fallback is not None and pinned.fallback not in self.fallbacks:
+            self.fallbacks.append(pinned.fallback)
+        return pinned
 
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)

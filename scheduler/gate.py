@@ -42,6 +42,11 @@ class Gate:
         self._plain_started = 0.0
 
     @property
+    def position(self) -> int | None:
+        """The site that was visited last."""
+        return self._position
+
+    @property
     def fraction(self) -> float:
         """How far through its sites the current pass is, 0 to 1."""
         return self.order.fraction(self._position)

@@ -18,6 +18,7 @@ import torch
 
 from ..io.errors import PenstockError
 from .admission import Admission
+from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
 from .micro_batch import MicroBatch
@@ -45,6 +46,7 @@ class Hub:
         *,
         devices: tuple[str, ...],
         module_state: ModuleState,
+        evacuation: Evacuation | None,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
         self._job = job
@@ -53,6 +55,7 @@ class Hub:
         self._progress = progress
         self._devices = devices
         self._module_state = module_state
+        self._evacuation = evacuation
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
@@ -219,6 +222,8 @@ class Hub:
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
+        if self._evacuation is not None:
+            self._evacuation.begin_turn(me.index, self._following())
         self._running = me
         try:
             piece()
@@ -228,6 +233,7 @@ class Hub:
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
                 self._admission.note(me.index, me.num_arrivals, me.held_bytes())
+            self._move_out(me)
             return
         self._leave_all(me)
         self._progress.num_finished += 1
@@ -237,6 +243,21 @@ class Hub:
         elif not isinstance(me.error, Exception):
             raise me.error  # an interrupt is the caller's, not the micro-batch's
         self.finished.append(me)
+
+    def _following(self) -> int | None:
+        """Whose turn it is, as far as is known, after that of who runs."""
+        if not self._waiting:
+            return None
+        site = self._gate.position
+        if site not in self._waiting:
+            site = self._gate.next_of(self._whose_turn())
+        return self._waiting[site][0].index
+
+    def _move_out(self, me: MicroBatch) -> None:
+        """Who waits leaves the device, unless those two would soon take turns there."""
+        moves = self._evacuation
+        if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
+            moves.move_out(me.index, me.own_storages(moves.ownership))
 
     def _check_modules(self) -> None:
         if self._module_state.conflict is not None and len(self._in_flight) > 1:
@@ -248,6 +269,8 @@ class Hub:
     def _end(self, me: MicroBatch) -> None:
         self._running = me
         try:
+            if self._evacuation is not None:  # its `finally` may look at what it holds
+                self._evacuation.bring_back(me.index)
             me.exit()
         finally:
             self._running = None
@@ -260,5 +283,7 @@ class Hub:
     def _leave_all(self, me: MicroBatch) -> None:
         """A failed forward leaves without its hook; nothing stays open behind it."""
         self._in_flight.pop(me.index, None)
+        if self._evacuation is not None:
+            self._evacuation.ownership.forget(me.index)
         while me.inside:
             self._gate.doors.leave(me.inside.pop())
