@@ -127,6 +127,7 @@ class Evacuation(Closing):
             self._device.compute.wait(parcel.arrived)
         used = parcel.arrived or self._out.record()
         del self._parcels[index]
+        parcel.storages = []  # what it refers to would look like somebody else's
         self._buffers.give_back(parcel.buffer, used)
 
     def statistics(self) -> EvacuationStatistics:
