@@ -137,6 +137,10 @@ class CudaDevice:
         reserved = torch.cuda.memory_reserved(self._device)
         return int(free + reserved - torch.cuda.memory_allocated(self._device))
 
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        with torch.cuda.device(self._device):  # of its current stream's pool
+            storage.resize_(nbytes)
+
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_allocated(self._device))
 

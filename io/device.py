@@ -4,6 +4,7 @@ Nothing here makes the host wait for the device but `Event.wait`, and only a thr
 loads calls that.
 """
 
+import ctypes
 from typing import Protocol
 
 import torch
@@ -64,6 +65,12 @@ class Device(Protocol):
         """Memory that can still be had; None if it is the host's."""
         ...
 
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """Gives the memory of `storage` back (0), or takes it anew, what is in it
+        undefined, in the order of the calling thread's `compute`: that must have waited
+        for others' use of it before, others must wait for `compute` after."""
+        ...
+
     def peak_bytes(self) -> int | None:
         """Most memory of the device that this process has had at one time, if the
         device counts that."""
@@ -85,9 +92,13 @@ class CpuStream:
     """Does its work at once, in the calling thread."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        # By numpy: torch would share it out to a team of threads, which fights with
-        # the one that computes.
-        target.numpy()[...] = source.numpy()
+        # Not by torch, which would share it out to a team of threads that fights with
+        # the one that computes; nor by numpy, whose view of a storage keeps it from
+        # being resized ever after.
+        assert target.nbytes == source.nbytes, "bytes, of one length"
+        assert target.is_contiguous(), "in one piece"
+        assert source.is_contiguous(), "in one piece"
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
     def record(self) -> Event:
         return _Done()
@@ -120,6 +131,9 @@ class CpuDevice:
 
     def free_bytes(self) -> int | None:
         return None
+
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        storage.resize_(nbytes)
 
     def peak_bytes(self) -> int | None:
         return None

@@ -36,6 +36,12 @@ class Statistics:
     """Most memory of this process at one time (resident set), activations and all."""
     held_bytes_per_micro_batch: int
     """Activations that one suspended micro-batch keeps alive."""
+    activation_bytes_out: int
+    """Bytes of suspended micro-batches that were copied to host memory."""
+    activation_bytes_in: int
+    """Bytes of them that were copied back; less, where who left came back at once."""
+    num_activation_buffers: int
+    """Buffers in host memory that were allocated for that: it stands still in time."""
     num_unused_loads: int
     faults: Mapping[str, int]
     """Weights touched outside of their unit's forward, by name."""

@@ -22,6 +22,7 @@ from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found
+from .sweeps import Sweeps
 from .tiers import Tiers
 
 if TYPE_CHECKING:
@@ -73,9 +74,7 @@ class Engine:
             for index, unit in enumerate(found.units)
             for name in unit.tensors
         }
-        self._sweeps: list[Sweep] = []
-        self._held_bytes = 0
-        """The most that a micro-batch of an earlier sweep kept."""
+        self._sweeps = Sweeps()
         self._hooks: list[Any] = []
         self._is_closed = False
 
@@ -131,8 +130,7 @@ class Engine:
             limit = self.policy.activation_memory
         else:  # a width is the caller's own bound
             limit = available_bytes() // 4 if width is None else None
-        self._held_bytes = self._most_held_bytes()
-        self._sweeps = [sweep for sweep in self._sweeps if not sweep.is_closed]
+        moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._gate,
             width=width,
@@ -140,8 +138,9 @@ class Engine:
             seed=seed,
             devices=(torch.device(self.policy.device).type,),
             module_state=ModuleState(self.model.modules()),
+            evacuation=self._tiers.evacuation() if moves_out else None,
         )
-        self._sweeps.append(sweep)
+        self._sweeps.add(sweep)
         return sweep
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
@@ -170,6 +169,7 @@ class Engine:
         loaders = [loader.statistics() for loader in self._tiers.loaders]
         by_tier = self._bytes_by_tier(working_set.resident_units)
         on_gpu = self._tiers.device.peak_bytes()
+        sweeps = self._sweeps.statistics()
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
@@ -186,15 +186,14 @@ class Engine:
             compute_seconds=self._gate.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
-            held_bytes_per_micro_batch=self._most_held_bytes(),
+            held_bytes_per_micro_batch=sweeps.held_bytes_per_micro_batch,
+            activation_bytes_out=sweeps.bytes_out,
+            activation_bytes_in=sweeps.bytes_in,
+            num_activation_buffers=sweeps.num_buffers,
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),
         )
-
-    def _most_held_bytes(self) -> int:
-        found = [s.statistics().held_bytes_per_micro_batch for s in self._sweeps]
-        return max([self._held_bytes, *found])
 
     def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
         found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
@@ -217,8 +216,7 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        for sweep in self._sweeps:
-            sweep.close()
+        self._sweeps.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

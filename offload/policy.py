@@ -185,8 +185,14 @@ class Policy(_Section):
     """Links to be held to a stated speed, by the tier at their end: to leave room on
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
-    """Bytes that the suspended micro-batches of a sweep may keep alive together. `auto`
-    is a quarter of the memory that is free when a sweep starts without a width."""
+    """Bytes that the suspended micro-batches of a sweep may keep alive together: in the
+    device's memory or, with `activations: host`, in the host's. `auto` is a quarter of
+    the memory that is free when a sweep starts without a width."""
+    activations: Literal["device", "host"] = "device"
+    """Where a suspended micro-batch keeps its hidden states, masks and caches. With
+    `host` the device holds only those of the one that computes and of its neighbours.
+    What it does not have to itself (its batch, what the model, another micro-batch or
+    a variable outside refers to) stays on the device."""
     micro_batch_tokens: PositiveInt = 512
     """Tokens that run through a unit in one call, when scoring."""
     tokens_in_flight: PositiveInt = 4096

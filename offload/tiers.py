@@ -7,19 +7,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from importlib.metadata import PackageNotFoundError, version
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from ..io import gds, straight
 from ..io.arena import Arena, HostMemory, Memory
 from ..io.checkpoint import Checkpoint
+from ..io.closing import Closing
 from ..io.cuda import CudaDevice, not_peers
 from ..io.device import CpuDevice, Device
 from ..io.event import Event
 from ..io.gds import GdsReader
 from ..io.host import HostTier
+from ..io.host_buffers import HostBuffers
 from ..io.layout import Layout
 from ..io.link import Link
 from ..io.loader import Loader
@@ -29,7 +29,9 @@ from ..io.pinned import Pinned
 from ..io.source import Kept, Source, Staged
 from ..io.straight import Straight
 from ..io.transfer import Transfer, as_it_lies, packed
+from ..scheduler.evacuation import MIN_BYTES, Evacuation
 from ..scheduler.load import Load
+from ..scheduler.ownership import Ownership
 from .policy import Policy
 from .progress import FillProgress
 from .readers import open_reader
@@ -62,7 +64,7 @@ def _version(package: str) -> str:
         return "checkout"
 
 
-class Tiers:
+class Tiers(Closing):
     """Holds the weights of `layouts`, unit by unit where `placement` says, and brings
     them into slots of `memory`. Nothing stays open when making one raises."""
 
@@ -84,6 +86,7 @@ class Tiers:
         self._pinned_bytes = 0
         self._straight: GdsReader | None = None
         self._checkpoint = checkpoint
+        self._ownership: Ownership | None = None
         self._layouts = layouts
         self._policy = policy
         self._transfers = dict(enumerate(transfers))
@@ -122,6 +125,17 @@ class Tiers:
         """The point that the device's work has come to; None if it does all at once."""
         return None if self.device.is_host else self.device.compute.record()
 
+    def evacuation(self) -> Evacuation:
+        """A way out of the device for what suspended micro-batches hold."""
+        if self._ownership is None:  # what it learns holds for all sweeps
+            device = torch.device(self.device.name)
+            self._ownership = Ownership(device, min_bytes=MIN_BYTES)
+        return Evacuation(
+            self.device,
+            HostBuffers(lambda buffer: self._pin(buffer, self.device)),
+            self._ownership,
+        )
+
     def bytes_read(self) -> dict[str, int]:
         """Bytes that came from each tier so far."""
         found = {"disk": self.reader.statistics().bytes_read}
@@ -137,17 +151,6 @@ class Tiers:
         """Ends the threads and gives the memory back, after all work with it."""
         self.device.synchronize()
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)

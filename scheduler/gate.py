@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..io import handle
 from ..io.errors import PenstockError
 from .doors import Doors
@@ -33,6 +35,7 @@ class Gate:
         self.compute_seconds = 0.0
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
+        self._records_gradients = False
         self._turn = threading.RLock()
         self._sweep: Hub | None = None
         self._sweeping_thread = 0
@@ -40,6 +43,11 @@ class Gate:
         self._plain: list[tuple[int, int]] = []
         """(thread, site) of the plain calls under way, outermost first."""
         self._plain_started = 0.0
+
+    @property
+    def position(self) -> int | None:
+        """The site that was visited last."""
+        return self._position
 
     @property
     def fraction(self) -> float:
@@ -62,9 +70,12 @@ class Gate:
         elif self._plain and self._plain[-1] == (threading.get_ident(), site):
             self._end_plain()
 
-    def visit(self, site: int, waiting: set[int]) -> None:
-        """Opens `site` for as long as the caller stays inside, and looks ahead."""
-        self.doors.enter(site)
+    def visit(self, site: int, waiting: set[int], *, records_gradients: bool) -> None:
+        """Opens `site` for as long as the caller stays inside, and looks ahead. Weights
+        are bound according to whether those who use them record gradients."""
+        self._records_gradients = records_gradients
+        with torch.set_grad_enabled(records_gradients):
+            self.doors.enter(site)
         try:
             if self.first_visit_at is None:
                 self.first_visit_at = time.perf_counter()
@@ -77,6 +88,18 @@ class Gate:
         except BaseException:
             self.doors.leave(site)
             raise
+
+    def bind_for(self, site: int, *, records_gradients: bool) -> None:
+        """Another one comes to use the open `site`, which may differ in that."""
+        if records_gradients != self._records_gradients:
+            self._records_gradients = records_gradients
+            with torch.set_grad_enabled(records_gradients):
+                self.doors.bind_again(site)
+
+    def leave(self, site: int) -> None:
+        """The end of a `visit`."""
+        with torch.set_grad_enabled(self._records_gradients):
+            self.doors.leave(site)
 
     def next_of(self, waiting: set[int]) -> int:
         """The site among `waiting` whose turn it is."""
@@ -150,7 +173,7 @@ class Gate:
         self._take_turn()
         try:
             self.order.observe(self._position, site, is_repeat=True)
-            self.visit(site, set())
+            self.visit(site, set(), records_gradients=torch.is_grad_enabled())
             self._plain.append((threading.get_ident(), site))
         except BaseException:
             self._turn.release()

@@ -4,9 +4,11 @@ Found by walking the frames of its stack, so it is the same on every device and 
 every run; temporaries inside a running kernel are not in it.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
+from inspect import CO_OPTIMIZED
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 _MAX_DEPTH = 12
 _MAX_ITEMS = 4096
 _MAX_OBJECTS = 50_000
+_REFERENCES_TO_A_COPY = 3  # the frame, `values_of`, and the call that counts
 
 
 def held_bytes(frame: FrameType | None, work: "partial[Any]") -> int:
@@ -34,7 +37,7 @@ def held_bytes(frame: FrameType | None, work: "partial[Any]") -> int:
         sizes[address] = min(views[address], tensor.untyped_storage().nbytes())
     while frame is not None:
         shared = frame.f_code.co_freevars
-        for name, value in list(frame.f_locals.items()):
+        for name, value in values_of(frame):
             if name in shared:
                 continue
             for tensor in _tensors(value, seen, _MAX_DEPTH):
@@ -51,18 +54,39 @@ def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[torch.Tensor]:
         return
     if depth == 0 or id(value) in seen or len(seen) > _MAX_OBJECTS:
         return
-    if isinstance(value, (dict, list, tuple, set)):
-        if len(value) <= _MAX_ITEMS:
-            seen.add(id(value))
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from _tensors(item, seen, depth - 1)
-    elif is_dataclass(value) and not isinstance(value, type):
+    parts = parts_of(value)
+    if parts is not None:
         seen.add(id(value))
-        for item in fields(value):
-            yield from _tensors(getattr(value, item.name, None), seen, depth - 1)
-    elif _is_plain_object(value):
-        seen.add(id(value))
-        yield from _tensors(vars(value), seen, depth - 1)
+        for _, part in parts:
+            yield from _tensors(part, seen, depth - 1)
+
+
+def values_of(frame: FrameType) -> list[tuple[str, Any]]:
+    """The local variables of `frame`, by their names."""
+    values = frame.f_locals
+    found = list(values.items())
+    # Before Python 3.13 the frame keeps this dictionary, and with it, until somebody
+    # asks again, what its variables have long let go. Unless it is the user's, too.
+    is_a_copy = frame.f_code.co_flags & CO_OPTIMIZED and type(values) is dict
+    if is_a_copy and sys.getrefcount(values) <= _REFERENCES_TO_A_COPY:
+        values.clear()
+    return found
+
+
+def parts_of(value: Any) -> list[tuple[str | None, Any]] | None:
+    """What `value` consists of, with the names that it has for it; None if it is no
+    container, or one too long to search."""
+    if isinstance(value, dict):
+        if len(value) > _MAX_ITEMS:
+            return None
+        return [(k if type(k) is str else None, item) for k, item in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return [(None, item) for item in value] if len(value) <= _MAX_ITEMS else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name, None)) for f in fields(value)]
+    if _is_plain_object(value):
+        return [(None, vars(value))]
+    return None
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

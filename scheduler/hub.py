@@ -18,6 +18,7 @@ import torch
 
 from ..io.errors import PenstockError
 from .admission import Admission
+from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
 from .micro_batch import MicroBatch
@@ -45,6 +46,7 @@ class Hub:
         *,
         devices: tuple[str, ...],
         module_state: ModuleState,
+        evacuation: Evacuation | None,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
         self._job = job
@@ -53,12 +55,12 @@ class Hub:
         self._progress = progress
         self._devices = devices
         self._module_state = module_state
+        self._evacuation = evacuation
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
         self._waiting: dict[int, deque[MicroBatch]] = {}
         self._running: MicroBatch | None = None
-        self._records_gradients = False
         self._is_in_round = False
         self._is_stopping = False
         self._seed = 0
@@ -109,7 +111,7 @@ class Hub:
             me.wait()
             self._exit_if_stopping(me)
         else:
-            self._bind_for(site, records_gradients=torch.is_grad_enabled())
+            self._gate.bind_for(site, records_gradients=torch.is_grad_enabled())
         self._gate.doors.enter(site)
         me.inside.append(site)
 
@@ -161,28 +163,18 @@ class Hub:
 
     def _serve(self, site: int) -> None:
         gate = self._gate
-        self._records_gradients = self._waiting[site][0].records_gradients
-        with torch.set_grad_enabled(self._records_gradients):  # as who will use it
-            gate.visit(site, self._expected())
+        records_gradients = self._waiting[site][0].records_gradients
+        gate.visit(site, self._expected(), records_gradients=records_gradients)
         try:
             while site in self._waiting:
                 was_settled = self._admission.is_settled
                 me = self._take(site)
-                self._bind_for(site, records_gradients=me.records_gradients)
+                gate.bind_for(site, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
                 if self._admit() and not was_settled and self._admission.is_settled:
                     gate.rewind()  # the scout is ahead: the others catch up with it
         finally:
-            with torch.set_grad_enabled(self._records_gradients):
-                gate.doors.leave(site)
-
-    def _bind_for(self, site: int, *, records_gradients: bool) -> None:
-        """Weights are bound according to whether gradients are recorded: micro-batches
-        may differ in that."""
-        if records_gradients != self._records_gradients:
-            self._records_gradients = records_gradients
-            with torch.set_grad_enabled(records_gradients):
-                self._gate.doors.bind_again(site)
+            gate.leave(site)
 
     def _whose_turn(self) -> set[int]:
         """The sites that come into question: those where somebody waits inside of
@@ -235,6 +227,8 @@ class Hub:
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
+        if self._evacuation is not None:
+            self._evacuation.begin_turn(me.index, self._following())
         self._running = me
         try:
             piece()
@@ -244,6 +238,7 @@ class Hub:
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
                 self._admission.note(me.index, me.num_arrivals, me.held_bytes())
+            self._move_out(me)
             return
         self._leave_all(me)
         self._progress.num_finished += 1
@@ -253,6 +248,21 @@ class Hub:
         elif not isinstance(me.error, Exception):
             raise me.error  # an interrupt is the caller's, not the micro-batch's
         self.finished.append(me)
+
+    def _following(self) -> int | None:
+        """Whose turn it is, as far as is known, after that of who runs."""
+        if not self._waiting:
+            return None
+        site = self._gate.position
+        if site not in self._waiting:
+            site = self._gate.next_of(self._whose_turn())
+        return self._waiting[site][0].index
+
+    def _move_out(self, me: MicroBatch) -> None:
+        """Who waits leaves the device, unless those two would soon take turns there."""
+        moves = self._evacuation
+        if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
+            moves.move_out(me.index, me.own_storages(moves.ownership))
 
     def _check_modules(self) -> None:
         if self._module_state.conflict is not None and len(self._in_flight) > 1:
@@ -264,6 +274,8 @@ class Hub:
     def _end(self, me: MicroBatch) -> None:
         self._running = me
         try:
+            if self._evacuation is not None:  # its `finally` may look at what it holds
+                self._evacuation.bring_back(me.index)
             me.exit()
         finally:
             self._running = None
@@ -276,5 +288,7 @@ class Hub:
     def _leave_all(self, me: MicroBatch) -> None:
         """A failed forward leaves without its hook; nothing stays open behind it."""
         self._in_flight.pop(me.index, None)
+        if self._evacuation is not None:
+            self._evacuation.ownership.forget(me.index)
         while me.inside:
             self._gate.doors.leave(me.inside.pop())

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import greenlet
+import torch
 
 from ..io.errors import ClosedError
 from .held import held_bytes
 from .module_state import ModuleState, Values
+from .ownership import Ownership
 from .thread_state import ThreadState
 
 
@@ -89,6 +91,10 @@ class MicroBatch:
     def held_bytes(self) -> int:
         """Bytes of activations that it keeps alive while it waits."""
         return held_bytes(self._flow.gr_frame, self._work)
+
+    def own_storages(self, ownership: Ownership) -> list[torch.UntypedStorage]:
+        """The memory on the device that is its alone while it waits."""
+        return ownership.own(self.index, self._flow.gr_frame, self._work)
 
     def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
         self._flow.parent = greenlet.getcurrent()

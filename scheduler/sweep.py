@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission
+from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
 from .job import Job, Progress
@@ -57,6 +58,7 @@ class Sweep:
         seed: int | None,
         devices: tuple[str, ...],
         module_state: ModuleState,
+        evacuation: Evacuation | None,
     ) -> None:
         if width is not None and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -64,6 +66,8 @@ class Sweep:
         self._seed = seed
         self._devices = devices
         self._module_state = module_state
+        self.evacuation = evacuation
+        """Moves what micro-batches hold while they are suspended; None: it stays."""
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
@@ -144,6 +148,7 @@ class Sweep:
         self._is_closed = True
         if self._hub is not None and self._hub.can_stop:
             self._end(self._hub)
+        self._close_evacuation()
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +169,7 @@ class Sweep:
             self._progress,
             devices=self._devices,
             module_state=self._module_state,
+            evacuation=self.evacuation,
         )
 
     def _check_open(self) -> None:
@@ -179,6 +185,13 @@ class Sweep:
             self._gate.end_sweep(hub)
             if self._hub is hub:
                 self._hub = None
+            if self._is_closed:
+                self._close_evacuation()
+
+    def _close_evacuation(self) -> None:
+        """Once nobody runs who may have something in host memory."""
+        if self._hub is None and self.evacuation is not None:
+            self.evacuation.close()
 
 
 def _outcome(hub: Hub) -> Outcome[Any]:

@@ -44,6 +44,7 @@ class Access:
 @dataclass(eq=False)
 class Work:
     act: Callable[[], None]
+    ranges: list[Range]
     is_done: bool = False
 
 
@@ -52,6 +53,7 @@ class FakeEvent:
     device: RecordingDevice
     clock: Clock
     last: Work | None
+    stream: str = ""
 
     def wait(self) -> None:
         """The host waits: the device has to do all that lies before."""
@@ -85,7 +87,7 @@ class FakeStream:
                 (w, True) for w in writes
             ]:
                 device.check(self, where, is_write, what)
-            work = Work(act)
+            work = Work(act, [*reads, *writes])
             self.queue.append((work, self.waits))
             self.waits = []
             self.last = work
@@ -98,7 +100,7 @@ class FakeStream:
 
     def record(self) -> Event:
         with self.device.lock:
-            return FakeEvent(self.device, dict(self.clock), self.last)
+            return FakeEvent(self.device, dict(self.clock), self.last, self.name)
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, FakeEvent)
@@ -155,6 +157,19 @@ class RecordingDevice:
 
     def free_bytes(self) -> int | None:
         return None
+
+    def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """In the order of the compute stream, as an allocator does it that keeps what
+        is given back for that stream. The memory is the host's and really goes: what is
+        queued for it is done first, in what order it likes."""
+        where = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        with self.lock:
+            self.compute_stream.give(lambda: None, [], [where], "giving memory back")
+            for stream in self.streams:
+                for work, _ in list(stream.queue):
+                    if any(a < where[1] and where[0] < b for a, b in work.ranges):
+                        self.run_until(work)
+            storage.resize_(nbytes)
 
     def peak_bytes(self) -> int | None:
         return None

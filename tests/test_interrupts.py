@@ -27,6 +27,7 @@ from nets import (
     streamed,
 )
 from penstock.io.errors import ClosedError
+from penstock.offload import tiers
 from penstock.offload.model import engine_of
 from penstock.scheduler import hub
 
@@ -334,6 +335,45 @@ def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) ->
                 bool, (strike(net, expected, InterruptAtLine(n)) for n in lines)
             )
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "every"),
+    [("evacuation.py", 2), ("ownership.py", 67), ("referrers.py", 37)],
+)
+def test_no_line_of_moving_out_and_back_loses_anything(
+    file: str, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "MIN_BYTES", 1)
+    net = make(Net, 2)
+    expected = serially(net, batches(3))
+    seen: list[bool] = []
+
+    def fn(x: torch.Tensor) -> Any:
+        y = x + 1
+        try:
+            return net(x)
+        finally:
+            seen.append(torch.equal(y, x + 1))
+
+    with streamed(net, slots=3, activations="host"):
+        lines = itertools.count(1, every)
+        for number in lines:
+            interrupt = InterruptAtLine(number, file)
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                interrupt,
+                penstock.sweep(net) as sweep,
+            ):
+                sweep.map(fn, batches(3))
+            assert all(seen), interrupt.at
+            assert open_sites(net) == [], interrupt.at
+            if not interrupt.at:
+                break
+        assert number > 20
+        assert len(seen) > number // every
+        assert_usable(net, net, expected)
 
 
 @pytest.mark.slow

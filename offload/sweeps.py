@@ -1,0 +1,58 @@
+"""The sweeps over one model: those that are open, and what the closed ones counted."""
+
+from dataclasses import dataclass
+
+from ..scheduler.sweep import Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class SweepsStatistics:
+    """Counters of all sweeps since the model was loaded."""
+
+    held_bytes_per_micro_batch: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    num_buffers: int = 0
+
+    def and_of(self, sweep: Sweep) -> "SweepsStatistics":
+        """With what `sweep` has counted."""
+        held = sweep.statistics().held_bytes_per_micro_batch
+        held = max(self.held_bytes_per_micro_batch, held)
+        if sweep.evacuation is None:
+            return SweepsStatistics(
+                held, self.bytes_out, self.bytes_in, self.num_buffers
+            )
+        moved = sweep.evacuation.statistics()
+        return SweepsStatistics(
+            held,
+            self.bytes_out + moved.bytes_out,
+            self.bytes_in + moved.bytes_in,
+            self.num_buffers + moved.num_buffers_allocated,
+        )
+
+
+class Sweeps:
+    """Keeps open sweeps, so that they end with the model; forgets closed ones."""
+
+    def __init__(self) -> None:
+        self._open: list[Sweep] = []
+        self._before = SweepsStatistics()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, sweep: Sweep) -> None:
+        for other in [other for other in self._open if other.is_closed]:
+            self._before = self._before.and_of(other)
+            self._open.remove(other)
+        self._open.append(sweep)
+
+    def statistics(self) -> SweepsStatistics:
+        found = self._before
+        for sweep in self._open:
+            found = found.and_of(sweep)
+        return found
+
+    def close(self) -> None:
+        for sweep in self._open:
+            sweep.close()

@@ -1,0 +1,133 @@
+"""Whether anything outside of a suspended micro-batch refers to what it holds.
+
+Python counts references, and does not say whose they are. Most were found on the walk
+through the micro-batch's frames; some are the interpreter's own (arguments on their way
+into a call). Whose the others are, the garbage collector can tell, but it looks at all
+objects for that. So it is asked once for each pattern: the same kind of object, held by
+the same things, with the same number of references, at the same place of the program.
+"""
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
+from types import CellType, CodeType, FrameType, FunctionType
+from typing import Any
+
+import torch
+
+from .held import values_of
+
+_MAX_LOOKS = 256
+"""A look takes 0.05 to 0.5 s; what is new after so many is taken for foreign."""
+_MAX_STEPS = 8
+_NUM_EXAMPLES = 4
+"""Objects of one pattern that are looked at, at most."""
+_PASSING = (tuple, dict, CellType, FunctionType)
+"""What a call is made of: foreign, if anything but a call holds it."""
+_HERE = __name__.rpartition(".")[0]
+
+Where = tuple[tuple[CodeType, int], ...]
+
+
+class Node:
+    """A tensor of a micro-batch, or a container on the way to one."""
+
+    __slots__ = ("children", "depth", "is_foreign", "kind", "leads", "parents", "value")
+
+    def __init__(self, value: Any, depth: int) -> None:
+        self.value = value
+        self.depth = depth
+        self.kind: Counter[Any] = Counter()
+        """How often it was found, in what and under what name."""
+        self.parents: list[Node] = []
+        self.children: list[Node] = []
+        self.leads = False
+        """Whether there is a tensor below it."""
+        self.is_foreign = False
+
+
+class Referrers:
+    """Remembers the patterns that it has seen."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, int], ...], dict[Any, bool]] = {}
+        self._codes: dict[int, CodeType] = {}  # kept alive, for their ids
+        self.num_looks = 0
+
+    def judge(self, where: Where, nodes: Collection[Node]) -> None:
+        """Marks as foreign those of `nodes` that something refers to which is none of
+        them. `where` is the place of the program that the micro-batch has come to."""
+        self._codes.update((id(code), code) for code, _ in where)
+        place = tuple((id(code), at) for code, at in where)
+        known = self._known.setdefault(place, {})
+        patterns = [_pattern(node) for node in nodes]
+        new: dict[Any, list[Node]] = {}
+        for node, pattern in zip(nodes, patterns, strict=True):
+            if pattern not in known:
+                new.setdefault(pattern, []).append(node)
+        # What is frozen, the collector does not look at, either.
+        if new and self.num_looks < _MAX_LOOKS and not gc.get_freeze_count():
+            self.num_looks += 1
+            examples = [node for some in new.values() for node in some[:_NUM_EXAMPLES]]
+            foreign = _foreign(examples, {id(node.value) for node in nodes})
+            for pattern, some in new.items():
+                known[pattern] = any(id(node.value) in foreign for node in some)
+        for node, pattern in zip(nodes, patterns, strict=True):
+            node.is_foreign |= known.get(pattern, True)
+
+
+def _pattern(node: Node) -> Any:
+    value = node.value
+    references = [sys.getrefcount(value)]
+    if isinstance(value, torch.Tensor):
+        references.append(_num_owners(value))
+    return type(value), *references, frozenset(node.kind.items())
+
+
+def _num_owners(tensor: torch.Tensor) -> int:
+    """1, Python, and as many as are C++ objects, such as autograd's."""
+    return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+def _foreign(nodes: Sequence[Node], found: set[int]) -> set[int]:
+    """The ids of the values that something refers to which is not in `found`, be it
+    through what calls are made of."""
+    foreign = _ids_in_running_frames()
+    for node in nodes:
+        if isinstance(node.value, torch.Tensor) and _num_owners(node.value) != 1:
+            foreign.add(id(node.value))  # autograd's, or some C++ object's
+    asked: list[Any] = [node.value for node in nodes]
+    # What would be foreign, if the object of this id were.
+    stakes: dict[int, set[int]] = {id(value): {id(value)} for value in asked}
+    for step in range(_MAX_STEPS):
+        passing: list[Any] = []
+        for holder in gc.get_referrers(*asked):
+            is_ours = holder is asked or holder is passing or type(holder) is Node
+            if is_ours or id(holder) in found:
+                continue
+            at_stake: set[int] = set()
+            for part in gc.get_referents(holder):
+                at_stake |= stakes.get(id(part), set())
+            if type(holder) not in _PASSING or step == _MAX_STEPS - 1:
+                foreign |= at_stake
+            elif not at_stake <= stakes.get(id(holder), set()):
+                stakes.setdefault(id(holder), set()).update(at_stake)
+                passing.append(holder)
+        if not passing:
+            break
+        asked = passing
+    return foreign
+
+
+def _ids_in_running_frames() -> set[int]:
+    """Of what the code has in its hands that runs the sweep, or another thread: the
+    collector does not see what a running function holds."""
+    found: set[int] = set()
+    for top in list(sys._current_frames().values()):
+        frame: FrameType | None = top
+        while frame is not None:
+            if not str(frame.f_globals.get("__name__")).startswith(_HERE):
+                found.update(id(value) for _, value in values_of(frame))
+            frame = frame.f_back
+    return found
