@@ -127,8 +127,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     everything = policy_of(args.tier, None, model_bytes, args.layers)
     t_first, *_, expected = run(folder, everything, batches, args.passes)
     with penstock.load(folder, everything) as model:
-        found = engine_of(model).found
-        blocks = [u for u in found.units if ".layers." in u.name]
+        units = engine_of(model).found.units
+        blocks = [unit for unit in units if ".layers." in unit.name]
         recipes = engine_of(model).recipes
         block_bytes = sum(recipes[name].nbytes for u in blocks for name in u.tensors)
     speeds = {factor: factor * block_bytes / t_first for factor in args.factors}
@@ -137,32 +137,32 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for number in range(args.rounds):
         cases: list[float | None] = [None, *args.factors]
         turn = number % len(cases)  # whoever comes after whom is nobody's fault
-        found: dict[float | None, Run] = {}
+        these: dict[float | None, Run] = {}
         for factor in cases[turn:] + cases[:turn]:
-            speed = None if factor is None else speeds[factor]
-            policy = policy_of(args.tier, speed, model_bytes, args.layers)
+            held_to = None if factor is None else speeds[factor]
+            policy = policy_of(args.tier, held_to, model_bytes, args.layers)
             *figures, logits = run(folder, policy, batches, args.passes)
             assert torch.equal(logits, expected), "the link changed the logits"
-            found[factor] = Run(factor, *figures)
-        runs += found.values()
-        t_c = found[None].seconds
+            these[factor] = Run(factor, *figures)
+        runs += these.values()
+        t_c = these[None].seconds
         print(f"round {number}: all on the device: {t_c:.2f} s a pass", flush=True)
         for factor, speed in speeds.items():
-            seconds, moved = found[factor].seconds, found[factor].link_bytes
+            seconds, moved = these[factor].seconds, these[factor].link_bytes
             best = ceiling(t_c, moved, speed)
             shares[factor].append(seconds / best)
             print(
                 f"  B = {factor:g} W/t_c = {speed / 1e6:.0f} MB/s: {seconds:.2f} s, "
                 f"of at best {best:.2f}: {seconds / best:.3f}; {moved / 1e6:.0f} MB "
-                f"over the link, waited {found[factor].wait_seconds:.2f} s, CPU "
-                f"{found[factor].cpu_seconds:.2f} s of {found[None].cpu_seconds:.2f}",
+                f"over the link, waited {these[factor].wait_seconds:.2f} s, CPU "
+                f"{these[factor].cpu_seconds:.2f} s of {these[None].cpu_seconds:.2f}",
                 flush=True,
             )
     return {
         "block_bytes": block_bytes,
         "seconds_over_ceiling": {f: statistics.median(s) for f, s in shares.items()},
         "spread": {f: [min(s), max(s)] for f, s in shares.items()},
-        "runs": [asdict(found) for found in runs],
+        "runs": [asdict(one) for one in runs],
     }
 
 
