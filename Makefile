@@ -26,8 +26,10 @@ help:
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# Two processes on two cores; threads of products that wait for each other must not spin.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
+		--dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

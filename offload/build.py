@@ -1,6 +1,7 @@
 """Puts a streamed model together."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,14 @@ from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .buffers import MovedBuffers
-from .division import capacity_of, check_least, check_overlap, divide, needs
+from .division import (
+    capacity_of,
+    check_least,
+    check_overlap,
+    check_slots,
+    divide,
+    needs,
+)
 from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
@@ -58,53 +66,57 @@ def build(
     check_least(divided, capacity)
     transfers = transfers_of(layouts, device, policy)
     fallbacks = check_overlap(found, layouts, capacity)
+    check_slots(found, [plan.nbytes for plan in transfers], capacity)
     placement = _placement(found, transfers, device, capacity, policy)
     tiers = Tiers(checkpoint, layouts, transfers, placement, device, capacity, policy)
-    gatherers = {
-        name: RowGatherer(
-            recipes[name],
-            tiers.reader,
-            buffer_bytes=policy.io.bounce,
-            max_gap_bytes=tiers.reader.alignment,
+    with ExitStack() as opened:  # what fails leaves nothing open
+        opened.callback(tiers.close)
+        gatherers = {
+            name: RowGatherer(
+                recipes[name],
+                tiers.reader,
+                buffer_bytes=policy.io.bounce,
+                max_gap_bytes=tiers.reader.alignment,
+            )
+            for name in gathered
+        }
+        stand_ins: dict[str, torch.Tensor] = {}
+        binding = Binding(
+            found, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
-        for name in gathered
-    }
-    stand_ins: dict[str, torch.Tensor] = {}
-    binding = Binding(found, transfers, places, stand_ins, tiers.memory, tiers.in_place)
-    working_set = _working_set(found, transfers, capacity, tiers)
-    doors = _doors(found, working_set, binding)
-    engine = Engine(
-        model,
-        policy,
-        found,
-        recipes=recipes,
-        tiers=tiers,
-        buffers=_move_buffers(model, places, device),
-        working_set=working_set,
-        binding=binding,
-        doors=doors,
-        gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
-        gatherers=tuple(gatherers.values()),
-        fallbacks=fallbacks,
-        compilation=_compilation(found, policy),
-    )
-    for name, recipe in recipes.items():
-        gatherer = gatherers.get(name)
-        stand_ins[name] = StreamedParameter(
-            name,
-            recipe.shape,
-            recipe.dtype,
-            torch.device(device.name),
-            touch=partial(engine.touch, name),
-            gather=gatherer.gather if gatherer is not None else None,
-            requires_grad=_requires_grad(places[name][0]),
+        working_set = _working_set(found, transfers, capacity, tiers)
+        doors = _doors(found, working_set, binding)
+        engine = Engine(
+            model,
+            policy,
+            found,
+            recipes=recipes,
+            tiers=tiers,
+            buffers=_move_buffers(model, places, device),
+            working_set=working_set,
+            binding=binding,
+            doors=doors,
+            gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
+            gatherers=tuple(gatherers.values()),
+            fallbacks=fallbacks,
+            compilation=_compilation(found, policy),
         )
-    try:
+        opened.pop_all()
+        opened.callback(engine.close)
+        for name, recipe in recipes.items():
+            gatherer = gatherers.get(name)
+            stand_ins[name] = StreamedParameter(
+                name,
+                recipe.shape,
+                recipe.dtype,
+                torch.device(device.name),
+                touch=partial(engine.touch, name),
+                gather=gatherer.gather if gatherer is not None else None,
+                requires_grad=_requires_grad(places[name][0]),
+            )
         binding.poison_all()
         engine.start()
-    except BaseException:
-        engine.close()
-        raise
+        opened.pop_all()
     return engine
 
 
@@ -177,7 +189,7 @@ def _room_to_stay(
     )
     if resident + streamed <= capacity:
         return streamed
-    return max(0, capacity - resident - max(2, 1 + lookahead) * max(by_site, default=0))
+    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
 
 
 def _working_set(

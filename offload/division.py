@@ -114,6 +114,17 @@ def check_least(
         )
 
 
+def check_slots(found: Found, sizes: Sequence[int], capacity: int) -> None:
+    """Slots of a GPU are laid out otherwise than files: they must fit, too."""
+    resident, by_site = needs(found, sizes)
+    least = resident + max(by_site, default=0)
+    if least > capacity:
+        raise DoesNotFitError(
+            f"device_memory of {capacity} bytes is too small for slots on a GPU: set "
+            f"device_memory to at least {least}"
+        )
+
+
 def check_overlap(
     found: Found, layouts: list[Layout], capacity: int
 ) -> tuple[str, ...]:

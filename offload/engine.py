@@ -129,19 +129,25 @@ class Engine:
         if self.policy.activation_memory != "auto":
             limit = self.policy.activation_memory
         else:  # a width is the caller's own bound
-            limit = available_bytes() // 4 if width is None else None
+            limit = self._free_bytes() // 4 if width is None else None
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._gate,
             width=width,
             activation_bytes=limit,
             seed=seed,
-            devices=(torch.device(self.policy.device).type,),
+            devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
             evacuation=self._tiers.evacuation() if moves_out else None,
         )
         self._sweeps.add(sweep)
         return sweep
+
+    def _free_bytes(self) -> int:
+        """Of the memory that suspended micro-batches take."""
+        on_gpu = self._tiers.device.free_bytes()
+        is_there = on_gpu is not None and self.policy.activations == "device"
+        return on_gpu if is_there and on_gpu is not None else available_bytes()
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
         """The name of the tensor that a module's `parameters` hold under `key`."""

@@ -33,11 +33,11 @@ class _Settings:
     def current(cls, devices: tuple[str, ...]) -> "_Settings":
         return cls(
             {
-                device: (
-                    torch.is_autocast_enabled(device),
-                    torch.get_autocast_dtype(device),
+                kind: (
+                    torch.is_autocast_enabled(kind),
+                    torch.get_autocast_dtype(kind),
                 )
-                for device in devices
+                for kind in map(_kind, devices)
             },
             torch.is_autocast_cache_enabled(),
             torch.get_default_dtype(),
@@ -46,9 +46,9 @@ class _Settings:
         )
 
     def apply(self) -> None:
-        for device, (is_enabled, dtype) in self.autocast.items():
-            torch.set_autocast_enabled(device, is_enabled)
-            torch.set_autocast_dtype(device, dtype)
+        for kind, (is_enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, is_enabled)
+            torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.is_autocast_cached)
         if torch.get_default_dtype() != self.default_dtype:
             torch.set_default_dtype(self.default_dtype)
@@ -89,7 +89,7 @@ class ThreadState:
         self._guard = _Guard(True)
         self._guard.__enter__()
         for device in self._devices:
-            torch.set_autocast_enabled(device, False)
+            torch.set_autocast_enabled(_kind(device), False)
 
     def resume(self) -> None:
         """Puts back what `suspend` took, whatever the last flow left behind."""
@@ -148,12 +148,19 @@ def _set_attention_kernels(enabled: tuple[bool, ...]) -> None:
     torch._C._set_sdp_use_cudnn(cudnn)
 
 
+def _kind(device: str) -> str:
+    """Autocast is set for all devices of a kind."""
+    return device.partition(":")[0]
+
+
 def _random_state(device: str) -> torch.Tensor:
-    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+    if device == "cpu":
+        return torch.get_rng_state()
+    return torch.cuda.get_rng_state(device)
 
 
 def _set_random_state(device: str, state: torch.Tensor) -> None:
     if device == "cpu":
         torch.set_rng_state(state)
     else:
-        torch.cuda.set_rng_state(state)
+        torch.cuda.set_rng_state(state, device)
