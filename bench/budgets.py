@@ -1,0 +1,149 @@
+"""Two hundred random policies over one model: the memory each takes and allows.
+
+    python bench/budgets.py [--policies 200]
+
+The kernel's own peak (VmHWM, reset before each) less what was resident before, against
+the sum of the budgets: working set, host tier, peers, staging and bounce buffers. Over
+that lies what the model's own code needs while it computes, measured once on the
+resident model, and Python's objects. Logits are compared with the resident model's.
+The last line is one JSON object; the exit code is 1 when a policy took more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+from rich.progress import track
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import penstock
+from penstock import Policy
+from penstock.io.errors import PolicyError
+from penstock.offload.memory import peak_resident_bytes
+from penstock.offload.model import engine_of
+
+MIB = 1 << 20
+SLACK_BYTES = 32 * MIB
+"""Python's objects of a model, and the heap's pieces between them."""
+
+
+def make_model(folder: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=4096,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def random_policy(random: Random) -> Policy:
+    values: dict[str, Any] = {
+        "device_memory": random.randrange(40, 130) * MIB,
+        "lookahead": random.randrange(4),
+        "activations": random.choice(["device", "host"]),
+        "io": {"threads": random.randrange(1, 4), "bounce": "1MiB"},
+        "links": {
+            tier: {"bandwidth": "50GB"}
+            for tier in ("peer", "host", "disk")
+            if random.random() < 0.4
+        },
+    }
+    if random.random() < 0.6:
+        values["host_memory"] = random.randrange(1, 100) * MIB
+    if random.random() < 0.6:
+        values["peer"] = {"cpu": random.randrange(1, 100) * MIB}
+    if random.random() < 0.3:
+        values["dtype"] = "bfloat16"
+    return Policy(**values)
+
+
+def allowed_bytes(policy: Policy, model: Any) -> int:
+    """What the policy says that weights may take."""
+    assert isinstance(policy.device_memory, int)
+    tiers = engine_of(model)._tiers
+    largest = max(plan.nbytes for plan in tiers._layouts)
+    staging = 3 * largest if "disk" in policy.links or tiers.peers else 0
+    host = policy.host_memory or 0
+    return (
+        policy.device_memory
+        + (host if tiers.host is not None else 0)
+        + sum(peer.memory.nbytes for peer in tiers.peers)
+        + staging * (1 + bool(tiers.peers))
+        + 2 * policy.io.bounce
+    )
+
+
+def reset_peak() -> int:
+    """Forgets the peak so far; returns what is resident now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(psutil.Process().memory_info().rss)
+
+
+def run(model: Any, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    with penstock.sweep(model, width=len(batches)) as sweep:
+        return sweep.map(lambda ids: model(ids, use_cache=False).logits, batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policies", type=int, default=200)
+    args = parser.parse_args()
+    batches = list(torch.randint(5, 4096, (3, 2, 32)))
+    over: list[int] = []
+    num_different = num_refused = 0
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        make_model(Path(name))
+        expected = {}
+        for dtype in ("float32", "bfloat16"):
+            resident = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            before = reset_peak()
+            expected[dtype] = [resident(x, use_cache=False).logits for x in batches]
+            own = max(peak_resident_bytes() - before, 0)
+            del resident
+        is_quiet = not sys.stderr.isatty()
+        for seed in track(range(args.policies), "policies", disable=is_quiet):
+            policy = random_policy(Random(seed))
+            before = reset_peak()
+            try:
+                with penstock.load(name, policy) as model:
+                    found = run(model, batches)
+                    taken = peak_resident_bytes() - before
+                    over.append(taken - allowed_bytes(policy, model))
+            except PolicyError:
+                num_refused += 1
+                continue
+            wanted = expected["bfloat16" if policy.dtype == "bfloat16" else "float32"]
+            num_different += any(
+                not torch.equal(a, b) for a, b in zip(found, wanted, strict=True)
+            )
+            del found, model
+    limit = own + SLACK_BYTES
+    result = {
+        "policies": len(over),
+        "refused": num_refused,
+        "num_different": num_different,
+        "own_bytes": own,
+        "over_budget_bytes": {"median": statistics.median(over), "most": max(over)},
+        "is_kept": max(over) <= limit and num_different == 0,
+    }
+    print(json.dumps(result))
+    sys.exit(0 if result["is_kept"] else 1)
+
+
+if __name__ == "__main__":
+    main()
