@@ -44,7 +44,7 @@ class HeapTrimmer:
     what one block frees and the next takes again. Does nothing on other C libraries.
     """
 
-    def __init__(self, slack_bytes: int = 144 << 20) -> None:
+    def __init__(self, slack_bytes: int = 176 << 20) -> None:
         self._slack_bytes = slack_bytes
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._process = psutil.Process()
