@@ -1,7 +1,6 @@
 """What a module's hooks call: lets a plain call through, stops a swept micro-batch."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from ..io import handle
 from ..io.errors import PenstockError
 from .doors import Doors
+from .frames import current_frames
 from .order import Order
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Gate:
         """Whether the sweeping thread joins the caller's, or a micro-batch stands in
         some lock, join or queue that the caller may have to do with."""
         sweep = self._sweep
-        frame = sys._current_frames().get(self._sweeping_thread)
+        frame = current_frames().get(self._sweeping_thread)
         if sweep is None or frame is None:
             return False
         is_in_lock = False

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .frames import current_frames
 from .held import values_of
 
 _MAX_LOOKS = 256
@@ -124,7 +125,7 @@ def _ids_in_running_frames() -> set[int]:
     """Of what the code has in its hands that runs the sweep, or another thread: the
     collector does not see what a running function holds."""
     found: set[int] = set()
-    for top in list(sys._current_frames().values()):
+    for top in current_frames().values():
         frame: FrameType | None = top
         while frame is not None:
             if not str(frame.f_globals.get("__name__")).startswith(_HERE):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import mmap
 import os
+import shutil
 import tempfile
 import threading
 import weakref
@@ -25,6 +27,7 @@ from hypothesis import HealthCheck, settings
 
 from checkpoints import random_tensor, write_checkpoint
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
 
 settings.register_profile(
