@@ -3,11 +3,11 @@
 import contextlib
 import ctypes
 import mmap
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 
+from .closing import Closing
 from .errors import ClosedError, DoesNotFitError
 
 _HUGE_PAGE_BYTES = 2 << 20
@@ -25,7 +25,7 @@ class Memory(Protocol):
     def close(self) -> None: ...
 
 
-class HostMemory:
+class HostMemory(Closing):
     """`nbytes` of a mapping that is given back when this is closed and the last view
     of it is gone."""
 
@@ -59,17 +59,6 @@ class HostMemory:
             self._map.close()
         except BufferError:
             del self._map  # the user holds a view: its death unmaps
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Arena(HostMemory):

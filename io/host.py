@@ -1,19 +1,20 @@
 """The host tier: units that are read once and stay in host memory."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from .arena import Arena, HostMemory
+from .closing import Closing
+from .filling import fill, side_by_side
 from .header import FileStamp
 from .layout import Layout
-from .loader import Loader, UnitLoad
+from .loader import Loader
 from .reader import Reader
 from .shared import SharedArena
 
 
-class HostTier:
+class HostTier(Closing):
     """Holds `units` (numbers into `layouts`) side by side. They are read in parallel
     while this is made; `progress(done_bytes, total_bytes)` is called as they come.
 
@@ -40,12 +41,8 @@ class HostTier:
         self._reader = reader
         self._bounce_bytes = bounce_bytes
         self._progress = progress
-        self.offsets: dict[int, int] = {}
+        self.offsets, nbytes = side_by_side({u: layouts[u].nbytes for u in units})
         """Where each unit lies in `memory`."""
-        nbytes = 0
-        for unit in units:
-            self.offsets[unit] = nbytes
-            nbytes += layouts[unit].nbytes
         self.memory: HostMemory
         if shared:
             shared_memory = SharedArena(
@@ -69,33 +66,20 @@ class HostTier:
     def close(self) -> None:
         self.memory.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _fill(self, memory: HostMemory) -> None:
         loader = Loader(
             self._layouts, memory, self._reader, bounce_bytes=self._bounce_bytes
         )
-        loads: list[UnitLoad] = []
         try:
-            for unit, offset in self.offsets.items():
-                loads.append(loader.load(unit, offset))
-            done = 0
-            for unit, load in zip(self.offsets, loads, strict=True):
-                load.wait()
-                done += self._layouts[unit].nbytes
-                self._progress(done, memory.nbytes)
-        finally:  # nothing may write into memory that is given back
-            for load in loads:
-                load.wait_quietly()
+            fill(
+                (
+                    (self._layouts[unit].nbytes, partial(loader.load, unit, offset))
+                    for unit, offset in self.offsets.items()
+                ),
+                self._progress,
+                total_bytes=memory.nbytes,
+            )
+        finally:
             loader.close()
 
     def _key(self, stamps: Mapping[Path, FileStamp]) -> str:

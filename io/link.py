@@ -7,9 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
 
 from .arena import Memory
+from .closing import Closing
 from .device import Device
 from .errors import ClosedError, PenstockError
 from .event import Event
@@ -69,7 +69,7 @@ class _Job:
     given: float
 
 
-class Link:
+class Link(Closing):
     """Copies units from `source` to `target`, memory of `device`, on a stream and in a
     thread of its own. `pace` holds it to a stated speed.
 
@@ -136,12 +136,6 @@ class Link:
             self._jobs.put(None)
         self._thread.join()
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _ask_ahead(self) -> None:
         with self._lock:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
+from functools import partial
 
 from .arena import Memory
+from .closing import Closing
 from .device import Device
-from .link import Link, LinkLoad
+from .filling import fill, side_by_side
+from .link import Link
 from .transfer import Run, Transfer
 
 
-class PeerTier:
+class PeerTier(Closing):
     """Holds `units` side by side in memory of `device`, laid out as in a slot. They are
     read while this is made, over the link that `open_link(memory, device)` opens;
     `progress(done_bytes, total_bytes)` is called as they come.
@@ -29,16 +30,20 @@ class PeerTier:
         progress: Callable[[int, int], None],
     ) -> None:
         self.device = device
-        self.offsets: dict[int, int] = {}
+        self.offsets, nbytes = side_by_side({u: transfers[u].nbytes for u in units})
         """Where each unit stands in `memory`."""
-        nbytes = 0
-        for unit in units:
-            self.offsets[unit] = nbytes
-            nbytes += transfers[unit].nbytes
         self.memory = device.allocate(nbytes)
         try:
             with open_link(self.memory, device) as link:
-                self._fill(link, transfers, progress)
+                fill(
+                    (
+                        (transfers[unit].nbytes, partial(link.load, unit, offset, ()))
+                        for unit, offset in self.offsets.items()
+                    ),
+                    progress,
+                    total_bytes=nbytes,
+                )
+                device.synchronize()
         except BaseException:
             self.memory.close()
             raise
@@ -48,37 +53,6 @@ class PeerTier:
 
     def close(self) -> None:
         self.memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _fill(
-        self,
-        link: Link,
-        transfers: Mapping[int, Transfer],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        loads: list[LinkLoad] = []
-        try:
-            for unit, offset in self.offsets.items():
-                loads.append(link.load(unit, offset, ()))
-            done = 0
-            for unit, load in zip(self.offsets, loads, strict=True):
-                load.wait()
-                done += transfers[unit].nbytes
-                progress(done, self.memory.nbytes)
-        finally:  # nothing may write into memory that is given back
-            for load in loads:
-                load.wait_quietly()
-            self.device.synchronize()
 
 
 def whole(transfer: Transfer) -> Transfer:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from .arena import HostMemory, Memory
 from .event import Event
+from .handle import Handle
 from .layout import Layout
 from .loader import Loader, UnitLoad
 from .pinned import Pinned
@@ -70,19 +71,6 @@ class Kept:
             self._pinned.close()
 
 
-class _Failed:
-    """A load that could not even begin."""
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def wait(self) -> None:
-        raise self._error
-
-    def wait_quietly(self) -> None:
-        pass
-
-
 class Staged:
     """Units read from disk into a ring of host memory, as many ahead as fit there.
 
@@ -104,18 +92,19 @@ class Staged:
         self._memory = memory
         self._ring = Ring(memory.nbytes)
         self._lock = threading.Lock()
-        self._under_way: deque[tuple[int, UnitLoad | _Failed]] = deque()
+        self._under_way: deque[tuple[int, UnitLoad]] = deque()
 
     def ask(self, unit: int) -> bool:
         with self._lock:
             offset = self._ring.take(self._layouts[unit].nbytes)
             if offset is None:
                 return False
-            load: UnitLoad | _Failed
             try:
                 load = self._loader.load(unit, offset)
-            except Exception as error:
-                load = _Failed(error)
+            except Exception as error:  # raised by who waits for it
+                failed = Handle(1)
+                failed.done(error)
+                load = UnitLoad(self._layouts[unit].name, [failed])
             self._under_way.append((offset, load))
             return True
 

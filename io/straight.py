@@ -1,7 +1,7 @@
 """Units read from disk straight into slots in a GPU's memory, past the host's."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from .arena import Memory
 from .closing import Closing
 from .event import Event
 from .extent import Extent
-from .handle import Handle
+from .handle import Handle, forget_frames
 from .layout import Layout
 from .loader import LoaderStatistics, UnitLoad
 from .transfer import Run, Transfer
@@ -73,25 +73,25 @@ class Straight(Closing):
             for run in transfer.runs
             for extent, start in extents_of(plan, run)
         ]
-        handles = [Handle(1) for _ in parts]
+        handle = Handle(1)
 
         def read() -> None:
-            begun: list[Callable[[], None]] = []
+            under_way: list[Handle] = []
             try:
                 for event in after:
                     event.wait()
                 for extent, where in parts:
                     target = self._target.tensor(where, extent.nbytes)
-                    begun.append(self._reader.submit(extent, target).wait)
-            except BaseException as error:
-                begun += [_raiser(error)] * (len(parts) - len(begun))
-            for handle, wait in zip(handles, begun, strict=True):
-                try:
-                    wait()
-                except BaseException as error:
-                    handle.done(error)
-                else:
-                    handle.done()
+                    under_way.append(self._reader.submit(extent, target))
+                for part in under_way:
+                    part.wait()
+            except BaseException as error:  # raised by whoever waits for the unit
+                for part in under_way:
+                    part.wait_quietly()
+                forget_frames(error)
+                handle.done(error)
+            else:
+                handle.done()
 
         self._pool.submit(read)
         with self._lock:
@@ -99,7 +99,7 @@ class Straight(Closing):
             self._statistics = LoaderStatistics(
                 s.bytes_loaded + plan.stored_bytes, s.num_loads + 1, 0, 0
             )
-        return UnitLoad(plan.name, handles)
+        return UnitLoad(plan.name, [handle])
 
     def statistics(self) -> LoaderStatistics:
         with self._lock:
@@ -108,10 +108,3 @@ class Straight(Closing):
     def close(self) -> None:
         """Finishes what is under way and ends the thread."""
         self._pool.shutdown(wait=True)
-
-
-def _raiser(error: BaseException) -> Callable[[], None]:
-    def fail() -> None:
-        raise error
-
-    return fail

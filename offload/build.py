@@ -20,21 +20,14 @@ from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .buffers import MovedBuffers
-from .division import (
-    capacity_of,
-    check_least,
-    check_overlap,
-    check_slots,
-    divide,
-    needs,
-)
+from .division import Division, capacity_of, check_least, check_overlap, divide
 from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
 from .policy import Policy
 from .rows import RowGatherer
 from .sites import Found, Place
-from .tiers import Tiers, open_device, transfers_of
+from .tiers import Tiers, open_device, transfer_of
 
 if TYPE_CHECKING:
     from .compilation import Compilation
@@ -59,15 +52,16 @@ def build(
     capacity = capacity_of(
         policy, nbytes, alignment=alignment, free_bytes=device.free_bytes()
     )
+    transfer = partial(transfer_of, device, policy)
     divided = partial(
-        divide, model, places, recipes, nbytes, gathered, policy, alignment
+        divide, model, places, recipes, nbytes, gathered, policy, transfer, alignment
     )
-    found, layouts = divided(capacity)
+    division = divided(capacity)
     check_least(divided, capacity)
-    transfers = transfers_of(layouts, device, policy)
-    fallbacks = check_overlap(found, layouts, capacity)
-    check_slots(found, [plan.nbytes for plan in transfers], capacity)
-    placement = _placement(found, transfers, device, capacity, policy)
+    fallbacks = check_overlap(division, capacity)
+    found, layouts = division.found, division.layouts
+    transfers = division.transfers
+    placement = _placement(division, device, capacity, policy)
     tiers = Tiers(checkpoint, layouts, transfers, placement, device, capacity, policy)
     with ExitStack() as opened:  # what fails leaves nothing open
         opened.callback(tiers.close)
@@ -134,13 +128,10 @@ def _move_buffers(
 
 
 def _placement(
-    found: Found,
-    transfers: list[Transfer],
-    device: Device,
-    capacity: int,
-    policy: Policy,
+    division: Division, device: Device, capacity: int, policy: Policy
 ) -> tuple[str, ...]:
     """The tier of each unit. What is always needed is loaded from disk, once."""
+    found, transfers = division.found, division.transfers
     streamed = [
         index
         for index, unit in enumerate(found.units)
@@ -150,7 +141,7 @@ def _placement(
     tiers = place(
         [transfers[unit].nbytes for unit in streamed],
         [found.units[unit].name for unit in streamed],
-        budgets=_budgets(found, transfers, device, capacity, policy),
+        budgets=_budgets(division, device, capacity, policy),
         rules={
             rule: first_peer if tier == "peer" else tier
             for rule, tier in policy.placement.items()
@@ -161,30 +152,23 @@ def _placement(
 
 
 def _budgets(
-    found: Found,
-    transfers: list[Transfer],
-    device: Device,
-    capacity: int,
-    policy: Policy,
+    division: Division, device: Device, capacity: int, policy: Policy
 ) -> dict[str, int]:
     """Bytes of each tier, the fastest first."""
     host = {"host": policy.host_memory or 0}
-    room = _room_to_stay(found, transfers, capacity, policy.lookahead)
+    room = _room_to_stay(division, capacity, policy.lookahead)
     rest = {"device": room, **policy.peer}
     is_in_place = device.is_host and "host" not in policy.links
     return {**host, **rest} if is_in_place else {**rest, **host}
 
 
-def _room_to_stay(
-    found: Found, transfers: list[Transfer], capacity: int, lookahead: int
-) -> int:
+def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
     """Bytes of the working set that units may keep for good: all of them if the model
     fits; else beside the largest part, each part that is fetched meanwhile has room."""
-    sizes = [plan.nbytes for plan in transfers]
-    resident, by_site = needs(found, sizes)
+    resident, by_site = division.needs()
     streamed = sum(
-        size
-        for unit, size in zip(found.units, sizes, strict=True)
+        plan.nbytes
+        for unit, plan in zip(division.found.units, division.transfers, strict=True)
         if unit.sites and not unit.is_resident
     )
     if resident + streamed <= capacity:

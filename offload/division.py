@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from ..io.errors import DoesNotFitError
 from ..io.extent import align_down
 from ..io.layout import Layout, layout
 from ..io.recipe import Recipe
+from ..io.transfer import Transfer
 from .memory import available_bytes
 from .policy import Policy
 from .sites import Found, Place, find
@@ -35,6 +37,20 @@ def capacity_of(
     return align_down(wanted, alignment)
 
 
+@dataclass(frozen=True)
+class Division:
+    """The units of a model: how each lies in its files, and how in a slot."""
+
+    found: Found
+    layouts: list[Layout]
+    transfers: list[Transfer]
+
+    def needs(self) -> tuple[int, list[int]]:
+        """Bytes of slots of the resident units, and those that each site needs at
+        once."""
+        return needs(self.found, [plan.nbytes for plan in self.transfers])
+
+
 def divide(
     model: nn.Module,
     places: Mapping[str, list[Place]],
@@ -42,9 +58,10 @@ def divide(
     nbytes: Mapping[str, int],
     gathered: frozenset[str],
     policy: Policy,
+    transfer_of: Callable[[Layout], Transfer],
     alignment: int,
     capacity: int,
-) -> tuple[Found, list[Layout]]:
+) -> Division:
     """Blocks as they are, where two fit beside what is resident; finer where not. What
     cannot be divided (a head) may be larger."""
     limit = capacity
@@ -67,14 +84,15 @@ def divide(
             )
             for unit in found.units
         ]
-        resident, by_site = _needs(found, layouts)
+        division = Division(found, layouts, [transfer_of(plan) for plan in layouts])
+        resident, by_site = division.needs()
         room = (capacity - resident) // 2
         is_coarse = any(
             nbytes > room and any(True for _ in site.module.children())
             for site, nbytes in zip(found.sites, by_site, strict=True)
         )
         if not is_coarse or limit <= 1:
-            return found, layouts
+            return division
         limit = max(1, min(room, limit * 3 // 4))
 
 
@@ -90,18 +108,12 @@ def needs(found: Found, sizes: Sequence[int]) -> tuple[int, list[int]]:
     return resident, by_site
 
 
-def _needs(found: Found, layouts: list[Layout]) -> tuple[int, list[int]]:
-    return needs(found, [plan.nbytes for plan in layouts])
-
-
-def check_least(
-    divide: Callable[[int], tuple[Found, list[Layout]]], capacity: int
-) -> None:
+def check_least(divide: Callable[[int], Division], capacity: int) -> None:
     """A larger budget keeps more resident and so needs more: the least that works is
     the first that does with what it asks for itself."""
     least = capacity
     while True:
-        resident, by_site = _needs(*divide(least))
+        resident, by_site = divide(least).needs()
         largest = max(by_site, default=0)
         if resident + largest <= least:
             break
@@ -114,24 +126,11 @@ def check_least(
         )
 
 
-def check_slots(found: Found, sizes: Sequence[int], capacity: int) -> None:
-    """Slots of a GPU are laid out otherwise than files: they must fit, too."""
-    resident, by_site = needs(found, sizes)
-    least = resident + max(by_site, default=0)
-    if least > capacity:
-        raise DoesNotFitError(
-            f"device_memory of {capacity} bytes is too small for slots on a GPU: set "
-            f"device_memory to at least {least}"
-        )
-
-
-def check_overlap(
-    found: Found, layouts: list[Layout], capacity: int
-) -> tuple[str, ...]:
+def check_overlap(division: Division, capacity: int) -> tuple[str, ...]:
     """What is to be announced where two of the largest parts do not fit together."""
-    resident, by_site = _needs(found, layouts)
+    resident, by_site = division.needs()
     largest = max(by_site, default=0)
-    if resident + 2 * largest > capacity and len(found.sites) > 1:
+    if resident + 2 * largest > capacity and len(by_site) > 1:
         message = (
             f"no room to fetch beside the largest part: device_memory of "
             f"{resident + 2 * largest} bytes would overlap reading and computing "

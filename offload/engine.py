@@ -145,9 +145,10 @@ class Engine:
 
     def _free_bytes(self) -> int:
         """Of the memory that suspended micro-batches take."""
+        if self.policy.activations == "host":
+            return available_bytes()
         on_gpu = self._tiers.device.free_bytes()
-        is_there = on_gpu is not None and self.policy.activations == "device"
-        return on_gpu if is_there and on_gpu is not None else available_bytes()
+        return available_bytes() if on_gpu is None else on_gpu
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
         """The name of the tensor that a module's `parameters` hold under `key`."""

@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from ..io.closing import Closing
 from ..io.errors import InputError, OutputError
 
 
@@ -58,7 +58,7 @@ def _row(line: bytes, number: int) -> dict[str, Any]:
     return row
 
 
-class ResultWriter:
+class ResultWriter(Closing):
     """Writes results to `path` by way of `path.partial`: the final name appears when
     all are there; what was written before a failure stays under the partial one."""
 
@@ -96,17 +96,6 @@ class ResultWriter:
         """Leaves the partial file as it is."""
         with contextlib.suppress(OSError):  # the failure to write was raised already
             self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _failure(self, error: OSError) -> OutputError:
         return OutputError(

@@ -1,6 +1,6 @@
 """The sweeps over one model: those that are open, and what the closed ones counted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..scheduler.sweep import Sweep
 
@@ -19,9 +19,7 @@ class SweepsStatistics:
         held = sweep.statistics().held_bytes_per_micro_batch
         held = max(self.held_bytes_per_micro_batch, held)
         if sweep.evacuation is None:
-            return SweepsStatistics(
-                held, self.bytes_out, self.bytes_in, self.num_buffers
-            )
+            return replace(self, held_bytes_per_micro_batch=held)
         moved = sweep.evacuation.statistics()
         return SweepsStatistics(
             held,

@@ -45,16 +45,11 @@ def open_device(name: str) -> Device:
     return CpuDevice() if name == "cpu" else CudaDevice(name)
 
 
-def transfers_of(
-    layouts: Sequence[Layout], device: Device, policy: Policy
-) -> list[Transfer]:
-    """How each unit is laid out in a slot of `device`."""
+def transfer_of(device: Device, policy: Policy, plan: Layout) -> Transfer:
+    """How a unit is laid out in a slot of `device`."""
     if device.is_host:
-        return [as_it_lies(plan) for plan in layouts]
-    gap = policy.io.max_gap
-    return [
-        packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=gap) for plan in layouts
-    ]
+        return as_it_lies(plan)
+    return packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=policy.io.max_gap)
 
 
 def _version(package: str) -> str:
@@ -83,7 +78,7 @@ class Tiers(Closing):
         self.links: list[Link] = []
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
-        self._pinned_bytes = 0
+        self._pinned: list[Pinned] = []
         self._straight: GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
@@ -266,15 +261,17 @@ class Tiers(Closing):
 
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
         asked = self._policy.pinned_memory
-        left = memory.nbytes if asked == "auto" else asked - self._pinned_bytes
-        pinned = device.pin(memory, max(left, 0))
+        self._pinned = [p for p in self._pinned if p.pinned_bytes]  # closed ones not
+        used = sum(pinned.pinned_bytes for pinned in self._pinned)
+        left = memory.nbytes if asked == "auto" else max(asked - used, 0)
+        pinned = device.pin(memory, left)
         if pinned is not None:
-            self._pinned_bytes += pinned.pinned_bytes
+            self._pinned.append(pinned)
             self._note(pinned.fallback)
         return pinned
 
     def _note(self, fallback: str | None) -> None:
-        if fallback is not None:
+        if fallback is not None and fallback not in self.fallbacks:
             self.fallbacks.append(fallback)
             _log.warning(fallback)
 

@@ -7,9 +7,9 @@ turns.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
+from ..io.closing import Closing
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission
 from .evacuation import Evacuation
@@ -42,7 +42,7 @@ class SweepStatistics:
     """Activations: the most that any one was seen to keep while it waited."""
 
 
-class Sweep:
+class Sweep(Closing):
     """Runs micro-batches in lock-step over one model; closed by `with`.
 
     `width` bounds how many are in flight; `activation_bytes` bounds what they may keep
@@ -149,17 +149,6 @@ class Sweep:
         if self._hub is not None and self._hub.can_stop:
             self._end(self._hub)
         self._close_evacuation()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> Hub:
         return Hub(

@@ -1,0 +1,44 @@
+"""Fills memory with units that stay there, side by side."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+
+class Filling(Protocol):
+    """A load under way."""
+
+    def wait(self) -> None: ...
+
+    def wait_quietly(self) -> None: ...
+
+
+def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
+    """The offset of each unit of `sizes` bytes, and the bytes of all."""
+    offsets: dict[int, int] = {}
+    nbytes = 0
+    for unit, size in sizes.items():
+        offsets[unit] = nbytes
+        nbytes += size
+    return offsets, nbytes
+
+
+def fill(
+    loads: Iterable[tuple[int, Callable[[], Filling]]],
+    progress: Callable[[int, int], None],
+    *,
+    total_bytes: int,
+) -> None:
+    """Starts all `loads` (bytes, how to start), then waits for each and says so. When
+    this returns or raises, nothing is under way."""
+    begun: list[tuple[int, Filling]] = []
+    try:
+        for nbytes, start in loads:
+            begun.append((nbytes, start()))
+        done = 0
+        for nbytes, load in begun:
+            load.wait()
+            done += nbytes
+            progress(done, total_bytes)
+    finally:
+        for _, load in begun:
+            load.wait_quietly()
