@@ -189,11 +189,15 @@ class WorkingSet:
         if not self._claim_each(order):
             # Together they may fit where what one of them found in place, or what
             # nobody reads, now stands in the way: start from an emptied arena.
-            for unit in [unit for unit in self._held if self._is_idle(unit)]:
-                self._evict(unit)
-            order = sorted(units, key=lambda unit: -self._sizes[unit])
-            if not self._claim_each(order):
+            idle = {unit for unit in self._held if self._is_idle(unit)}
+            stay = self._held.keys() - idle | self._places.keys()
+            sizes = [self._sizes[unit] for unit in set(units) - stay]
+            if not self._slots.fit_beside(stay, sizes):
                 raise DoesNotFitError(self._why_not(units))
+            for unit in idle:
+                self._evict(unit)
+            claims = self._claim_each(sorted(units, key=lambda u: -self._sizes[u]))
+            assert claims, "they fit beside what stays"
         return [self._held[unit] for unit in units]
 
     def _claim_each(self, units: Sequence[int]) -> bool:

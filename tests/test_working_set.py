@@ -348,6 +348,20 @@ def test_whatever_is_read_fetched_or_kept_in_any_order_the_weights_are_right(
     assert set(working_set.statistics().resident_units) == kept
 
 
+def test_an_acquire_that_cannot_fit_throws_nothing_out() -> None:
+    working_set, disk = make([6, 6, 13, 5], 24)
+    checker = Checker(working_set, disk)
+    checker.enter(0)
+    checker.expect([3])
+    checker.enter(1)
+    with pytest.raises(DoesNotFitError):
+        checker.enter(2)
+    loads = len(disk.loads)
+    checker.enter(3)
+    assert len(disk.loads) == loads, "what was fetched ahead is still there"
+    assert working_set.statistics().num_unused_loads == 0
+
+
 def assert_does_not_fit(
     unit: int, checker: Checker, kept: set[int], disk: FakeDisk, message: str
 ) -> None:
