@@ -1,9 +1,10 @@
 """Each reader against the drive's own speed and the host tier against a plain copy of
 memory, in one run.
 
-Regime: large sequential reads of a cold file, as streaming does them. The ceiling is
-the better of fio with O_DIRECT, where it is installed, and a plain loop of O_DIRECT
-preadv calls into huge pages, over the same file, at the same size and depth. Both are
+Regime: large sequential reads of a cold file, as streaming does them: the reader is
+open already, and its slots' memory was touched before. The ceiling is the better of
+fio with O_DIRECT, where it is installed, and a plain loop of O_DIRECT preadv calls into
+the same memory (huge pages), over the same file, at the same size and depth. Both are
 measured in turns with the readers, round by round: a slow minute is everybody's. Shown
 are medians (of the shares of each round's ceiling, too), and CPU seconds for each GB.
 
@@ -40,6 +41,9 @@ SLOT_BYTES = 256 << 20
 """What is read into, again and again, as a slot is."""
 
 
+Way = Callable[[Path, Case, Arena], float | None]
+
+
 @dataclass(frozen=True)
 class Result:
     way: str
@@ -62,10 +66,7 @@ def timed(act: Callable[[], float | None], path: Path) -> tuple[float, float]:
 
 
 def run(args: argparse.Namespace, path: Path) -> list[Result]:
-    stamps = {path: FileStamp.of(path.stat())}
-    ceilings: dict[str, Callable[[Path, Case], float | None]] = {
-        "plain loop": plain_loop
-    }
+    ceilings: dict[str, Way] = {"plain loop": plain_loop}
     if shutil.which("fio"):
         ceilings["fio"] = fio
     readers = ["threads", "aiofiles"]
@@ -84,14 +85,11 @@ def run(args: argparse.Namespace, path: Path) -> list[Result]:
     rates: dict[Case, list[float]] = defaultdict(list)
     costs: dict[Case, list[float]] = defaultdict(list)
     with Arena(SLOT_BYTES) as arena:
+        arena.tensor(0, SLOT_BYTES).zero_()
         for number in range(args.rounds):
             for case in cases[:: -1 if number % 2 else 1]:
-                act = (
-                    partial(ceilings[case.way], path, case)
-                    if case.way in ceilings
-                    else partial(by_reader, reader_of(case, stamps), path, arena)
-                )
-                rate, cpu = timed(act, path)
+                way = ceilings.get(case.way, by_reader)
+                rate, cpu = timed(partial(way, path, case, arena), path)
                 rates[case].append(rate)
                 costs[case].append(cpu / path.stat().st_size * 1e9)
                 print(f"round {number}: {case}: {rate / 1e9:.3f} GB/s", flush=True)
@@ -137,7 +135,9 @@ def auto(path: Path) -> dict[str, Any]:
     stamps = {path: FileStamp.of(path.stat())}
     names = ["threads"] + (["libaio"] if aio.why_not() is None else [])
     makers = {
-        name: reader_of(Case(name, 8 << 20, 2 if name == "threads" else 8), stamps)
+        name: partial(
+            reader_of, path, Case(name, 8 << 20, 2 if name == "threads" else 8)
+        )
         for name in names
     }
     machine.evict(path)

@@ -81,6 +81,8 @@ class LibaioReader(QueuedReader[memoryview]):
         ]
         self._busy: dict[int, _Lane] = {}
         self._stalled: list[_Lane] = []
+        self._is_fed = True
+        """Whether more parts may come."""
         self._thread = threading.Thread(
             target=self._work, name="penstock-read-aio", daemon=True
         )
@@ -100,36 +102,35 @@ class LibaioReader(QueuedReader[memoryview]):
         self._thread.join()
 
     def _work(self) -> None:
-        is_open = True
         try:
             with self._context:  # closed, it writes into no buffer any more
-                while is_open or self._busy or self._stalled:
-                    is_open = is_open and self._fill()
+                while self._is_fed or self._busy or self._stalled:
+                    self._fill()
                     if self._busy:
                         self._collect()
                     elif self._stalled:
                         time.sleep(_RETRY_SECONDS)
                     self._submit_stalled()
         except BaseException as error:
-            self._give_up(error, is_open)
+            self._give_up(error)
 
-    def _fill(self) -> bool:
-        """Begins as many parts as there are idle lanes. False at the end."""
-        while self._idle:
+    def _fill(self) -> None:
+        """Begins as many parts as there are idle lanes."""
+        while self._is_fed and self._idle:
             try:  # wait only where there is nothing to collect
                 has_work = self._busy or self._stalled
                 part = self._backlog.take(wait=not has_work)
             except queue.Empty:
                 break
             if part is None:
-                return False
+                self._is_fed = False
+                break
             lane = self._idle.pop()
             lane.part, lane.position, lane.num_stalls = part, 0, 0
             del part  # a mapping lives as long as its views
             self._begin(lane)
-        return True
 
-    def _give_up(self, error: BaseException, is_open: bool) -> None:
+    def _give_up(self, error: BaseException) -> None:
         """The kernel's queue is broken: nobody may wait for it for ever."""
         lanes = [*self._busy.values(), *self._stalled]
         self._busy.clear()
@@ -141,7 +142,7 @@ class LibaioReader(QueuedReader[memoryview]):
         for lane in lanes:
             assert lane.part is not None, "a lane in use has a part"
             self._end(lane, _broken(lane.part.extent, error))
-        while is_open and (part := self._backlog.take()) is not None:
+        while self._is_fed and (part := self._backlog.take()) is not None:
             part.fail(_broken(part.extent, error))
             del part
 
@@ -197,6 +198,8 @@ class LibaioReader(QueuedReader[memoryview]):
             lane = self._busy.pop(id(block))
             self._count.add(reads=1)
             self._arrived(lane, result)
+            # At once: drives that end reads together idle until the next one comes.
+            self._fill()
 
     def _submit_stalled(self) -> None:
         stalled, self._stalled = self._stalled, []
