@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .io.errors import PenstockError
+    from .offload.generate import generate
     from .offload.model import load, statistics, sweep, unwrap, wrap
     from .offload.policy import Policy
     from .offload.score import score
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
+    "generate": "offload.generate",
     "load": "offload.model",
     "score": "offload.score",
     "statistics": "offload.model",
@@ -26,6 +28,7 @@ _HOMES = {
 __all__ = [
     "PenstockError",
     "Policy",
+    "generate",
     "load",
     "score",
     "statistics",

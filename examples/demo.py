@@ -14,8 +14,9 @@ from rich.console import Console
 
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.offload.job import ScoreJob
+from penstock.offload.job import Job
 from penstock.offload.show import report_table
+from penstock.offload.work import ScoreWork
 
 HERE = Path(__file__).parent
 
@@ -46,7 +47,8 @@ def main() -> None:
             f"this CPU has no instructions for bfloat16: computing in {dtype}"
         )
     policy = Policy(device_memory=args.device_memory, dtype=dtype)
-    job = ScoreJob(
+    job = Job(
+        ScoreWork(),
         model=folder,
         source=HERE / "texts.jsonl",
         output=args.out / "scores.jsonl",

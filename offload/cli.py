@@ -1,4 +1,4 @@
-"""The command line: `penstock score`, `penstock verify`."""
+"""The command line: `penstock score`, `penstock generate`, `penstock verify`."""
 
 import contextlib
 import json
@@ -7,14 +7,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError
+from .options import Model, PolicyFile, Report, Settings, policy_of, values_of
 from .policy import Policy
+
+if TYPE_CHECKING:
+    from .job import Job
 
 ROWS_WITH_ERRORS = 1
 INTERRUPTED = 130
@@ -31,27 +35,6 @@ checkpoint's own files while many micro-batches run through each layer that is t
 Exit codes: **0** all rows done, **1** rows with errors, **2** bad usage or bad input
 file, **3** the machine cannot do it (and what would).""",
 )
-
-Model = Annotated[
-    Path,
-    typer.Argument(
-        help="Folder of a Hugging Face checkpoint: config.json, *.safetensors, and the "
-        "tokenizer's files."
-    ),
-]
-PolicyFile = Annotated[
-    Path | None,
-    typer.Option("--policy", help="YAML file that says how to stream the model."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Sets one key of the policy, such as device_memory=2GiB, dtype=float32 or "
-        "io.threads=4. Repeatable; wins over the file.",
-    ),
-]
 
 
 @app.callback()
@@ -83,10 +66,7 @@ def score(
     ],
     policy: PolicyFile = None,
     settings: Settings = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Folder for report.json: speed, bytes, what bound the run."),
-    ] = None,
+    report: Report = None,
     window: Annotated[
         int | None,
         typer.Option(
@@ -104,22 +84,91 @@ def score(
     Example: `penstock score ./llama-3b texts.jsonl -o scores.jsonl --set
     device_memory=1GiB --report out/`
     """
-    from .job import ScoreJob
+    from .job import Job
+    from .work import ScoreWork
+
+    work = ScoreWork(window, stride)
+    _run(Job(work, model, source, output, policy_of(policy, settings), report))
+
+
+@app.command()
+def generate(
+    model: Model,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help='JSONL: a row is {"id", "prompt"} or {"id", "messages"}.',
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help='JSONL: {"id", "completion", "tokens", "finish_reason"} or {"id", '
+            '"error"} for each row, in the input\'s order.',
+        ),
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens that a completion may have.")
+    ],
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    report: Report = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A completion ends before this text. Repeatable."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample at this temperature; 0: take the likeliest. Without it, as "
+            "the model's generation_config.json says."
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of what is sampled; each row has its own random state."),
+    ] = 0,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="KEY=VALUE",
+            help="Any other option of transformers' generate, such as top_p=0.9, "
+            "repetition_penalty=1.1 or num_beams=4. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Completes each prompt (or chat) with a language model.
+
+    Example: `penstock generate ./llama-3b prompts.jsonl -o completions.jsonl
+    --max-new-tokens 64 --set device_memory=1GiB --set sequences_in_flight=256`
+    """
+    from .job import Job
+    from .work import GenerateWork
+
+    values = values_of(options)
+    if temperature is not None:
+        values["temperature"] = temperature
+    work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
+    _run(Job(work, model, source, output, policy_of(policy, settings), report))
+
+
+def _run(job: "Job") -> None:
     from .show import report_table
 
     console = Console(stderr=True)
-    job = ScoreJob(
-        model, source, output, _policy(policy, settings), report, window, stride
-    )
     try:
         result = job.run(console)
     except KeyboardInterrupt:
-        _say(f"interrupted: the results so far are in {output}.partial")
+        _say(f"interrupted: the results so far are in {job.output}.partial")
         raise typer.Exit(INTERRUPTED) from None
     if console.is_terminal:
-        console.print(report_table(result, f"{output}"))
+        console.print(report_table(result, f"{job.output}"))
     if result["rows_failed"]:
-        _say(f"{result['rows_failed']} of {result['rows']} rows failed: see {output}")
+        _say(f"{result['rows_failed']} of {result['rows']} rows failed: {job.output}")
         raise typer.Exit(ROWS_WITH_ERRORS)
 
 
@@ -142,7 +191,7 @@ def verify(
     Says which weights are used outside of their module's forward, too. Exit code 1
     when anything differs.
     """
-    chosen = _policy(policy, settings)
+    chosen = policy_of(policy, settings)
     if checksums:
         _verify_checksums(model, chosen)
         return
@@ -188,16 +237,11 @@ def policy(
     ] = False,
 ) -> None:
     """Prints the policy that a file and settings make, defaults and all, as JSON."""
-    chosen = _policy(file, settings)
+    chosen = policy_of(file, settings)
     value: Any = (
         Policy.model_json_schema() if schema else chosen.model_dump(mode="json")
     )
     print(json.dumps(value, indent=2))
-
-
-def _policy(path: Path | None, settings: list[str] | None) -> Policy:
-    chosen = Policy() if path is None else Policy.from_yaml(path)
-    return chosen.with_settings(settings or [])
 
 
 def _say(message: str) -> None:

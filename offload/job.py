@@ -1,4 +1,4 @@
-"""A file of rows in, a file of results out: the scoring job behind the command line."""
+"""A file of rows in, a file of results out: the job behind the command line."""
 
 import time
 from dataclasses import dataclass
@@ -12,21 +12,20 @@ from .model import engine_of, load, unwrap
 from .policy import Policy
 from .progress import JobProgress
 from .report import JobFigures, make_report, write_report
-from .score import ScoreProgress, score
 from .text import load_tokenizer
+from .work import Work
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreJob:
-    """Score the rows of `source` with the checkpoint `model` into `output`."""
+class Job:
+    """Do `work` with the rows of `source` and the checkpoint `model` into `output`."""
 
+    work: Work
     model: Path
     source: Path
     output: Path
     policy: Policy
     report: Path | None = None
-    window: int | None = None
-    stride: int | None = None
 
     def run(self, console: Console) -> dict[str, Any]:
         """Runs the job and returns its report. Raises PenstockError; what was written
@@ -38,19 +37,19 @@ class ScoreJob:
             tokenizer = load_tokenizer(self.model)
             loaded = time.perf_counter()
             with ResultWriter(self.output) as writer:
-                progress = self._write(model, tokenizer, writer, num_rows, console)
+                self._write(model, tokenizer, writer, num_rows, console)
                 writer.finish()
-            engine = engine_of(model)
-            first = engine.first_unit_at
+            seconds = time.perf_counter() - loaded
+            engine, progress = engine_of(model), self.work.progress
+            first, counts = engine.first_unit_at, progress.figures(seconds)
             figures = JobFigures(
                 rows=progress.rows_done,
                 rows_failed=progress.rows_failed,
-                tokens=progress.tokens_done,
-                tokens_padding=progress.tokens_padding,
-                micro_batches=progress.micro_batches_done,
-                seconds=time.perf_counter() - loaded,
+                seconds=seconds,
                 load_seconds=loaded - start,
                 seconds_to_first_unit=None if first is None else first - start,
+                counts=counts,
+                plan=self.work.plan(self.policy, counts["micro_batches"]),
             )
             report = make_report(
                 str(self.model), self.policy, figures, engine.statistics()
@@ -68,26 +67,16 @@ class ScoreJob:
         writer: ResultWriter,
         num_rows: int,
         console: Console,
-    ) -> ScoreProgress:
-        progress = ScoreProgress()
-        engine = engine_of(model)
+    ) -> None:
+        progress, engine = self.work.progress, engine_of(model)
         start = time.perf_counter()
 
         def poll() -> tuple[float, float, str]:
-            done = progress.rows_done + progress.rows_in_flight * engine.pass_fraction
-            rate = progress.tokens_done / (time.perf_counter() - start)
-            remark = f"{progress.rows_done}/{num_rows} rows"
-            return done, num_rows, f"{remark}, {rate:,.0f} tokens/s" if rate else remark
+            done = progress.rows_through(engine.pass_fraction)
+            remark = progress.remark(time.perf_counter() - start)
+            return done, num_rows, f"{progress.rows_done}/{num_rows} rows, {remark}"
 
-        results = score(
-            model,
-            read_rows(self.source),
-            tokenizer=tokenizer,
-            window=self.window,
-            stride=self.stride,
-            progress=progress,
-        )
-        with JobProgress(console, "scoring", poll):
-            for result in results:
+        rows = read_rows(self.source, self.work.row_keys)
+        with JobProgress(console, self.work.title, poll):
+            for result in self.work.results(model, tokenizer, rows):
                 writer.write(result)
-        return progress

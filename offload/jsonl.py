@@ -11,6 +11,9 @@ from typing import Any
 from ..io.closing import Closing
 from ..io.errors import InputError, OutputError
 
+SCORED_KEYS = {"text": '"text"', "prompt": '"prompt" and "completion"'}
+PROMPT_KEYS = {"prompt": '"prompt"', "text": '"text"', "messages": '"messages"'}
+
 
 def count_rows(path: Path) -> int:
     """Rows of the file `path`. Raises InputError when it cannot be read or is empty."""
@@ -26,19 +29,22 @@ def count_rows(path: Path) -> int:
     return rows
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(
+    path: Path, any_of: Mapping[str, str] = SCORED_KEYS
+) -> Iterator[dict[str, Any]]:
     """The rows of `path`; one without an "id" gets its line number (from 1). A line
-    that is no JSON object becomes a row with an "error" that names the line."""
+    that is no JSON object, or has none of the keys `any_of` (and how an error names
+    each), becomes a row with an "error" that names the line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _row(line, number)
+                    yield _row(line, number, any_of)
     except OSError as error:
         raise InputError(f"reading {path} failed: {error.strerror}") from error
 
 
-def _row(line: bytes, number: int) -> dict[str, Any]:
+def _row(line: bytes, number: int, any_of: Mapping[str, str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -47,11 +53,10 @@ def _row(line: bytes, number: int) -> dict[str, Any]:
         return {"id": number, "error": f"line {number} is no JSON: {error}"}
     if not isinstance(row, dict):
         return {"id": number, "error": f"line {number} is no JSON object: {row!r:.40}"}
-    if "text" not in row and "prompt" not in row:
+    if not any_of.keys() & row.keys():
         keys = ", ".join(key for key in row) or "none"
-        row["error"] = (
-            f'line {number} has no "text", nor "prompt" and "completion" (keys: {keys})'
-        )
+        wanted = ", nor ".join(any_of.values())
+        row["error"] = f"line {number} has no {wanted} (keys: {keys})"
     else:
         row.pop("error", None)  # an input's own key is no failure of ours
     row.setdefault("id", number)

@@ -198,6 +198,10 @@ class Policy(_Section):
     tokens_in_flight: PositiveInt = 4096
     """Tokens that share one pass over the weights, when scoring: enough of them make
     streaming free."""
+    micro_batch_sequences: PositiveInt = 8
+    """Rows that run through a unit in one call, when generating."""
+    sequences_in_flight: PositiveInt = 256
+    """Rows that share one pass over the weights for each token they get."""
     logits_memory: Bytes = 64 << 20
     """Bytes of logits (with their float32 copies) that exist at one time, when scoring:
     the head runs in chunks of as many positions."""

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ class JobFigures:
 
     rows: int
     rows_failed: int
-    tokens: int
-    tokens_padding: int
-    micro_batches: int
     seconds: float
     load_seconds: float
     seconds_to_first_unit: float | None
+    counts: Mapping[str, Any]
+    """Tokens, micro-batches and tokens a second."""
+    plan: Mapping[str, int]
+    """What the policy promised."""
 
 
 def what_bound(statistics: Statistics) -> str:
@@ -43,18 +45,14 @@ def make_report(
     import torch
     import transformers
 
-    rate = figures.tokens / figures.seconds if figures.seconds else 0.0
     return {
         "model": model,
         "rows": figures.rows,
         "rows_failed": figures.rows_failed,
-        "tokens": figures.tokens,
-        "tokens_padding": figures.tokens_padding,
-        "micro_batches": figures.micro_batches,
+        **figures.counts,
         "seconds": figures.seconds,
         "load_seconds": figures.load_seconds,
         "seconds_to_first_unit": figures.seconds_to_first_unit,
-        "tokens_per_second": rate,
         "bound_by": what_bound(statistics),
         "passes": statistics.passes,
         "model_bytes": statistics.model_bytes,
@@ -69,7 +67,10 @@ def make_report(
         "peak_device_bytes": statistics.peak_device_bytes,
         "peak_host_bytes": statistics.peak_host_bytes,
         "held_bytes_per_micro_batch": statistics.held_bytes_per_micro_batch,
-        "plan": _plan(policy, figures, statistics),
+        "plan": {
+            **figures.plan,
+            "streamed_bytes_per_pass": statistics.bytes_by_tier["disk"],
+        },
         "faults": dict(statistics.faults),
         "fallbacks": list(statistics.fallbacks),
         "policy": policy.model_dump(),
@@ -78,18 +79,6 @@ def make_report(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-    }
-
-
-def _plan(
-    policy: Policy, figures: JobFigures, statistics: Statistics
-) -> dict[str, int]:
-    """What the policy promises: passes over the weights, and what each reads."""
-    width = max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
-    return {
-        "micro_batches_in_flight": width,
-        "passes": -(-figures.micro_batches // width),
-        "streamed_bytes_per_pass": statistics.bytes_by_tier["disk"],
     }
 
 

@@ -75,6 +75,23 @@ class ScoreProgress:
     tokens_padding: int = 0
     micro_batches_done: int = 0
 
+    def rows_through(self, pass_fraction: float) -> float:
+        """Rows done, and the parts of those under way."""
+        return self.rows_done + self.rows_in_flight * pass_fraction
+
+    def remark(self, seconds: float) -> str:
+        """The speed, in words."""
+        return f"{self.tokens_done / seconds:,.0f} tokens/s"
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """What the report says of the job's tokens."""
+        return {
+            "tokens": self.tokens_done,
+            "tokens_padding": self.tokens_padding,
+            "micro_batches": self.micro_batches_done,
+            "tokens_per_second": self.tokens_done / seconds,
+        }
+
 
 def score(
     model: Any,

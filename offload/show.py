@@ -22,7 +22,13 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     failed = f" ({report['rows_failed']} failed)" if report["rows_failed"] else ""
     weights = report["bytes_by_tier"]
     table.add_row("rows", f"{report['rows']:,}{failed}")
-    table.add_row("tokens", f"{report['tokens']:,}")
+    if "output_tokens" in report:
+        table.add_row("prompt tokens", f"{report['prompt_tokens']:,}")
+        table.add_row("output tokens", f"{report['output_tokens']:,}")
+        rate = report["output_tokens_per_second"]
+        table.add_row("output tokens/s", f"{rate:,.1f}")
+    else:
+        table.add_row("tokens", f"{report['tokens']:,}")
     table.add_row("tokens/s", f"{report['tokens_per_second']:,.1f}")
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
     table.add_row("weights", human_bytes(report["model_bytes"]))

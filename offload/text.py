@@ -1,4 +1,4 @@
-"""From rows of text to token ids, and which of them are to be scored."""
+"""From rows of text to token ids: which are to be scored, or to be gone on from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ..io.errors import UsageError
 
 
 class RowError(ValueError):
-    """A row that cannot be scored; the job goes on without it."""
+    """A row that nothing can be made of; the job goes on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,35 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
             "has nothing before it"
         )
     return TokenRow(ids, 1)
+
+
+def tokenize_prompt(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens of `{"prompt"}`, of `{"text"}`, or of the chat `{"messages"}` as the
+    tokenizer's template writes it. Raises RowError for a row without any."""
+    if "messages" in row:
+        return _chat(tokenizer, row["messages"])
+    text = _string(row, "prompt" if "prompt" in row else "text")
+    ids = tuple(tokenizer(text)["input_ids"])
+    if not ids:
+        raise RowError("the prompt has no tokens: there is nothing to go on from")
+    return ids
+
+
+def _chat(tokenizer: Any, messages: Any) -> tuple[int, ...]:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise RowError(
+            'the row has "messages", but the tokenizer has no chat template: give '
+            'it a "prompt"'
+        )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # whatever the template makes of it
+        raise RowError(
+            f"the chat template does not take these messages: {error}"
+        ) from error
+    return tuple(encoded["input_ids"])
 
 
 def _completion(tokenizer: Any, prompt: str, completion: str) -> TokenRow:

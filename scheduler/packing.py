@@ -3,19 +3,30 @@
 from collections.abc import Sequence
 
 
-def pack(lengths: Sequence[int], *, max_tokens: int) -> tuple[tuple[int, ...], ...]:
+def pack(
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    max_rows: int | None = None,
+    min_fill: float = 0.0,
+) -> tuple[tuple[int, ...], ...]:
     """Groups rows (by index) so that each group, padded to its longest row, has at most
     `max_tokens` tokens; a longer row gets a group of its own. Longest rows first: what
     needs most memory is met at once, and the short ones fill the end.
 
-    Rows of one length share groups first, so padding is least.
+    Rows of one length share groups first, so padding is least. A group has at most
+    `max_rows`, none of them shorter than `min_fill` (0 to 1) of its longest.
     """
     if max_tokens < 1:
         raise ValueError(f"a micro-batch of {max_tokens} tokens holds nothing")
     groups: list[tuple[int, ...]] = []
     group: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
-        if group and (len(group) + 1) * lengths[group[0]] > max_tokens:
+        if group and (
+            (len(group) + 1) * lengths[group[0]] > max_tokens
+            or len(group) == max_rows
+            or lengths[row] < min_fill * lengths[group[0]]
+        ):
             groups.append(tuple(group))
             group = []
         group.append(row)

@@ -1,0 +1,220 @@
+"""Completes rows of prompts: many sequences go on together, token by token, and share
+each pass over the streamed weights."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..io.errors import PenstockError, UsageError
+from ..scheduler.packing import pack
+from .completions import Completions
+from .model import engine_of
+from .text import RowError, context_length, load_tokenizer, tokenize_prompt
+
+# Prompts that are packed together: so many micro-batches, so that lengths match well.
+_POOL_MICRO_BATCHES = 16
+# Of a micro-batch's prompt tokens, at least so many are no padding.
+_MIN_FILL = 0.875
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A row on its way."""
+
+    index: int
+    identity: Any
+    ids: tuple[int, ...] = ()
+    result: dict[str, Any] | None = None
+
+    def fail(self, message: str) -> None:
+        self.result = {"id": self.identity, "error": message}
+
+
+@dataclass(slots=True)
+class GenerateProgress:
+    """How far a job is; updated as it goes."""
+
+    rows_done: int = 0
+    rows_failed: int = 0
+    rows_in_flight: int = 0
+    micro_batches_done: int = 0
+    tokens_padding: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    num_steps: int = 0
+    """Tokens that micro-batches made one after the other, summed over them."""
+    max_new_tokens: int = 1
+
+    def rows_through(self, pass_fraction: float) -> float:
+        """Rows done, and the parts of those under way, at most their share."""
+        made = self.output_tokens / self.max_new_tokens
+        return max(self.rows_done, min(made, self.rows_done + self.rows_in_flight))
+
+    def remark(self, seconds: float) -> str:
+        """The speeds, in words."""
+        return (
+            f"{self.output_tokens / seconds:,.1f} output tokens/s, "
+            f"{self.prompt_tokens / seconds:,.0f} prompt tokens/s"
+        )
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        """What the report says of the job's tokens."""
+        tokens = self.prompt_tokens + self.output_tokens
+        return {
+            "tokens": tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "tokens_padding": self.tokens_padding,
+            "micro_batches": self.micro_batches_done,
+            "tokens_per_second": tokens / seconds,
+            "output_tokens_per_second": self.output_tokens / seconds,
+        }
+
+
+def generate(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    progress: GenerateProgress | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yields a completion for every row, in order, for a `model` from `penstock.load`.
+
+    A row is `{"id", "prompt"}` (or `"text"`), or `{"id", "messages"}` for the
+    tokenizer's chat template; a result is `{"id", "completion", "tokens",
+    "finish_reason"}` or `{"id", "error"}`. `finish_reason` is `stop` where the model
+    ended its text or came to one of the strings `stop`, which is cut off, and `length`
+    after `max_new_tokens`.
+
+    `rows` may be lazy and longer than memory. When a micro-batch of rows has ended, the
+    next ones take its place. `options` are those of transformers' `generate`, such as
+    `temperature` or `num_beams`, on top of the model's generation config. A row is
+    sampled by a generator of its own, seeded by `seed` and its number: what it was
+    batched with does not matter, but for the rounding of products of another width.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
+    if not model.can_generate():
+        raise UsageError(f"{type(model).__name__} does not generate text: score it")
+    job = _Generating(
+        model,
+        Completions(
+            model,
+            tokenizer or load_tokenizer(model.config.name_or_path),
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop),
+            seed=seed,
+            options=options,
+        ),
+        progress or GenerateProgress(),
+    )
+    return job.run(iter(rows))
+
+
+class _Generating:
+    def __init__(
+        self, model: Any, completions: Completions, progress: GenerateProgress
+    ) -> None:
+        self._engine = engine_of(model)
+        self._completions = completions
+        self._progress = progress
+        progress.max_new_tokens = completions.max_new_tokens
+        self._context = None
+        if not model.config.is_encoder_decoder:
+            self._context = context_length(model)
+        policy = self._engine.policy
+        self._max_tokens = policy.micro_batch_tokens
+        self._max_rows = min(policy.micro_batch_sequences, policy.sequences_in_flight)
+        self._width = policy.sequences_in_flight // self._max_rows
+        self._num_rows = 0
+        self._pending: deque[Prompt] = deque()
+
+    def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Results in the order of rows: a row waits for those before it."""
+        with self._engine.sweep(self._width, seed=0) as sweep:
+            for outcome in sweep.run(self._complete, self._micro_batches(rows)):
+                if outcome.error is not None:
+                    raise outcome.error  # ours: a row's own is in its result
+                self._progress.micro_batches_done += 1
+                yield from self._finished()
+        yield from self._finished()
+
+    def _finished(self) -> Iterator[dict[str, Any]]:
+        while self._pending and (result := self._pending[0].result) is not None:
+            self._pending.popleft()
+            self._progress.rows_done += 1
+            self._progress.rows_failed += "error" in result
+            yield result
+
+    def _micro_batches(
+        self, rows: Iterator[Mapping[str, Any]]
+    ) -> Iterator[list[Prompt]]:
+        """Takes rows as they are needed and groups prompts of similar lengths."""
+        wanted = self._max_rows * max(_POOL_MICRO_BATCHES, self._width)
+        while batch := list(islice(rows, wanted)):
+            pool = [
+                prompt for row in batch if (prompt := self._prompt(row)) is not None
+            ]
+            groups = pack(
+                [len(prompt.ids) for prompt in pool],
+                max_tokens=self._max_tokens,
+                max_rows=self._max_rows,
+                min_fill=_MIN_FILL,
+            )
+            for group in groups:
+                yield [pool[index] for index in group]
+
+    def _prompt(self, row: Mapping[str, Any]) -> Prompt | None:
+        """Ready to go on from; None for a row that has failed already."""
+        prompt = Prompt(self._num_rows, row.get("id"))
+        self._num_rows += 1
+        self._pending.append(prompt)
+        try:
+            if "error" in row:
+                raise RowError(str(row["error"]))
+            prompt.ids = tokenize_prompt(self._completions.tokenizer, row)
+            self._check_length(len(prompt.ids))
+        except RowError as error:
+            prompt.fail(str(error))
+            return None
+        return prompt
+
+    def _check_length(self, num_ids: int) -> None:
+        limit = self._completions.max_new_tokens
+        if self._context is not None and num_ids + limit > self._context:
+            raise RowError(
+                f"the prompt has {num_ids} tokens and {limit} may follow, but the "
+                f"model's context is {self._context}: shorten it, or generate at most "
+                f"{max(self._context - num_ids, 0)}"
+            )
+
+    def _complete(self, prompts: list[Prompt]) -> None:
+        """Runs as one micro-batch of the sweep. What the model makes of these rows is
+        their error; what Penstock fails at is the job's."""
+        progress = self._progress
+        progress.rows_in_flight += len(prompts)
+        try:
+            with torch.inference_mode():
+                self._completions.run(prompts, self._count)
+        except PenstockError:
+            raise
+        except Exception as error:
+            for prompt in prompts:
+                prompt.fail(f"the model failed: {type(error).__name__}: {error}")
+        finally:
+            progress.rows_in_flight -= len(prompts)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        progress.prompt_tokens += sum(lengths)
+        progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
+
+    def _count(self, num_rows: int) -> None:
+        self._progress.output_tokens += num_rows
+        self._progress.num_steps += 1

@@ -1,0 +1,297 @@
+"""Completing a file of prompts: the resident model's tokens, in order, whatever the
+rows and whoever is beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import penstock
+from checkpoint import make_checkpoint
+from penstock import Policy
+from penstock.io.errors import UsageError
+from penstock.offload.decoding import RowSampler
+from penstock.offload.generate import GenerateProgress
+from test_score import read, run, settings
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+PROMPTS = [
+    "The quick brown fox",
+    "import os\nprint(",
+    "Two words",
+    "A",
+    "Zwölf Boxkämpfer jagen Viktor quer über den",
+    "The quick brown dog",
+    "Once upon a time there was",
+]
+ROWS = [{"id": number, "prompt": text} for number, text in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return make_checkpoint(path, "tiny", dtype="float32", shards_of="100KB")
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).train(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def policy(**values: Any) -> Policy:
+    return Policy(device_memory="220KiB", gather_rows=1000, resident_below=10, **values)
+
+
+def alone(resident: Any, tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """New tokens of one prompt by transformers' own `generate`."""
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.inference_mode():
+        found = resident.generate(ids, **options)
+    return found[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def completions(folder: Path, rows: Any = ROWS, **options: Any) -> list[dict[str, Any]]:
+    values = options.pop("policy", {})
+    with penstock.load(folder, policy(**values)) as model:
+        return list(penstock.generate(model, rows, **options))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("in_flight", [1, 4, 256])
+def test_completions_are_the_resident_models(
+    rows: int, in_flight: int, folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    found = completions(
+        folder,
+        max_new_tokens=9,
+        policy={"micro_batch_sequences": rows, "sequences_in_flight": in_flight},
+    )
+    assert [result["id"] for result in found] == list(range(len(PROMPTS)))
+    for text, result in zip(PROMPTS, found, strict=True):
+        ids = alone(resident, tokenizer, text, max_new_tokens=9, do_sample=False)
+        assert result["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert result["tokens"] == len(ids)
+
+
+def eos_of(resident: Any, tokenizer: Any, text: str, place: int) -> int:
+    """A token that the greedy completion of `text` has at `place`, and not before."""
+    ids = alone(resident, tokenizer, text, max_new_tokens=9, do_sample=False)
+    assert ids[place] not in ids[:place]
+    return ids[place]
+
+
+def test_a_row_that_ends_is_done_and_the_others_go_on(
+    folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    end = eos_of(resident, tokenizer, PROMPTS[0], 3)
+    found = completions(folder, max_new_tokens=9, eos_token_id=end)
+    assert (found[0]["tokens"], found[0]["finish_reason"]) == (4, "stop")
+    for text, result in zip(PROMPTS, found, strict=True):
+        ids = alone(
+            resident,
+            tokenizer,
+            text,
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=end,
+        )
+        assert result["tokens"] == len(ids)
+        assert result["finish_reason"] == ("stop" if ids[-1] == end else "length")
+    assert {result["finish_reason"] for result in found} == {"stop", "length"}
+
+
+def test_a_stop_string_ends_a_row_and_is_cut_off(
+    folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    ids = alone(resident, tokenizer, PROMPTS[0], max_new_tokens=9, do_sample=False)
+    text = tokenizer.decode(ids)
+    stop = text[4:6]
+    (found,) = completions(folder, ROWS[:1], max_new_tokens=9, stop=[stop])
+    assert found["completion"] == text[: text.find(stop)]
+    assert found["finish_reason"] == "stop"
+    assert found["tokens"] < 9
+
+
+def test_samples_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:
+    options = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 50, "seed": 3}
+    wide = completions(folder, **options)
+    narrow = completions(
+        folder,
+        policy={"micro_batch_sequences": 1, "sequences_in_flight": 2},
+        **options,
+    )
+    assert wide == narrow
+    twice = completions(folder, [ROWS[0], ROWS[0]], **options)
+    assert twice[0]["completion"] != twice[1]["completion"]
+    other = completions(folder, **{**options, "seed": 4})
+    assert [r["completion"] for r in other] != [r["completion"] for r in wide]
+    greedy = completions(folder, max_new_tokens=6, temperature=0)
+    assert [r["completion"] for r in greedy] != [r["completion"] for r in wide]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).log_softmax(-1)
+    counts = torch.zeros(4)
+    sampler = RowSampler([7])
+    for _ in range(4_000):
+        counts[sampler(torch.empty(1, 0), scores).argmax(-1)] += 1
+    assert torch.allclose(counts / 4_000, scores[0].exp(), atol=0.03)
+    assert counts[3] == 0
+
+
+def test_beams_and_several_completions_are_transformers_own(
+    folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    found = completions(folder, ROWS[:3], max_new_tokens=5, num_beams=3)
+    for text, result in zip(PROMPTS, found, strict=False):
+        ids = alone(resident, tokenizer, text, max_new_tokens=5, num_beams=3)
+        assert result["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+    several = completions(
+        folder, ROWS[:2], max_new_tokens=4, temperature=1.0, num_return_sequences=3
+    )
+    assert [len(result["completions"]) for result in several] == [3, 3]
+    assert all(len(set(result["completions"])) > 1 for result in several)
+
+
+def test_weights_are_read_once_for_all_sequences_in_flight(folder: Path) -> None:
+    rows = [{"id": n, "prompt": "The quick brown fox"} for n in range(16)]
+    read_bytes = {}
+    for in_flight in (4, 16):
+        values = {"micro_batch_sequences": 2, "sequences_in_flight": in_flight}
+        with penstock.load(folder, policy(**values)) as model:
+            progress = GenerateProgress()
+            list(penstock.generate(model, rows, max_new_tokens=8, progress=progress))
+            statistics = penstock.statistics(model)
+        assert progress.output_tokens == 16 * 8
+        assert statistics.passes == 8 * 16 // in_flight
+        read_bytes[in_flight] = statistics.bytes_loaded / progress.output_tokens
+    assert read_bytes[4] == pytest.approx(4 * read_bytes[16], rel=0.1)
+
+
+# Rows that nothing can be made of, and mistakes.
+
+
+def test_a_bad_row_is_an_error_of_its_own(folder: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": ""},
+        {"id": "b", "prompt": "fine"},
+        {"id": "c", "prompt": "word " * 2_000},
+        {"id": "d", "messages": [{"role": "user", "content": "hi"}]},
+        {"id": "e", "prompt": 5},
+    ]
+    found = completions(folder, rows, max_new_tokens=3)
+    assert [result["id"] for result in found] == list("abcde")
+    assert found[1]["tokens"] == 3
+    errors = [result.get("error", "") for result in found]
+    assert not errors[0], "the tokenizer's start of text is something to go on from"
+    assert "the model's context is" in errors[2]
+    assert "no chat template" in errors[3]
+    assert "not a string" in errors[4]
+
+
+def test_a_chat_is_written_by_the_tokenizers_template(
+    folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}]
+    (found,) = completions(folder, rows, max_new_tokens=5, tokenizer=tokenizer)
+    encoded = tokenizer("user: hi\nassistant:", add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        ids = resident.generate(
+            torch.tensor([encoded]), max_new_tokens=5, do_sample=False
+        )[0, len(encoded) :]
+    assert found["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 3, "temprature": 2}, "no option 'temprature'"),
+        ({"max_new_tokens": 3, "early_stopping": "x"}, "do not go together: .*early"),
+    ],
+)
+def test_a_mistaken_option_is_one_sentence(
+    options: dict[str, Any], says: str, folder: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        completions(folder, **options)
+
+
+# The command line.
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., Path]:
+    def write(*rows: Any) -> Path:
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def test_the_command_writes_completions_and_a_report(
+    folder: Path, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run(
+        "generate",
+        folder,
+        source(*ROWS),
+        "-o",
+        out,
+        "--max-new-tokens",
+        4,
+        "--report",
+        tmp_path,
+        *settings(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert read(out) == completions(folder, max_new_tokens=4)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["output_tokens"] == 4 * len(ROWS)
+    assert report["prompt_tokens"] > len(ROWS)
+    assert report["tokens"] == report["output_tokens"] + report["prompt_tokens"]
+    assert report["passes"] == report["plan"]["passes"] == 4
+
+
+def test_the_command_names_bad_lines_and_goes_on(
+    folder: Path, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ("-o", out, "--max-new-tokens", 2, *settings())
+    done = run("generate", folder, source({"id": 1}, ROWS[1]), *arguments)
+    assert done.returncode == 1
+    error, fine = read(out)
+    assert 'line 1 has no "prompt", nor "text", nor "messages"' in error["error"]
+    assert fine["tokens"] == 2
+
+
+def test_the_command_takes_any_option_of_generate(
+    folder: Path, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ("-o", out, "--max-new-tokens", 4, "--option", "num_beams=3")
+    done = run("generate", folder, source(*ROWS[:2]), *arguments, *settings())
+    assert done.returncode == 0, done.stderr
+    assert read(out) == completions(folder, ROWS[:2], max_new_tokens=4, num_beams=3)
+    done = run("generate", folder, source(*ROWS[:2]), *arguments, "--option", "x")
+    assert done.returncode == 2
+    assert "write key=value" in done.stderr
