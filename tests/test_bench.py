@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import make_checkpoint
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -33,3 +35,32 @@ def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     assert all(c["bytes_per_second"] > 0 for c in copied.values())
     assert json.loads((tmp_path / "tiers.json").read_text()) == found
     assert (tmp_path / "tiers.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_completions_compares_all_its_contenders(
+    tmp_path: Path,
+) -> None:
+    make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
+    command = [sys.executable, str(BENCH / "generate.py"), "--model"]
+    options = "--prompt 6 --new 4 --sequences 8 --rows 16 --ragged --device-memory 1MiB"
+    contenders = ["streamed", "fixed", "resident", "streamed:micro_batch_sequences=1"]
+    done = subprocess.run(
+        [
+            *command,
+            str(tmp_path / "tiny"),
+            *options.split(),
+            "--contenders",
+            *contenders,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = {row["name"]: row for row in found["results"]}
+    assert set(rows) == set(contenders)
+    assert all(row["output_tokens"] == 16 * 4 for row in rows.values())
+    assert rows["streamed"]["passes"] == rows["fixed"]["passes"] == 8
+    assert set(found["equal"].values()) == {1.0}

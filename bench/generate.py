@@ -1,0 +1,242 @@
+"""Completions: streamed against resident, refilled against fixed batches, and against
+accelerate's disk offload, on one checkpoint in one run.
+
+Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences` in
+flight. The ceiling is the sum over all passes of what the matrix products of its tokens
+need at the measured rate, or what reading the weights once needs at the measured
+O_DIRECT rate, whichever is more. Output tokens and all tokens a second are shown apart,
+beside counts that noise cannot move: passes, and weight bytes for each output token.
+
+Every run is a process of its own, the checkpoint thrown out of the page cache before
+it; contenders take turns, medians are shown. Greedy completions are compared with the
+resident model's, token for token. The last line is one JSON object.
+
+    python bench/generate.py --contenders streamed resident --prompt 64 --new 16
+    python bench/generate.py --contenders streamed fixed --tail --rows 512
+
+`--tail` lets one token in so many end a completion, drawn at random: long-tailed
+lengths. `--ragged` draws the prompts' lengths between a half of `--prompt` and all.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+import limits
+import machine
+from penstock.io.checkpoint import open_checkpoint
+from penstock.offload.policy import parse_bytes
+from stream import disk_bytes_per_second, run
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+
+def make_work(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    random = Random(0)
+    shortest = args.prompt // 2 if args.ragged else args.prompt
+    prompts = [
+        [
+            random.randrange(5, vocabulary)
+            for _ in range(random.randint(shortest, args.prompt))
+        ]
+        for _ in range(args.rows or args.sequences)
+    ]
+    ends = (
+        random.sample(range(5, vocabulary), vocabulary // args.tail)
+        if args.tail
+        else []
+    )
+    return {"prompts": prompts, "new_tokens": args.new, "ends": ends}
+
+
+def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
+    """What is compared, by name."""
+    common = ["--model", str(args.model), "--work", str(work), "--dtype", args.dtype]
+    settings = [
+        f"device_memory={args.device_memory}",
+        f"sequences_in_flight={args.sequences}",
+        *args.set,
+    ]
+    found = {}
+    for name in args.contenders:
+        if name == "accelerate":
+            python = HERE / "peers" / ".envs" / name / "bin" / "python"
+            script = HERE / "peers" / f"generate_{name}.py"
+            memory = str(parse_bytes(args.device_memory))
+            found[name] = [str(python), str(script), *common, "--cpu-memory", memory]
+            continue
+        mode, _, setting = name.partition(":")
+        worker = [sys.executable, str(HERE / "generate_worker.py"), mode, *common]
+        extra = [setting] if setting else []
+        found[name] = [*worker, "--set", *settings, *extra]
+    return found
+
+
+def ceiling(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, float]:
+    """Seconds that this work takes at the machine's measured rates, if every place is
+    taken in every pass."""
+    checkpoint = open_checkpoint(args.model)
+    embedding = checkpoint.entries["model.embed_tokens.weight"]
+    streamed = checkpoint.num_bytes - embedding.nbytes  # rows of it are looked up
+    parameters = streamed / embedding.dtype.itemsize
+    dtype = getattr(torch, args.dtype)
+    rows = len(work["prompts"])
+    num_groups = -(-rows // args.sequences)
+    wide = machine.matmul_flops_per_second(512, dtype)
+    narrow = machine.matmul_flops_per_second(min(args.sequences, rows), dtype)
+    disk = disk_bytes_per_second(args.model)
+    read = streamed / disk
+    prefill = 2 * parameters * sum(map(len, work["prompts"])) / wide / num_groups
+    step = 2 * parameters * min(args.sequences, rows) / narrow
+    seconds = num_groups * (max(prefill, read) + (args.new - 1) * max(step, read))
+    return {
+        "matmul_flops_per_second": wide,
+        "matmul_flops_per_second_of_a_step": narrow,
+        "disk_bytes_per_second": disk,
+        "read_seconds": read,
+        "prefill_seconds": prefill,
+        "step_seconds": step,
+        "seconds": seconds,
+    }
+
+
+def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one contender's runs."""
+    good = [r for r in runs if "error" not in r]
+    if not good:
+        return {"name": name, "error": runs[0]["error"] if runs else "not run"}
+    found: dict[str, Any] = {"name": name, "runs": len(good)}
+    keys = (
+        "output_tokens",
+        "output_tokens_per_second",
+        "tokens_per_second",
+        "seconds",
+        "cpu_seconds",
+        "load_seconds",
+        "passes",
+        "bytes_loaded",
+        "wait_seconds",
+        "peak_rss_bytes",
+    )
+    for key in keys:
+        values = [r[key] for r in good if r.get(key) is not None]
+        found[key] = statistics.median(values) if values else None
+    if found["bytes_loaded"] is not None:
+        found["bytes_per_token"] = found["bytes_loaded"] / found["output_tokens"]
+    return found
+
+
+def show(rows: list[dict[str, Any]], best_seconds: float) -> None:
+    print(
+        f"\n{'':34}{'out tok/s':>10}{'tok/s':>9}{'seconds':>9}{'ceiling':>9}"
+        f"{'CPU s':>8}{'passes':>8}{'MB/token':>10}{'peak MiB':>10}"
+    )
+    for row in rows:
+        if "error" in row:
+            print(f"{row['name']:34}{row['error']}")
+            continue
+        each = row.get("bytes_per_token")
+        print(
+            f"{row['name']:34}{row['output_tokens_per_second']:10.2f}"
+            f"{row['tokens_per_second']:9.1f}{row['seconds']:9.1f}"
+            f"{best_seconds / row['seconds']:9.1%}{row['cpu_seconds']:8.1f}"
+            f"{'-' if row['passes'] is None else row['passes']:>8}"
+            f"{'-' if each is None else format(each / 1e6, '.2f'):>10}"
+            f"{row['peak_rss_bytes'] / 2**20:10.0f}"
+        )
+
+
+def equal(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float] | None:
+    """Share of completions that are the resident model's, by contender."""
+    if not (known := [r for r in runs.get("resident", []) if "error" not in r]):
+        return None
+    wanted = known[0]["completions"]
+    return {
+        f"{name}, round {number}": sum(
+            a == b for a, b in zip(found["completions"], wanted, strict=True)
+        )
+        / len(wanted)
+        for name, each in runs.items()
+        for number, found in enumerate(each)
+        if "completions" in found
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-3b")
+    parser.add_argument("--size", default="3b", help="made if --model is absent")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["streamed", "resident"],
+        help="streamed, fixed (batch after batch), resident, accelerate; "
+        "streamed:key=value is streamed with one more setting",
+    )
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=16, help="tokens of a completion")
+    parser.add_argument("--sequences", type=int, default=256, help="in flight")
+    parser.add_argument("--rows", type=int, help="prompts in all (default: in flight)")
+    parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--tail", type=int, default=0, help="mean length of the tail")
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--device-memory", default="1GiB")
+    parser.add_argument("--memory-limit", help="of each process, such as 3GiB")
+    parser.add_argument("--set", nargs="*", default=[], help="more of the policy")
+    parser.add_argument("--rounds", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.model.exists():
+        from checkpoint import make_checkpoint
+
+        make_checkpoint(args.model, args.size)
+    config = json.loads((args.model / "config.json").read_text())
+    limit = parse_bytes(args.memory_limit) if args.memory_limit else None
+    facts = machine.card(args.model)
+    print(json.dumps(facts, indent=1))
+    if limit is not None and not limits.is_allowed():
+        print("NO memory limit: this machine allows no cgroup of ours")
+    with tempfile.TemporaryDirectory() as folder:
+        work = make_work(args, config["vocab_size"])
+        path = Path(folder) / "work.json"
+        path.write_text(json.dumps(work))
+        best = ceiling(args, work)
+        print(f"ceiling: {json.dumps(best)}", flush=True)
+        contenders = commands(args, path)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+        for number in range(args.rounds):
+            for name, command in contenders.items():
+                found = run(command, args.model, None if name == "resident" else limit)
+                runs[name].append(found)
+                rate = found.get("output_tokens_per_second", found.get("error"))
+                print(f"round {number}: {name}: {rate} output tokens/s", flush=True)
+    rows = [summarise(name, found) for name, found in runs.items()]
+    show(rows, best["seconds"])
+    shares = equal(runs)
+    if shares is not None:
+        print(f"share of completions that are the resident model's: {shares}")
+    result = {
+        "machine": facts,
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "ceiling": best,
+        "results": rows,
+        "equal": shares,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One run of `bench/generate.py`, in a process of its own. Prints one JSON object."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before anybody imports it
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import penstock
+from penstock import Policy
+from penstock.offload.generate import GenerateProgress
+from penstock.offload.memory import peak_resident_bytes
+
+
+class Numbers:
+    """Plays the tokenizer: a prompt is written as its ids."""
+
+    eos_token_id = None
+    pad_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def options(work: dict[str, Any]) -> dict[str, Any]:
+    if work["ends"]:  # lengths as they come
+        return {"eos_token_id": work["ends"], "temperature": 1.0, "top_k": 0}
+    return {"do_sample": False}
+
+
+def streamed(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    policy = Policy(dtype=args.dtype).with_settings(args.set)
+    rows = [
+        {"id": n, "prompt": " ".join(map(str, p))}
+        for n, p in enumerate(work["prompts"])
+    ]
+    size = len(rows) if args.mode == "streamed" else policy.sequences_in_flight
+    progress = GenerateProgress()
+    start = time.perf_counter()
+    with penstock.load(args.model, policy) as model:
+        loaded, used = time.perf_counter(), time.process_time()
+        found = [
+            result
+            for first in range(0, len(rows), size)
+            for result in penstock.generate(
+                model,
+                rows[first : first + size],
+                max_new_tokens=work["new_tokens"],
+                tokenizer=Numbers(),
+                progress=progress,
+                **options(work),
+            )
+        ]
+        seconds = time.perf_counter() - loaded
+        cpu_seconds = time.process_time() - used
+        statistics = penstock.statistics(model)
+    return {
+        "load_seconds": loaded - start,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "output_tokens": progress.output_tokens,
+        "passes": statistics.passes,
+        "bytes_loaded": statistics.bytes_loaded,
+        "wait_seconds": statistics.wait_seconds,
+        "fallbacks": list(statistics.fallbacks),
+        "completions": [result["completion"] for result in found],
+    }
+
+
+def resident(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    """All prompts as one wide batch, padded on the left."""
+    start = time.perf_counter()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    model.train(False)
+    for parameter in model.parameters():  # mapped files count as loaded when touched
+        parameter.data = parameter.data.clone()
+    loaded, used = time.perf_counter(), time.process_time()
+    longest = max(map(len, work["prompts"]))
+    ids = torch.zeros(len(work["prompts"]), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(work["prompts"]):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    found = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=work["new_tokens"],
+        do_sample=False,
+        pad_token_id=0,
+    )[:, longest:]
+    return {
+        "load_seconds": loaded - start,
+        "seconds": time.perf_counter() - loaded,
+        "cpu_seconds": time.process_time() - used,
+        "output_tokens": found.numel(),
+        "completions": [" ".join(map(str, row)) for row in found.tolist()],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mode", choices=("streamed", "fixed", "resident"))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--set", nargs="*", default=[])
+    args = parser.parse_args()
+    work = json.loads(args.work.read_text())
+    run = resident if args.mode == "resident" else streamed
+    with torch.inference_mode():
+        found = run(args, work)
+    prompt_tokens = sum(map(len, work["prompts"]))
+    found["prompt_tokens"] = prompt_tokens
+    found["output_tokens_per_second"] = found["output_tokens"] / found["seconds"]
+    found["tokens_per_second"] = (found["output_tokens"] + prompt_tokens) / found[
+        "seconds"
+    ]
+    found["peak_rss_bytes"] = peak_resident_bytes()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Complete with transformers and accelerate: one batch of all prompts, weights that do
+not fit `--cpu-memory` loaded from disk by accelerate's hooks at every step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from peer_common import proc_value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cpu-memory", type=int, required=True)
+    parser.add_argument("--batch", type=int, help="prompts of a batch (default: all)")
+    args = parser.parse_args()
+    work = json.loads(args.work.read_text())
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=args.model.resolve().parent) as folder:
+        start = time.perf_counter()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            args.model,
+            dtype=getattr(torch, args.dtype),
+            device_map="auto",
+            max_memory={"cpu": args.cpu_memory},
+            offload_folder=folder,
+        )
+        model.eval()
+        loaded, used = time.perf_counter(), time.process_time()
+        prompts = work["prompts"]
+        size = args.batch or len(prompts)
+        completions: list[str] = []
+        with torch.inference_mode():
+            for first in range(0, len(prompts), size):
+                part = prompts[first : first + size]
+                longest = max(map(len, part))
+                ids = torch.zeros(len(part), longest, dtype=torch.int64)
+                mask = torch.zeros_like(ids)
+                for row, prompt in enumerate(part):
+                    ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                    mask[row, longest - len(prompt) :] = 1
+                found = model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=work["new_tokens"],
+                    do_sample=False,
+                    pad_token_id=0,
+                )[:, longest:]
+                completions += [" ".join(map(str, row)) for row in found.tolist()]
+        seconds = time.perf_counter() - loaded
+        cpu_seconds = time.process_time() - used
+    tokens = len(completions) * work["new_tokens"]
+    print(
+        json.dumps(
+            {
+                "load_seconds": loaded - start,
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "output_tokens": tokens,
+                "output_tokens_per_second": tokens / seconds,
+                "tokens_per_second": (tokens + sum(map(len, prompts))) / seconds,
+                "disk_read_bytes": proc_value("io", "read_bytes"),
+                "peak_rss_bytes": proc_value("status", "VmHWM"),
+                "completions": completions,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
