@@ -10,6 +10,7 @@ from torch import nn
 
 from ..io.errors import FaultError
 from ..io.recipe import Recipe
+from ..scheduler.admission import Width
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
 from ..scheduler.module_state import ModuleState
@@ -123,7 +124,7 @@ class Engine:
             finally:
                 self._working_set.release(unit)
 
-    def sweep(self, width: int | None, seed: int | None) -> Sweep:
+    def sweep(self, width: Width, seed: int | None) -> Sweep:
         """A sweep over this model; ends with it at the latest."""
         limit: int | None
         if self.policy.activation_memory != "auto":

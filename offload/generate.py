@@ -132,14 +132,22 @@ class _Generating:
             self._context = context_length(model)
         policy = self._engine.policy
         self._max_tokens = policy.micro_batch_tokens
-        self._max_rows = min(policy.micro_batch_sequences, policy.sequences_in_flight)
-        self._width = policy.sequences_in_flight // self._max_rows
+        self._in_flight = policy.sequences_in_flight
+        self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._num_rows = 0
         self._pending: deque[Prompt] = deque()
+        self._groups: deque[list[Prompt]] = deque()
+        """Micro-batches that have not started."""
 
     def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
-        with self._engine.sweep(self._width, seed=0) as sweep:
+
+        def has_room() -> bool:
+            self._fill(rows)
+            started = self._progress.rows_in_flight
+            return not self._groups or started + len(self._groups[0]) <= self._in_flight
+
+        with self._engine.sweep(has_room, seed=0) as sweep:
             for outcome in sweep.run(self._complete, self._micro_batches(rows)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result
@@ -157,20 +165,23 @@ class _Generating:
     def _micro_batches(
         self, rows: Iterator[Mapping[str, Any]]
     ) -> Iterator[list[Prompt]]:
-        """Takes rows as they are needed and groups prompts of similar lengths."""
-        wanted = self._max_rows * max(_POOL_MICRO_BATCHES, self._width)
-        while batch := list(islice(rows, wanted)):
-            pool = [
-                prompt for row in batch if (prompt := self._prompt(row)) is not None
-            ]
+        while self._fill(rows):
+            yield self._groups.popleft()
+
+    def _fill(self, rows: Iterator[Mapping[str, Any]]) -> bool:
+        """Takes rows as they are needed and groups prompts of similar lengths; False
+        at the end."""
+        wanted = max(self._max_rows * _POOL_MICRO_BATCHES, self._in_flight)
+        while not self._groups and (batch := list(islice(rows, wanted))):
+            pool = [prompt for prompt in map(self._prompt, batch) if prompt is not None]
             groups = pack(
                 [len(prompt.ids) for prompt in pool],
                 max_tokens=self._max_tokens,
                 max_rows=self._max_rows,
                 min_fill=_MIN_FILL,
             )
-            for group in groups:
-                yield [pool[index] for index in group]
+            self._groups += [[pool[index] for index in group] for group in groups]
+        return bool(self._groups)
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""

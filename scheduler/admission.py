@@ -6,22 +6,27 @@ from a scout, the first one: it goes ahead by two sites, the growth over the sec
 taken for that of every site to come.
 """
 
+from collections.abc import Callable
+
 # A micro-batch's saved stack (10 KB, measured), frames and random state (5 KB).
 _OVERHEAD_BYTES = 16 << 10
 # Keys and values of one block hold at most twice what its hidden states do.
 _MOST_GROWTH = 2
 
+Width = int | Callable[[], bool] | None
+
 
 class Admission:
-    """Bounds the micro-batches in flight: by `width`, and by `activation_bytes` for
-    what they hold together. None bounds nothing.
+    """Bounds the micro-batches in flight: by `width` (a number, or what says whether
+    the next one may start), and by `activation_bytes` for what they hold together. None
+    bounds nothing.
 
     `held_bytes` of a micro-batch at its n-th site come in through `note`, as often as
     `wants` says. Batches differ: all are taken to be like the largest seen.
     """
 
     def __init__(
-        self, *, width: int | None, activation_bytes: int | None, num_sites: int
+        self, *, width: Width, activation_bytes: int | None, num_sites: int
     ) -> None:
         self._width = width
         self._activation_bytes = activation_bytes
@@ -36,7 +41,10 @@ class Admission:
 
     def has_room(self, num_in_flight: int) -> bool:
         """Whether one more may start beside `num_in_flight`."""
-        if self._width is not None and num_in_flight >= self._width:
+        if isinstance(self._width, int):
+            if num_in_flight >= self._width:
+                return False
+        elif self._width is not None and not self._width():
             return False
         if self._activation_bytes is None or num_in_flight == 0:
             return True

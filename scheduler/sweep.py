@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from ..io.closing import Closing
 from ..io.errors import ClosedError, PenstockError
-from .admission import Admission
+from .admission import Admission, Width
 from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
@@ -45,22 +45,23 @@ class SweepStatistics:
 class Sweep(Closing):
     """Runs micro-batches in lock-step over one model; closed by `with`.
 
-    `width` bounds how many are in flight; `activation_bytes` bounds what they may keep
-    alive between units, measured on the first one. A finished one is replaced at once.
+    `width` bounds how many are in flight (a number, or what says whether the next one
+    may start); `activation_bytes` bounds what they may keep alive between units,
+    measured on the first one. A finished one is replaced at once.
     """
 
     def __init__(
         self,
         gate: Gate,
         *,
-        width: int | None,
+        width: Width,
         activation_bytes: int | None,
         seed: int | None,
         devices: tuple[str, ...],
         module_state: ModuleState,
         evacuation: Evacuation | None,
     ) -> None:
-        if width is not None and width < 1:
+        if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
         self._gate = gate
         self._seed = seed

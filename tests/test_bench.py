@@ -43,7 +43,7 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
 ) -> None:
     make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
     command = [sys.executable, str(BENCH / "generate.py"), "--model"]
-    options = "--prompt 6 --new 4 --sequences 8 --rows 16 --ragged --device-memory 1MiB"
+    options = "--prompt 6 --new 4 --sequences 8 --rows 16 --device-memory 1MiB"
     contenders = ["streamed", "fixed", "resident", "streamed:micro_batch_sequences=1"]
     done = subprocess.run(
         [
