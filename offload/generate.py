@@ -142,18 +142,18 @@ class _Generating:
     def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
 
-        def has_room() -> bool:
-            self._fill(rows)
-            started = self._progress.rows_in_flight
-            return not self._groups or started + len(self._groups[0]) <= self._in_flight
-
-        with self._engine.sweep(has_room, seed=0) as sweep:
+        with self._engine.sweep(self._has_room, seed=0) as sweep:
             for outcome in sweep.run(self._complete, self._micro_batches(rows)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result
                 self._progress.micro_batches_done += 1
                 yield from self._finished()
         yield from self._finished()
+
+    def _has_room(self) -> bool:
+        """Whether the next micro-batch, as large as it may be, finds its places."""
+        coming = len(self._groups[0]) if self._groups else self._max_rows
+        return self._progress.rows_in_flight + coming <= self._in_flight
 
     def _finished(self) -> Iterator[dict[str, Any]]:
         while self._pending and (result := self._pending[0].result) is not None:
