@@ -1,99 +1,21 @@
 """What the user asks for. Every default of Penstock stands here and nowhere else."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from platformdirs import user_cache_path
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
-    WithJsonSchema,
 )
 
 from ..io.errors import PolicyError
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_bytes(value: int | str) -> int:
-    """`"2GiB"`, `"1.5 GB"` or a number of bytes. GiB is 2**30, GB is 10**9."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
-    if isinstance(value, int):
-        nbytes = value
-    else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
-        if match is None or match[2].upper() not in _UNITS:
-            known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
-        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
-    if nbytes <= 0:
-        raise ValueError(f"{value!r} must be more than nothing")
-    return nbytes
-
-
-def _bytes_or_auto(value: Any) -> Any:
-    return value if value == "auto" else parse_bytes(value)
-
-
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})]
-AutoBytes = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_bytes_or_auto),
-    WithJsonSchema({**_SIZE_SCHEMA}),
-]
-
-
-_DEVICE = r"^(cpu|cuda(:\d+)?)$"
-
-
-def _device(text: str) -> str:
-    if re.fullmatch(_DEVICE, text) is None:
-        raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
-    return text
-
-
-def _tier(text: str) -> str:
-    if text not in _TIERS and re.fullmatch(_DEVICE, text) is None:
-        raise ValueError(
-            f"{text!r} is no tier: write {', '.join(_TIERS)} or a peer's name (cuda:1)"
-        )
-    return text
-
-
-_TIERS = ("device", "peer", "host", "disk")
-_DeviceName = Annotated[
-    str,
-    AfterValidator(_device),
-    WithJsonSchema({"type": "string", "pattern": _DEVICE}),
-]
-
-
-def _expression(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from None
-    return text
+from .values import AutoBytes, Bytes, DeviceName, Expression, TierName
+from .values import parse_bytes as parse_bytes
 
 
 class _Section(BaseModel):
@@ -127,15 +49,6 @@ class IO(_Section):
     of wrapped modules while they are streamed. None: the user's cache folder."""
 
 
-_Tier = Annotated[
-    str,
-    AfterValidator(_tier),
-    WithJsonSchema(
-        {"type": "string", "pattern": r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$"}
-    ),
-]
-
-
 class Link(_Section):
     """The speed that a link is held to."""
 
@@ -153,7 +66,7 @@ def cache_folder(io: IO) -> Path:
 class Policy(_Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
 
-    device: _DeviceName = "cpu"
+    device: DeviceName = "cpu"
     """The device that computes: `cpu`, `cuda` or `cuda:1`."""
     dtype: str = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
@@ -161,7 +74,7 @@ class Policy(_Section):
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
-    peer: dict[_DeviceName, Bytes] = {}
+    peer: dict[DeviceName, Bytes] = {}
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
     host_memory: Bytes | None = None
@@ -170,7 +83,7 @@ class Policy(_Section):
     host_shared: bool = False
     """Processes of this machine that load the same checkpoint with the same policy
     share one copy of what stays in host memory."""
-    placement: dict[Annotated[str, AfterValidator(_expression)], _Tier] = {}
+    placement: dict[Expression, TierName] = {}
     """Where units are to stay, by regular expressions on their names, the first that
     matches: `device`, `peer` (the first one) or a peer's name, `host`, `disk`. The
     others are spread over these, in this order, as far as there is room."""
