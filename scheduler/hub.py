@@ -24,6 +24,7 @@ from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
 from .thread_state import ThreadState
+from .waiting import Waiting
 
 _log = logging.getLogger("penstock")
 
@@ -59,7 +60,7 @@ class Hub:
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
-        self._waiting: dict[int, deque[MicroBatch]] = {}
+        self._waiting = Waiting()
         self._running: MicroBatch | None = None
         self._is_in_round = False
         self._is_stopping = False
@@ -105,7 +106,7 @@ class Hub:
         self._gate.order.observe(previous, site, is_repeat=site in me.visited)
         me.visited.add(site)
         if not self._gate.doors.is_open(site):
-            self._waiting.setdefault(site, deque()).append(me)
+            self._waiting.add(site, me)
             self._module_state.look(me.index, previous, site)
             me.records_gradients = torch.is_grad_enabled()
             me.wait()
@@ -141,7 +142,7 @@ class Hub:
         try:
             self._admit()
             if self._waiting:
-                self._serve(self._gate.next_of(self._whose_turn()))
+                self._serve(self._gate.next_of(self._waiting.candidates()))
         finally:
             self._is_in_round = False
 
@@ -163,12 +164,12 @@ class Hub:
 
     def _serve(self, site: int) -> None:
         gate = self._gate
-        records_gradients = self._waiting[site][0].records_gradients
+        records_gradients = self._waiting.first(site).records_gradients
         gate.visit(site, self._expected(), records_gradients=records_gradients)
         try:
-            while site in self._waiting:
+            while self._waiting.at(site):
                 was_settled = self._admission.is_settled
-                me = self._take(site)
+                me = self._waiting.take(site)
                 gate.bind_for(site, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
                 if self._admit() and not was_settled and self._admission.is_settled:
@@ -176,29 +177,12 @@ class Hub:
         finally:
             gate.leave(site)
 
-    def _whose_turn(self) -> set[int]:
-        """The sites that come into question: those where somebody waits inside of
-        another site, whose units stay in use meanwhile, else all."""
-        inner = {
-            site
-            for site, queue in self._waiting.items()
-            if any(me.inside for me in queue)
-        }
-        return inner or set(self._waiting)
-
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
         first = self._gate.order.first
         if self._job.expects_more and first is not None:
-            return {*self._waiting, first}
-        return set(self._waiting)
-
-    def _take(self, site: int) -> MicroBatch:
-        queue = self._waiting[site]
-        me = queue.popleft()
-        if not queue:
-            del self._waiting[site]
-        return me
+            return {*self._waiting.sites(), first}
+        return self._waiting.sites()
 
     def _admit(self) -> int:
         """Starts what there is room for; returns how many."""
@@ -254,9 +238,9 @@ class Hub:
         if not self._waiting:
             return None
         site = self._gate.position
-        if site not in self._waiting:
-            site = self._gate.next_of(self._whose_turn())
-        return self._waiting[site][0].index
+        if not self._waiting.at(site):
+            site = self._gate.next_of(self._waiting.candidates())
+        return self._waiting.first(site).index
 
     def _move_out(self, me: MicroBatch) -> None:
         """Who waits leaves the device, unless those two would soon take turns there."""
