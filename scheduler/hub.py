@@ -6,18 +6,16 @@ opens one site at a time, lets in everybody who waits at it, and goes on to the 
 Layer-major order emerges.
 """
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import greenlet
 import torch
 
-from ..io.errors import PenstockError
 from .admission import Admission
+from .coalescing import Coalescing
 from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
@@ -26,10 +24,6 @@ from .module_state import ModuleState
 from .thread_state import ThreadState
 from .waiting import Waiting
 
-_log = logging.getLogger("penstock")
-
-# A micro-batch may catch the exit and call the model again; not for ever.
-_MAX_EXITS = 100
 # What could not be ended stays suspended: were it to die, it would run once more.
 _LEFT_BEHIND: list[MicroBatch] = []
 
@@ -48,6 +42,7 @@ class Hub:
         devices: tuple[str, ...],
         module_state: ModuleState,
         evacuation: Evacuation | None,
+        coalescing: Coalescing,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
         self._job = job
@@ -57,11 +52,13 @@ class Hub:
         self._devices = devices
         self._module_state = module_state
         self._evacuation = evacuation
+        self._coalescing = coalescing
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
         self._waiting = Waiting()
         self._running: MicroBatch | None = None
+        self._serving: int | None = None
         self._is_in_round = False
         self._is_stopping = False
         self._seed = 0
@@ -78,6 +75,17 @@ class Hub:
         return self._thread == threading.get_ident() and not self._is_in_round
 
     @property
+    def running(self) -> MicroBatch:
+        """The micro-batch that has the thread."""
+        assert self._running is not None, "only a running micro-batch asks"
+        return self._running
+
+    @property
+    def others_come(self) -> bool:
+        """Whether somebody still waits at the site that is being served."""
+        return self._waiting.at(self._serving)
+
+    @property
     def is_running(self) -> bool:
         """Whether a micro-batch (not the hub) has the thread."""
         return self._running is not None
@@ -92,47 +100,48 @@ class Hub:
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu").item())
         self._seed = seed
+        self._coalescing.start(self)
         self._module_state.begin()
 
     # What the gate calls, inside a micro-batch.
 
     def arrive(self, site: int) -> None:
         """The running micro-batch is at `site`: returns once it is inside."""
-        me = self._running
-        assert me is not None, "only a running micro-batch arrives"
+        me = self.running
         self._exit_if_stopping(me)
         previous, me.last_site = me.last_site, site
         me.num_arrivals += 1
         self._gate.order.observe(previous, site, is_repeat=site in me.visited)
         me.visited.add(site)
+        me.records_gradients = torch.is_grad_enabled()
         if not self._gate.doors.is_open(site):
             self._waiting.add(site, me)
             self._module_state.look(me.index, previous, site)
-            me.records_gradients = torch.is_grad_enabled()
             me.wait()
             self._exit_if_stopping(me)
         else:
-            self._gate.bind_for(site, records_gradients=torch.is_grad_enabled())
+            self._gate.bind_for(site, records_gradients=me.records_gradients)
         self._gate.doors.enter(site)
         me.inside.append(site)
 
     def depart(self, site: int) -> None:
         """The running micro-batch has run `site`."""
-        me = self._running
-        assert me is not None, "only a running micro-batch departs"
+        me = self.running
         if me.inside and me.inside[-1] == site:
             me.inside.pop()
             self._gate.doors.leave(site)
 
+    def park(self) -> None:
+        """The running micro-batch waits inside of its site, until its turn there."""
+        me = self.running
+        self._exit_if_stopping(me)
+        me.is_parked = True
+        me.wait()
+        self._exit_if_stopping(me)
+
     def _exit_if_stopping(self, me: MicroBatch) -> None:
-        if not self._is_stopping:
-            return
-        me.num_exits += 1
-        if me.num_exits <= _MAX_EXITS:
-            raise greenlet.GreenletExit
-        _log.warning("micro-batch %d swallows its exit and is left behind", me.index)
-        while True:
-            me.wait()
+        if self._is_stopping:
+            me.exit_here()
 
     # The hub itself.
 
@@ -151,6 +160,7 @@ class Hub:
         self.was_cut = self.was_cut or not self.is_done
         self._is_stopping = True
         self._waiting.clear()
+        self._coalescing.clear(self)
         errors: list[BaseException] = []
         for me in list(self._in_flight.values()):
             try:
@@ -158,6 +168,7 @@ class Hub:
                 self._end(me)
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
+        self._coalescing.stop(self)
         self._hub_state.resume()  # which an interrupt may have cut off
         if errors:
             raise errors[0]
@@ -166,16 +177,26 @@ class Hub:
         gate = self._gate
         records_gradients = self._waiting.first(site).records_gradients
         gate.visit(site, self._expected(), records_gradients=records_gradients)
+        self._serving = site
         try:
-            while self._waiting.at(site):
+            while (me := self._take(site)) is not None:
                 was_settled = self._admission.is_settled
-                me = self._waiting.take(site)
-                gate.bind_for(site, records_gradients=me.records_gradients)
+                at = me.inside[-1] if me.is_parked else site
+                gate.bind_for(at, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
                 if self._admit() and not was_settled and self._admission.is_settled:
                     gate.rewind()  # the scout is ahead: the others catch up with it
         finally:
+            self._serving = None
             gate.leave(site)
+
+    def _take(self, site: int) -> MicroBatch | None:
+        """Who is to run while `site` is served; None once all have left it."""
+        others_come = self._waiting.at(site)
+        parked = self._coalescing.next(others_come=others_come)
+        if parked is not None or not others_come:
+            return parked
+        return self._waiting.take(site)
 
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
@@ -213,12 +234,16 @@ class Hub:
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
         if self._evacuation is not None:
             self._evacuation.begin_turn(me.index, self._following())
+        me.is_parked = False
         self._running = me
         try:
             piece()
         finally:
             self._running = None
-        self._check_modules()
+        if len(self._in_flight) > 1:
+            self._module_state.check()
+        if me.is_parked and not me.is_done:
+            return  # not for long: what it holds stays where it is
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
                 self._admission.note(me.index, me.num_arrivals, me.held_bytes())
@@ -247,13 +272,6 @@ class Hub:
         moves = self._evacuation
         if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
             moves.move_out(me.index, me.own_storages(moves.ownership))
-
-    def _check_modules(self) -> None:
-        if self._module_state.conflict is not None and len(self._in_flight) > 1:
-            raise PenstockError(
-                f"the model writes to {self._module_state.conflict} in place, where "
-                "micro-batches would read what others left: sweep with width=1"
-            )
 
     def _end(self, me: MicroBatch) -> None:
         self._running = me

@@ -1,5 +1,6 @@
 """One micro-batch: the caller's function in a greenlet, and what is its alone."""
 
+import logging
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -13,6 +14,11 @@ from .held import held_bytes
 from .module_state import ModuleState, Values
 from .ownership import Ownership
 from .thread_state import ThreadState
+
+_log = logging.getLogger("penstock")
+
+# A micro-batch may catch the exit and call the model again; not for ever.
+_MAX_EXITS = 100
 
 
 class MicroBatch:
@@ -39,9 +45,14 @@ class MicroBatch:
         self.records_gradients = False
         """Whether it did when it came to the site where it waits."""
         self.inside: list[int] = []
-        self.num_exits = 0
+        self.is_parked = False
+        """Whether it waits inside of a site, for others to come where it is."""
+        self.last_module: int | None = None
+        self.called: set[int] = set()
+        """The row-wise modules that it called."""
         self.value: Any = None
         self.error: BaseException | None = None
+        self._num_exits = 0
         self._work = work
         self._state = ThreadState(devices)
         self._hub_state = hub_state
@@ -81,6 +92,15 @@ class MicroBatch:
         self._switch(
             self._state.resume, lambda: self._flow.throw(greenlet.GreenletExit)
         )
+
+    def exit_here(self) -> None:
+        """Called by the running micro-batch, which is to end."""
+        self._num_exits += 1
+        if self._num_exits <= _MAX_EXITS:
+            raise greenlet.GreenletExit
+        _log.warning("micro-batch %d swallows its exit and is left behind", self.index)
+        while True:
+            self.wait()
 
     def wait(self) -> None:
         """Called by the running micro-batch: back to the hub until resumed."""
