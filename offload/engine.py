@@ -14,6 +14,7 @@ from ..scheduler.coalescing import Coalescing
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
 from ..scheduler.module_state import ModuleState
+from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
@@ -56,6 +57,7 @@ class Engine:
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
+        row_order: Order,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -70,6 +72,7 @@ class Engine:
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
+        self._row_order = row_order
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
@@ -153,13 +156,13 @@ class Engine:
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
-            return Coalescing(())
+            return Coalescing((), self._row_order)
         if self._compilation is not None:
             raise PenstockError(
                 "a sweep of compiled blocks cannot be coalesced: micro-batches would "
                 "have to stop inside of them; take compile: false or coalesce=False"
             )
-        return Coalescing(find_row_wise(self.found))
+        return Coalescing(find_row_wise(self.found), self._row_order)
 
     def _free_bytes(self) -> int:
         """Of the memory that suspended micro-batches take."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .micro_batch import MicroBatch
+from .order import Order
 from .parked import Parked
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
 
@@ -57,13 +58,14 @@ class Coalescing:
     one hub runs. A call from elsewhere, one that records gradients and one of
     `WIDE_ROWS` or more is let through.
 
-    Each module is called by one of those who are parked at it, in its own greenlet and
-    under its own thread state; `key_of` sees to it that the others' are the same.
+    `order` learns in which order the modules are called. Each is called by one of those
+    who are parked at it, in its own greenlet and under its own thread state; `key_of`
+    sees to it that the others' are the same.
     """
 
-    def __init__(self, modules: Sequence[RowWise]) -> None:
+    def __init__(self, modules: Sequence[RowWise], order: Order) -> None:
         self._modules = modules
-        self._parked = Parked(len(modules))
+        self._parked = Parked(order)
         self._hub: Hub | None = None
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._max_rows: dict[int, int] = {}

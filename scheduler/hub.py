@@ -82,8 +82,9 @@ class Hub:
 
     @property
     def others_come(self) -> bool:
-        """Whether somebody still waits at the site that is being served."""
-        return self._waiting.at(self._serving)
+        """Whether more are to run at the site that is being served, or may start."""
+        may_come = self._waiting.at(self._serving) or self._may_start
+        return self._serving is not None and may_come
 
     @property
     def is_running(self) -> bool:
@@ -135,8 +136,7 @@ class Hub:
         """The running micro-batch waits inside of its site, until its turn there."""
         me = self.running
         self._exit_if_stopping(me)
-        me.is_parked = True
-        me.wait()
+        me.park()
         self._exit_if_stopping(me)
 
     def _exit_if_stopping(self, me: MicroBatch) -> None:
@@ -184,7 +184,8 @@ class Hub:
                 at = me.inside[-1] if me.is_parked else site
                 gate.bind_for(at, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
-                if self._admit() and not was_settled and self._admission.is_settled:
+                started = not me.is_parked and self._admit()
+                if started and not was_settled and self._admission.is_settled:
                     gate.rewind()  # the scout is ahead: the others catch up with it
         finally:
             self._serving = None
@@ -194,23 +195,28 @@ class Hub:
         """Who is to run while `site` is served; None once all have left it."""
         others_come = self._waiting.at(site)
         parked = self._coalescing.next(others_come=others_come)
-        if parked is not None or not others_come:
-            return parked
-        return self._waiting.take(site)
+        if parked is None and others_come:
+            return self._waiting.take(site)
+        return parked
 
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
-        first = self._gate.order.first
+        sites, first = self._waiting.sites(), self._gate.order.first
         if self._job.expects_more and first is not None:
-            return {*self._waiting.sites(), first}
-        return self._waiting.sites()
+            sites.add(first)
+        return sites
+
+    @property
+    def _may_start(self) -> bool:
+        return self._job.has_more and self._admission.has_room(len(self._in_flight))
 
     def _admit(self) -> int:
         """Starts what there is room for; returns how many."""
-        job, num = self._job, 0
-        while job.has_more and self._admission.has_room(len(self._in_flight)):
+        num = 0
+        while self._may_start:
+            self._hub_state.resume()  # who takes is the caller's code
             try:
-                index, batch = job.take()
+                index, batch = self._job.take()
             except StopIteration:
                 break
             self._start(index, batch)
@@ -226,15 +232,12 @@ class Hub:
             module_state=self._module_state,
         )
         self._in_flight[index] = me
-        progress = self._progress
-        progress.num_started += 1
-        progress.max_in_flight = max(progress.max_in_flight, len(self._in_flight))
+        self._progress.start(len(self._in_flight))
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
         if self._evacuation is not None:
             self._evacuation.begin_turn(me.index, self._following())
-        me.is_parked = False
         self._running = me
         try:
             piece()
@@ -242,7 +245,7 @@ class Hub:
             self._running = None
         if len(self._in_flight) > 1:
             self._module_state.check()
-        if me.is_parked and not me.is_done:
+        if me.is_parked:
             return  # not for long: what it holds stays where it is
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):

@@ -15,8 +15,8 @@ Key = tuple[int, Hashable]
 class Parked:
     """Knows who is parked where, and who has what it was parked for."""
 
-    def __init__(self, num_modules: int) -> None:
-        self._order = Order(num_modules)
+    def __init__(self, order: Order) -> None:
+        self._order = order
         self._steps: set[tuple[int | None, int]] = set()
         self._calls: dict[Key, deque[RowCall]] = {}
         self._ready: deque[MicroBatch] = deque()

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .micro_batch import MicroBatch
+from .thread_state import current_modes
 
 Forward = Callable[..., Any]
+_split_copy: Any = torch.split_with_sizes_copy  # torch's own types miss what it returns
 
 
 @dataclass(eq=False, slots=True)
@@ -41,30 +41,30 @@ def num_rows_of(args: tuple[Any, ...]) -> int:
     for arg in args:
         if type(arg) is not torch.Tensor or arg.layout is not torch.strided:
             return 0
-        if arg.dim() == 0 or arg.shape[:-1] != args[0].shape[:-1]:
+        if not arg.numel():
+            return 0
+        if arg is not args[0] and arg.shape[:-1] != args[0].shape[:-1]:
             return 0
     # Under vmap there are more rows than a tensor tells.
     if not args or torch._C._functorch.peek_interpreter_stack() is not None:
         return 0
-    return int(args[0].shape[:-1].numel())
+    first = args[0]
+    return int(first.numel()) // int(first.shape[-1]) if first.dim() else 0
 
 
 def key_of(args: Sequence[torch.Tensor]) -> Hashable:
     """What must be the same for all that are made at once: the width and the dtype of
     rows, and what of the thread's state a call may depend on."""
     device = args[0].device
-    modes: tuple[int, ...] = ()
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        function = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        modes = tuple(map(id, (*_get_current_dispatch_mode_stack(), *function)))
+    is_autocast = torch.is_autocast_enabled(device.type)
+    dispatch, function = current_modes()
     return (
-        *((arg.shape[-1], arg.dtype) for arg in args),
+        tuple([(arg.shape[-1], arg.dtype) for arg in args]),
         device,
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device.type)
-        and torch.get_autocast_dtype(device.type),
+        torch.get_autocast_dtype(device.type) if is_autocast else None,
         torch.get_default_dtype(),
-        modes,
+        tuple([id(mode) for mode in (*dispatch, *function)]),
     )
 
 
@@ -83,7 +83,7 @@ def call_together(calls: Sequence[RowCall], forward: Forward) -> int:
     num_rows = [call.num_rows for call in calls]
     if type(output) is not torch.Tensor or output.shape[:-1] != (sum(num_rows),):
         raise TypeError("a row-wise module gives one row for each row")
-    pieces = torch.split_with_sizes_copy(output, num_rows)
+    pieces = _split_copy(output, num_rows)
     for call, piece in zip(calls, pieces, strict=True):
         call.give(piece)
     return output.shape[-1] * output.itemsize
