@@ -7,6 +7,7 @@ Python of the model stays as it is: only products are shared.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
 
 if TYPE_CHECKING:
     from .hub import Hub
+
+_log = logging.getLogger("penstock")
 
 # float32, 2048 x 5632, two cores: 22 GFLOP/s at 4 rows, 29 at 8, 49 at 16, 81 at 32,
 # 116 at 64, 168 at 128, 200 at 256, 232 at 512, 218 at 1024. Who has so many rows has
@@ -165,8 +168,11 @@ class Coalescing:
             return
         try:
             row_bytes = call_together(calls, original)
-        except Exception:
+        except Exception as error:
             # One may be to blame, or their being many: each is to see for itself.
+            if not self._num_failed:
+                kind = type(self._modules[index].module).__name__
+                _log.warning("a joint call of a %s failed: %r; each alone", kind, error)
             self._num_failed += 1
             for each in calls:
                 each.is_alone = True

@@ -266,7 +266,7 @@ class Hub:
         if not self._waiting:
             return None
         site = self._gate.position
-        if not self._waiting.at(site):
+        if site is None or not self._waiting.at(site):
             site = self._gate.next_of(self._waiting.candidates())
         return self._waiting.first(site).index
 

@@ -33,3 +33,18 @@ def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     assert all(c["bytes_per_second"] > 0 for c in copied.values())
     assert json.loads((tmp_path / "tiers.json").read_text()) == found
     assert (tmp_path / "tiers.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
+    command = [sys.executable, str(BENCH / "coalescing.py"), "--layers", "2"]
+    options = ["--hidden", "64", "--groups", "3", "--tokens", "4", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["tokens_per_second"]) == {"wide", "apart", "coalesced"}
+    joint = {run["case"]: run["joint_calls"] for run in found["runs"]}
+    assert joint["wide"] == joint["apart"] == 0
+    assert joint["coalesced"] >= 4 * 2 * 7  # tokens, layers, products

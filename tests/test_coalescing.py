@@ -246,13 +246,12 @@ def test_what_is_copied_together_is_bounded(
         return whole(self, x)
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
-    with roomy(net):
-        for _ in range(2):  # how long rows are is known after the first call
+    with roomy(net), penstock.sweep(net, width=9, coalesce=True) as sweep:
+        for is_known in (what == "MAX_ROWS", True):  # how long a row of the output is
             seen.clear()
-            assert same(swept(net, net, items), expected)
-            if what == "MAX_ROWS":
-                assert max(seen) <= 4
+            assert same(sweep.map(net, items), expected)
             assert sum(seen) == 18
+            assert max(seen) == (4 if is_known else 18)
 
 
 # What keeps calls apart.
@@ -364,7 +363,7 @@ def test_an_error_between_two_products_is_its_micro_batchs_own() -> None:
 
 
 def test_only_the_culprit_of_a_joint_call_fails(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = nn.Linear.forward
 
@@ -386,6 +385,7 @@ def test_only_the_culprit_of_a_joint_call_fails(
         statistics = penstock.statistics(net)
         assert statistics.num_failed_joint_calls == 1
         assert statistics.num_joint_calls == 3 * 2 - 1
+        assert "a joint call of a Linear failed: ValueError('nine')" in caplog.text
         assert_left_as_before(net)
 
 
