@@ -25,6 +25,7 @@ from .engine import Engine
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
 from .policy import Policy
+from .row_wise import find_row_wise
 from .rows import RowGatherer
 from .sites import Found, Place
 from .tiers import Tiers, open_device, transfer_of
@@ -94,6 +95,7 @@ def build(
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
             compilation=_compilation(found, policy),
+            row_order=Order(len(find_row_wise(found))),
         )
         opened.pop_all()
         opened.callback(engine.close)

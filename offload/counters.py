@@ -42,8 +42,19 @@ class Statistics:
     """Bytes of them that were copied back; less, where who left came back at once."""
     num_activation_buffers: int
     """Buffers in host memory that were allocated for that: it stands still in time."""
+    num_joint_calls: int
+    """Calls of a row-wise module that were made for several micro-batches at once."""
+    num_joint_rows: int
+    """Rows that went through modules in these calls."""
+    num_failed_joint_calls: int
+    """Such calls that failed, and were then made for each micro-batch by itself."""
     num_unused_loads: int
     faults: Mapping[str, int]
     """Weights touched outside of their unit's forward, by name."""
     fallbacks: tuple[str, ...]
     """What could not be had as asked, each said once."""
+
+    @property
+    def rows_per_joint_call(self) -> float:
+        """The mean; 0 if there was no such call."""
+        return self.num_joint_rows / max(1, self.num_joint_calls)

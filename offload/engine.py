@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..io.errors import FaultError
+from ..io.errors import FaultError, PenstockError
 from ..io.recipe import Recipe
 from ..scheduler.admission import Width
+from ..scheduler.coalescing import Coalescing
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
 from ..scheduler.module_state import ModuleState
+from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
@@ -21,6 +23,7 @@ from .buffers import MovedBuffers
 from .counters import Statistics
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
+from .row_wise import find_row_wise
 from .rows import RowGatherer
 from .sites import Found
 from .sweeps import Sweeps
@@ -55,6 +58,7 @@ class Engine:
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
+        row_order: Order,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -69,6 +73,7 @@ class Engine:
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
+        self._row_order = row_order
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
@@ -124,7 +129,9 @@ class Engine:
             finally:
                 self._working_set.release(unit)
 
-    def sweep(self, width: Width, seed: int | None) -> Sweep:
+    def sweep(
+        self, width: Width, seed: int | None, *, coalesce: bool | None = None
+    ) -> Sweep:
         """A sweep over this model; ends with it at the latest."""
         limit: int | None
         if self.policy.activation_memory != "auto":
@@ -140,9 +147,23 @@ class Engine:
             devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
             evacuation=self._tiers.evacuation() if moves_out else None,
+            coalescing=self._coalescing(coalesce),
         )
         self._sweeps.add(sweep)
         return sweep
+
+    def _coalescing(self, is_wanted: bool | None) -> Coalescing:
+        """With nothing to coalesce unless the policy and the caller agree on it."""
+        if is_wanted is None:
+            is_wanted = self.policy.coalesce == "on"
+        if not is_wanted or self.policy.coalesce == "off":
+            return Coalescing((), self._row_order)
+        if self._compilation is not None:
+            raise PenstockError(
+                "a sweep of compiled blocks cannot be coalesced: micro-batches would "
+                "have to stop inside of them; take compile: false or coalesce=False"
+            )
+        return Coalescing(find_row_wise(self.found), self._row_order)
 
     def _free_bytes(self) -> int:
         """Of the memory that suspended micro-batches take."""
@@ -198,6 +219,9 @@ class Engine:
             activation_bytes_out=sweeps.bytes_out,
             activation_bytes_in=sweeps.bytes_in,
             num_activation_buffers=sweeps.num_buffers,
+            num_joint_calls=sweeps.num_joint_calls,
+            num_joint_rows=sweeps.num_joint_rows,
+            num_failed_joint_calls=sweeps.num_failed_joint_calls,
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),

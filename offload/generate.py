@@ -141,8 +141,9 @@ class _Generating:
 
     def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
-
-        with self._engine.sweep(self._has_room, seed=0) as sweep:
+        # Compiled blocks cannot stop inside, for others to come.
+        coalesce = None if self._engine.policy.compile else True
+        with self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep:
             for outcome in sweep.run(self._complete, self._micro_batches(rows)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result

@@ -60,14 +60,20 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
 
 
 def sweep(
-    model: nn.Module, *, width: int | None = None, seed: int | None = None
+    model: nn.Module,
+    *,
+    width: int | None = None,
+    seed: int | None = None,
+    coalesce: bool | None = None,
 ) -> Sweep:
     """A sweep over a streamed model: `with penstock.sweep(model) as s: s.map(fn, xs)`.
 
     `width`: most micro-batches in flight (None: as many as activation_memory allows).
     `seed`: micro-batch i samples as after `torch.manual_seed(seed + i)`.
+    `coalesce`: whether products of few rows are made once for all micro-batches, which
+    may change the last bits (None: as the policy says).
     """
-    return engine_of(model).sweep(width, seed)
+    return engine_of(model).sweep(width, seed, coalesce=coalesce)
 
 
 def statistics(model: nn.Module) -> Statistics:

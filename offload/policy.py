@@ -133,6 +133,12 @@ class Policy(_Section):
     which `penstock verify` then finds. Needs a C++ compiler (on a GPU: triton) and a
     call that records no gradients; what cannot be compiled is announced and runs as it
     is. CUDA graphs are not used: weights stand elsewhere on the next pass."""
+    coalesce: Literal["auto", "on", "off"] = "auto"
+    """Whether products of few rows, as in decode, are made once for all micro-batches
+    of a sweep. It may change the last bits, and with `activations: host` the device
+    holds those who share a product. `auto`: where a sweep asks for it
+    (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never. Not
+    with `compile`."""
     strict: bool = False
     """Weights touched outside of their unit's forward are an error instead of being
     loaded on the spot, counted, and made resident."""

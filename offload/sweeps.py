@@ -13,19 +13,29 @@ class SweepsStatistics:
     bytes_out: int = 0
     bytes_in: int = 0
     num_buffers: int = 0
+    num_joint_calls: int = 0
+    num_joint_rows: int = 0
+    num_failed_joint_calls: int = 0
 
     def and_of(self, sweep: Sweep) -> "SweepsStatistics":
         """With what `sweep` has counted."""
-        held = sweep.statistics().held_bytes_per_micro_batch
-        held = max(self.held_bytes_per_micro_batch, held)
+        statistics = sweep.statistics()
+        held, joint = statistics.held_bytes_per_micro_batch, statistics.coalescing
+        found = replace(
+            self,
+            held_bytes_per_micro_batch=max(self.held_bytes_per_micro_batch, held),
+            num_joint_calls=self.num_joint_calls + joint.num_calls,
+            num_joint_rows=self.num_joint_rows + joint.num_rows,
+            num_failed_joint_calls=self.num_failed_joint_calls + joint.num_failed,
+        )
         if sweep.evacuation is None:
-            return replace(self, held_bytes_per_micro_batch=held)
+            return found
         moved = sweep.evacuation.statistics()
-        return SweepsStatistics(
-            held,
-            self.bytes_out + moved.bytes_out,
-            self.bytes_in + moved.bytes_in,
-            self.num_buffers + moved.num_buffers_allocated,
+        return replace(
+            found,
+            bytes_out=self.bytes_out + moved.bytes_out,
+            bytes_in=self.bytes_in + moved.bytes_in,
+            num_buffers=self.num_buffers + moved.num_buffers_allocated,
         )
 
 

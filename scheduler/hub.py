@@ -6,29 +6,24 @@ opens one site at a time, lets in everybody who waits at it, and goes on to the 
 Layer-major order emerges.
 """
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import greenlet
 import torch
 
-from ..io.errors import PenstockError
 from .admission import Admission
+from .coalescing import Coalescing
 from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
 from .thread_state import ThreadState
+from .waiting import Waiting
 
-_log = logging.getLogger("penstock")
-
-# A micro-batch may catch the exit and call the model again; not for ever.
-_MAX_EXITS = 100
 # What could not be ended stays suspended: were it to die, it would run once more.
 _LEFT_BEHIND: list[MicroBatch] = []
 
@@ -47,6 +42,7 @@ class Hub:
         devices: tuple[str, ...],
         module_state: ModuleState,
         evacuation: Evacuation | None,
+        coalescing: Coalescing,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
         self._job = job
@@ -56,11 +52,13 @@ class Hub:
         self._devices = devices
         self._module_state = module_state
         self._evacuation = evacuation
+        self._coalescing = coalescing
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
-        self._waiting: dict[int, deque[MicroBatch]] = {}
+        self._waiting = Waiting()
         self._running: MicroBatch | None = None
+        self._serving: int | None = None
         self._is_in_round = False
         self._is_stopping = False
         self._seed = 0
@@ -77,6 +75,18 @@ class Hub:
         return self._thread == threading.get_ident() and not self._is_in_round
 
     @property
+    def running(self) -> MicroBatch:
+        """The micro-batch that has the thread."""
+        assert self._running is not None, "only a running micro-batch asks"
+        return self._running
+
+    @property
+    def others_come(self) -> bool:
+        """Whether more are to run at the site that is being served, or may start."""
+        may_come = self._waiting.at(self._serving) or self._may_start
+        return self._serving is not None and may_come
+
+    @property
     def is_running(self) -> bool:
         """Whether a micro-batch (not the hub) has the thread."""
         return self._running is not None
@@ -91,47 +101,47 @@ class Hub:
         if seed is None:
             seed = int(torch.randint(2**31, (), device="cpu").item())
         self._seed = seed
+        self._coalescing.start(self)
         self._module_state.begin()
 
     # What the gate calls, inside a micro-batch.
 
     def arrive(self, site: int) -> None:
         """The running micro-batch is at `site`: returns once it is inside."""
-        me = self._running
-        assert me is not None, "only a running micro-batch arrives"
+        me = self.running
         self._exit_if_stopping(me)
         previous, me.last_site = me.last_site, site
         me.num_arrivals += 1
         self._gate.order.observe(previous, site, is_repeat=site in me.visited)
         me.visited.add(site)
+        me.records_gradients = torch.is_grad_enabled()
         if not self._gate.doors.is_open(site):
-            self._waiting.setdefault(site, deque()).append(me)
+            self._waiting.add(site, me)
             self._module_state.look(me.index, previous, site)
-            me.records_gradients = torch.is_grad_enabled()
             me.wait()
             self._exit_if_stopping(me)
         else:
-            self._gate.bind_for(site, records_gradients=torch.is_grad_enabled())
+            self._gate.bind_for(site, records_gradients=me.records_gradients)
         self._gate.doors.enter(site)
         me.inside.append(site)
 
     def depart(self, site: int) -> None:
         """The running micro-batch has run `site`."""
-        me = self._running
-        assert me is not None, "only a running micro-batch departs"
+        me = self.running
         if me.inside and me.inside[-1] == site:
             me.inside.pop()
             self._gate.doors.leave(site)
 
+    def park(self) -> None:
+        """The running micro-batch waits inside of its site, until its turn there."""
+        me = self.running
+        self._exit_if_stopping(me)
+        me.park()
+        self._exit_if_stopping(me)
+
     def _exit_if_stopping(self, me: MicroBatch) -> None:
-        if not self._is_stopping:
-            return
-        me.num_exits += 1
-        if me.num_exits <= _MAX_EXITS:
-            raise greenlet.GreenletExit
-        _log.warning("micro-batch %d swallows its exit and is left behind", me.index)
-        while True:
-            me.wait()
+        if self._is_stopping:
+            me.exit_here()
 
     # The hub itself.
 
@@ -141,7 +151,7 @@ class Hub:
         try:
             self._admit()
             if self._waiting:
-                self._serve(self._gate.next_of(self._whose_turn()))
+                self._serve(self._gate.next_of(self._waiting.candidates()))
         finally:
             self._is_in_round = False
 
@@ -150,6 +160,7 @@ class Hub:
         self.was_cut = self.was_cut or not self.is_done
         self._is_stopping = True
         self._waiting.clear()
+        self._coalescing.clear(self)
         errors: list[BaseException] = []
         for me in list(self._in_flight.values()):
             try:
@@ -157,55 +168,55 @@ class Hub:
                 self._end(me)
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
+        self._coalescing.stop(self)
         self._hub_state.resume()  # which an interrupt may have cut off
         if errors:
             raise errors[0]
 
     def _serve(self, site: int) -> None:
         gate = self._gate
-        records_gradients = self._waiting[site][0].records_gradients
+        records_gradients = self._waiting.first(site).records_gradients
         gate.visit(site, self._expected(), records_gradients=records_gradients)
+        self._serving = site
         try:
-            while site in self._waiting:
+            while (me := self._take(site)) is not None:
                 was_settled = self._admission.is_settled
-                me = self._take(site)
-                gate.bind_for(site, records_gradients=me.records_gradients)
+                at = me.inside[-1] if me.is_parked else site
+                gate.bind_for(at, records_gradients=me.records_gradients)
                 self._run(me, me.resume)
-                if self._admit() and not was_settled and self._admission.is_settled:
+                started = not me.is_parked and self._admit()
+                if started and not was_settled and self._admission.is_settled:
                     gate.rewind()  # the scout is ahead: the others catch up with it
         finally:
+            self._serving = None
             gate.leave(site)
 
-    def _whose_turn(self) -> set[int]:
-        """The sites that come into question: those where somebody waits inside of
-        another site, whose units stay in use meanwhile, else all."""
-        inner = {
-            site
-            for site, queue in self._waiting.items()
-            if any(me.inside for me in queue)
-        }
-        return inner or set(self._waiting)
+    def _take(self, site: int) -> MicroBatch | None:
+        """Who is to run while `site` is served; None once all have left it."""
+        others_come = self._waiting.at(site)
+        parked = self._coalescing.next(others_come=others_come)
+        if parked is None and others_come:
+            return self._waiting.take(site)
+        return parked
 
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
-        first = self._gate.order.first
+        sites, first = self._waiting.sites(), self._gate.order.first
         if self._job.expects_more and first is not None:
-            return {*self._waiting, first}
-        return set(self._waiting)
+            sites.add(first)
+        return sites
 
-    def _take(self, site: int) -> MicroBatch:
-        queue = self._waiting[site]
-        me = queue.popleft()
-        if not queue:
-            del self._waiting[site]
-        return me
+    @property
+    def _may_start(self) -> bool:
+        return self._job.has_more and self._admission.has_room(len(self._in_flight))
 
     def _admit(self) -> int:
         """Starts what there is room for; returns how many."""
-        job, num = self._job, 0
-        while job.has_more and self._admission.has_room(len(self._in_flight)):
+        num = 0
+        while self._may_start:
+            self._hub_state.resume()  # who takes is the caller's code
             try:
-                index, batch = job.take()
+                index, batch = self._job.take()
             except StopIteration:
                 break
             self._start(index, batch)
@@ -221,9 +232,7 @@ class Hub:
             module_state=self._module_state,
         )
         self._in_flight[index] = me
-        progress = self._progress
-        progress.num_started += 1
-        progress.max_in_flight = max(progress.max_in_flight, len(self._in_flight))
+        self._progress.start(len(self._in_flight))
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
@@ -234,7 +243,10 @@ class Hub:
             piece()
         finally:
             self._running = None
-        self._check_modules()
+        if len(self._in_flight) > 1:
+            self._module_state.check()
+        if me.is_parked:
+            return  # not for long: what it holds stays where it is
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
                 self._admission.note(me.index, me.num_arrivals, me.held_bytes())
@@ -254,22 +266,15 @@ class Hub:
         if not self._waiting:
             return None
         site = self._gate.position
-        if site not in self._waiting:
-            site = self._gate.next_of(self._whose_turn())
-        return self._waiting[site][0].index
+        if site is None or not self._waiting.at(site):
+            site = self._gate.next_of(self._waiting.candidates())
+        return self._waiting.first(site).index
 
     def _move_out(self, me: MicroBatch) -> None:
         """Who waits leaves the device, unless those two would soon take turns there."""
         moves = self._evacuation
         if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
             moves.move_out(me.index, me.own_storages(moves.ownership))
-
-    def _check_modules(self) -> None:
-        if self._module_state.conflict is not None and len(self._in_flight) > 1:
-            raise PenstockError(
-                f"the model writes to {self._module_state.conflict} in place, where "
-                "micro-batches would read what others left: sweep with width=1"
-            )
 
     def _end(self, me: MicroBatch) -> None:
         self._running = me

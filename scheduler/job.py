@@ -42,3 +42,8 @@ class Progress:
     num_started: int = 0
     num_finished: int = 0
     max_in_flight: int = 0
+
+    def start(self, num_in_flight: int) -> None:
+        """One more has started: so many are in flight."""
+        self.num_started += 1
+        self.max_in_flight = max(self.max_in_flight, num_in_flight)

@@ -1,5 +1,6 @@
 """One micro-batch: the caller's function in a greenlet, and what is its alone."""
 
+import logging
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -14,12 +15,19 @@ from .module_state import ModuleState, Values
 from .ownership import Ownership
 from .thread_state import ThreadState
 
+_log = logging.getLogger("penstock")
+
+# A micro-batch may catch the exit and call the model again; not for ever.
+_MAX_EXITS = 100
+
 
 class MicroBatch:
     """Runs `work()` piece by piece: `start`, then `resume` until it `is_done`.
 
     Between pieces it keeps its own thread state, context variables, module state and
-    random state; the hub's are put back whenever it is not running.
+    random state; the hub's are put back whenever it is not running. Only when it parks
+    the thread stays plain: the hub is about to let another one run, and twice the work
+    for each product would be felt.
     """
 
     def __init__(
@@ -39,9 +47,14 @@ class MicroBatch:
         self.records_gradients = False
         """Whether it did when it came to the site where it waits."""
         self.inside: list[int] = []
-        self.num_exits = 0
+        self.is_parked = False
+        """Whether it waits inside of a site, for others to come where it is."""
+        self.last_module: int | None = None
+        self.called: set[int] = set()
+        """The row-wise modules that it called."""
         self.value: Any = None
         self.error: BaseException | None = None
+        self._num_exits = 0
         self._work = work
         self._state = ThreadState(devices)
         self._hub_state = hub_state
@@ -82,6 +95,20 @@ class MicroBatch:
             self._state.resume, lambda: self._flow.throw(greenlet.GreenletExit)
         )
 
+    def exit_here(self) -> None:
+        """Called by the running micro-batch, which is to end."""
+        self._num_exits += 1
+        if self._num_exits <= _MAX_EXITS:
+            raise greenlet.GreenletExit
+        _log.warning("micro-batch %d swallows its exit and is left behind", self.index)
+        while True:
+            self.wait()
+
+    def park(self) -> None:
+        """Like `wait`, for a short time and inside of a site."""
+        self.is_parked = True
+        self.wait()
+
     def wait(self) -> None:
         """Called by the running micro-batch: back to the hub until resumed."""
         self._module_values = self._module_state.take()
@@ -98,16 +125,20 @@ class MicroBatch:
 
     def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
         self._flow.parent = greenlet.getcurrent()
+        self.is_parked = False
         hub_values = self._module_state.take()
         try:
-            self._hub_state.suspend()
+            if not self._hub_state.is_suspended:
+                self._hub_state.suspend()
             put_state()
             self._module_state.put(self._module_values)
             go()
         finally:
             if self.is_done:  # an interrupt in `wait` left it suspended for ever
                 self._state.resume()
-            self._hub_state.resume()
+                self.is_parked = False
+            if not self.is_parked:
+                self._hub_state.resume()
             self._module_state.put(hub_values)
 
     def _run(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..io.errors import PenstockError
+
 _ABSENT = object()
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 # Exactly these: a copy of them is one, which nobody promises for others.
@@ -112,6 +114,14 @@ class ModuleState:
         for name, tensor, version in self._tensors:
             if tensor._version != version:
                 self.conflict = name
+
+    def check(self) -> None:
+        """Raises PenstockError where several micro-batches could not be kept apart."""
+        if self.conflict is not None:
+            raise PenstockError(
+                f"the model writes to {self.conflict} in place, where micro-batches "
+                "would read what others left: sweep with width=1"
+            )
 
     def take(self) -> Values:
         """The running micro-batch's values; leaves the blank ones."""

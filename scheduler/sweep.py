@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from ..io.closing import Closing
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission, Width
+from .coalescing import Coalescing, CoalescingStatistics
 from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
@@ -40,6 +41,7 @@ class SweepStatistics:
     max_in_flight: int
     held_bytes_per_micro_batch: int
     """Activations: the most that any one was seen to keep while it waited."""
+    coalescing: CoalescingStatistics
 
 
 class Sweep(Closing):
@@ -60,6 +62,7 @@ class Sweep(Closing):
         devices: tuple[str, ...],
         module_state: ModuleState,
         evacuation: Evacuation | None,
+        coalescing: Coalescing,
     ) -> None:
         if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -69,6 +72,7 @@ class Sweep(Closing):
         self._module_state = module_state
         self.evacuation = evacuation
         """Moves what micro-batches hold while they are suspended; None: it stays."""
+        self._coalescing = coalescing
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
@@ -141,6 +145,7 @@ class Sweep(Closing):
             self._progress.num_finished,
             self._progress.max_in_flight,
             self._admission.largest_held_bytes,
+            self._coalescing.statistics(),
         )
 
     def close(self) -> None:
@@ -149,6 +154,8 @@ class Sweep(Closing):
         self._is_closed = True
         if self._hub is not None and self._hub.can_stop:
             self._end(self._hub)
+        if self._hub is None:  # an interrupt may have cut it off
+            self._coalescing.stop()
         self._close_evacuation()
 
     def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> Hub:
@@ -160,6 +167,7 @@ class Sweep(Closing):
             devices=self._devices,
             module_state=self._module_state,
             evacuation=self.evacuation,
+            coalescing=self._coalescing,
         )
 
     def _check_open(self) -> None:

@@ -19,34 +19,31 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _Guard = torch._C._InferenceMode
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones are slower to make, and this is made often
 class _Settings:
     """The part of the state that is no dispatch key."""
 
-    autocast: dict[str, tuple[bool, torch.dtype]]
+    autocast: list[tuple[str, bool, torch.dtype]]
     is_autocast_cached: bool
     default_dtype: torch.dtype
     attention: tuple[bool, ...]
-    random: dict[str, torch.Tensor]
+    random: list[tuple[str, torch.Tensor]]
 
     @classmethod
     def current(cls, devices: tuple[str, ...]) -> "_Settings":
         return cls(
-            {
-                kind: (
-                    torch.is_autocast_enabled(kind),
-                    torch.get_autocast_dtype(kind),
-                )
+            [
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
                 for kind in map(_kind, devices)
-            },
+            ],
             torch.is_autocast_cache_enabled(),
             torch.get_default_dtype(),
             _attention_kernels(),
-            {device: _random_state(device) for device in devices},
+            [(device, _random_state(device)) for device in devices],
         )
 
     def apply(self) -> None:
-        for kind, (is_enabled, dtype) in self.autocast.items():
+        for kind, is_enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, is_enabled)
             torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(self.is_autocast_cached)
@@ -54,7 +51,7 @@ class _Settings:
             torch.set_default_dtype(self.default_dtype)
         if _attention_kernels() != self.attention:
             _set_attention_kernels(self.attention)
-        for device, state in self.random.items():
+        for device, state in self.random:
             _set_random_state(device, state)
 
 
@@ -77,11 +74,14 @@ class ThreadState:
         self._dispatch_modes: list[Any] = []
         self._is_suspended = False
 
+    @property
+    def is_suspended(self) -> bool:
+        return self._is_suspended
+
     def suspend(self) -> None:
         """Remembers what this flow sees and leaves the thread plain."""
         self._settings = None
-        self._dispatch_modes = _get_current_dispatch_mode_stack()
-        self._function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        self._dispatch_modes, self._function_modes = current_modes()
         self._is_suspended = True
         # Modes first: nothing that follows is for them to see.
         _drop_modes()
@@ -116,11 +116,22 @@ class ThreadState:
         _put_modes(other._dispatch_modes, other._function_modes)
 
 
+def current_modes() -> tuple[list[Any], list[Any]]:
+    """The thread's stacks of dispatch and function modes. Empty ones, as most are, are
+    told by their lengths, which is faster."""
+    dispatch, function = [], []
+    if torch._C._len_torch_dispatch_stack():
+        dispatch = _get_current_dispatch_mode_stack()
+    if torch._C._len_torch_function_stack():
+        function = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return dispatch, function
+
+
 def _drop_modes() -> None:
     """Empties the thread's mode stacks."""
-    for _ in _get_current_dispatch_mode_stack():
+    for _ in range(torch._C._len_torch_dispatch_stack()):
         torch._C._pop_torch_dispatch_stack(None)
-    for _ in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+    for _ in range(torch._C._len_torch_function_stack()):
         torch._C._pop_torch_function_stack()
 
 

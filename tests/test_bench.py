@@ -64,3 +64,18 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
     assert all(row["output_tokens"] == 16 * 4 for row in rows.values())
     assert rows["streamed"]["passes"] == rows["fixed"]["passes"] == 8
     assert set(found["equal"].values()) == {1.0}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
+    command = [sys.executable, str(BENCH / "coalescing.py"), "--layers", "2"]
+    options = ["--hidden", "64", "--groups", "3", "--tokens", "4", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["tokens_per_second"]) == {"wide", "apart", "coalesced"}
+    joint = {run["case"]: run["joint_calls"] for run in found["runs"]}
+    assert joint["wide"] == joint["apart"] == 0
+    assert joint["coalesced"] >= 4 * 2 * 7  # tokens, layers, products

@@ -1,0 +1,89 @@
+"""One micro-batch's call of a row-wise module, and how several are made at once.
+
+A module is row-wise when each row of its output depends on the same row of its inputs
+alone. Rows of several callers may then go through it together.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .micro_batch import MicroBatch
+from .thread_state import current_modes
+
+Forward = Callable[..., Any]
+_split_copy: Any = torch.split_with_sizes_copy  # torch's own types miss what it returns
+
+
+@dataclass(eq=False, slots=True)
+class RowCall:
+    """What one caller gives, and what it gets."""
+
+    me: MicroBatch
+    args: tuple[torch.Tensor, ...]
+    num_rows: int
+    together: "list[RowCall]" = field(default_factory=list)
+    """Those whose rows its caller is to take through the module, its own among them;
+    empty if another one does it."""
+    output: torch.Tensor | None = None
+    is_alone: bool = False
+    """Whether it has to be made by itself, because it failed together."""
+
+    def give(self, rows: torch.Tensor) -> None:
+        """Its part of the output, in the shape of its input."""
+        self.output = rows.view(*self.args[0].shape[:-1], rows.shape[-1])
+
+
+def num_rows_of(args: tuple[Any, ...]) -> int:
+    """How many rows `args` have; 0 if they are no rows of plain tensors."""
+    for arg in args:
+        if type(arg) is not torch.Tensor or arg.layout is not torch.strided:
+            return 0
+        if not arg.numel():
+            return 0
+        if arg is not args[0] and arg.shape[:-1] != args[0].shape[:-1]:
+            return 0
+    # Under vmap there are more rows than a tensor tells.
+    if not args or torch._C._functorch.peek_interpreter_stack() is not None:
+        return 0
+    first = args[0]
+    return int(first.numel()) // int(first.shape[-1]) if first.dim() else 0
+
+
+def key_of(args: Sequence[torch.Tensor]) -> Hashable:
+    """What must be the same for all that are made at once: the width and the dtype of
+    rows, and what of the thread's state a call may depend on."""
+    device = args[0].device
+    is_autocast = torch.is_autocast_enabled(device.type)
+    dispatch, function = current_modes()
+    return (
+        tuple([(arg.shape[-1], arg.dtype) for arg in args]),
+        device,
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype(device.type) if is_autocast else None,
+        torch.get_default_dtype(),
+        tuple([id(mode) for mode in (*dispatch, *function)]),
+    )
+
+
+def call_together(calls: Sequence[RowCall], forward: Forward) -> int:
+    """Makes all `calls` at once. Returns the bytes of one row of the output.
+
+    What each one gets is a copy: a view would keep the rows of all alive for as long as
+    the caller keeps its own.
+    """
+    columns = zip(*(call.args for call in calls), strict=True)
+    joined = [
+        torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        for parts in columns
+    ]
+    output = forward(*joined)
+    num_rows = [call.num_rows for call in calls]
+    if type(output) is not torch.Tensor or output.shape[:-1] != (sum(num_rows),):
+        raise TypeError("a row-wise module gives one row for each row")
+    pieces = _split_copy(output, num_rows)
+    for call, piece in zip(calls, pieces, strict=True):
+        call.give(piece)
+    return output.shape[-1] * output.itemsize
