@@ -125,12 +125,16 @@ class ModuleState:
 
     def take(self) -> Values:
         """The running micro-batch's values; leaves the blank ones."""
+        if not self._watched:
+            return ()
         values = tuple(store.get(key, _ABSENT) for store, key in self._watched)
         self.put(())
         return values
 
     def put(self, values: Values) -> None:
         """Makes `values` current; what was learnt after they were taken is blank."""
+        if not self._watched:
+            return
         copies: dict[int, Any] = {}  # what two modules share, they share as a copy
         for index, (store, key) in enumerate(self._watched):
             value = values[index] if index < len(values) else self._blank[index]

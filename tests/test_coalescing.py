@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import greenlet
@@ -177,6 +178,50 @@ def test_each_gets_memory_of_its_own() -> None:
     assert {out.untyped_storage().nbytes() for out in outputs} == {2 * 2 * WIDTH * 4}
 
 
+class Wandering(nn.Module):
+    """Calls its products in an order, and as often, as the rows themselves say."""
+
+    def __init__(self, num: int = 4) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(num))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        random = Random(int(x.sum()))
+        for _ in range(random.randrange(8)):
+            if random.random() < 0.02:
+                raise ValueError("lost")
+            x = random.choice(self.parts)(x) % 5
+        return x
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_ways_they_take_each_comes_out_as_alone(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(seed)
+    monkeypatch.setattr(coalescing, "MAX_ROWS", random.choice([4, 9, 512]))
+    monkeypatch.setattr(coalescing, "WIDE_ROWS", random.choice([5, 256]))
+    net = whole_net()
+    for index in range(3):
+        net.blocks[index] = Wandering()
+    with_whole_numbers(net)
+    items = whole_batches(20, rows=lambda n: 1 + (n + seed) % 6)
+
+    def fn(x: torch.Tensor) -> Any:
+        try:
+            for _ in range(2):
+                x = net(x)
+        except ValueError:
+            return "lost"
+        return x
+
+    expected = serially(fn, items)
+    width = random.choice([None, 2, 7, 20])
+    with roomy(net):
+        assert same(swept(net, fn, items, width=width), expected)
+        assert penstock.statistics(net).num_joint_calls > 0
+
+
 # Counts.
 
 
@@ -271,6 +316,26 @@ def test_calls_that_record_gradients_are_let_through() -> None:
         assert same(swept(net, fn, list(enumerate(items))), expected)
         rows = penstock.statistics(net).num_joint_rows
     assert rows == 3 * 2 * 3 * 2  # micro-batches, rows, blocks, products
+
+
+def test_who_records_gradients_around_a_product_that_does_not_is_let_through() -> None:
+    class Frozen(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    net = whole_net()
+    net.blocks[1] = with_whole_numbers(Frozen())
+    items = whole_batches(4)
+    expected = serially(net, items)
+
+    def fn(x: torch.Tensor) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            return net(x.clone()).detach()
+
+    with roomy(net):
+        assert same(swept(net, fn, items), expected)
+        assert penstock.statistics(net).num_joint_calls == 0
 
 
 def test_autocast_and_modes_of_one_are_not_anothers() -> None:
@@ -598,14 +663,16 @@ def test_a_second_run_that_is_refused_leaves_the_first_alone() -> None:
     items = whole_batches(4)
     expected = serially(net, items)
 
-    def fn(x: torch.Tensor) -> Any:
+    def try_another(module: nn.Module, args: Any) -> None:
         with pytest.raises(PenstockError, match="under way"):
             sweep.map(net, items)
-        return net(x)
 
     with roomy(net):
         with penstock.sweep(net, width=4, coalesce=True) as sweep:
-            assert same(sweep.map(fn, items), expected)
+            # By then, those who came before are parked.
+            net.blocks[1].down.register_forward_pre_hook(try_another)
+            assert same(sweep.map(net, items), expected)
+            net.blocks[1].down._forward_pre_hooks.clear()
         assert penstock.statistics(net).num_joint_calls == 3 * 2
         assert_usable_whole(net, items, expected)
 
@@ -697,7 +764,8 @@ def test_those_who_start_while_a_site_is_open_are_together_there() -> None:
     assert statistics.num_joint_rows >= 2 * (7 * 4 + 8 * 2)
 
 
-def test_batches_are_taken_under_the_callers_own_state() -> None:
+@pytest.mark.parametrize("width", [None, 3])
+def test_batches_are_taken_under_the_callers_own_state(width: int | None) -> None:
     net = whole_net()
     seen: set[tuple[bool, bool]] = set()
 
@@ -707,6 +775,6 @@ def test_batches_are_taken_under_the_callers_own_state() -> None:
             yield x
 
     expected = serially(net, whole_batches(9))
-    with roomy(net), penstock.sweep(net, width=3, coalesce=True) as sweep:
+    with roomy(net), penstock.sweep(net, width=width, coalesce=True) as sweep:
         assert same(sweep.map(net, lazily()), expected)
     assert seen == {(False, True)}
