@@ -143,7 +143,7 @@ class Coalescing:
         if not self._parked.has_ready and not hub.others_come:
             self._choose(call)
         if not call.together:
-            hub.park()
+            hub.park(index)
         if call.together:
             self._call_together(index, original, call)
         if call.is_alone:

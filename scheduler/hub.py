@@ -132,10 +132,12 @@ class Hub:
             me.inside.pop()
             self._gate.doors.leave(site)
 
-    def park(self) -> None:
-        """The running micro-batch waits inside of its site, until its turn there."""
+    def park(self, place: int) -> None:
+        """The running micro-batch waits for its turn at `place` inside of its site."""
         me = self.running
         self._exit_if_stopping(me)
+        # Others come to where it has been, and may overwrite what it left.
+        self._module_state.look(me.index, me.inside[-1], -1 - place)
         me.park()
         self._exit_if_stopping(me)
 

@@ -79,7 +79,7 @@ class ModuleState:
 
     def look(self, index: int, previous: int | None, site: int | None) -> None:
         """Micro-batch `index` went from site `previous` to `site` (None: its start, its
-        end): learns what it changed, if that may be news."""
+        end; below 0: a place inside): learns what it changed, if that may be news."""
         step = (previous, site)
         if index == 0 and self._first_looks_left:
             self._first_looks_left -= 1

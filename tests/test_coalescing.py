@@ -141,6 +141,50 @@ def test_ragged_groups_generate_the_tokens_of_the_resident_model(
     assert special.get(name, "Linear") in kinds
 
 
+def test_what_a_module_keeps_between_two_products_is_each_ones_own() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = nn.Linear(WIDTH, WIDTH)
+            self.out = nn.Linear(WIDTH, WIDTH)
+            self.state: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.into(x)
+            self.state = x if self.state is None else self.state + x
+            x = self.out(x)
+            return x + self.state
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Recurrent() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return net(net(x))  # type: ignore[no-any-return]
+
+    net = make(Steps)
+    items = [torch.randn(2, WIDTH) for _ in range(5)]
+    expected = []
+    for item in items:
+        for block in net.blocks:
+            block.state = None  # type: ignore[assignment]
+        with torch.inference_mode():
+            expected.append(run(item))
+    for block in net.blocks:
+        block.state = None  # type: ignore[assignment]
+    with streamed(net):
+        found = swept(net, run, items)
+        assert penstock.statistics(net).num_joint_calls > 0
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [None, 1, 2, 5])
 @pytest.mark.parametrize("limit", [3, 512])
 def test_whole_numbers_come_out_exactly_as_one_after_the_other(
