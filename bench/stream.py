@@ -32,7 +32,7 @@ import machine
 from penstock.io.checkpoint import open_checkpoint
 from penstock.io.extent import Extent, align_up
 from penstock.io.threads import ThreadReader
-from penstock.offload.policy import parse_bytes
+from penstock.offload.section import parse_bytes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))

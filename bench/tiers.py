@@ -32,7 +32,7 @@ from penstock.io.arena import Arena
 from penstock.io.choice import best_of, measure
 from penstock.io.header import FileStamp
 from penstock.io.shared import SharedArena
-from penstock.offload.policy import parse_bytes
+from penstock.offload.section import parse_bytes
 from ways import Case, by_reader, fio, make_file, plain_loop, reader_of
 
 HERE = Path(__file__).parent

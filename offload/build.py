@@ -22,6 +22,7 @@ from .binding import Binding
 from .buffers import MovedBuffers
 from .division import Division, capacity_of, check_least, check_overlap, divide
 from .engine import Engine
+from .kv import open_kv
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
 from .policy import Policy
@@ -80,6 +81,9 @@ def build(
         )
         working_set = _working_set(found, transfers, capacity, tiers)
         doors = _doors(found, working_set, binding)
+        kv = open_kv(model, device, policy)
+        if kv is not None:
+            opened.callback(kv.close)
         engine = Engine(
             model,
             policy,
@@ -94,6 +98,7 @@ def build(
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
             compilation=_compilation(found, policy),
+            kv=kv,
         )
         opened.pop_all()
         opened.callback(engine.close)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..io.kv_count import KvStatistics
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -42,6 +44,8 @@ class Statistics:
     """Bytes of them that were copied back; less, where who left came back at once."""
     num_activation_buffers: int
     """Buffers in host memory that were allocated for that: it stands still in time."""
+    kv: KvStatistics
+    """Keys and values that are kept in tiers; see `kv` in the policy."""
     num_unused_loads: int
     faults: Mapping[str, int]
     """Weights touched outside of their unit's forward, by name."""

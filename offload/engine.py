@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..io.errors import FaultError
+from ..io.kv_count import KvStatistics
 from ..io.recipe import Recipe
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
@@ -18,6 +19,7 @@ from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .buffers import MovedBuffers
 from .counters import Statistics
+from .kv import KvTiers
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .rows import RowGatherer
@@ -54,6 +56,7 @@ class Engine:
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
+        kv: KvTiers | None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -68,6 +71,7 @@ class Engine:
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
+        self._kv = kv
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
@@ -139,6 +143,7 @@ class Engine:
             devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
             evacuation=self._tiers.evacuation() if moves_out else None,
+            kv=None if self._kv is None else self._kv.store,
         )
         self._sweeps.add(sweep)
         return sweep
@@ -177,6 +182,7 @@ class Engine:
         by_tier = self._bytes_by_tier(working_set.resident_units)
         on_gpu = self._tiers.device.peak_bytes()
         sweeps = self._sweeps.statistics()
+        kv = None if self._kv is None else self._kv.store
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
@@ -199,7 +205,13 @@ class Engine:
             num_activation_buffers=sweeps.num_buffers,
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
-            fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),
+            kv=KvStatistics() if kv is None else kv.statistics(),
+            fallbacks=(
+                *self._fallbacks,
+                *self._tiers.fallbacks,
+                *reader.fallbacks,
+                *(kv.fallbacks if kv is not None else ()),
+            ),
         )
 
     def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
@@ -224,6 +236,8 @@ class Engine:
             return
         self._is_closed = True
         self._sweeps.close()
+        if self._kv is not None:
+            self._kv.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,4 +1,5 @@
-"""What the user asks for. Every default of Penstock stands here and nowhere else."""
+"""What the user asks for. Every default of Penstock stands here (those of `kv`: in
+kv_policy) and nowhere else."""
 
 import re
 from pathlib import Path
@@ -9,8 +10,6 @@ from platformdirs import user_cache_path
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
@@ -18,50 +17,8 @@ from pydantic import (
 )
 
 from ..io.errors import PolicyError
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_bytes(value: int | str) -> int:
-    """`"2GiB"`, `"1.5 GB"` or a number of bytes. GiB is 2**30, GB is 10**9."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
-    if isinstance(value, int):
-        nbytes = value
-    else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
-        if match is None or match[2].upper() not in _UNITS:
-            known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
-        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
-    if nbytes <= 0:
-        raise ValueError(f"{value!r} must be more than nothing")
-    return nbytes
-
-
-def _bytes_or_auto(value: Any) -> Any:
-    return value if value == "auto" else parse_bytes(value)
-
-
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})]
-AutoBytes = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_bytes_or_auto),
-    WithJsonSchema({**_SIZE_SCHEMA}),
-]
-
+from .kv_policy import KvPolicy
+from .section import AutoBytes, Bytes, Section
 
 _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 
@@ -96,13 +53,7 @@ def _expression(text: str) -> str:
     return text
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class IO(_Section):
+class IO(Section):
     """How bytes come from disk."""
 
     reader: Literal["auto", "libaio", "threads", "aiofiles", "gds"] = "auto"
@@ -136,7 +87,7 @@ _Tier = Annotated[
 ]
 
 
-class Link(_Section):
+class Link(Section):
     """The speed that a link is held to."""
 
     bandwidth: Bytes
@@ -150,7 +101,7 @@ def cache_folder(io: IO) -> Path:
     return io.cache or user_cache_path("penstock")
 
 
-class Policy(_Section):
+class Policy(Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
 
     device: _DeviceName = "cpu"
@@ -161,7 +112,7 @@ class Policy(_Section):
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
-    peer: dict[_DeviceName, Bytes] = {}
+    peer: dict[_DeviceName, Bytes] = Field(default_factory=dict)
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
     host_memory: Bytes | None = None
@@ -170,7 +121,9 @@ class Policy(_Section):
     host_shared: bool = False
     """Processes of this machine that load the same checkpoint with the same policy
     share one copy of what stays in host memory."""
-    placement: dict[Annotated[str, AfterValidator(_expression)], _Tier] = {}
+    placement: dict[Annotated[str, AfterValidator(_expression)], _Tier] = Field(
+        default_factory=dict
+    )
     """Where units are to stay, by regular expressions on their names, the first that
     matches: `device`, `peer` (the first one) or a peer's name, `host`, `disk`. The
     others are spread over these, in this order, as far as there is room."""
@@ -181,7 +134,7 @@ class Policy(_Section):
     """Most bytes of host memory that are locked in place for copies to a GPU: the host
     tier and what weights are staged in. `auto`: all of both, as far as the system lets
     one. What is not locked is copied from more slowly, and announced."""
-    links: dict[Literal["peer", "host", "disk"], Link] = {}
+    links: dict[Literal["peer", "host", "disk"], Link] = Field(default_factory=dict)
     """Links to be held to a stated speed, by the tier at their end: to leave room on
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
@@ -193,6 +146,8 @@ class Policy(_Section):
     `host` the device holds only those of the one that computes and of its neighbours.
     What it does not have to itself (its batch, what the model, another micro-batch or
     a variable outside refers to) stays on the device."""
+    kv: KvPolicy = KvPolicy()
+    """Where the keys and values of what generates are kept."""
     micro_batch_tokens: PositiveInt = 512
     """Tokens that run through a unit in one call, when scoring."""
     tokens_in_flight: PositiveInt = 4096

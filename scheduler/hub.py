@@ -18,11 +18,11 @@ import torch
 
 from ..io.errors import PenstockError
 from .admission import Admission
-from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
+from .moves import Moves
 from .thread_state import ThreadState
 
 _log = logging.getLogger("penstock")
@@ -46,7 +46,7 @@ class Hub:
         *,
         devices: tuple[str, ...],
         module_state: ModuleState,
-        evacuation: Evacuation | None,
+        moves: Moves,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
         self._job = job
@@ -55,7 +55,7 @@ class Hub:
         self._progress = progress
         self._devices = devices
         self._module_state = module_state
-        self._evacuation = evacuation
+        self._moves = moves
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
         self._in_flight: dict[int, MicroBatch] = {}
@@ -158,6 +158,7 @@ class Hub:
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
         self._hub_state.resume()  # which an interrupt may have cut off
+        self._moves.end_turns()
         if errors:
             raise errors[0]
 
@@ -227,8 +228,7 @@ class Hub:
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
-        if self._evacuation is not None:
-            self._evacuation.begin_turn(me.index, self._following())
+        self._moves.begin_turn(me.index, self._following)
         self._running = me
         try:
             piece()
@@ -237,7 +237,9 @@ class Hub:
         self._check_modules()
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
-                self._admission.note(me.index, me.num_arrivals, me.held_bytes())
+                self._admission.note(
+                    me.index, me.num_arrivals, self._moves.held_bytes(me)
+                )
             self._move_out(me)
             return
         self._leave_all(me)
@@ -260,9 +262,8 @@ class Hub:
 
     def _move_out(self, me: MicroBatch) -> None:
         """Who waits leaves the device, unless those two would soon take turns there."""
-        moves = self._evacuation
-        if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
-            moves.move_out(me.index, me.own_storages(moves.ownership))
+        if self._job.has_more or len(self._in_flight) > 2:
+            self._moves.move_out(me)
 
     def _check_modules(self) -> None:
         if self._module_state.conflict is not None and len(self._in_flight) > 1:
@@ -274,8 +275,7 @@ class Hub:
     def _end(self, me: MicroBatch) -> None:
         self._running = me
         try:
-            if self._evacuation is not None:  # its `finally` may look at what it holds
-                self._evacuation.bring_back(me.index)
+            self._moves.bring_back(me.index)  # its `finally` may look at it
             me.exit()
         finally:
             self._running = None
@@ -288,7 +288,6 @@ class Hub:
     def _leave_all(self, me: MicroBatch) -> None:
         """A failed forward leaves without its hook; nothing stays open behind it."""
         self._in_flight.pop(me.index, None)
-        if self._evacuation is not None:
-            self._evacuation.ownership.forget(me.index)
+        self._moves.leave(me)
         while me.inside:
             self._gate.doors.leave(me.inside.pop())

@@ -16,7 +16,9 @@ from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
 from .job import Job, Progress
+from .kv_store import KvStore
 from .module_state import ModuleState
+from .moves import Moves
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -59,6 +61,7 @@ class Sweep(Closing):
         devices: tuple[str, ...],
         module_state: ModuleState,
         evacuation: Evacuation | None,
+        kv: KvStore | None = None,
     ) -> None:
         if width is not None and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -68,6 +71,7 @@ class Sweep(Closing):
         self._module_state = module_state
         self.evacuation = evacuation
         """Moves what micro-batches hold while they are suspended; None: it stays."""
+        self._kv = kv
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
@@ -158,7 +162,7 @@ class Sweep(Closing):
             self._progress,
             devices=self._devices,
             module_state=self._module_state,
-            evacuation=self.evacuation,
+            moves=Moves(self.evacuation, self._kv),
         )
 
     def _check_open(self) -> None:
