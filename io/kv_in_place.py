@@ -6,6 +6,7 @@ import torch
 
 from .errors import ClosedError
 from .kv_count import KvCount
+from .kv_region import GONE
 from .kv_shape import KvShape
 from .kv_strip import Lease, Pair, Strip
 
@@ -95,10 +96,7 @@ class InPlaceStrip(Strip):
 
     def _memory(self) -> Pair:
         if self._pair is None:
-            raise ClosedError(
-                "this cache ended with its micro-batch, or with its model: keep what "
-                "is made of it, not the cache"
-            )
+            raise ClosedError(GONE)
         return self._pair
 
     def _make_room(self, num: int) -> None:

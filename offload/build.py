@@ -81,7 +81,7 @@ def build(
         )
         working_set = _working_set(found, transfers, capacity, tiers)
         doors = _doors(found, working_set, binding)
-        kv = open_kv(model, device, policy)
+        kv = open_kv(model, device, policy, tiers.pin)
         if kv is not None:
             opened.callback(kv.close)
         engine = Engine(

@@ -29,8 +29,6 @@ class Place(Protocol):
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip: ...
 
-    def close(self) -> None: ...
-
 
 class KvLease:
     """Bytes of one tier's budget."""
@@ -162,8 +160,6 @@ class KvStore(Closing):
         self._is_closed = True
         for series in list(self._series):
             _close(series)
-        for place in self._places.values():
-            place.close()
 
     def _prefetch(self, series: Series) -> None:
         """What `series` will use next, as far as is known."""

@@ -23,14 +23,17 @@ from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-TIERS = ["device", "host"]
+TIERS = ["device", "host", "link"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 FEW = ["llama", "gemma3_text", "t5"]
 MORE = ["gpt2", "bloom", "mistral", "mixtral", "jamba", "mamba", "qwen3_next"]
 
 
 def loaded(folder: Path, kv: dict[str, Any], **policy: Any) -> Any:
+    """With the tier `link`, host memory that has to be copied."""
     policy.setdefault("io", {"cache": folder / "cache"})
+    if kv["tier"] == "link":
+        kv, policy["links"] = {**kv, "tier": "host"}, {"host": {"bandwidth": "10GB"}}
     settings = {"device_memory": "2MiB", "resident_below": 1, "kv": kv, **policy}
     return penstock.load(folder, Policy(**settings))
 
@@ -161,6 +164,30 @@ def test_each_token_is_written_once(tmp_path: Path) -> None:
         assert kv.bytes_moved == 0
         most = 3 * (9 + 5) * layers * row_bytes(model)
         assert 0 < kv.peak_bytes_held["host"] <= most
+
+
+@pytest.mark.parametrize("num", [1, 4])
+def test_of_what_is_elsewhere_the_whole_prefix_is_read_at_each_step(
+    num: int, tmp_path: Path
+) -> None:
+    items = batches_of("llama", num, tokens=9)
+    expected = expected_of("llama", tmp_path, items)
+    with loaded(tmp_path, {"tier": "link", "staging_memory": "1KiB"}) as model:
+        assert same(swept(model, items), expected)
+        kv = penstock.statistics(model).kv
+        each = num * model.config.num_hidden_layers * row_bytes(model)
+        assert kv.bytes_written == {"host": (9 + 4) * each}
+        assert kv.bytes_read == {"host": (9 + 10 + 11 + 12) * each}
+        assert kv.bytes_moved == 0
+
+
+def test_what_is_staged_still_is_not_read_again(tmp_path: Path) -> None:
+    items = batches_of("llama", 1, tokens=9)
+    expected = expected_of("llama", tmp_path, items)
+    with loaded(tmp_path, {"tier": "link", "staging_memory": "1MiB"}) as model:
+        assert same(swept(model, items), expected)
+        kv = penstock.statistics(model).kv
+        assert 0 < kv.bytes_read["host"] < kv.bytes_written["host"]
 
 
 def test_by_default_the_cache_stays_as_it_is(tmp_path: Path) -> None:
