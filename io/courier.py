@@ -52,8 +52,10 @@ class Courier(Closing):
         """Does `act` after all that was given before; it keeps `nbytes` until then."""
         handle = Handle(1)
         with self._room:
-            while self._pending_bytes and (
-                self._pending_bytes + nbytes > self._max_pending_bytes
+            while (
+                nbytes
+                and self._pending_bytes
+                and (self._pending_bytes + nbytes > self._max_pending_bytes)
             ):
                 self._room.wait()
             if self._is_closed:

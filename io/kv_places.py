@@ -14,6 +14,8 @@ from .host_buffers import HostBuffers
 from .kv_codec import Codec
 from .kv_copied import CopiedStrip
 from .kv_count import KvCount
+from .kv_file import KvFile, pages
+from .kv_file_region import FileRegion, Hop
 from .kv_in_place import InPlaceStrip
 from .kv_region import Leaving, MemoryRegion
 from .kv_shape import KvShape
@@ -119,3 +121,37 @@ class Copied(Closing):
             memory.close()  # or with the last copy that is under way
         else:
             self._returned.append(memory)
+
+
+class OnDisk(Closing):
+    """A file that is read and written by threads, for a device that is the host."""
+
+    def __init__(
+        self,
+        device: Device,
+        staging: Staging,
+        count: KvCount,
+        make_codec: MakeCodec,
+        file: KvFile,
+        hop: Hop,
+    ) -> None:
+        self._device = device
+        self._staging = staging
+        self._count = count
+        self._make_codec = make_codec
+        self._file = file
+        self._hop = hop
+
+    def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        return pages(capacity * self._make_codec(shape).row_bytes)
+
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+        region = FileRegion(self._file, self._device, self._hop)
+        region.grow(self.bytes_of(shape, capacity))
+        return CopiedStrip(
+            shape, self._make_codec, region, self._staging, lease, self._count
+        )
+
+    def close(self) -> None:
+        """After all strips."""
+        self._file.close()

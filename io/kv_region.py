@@ -11,9 +11,29 @@ from .closing import Closing
 from .device import Device, Stream
 from .errors import ClosedError
 from .event import Event
+from .handle import Handle
 from .kv_pages import spans
 
 _MAX_LEAVING = 2
+
+
+class Arrival:
+    """What is on its way to the device's memory."""
+
+    handle: Handle | None = None
+    """Of who queues the last copy; None when it is queued."""
+    ready: Event | None = None
+    """When the last byte is there; None where nothing is queued."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def wait(self) -> None:
+        """It is there for the work that is queued from now on. Raises what failed."""
+        if self.handle is not None:
+            self.handle.wait()
+        if self.ready is not None:
+            self._device.compute.wait(self.ready)
 
 
 class Region(Closing):
@@ -31,9 +51,9 @@ class Region(Closing):
         """Starts to write `rows` (uint8, on the device), which stay as they are."""
 
     @abstractmethod
-    def fetch(self, start: int, end: int, target: torch.Tensor) -> Event:
+    def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
         """Starts to bring the bytes `start` ... `end` to `target`, behind its first
-        `lead(start)` ones, and returns when they are there."""
+        `lead(start)` ones."""
 
     def lead(self, start: int) -> int:
         """Bytes before those from `start` on that come with them."""
@@ -116,7 +136,7 @@ class MemoryRegion(Region):
         self._leaving.add(self._written, rows)
         self.nbytes += rows.nbytes
 
-    def fetch(self, start: int, end: int, target: torch.Tensor) -> Event:
+    def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
         self._check()
         self._back.wait(self._device.compute.record())
         if self._written is not None:
@@ -125,8 +145,9 @@ class MemoryRegion(Region):
             part = target[span.position : span.position + span.nbytes]
             memory = self._pieces[span.piece]
             self._back.copy(part, memory.tensor(span.offset, span.nbytes))
-        self._fetched = self._back.record()
-        return self._fetched
+        arrival = Arrival(self._device)
+        arrival.ready = self._fetched = self._back.record()
+        return arrival
 
     def truncate(self, nbytes: int) -> None:
         self._check()

@@ -1,13 +1,14 @@
 """A few strips at a time, in the device's memory, where attention reads them."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from .closing import Closing
 from .device import Device
-from .event import Event
 from .files import ALIGNMENT
+from .kv_region import Arrival
 
 _MOST = 3
 """Strips: of who computes, of who follows, and of who was before."""
@@ -22,7 +23,7 @@ class Staged:
     lead: int
     """Bytes before the row of `first`."""
     first: int
-    ready: Event | None = None
+    ready: Arrival | None = None
     """When the rows are there; None if nobody brings any."""
     is_used: bool = False
     """Whether it was read since it was brought: then it goes first."""
@@ -72,7 +73,7 @@ class Staging(Closing):
         Raises what bringing it raised; then it is dropped."""
         if staged.ready is not None:
             try:
-                self._device.compute.wait(staged.ready)
+                staged.ready.wait()
             except BaseException:
                 self.drop(staged)
                 raise
@@ -117,7 +118,8 @@ class Staging(Closing):
     def _forget(self, staged: Staged) -> None:
         """What is still on its way there must not find the memory another's."""
         if staged.ready is not None:
-            self._device.compute.wait(staged.ready)
+            with suppress(Exception):  # nobody waits for it any more
+                staged.ready.wait()
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         size = nbytes + nbytes // 8  # caches grow

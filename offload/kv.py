@@ -1,5 +1,6 @@
 """Opens the tiers that keep the keys and values of one model, as its policy says."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -11,13 +12,15 @@ from ..io.closing import Closing
 from ..io.device import Device
 from ..io.kv_codec import Plain
 from ..io.kv_count import KvCount
-from ..io.kv_places import Copied, InPlace
+from ..io.kv_file import KvFile
+from ..io.kv_file_region import NoHop
+from ..io.kv_places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ..io.kv_staging import Staging
 from ..io.pace import Pace
 from ..scheduler.kv_budget import TIERS, KvBudget
 from ..scheduler.kv_store import KvStore, Place
 from .memory import available_bytes
-from .policy import Policy
+from .policy import Policy, cache_folder
 
 Pin = Callable[[Arena], Closing | None]
 
@@ -57,6 +60,8 @@ class KvTiers(Closing):
         self._opened.close()
 
     def _place(self, tier: str, opened: ExitStack) -> Place:
+        if tier == "disk":
+            return opened.enter_context(self._on_disk())
         is_there = tier == "device" or (
             self._device.is_host and "host" not in self._policy.links
         )
@@ -73,6 +78,17 @@ class KvTiers(Closing):
             )
         )
 
+    def _on_disk(self) -> OnDisk:
+        io = self._policy.io
+        file = KvFile(
+            cache_folder(io),
+            direct=io.direct,
+            max_pending_bytes=PENDING_BYTES,
+            write_pace=self._pace("disk"),
+            read_pace=self._pace("disk"),
+        )
+        return OnDisk(self._device, self._staging, self._count, Plain, file, NoHop())
+
     def _pace(self, tier: str) -> Pace | None:
         speed = self._policy.links.get(tier)  # type: ignore[call-overload]
         if speed is None:
@@ -83,6 +99,10 @@ class KvTiers(Closing):
         asked = self._policy.kv.limits.get(tier)  # type: ignore[call-overload]
         if asked is not None:
             return int(asked)
+        if tier == "disk":
+            folder = cache_folder(self._policy.io)
+            folder.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(folder).free
         on_gpu = self._device.free_bytes() if tier == "device" else None
         return (available_bytes() if on_gpu is None else on_gpu) // 2
 

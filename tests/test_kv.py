@@ -23,7 +23,7 @@ from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-TIERS = ["device", "host", "link"]
+TIERS = ["device", "host", "link", "disk"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 FEW = ["llama", "gemma3_text", "t5"]
 MORE = ["gpt2", "bloom", "mistral", "mixtral", "jamba", "mamba", "qwen3_next"]
