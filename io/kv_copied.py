@@ -67,6 +67,8 @@ class CopiedStrip(Strip):
             end = staged.lead + (self.length - staged.first) * row
             staged.buffer[end : end + rows.nbytes].copy_(rows)
             seen = staged.buffer[low : end + rows.nbytes]
+        else:
+            self._unstage()
         self._write(rows)
         self._count.append(self._lease.tier, num * self.shape.batch, rows.nbytes)
         self.length += num
@@ -159,7 +161,11 @@ class CopiedStrip(Strip):
         nbytes = region.room(lead + end - low, (num + _ROOM) * row)
         staged = self._staging.lend(nbytes, lead, start, ahead=ahead)
         if staged is not None:
-            staged.ready = region.fetch(low, end, staged.buffer)
+            try:
+                staged.ready = region.fetch(low, end, staged.buffer)
+            except BaseException:
+                self._staging.drop(staged)
+                raise
             self._count.read[self._lease.tier] += end - low
         return staged
 

@@ -113,7 +113,10 @@ class Staging(Closing):
                 self._free.append(staged)
             else:
                 self._forget(staged)
-        return best.buffer if best is not None else self._allocate(nbytes)
+        if best is None:
+            return self._allocate(nbytes)
+        self._forget(best)
+        return best.buffer
 
     def _forget(self, staged: Staged) -> None:
         """What is still on its way there must not find the memory another's."""

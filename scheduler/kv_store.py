@@ -4,6 +4,7 @@ to."""
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet, WeakValueDictionary
 
@@ -166,7 +167,8 @@ class KvStore(Closing):
         key = None if series.last is None else self._successor.get(series.last)
         strip = None if key is None else series.strips.get(key)
         if strip is not None:
-            strip.prefetch()
+            with suppress(Exception):  # raised again to who needs it
+                strip.prefetch()
 
 
 def _close(series: Series) -> None:
