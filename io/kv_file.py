@@ -82,13 +82,8 @@ class KvFile(Closing):
     def give_back(self, offset: int, nbytes: int) -> None:
         """On any thread, in the middle of anything."""
         self._returned.append((offset, nbytes))
-        if self._lock.acquire(blocking=False):
-            try:
-                self._settle()
-            finally:
-                self._lock.release()
-            if not self._is_closed:
-                self.writer.give(self._shrink)
+        if not self._is_closed:
+            self.writer.give(self._shrink)
 
     def write(self, offset: int, parts: list[torch.Tensor]) -> None:
         """All of `parts`, whole pages together, to `offset`. In the writer's thread.
@@ -151,10 +146,9 @@ class KvFile(Closing):
     def _shrink(self) -> None:
         """Gives the end of the file back that nobody has."""
         with self._lock:
-            os.ftruncate(
-                self._descriptor,
-                min(self._free.end, os.fstat(self._descriptor).st_size),
-            )
+            self._settle()
+            size = os.fstat(self._descriptor).st_size
+            os.ftruncate(self._descriptor, min(self._free.end, size))
 
     def _pwrite(self, offset: int, nbytes: int) -> None:
         done = 0
