@@ -54,7 +54,9 @@ class CopiedStrip(Strip):
 
     @property
     def device_bytes(self) -> int:
-        return 0
+        if self._region is None or self._lease.tier != "device":
+            return 0
+        return self._region.capacity
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
         num, row = keys.shape[2], self._codec.row_bytes

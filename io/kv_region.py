@@ -2,16 +2,16 @@
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
-from .arena import HostMemory
+from .arena import Memory
 from .closing import Closing
 from .device import Device, Stream
 from .errors import ClosedError
 from .event import Event
 from .handle import Handle
+from .kv_lender import Lender
 from .kv_pages import spans
 
 _MAX_LEAVING = 2
@@ -92,11 +92,7 @@ class Leaving:
 
 
 class MemoryRegion(Region):
-    """In host memory, from and to which `out` and `back` copy.
-
-    `take(nbytes)` gives memory, `give_back` gets it when nothing is copied to or from
-    it any more but what `out` and `back` were given before.
-    """
+    """In memory that `lender` lends, to and from which `out` and `back` copy."""
 
     def __init__(
         self,
@@ -104,24 +100,21 @@ class MemoryRegion(Region):
         out: Stream,
         back: Stream,
         leaving: Leaving,
-        *,
-        take: Callable[[int], HostMemory],
-        give_back: Callable[[HostMemory], None],
+        lender: Lender,
     ) -> None:
         self._device = device
         self._out = out
         self._back = back
         self._leaving = leaving
-        self._take = take
-        self._give_back = give_back
-        self._pieces: list[HostMemory] = []
+        self._lender = lender
+        self._pieces: list[Memory] = []
         self._sizes: list[int] = []
         self._written: Event | None = None
         self._fetched: Event | None = None
         self._is_closed = False
 
     def grow(self, nbytes: int) -> None:
-        self._pieces.append(self._take(nbytes))
+        self._pieces.append(self._lender.take(nbytes))
         self._sizes.append(nbytes)
         self.capacity += nbytes
 
@@ -160,7 +153,7 @@ class MemoryRegion(Region):
             self._is_closed = True
             pieces, self._pieces = self._pieces, []
             for piece in pieces:
-                self._give_back(piece)
+                self._lender.give_back(piece)
 
     def _check(self) -> None:
         if self._is_closed:

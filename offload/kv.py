@@ -9,18 +9,24 @@ from torch import nn
 
 from ..io.arena import Arena
 from ..io.closing import Closing
-from ..io.device import Device
-from ..io.kv_codec import Plain
+from ..io.courier import Courier
+from ..io.device import Device, Stream
+from ..io.kv_codec import Codec, Plain
 from ..io.kv_count import KvCount
 from ..io.kv_file import KvFile
 from ..io.kv_file_region import NoHop
+from ..io.kv_lender import Lender, Locked, OfDevice, Unpinned
 from ..io.kv_places import PENDING_BYTES, Copied, InPlace, OnDisk
+from ..io.kv_quantised import Quantised
+from ..io.kv_shape import KvShape
 from ..io.kv_staging import Staging
 from ..io.pace import Pace
 from ..scheduler.kv_budget import TIERS, KvBudget
 from ..scheduler.kv_store import KvStore, Place
 from .memory import available_bytes
 from .policy import Policy, cache_folder
+
+_KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 Pin = Callable[[Arena], Closing | None]
 
@@ -41,6 +47,7 @@ class KvTiers(Closing):
         self._policy = policy
         self._pin = pin
         self._count = KvCount()
+        self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
         if kv.memory != "auto":
             limits[asked] = kv.memory
@@ -53,6 +60,11 @@ class KvTiers(Closing):
             places = {tier: self._place(tier, opened) for tier in tiers}
             self.store = KvStore(KvBudget(tiers, limits), places, self._count)
             opened.enter_context(self.store)
+            if self._kind is not None:
+                self.store.note(
+                    f"kv: keys and values are kept as {kv.dtype}, which loses some of "
+                    "them: what is generated may differ"
+                )
             opened.callback(install(model, self.store))
             self._opened = opened.pop_all()
 
@@ -60,23 +72,45 @@ class KvTiers(Closing):
         self._opened.close()
 
     def _place(self, tier: str, opened: ExitStack) -> Place:
+        device = self._device
+        pace = self._pace(tier)
+        is_there = tier == "device" or (tier == "host" and device.is_host and not pace)
         if tier == "disk":
             return opened.enter_context(self._on_disk())
-        is_there = tier == "device" or (
-            self._device.is_host and "host" not in self._policy.links
-        )
+        if is_there and self._kind is None:
+            return InPlace(torch.device(device.name), self._count)
+        lender: Lender
+        out: Stream
+        back: Stream
         if is_there:
-            return InPlace(torch.device(self._device.name), self._count)
+            out, back, lender = device.compute, device.compute, OfDevice(device)
+        elif device.is_host:
+            out, back = (
+                opened.enter_context(
+                    Courier(
+                        name, max_pending_bytes=PENDING_BYTES, pace=self._pace(tier)
+                    )
+                )
+                for name in ("kv-out", "kv-back")
+            )
+            lender = Unpinned()
+        else:
+            out, back = device.stream(), device.stream()
+            lender = Locked(self._pin, out, back)
         return opened.enter_context(
             Copied(
-                self._device,
+                device,
                 self._staging,
                 self._count,
-                Plain,
-                pace=lambda: self._pace(tier),
-                pin=self._pin,
+                self._codec,
+                out=out,
+                back=back,
+                lender=lender,
             )
         )
+
+    def _codec(self, shape: KvShape) -> Codec:
+        return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
     def _on_disk(self) -> OnDisk:
         io = self._policy.io
@@ -87,7 +121,9 @@ class KvTiers(Closing):
             write_pace=self._pace("disk"),
             read_pace=self._pace("disk"),
         )
-        return OnDisk(self._device, self._staging, self._count, Plain, file, NoHop())
+        return OnDisk(
+            self._device, self._staging, self._count, self._codec, file, NoHop()
+        )
 
     def _pace(self, tier: str) -> Pace | None:
         speed = self._policy.links.get(tier)  # type: ignore[call-overload]

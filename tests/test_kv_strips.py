@@ -18,12 +18,14 @@ import zoo
 from nets import same
 from penstock import Policy
 from penstock.io import kv_file
+from penstock.io.courier import Courier
 from penstock.io.device import CpuDevice
 from penstock.io.errors import ClosedError, OutputError, ReadError
 from penstock.io.kv_codec import Plain
 from penstock.io.kv_count import KvCount
 from penstock.io.kv_file import KvFile
 from penstock.io.kv_file_region import NoHop
+from penstock.io.kv_lender import Unpinned
 from penstock.io.kv_pages import PAGE_BYTES
 from penstock.io.kv_places import Copied, InPlace, OnDisk
 from penstock.io.kv_shape import KvShape
@@ -55,13 +57,18 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
         if kind == "in place":
             place = InPlace(torch.device("cpu"), count)
         elif kind == "copied":
+            out, back = (
+                opened.enter_context(Courier(name, max_pending_bytes=1 << 20))
+                for name in ("kv-out", "kv-back")
+            )
             place = Copied(
                 device,
                 staging,
                 count,
                 Plain,
-                pace=lambda: None,
-                pin=lambda buffer: None,
+                out=out,
+                back=back,
+                lender=Unpinned(),
             )
         else:
             place = OnDisk(device, staging, count, Plain, file_in(folder), NoHop())
