@@ -67,7 +67,7 @@ class CopiedStrip(Strip):
             staged = self._stage(start, num)
             low = staged.lead + (start - staged.first) * row
             end = staged.lead + (self.length - staged.first) * row
-            staged.buffer[end : end + rows.nbytes].copy_(rows)
+            self._staging.put(staged, end, rows)
             seen = staged.buffer[low : end + rows.nbytes]
         else:
             self._unstage()

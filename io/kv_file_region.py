@@ -1,36 +1,18 @@
 """The rows of one strip in a file: whole pages there, the rest of one in memory."""
 
-from typing import Protocol
-
 import torch
 
 from .device import CpuStream, Device
 from .errors import ClosedError
-from .event import Event
 from .extent import align_down, align_up
 from .files import ALIGNMENT
 from .handle import Handle
 from .kv_file import KvFile, pages
+from .kv_hop import Hop
 from .kv_pages import PAGE_BYTES, plan_append, spans
 from .kv_region import GONE, Arrival, Region
 
 _move = CpuStream().copy
-
-
-class Hop(Protocol):
-    """Host memory on the way between a device and a file."""
-
-    def out(self, rows: torch.Tensor) -> tuple[torch.Tensor, Event | None]:
-        """`rows` in host memory, once the event has passed."""
-        ...
-
-    def buffer(self, target: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """Host memory to read `nbytes` into that are to go to `target`."""
-        ...
-
-    def back(self, target: torch.Tensor, buffer: torch.Tensor) -> Event | None:
-        """`buffer` is filled: brings it to `target`. On the reader's thread."""
-        ...
 
 
 class FileRegion(Region):
@@ -71,12 +53,13 @@ class FileRegion(Region):
 
     def append(self, rows: torch.Tensor) -> None:
         self._check()
-        source, ready = self._hop.out(rows)
+        outgoing = self._hop.out(rows)
 
         def act() -> None:
-            if ready is not None:
-                ready.wait()
-            self._append(source)
+            try:
+                self._append(outgoing.wait())
+            finally:
+                outgoing.close()
 
         self._written = self._file.writer.give(act, rows.nbytes)
         self.nbytes += rows.nbytes
@@ -85,13 +68,16 @@ class FileRegion(Region):
         self._check()
         arrival = Arrival(self._device)
         low = align_down(start, ALIGNMENT)
-        buffer = self._hop.buffer(target, align_up(end, ALIGNMENT) - low)
+        incoming = self._hop.back(target[: align_up(end, ALIGNMENT) - low])
         written = self._written
 
         def act() -> None:
-            written.wait()
-            self._fetch(start, end, buffer)
-            arrival.ready = self._hop.back(target, buffer)
+            try:
+                written.wait()
+                self._fetch(start, end, incoming.buffer)
+                arrival.ready = incoming.send()
+            finally:
+                incoming.close()
 
         arrival.handle = self._read = self._file.reader.give(act)
         return arrival
@@ -175,16 +161,3 @@ class FileRegion(Region):
         for span in spans(self._sizes, start, end):
             part = target[span.position : span.position + span.nbytes]
             self._file.read(self._offsets[span.piece] + span.offset, part)
-
-
-class NoHop:
-    """The device is the host."""
-
-    def out(self, rows: torch.Tensor) -> tuple[torch.Tensor, Event | None]:
-        return rows, None
-
-    def buffer(self, target: torch.Tensor, nbytes: int) -> torch.Tensor:
-        return target[:nbytes]
-
-    def back(self, target: torch.Tensor, buffer: torch.Tensor) -> Event | None:
-        return None

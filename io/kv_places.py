@@ -10,7 +10,8 @@ from .kv_codec import Codec
 from .kv_copied import CopiedStrip
 from .kv_count import KvCount
 from .kv_file import KvFile, pages
-from .kv_file_region import FileRegion, Hop
+from .kv_file_region import FileRegion
+from .kv_hop import Hop
 from .kv_in_place import InPlaceStrip
 from .kv_lender import Lender
 from .kv_region import Leaving, MemoryRegion
@@ -84,7 +85,7 @@ class Copied(Closing):
 
 
 class OnDisk(Closing):
-    """A file that is read and written by threads, for a device that is the host."""
+    """A file that is read and written by threads."""
 
     def __init__(
         self,
@@ -115,3 +116,4 @@ class OnDisk(Closing):
     def close(self) -> None:
         """After all strips."""
         self._file.close()
+        self._hop.close()

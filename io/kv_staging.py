@@ -82,6 +82,11 @@ class Staging(Closing):
         self._staged.remove(staged)
         self._staged.append(staged)
 
+    def put(self, staged: Staged, offset: int, rows: torch.Tensor) -> None:
+        """`rows` behind what is in `staged`, in the order of the device's work."""
+        target = staged.buffer[offset : offset + rows.nbytes]
+        self._device.compute.copy(target, rows)
+
     def drop(self, staged: Staged) -> None:
         """May be dropped twice."""
         if not staged.is_dropped:

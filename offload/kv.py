@@ -14,7 +14,7 @@ from ..io.device import Device, Stream
 from ..io.kv_codec import Codec, Plain
 from ..io.kv_count import KvCount
 from ..io.kv_file import KvFile
-from ..io.kv_file_region import NoHop
+from ..io.kv_hop import Hop, NoHop, ThroughHost
 from ..io.kv_lender import Lender, Locked, OfDevice, Unpinned
 from ..io.kv_places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ..io.kv_quantised import Quantised
@@ -113,7 +113,10 @@ class KvTiers(Closing):
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
     def _on_disk(self) -> OnDisk:
-        io = self._policy.io
+        io, device = self._policy.io, self._device
+        hop: Hop = NoHop()
+        if not device.is_host:
+            hop = ThroughHost(device, device.stream(), device.stream(), self._pin)
         file = KvFile(
             cache_folder(io),
             direct=io.direct,
@@ -121,9 +124,7 @@ class KvTiers(Closing):
             write_pace=self._pace("disk"),
             read_pace=self._pace("disk"),
         )
-        return OnDisk(
-            self._device, self._staging, self._count, self._codec, file, NoHop()
-        )
+        return OnDisk(self._device, self._staging, self._count, self._codec, file, hop)
 
     def _pace(self, tier: str) -> Pace | None:
         speed = self._policy.links.get(tier)  # type: ignore[call-overload]

@@ -24,7 +24,7 @@ from penstock.io.errors import ClosedError, OutputError, ReadError
 from penstock.io.kv_codec import Plain
 from penstock.io.kv_count import KvCount
 from penstock.io.kv_file import KvFile
-from penstock.io.kv_file_region import NoHop
+from penstock.io.kv_hop import NoHop
 from penstock.io.kv_lender import Unpinned
 from penstock.io.kv_pages import PAGE_BYTES
 from penstock.io.kv_places import Copied, InPlace, OnDisk
