@@ -3,7 +3,6 @@ whatever happens to it."""
 
 import ctypes
 import errno
-import logging
 import os
 import tempfile
 import threading
@@ -21,7 +20,6 @@ from .files import ALIGNMENT
 from .kv_pages import PAGE_BYTES, FreeList
 from .pace import Pace
 
-_log = logging.getLogger("penstock")
 _CHUNK_BYTES = 4 << 20
 
 
@@ -43,6 +41,7 @@ class KvFile(Closing):
     ) -> None:
         self.folder = folder
         self.fallback: str | None = None
+        """What could not be had as asked."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._open(direct)
@@ -136,7 +135,6 @@ class KvFile(Closing):
                 f"no O_DIRECT in {self.folder}: keys and values go through the page "
                 "cache"
             )
-            _log.warning(self.fallback)
         return named
 
     def _settle(self) -> None:

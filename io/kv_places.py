@@ -93,21 +93,25 @@ class OnDisk(Closing):
         staging: Staging,
         count: KvCount,
         make_codec: MakeCodec,
-        file: KvFile,
+        open_file: Callable[[], KvFile],
         hop: Hop,
     ) -> None:
         self._device = device
         self._staging = staging
         self._count = count
         self._make_codec = make_codec
-        self._file = file
+        self._open_file = open_file
         self._hop = hop
+        self.file: KvFile | None = None
+        """Opened when something is kept in it."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         return pages(capacity * self._make_codec(shape).row_bytes)
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
-        region = FileRegion(self._file, self._device, self._hop)
+        if self.file is None:
+            self.file = self._open_file()
+        region = FileRegion(self.file, self._device, self._hop)
         region.grow(self.bytes_of(shape, capacity))
         return CopiedStrip(
             shape, self._make_codec, region, self._staging, lease, self._count
@@ -115,5 +119,6 @@ class OnDisk(Closing):
 
     def close(self) -> None:
         """After all strips."""
-        self._file.close()
+        if self.file is not None:
+            self.file.close()
         self._hop.close()

@@ -113,10 +113,16 @@ class KvTiers(Closing):
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
     def _on_disk(self) -> OnDisk:
-        io, device = self._policy.io, self._device
+        device = self._device
         hop: Hop = NoHop()
         if not device.is_host:
             hop = ThroughHost(device, device.stream(), device.stream(), self._pin)
+        return OnDisk(
+            device, self._staging, self._count, self._codec, self._open_file, hop
+        )
+
+    def _open_file(self) -> KvFile:
+        io = self._policy.io
         file = KvFile(
             cache_folder(io),
             direct=io.direct,
@@ -124,7 +130,9 @@ class KvTiers(Closing):
             write_pace=self._pace("disk"),
             read_pace=self._pace("disk"),
         )
-        return OnDisk(self._device, self._staging, self._count, self._codec, file, hop)
+        if file.fallback is not None:
+            self.store.note(file.fallback)
+        return file
 
     def _pace(self, tier: str) -> Pace | None:
         speed = self._policy.links.get(tier)  # type: ignore[call-overload]
@@ -137,9 +145,9 @@ class KvTiers(Closing):
         if asked is not None:
             return int(asked)
         if tier == "disk":
-            folder = cache_folder(self._policy.io)
-            folder.mkdir(parents=True, exist_ok=True)
-            return shutil.disk_usage(folder).free
+            folder = cache_folder(self._policy.io).absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            return shutil.disk_usage(there).free
         on_gpu = self._device.free_bytes() if tier == "device" else None
         return (available_bytes() if on_gpu is None else on_gpu) // 2
 

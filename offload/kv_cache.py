@@ -35,9 +35,9 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
     ) -> Any:
         given = {name: model_kwargs.get(name) for name in _NAMES}
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.is_assistant:
+        if getattr(generation_config, "is_assistant", False):
             return result  # it is taken back and goes on all the time
-        longest = generation_config.max_length
+        longest = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
         for name in _NAMES:
             cache = model_kwargs.get(name)
             if cache is not None and cache is not given[name]:

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def make_report(
         "peak_device_bytes": statistics.peak_device_bytes,
         "peak_host_bytes": statistics.peak_host_bytes,
         "held_bytes_per_micro_batch": statistics.held_bytes_per_micro_batch,
+        "kv": asdict(statistics.kv),
         "plan": _plan(policy, figures, statistics),
         "faults": dict(statistics.faults),
         "fallbacks": list(statistics.fallbacks),

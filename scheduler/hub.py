@@ -158,7 +158,6 @@ class Hub:
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
         self._hub_state.resume()  # which an interrupt may have cut off
-        self._moves.end_turns()
         if errors:
             raise errors[0]
 
@@ -234,6 +233,7 @@ class Hub:
             piece()
         finally:
             self._running = None
+            self._moves.end_turn()
         self._check_modules()
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):

@@ -3,6 +3,7 @@ fetched ahead for who follows, freed with the cache or the micro-batch that they
 to."""
 
 import logging
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Protocol
@@ -73,6 +74,8 @@ class KvStore(Closing):
         self._of: dict[int, WeakSet[Series]] = {}
         self._successor: dict[Key, Key] = {}
         self._running: int | None = None
+        self._thread = 0
+        """That of `_running`."""
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -81,10 +84,11 @@ class KvStore(Closing):
     # What a cache calls.
 
     def begin(self) -> Series:
-        """A new cache, of who runs."""
+        """A new cache, of who runs. May be called by any thread."""
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
-        series = Series(self._running)
+        is_plain = threading.get_ident() != self._thread
+        series = Series(None if is_plain else self._running)
         self._series.add(series)
         if series.index is not None:
             self._of.setdefault(series.index, WeakSet()).add(series)
@@ -127,7 +131,7 @@ class KvStore(Closing):
 
     def begin_turn(self, index: int, following: int | None) -> None:
         """Micro-batch `index` is about to compute, and then, probably, `following`."""
-        self._running = index
+        self._running, self._thread = index, threading.get_ident()
         if following is not None and following != index:
             for series in self._of.get(following, ()):
                 self._prefetch(series)
@@ -139,8 +143,8 @@ class KvStore(Closing):
             if failed:  # the error may be kept, and with it all that it came through
                 _close(series)
 
-    def end_turns(self) -> None:
-        """No micro-batch runs any more."""
+    def end_turn(self) -> None:
+        """Nobody's turn: who makes a cache now does it in a plain call."""
         self._running = None
 
     def device_bytes_of(self, index: int) -> int:

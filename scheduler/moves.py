@@ -48,7 +48,7 @@ class Moves:
         if self._kv is not None:
             self._kv.end(me.index, failed=me.error is not None or me.is_alive)
 
-    def end_turns(self) -> None:
-        """Nobody runs any more."""
+    def end_turn(self) -> None:
+        """Who had the turn computes no more for now."""
         if self._kv is not None:
-            self._kv.end_turns()
+            self._kv.end_turn()

@@ -54,7 +54,8 @@ def place_of(
     codec = partial(Encoded, device=device)
     place: Any
     if kind == "disk":
-        file = KvFile(
+        open_file = partial(
+            KvFile,
             folder,
             direct=True,
             max_pending_bytes=1 << 20,
@@ -62,7 +63,7 @@ def place_of(
             read_pace=None,
         )
         hop = ThroughHost(device, out, back, pin)
-        place = OnDisk(device, staging, count, codec, file, hop)
+        place = OnDisk(device, staging, count, codec, open_file, hop)
     else:
         lender = Locked(pin, out, back)
         place = Copied(device, staging, count, codec, out=out, back=back, lender=lender)

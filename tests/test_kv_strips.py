@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,7 +72,9 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
                 lender=Unpinned(),
             )
         else:
-            place = OnDisk(device, staging, count, Plain, file_in(folder), NoHop())
+            place = OnDisk(
+                device, staging, count, Plain, partial(file_in, folder), NoHop()
+            )
         opened.enter_context(place)
         yield place, count, staging
 
@@ -172,12 +175,12 @@ def test_no_more_is_staged_than_was_said(tmp_path: Path) -> None:
 
 def test_the_file_has_no_name_and_shrinks_to_nothing(tmp_path: Path) -> None:
     with place_of("disk", tmp_path) as (place, _, _):
-        file = place._file
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
         strips = [place.open(shape, 8, lease_of(0)) for _ in range(3)]
         new = torch.ones(64, 4, 8, 64)
         for strip in strips:
             strip.append(new, new, 0)
+        file = place.file
         file.writer.give(lambda: None).wait()
         size = os.fstat(file._descriptor).st_size
         assert size == 3 * 8 * shape.row_bytes
@@ -268,11 +271,11 @@ def test_a_full_disk_is_the_error_of_the_micro_batch_that_needed_it(
 
 def test_what_cannot_be_read_is_the_error_of_who_needs_it(tmp_path: Path) -> None:
     with place_of("disk", tmp_path) as (place, _, _):
-        file = place._file
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
         strip = place.open(shape, 8, lease_of(0))
         new = torch.ones(64, 4, 4, 64)
         strip.append(new, new, 0)
+        file = place.file
         file.writer.give(lambda: os.ftruncate(file._descriptor, 0)).wait()
         strip.prefetch()
         with pytest.raises(ReadError, match="ends before"):
