@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import zoo
 from nets import same
 from penstock import Policy
 from penstock.io.errors import ClosedError, DoesNotFitError, PenstockError
+from penstock.io.kv_staging import Staging
 from penstock.offload.kv_cache import replace_layers
 from penstock.offload.model import engine_of
 
@@ -181,6 +183,29 @@ def test_of_what_is_elsewhere_the_whole_prefix_is_read_at_each_step(
         assert kv.bytes_moved == 0
 
 
+@pytest.mark.parametrize("tier", ["link", "disk"])
+def test_in_a_sweep_it_is_brought_before_it_is_needed(
+    tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = batches_of("llama", 5)
+    expected = expected_of("llama", tmp_path, items)
+    lent = Counter[bool]()
+    lend = Staging.lend
+
+    def watch(self: Staging, *args: Any, ahead: bool) -> Any:
+        found = lend(self, *args, ahead=ahead)
+        lent[ahead] += found is not None
+        return found
+
+    monkeypatch.setattr(Staging, "lend", watch)
+    with loaded(tmp_path, {"tier": tier}) as model:
+        assert same(swept(model, items), expected)
+        steps, layers = 3, model.config.num_hidden_layers
+        # Who follows whom is learnt; who goes on no more is not known before.
+        assert lent[False] <= layers
+        assert sum(lent.values()) <= 5 * (steps + 1) * layers + 5
+
+
 def test_what_is_staged_still_is_not_read_again(tmp_path: Path) -> None:
     items = batches_of("llama", 1, tokens=9)
     expected = expected_of("llama", tmp_path, items)
@@ -267,6 +292,26 @@ def test_what_fails_is_freed_though_its_error_is_kept(
         assert_nothing_is_held(model)
         model.generate(**items[0], **GREEDY)
         assert_nothing_is_held(model)
+
+
+def test_a_plain_call_between_outcomes_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    items = batches_of("llama", 3)
+    expected = expected_of("llama", tmp_path, items)
+
+    def fn(item: Any) -> Any:
+        found = model.generate(**item, **GREEDY)
+        if item is items[0]:
+            raise Held
+        return found
+
+    kept = {**GREEDY, "return_dict_in_generate": True}
+    with loaded(tmp_path, {"tier": "host"}) as model, penstock.sweep(model) as sweep:
+        caches = []
+        for outcome in sweep.run(fn, items):
+            assert (outcome.error is None) == (outcome.index > 0)
+            caches.append(model.generate(**items[0], **kept).past_key_values)
+        assert all(cache.layers[0].keys.shape[2] == 13 for cache in caches)
+        assert same(swept(model, items), expected)
 
 
 @pytest.mark.parametrize("tier", TIERS)
