@@ -23,8 +23,8 @@ _ROOM = 7
 
 class CopiedStrip(Strip):
     """Each token goes to `region` once; all that are seen come from there at each step,
-    unless they are staged still. What slid out of the window stays in the region, but
-    is not brought any more."""
+    unless they are staged still. When the region is full and most of it forgotten, the
+    rest moves to its start."""
 
     _region: Region | None = None
     _staged: Staged | None = None
@@ -81,10 +81,7 @@ class CopiedStrip(Strip):
         if start == self.length:
             nothing = torch.empty(0, dtype=torch.uint8)
             return self._codec.decode(nothing)
-        row = self._codec.row_bytes
-        staged = self._stage(start, 0)
-        low = staged.lead + (start - staged.first) * row
-        end = staged.lead + (self.length - staged.first) * row
+        low, end, staged = self._rows(start)
         return self._codec.decode(staged.buffer[low:end])
 
     def prefetch(self) -> None:
@@ -136,11 +133,34 @@ class CopiedStrip(Strip):
     def _write(self, rows: torch.Tensor) -> None:
         region = self._open_region()
         missing = region.nbytes + rows.nbytes - region.capacity
+        if missing > 0 and 2 * (self.length - self.first) <= self.length - self._base:
+            self._compact(region)
+            missing = region.nbytes + rows.nbytes - region.capacity
         if missing > 0:
             more = region.round(max(missing, region.capacity // _GROWTH))
             self._lease.resize(region.capacity + more)
             region.grow(more)
         region.append(rows)
+
+    def _compact(self, region: Region) -> None:
+        """What is kept moves to the start, in place of at least as much that is
+        forgotten."""
+        encoded = torch.empty(0, dtype=torch.uint8)
+        if self.first < self.length:
+            low, end, staged = self._rows(self.first)
+            encoded = staged.buffer[low:end].clone()
+        region.truncate(0)
+        self._base = self.first
+        if encoded.nbytes:
+            region.append(encoded)
+            self._count.moved += encoded.nbytes
+
+    def _rows(self, start: int) -> tuple[int, int, Staged]:
+        """Where the tokens from `start` on lie in what is staged."""
+        row = self._codec.row_bytes
+        staged = self._stage(start, 0)
+        low = staged.lead + (start - staged.first) * row
+        return low, staged.lead + (self.length - staged.first) * row, staged
 
     def _stage(self, start: int, num: int) -> Staged:
         """The tokens from `start` on, with room for `num` more behind them."""
