@@ -69,9 +69,9 @@ class CopiedStrip(Strip):
             end = staged.lead + (self.length - staged.first) * row
             self._staging.put(staged, end, rows)
             seen = staged.buffer[low : end + rows.nbytes]
-        else:
-            self._unstage()
         self._write(rows)
+        if start >= self.length:
+            self._unstage()  # it did not get the new ones
         self._count.append(self._lease.tier, num * self.shape.batch, rows.nbytes)
         self.length += num
         return self._codec.decode(seen)

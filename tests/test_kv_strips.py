@@ -86,7 +86,7 @@ def lease_of(nbytes: int) -> KvLease:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_strip_is_what_was_appended(kind: str, seed: int, tmp_path: Path) -> None:
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     rows, heads = random.choice([(1, 2), (7, 3), (32, 4), (129, 5)])
@@ -139,6 +139,24 @@ def test_a_strip_is_what_was_appended(kind: str, seed: int, tmp_path: Path) -> N
             strip.view(first)
     assert staging.peak_bytes == 0 or kind != "in place"
     assert sum(count.written.values()) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_only_see_themselves_are_seen_later(
+    kind: str, tmp_path: Path
+) -> None:
+    """Also when what came before has to move for them."""
+    with place_of(kind, tmp_path) as (place, _, _):
+        shape = KvShape(512, 1, 4, 1, 4, torch.float32)  # a row fills a page
+        strip = place.open(shape, 2, lease_of(0))
+        tokens = [torch.full((512, 1, 1, 4), float(n)) for n in range(4)]
+        for token in tokens[:2]:
+            strip.append(token, token, 0)
+        strip.forget(1)
+        strip.append(tokens[2], tokens[2], 2)
+        keys, values = strip.append(tokens[3], tokens[3], 1)
+        assert torch.equal(keys, torch.cat(tokens[1:], 2))
+        assert torch.equal(values, keys)
 
 
 def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
