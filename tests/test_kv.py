@@ -245,6 +245,20 @@ def test_a_cache_that_is_passed_is_left_alone(tmp_path: Path) -> None:
         assert all(cache.get_seq_length() == 13 for cache in caches)
 
 
+def test_a_wrapped_model_is_as_it_was_when_it_is_unwrapped(tmp_path: Path) -> None:
+    model: Any = zoo.build("llama")
+    item = zoo.inputs("llama")
+    expected = model.generate(**item, **GREEDY)
+    before = set(model.__dict__)
+    io = {"cache": tmp_path}
+    policy = Policy(device_memory="2MiB", resident_below=1, kv={"tier": "host"}, io=io)
+    with penstock.wrap(model, policy):
+        assert same(swept(model, [item, item]), [expected, expected])
+        assert penstock.statistics(model).kv.num_appended > 0
+    assert set(model.__dict__) == before
+    assert torch.equal(model.generate(**item, **GREEDY), expected)
+
+
 # When it is over.
 
 
