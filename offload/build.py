@@ -22,6 +22,7 @@ from .binding import Binding
 from .buffers import MovedBuffers
 from .division import Division, capacity_of, check_least, check_overlap, divide
 from .engine import Engine
+from .kv import open_kv
 from .memory import HeapTrimmer
 from .poison import StreamedParameter
 from .policy import Policy
@@ -81,6 +82,9 @@ def build(
         )
         working_set = _working_set(found, transfers, capacity, tiers)
         doors = _doors(found, working_set, binding)
+        kv = open_kv(model, device, policy, tiers.pin)
+        if kv is not None:
+            opened.callback(kv.close)
         engine = Engine(
             model,
             policy,
@@ -96,6 +100,7 @@ def build(
             fallbacks=fallbacks,
             compilation=_compilation(found, policy),
             row_order=Order(len(find_row_wise(found))),
+            kv=kv,
         )
         opened.pop_all()
         opened.callback(engine.close)

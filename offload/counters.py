@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..io.kv_count import KvStatistics
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -48,6 +50,8 @@ class Statistics:
     """Rows that went through modules in these calls."""
     num_failed_joint_calls: int
     """Such calls that failed, and were then made for each micro-batch by itself."""
+    kv: KvStatistics
+    """Keys and values that are kept in tiers; see `kv` in the policy."""
     num_unused_loads: int
     faults: Mapping[str, int]
     """Weights touched outside of their unit's forward, by name."""

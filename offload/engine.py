@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..io.errors import FaultError, PenstockError
+from ..io.kv_count import KvStatistics
 from ..io.recipe import Recipe
 from ..scheduler.admission import Width
 from ..scheduler.coalescing import Coalescing
@@ -21,6 +22,7 @@ from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .buffers import MovedBuffers
 from .counters import Statistics
+from .kv import KvTiers
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .row_wise import find_row_wise
@@ -59,6 +61,7 @@ class Engine:
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
         row_order: Order,
+        kv: KvTiers | None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -74,6 +77,7 @@ class Engine:
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
         self._row_order = row_order
+        self._kv = kv
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
@@ -133,11 +137,10 @@ class Engine:
         self, width: Width, seed: int | None, *, coalesce: bool | None = None
     ) -> Sweep:
         """A sweep over this model; ends with it at the latest."""
-        limit: int | None
+        # A number is the caller's own bound.
+        limit = None if isinstance(width, int) else self._free_bytes() // 4
         if self.policy.activation_memory != "auto":
             limit = self.policy.activation_memory
-        else:  # a width is the caller's own bound
-            limit = self._free_bytes() // 4 if width is None else None
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._gate,
@@ -148,6 +151,7 @@ class Engine:
             module_state=ModuleState(self.model.modules()),
             evacuation=self._tiers.evacuation() if moves_out else None,
             coalescing=self._coalescing(coalesce),
+            kv=None if self._kv is None else self._kv.store,
         )
         self._sweeps.add(sweep)
         return sweep
@@ -167,9 +171,8 @@ class Engine:
 
     def _free_bytes(self) -> int:
         """Of the memory that suspended micro-batches take."""
-        if self.policy.activations == "host":
-            return available_bytes()
-        on_gpu = self._tiers.device.free_bytes()
+        is_there = self.policy.activations == "device"
+        on_gpu = self._tiers.device.free_bytes() if is_there else None
         return available_bytes() if on_gpu is None else on_gpu
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
@@ -199,6 +202,7 @@ class Engine:
         by_tier = self._bytes_by_tier(working_set.resident_units)
         on_gpu = self._tiers.device.peak_bytes()
         sweeps = self._sweeps.statistics()
+        kv = None if self._kv is None else self._kv.store
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
@@ -224,7 +228,13 @@ class Engine:
             num_failed_joint_calls=sweeps.num_failed_joint_calls,
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
-            fallbacks=(*self._fallbacks, *self._tiers.fallbacks, *reader.fallbacks),
+            kv=KvStatistics() if kv is None else kv.statistics(),
+            fallbacks=(
+                *self._fallbacks,
+                *self._tiers.fallbacks,
+                *reader.fallbacks,
+                *(kv.fallbacks if kv is not None else ()),
+            ),
         )
 
     def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
@@ -249,6 +259,8 @@ class Engine:
             return
         self._is_closed = True
         self._sweeps.close()
+        if self._kv is not None:
+            self._kv.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

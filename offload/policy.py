@@ -1,4 +1,5 @@
-"""What the user asks for. Every default of Penstock stands here and nowhere else."""
+"""What the user asks for. Every default of Penstock stands here (those of `kv`: in
+kv_policy) and nowhere else."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -7,24 +8,19 @@ import yaml
 from platformdirs import user_cache_path
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     ValidationError,
 )
 
 from ..io.errors import PolicyError
+from .kv_policy import KvPolicy
+from .section import Section
 from .values import AutoBytes, Bytes, DeviceName, Expression, TierName
 from .values import parse_bytes as parse_bytes
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True
-    )
-
-
-class IO(_Section):
+class IO(Section):
     """How bytes come from disk."""
 
     reader: Literal["auto", "libaio", "threads", "aiofiles", "gds"] = "auto"
@@ -49,7 +45,7 @@ class IO(_Section):
     of wrapped modules while they are streamed. None: the user's cache folder."""
 
 
-class Link(_Section):
+class Link(Section):
     """The speed that a link is held to."""
 
     bandwidth: Bytes
@@ -63,7 +59,7 @@ def cache_folder(io: IO) -> Path:
     return io.cache or user_cache_path("penstock")
 
 
-class Policy(_Section):
+class Policy(Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
 
     device: DeviceName = "cpu"
@@ -74,7 +70,7 @@ class Policy(_Section):
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""
-    peer: dict[DeviceName, Bytes] = {}
+    peer: dict[DeviceName, Bytes] = Field(default_factory=dict)
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
     host_memory: Bytes | None = None
@@ -83,7 +79,7 @@ class Policy(_Section):
     host_shared: bool = False
     """Processes of this machine that load the same checkpoint with the same policy
     share one copy of what stays in host memory."""
-    placement: dict[Expression, TierName] = {}
+    placement: dict[Expression, TierName] = Field(default_factory=dict)
     """Where units are to stay, by regular expressions on their names, the first that
     matches: `device`, `peer` (the first one) or a peer's name, `host`, `disk`. The
     others are spread over these, in this order, as far as there is room."""
@@ -94,7 +90,7 @@ class Policy(_Section):
     """Most bytes of host memory that are locked in place for copies to a GPU: the host
     tier and what weights are staged in. `auto`: all of both, as far as the system lets
     one. What is not locked is copied from more slowly, and announced."""
-    links: dict[Literal["peer", "host", "disk"], Link] = {}
+    links: dict[Literal["peer", "host", "disk"], Link] = Field(default_factory=dict)
     """Links to be held to a stated speed, by the tier at their end: to leave room on
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
@@ -106,6 +102,8 @@ class Policy(_Section):
     `host` the device holds only those of the one that computes and of its neighbours.
     What it does not have to itself (its batch, what the model, another micro-batch or
     a variable outside refers to) stays on the device."""
+    kv: KvPolicy = KvPolicy()
+    """Where the keys and values of what generates are kept."""
     micro_batch_tokens: PositiveInt = 512
     """Tokens that run through a unit in one call, when scoring."""
     tokens_in_flight: PositiveInt = 4096

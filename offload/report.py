@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def make_report(
         "peak_device_bytes": statistics.peak_device_bytes,
         "peak_host_bytes": statistics.peak_host_bytes,
         "held_bytes_per_micro_batch": statistics.held_bytes_per_micro_batch,
+        "kv": asdict(statistics.kv),
         "plan": {
             **figures.plan,
             "streamed_bytes_per_pass": statistics.bytes_by_tier["disk"],

@@ -127,9 +127,14 @@ class Tiers(Closing):
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
         return Evacuation(
             self.device,
-            HostBuffers(lambda buffer: self._pin(buffer, self.device)),
+            HostBuffers(self.pin),
             self._ownership,
         )
+
+    def pin(self, memory: Arena) -> Pinned | None:
+        """Locks `memory` in place for copies to the device, as far as the policy lets
+        one."""
+        return self._pin(memory, self.device)
 
     def bytes_read(self) -> dict[str, int]:
         """Bytes that came from each tier so far."""

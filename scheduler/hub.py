@@ -16,11 +16,11 @@ import torch
 
 from .admission import Admission
 from .coalescing import Coalescing
-from .evacuation import Evacuation
 from .gate import Gate
 from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
+from .moves import Moves
 from .thread_state import ThreadState
 from .waiting import Waiting
 
@@ -41,7 +41,7 @@ class Hub:
         *,
         devices: tuple[str, ...],
         module_state: ModuleState,
-        evacuation: Evacuation | None,
+        moves: Moves,
         coalescing: Coalescing,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
@@ -51,7 +51,7 @@ class Hub:
         self._progress = progress
         self._devices = devices
         self._module_state = module_state
-        self._evacuation = evacuation
+        self._moves = moves
         self._coalescing = coalescing
         self._hub_state = ThreadState(devices)
         self._thread = threading.get_ident()
@@ -238,20 +238,22 @@ class Hub:
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
-        if self._evacuation is not None:
-            self._evacuation.begin_turn(me.index, self._following())
+        self._moves.begin_turn(me.index, self._following)
         self._running = me
         try:
             piece()
         finally:
             self._running = None
+            self._moves.end_turn()
         if len(self._in_flight) > 1:
             self._module_state.check()
         if me.is_parked:
             return  # not for long: what it holds stays where it is
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
-                self._admission.note(me.index, me.num_arrivals, me.held_bytes())
+                self._admission.note(
+                    me.index, me.num_arrivals, self._moves.held_bytes(me)
+                )
             self._move_out(me)
             return
         self._leave_all(me)
@@ -274,15 +276,13 @@ class Hub:
 
     def _move_out(self, me: MicroBatch) -> None:
         """Who waits leaves the device, unless those two would soon take turns there."""
-        moves = self._evacuation
-        if moves is not None and (self._job.has_more or len(self._in_flight) > 2):
-            moves.move_out(me.index, me.own_storages(moves.ownership))
+        if self._job.has_more or len(self._in_flight) > 2:
+            self._moves.move_out(me)
 
     def _end(self, me: MicroBatch) -> None:
         self._running = me
         try:
-            if self._evacuation is not None:  # its `finally` may look at what it holds
-                self._evacuation.bring_back(me.index)
+            self._moves.bring_back(me.index)  # its `finally` may look at it
             me.exit()
         finally:
             self._running = None
@@ -295,7 +295,6 @@ class Hub:
     def _leave_all(self, me: MicroBatch) -> None:
         """A failed forward leaves without its hook; nothing stays open behind it."""
         self._in_flight.pop(me.index, None)
-        if self._evacuation is not None:
-            self._evacuation.ownership.forget(me.index)
+        self._moves.leave(me)
         while me.inside:
             self._gate.doors.leave(me.inside.pop())

@@ -17,7 +17,9 @@ from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
 from .job import Job, Progress
+from .kv_store import KvStore
 from .module_state import ModuleState
+from .moves import Moves
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -63,6 +65,7 @@ class Sweep(Closing):
         module_state: ModuleState,
         evacuation: Evacuation | None,
         coalescing: Coalescing,
+        kv: KvStore | None,
     ) -> None:
         if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -73,6 +76,7 @@ class Sweep(Closing):
         self.evacuation = evacuation
         """Moves what micro-batches hold while they are suspended; None: it stays."""
         self._coalescing = coalescing
+        self._kv = kv
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
@@ -166,7 +170,7 @@ class Sweep(Closing):
             self._progress,
             devices=self._devices,
             module_state=self._module_state,
-            evacuation=self.evacuation,
+            moves=Moves(self.evacuation, self._kv),
             coalescing=self._coalescing,
         )
 

@@ -173,11 +173,11 @@ def test_what_a_module_keeps_between_two_products_is_each_ones_own() -> None:
     expected = []
     for item in items:
         for block in net.blocks:
-            block.state = None  # type: ignore[assignment]
+            block.state = None
         with torch.inference_mode():
             expected.append(run(item))
     for block in net.blocks:
-        block.state = None  # type: ignore[assignment]
+        block.state = None
     with streamed(net):
         found = swept(net, run, items)
         assert penstock.statistics(net).num_joint_calls > 0

@@ -21,6 +21,7 @@ PURE = {
     "scheduler/admission.py",
     "scheduler/cooling.py",
     "scheduler/job.py",
+    "scheduler/kv_budget.py",
     "scheduler/order.py",
     "scheduler/packing.py",
     "scheduler/placement.py",

@@ -1,0 +1,124 @@
+"""How strips are kept in each tier."""
+
+from collections.abc import Callable
+
+import torch
+
+from .closing import Closing
+from .device import Device, Stream
+from .kv_codec import Codec
+from .kv_copied import CopiedStrip
+from .kv_count import KvCount
+from .kv_file import KvFile, pages
+from .kv_file_region import FileRegion
+from .kv_hop import Hop
+from .kv_in_place import InPlaceStrip
+from .kv_lender import Lender
+from .kv_region import Leaving, MemoryRegion
+from .kv_shape import KvShape
+from .kv_staging import Staging
+from .kv_strip import Lease, Strip
+
+PENDING_BYTES = 256 << 20
+"""Most that waits to be written, beside what is being made."""
+
+MakeCodec = Callable[[KvShape], Codec]
+
+
+class InPlace(Closing):
+    """Memory that attention reads directly."""
+
+    def __init__(self, device: torch.device, count: KvCount) -> None:
+        self._device = device
+        self._count = count
+
+    def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        return capacity * shape.row_bytes
+
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+        return InPlaceStrip(shape, capacity, self._device, lease, self._count)
+
+    def close(self) -> None:
+        """The memory goes with the strips."""
+
+
+class Copied(Closing):
+    """Memory that is copied from and to by two streams, which `lender` lends."""
+
+    def __init__(
+        self,
+        device: Device,
+        staging: Staging,
+        count: KvCount,
+        make_codec: MakeCodec,
+        *,
+        out: Stream,
+        back: Stream,
+        lender: Lender,
+    ) -> None:
+        self._device = device
+        self._staging = staging
+        self._count = count
+        self._make_codec = make_codec
+        self._out = out
+        self._back = back
+        self._lender = lender
+        self._leaving = Leaving(device)
+
+    def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        return capacity * self._make_codec(shape).row_bytes
+
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+        region = MemoryRegion(
+            self._device, self._out, self._back, self._leaving, self._lender
+        )
+        region.grow(self.bytes_of(shape, capacity))
+        return CopiedStrip(
+            shape, self._make_codec, region, self._staging, lease, self._count
+        )
+
+    def close(self) -> None:
+        """After all strips."""
+        self._device.synchronize()
+        self._leaving.clear()
+        self._lender.close()
+
+
+class OnDisk(Closing):
+    """A file that is read and written by threads."""
+
+    def __init__(
+        self,
+        device: Device,
+        staging: Staging,
+        count: KvCount,
+        make_codec: MakeCodec,
+        open_file: Callable[[], KvFile],
+        hop: Hop,
+    ) -> None:
+        self._device = device
+        self._staging = staging
+        self._count = count
+        self._make_codec = make_codec
+        self._open_file = open_file
+        self._hop = hop
+        self.file: KvFile | None = None
+        """Opened when something is kept in it."""
+
+    def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        return pages(capacity * self._make_codec(shape).row_bytes)
+
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+        if self.file is None:
+            self.file = self._open_file()
+        region = FileRegion(self.file, self._device, self._hop)
+        region.grow(self.bytes_of(shape, capacity))
+        return CopiedStrip(
+            shape, self._make_codec, region, self._staging, lease, self._count
+        )
+
+    def close(self) -> None:
+        """After all strips."""
+        if self.file is not None:
+            self.file.close()
+        self._hop.close()

@@ -1,0 +1,31 @@
+"""What the user asks for of the keys and values of models that generate."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .section import Section
+from .values import AutoBytes, Bytes
+
+
+class KvPolicy(Section):
+    """Where they are kept, and as what."""
+
+    tier: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the keys and values of growing attention layers are kept, append-only.
+    `auto` leaves the cache as transformers makes it, on the device. What has no room
+    goes to the next slower tier, announced. In place of a cache that the caller passes
+    to `generate` nothing is put."""
+    memory: AutoBytes = "auto"
+    """Bytes that they may take in the tier that was asked for. `auto` is half of what
+    is free there when the model is loaded; on disk all of it."""
+    limits: dict[Literal["device", "host", "disk"], Bytes] = Field(default_factory=dict)
+    """The same for each tier; the slower ones are used when the first one is full."""
+    dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """What they are kept as: `auto` is what the model computes with, bit for bit.
+    `int8` and `fp8` keep a scale for each group of 32 elements of a head and lose the
+    rest; which is announced."""
+    staging_memory: AutoBytes = "auto"
+    """Bytes of the device's memory that they pass through on their way from a slower
+    tier. `auto` is what three layers of a micro-batch take; what computes always has
+    room."""
