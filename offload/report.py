@@ -67,6 +67,8 @@ def make_report(
         "peak_device_bytes": statistics.peak_device_bytes,
         "peak_host_bytes": statistics.peak_host_bytes,
         "held_bytes_per_micro_batch": statistics.held_bytes_per_micro_batch,
+        "num_joint_calls": statistics.num_joint_calls,
+        "num_joint_rows": statistics.num_joint_rows,
         "kv": asdict(statistics.kv),
         "plan": {
             **figures.plan,

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import penstock
 import zoo
@@ -229,6 +234,73 @@ def test_every_model_that_generates_completes_a_file(name: str, tmp_path: Path) 
         assert result.get("completion") == " ".join(map(str, out[start:].tolist())), (
             result
         )
+
+
+@pytest.mark.parametrize("tier", ["auto", "device", "host", "disk"])
+@pytest.mark.parametrize("coalesce", ["auto", "off"])
+def test_keys_and_values_may_be_anywhere(
+    tier: str, coalesce: str, folder: Path, tmp_path: Path
+) -> None:
+    """Refilled all the time, and never what was kept for somebody else."""
+    values = {
+        "kv": {"tier": tier},
+        "coalesce": coalesce,
+        "micro_batch_sequences": 2,
+        "sequences_in_flight": 4,
+        "io": {"cache": str(tmp_path)},
+    }
+    found = completions(folder, ROWS * 3, max_new_tokens=5, policy=values)
+    alone = completions(folder, ROWS * 3, max_new_tokens=5)
+    assert [r["completion"] for r in found] == [r["completion"] for r in alone]
+
+
+def in_flight(folder: Path, tier: str, cache: Path) -> tuple[int, torch.Tensor]:
+    """Micro-batches of long prompts that fit a budget for what they keep, and what they
+    generate."""
+    fixed = Policy(
+        device_memory="16MiB",
+        activation_memory="8MiB",
+        kv={"tier": tier, "limits": {"device": "1GiB"}},
+        links={"host": {"bandwidth": "50GB"}},  # so that it is not the device's
+        io={"cache": str(cache)},
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(5, 64, (2, 96), generator=generator) for _ in range(64)]
+
+    def fn(ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model.generate(
+            ids, max_new_tokens=3, do_sample=False, pad_token_id=0
+        )
+        return found
+
+    with penstock.load(folder, fixed) as model, penstock.sweep(model) as sweep:
+        results = torch.cat(sweep.map(fn, batches))
+        return sweep.statistics().max_in_flight, results
+
+
+@pytest.mark.slow
+def test_four_times_as_many_fit_where_their_keys_and_values_are_elsewhere(
+    tmp_path: Path,
+) -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        vocab_size=64,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
+    found = {
+        tier: in_flight(tmp_path / "deep", tier, tmp_path)
+        for tier in ("device", "host", "disk")
+    }
+    num, expected = found["device"]
+    assert num > 1
+    for tier in ("host", "disk"):
+        assert found[tier][0] >= 4 * num
+        assert torch.equal(found[tier][1], expected)
 
 
 # Rows that nothing can be made of, and mistakes.
