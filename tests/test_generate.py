@@ -207,36 +207,61 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
+TIERS = ("auto", "device", "host", "disk")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPLETES)
-def test_every_model_that_generates_completes_a_file(name: str, tmp_path: Path) -> None:
-    """Ragged prompts, more of them than places: each is completed as if alone."""
+@pytest.mark.parametrize(
+    ("name", "tier"), [(name, TIERS[n % 4]) for n, name in enumerate(COMPLETES)]
+)
+def test_every_model_that_generates_completes_a_file(
+    name: str, tier: str, tmp_path: Path
+) -> None:
+    """Ragged prompts, more of them than places, and one token that ends some of them
+    early: each is completed as if alone, wherever keys and values are."""
     zoo.save_checkpoint(name, tmp_path)
     resident = zoo.load(name, tmp_path)
     ids = zoo.inputs(name, rows=1, tokens=7)["input_ids"][0].tolist()
     prompts = [ids[:5], ids, ids[2:], ids[:5][::-1], ids[::-1]]
+
+    def alone(prompt: list[int], **options: Any) -> list[int]:
+        with torch.inference_mode():
+            found = resident.generate(
+                torch.tensor([prompt]), max_new_tokens=4, do_sample=False, **options
+            )[0]
+        start = 1 if resident.config.is_encoder_decoder else len(prompt)
+        return found[start:].tolist()  # type: ignore[no-any-return]
+
+    end = alone(prompts[1])[2]
+    expected = [alone(prompt, eos_token_id=end, pad_token_id=0) for prompt in prompts]
     rows = [{"prompt": " ".join(map(str, prompt))} for prompt in prompts]
     # transformers' own rwkv goes on otherwise with two rows than with one.
     rows_each = 1 if name.startswith("rwkv") else 2
-    values = {"micro_batch_sequences": rows_each, "sequences_in_flight": 4}
-    with penstock.load(tmp_path, Policy(device_memory="1MiB", **values)) as model:
-        found = list(
+    policy = Policy(
+        device_memory="1MiB",
+        micro_batch_sequences=rows_each,
+        sequences_in_flight=4,
+        kv={"tier": tier},
+        links={"host": {"bandwidth": "50GB"}},  # so that it is not the device's
+        io={"cache": str(tmp_path / "cache")},
+    )
+    with penstock.load(tmp_path, policy) as model:
+        results = list(
             penstock.generate(
-                model, rows, max_new_tokens=4, tokenizer=Numbers(), do_sample=False
+                model,
+                rows,
+                max_new_tokens=4,
+                tokenizer=Numbers(),
+                do_sample=False,
+                eos_token_id=end,
             )
         )
-    for prompt, result in zip(prompts, found, strict=True):
-        with torch.inference_mode():
-            out = resident.generate(
-                torch.tensor([prompt]), max_new_tokens=4, do_sample=False
-            )[0]
-        start = 1 if resident.config.is_encoder_decoder else len(prompt)
-        assert result.get("completion") == " ".join(map(str, out[start:].tolist())), (
-            result
-        )
+    for ids, result in zip(expected, results, strict=True):
+        assert result.get("completion") == " ".join(map(str, ids)), result
+        assert (result["finish_reason"] == "stop") == (ids[-1] == end)
 
 
-@pytest.mark.parametrize("tier", ["auto", "device", "host", "disk"])
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("coalesce", ["auto", "off"])
 def test_keys_and_values_may_be_anywhere(
     tier: str, coalesce: str, folder: Path, tmp_path: Path
