@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+from transformers import (
+    PreTrainedModel,
+    conversion_mapping,
+    core_model_loading,
+    initialization,
+)
 from transformers.conversion_mapping import (
     get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -397,7 +402,7 @@ def test_initialised_tensors_are_known_by_their_mark() -> None:
     before = layer.weight.detach().clone()
     model = zoo.build("llama")
     with torch.no_grad():
-        transformers.initialization.normal_(layer.weight)
+        initialization.normal_(layer.weight)
     model._init_weights(layer)
     assert torch.equal(layer.weight, before)
 
