@@ -134,7 +134,7 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def show(rows: list[dict[str, Any]], best_seconds: float) -> None:
+def show(rows: list[dict[str, Any]], best_seconds: float | None) -> None:
     print(
         f"\n{'':34}{'out tok/s':>10}{'tok/s':>9}{'seconds':>9}{'ceiling':>9}"
         f"{'CPU s':>8}{'passes':>8}{'MB/token':>10}{'peak MiB':>10}"
@@ -144,10 +144,11 @@ def show(rows: list[dict[str, Any]], best_seconds: float) -> None:
             print(f"{row['name']:34}{row['error']}")
             continue
         each = row.get("bytes_per_token")
+        share = "-" if best_seconds is None else f"{best_seconds / row['seconds']:.1%}"
         print(
             f"{row['name']:34}{row['output_tokens_per_second']:10.2f}"
             f"{row['tokens_per_second']:9.1f}{row['seconds']:9.1f}"
-            f"{best_seconds / row['seconds']:9.1%}{row['cpu_seconds']:8.1f}"
+            f"{share:>9}{row['cpu_seconds']:8.1f}"
             f"{'-' if row['passes'] is None else row['passes']:>8}"
             f"{'-' if each is None else format(each / 1e6, '.2f'):>10}"
             f"{row['peak_rss_bytes'] / 2**20:10.0f}"
@@ -224,7 +225,7 @@ def main() -> None:
                 rate = found.get("output_tokens_per_second", found.get("error"))
                 print(f"round {number}: {name}: {rate} output tokens/s", flush=True)
     rows = [summarise(name, found) for name, found in runs.items()]
-    show(rows, best["seconds"])
+    show(rows, None if args.tail else best["seconds"])  # of completions that end early
     shares = equal(runs)
     if shares is not None:
         print(f"share of completions that are the resident model's: {shares}")
