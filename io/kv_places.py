@@ -1,5 +1,6 @@
 """How strips are kept in each tier."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from .kv_file_region import FileRegion
 from .kv_hop import Hop
 from .kv_in_place import InPlaceStrip
 from .kv_lender import Lender
-from .kv_region import Leaving, MemoryRegion
+from .kv_region import Leaving, MemoryRegion, Region
 from .kv_shape import KvShape
 from .kv_staging import Staging
 from .kv_strip import Lease, Strip
@@ -42,7 +43,29 @@ class InPlace(Closing):
         """The memory goes with the strips."""
 
 
-class Copied(Closing):
+class _Elsewhere(Closing):
+    """What is brought to where attention reads it."""
+
+    def __init__(self, staging: Staging, count: KvCount, make_codec: MakeCodec) -> None:
+        self._staging = staging
+        self._count = count
+        self._make_codec = make_codec
+
+    def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        return capacity * self._make_codec(shape).row_bytes
+
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+        region = self._region()
+        region.grow(self.bytes_of(shape, capacity))
+        return CopiedStrip(
+            shape, self._make_codec, region, self._staging, lease, self._count
+        )
+
+    @abstractmethod
+    def _region(self) -> Region: ...
+
+
+class Copied(_Elsewhere):
     """Memory that is copied from and to by two streams, which `lender` lends."""
 
     def __init__(
@@ -56,25 +79,16 @@ class Copied(Closing):
         back: Stream,
         lender: Lender,
     ) -> None:
+        super().__init__(staging, count, make_codec)
         self._device = device
-        self._staging = staging
-        self._count = count
-        self._make_codec = make_codec
         self._out = out
         self._back = back
         self._lender = lender
         self._leaving = Leaving(device)
 
-    def bytes_of(self, shape: KvShape, capacity: int) -> int:
-        return capacity * self._make_codec(shape).row_bytes
-
-    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
-        region = MemoryRegion(
+    def _region(self) -> Region:
+        return MemoryRegion(
             self._device, self._out, self._back, self._leaving, self._lender
-        )
-        region.grow(self.bytes_of(shape, capacity))
-        return CopiedStrip(
-            shape, self._make_codec, region, self._staging, lease, self._count
         )
 
     def close(self) -> None:
@@ -84,7 +98,7 @@ class Copied(Closing):
         self._lender.close()
 
 
-class OnDisk(Closing):
+class OnDisk(_Elsewhere):
     """A file that is read and written by threads."""
 
     def __init__(
@@ -96,26 +110,20 @@ class OnDisk(Closing):
         open_file: Callable[[], KvFile],
         hop: Hop,
     ) -> None:
+        super().__init__(staging, count, make_codec)
         self._device = device
-        self._staging = staging
-        self._count = count
-        self._make_codec = make_codec
         self._open_file = open_file
         self._hop = hop
         self.file: KvFile | None = None
         """Opened when something is kept in it."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
-        return pages(capacity * self._make_codec(shape).row_bytes)
+        return pages(super().bytes_of(shape, capacity))
 
-    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+    def _region(self) -> Region:
         if self.file is None:
             self.file = self._open_file()
-        region = FileRegion(self.file, self._device, self._hop)
-        region.grow(self.bytes_of(shape, capacity))
-        return CopiedStrip(
-            shape, self._make_codec, region, self._staging, lease, self._count
-        )
+        return FileRegion(self.file, self._device, self._hop)
 
     def close(self) -> None:
         """After all strips."""

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError
-from .options import Model, PolicyFile, Report, Settings, policy_of, values_of
+from .options import Model, PolicyFile, Report, Settings, policy_of
 from .policy import Policy
+from .values import parse_setting
 
 if TYPE_CHECKING:
     from .job import Job
@@ -149,7 +150,7 @@ def generate(
     from .job import Job
     from .work import GenerateWork
 
-    values = values_of(options)
+    values = dict(map(parse_setting, options or []))
     if temperature is not None:
         values["temperature"] = temperature
     work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
@@ -11,13 +12,17 @@ from ..io.errors import UsageError
 from .decoding import RowEnds, decoder
 
 
-class Prompt(Protocol):
-    """What is completed, and where the result goes."""
+@dataclass(slots=True)
+class Prompt:
+    """A row on its way."""
 
     index: int
     identity: Any
-    ids: tuple[int, ...]
-    result: dict[str, Any] | None
+    ids: tuple[int, ...] = ()
+    result: dict[str, Any] | None = None
+
+    def fail(self, message: str) -> None:
+        self.result = {"id": self.identity, "error": message}
 
 
 class Completions:

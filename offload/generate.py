@@ -11,7 +11,7 @@ import torch
 
 from ..io.errors import PenstockError, UsageError
 from ..scheduler.packing import pack
-from .completions import Completions
+from .completions import Completions, Prompt
 from .model import engine_of
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
@@ -19,19 +19,6 @@ from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 _POOL_MICRO_BATCHES = 16
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
-
-
-@dataclass(slots=True)
-class Prompt:
-    """A row on its way."""
-
-    index: int
-    identity: Any
-    ids: tuple[int, ...] = ()
-    result: dict[str, Any] | None = None
-
-    def fail(self, message: str) -> None:
-        self.result = {"id": self.identity, "error": message}
 
 
 @dataclass(slots=True)
@@ -45,8 +32,6 @@ class GenerateProgress:
     tokens_padding: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    num_steps: int = 0
-    """Tokens that micro-batches made one after the other, summed over them."""
     max_new_tokens: int = 1
 
     def rows_through(self, pass_fraction: float) -> float:
@@ -229,4 +214,3 @@ class _Generating:
 
     def _count(self, num_rows: int) -> None:
         self._progress.output_tokens += num_rows
-        self._progress.num_steps += 1

@@ -1,7 +1,7 @@
 """Knows transformers from the inside: building a model without weights.
 
-With `hf_names`, the only file that uses private calls of transformers (>= 5.17, < 6),
-each of them under a contract test.
+Private calls of transformers (>= 5.17, < 6) stand here, in `hf_names`, `kv_cache` and
+`decoding` alone, each of them under a test.
 """
 
 import contextlib

@@ -16,7 +16,14 @@ from pydantic import (
 from ..io.errors import PolicyError
 from .kv_policy import KvPolicy
 from .section import Section
-from .values import AutoBytes, Bytes, DeviceName, Expression, TierName
+from .values import (
+    AutoBytes,
+    Bytes,
+    DeviceName,
+    Expression,
+    TierName,
+    parse_setting,
+)
 from .values import parse_bytes as parse_bytes
 
 
@@ -173,20 +180,14 @@ class Policy(Section):
         (`io.threads=4`), values are YAML."""
         values = self.model_dump(exclude_unset=True)
         for setting in settings:
-            key, equals, text = setting.partition("=")
-            if not equals:
-                raise PolicyError(f"{setting!r} is no setting: write key=value")
+            key, value = parse_setting(setting)
             target = values
-            *parents, name = key.strip().split(".")
+            *parents, name = key.split(".")
             for parent in parents:
                 target = target.setdefault(parent, {})
                 if not isinstance(target, dict):
                     raise PolicyError(f"{key!r}: {parent} has no keys below it")
-            try:
-                target[name] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                problem = " ".join(str(error).split())
-                raise PolicyError(f"{setting!r}: no YAML: {problem}") from None
+            target[name] = value
         return type(self)(**values)
 
 

@@ -3,7 +3,10 @@
 import re
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+
+from ..io.errors import PolicyError
 
 _UNITS = {
     "": 1,
@@ -17,6 +20,18 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`"key=value"`: the key, and the value that YAML reads. Raises PolicyError."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise PolicyError(f"{setting!r} is no setting: write key=value")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise PolicyError(f"{setting!r}: no YAML: {problem}") from None
 
 
 def parse_bytes(value: int | str) -> int:

@@ -67,10 +67,7 @@ class ScoreWork:
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
         """What the policy promises: passes over the weights."""
         width = max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
-        return {
-            "micro_batches_in_flight": width,
-            "passes": -(-num_micro_batches // width),
-        }
+        return _plan(width, num_micro_batches, passes_each=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,11 @@ class GenerateWork:
         """What the policy promises, at most: passes over the weights."""
         each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
         width = policy.sequences_in_flight // each
-        return {
-            "micro_batches_in_flight": width,
-            "passes": -(-num_micro_batches // width) * self.max_new_tokens,
-        }
+        return _plan(width, num_micro_batches, passes_each=self.max_new_tokens)
+
+
+def _plan(width: int, num_micro_batches: int, *, passes_each: int) -> dict[str, int]:
+    return {
+        "micro_batches_in_flight": width,
+        "passes": -(-num_micro_batches // width) * passes_each,
+    }
