@@ -33,7 +33,7 @@ import limits
 import machine
 from penstock.io.checkpoint import open_checkpoint
 from penstock.offload.policy import parse_bytes
-from stream import disk_bytes_per_second, run
+from stream import disk_bytes_per_second, in_turns
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -217,13 +217,14 @@ def main() -> None:
         best = ceiling(args, work)
         print(f"ceiling: {json.dumps(best)}", flush=True)
         contenders = commands(args, path)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-        for number in range(args.rounds):
-            for name, command in contenders.items():
-                found = run(command, args.model, None if name == "resident" else limit)
-                runs[name].append(found)
-                rate = found.get("output_tokens_per_second", found.get("error"))
-                print(f"round {number}: {name}: {rate} output tokens/s", flush=True)
+        limits_of = {name: None if name == "resident" else limit for name in contenders}
+        runs = in_turns(
+            contenders,
+            args.model,
+            limits_of,
+            args.rounds,
+            rate="output_tokens_per_second",
+        )
     rows = [summarise(name, found) for name, found in runs.items()]
     show(rows, None if args.tail else best["seconds"])  # of completions that end early
     shares = equal(runs)

@@ -83,6 +83,25 @@ def run(command: list[str], model: Path, limit_bytes: int | None) -> dict[str, A
     return found
 
 
+def in_turns(
+    contenders: dict[str, list[str]],
+    model: Path,
+    limits_of: dict[str, int | None],
+    rounds: int,
+    *,
+    rate: str,
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs all `contenders`, round by round; says at what `rate` each went."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, command in contenders.items():
+            found = run(command, model, limits_of[name])
+            runs[name].append(found)
+            speed, cpu = found.get(rate, found.get("error")), found.get("cpu_seconds")
+            print(f"round {number}: {name}: {speed} CPU s: {cpu}", flush=True)
+    return runs
+
+
 def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
     """What is compared, by name."""
     worker = [sys.executable, str(HERE / "stream_worker.py")]
@@ -232,16 +251,10 @@ def main() -> None:
         best = ceiling(args, num_tokens, args.rows * args.width)
         print(f"ceiling: {json.dumps(best)}")
         contenders = commands(args, path)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-        for number in range(args.rounds):
-            for name, command in contenders.items():
-                found = run(
-                    command, args.model, None if name in args.unlimited else limit
-                )
-                runs[name].append(found)
-                rate = found.get("tokens_per_second", found.get("error"))
-                cpu = found.get("cpu_seconds")
-                print(f"round {number}: {name}: {rate} CPU s: {cpu}", flush=True)
+        limits_of = {n: None if n in args.unlimited else limit for n in contenders}
+        runs = in_turns(
+            contenders, args.model, limits_of, args.rounds, rate="tokens_per_second"
+        )
     rate = best["tokens_per_second"]
     rows = [summarise(name, found, rate) for name, found in runs.items()]
     show(rows)
