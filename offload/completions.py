@@ -73,14 +73,23 @@ class Completions:
             "sample",
         )
 
-    def run(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> None:
-        """Fills `result` of each; `tick(rows)` is called as rows get a token."""
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        tick: Callable[[int], None],
+        *,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        """Fills `result` of each; `tick(rows)` is called as rows get a token. Prompts
+        come in with calls of at most `chunk_tokens` each (None: at once)."""
         ids, mask = self._padded([prompt.ids for prompt in prompts])
         ends = RowEnds()
         options: dict[str, Any] = {}
         if self.is_one_by_one:
             numbers = [prompt.index for prompt in prompts]
-            options["custom_generate"] = decoder(self._seed, numbers, ends, tick)
+            options["custom_generate"] = decoder(
+                self._seed, numbers, ends, tick, chunk_tokens=chunk_tokens
+            )
         found = self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),

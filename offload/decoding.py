@@ -2,13 +2,15 @@
 record of where each row ended and why."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
-from transformers import MaxLengthCriteria, StoppingCriteriaList
+from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(slots=True)
@@ -79,13 +81,39 @@ def row_seed(seed: int, row: int, number: int) -> int:
     return int(mixed.generate_state(1)[0])
 
 
+def takes_chunks(model: Any) -> bool:
+    """Whether a prompt may come in with several calls: what the model keeps is keys and
+    values alone. Layers with a state of another kind may begin it anew at every call of
+    more than one token, and say nothing."""
+    config = model.config.get_text_config(decoder=True)
+    return (
+        not model.config.is_encoder_decoder
+        and not getattr(model, "_is_stateful", False)
+        and "past_key_values" in inspect.signature(model.forward).parameters
+        and _is_plain(DynamicCache(config=config))
+    )
+
+
+def _is_plain(cache: Any) -> bool:
+    return type(cache) is DynamicCache and all(
+        isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
+
+
 def decoder(
-    seed: int, rows: Sequence[int], ends: RowEnds, tick: Callable[[int], None]
+    seed: int,
+    rows: Sequence[int],
+    ends: RowEnds,
+    tick: Callable[[int], None],
+    *,
+    chunk_tokens: int | None,
 ) -> Callable[..., Any]:
     """A `custom_generate` for greedy decoding and sampling: transformers' own loop.
 
     Each of `rows` (their numbers) samples for itself. `ends` is filled; `tick(rows)` is
-    called at each step with how many rows got a token.
+    called at each step with how many rows got a token. Prompts come in with calls of at
+    most `chunk_tokens` of each row (None: at once), unless the model made itself a
+    cache of another kind.
     """
 
     def decode(
@@ -97,11 +125,17 @@ def decoder(
         **kwargs: Any,
     ) -> Any:
         ends.start = input_ids.shape[1]
+        generation_config = copy.copy(generation_config)
+        if (
+            chunk_tokens is not None
+            and generation_config.prefill_chunk_size is None
+            and _is_plain(kwargs.get("past_key_values"))
+        ):
+            generation_config.prefill_chunk_size = chunk_tokens
         if generation_config.do_sample:
             each = range(len(input_ids) // len(rows))  # num_return_sequences
             seeds = [row_seed(seed, row, number) for row in rows for number in each]
             logits_processor.append(RowSampler(seeds))
-            generation_config = copy.copy(generation_config)
             generation_config.do_sample = False
         return model._sample(
             input_ids,

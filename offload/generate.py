@@ -1,17 +1,19 @@
 """Completes rows of prompts: many sequences go on together, token by token, and share
 each pass over the streamed weights."""
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ..io.errors import PenstockError, UsageError
-from ..scheduler.packing import pack
+from ..scheduler.packing import chunk_tokens, pack
 from .completions import Completions, Prompt
+from .decoding import takes_chunks
 from .model import engine_of
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
@@ -104,6 +106,13 @@ def generate(
     return job.run(iter(rows))
 
 
+class _Group(NamedTuple):
+    """Rows that go on together, and how much of their prompts comes in with a pass."""
+
+    prompts: list[Prompt]
+    chunk_tokens: int | None
+
+
 class _Generating:
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
@@ -121,8 +130,14 @@ class _Generating:
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._num_rows = 0
         self._pending: deque[Prompt] = deque()
-        self._groups: deque[list[Prompt]] = deque()
+        self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
+        whole = "all" if policy.coalesce == "off" else "auto"
+        asked = whole if policy.prompt_tokens == "auto" else policy.prompt_tokens
+        self._chunks: int | Literal["auto", "all"] = policy.prompt_tokens
+        has_same_bits = policy.prompt_tokens == "auto" and policy.coalesce == "off"
+        if has_same_bits or not takes_chunks(model):
+            self._chunks = "all"
 
     def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
@@ -138,7 +153,7 @@ class _Generating:
 
     def _has_room(self) -> bool:
         """Whether the next micro-batch, as large as it may be, finds its places."""
-        coming = len(self._groups[0]) if self._groups else self._max_rows
+        coming = len(self._groups[0].prompts) if self._groups else self._max_rows
         return self._progress.rows_in_flight + coming <= self._in_flight
 
     def _finished(self) -> Iterator[dict[str, Any]]:
@@ -148,9 +163,7 @@ class _Generating:
             self._progress.rows_failed += "error" in result
             yield result
 
-    def _micro_batches(
-        self, rows: Iterator[Mapping[str, Any]]
-    ) -> Iterator[list[Prompt]]:
+    def _micro_batches(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[_Group]:
         while self._fill(rows):
             yield self._groups.popleft()
 
@@ -160,14 +173,38 @@ class _Generating:
         wanted = max(self._max_rows * _POOL_MICRO_BATCHES, self._in_flight)
         while not self._groups and (batch := list(islice(rows, wanted))):
             pool = [prompt for prompt in map(self._prompt, batch) if prompt is not None]
-            groups = pack(
-                [len(prompt.ids) for prompt in pool],
-                max_tokens=self._max_tokens,
-                max_rows=self._max_rows,
-                min_fill=_MIN_FILL,
-            )
-            self._groups += [[pool[index] for index in group] for group in groups]
+            self._groups += self._packed(pool)
         return bool(self._groups)
+
+    def _packed(self, pool: list[Prompt]) -> list[_Group]:
+        """What comes in by and by may have more tokens than one call."""
+        is_whole = self._chunks == "all"
+        groups = pack(
+            [len(prompt.ids) for prompt in pool],
+            max_tokens=self._max_tokens if is_whole else sys.maxsize,
+            max_rows=self._max_rows,
+            min_fill=_MIN_FILL,
+        )
+        num_sharing = min(len(groups), self._in_flight // self._max_rows)
+        return [
+            _Group(
+                [pool[index] for index in group],
+                self._chunk_tokens(len(group), max(1, num_sharing)),
+            )
+            for group in groups
+        ]
+
+    def _chunk_tokens(self, num_rows: int, num_groups: int) -> int | None:
+        if self._chunks == "all":
+            return None
+        if self._chunks != "auto":
+            return self._chunks
+        return chunk_tokens(
+            num_rows,
+            num_groups,
+            tokens_in_flight=self._engine.policy.tokens_in_flight,
+            max_tokens=self._max_tokens,
+        )
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""
@@ -193,14 +230,18 @@ class _Generating:
                 f"{max(self._context - num_ids, 0)}"
             )
 
-    def _complete(self, prompts: list[Prompt]) -> None:
+    def _complete(self, group: _Group) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
-        progress = self._progress
+        prompts, progress = group.prompts, self._progress
         progress.rows_in_flight += len(prompts)
         try:
             with torch.inference_mode():
-                self._completions.run(prompts, self._count)
+                self._completions.run(
+                    prompts,
+                    self._count,
+                    chunk_tokens=group.chunk_tokens,
+                )
         except PenstockError:
             raise
         except Exception as error:
