@@ -9,7 +9,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..io.errors import UsageError
-from .decoding import RowEnds, decoder
+from .decoding import Decoder, RowEnds
 
 
 @dataclass(slots=True)
@@ -79,16 +79,17 @@ class Completions:
         tick: Callable[[int], None],
         *,
         chunk_tokens: int | None = None,
+        leave: Callable[[int], None] | None = None,
     ) -> None:
-        """Fills `result` of each; `tick(rows)` is called as rows get a token. Prompts
-        come in with calls of at most `chunk_tokens` each (None: at once)."""
+        """Fills `result` of each; `tick(rows)` is called as rows get a token. For
+        `chunk_tokens` and `leave` see Decoder."""
         ids, mask = self._padded([prompt.ids for prompt in prompts])
         ends = RowEnds()
         options: dict[str, Any] = {}
         if self.is_one_by_one:
             numbers = [prompt.index for prompt in prompts]
-            options["custom_generate"] = decoder(
-                self._seed, numbers, ends, tick, chunk_tokens=chunk_tokens
+            options["custom_generate"] = Decoder(
+                self._seed, numbers, ends, tick, chunk_tokens, leave
             )
         found = self._model.generate(
             ids.to(self._device),

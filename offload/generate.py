@@ -13,7 +13,7 @@ import torch
 from ..io.errors import PenstockError, UsageError
 from ..scheduler.packing import chunk_tokens, pack
 from .completions import Completions, Prompt
-from .decoding import takes_chunks
+from .decoding import keeps_only_keys_and_values
 from .model import engine_of
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
@@ -113,6 +113,20 @@ class _Group(NamedTuple):
     chunk_tokens: int | None
 
 
+class _InFlight:
+    """The rows of one micro-batch that have a place."""
+
+    def __init__(self, progress: GenerateProgress, num: int) -> None:
+        self._progress = progress
+        self.num = num
+        progress.rows_in_flight += num
+
+    def leave(self, num: int) -> None:
+        """Others may come in their place."""
+        self.num -= num
+        self._progress.rows_in_flight -= num
+
+
 class _Generating:
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
@@ -132,12 +146,12 @@ class _Generating:
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
-        whole = "all" if policy.coalesce == "off" else "auto"
-        asked = whole if policy.prompt_tokens == "auto" else policy.prompt_tokens
         self._chunks: int | Literal["auto", "all"] = policy.prompt_tokens
-        has_same_bits = policy.prompt_tokens == "auto" and policy.coalesce == "off"
-        if has_same_bits or not takes_chunks(model):
+        keeps_bits = policy.coalesce == "off"
+        is_plain = keeps_only_keys_and_values(model)
+        if not is_plain or (keeps_bits and policy.prompt_tokens == "auto"):
             self._chunks = "all"
+        self._shrinks = is_plain and not keeps_bits
 
     def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
@@ -234,13 +248,14 @@ class _Generating:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
         prompts, progress = group.prompts, self._progress
-        progress.rows_in_flight += len(prompts)
+        in_flight = _InFlight(progress, len(prompts))
         try:
             with torch.inference_mode():
                 self._completions.run(
                     prompts,
                     self._count,
                     chunk_tokens=group.chunk_tokens,
+                    leave=in_flight.leave if self._shrinks else None,
                 )
         except PenstockError:
             raise
@@ -248,7 +263,7 @@ class _Generating:
             for prompt in prompts:
                 prompt.fail(f"the model failed: {type(error).__name__}: {error}")
         finally:
-            progress.rows_in_flight -= len(prompts)
+            in_flight.leave(in_flight.num)
         lengths = [len(prompt.ids) for prompt in prompts]
         progress.prompt_tokens += sum(lengths)
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)

@@ -148,8 +148,9 @@ class Policy(Section):
     """Whether products of few rows, as in decode, are made once for all micro-batches
     of a sweep. It may change the last bits, and with `activations: host` the device
     holds those who share a product. `auto`: where a sweep asks for it
-    (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never. Not
-    with `compile`."""
+    (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never, and
+    rows that have ended go on as padding beside the others of their micro-batch, whose
+    products so stay what they are. Not with `compile`."""
     strict: bool = False
     """Weights touched outside of their unit's forward are an error instead of being
     loaded on the spot, counted, and made resident."""

@@ -278,6 +278,92 @@ def test_every_model_that_generates_completes_a_file(
         assert (result["finish_reason"] == "stop") == (ids[-1] == end)
 
 
+class Widths:
+    """Rows of each call of the model's first block."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(self._note)
+
+    def _note(self, block: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        self.calls.append(arguments[0].shape[0])
+
+
+def with_one_long_row(
+    folder: Path, resident: Any, tokenizer: Any, **options: Any
+) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Three rows of four end after a token, one of the first four goes on."""
+    long, short = PROMPTS[0], PROMPTS[5]
+    assert len(tokenizer(long)["input_ids"]) == len(tokenizer(short)["input_ids"])
+    end = eos_of(resident, tokenizer, short, 0)
+    assert end not in alone(
+        resident, tokenizer, long, max_new_tokens=9, do_sample=False
+    )
+    rows = [{"prompt": text} for text in (long, short, short, short, *[short] * 4)]
+    values = options.pop("policy", {})
+    fixed = {"micro_batch_sequences": 4, "sequences_in_flight": 5}
+    with penstock.load(folder, policy(**{**fixed, **values})) as model:
+        widths = Widths(model)
+        found = list(
+            penstock.generate(
+                model, rows, max_new_tokens=9, eos_token_id=end, **options
+            )
+        )
+        return found, widths.calls, penstock.statistics(model).passes
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_that_have_ended_make_place(
+    tier: str, folder: Path, resident: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"kv": {"tier": tier}, "io": {"cache": str(tmp_path)}}
+    rows, widths, passes = with_one_long_row(
+        folder, resident, tokenizer, policy={**values, "prompt_tokens": "all"}
+    )
+    assert [row["tokens"] for row in rows] == [9] + 7 * [1]
+    assert sorted(widths) == [1] * 8 + [4] * 2
+    assert passes == 9, "the others came in beside the long one"
+    same, widths, passes = with_one_long_row(
+        folder, resident, tokenizer, policy={**values, "coalesce": "off"}
+    )
+    assert same == rows
+    assert widths == [4] * (9 + 1), "the same bits: of the same products"
+    assert passes == 9 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "shrinks"),
+    [
+        ({"temperature": 1.3, "top_k": 40, "repetition_penalty": 1.2}, True),
+        ({"no_repeat_ngram_size": 2, "min_new_tokens": 2, "top_p": 0.9}, True),
+        ({"encoder_repetition_penalty": 1.3}, False),  # remembers each row's prompt
+        ({"num_return_sequences": 2, "temperature": 1.0}, True),
+    ],
+)
+def test_what_rows_leave_behind_changes_nothing(
+    options: dict[str, Any], shrinks: bool, folder: Path, tokenizer: Any
+) -> None:
+    """Ends by chance, early and late, with every kind of processor."""
+    ends = list(range(100, 160))
+    found = {}
+    for coalesce in ("auto", "off"):
+        values = {"coalesce": coalesce, "prompt_tokens": "all"}
+        with penstock.load(folder, policy(**values)) as model:
+            widths = Widths(model)
+            found[coalesce] = list(
+                penstock.generate(
+                    model,
+                    [ROWS[0]] * 6 + [ROWS[5]] * 2,
+                    max_new_tokens=20,
+                    eos_token_id=ends,
+                    seed=5,
+                    **options,
+                )
+            )
+        assert (len(set(widths.calls)) > 1) == (shrinks and coalesce == "auto")
+    assert found["auto"] == found["off"]
+
+
 STATEFUL = ("jamba", "mamba", "recurrent_gemma", "qwen3_next", "minimax")
 
 
