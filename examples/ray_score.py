@@ -42,6 +42,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def fitting_actors(args: argparse.Namespace) -> int:
+    """As many as the cluster has room for, beside what reads and writes."""
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    need = {"CPU": args.cores, "GPU": args.gpus}
+    have["CPU"] -= 1
+    fit = min(int(have.get(kind, 0) / each) for kind, each in need.items() if each)
+    return max(1, fit)
+
+
 def main() -> None:
     args = parse_args()
     policy = Policy().with_settings(args.set)
@@ -52,9 +61,7 @@ def main() -> None:
         ray.data.read_parquet if args.texts.endswith("parquet") else ray.data.read_json
     )
     rows = read(files)
-    have, need = ray.cluster_resources(), {"CPU": args.cores, "GPU": args.gpus}
-    fit = min(int(have.get(kind, 0) / each) for kind, each in need.items() if each)
-    actors = args.actors or max(1, fit)
+    actors = args.actors or fitting_actors(args)
     scored = rows.repartition(target_num_rows_per_block=args.rows).map_batches(
         Mapper,
         fn_constructor_kwargs={

@@ -16,6 +16,7 @@ from pathlib import Path
 HOST = "127.0.0.1"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     "RAY_AUTH_MODE": "token",  # or anybody who reaches the port may run code here
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

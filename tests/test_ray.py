@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ray_cluster import ENVIRONMENT, ray_nodes
 from test_score import ROWS
 
 pa = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 POLICY = {"device_memory": "220KiB", "gather_rows": 1000, "resident_below": 10}
 MANY = [{**ROWS[n % 5], "id": n} for n in range(60)]
@@ -75,30 +77,38 @@ def test_a_task_that_is_none_is_named(folder: Path) -> None:
         Mapper(folder, task="skore")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    pytest.importorskip("ray")
+    cores = sorted(os.sched_getaffinity(0))
+    with ray_nodes([cores[0], cores[-1]]) as address:
+        yield address
+
+
+def run(*arguments: object) -> None:
+    """A script on the cluster, in a process of its own."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(here)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_a_cluster_of_two_nodes_does_all_rows_once(
-    folder: Path, tmp_path: Path
+    folder: Path, cluster: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("ray")
     source = tmp_path / "rows.jsonl"
     rows = [{"text": None, "prompt": None, "completion": None, **row} for row in MANY]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    here = Path(__file__).parent
     output, grave = tmp_path / "found.json", tmp_path / "grave"
-    cores = sorted(os.sched_getaffinity(0))
-    with ray_nodes([cores[0], cores[-1]]) as address:
-        done = subprocess.run(
-            [
-                *(sys.executable, str(here / "ray_rows.py"), address),
-                *map(str, (folder, source, output, grave)),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(here)},
-        )
-    assert done.returncode == 0, done.stderr[-2000:]
+    script = Path(__file__).with_name("ray_rows.py")
+    run(script, cluster, folder, source, output, grave)
     found = json.loads(output.read_text())
     assert grave.exists(), "a worker died"
     assert len({row["node"] for row in found}) == 2
@@ -107,3 +117,24 @@ def test_a_cluster_of_two_nodes_does_all_rows_once(
     for row, result in zip(found, expected, strict=True):
         assert row["logprob"] == pytest.approx(result["logprob"], abs=1e-4)
         assert row["tokens"] == result["tokens"]
+
+
+@pytest.mark.slow
+def test_the_example_scores_files_into_files(
+    folder: Path, cluster: str, tmp_path: Path
+) -> None:
+    texts = [row for row in MANY if "text" in row]
+    for number, part in enumerate((texts[:7], texts[7:])):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    example = Path(__file__).parents[1] / "examples" / "ray_score.py"
+    settings = [f"{key}={value}" for key, value in POLICY.items()]
+    run(
+        *(example, folder, tmp_path / "*.jsonl", tmp_path / "scores"),
+        *("--address", cluster, "--rows", 8, "--actors", 2, "--set", *settings),
+    )
+    found = pa.parquet.read_table(tmp_path / "scores").to_pylist()
+    assert [row["id"] for row in found] == [row["id"] for row in texts]
+    for row, result in zip(found, scores(folder, texts), strict=True):
+        assert row["logprob"] == pytest.approx(result["logprob"], abs=1e-4)
+        assert row["error"] is None
