@@ -384,10 +384,19 @@ def test_activations_may_leave_the_device_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"tier": "device"},
+        {"tier": "host"},
+        {"tier": "host", "attention": "host"},
+        {"tier": "disk"},
+    ],
+    ids=lambda kv: "-".join(kv.values()),
+)
 @pytest.mark.parametrize("name", FEW)
 def test_on_a_gpu_the_same_tokens_are_generated(
-    name: str, tier: str, tmp_path: Path
+    name: str, kv: dict[str, Any], tmp_path: Path
 ) -> None:
     items = [
         {key: tensor.to("cuda:0") for key, tensor in item.items()}
@@ -396,7 +405,7 @@ def test_on_a_gpu_the_same_tokens_are_generated(
     zoo.save_checkpoint(name, tmp_path)
     with loaded(tmp_path, {"tier": "auto"}, device="cuda:0") as model:
         expected = swept(model, items)
-    with loaded(tmp_path, {"tier": tier}, device="cuda:0") as model:
+    with loaded(tmp_path, kv, device="cuda:0") as model:
         assert same(swept(model, items), expected)
         assert torch.equal(model.generate(**items[0], **GREEDY), expected[0])
         assert_nothing_is_held(model)
