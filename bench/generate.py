@@ -15,7 +15,8 @@ resident model's, token for token. The last line is one JSON object.
     python bench/generate.py --contenders streamed fixed --tail --rows 512
 
 `--tail` lets one token in so many end a completion: long-tailed lengths, the same
-for all contenders. `--ragged` draws the prompts' lengths between a half of `--prompt` and all.
+for all contenders. `--ragged` draws the prompts' lengths between a half of `--prompt`
+and all.
 """
 
 import argparse
