@@ -49,8 +49,6 @@ class KvTiers(Closing):
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
-        if kv.memory != "auto":
-            limits[asked] = kv.memory
         with ExitStack() as opened:
             self._staging = opened.enter_context(
                 Staging(

@@ -1,10 +1,11 @@
 """The kinds of values that a policy's keys take: sizes, devices, tiers, expressions."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from ..io.errors import PolicyError
 
@@ -55,14 +56,74 @@ def _bytes_or_auto(value: Any) -> Any:
     return value if value == "auto" else parse_bytes(value)
 
 
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})]
+_NUMBER = {"type": "integer", "minimum": 1}
+_AUTO = {"const": "auto"}
+_SIZE = {
+    "type": "string",
+    "pattern": r"^\s*[0-9]*\.?[0-9]+\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$",
+}
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE]}),
+]
 AutoBytes = Annotated[
     int | Literal["auto"],
     BeforeValidator(_bytes_or_auto),
-    WithJsonSchema({**_SIZE_SCHEMA}),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE, _AUTO]}),
+]
+AutoCount = Annotated[int, Field(ge=1), WithJsonSchema({"anyOf": [_NUMBER, _AUTO]})]
+AutoLookahead = Annotated[
+    int,
+    Field(ge=0, le=8),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": 8}, _AUTO]}),
 ]
 
+
+def _on_or_off(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+AutoOnOff = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(_on_or_off),  # YAML reads `on` as true
+    WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
+]
+
+_COUNTS = (
+    "lookahead",
+    "micro_batch_sequences",
+    "micro_batch_tokens",
+    "sequences_in_flight",
+    "tokens_in_flight",
+)
+
+
+def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of a policy without the counts that are `auto`: those are what they
+    would be without the key, and are not among the policy's `model_fields_set`. Pure.
+    """
+    return {
+        key: value
+        for key, value in values.items()
+        if not (key in _COUNTS and value == "auto")
+    }
+
+
+_DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
+
+
+def _dtype(text: str) -> str:
+    if re.fullmatch(_DTYPE, text) is None:
+        raise ValueError(
+            f"{text!r} is no floating dtype: write auto, float32, bfloat16 or float16"
+        )
+    return text
+
+
+DtypeName = Annotated[
+    str, AfterValidator(_dtype), WithJsonSchema({"type": "string", "pattern": _DTYPE})
+]
 
 _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 
