@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .counts import PARTS
 from .origin import Problem
 
 if TYPE_CHECKING:
@@ -103,12 +104,9 @@ def _kv(policy: "Policy") -> Iterator[Problem]:
 
 
 def _counts(policy: "Policy") -> Iterator[Problem]:
-    for part, whole in (
-        ("micro_batch_tokens", "tokens_in_flight"),
-        ("micro_batch_sequences", "sequences_in_flight"),
-    ):
+    for part, whole in PARTS.items():
         least, most = getattr(policy, part), getattr(policy, whole)
-        if least > most and {part, whole} <= policy.model_fields_set:
+        if least > most:
             yield Problem(
                 f"{part} is {least} and {whole} is {most}, but a micro-batch is a part "
                 f"of what is in flight: set {part} to at most {most}, or {whole} to at "

@@ -9,6 +9,7 @@ from platformdirs import user_cache_path
 from pydantic import Field, PrivateAttr, ValidationError
 
 from .contradictions import contradictions
+from .counts import open_counts, without_auto
 from .explain import explain
 from .extends import apply, read_policy
 from .kv_policy import KvPolicy
@@ -24,7 +25,6 @@ from .values import (
     DtypeName,
     Expression,
     TierName,
-    without_auto,
 )
 from .values import parse_bytes as parse_bytes
 
@@ -162,6 +162,7 @@ class Policy(Section):
             super().__init__(**without_auto(values))
         except ValidationError as error:
             raise PolicyProblems(explain(error, type(self))) from None
+        self.__dict__.update(open_counts(self))
         if problems := contradictions(self):
             raise PolicyProblems(problems)
 

@@ -137,7 +137,7 @@ class _Scoring:
             )
         self._context = context_length(model)
         self._window, self._stride = _window(window, stride, self._context)
-        self._max_tokens = min(policy.micro_batch_tokens, policy.tokens_in_flight)
+        self._max_tokens = policy.micro_batch_tokens
         self._width = max(1, policy.tokens_in_flight // self._max_tokens)
         self._progress = progress
         pad = self._tokenizer.pad_token_id

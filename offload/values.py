@@ -1,11 +1,17 @@
 """The kinds of values that a policy's keys take: sizes, devices, tiers, expressions."""
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    WithJsonSchema,
+)
 
 from ..io.errors import PolicyError
 
@@ -62,14 +68,35 @@ _SIZE = {
     "type": "string",
     "pattern": r"^\s*[0-9]*\.?[0-9]+\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$",
 }
+
+
+def exact_size(nbytes: int) -> int | str:
+    """The shortest that `parse_bytes` makes the same of: 3 << 30 -> "3GiB"."""
+    for text, unit in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes % (1 << unit) == 0:
+            return f"{nbytes >> unit}{text}"
+    for text, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if nbytes % 10**power == 0:
+            return f"{nbytes // 10**power}{text}"
+    return nbytes
+
+
+def _shown(value: Any, info: SerializationInfo) -> Any:
+    return exact_size(value) if info.context == AS_TEXT and value != "auto" else value
+
+
+AS_TEXT = "sizes as text"
+"""The context in which a policy is dumped for people."""
 Bytes = Annotated[
     int,
     BeforeValidator(parse_bytes),
+    PlainSerializer(_shown),
     WithJsonSchema({"anyOf": [_NUMBER, _SIZE]}),
 ]
 AutoBytes = Annotated[
     int | Literal["auto"],
     BeforeValidator(_bytes_or_auto),
+    PlainSerializer(_shown),
     WithJsonSchema({"anyOf": [_NUMBER, _SIZE, _AUTO]}),
 ]
 AutoCount = Annotated[int, Field(ge=1), WithJsonSchema({"anyOf": [_NUMBER, _AUTO]})]
@@ -89,26 +116,6 @@ AutoOnOff = Annotated[
     BeforeValidator(_on_or_off),  # YAML reads `on` as true
     WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
 ]
-
-_COUNTS = (
-    "lookahead",
-    "micro_batch_sequences",
-    "micro_batch_tokens",
-    "sequences_in_flight",
-    "tokens_in_flight",
-)
-
-
-def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` of a policy without the counts that are `auto`: those are what they
-    would be without the key, and are not among the policy's `model_fields_set`. Pure.
-    """
-    return {
-        key: value
-        for key, value in values.items()
-        if not (key in _COUNTS and value == "auto")
-    }
-
 
 _DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
 
