@@ -5,7 +5,8 @@ stays on the device (measured in the same round), `W` the bytes of all blocks, `
 share of them that comes over the link (about a half, counted), `B` the link's speed. It
 is shown for B = 4 W/t_c, where the link is idle most of the time, 1 W/t_c, and
 1/4 W/t_c, where it binds. All cases are run in turns; the medians of the rounds' shares
-are shown beside counts of the bytes that came over the link.
+are shown beside counts of the bytes that came over the link, and beside what the
+simulator predicts of the same placement, slots and links from t_c alone.
 
     python bench/links.py [--tier host|peer|disk] [--rounds 3]
 
@@ -19,17 +20,21 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import machine
 import penstock
 from penstock import Policy
+from penstock.offload.engine import Engine
 from penstock.offload.model import engine_of
+from penstock.scheduler.simulated import Rank, SimulatedLink
+from penstock.scheduler.simulation import simulate
 
 FACTORS = (4.0, 1.0, 0.25)
 ODD = r"^model\.layers\.\d*[13579]$"
@@ -47,6 +52,8 @@ class Run:
     link_bytes: float
     wait_seconds: float
     """All of them of one pass."""
+    predicted_seconds: float | None
+    """By the simulator; None where nothing comes over the link."""
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -114,6 +121,43 @@ def _link_bytes(model: Any) -> int:
     return sum(link.statistics().bytes_moved for link in engine_of(model)._tiers.links)
 
 
+def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> float:
+    """Seconds of a pass of what `engine` streams, if all its blocks compute for `t_c`
+    seconds together."""
+    tiers, found = engine._tiers, engine.found
+    sites = [engine._binding.units_of_site(site) for site in range(len(found.sites))]
+    units = [unit for (unit,) in sites if not found.units[unit].is_resident]
+    blocks = [".layers." in found.units[unit].name for unit in units]
+    always = sum(
+        plan.nbytes
+        for unit, plan in zip(found.units, tiers._layouts, strict=True)
+        if unit.is_resident
+    )
+    names = {"cpu": "peer"}  # that plays its part
+    links = {
+        tier: SimulatedLink(bytes_per_second=link.bandwidth)
+        for tier, link in engine.policy.links.items()
+    }
+    rank = Rank(
+        sizes=[tiers._transfers[unit].nbytes for unit in units],
+        tiers=[names.get(tiers.placement[u], tiers.placement[u]) for u in units],
+        routes={tier: [tier] for tier in links},
+        capacity=engine.statistics().device_memory_bytes - always,
+        compute_seconds=np.array(blocks)[:, None]
+        * t_c
+        / sum(blocks)
+        / num_micro_batches,
+        lookahead=engine.policy.lookahead,
+    )
+    expected = simulate(
+        [rank],
+        links,
+        num_micro_batches=num_micro_batches,
+        num_passes=passes + 1,  # the first one is not measured, either
+    )
+    return expected.steady_pass_seconds
+
+
 def ceiling(t_c: float, link_bytes: float, bytes_per_second: float) -> float:
     """Seconds of a pass that wastes nothing."""
     return max(t_c, link_bytes / bytes_per_second)
@@ -134,6 +178,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     speeds = {factor: factor * block_bytes / t_first for factor in args.factors}
     runs: list[Run] = []
     shares: dict[float, list[float]] = {factor: [] for factor in args.factors}
+    of_predicted: dict[float, list[float]] = {factor: [] for factor in args.factors}
     for number in range(args.rounds):
         cases: list[float | None] = [None, *args.factors]
         turn = number % len(cases)  # whoever comes after whom is nobody's fault
@@ -143,18 +188,28 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             policy = policy_of(args.tier, held_to, model_bytes, args.layers)
             *figures, logits = run(folder, policy, batches, args.passes)
             assert torch.equal(logits, expected), "the link changed the logits"
-            these[factor] = Run(factor, *figures)
-        runs += these.values()
+            these[factor] = Run(factor, *figures, None)
         t_c = these[None].seconds
+        for factor in args.factors:
+            policy = policy_of(args.tier, speeds[factor], model_bytes, args.layers)
+            with penstock.load(folder, policy) as model:
+                expected_seconds = predict(
+                    engine_of(model), t_c, args.micro_batches, args.passes
+                )
+            these[factor] = replace(these[factor], predicted_seconds=expected_seconds)
+            of_predicted[factor].append(these[factor].seconds / expected_seconds)
+        runs += these.values()
         print(f"round {number}: all on the device: {t_c:.2f} s a pass", flush=True)
         for factor, speed in speeds.items():
             seconds, moved = these[factor].seconds, these[factor].link_bytes
             best = ceiling(t_c, moved, speed)
+            predicted = these[factor].predicted_seconds
             shares[factor].append(seconds / best)
             print(
                 f"  B = {factor:g} W/t_c = {speed / 1e6:.0f} MB/s: {seconds:.2f} s, "
-                f"of at best {best:.2f}: {seconds / best:.3f}; {moved / 1e6:.0f} MB "
-                f"over the link, waited {these[factor].wait_seconds:.2f} s, CPU "
+                f"of at best {best:.2f}: {seconds / best:.3f}; predicted "
+                f"{predicted:.2f}: {of_predicted[factor][-1]:.3f}; "
+                f"{moved / 1e6:.0f} MB over the link, waited {these[factor].wait_seconds:.2f} s, CPU "
                 f"{these[factor].cpu_seconds:.2f} s of {these[None].cpu_seconds:.2f}",
                 flush=True,
             )
@@ -162,6 +217,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "block_bytes": block_bytes,
         "seconds_over_ceiling": {f: statistics.median(s) for f, s in shares.items()},
         "spread": {f: [min(s), max(s)] for f, s in shares.items()},
+        "seconds_over_predicted": {
+            f: statistics.median(s) for f, s in of_predicted.items()
+        },
         "runs": [asdict(one) for one in runs],
     }
 
@@ -190,7 +248,8 @@ def main() -> None:
     for factor, share in found["seconds_over_ceiling"].items():
         low, high = found["spread"][factor]
         print(
-            f"B = {factor:g} W/t_c: {share:.3f} of the ceiling ({low:.3f}-{high:.3f})"
+            f"B = {factor:g} W/t_c: {share:.3f} of the ceiling ({low:.3f}-{high:.3f}), "
+            f"{found['seconds_over_predicted'][factor]:.3f} of what was predicted"
         )
     settings = {key: str(value) for key, value in vars(args).items()}
     print(json.dumps({"machine": facts, "settings": settings, **found}))

@@ -82,7 +82,7 @@ def test_a_shipped_policy_runs_and_gives_the_resident_models_results(
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     policy = Policy.from_yaml(name, on_this_computer(asked, nbytes))
     dtype = torch.float32 if policy.dtype == "auto" else getattr(torch, policy.dtype)
-    resident = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    resident: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     ids = torch.arange(5, 29).reshape(2, 12)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,15 @@ def streamed(num: int, **values: Any) -> Rank:
 
 
 def run(
-    rank: Rank, *, num_micro_batches: int = 2, num_passes: int = 2, **links: Any
+    rank: Rank,
+    links: Mapping[str, SimulatedLink] | None = None,
+    *,
+    num_micro_batches: int = 2,
+    num_passes: int = 2,
 ) -> Simulation:
     return simulate(
         [rank],
-        {"link": LINK, **links},
+        {"link": LINK, **(links or {})},
         num_micro_batches=num_micro_batches,
         num_passes=num_passes,
     )
@@ -157,7 +161,9 @@ def test_two_slots_overlap_loading_and_computing() -> None:
 
 def test_a_slow_link_is_waited_for() -> None:
     """Three units stream through two slots: 4 s a load, 2 s a visit."""
-    found = run(streamed(3), link=SimulatedLink(bytes_per_second=2.5), num_passes=1)
+    found = run(
+        streamed(3), {"link": SimulatedLink(bytes_per_second=2.5)}, num_passes=1
+    )
     assert found.visits.opened.tolist() == [4, 8, 12]
     assert found.visits.ended.tolist() == [6, 10, 14]
 
@@ -171,21 +177,21 @@ def test_what_runs_ahead_fetches_as_soon_as_a_slot_is_free() -> None:
         "second": SimulatedLink(bytes_per_second=1.25),
     }
     rank = streamed(3, tiers=tiers, routes=ways, runs_ahead=True)
-    assert run(rank, num_passes=1, **links).visits.opened.tolist() == [4, 8, 10]
+    assert run(rank, num_passes=1, links=links).visits.opened.tolist() == [4, 8, 10]
     rank = streamed(3, tiers=tiers, routes=ways)
-    assert run(rank, num_passes=1, **links).visits.opened.tolist() == [4, 8, 12]
+    assert run(rank, num_passes=1, links=links).visits.opened.tolist() == [4, 8, 12]
 
 
 def test_latency_makes_a_unit_late_but_keeps_no_link_busy() -> None:
     late = SimulatedLink(bytes_per_second=10.0, latency_seconds=0.5)
-    found = run(streamed(2), link=late, num_passes=1)
+    found = run(streamed(2), {"link": late}, num_passes=1)
     assert found.visits.opened.tolist() == [1.5, 3.5]
     assert found.link_busy_seconds == {"link": 2}
 
 
 def test_a_way_over_two_links_takes_one_after_the_other() -> None:
     rank = streamed(2, routes={"host": ["drive", "link"]})
-    found = run(rank, drive=SimulatedLink(bytes_per_second=5.0), num_passes=1)
+    found = run(rank, {"drive": SimulatedLink(bytes_per_second=5.0)}, num_passes=1)
     assert [(t.link, t.unit, t.begin, t.end) for t in found.transfers] == [
         ("drive", 0, 0, 2),
         ("drive", 1, 2, 4),
@@ -227,7 +233,7 @@ def test_keys_and_values_come_one_micro_batch_ahead() -> None:
     """They take 2 s, computing 1 s: micro-batches begin at 2, 4, 6, and those of the
     next pass are asked for at 6."""
     rank = kv_rank(20, 0)
-    found = run(rank, num_micro_batches=3, **{"in": LINK, "out": LINK})
+    found = run(rank, num_micro_batches=3, links={"in": LINK, "out": LINK})
     assert found.visits.began.tolist() == [2, 8]
     assert found.visits.ended.tolist() == [7, 13]
     assert found.kv_wait_seconds.tolist() == [(7 - 3) + (13 - 7 - 3)]
@@ -237,10 +243,10 @@ def test_keys_and_values_come_one_micro_batch_ahead() -> None:
 def test_what_is_written_back_is_there_before_it_is_read_again() -> None:
     """The next pass asks for them at 7, when the last ones have been written."""
     rank = kv_rank(20, 10)
-    found = run(rank, num_micro_batches=3, **{"in": LINK, "out": LINK})
+    found = run(rank, num_micro_batches=3, links={"in": LINK, "out": LINK})
     assert found.visits.began.tolist() == [2, 9]
     slow = SimulatedLink(bytes_per_second=2.0)  # 15 s for what three write
-    found = run(rank, num_micro_batches=3, **{"in": LINK, "out": slow})
+    found = run(rank, num_micro_batches=3, links={"in": LINK, "out": slow})
     assert found.visits.began.tolist() == [2, 2 + 15 + 2]
 
 
@@ -248,7 +254,7 @@ def test_micro_batches_and_passes_may_differ() -> None:
     """Computing 1, 2, 3 s; keys and values none in the first pass, then 4 s each."""
     sizes = np.array([0.0, 40.0]).reshape(2, 1, 1)
     rank = kv_rank(sizes, 0, compute_seconds=[1.0, 2.0, 3.0])
-    found = run(rank, num_micro_batches=3, **{"in": LINK, "out": LINK})
+    found = run(rank, num_micro_batches=3, links={"in": LINK, "out": LINK})
     assert found.visits.began.tolist() == [0, 3 + 4]
     assert found.visits.ended.tolist() == [6, 7 + 4 + 4 + 3]
 
@@ -289,7 +295,7 @@ def test_half_behind_a_slow_link_takes_what_the_formula_says(
     )
     speed = factor * nbytes / compute
     link = SimulatedLink(bytes_per_second=speed)
-    found = run(rank, num_micro_batches=4, num_passes=passes, link=link)
+    found = run(rank, {"link": link}, num_micro_batches=4, num_passes=passes)
     first, last = found.pass_ends[0, 0], found.pass_ends[0, -1]
     busy = sum(
         max(0.0, min(t.end, last) - max(t.begin, first)) for t in found.transfers
