@@ -91,10 +91,17 @@ def policy_of(
 
 
 def run(
-    folder: Path, policy: Policy, batches: list[torch.Tensor], passes: int
+    folder: Path,
+    policy: Policy,
+    batches: list[torch.Tensor],
+    passes: int,
+    sleep_seconds: float,
 ) -> tuple[float, float, float, float, torch.Tensor]:
     """(seconds, CPU seconds, link bytes, seconds waited, all of a pass, logits)."""
     with penstock.load(folder, policy) as model:
+        if sleep_seconds:
+            for block in model.model.layers:
+                block.register_forward_pre_hook(lambda *_: time.sleep(sleep_seconds))
 
         def score(ids: torch.Tensor, times: int) -> torch.Tensor:
             for _ in range(times):
@@ -156,7 +163,8 @@ def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> 
         [rank],
         links,
         num_micro_batches=num_micro_batches,
-        num_passes=passes + 1,  # the first one is not measured, either
+        num_passes=passes,
+        passes_before=1,
     )
     return expected.steady_pass_seconds
 
@@ -172,7 +180,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = list(torch.randint(5, 2048, shape, generator=generator))
     model_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     everything = policy_of(args.tier, None, model_bytes, args.layers)
-    t_first, *_, expected = run(folder, everything, batches, args.passes)
+    t_first, *_, expected = run(folder, everything, batches, args.passes, args.sleep)
     with penstock.load(folder, everything) as model:
         units = engine_of(model).found.units
         blocks = [unit for unit in units if ".layers." in unit.name]
@@ -190,7 +198,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for factor in cases[turn:] + cases[:turn]:
             held_to = None if factor is None else speeds[factor]
             policy = policy_of(args.tier, held_to, model_bytes, args.layers)
-            *figures, logits = run(folder, policy, batches, args.passes)
+            *figures, logits = run(folder, policy, batches, args.passes, args.sleep)
             assert torch.equal(logits, expected), "the link changed the logits"
             these[factor] = Run(factor, *figures)
         t_c = these[None].seconds
@@ -249,6 +257,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--sleep",
+        type=float,
+        default=0.0,
+        help="seconds that each block sleeps for each micro-batch: with a small model "
+        "that is all its computing, as long whoever else uses the processor",
+    )
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
     return parser.parse_args(arguments)
 

@@ -15,13 +15,44 @@ from .schedule import Schedule, ScheduledLoad
 from .working_set import WorkingSet
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Who makes the passes of a sweep, over weights that it may know already."""
+
+    num: int
+    """Of the sweep itself."""
+    each: int
+    """That a micro-batch makes before another one takes its place: one when scoring,
+    as many as there are tokens when generating."""
+    before: int = 0
+    """Of a sweep before this one, which nobody knew that this one would follow."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.each < 1 or self.before < 0:
+            raise ValueError(f"{self}: at least one pass, of at least one each")
+
+    @property
+    def total(self) -> int:
+        return self.before + self.num
+
+    def is_last(self, number: int) -> bool:
+        """Whether pass `number` is the last one of those who make it."""
+        at = number - self.before
+        return at == -1 or (at >= 0 and (at + 1) % self.each == 0) or at == self.num - 1
+
+    def others_follow(self, number: int) -> bool:
+        """Whether it is known in pass `number` that others will take their places."""
+        at = number - self.before
+        return at >= 0 and (at // self.each + 1) * self.each < self.num
+
+
 def rehearse(
     sizes: Sequence[int],
     *,
     staying: frozenset[int],
     capacity: int,
     lookahead: int,
-    num_passes: int,
+    passes: Passes,
 ) -> Schedule:
     """What a sweep over units of `sizes` bytes loads, of which those `staying` have a
     place of their own in a working set of `capacity` bytes. Raises DoesNotFitError."""
@@ -41,19 +72,29 @@ def rehearse(
     order = Order(num)
     doors.expect(range(min(1 + lookahead, num)))  # as an engine starts
     needs = []
-    for visit in range(num * num_passes):
-        site = visit % num
-        if visit == 0:
-            order.observe(None, site, is_repeat=False)
+    order.observe(None, 0, is_repeat=False)
+    for visit in range(num * passes.total):
+        number, site = divmod(visit, num)
         stage.tick, stage.visit = 2 * visit, visit
         doors.enter(site)
         needs.append(stage.brought[site])
         stage.tick = 2 * visit + 1
-        doors.expect(order.upcoming(site, {site}, lookahead, doors.stays))
-        if visit + 1 < num * num_passes:  # all of them come to the next site meanwhile
-            order.observe(site, (site + 1) % num, is_repeat=visit + 1 >= num)
+        others = {0} if passes.others_follow(number) else set()
+        doors.expect(order.upcoming(site, {site} | others, lookahead, doors.stays))
+        _go_on(order, site, num, is_last=passes.is_last(number))
         doors.leave(site)
-    return Schedule(num * num_passes, tuple(stage.loads), tuple(needs))
+    return Schedule(num * passes.total, tuple(stage.loads), tuple(needs))
+
+
+def _go_on(order: Order, site: int, num: int, *, is_last: bool) -> None:
+    """All micro-batches come to the next site, or others to the first one."""
+    if site + 1 < num:
+        order.observe(site, site + 1, is_repeat=False)
+    elif is_last:
+        order.observe_end(site)
+        order.observe(None, 0, is_repeat=False)
+    else:
+        order.observe(site, 0, is_repeat=True)
 
 
 @dataclass(frozen=True, slots=True)

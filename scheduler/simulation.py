@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .event_loop import EventLoop, Transfer, Walk
-from .rehearsal import rehearse
+from .rehearsal import Passes, rehearse
 from .schedule import Schedule
 from .simulated import STAYS, Floats, Rank, SimulatedLink
 from .turns import turns
@@ -57,7 +57,7 @@ class Visits:
 class Simulation:
     """What came out. Seconds from the start."""
 
-    num_passes: int
+    passes: Passes
     makespan_seconds: float
     """The last visit has ended."""
     drained_seconds: float
@@ -78,12 +78,13 @@ class Simulation:
 
     @property
     def steady_pass_seconds(self) -> float:
-        """Of a pass of the slowest device once the first one is over, which has to
-        learn what follows what."""
-        ends = self.pass_ends
-        if self.num_passes < 2:
+        """Of a pass of the slowest device, once those before are over or, without
+        them, the first one, which has to learn what follows what."""
+        ends, skipped = self.pass_ends, max(self.passes.before, 1)
+        if self.passes.total < 2:
             raise ValueError("one pass alone is not steady: simulate two at least")
-        return float(((ends[:, -1] - ends[:, 0]) / (self.num_passes - 1)).max())
+        spent = ends[:, -1] - ends[:, skipped - 1]
+        return float(spent.max() / (self.passes.total - skipped))
 
 
 def simulate(
@@ -92,28 +93,33 @@ def simulate(
     *,
     num_micro_batches: int,
     num_passes: int,
+    passes_each: int | None = None,
+    passes_before: int = 0,
 ) -> Simulation:
     """All `ranks` make `num_passes` passes over their own units, `num_micro_batches`
-    through each. Raises DoesNotFitError where a working set holds too little, and
-    ValueError where a link is not there."""
+    through each, of which others take the places after `passes_each` (1 when scoring;
+    None: all are made by the same, as when generating). `passes_before` are those of
+    a sweep before, in which others have learnt what follows what.
+
+    Raises DoesNotFitError where a working set holds too little, and ValueError where a
+    link is not there."""
+    passes = Passes(num_passes, passes_each or num_passes, passes_before)
     named = {link for rank in ranks for way in rank.routes.values() for link in way}
     named |= {n for r in ranks if r.kv for n in (r.kv.link_in, r.kv.link_out)}
     if named - set(links):
         raise ValueError(f"there is no link {', '.join(sorted(named - set(links)))}")
     schedules: dict[object, Schedule] = {}
-    walks = [
-        _walk(rank, links, num_micro_batches, num_passes, schedules) for rank in ranks
-    ]
+    walks = [_walk(rank, links, num_micro_batches, passes, schedules) for rank in ranks]
     loop = EventLoop(walks, links)
     loop.run()
-    return _result(loop, num_passes)
+    return _result(loop, passes)
 
 
 def _walk(
     rank: Rank,
     links: Mapping[str, SimulatedLink],
     num_micro_batches: int,
-    num_passes: int,
+    passes: Passes,
     schedules: dict[object, Schedule],
 ) -> Walk:
     staying = frozenset(u for u, tier in enumerate(rank.tiers) if tier == STAYS)
@@ -125,12 +131,12 @@ def _walk(
             staying=staying,
             capacity=rank.capacity,
             lookahead=rank.lookahead,
-            num_passes=num_passes,
+            passes=passes,
         )
     kv = rank.kv
     found = turns(
         rank.compute_seconds,
-        (num_passes, len(rank.sizes), num_micro_batches),
+        (passes.total, len(rank.sizes), num_micro_batches),
         kv=kv,
         link_in=None if kv is None else links[kv.link_in],
         link_out=None if kv is None else links[kv.link_out],
@@ -138,7 +144,7 @@ def _walk(
     return Walk(rank, schedules[key], found)
 
 
-def _result(loop: EventLoop, num_passes: int) -> Simulation:
+def _result(loop: EventLoop, passes: Passes) -> Simulation:
     visits = [_visits(number, walk) for number, walk in enumerate(loop.walks)]
     ends = np.array([walk.ended for walk in loop.walks])
     num_ranks = len(loop.walks)
@@ -148,10 +154,10 @@ def _result(loop: EventLoop, num_passes: int) -> Simulation:
     waits = np.array([(v.opened - _from(v)).sum() for v in visits])
     inside = np.array([(v.ended - v.opened).sum() for v in visits])
     return Simulation(
-        num_passes=num_passes,
+        passes=passes,
         makespan_seconds=makespan,
         drained_seconds=max([makespan, *(lane.idle_from for lane in lanes.values())]),
-        pass_ends=ends.reshape(num_ranks, num_passes, -1)[:, :, -1],
+        pass_ends=ends.reshape(num_ranks, passes.total, -1)[:, :, -1],
         compute_seconds=compute,
         weight_wait_seconds=waits,
         kv_wait_seconds=np.maximum(inside - compute, 0.0),

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import penstock
 from nets import Net, batches, make
-from penstock import Policy
+from nets import streamed as streamed_net
 from penstock.io.errors import DoesNotFitError
 from penstock.offload.model import engine_of
 from penstock.offload.tiers import Tiers
 from penstock.scheduler.load import Load
 from penstock.scheduler.placement import spread
-from penstock.scheduler.rehearsal import rehearse
+from penstock.scheduler.rehearsal import Passes, rehearse
 from penstock.scheduler.simulated import Rank, SimulatedLink, Traffic
 from penstock.scheduler.simulation import Simulation, simulate
 
@@ -62,10 +62,25 @@ def run(
 
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("lookahead", range(4))
-@pytest.mark.parametrize("num_blocks", [2, 5, 8])
 @pytest.mark.parametrize("slots", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("num_blocks", "passes"),
+    [
+        (2, Passes(3, each=3)),
+        (8, Passes(3, each=3)),
+        (5, Passes(4, each=1)),
+        (5, Passes(4, each=2)),
+        (5, Passes(3, each=3, before=2)),
+        (8, Passes(2, each=1, before=1)),
+    ],
+    ids=str,
+)
 def test_units_are_loaded_in_the_order_of_a_real_sweep(
-    slots: int, num_blocks: int, lookahead: int, monkeypatch: pytest.MonkeyPatch
+    num_blocks: int,
+    passes: Passes,
+    slots: int,
+    lookahead: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loaded: list[int] = []
     load: Callable[..., Load] = Tiers.load
@@ -76,37 +91,31 @@ def test_units_are_loaded_in_the_order_of_a_real_sweep(
 
     monkeypatch.setattr(Tiers, "load", noted)
     net = make(Net, num_blocks)
-    num_passes = 3
-    settings = {"device_memory": slots * 3 * 4096, "resident_below": 1}
-    penstock.wrap(
-        net, Policy(lookahead=lookahead, io={"reader": "threads"}, **settings)
-    )
-    try:
+    with streamed_net(net, slots=slots, lookahead=lookahead):
         engine = engine_of(net)
-        units = [
-            engine._binding.units_of_site(i) for i in range(len(engine.found.sites))
-        ]
-        assert all(len(unit) == 1 for unit in units)
-        order = [unit for (unit,) in units]
-        sizes = [engine._tiers._transfers[unit].nbytes for unit in order]
+        sites = range(len(engine.found.sites))
+        order = [unit for i in sites for unit in engine._binding.units_of_site(i)]
+        assert len(order) == len(sites) == num_blocks + 2
         placement = engine._tiers.placement
-        staying = frozenset(i for i, u in enumerate(order) if placement[u] == "device")
         capacity = engine.statistics().device_memory_bytes
 
-        def passes(x: Any) -> None:
-            for _ in range(num_passes):
-                net(x)
+        def run_passes(num: int) -> Callable[[Any], None]:
+            def run(x: Any) -> None:
+                for _ in range(num):
+                    net(x)
 
-        with penstock.sweep(net, width=4) as sweep:
-            sweep.map(passes, batches(4))
-    finally:
-        penstock.unwrap(net)
+            return run
+
+        with penstock.sweep(net, width=2) as sweep:
+            if passes.before:
+                sweep.map(run_passes(passes.before), batches(2))
+            sweep.map(run_passes(passes.each), batches(2 * passes.num // passes.each))
     schedule = rehearse(
-        sizes,
-        staying=staying,
+        [engine._tiers._transfers[unit].nbytes for unit in order],
+        staying=frozenset(i for i, u in enumerate(order) if placement[u] == "device"),
         capacity=capacity,
         lookahead=lookahead,
-        num_passes=num_passes,
+        passes=passes,
     )
     assert [order[load.unit] for load in schedule.loads] == loaded
     assert len(loaded) >= len(order)
@@ -120,7 +129,7 @@ def test_a_slot_is_not_refilled_before_the_visit_that_reads_it_is_over() -> None
                 staying=frozenset(),
                 capacity=10 * slots,
                 lookahead=slots - 1,
-                num_passes=3,
+                passes=Passes(3, each=3),
             )
             for visit, need in enumerate(schedule.needs):
                 load = schedule.loads[need]
@@ -156,6 +165,26 @@ def test_two_slots_overlap_loading_and_computing() -> None:
     assert found.compute_seconds.tolist() == [12]
     assert found.link_bytes == {"link": 60}
     assert found.pass_ends.tolist() == [[7, 14]]
+    assert found.steady_pass_seconds == 7
+
+
+def test_who_is_to_be_replaced_is_known_to_begin_anew() -> None:
+    """Scoring: others begin when the first have ended, so unit 0 is fetched during the
+    visit of unit 2, 5 to 6."""
+    found = simulate(
+        [streamed(3)], {"link": LINK}, num_micro_batches=2, num_passes=2, passes_each=1
+    )
+    assert found.visits.opened.tolist() == [1, 3, 5, 7, 9, 11]
+    with pytest.raises(ValueError, match="at least one pass"):
+        Passes(0, each=1)
+
+
+def test_a_sweep_before_leaves_what_is_in_the_slots() -> None:
+    """Units 1 and 2; and does not know that another one comes."""
+    rank = streamed(3)
+    shape = {"num_micro_batches": 2, "passes_before": 1}
+    found = simulate([rank], {"link": LINK}, num_passes=1, **shape)
+    assert found.visits.opened.tolist() == [1, 3, 5, 8, 10, 12]
     assert found.steady_pass_seconds == 7
 
 
@@ -366,7 +395,7 @@ def test_time_and_bytes_are_conserved(case: Any) -> None:
         staying=frozenset(u for u, tier in enumerate(rank.tiers) if tier == "device"),
         capacity=rank.capacity,
         lookahead=rank.lookahead,
-        num_passes=passes,
+        passes=Passes(passes, each=passes),
     )
     expected = dict.fromkeys(links, 0.0)
     for load in schedule.loads:
