@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import penstock
 from checkpoint import make_checkpoint
 from penstock import Policy
+from penstock.offload.contradictions import without_effect
 from penstock.offload.extends import SHIPPED, shipped
+from penstock.offload.installed import Installed, over_budget
 from penstock.offload.reference import policy_schema, policy_text, reference_text
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -70,6 +72,36 @@ def test_a_shipped_policy_says_what_it_is_for_and_only_what_is_known(name: str) 
     assert Policy.from_yaml(name) == Policy.from_yaml(path)
     values: Mapping[str, Any] = yaml.safe_load(path.read_text())
     assert set(values) <= set(policy_schema()["properties"])
+
+
+GIB, GB = 1 << 30, 10**9
+MACHINES = {  # what their names and second lines say, less what a system keeps
+    "2x-rtx4090-pcie4": (128 * GB, 23 * GIB),
+    "8x-h100-nvlink": (1000 * GB, 79 * GIB),
+    "a6000-48gb": (128 * GB, 47 * GIB),
+    "cpu-2gb-7b": (2 * GB, 0),
+    "h100-80gb-pcie5": (256 * GB, 79 * GIB),
+    "laptop-16gb-ram-nvme": (16 * GB, 0),
+    "t4-16gb": (32 * GB, 14 * GIB),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_policy_fits_the_machine_that_it_is_named_after(name: str) -> None:
+    if name in ("base", "gpu"):
+        assert name not in MACHINES
+        return
+    host_bytes, gpu_bytes = MACHINES[name]
+    machine = Installed(
+        host_bytes=host_bytes * 9 // 10,
+        disk_bytes=4000 * GB,
+        gpu_bytes={f"cuda:{number}": gpu_bytes for number in range(8)},
+    )
+    policy = Policy.from_yaml(name)
+    assert over_budget(policy, machine) == []
+    less = Installed(host_bytes=1, disk_bytes=1, gpu_bytes={"cuda:0": 1})
+    assert over_budget(policy, less) != []
+    assert without_effect(policy) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
