@@ -5,7 +5,8 @@ stays on the device (measured in the same round), `W` the bytes of all blocks, `
 share of them that comes over the link (about a half, counted), `B` the link's speed. It
 is shown for B = 4 W/t_c, where the link is idle most of the time, 1 W/t_c, and
 1/4 W/t_c, where it binds. All cases are run in turns; the medians of the rounds' shares
-are shown beside counts of the bytes that came over the link.
+are shown beside counts of the bytes that came over the link, and beside what the
+simulator predicts of the same placement, slots and links from t_c alone.
 
     python bench/links.py [--tier host|peer|disk] [--rounds 3]
 
@@ -19,17 +20,21 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import machine
 import penstock
 from penstock import Policy
+from penstock.offload.engine import Engine
 from penstock.offload.model import engine_of
+from penstock.scheduler.simulated import Rank, SimulatedLink
+from penstock.scheduler.simulation import simulate
 
 FACTORS = (4.0, 1.0, 0.25)
 ODD = r"^model\.layers\.\d*[13579]$"
@@ -47,6 +52,11 @@ class Run:
     link_bytes: float
     wait_seconds: float
     """All of them of one pass."""
+    predicted_seconds: float | None = None
+    """By the simulator, from t_c; None where nothing comes over the link."""
+    predicted_from_own_seconds: float | None = None
+    """The same, from what this very run has computed for: on a computer that others use
+    that is not what it was when t_c was measured."""
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -81,10 +91,17 @@ def policy_of(
 
 
 def run(
-    folder: Path, policy: Policy, batches: list[torch.Tensor], passes: int
+    folder: Path,
+    policy: Policy,
+    batches: list[torch.Tensor],
+    passes: int,
+    sleep_seconds: float,
 ) -> tuple[float, float, float, float, torch.Tensor]:
     """(seconds, CPU seconds, link bytes, seconds waited, all of a pass, logits)."""
     with penstock.load(folder, policy) as model:
+        if sleep_seconds:
+            for block in model.model.layers:
+                block.register_forward_pre_hook(lambda *_: time.sleep(sleep_seconds))
 
         def score(ids: torch.Tensor, times: int) -> torch.Tensor:
             for _ in range(times):
@@ -114,6 +131,44 @@ def _link_bytes(model: Any) -> int:
     return sum(link.statistics().bytes_moved for link in engine_of(model)._tiers.links)
 
 
+def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> float:
+    """Seconds of a pass of what `engine` streams, if all its blocks compute for `t_c`
+    seconds together."""
+    tiers, found = engine._tiers, engine.found
+    sites = [engine._binding.units_of_site(site) for site in range(len(found.sites))]
+    units = [unit for (unit,) in sites if not found.units[unit].is_resident]
+    blocks = [".layers." in found.units[unit].name for unit in units]
+    always = sum(
+        plan.nbytes
+        for unit, plan in zip(found.units, tiers._layouts, strict=True)
+        if unit.is_resident
+    )
+    names = {"cpu": "peer"}  # that plays its part
+    links: dict[str, SimulatedLink] = {
+        tier: SimulatedLink(bytes_per_second=link.bandwidth)
+        for tier, link in engine.policy.links.items()
+    }
+    rank = Rank(
+        sizes=[tiers._transfers[unit].nbytes for unit in units],
+        tiers=[names.get(tiers.placement[u], tiers.placement[u]) for u in units],
+        routes={tier: [tier] for tier in links},
+        capacity=engine.statistics().device_memory_bytes - always,
+        compute_seconds=np.array(blocks)[:, None]
+        * t_c
+        / sum(blocks)
+        / num_micro_batches,
+        lookahead=engine.policy.lookahead,
+    )
+    expected = simulate(
+        [rank],
+        links,
+        num_micro_batches=num_micro_batches,
+        num_passes=passes,
+        passes_before=1,
+    )
+    return expected.steady_pass_seconds
+
+
 def ceiling(t_c: float, link_bytes: float, bytes_per_second: float) -> float:
     """Seconds of a pass that wastes nothing."""
     return max(t_c, link_bytes / bytes_per_second)
@@ -125,7 +180,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batches = list(torch.randint(5, 2048, shape, generator=generator))
     model_bytes = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     everything = policy_of(args.tier, None, model_bytes, args.layers)
-    t_first, *_, expected = run(folder, everything, batches, args.passes)
+    t_first, *_, expected = run(folder, everything, batches, args.passes, args.sleep)
     with penstock.load(folder, everything) as model:
         units = engine_of(model).found.units
         blocks = [unit for unit in units if ".layers." in unit.name]
@@ -134,6 +189,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     speeds = {factor: factor * block_bytes / t_first for factor in args.factors}
     runs: list[Run] = []
     shares: dict[float, list[float]] = {factor: [] for factor in args.factors}
+    of_predicted: dict[float, list[float]] = {factor: [] for factor in args.factors}
+    of_own: dict[float, list[float]] = {factor: [] for factor in args.factors}
     for number in range(args.rounds):
         cases: list[float | None] = [None, *args.factors]
         turn = number % len(cases)  # whoever comes after whom is nobody's fault
@@ -141,27 +198,51 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for factor in cases[turn:] + cases[:turn]:
             held_to = None if factor is None else speeds[factor]
             policy = policy_of(args.tier, held_to, model_bytes, args.layers)
-            *figures, logits = run(folder, policy, batches, args.passes)
+            *figures, logits = run(folder, policy, batches, args.passes, args.sleep)
             assert torch.equal(logits, expected), "the link changed the logits"
             these[factor] = Run(factor, *figures)
-        runs += these.values()
         t_c = these[None].seconds
+        for factor in args.factors:
+            policy = policy_of(args.tier, speeds[factor], model_bytes, args.layers)
+            with penstock.load(folder, policy) as model:
+                own = these[factor].seconds - these[factor].wait_seconds
+                expected_seconds, from_own = (
+                    predict(engine_of(model), busy, args.micro_batches, args.passes)
+                    for busy in (t_c, own)
+                )
+            these[factor] = replace(
+                these[factor],
+                predicted_seconds=expected_seconds,
+                predicted_from_own_seconds=from_own,
+            )
+            of_predicted[factor].append(these[factor].seconds / expected_seconds)
+            of_own[factor].append(these[factor].seconds / from_own)
+        runs += these.values()
         print(f"round {number}: all on the device: {t_c:.2f} s a pass", flush=True)
         for factor, speed in speeds.items():
             seconds, moved = these[factor].seconds, these[factor].link_bytes
             best = ceiling(t_c, moved, speed)
+            one = these[factor]
             shares[factor].append(seconds / best)
             print(
                 f"  B = {factor:g} W/t_c = {speed / 1e6:.0f} MB/s: {seconds:.2f} s, "
-                f"of at best {best:.2f}: {seconds / best:.3f}; {moved / 1e6:.0f} MB "
-                f"over the link, waited {these[factor].wait_seconds:.2f} s, CPU "
-                f"{these[factor].cpu_seconds:.2f} s of {these[None].cpu_seconds:.2f}",
+                f"of at best {best:.2f}: {seconds / best:.3f}; predicted "
+                f"{one.predicted_seconds:.2f}: {of_predicted[factor][-1]:.3f} "
+                f"(from its own computing: {of_own[factor][-1]:.3f}); "
+                f"{moved / 1e6:.0f} MB over the link, waited {one.wait_seconds:.2f} "
+                f"s, CPU {one.cpu_seconds:.2f} s of {these[None].cpu_seconds:.2f}",
                 flush=True,
             )
     return {
         "block_bytes": block_bytes,
         "seconds_over_ceiling": {f: statistics.median(s) for f, s in shares.items()},
         "spread": {f: [min(s), max(s)] for f, s in shares.items()},
+        "seconds_over_predicted": {
+            f: statistics.median(s) for f, s in of_predicted.items()
+        },
+        "seconds_over_predicted_from_own": {
+            f: statistics.median(s) for f, s in of_own.items()
+        },
         "runs": [asdict(one) for one in runs],
     }
 
@@ -176,6 +257,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--sleep",
+        type=float,
+        default=0.0,
+        help="seconds that each block sleeps for each micro-batch: with a small model "
+        "that is all its computing, as long whoever else uses the processor",
+    )
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
     return parser.parse_args(arguments)
 
@@ -190,7 +278,10 @@ def main() -> None:
     for factor, share in found["seconds_over_ceiling"].items():
         low, high = found["spread"][factor]
         print(
-            f"B = {factor:g} W/t_c: {share:.3f} of the ceiling ({low:.3f}-{high:.3f})"
+            f"B = {factor:g} W/t_c: {share:.3f} of the ceiling ({low:.3f}-{high:.3f}), "
+            f"{found['seconds_over_predicted'][factor]:.3f} of what was predicted, "
+            f"{found['seconds_over_predicted_from_own'][factor]:.3f} from its own "
+            "computing"
         )
     settings = {key: str(value) for key, value in vars(args).items()}
     print(json.dumps({"machine": facts, "settings": settings, **found}))

@@ -9,6 +9,7 @@ PenstockError
 ├── ReadError                the device below failed to read (exit code 3)
 ├── OutputError              the results cannot be written (exit code 3)
 ├── DoesNotFitError          a budget is too small; says the least that works (3)
+├── MachineError             a budget is more than the machine has (exit code 3)
 ├── FaultError               weights touched outside the working set, under `strict`
 └── ClosedError              you closed it
 """
@@ -54,6 +55,10 @@ class OutputError(PenstockError):
 
 class DoesNotFitError(PenstockError):
     """A budget is too small; the message says the least that works."""
+
+
+class MachineError(PenstockError):
+    """More was asked for than the machine has; the message says how much that is."""
 
 
 class FaultError(PenstockError):

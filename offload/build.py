@@ -1,5 +1,6 @@
 """Puts a streamed model together."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +21,7 @@ from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
 from .binding import Binding
 from .buffers import MovedBuffers
+from .contradictions import without_effect
 from .division import Division, capacity_of, check_least, check_overlap, divide
 from .engine import Engine
 from .kv import open_kv
@@ -33,6 +35,8 @@ from .tiers import Tiers, open_device, transfer_of
 
 if TYPE_CHECKING:
     from .compilation import Compilation
+
+_log = logging.getLogger("penstock")
 
 
 def build(
@@ -60,7 +64,7 @@ def build(
     )
     division = divided(capacity)
     check_least(divided, capacity)
-    fallbacks = check_overlap(division, capacity)
+    fallbacks = (*check_overlap(division, capacity), *_announce(policy))
     found, layouts = division.found, division.layouts
     transfers = division.transfers
     placement = _placement(division, device, capacity, policy)
@@ -119,6 +123,14 @@ def build(
         engine.start()
         opened.pop_all()
     return engine
+
+
+def _announce(policy: Policy) -> list[str]:
+    """What was asked for and has no effect."""
+    found = without_effect(policy)
+    for message in found:
+        _log.warning(message)
+    return found
 
 
 def _move_buffers(

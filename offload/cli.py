@@ -1,13 +1,12 @@
 """The command line: `penstock score`, `penstock generate`, `penstock verify`."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.logging import RichHandler
 from ..io.errors import PenstockError
 from .options import Model, PolicyFile, Report, Settings, policy_of
 from .policy import Policy
+from .policy_command import policy
 from .values import parse_setting
 
 if TYPE_CHECKING:
@@ -229,20 +229,7 @@ def _verify_checksums(model: Path, policy: Policy) -> None:
         print(f"{result.num_tensors} tensors are as they were: {result.side_file}")
 
 
-@app.command()
-def policy(
-    file: PolicyFile = None,
-    settings: Settings = None,
-    schema: Annotated[
-        bool, typer.Option(help="Print the JSON schema of policy files instead.")
-    ] = False,
-) -> None:
-    """Prints the policy that a file and settings make, defaults and all, as JSON."""
-    chosen = policy_of(file, settings)
-    value: Any = (
-        Policy.model_json_schema() if schema else chosen.model_dump(mode="json")
-    )
-    print(json.dumps(value, indent=2))
+app.command()(policy)
 
 
 def _say(message: str) -> None:

@@ -11,7 +11,6 @@ from ..io.arena import Arena
 from ..io.closing import Closing
 from ..io.courier import Courier
 from ..io.device import Device, Stream
-from ..io.errors import PolicyError
 from ..io.kv_codec import Codec, Plain
 from ..io.kv_count import KvCount
 from ..io.kv_file import KvFile
@@ -49,14 +48,7 @@ class KvTiers(Closing):
         self._pin = pin
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
-        if kv.attention == "host" and self._kind is not None:
-            raise PolicyError(
-                f"kv.attention: host reads keys and values where they lie, but "
-                f"kv.dtype: {kv.dtype} keeps something else: leave one of the two out"
-            )
         limits = {tier: self._limit(tier) for tier in tiers}
-        if kv.memory != "auto":
-            limits[asked] = kv.memory
         notes: list[str] = []
         with ExitStack() as opened:
             self._attends_there = self._attend_there(model, opened, notes)

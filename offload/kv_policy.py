@@ -16,11 +16,10 @@ class KvPolicy(Section):
     `auto` leaves the cache as transformers makes it, on the device. What has no room
     goes to the next slower tier, announced. In place of a cache that the caller passes
     to `generate` nothing is put."""
-    memory: AutoBytes = "auto"
-    """Bytes that they may take in the tier that was asked for. `auto` is half of what
-    is free there when the model is loaded; on disk all of it."""
     limits: dict[Literal["device", "host", "disk"], Bytes] = Field(default_factory=dict)
-    """The same for each tier; the slower ones are used when the first one is full."""
+    """Bytes that they may take in each tier, from `tier` on; the slower ones are used
+    when the first one is full. A tier that is not named: half of what is free there
+    when the model is loaded; on disk all of it."""
     dtype: Literal["auto", "int8", "fp8"] = "auto"
     """What they are kept as: `auto` is what the model computes with, bit for bit.
     `int8` and `fp8` keep a scale for each group of 32 elements of a head and lose the

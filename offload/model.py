@@ -12,6 +12,7 @@ from ..scheduler.sweep import Sweep
 from .build import build
 from .counters import Statistics
 from .engine import Engine
+from .installed import check_installed
 from .policy import Policy, cache_folder
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,11 +28,13 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     call it, `generate` with it, or run a `sweep` over it. Close it with
     `penstock.unwrap(model)` or by `with penstock.load(...) as model:`.
 
-    Raises CheckpointError, DoesNotFitError, UsageError; each says what to do.
+    Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
+    to do.
     """
     from . import hf  # transformers takes seconds to import
 
     policy = policy or Policy()
+    check_installed(policy)
     checkpoint = open_checkpoint(path)
     skeleton = hf.build(checkpoint, policy.dtype)
     engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
@@ -49,6 +52,7 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
     policy = policy or Policy()
+    check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
     try:
         engine = build(module, spilled.checkpoint, spilled.recipes, policy)

@@ -16,7 +16,11 @@ Model = Annotated[
 ]
 PolicyFile = Annotated[
     Path | None,
-    typer.Option("--policy", help="YAML file that says how to stream the model."),
+    typer.Option(
+        "--policy",
+        help="YAML file that says how to stream the model, or the name of a shipped "
+        "policy (`penstock policy --list`).",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -37,5 +41,6 @@ Report = Annotated[
 
 def policy_of(path: Path | None, settings: list[str] | None) -> Policy:
     """The policy in the file `path`, with `settings` on top."""
-    chosen = Policy() if path is None else Policy.from_yaml(path)
-    return chosen.with_settings(settings or [])
+    if path is None:
+        return Policy().with_settings(settings or [])
+    return Policy.from_yaml(path, settings or [])

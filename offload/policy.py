@@ -1,28 +1,30 @@
 """What the user asks for. Every default of Penstock stands here (those of `kv`: in
 kv_policy) and nowhere else."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from platformdirs import user_cache_path
-from pydantic import (
-    BaseModel,
-    Field,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import Field, PrivateAttr, ValidationError
 
-from ..io.errors import PolicyError
+from .contradictions import contradictions
+from .counts import open_counts, without_auto
+from .explain import explain
+from .extends import apply, read_policy
 from .kv_policy import KvPolicy
+from .origin import Document, Origin, PolicyProblems
 from .section import Section
 from .values import (
     AutoBytes,
+    AutoCount,
+    AutoLookahead,
+    AutoOnOff,
     Bytes,
     DeviceName,
+    DtypeName,
     Expression,
     TierName,
-    parse_setting,
 )
 from .values import parse_bytes as parse_bytes
 
@@ -67,11 +69,12 @@ def cache_folder(io: IO) -> Path:
 
 
 class Policy(Section):
-    """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB"."""
+    """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB".
+    Counts may be `auto`, too: what they are without the key."""
 
     device: DeviceName = "cpu"
     """The device that computes: `cpu`, `cuda` or `cuda:1`."""
-    dtype: str = "auto"
+    dtype: DtypeName = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
     the checkpoint's. Another one is cast on the way in."""
     device_memory: AutoBytes = "auto"
@@ -111,16 +114,18 @@ class Policy(Section):
     a variable outside refers to) stays on the device."""
     kv: KvPolicy = KvPolicy()
     """Where the keys and values of what generates are kept."""
-    micro_batch_tokens: PositiveInt = 512
-    """Tokens that run through a unit in one call, when scoring."""
-    tokens_in_flight: PositiveInt = 4096
+    micro_batch_tokens: AutoCount = 512
+    """Tokens that run through a unit in one call, when scoring; at most all that are
+    in flight."""
+    tokens_in_flight: AutoCount = 4096
     """Tokens that share one pass over the weights, when scoring: enough of them make
     streaming free."""
-    micro_batch_sequences: PositiveInt = 8
-    """Rows that run through a unit in one call, when generating."""
-    sequences_in_flight: PositiveInt = 256
+    micro_batch_sequences: AutoCount = 8
+    """Rows that run through a unit in one call, when generating; at most all that are
+    in flight."""
+    sequences_in_flight: AutoCount = 256
     """Rows that share one pass over the weights for each token they get."""
-    prompt_tokens: Literal["auto", "all"] | PositiveInt = "auto"
+    prompt_tokens: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
     """Tokens of each prompt that run through a unit in one call: a longer prompt comes
     in with several passes, beside the others' next tokens. `all`: at once, with the
     bits of that. `auto`: as many as let the micro-batches in flight share a pass of
@@ -129,7 +134,7 @@ class Policy(Section):
     logits_memory: Bytes = 64 << 20
     """Bytes of logits (with their float32 copies) that exist at one time, when scoring:
     the head runs in chunks of as many positions."""
-    lookahead: Annotated[int, Field(ge=0, le=8)] = 2
+    lookahead: AutoLookahead = 2
     """Sites whose units are prefetched while one computes, not counting those whose
     units stay."""
     gather_rows: Bytes = 32 << 20
@@ -144,7 +149,7 @@ class Policy(Section):
     which `penstock verify` then finds. Needs a C++ compiler (on a GPU: triton) and a
     call that records no gradients; what cannot be compiled is announced and runs as it
     is. CUDA graphs are not used: weights stand elsewhere on the next pass."""
-    coalesce: Literal["auto", "on", "off"] = "auto"
+    coalesce: AutoOnOff = "auto"
     """Whether products of few rows, as in decode, are made once for all micro-batches
     of a sweep. It may change the last bits, and with `activations: host` the device
     holds those who share a product. `auto`: where a sweep asks for it
@@ -157,72 +162,41 @@ class Policy(Section):
     io: IO = IO()
     """How bytes come from disk."""
 
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**without_auto(values))
         except ValidationError as error:
-            raise PolicyError(_explain(error, type(self))) from None
+            raise PolicyProblems(explain(error, type(self))) from None
+        self.__dict__.update(open_counts(self))
+        if problems := contradictions(self):
+            raise PolicyProblems(problems)
+
+    @property
+    def origin(self) -> Origin:
+        """Where in its files each key was written."""
+        return self._origin
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Reads a policy file. Raises PolicyError naming the file and the key."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
-        except OSError as error:
-            raise PolicyError(f"cannot read {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is no YAML: {error}") from None
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise PolicyError(f"{path} must hold keys and values, not {values!r}")
-        try:
-            return cls(**{str(key): value for key, value in values.items()})
-        except PolicyError as error:
-            raise PolicyError(f"{path}: {error}") from None
+    def from_yaml(cls, path: str | Path, settings: Sequence[str] = ()) -> Self:
+        """Reads a policy file (or the shipped policy of that name), what it `extends`,
+        and `key=value` settings on top. Raises PolicyError: a sentence for each thing
+        that is wrong, with file, line and column."""
+        return cls._of(read_policy(path, settings))
 
-    def with_settings(self, settings: list[str]) -> Self:
+    def with_settings(self, settings: Sequence[str]) -> Self:
         """This policy with `key=value` settings; nested keys are dotted
-        (`io.threads=4`), values are YAML."""
-        values = self.model_dump(exclude_unset=True)
-        for setting in settings:
-            key, value = parse_setting(setting)
-            target = values
-            *parents, name = key.split(".")
-            for parent in parents:
-                target = target.setdefault(parent, {})
-                if not isinstance(target, dict):
-                    raise PolicyError(f"{key!r}: {parent} has no keys below it")
-            target[name] = value
-        return type(self)(**values)
+        (`io.threads=4`), values are YAML, null takes a key out."""
+        own = Document(self.model_dump(exclude_unset=True), dict(self.origin.entries))
+        return self._of(apply(own, settings))
 
-
-_HIDDEN = ("int", "literal", "[key]")
-"""Parts of a place that only pydantic knows."""
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    problems = []
-    for item in error.errors():
-        path = [str(part) for part in item["loc"] if part not in _HIDDEN]
-        name = ".".join(path)
-        if item["type"] == "extra_forbidden":
-            known = ", ".join(_keys_at(model, path[:-1]))
-            problems.append(f"unknown key {name!r}; known: {known}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{name}: {message} (got {item['input']!r})")
-    return "; ".join(problems)
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for name in path:
-        if name not in model.model_fields:
-            continue  # a key of a dict of sections, which was walked into already
-        annotation: Any = model.model_fields[name].annotation
-        if get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        assert issubclass(annotation, BaseModel), f"{name} is no section"
-        model = annotation
-    return list(model.model_fields)
+    @classmethod
+    def _of(cls, document: Document) -> Self:
+        origin = Origin(document.entries)
+        try:
+            policy = cls(**document.values)
+        except PolicyProblems as error:
+            raise error.at(origin) from None
+        policy._origin = origin
+        return policy

@@ -4,7 +4,14 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    WithJsonSchema,
+)
 
 from ..io.errors import PolicyError
 
@@ -55,14 +62,75 @@ def _bytes_or_auto(value: Any) -> Any:
     return value if value == "auto" else parse_bytes(value)
 
 
-_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({**_SIZE_SCHEMA})]
+_NUMBER = {"type": "integer", "minimum": 1}
+_AUTO = {"const": "auto"}
+_SIZE = {
+    "type": "string",
+    "pattern": r"^\s*[0-9]*\.?[0-9]+\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$",
+}
+
+
+def exact_size(nbytes: int) -> int | str:
+    """The shortest that `parse_bytes` makes the same of: 3 << 30 -> "3GiB"."""
+    for text, unit in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes % (1 << unit) == 0:
+            return f"{nbytes >> unit}{text}"
+    for text, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if nbytes % 10**power == 0:
+            return f"{nbytes // 10**power}{text}"
+    return nbytes
+
+
+def _shown(value: Any, info: SerializationInfo) -> Any:
+    return exact_size(value) if info.context == AS_TEXT and value != "auto" else value
+
+
+AS_TEXT = "sizes as text"
+"""The context in which a policy is dumped for people."""
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    PlainSerializer(_shown),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE]}),
+]
 AutoBytes = Annotated[
     int | Literal["auto"],
     BeforeValidator(_bytes_or_auto),
-    WithJsonSchema({**_SIZE_SCHEMA}),
+    PlainSerializer(_shown),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE, _AUTO]}),
+]
+AutoCount = Annotated[int, Field(ge=1), WithJsonSchema({"anyOf": [_NUMBER, _AUTO]})]
+AutoLookahead = Annotated[
+    int,
+    Field(ge=0, le=8),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": 8}, _AUTO]}),
 ]
 
+
+def _on_or_off(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+AutoOnOff = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(_on_or_off),  # YAML reads `on` as true
+    WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
+]
+
+_DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
+
+
+def _dtype(text: str) -> str:
+    if re.fullmatch(_DTYPE, text) is None:
+        raise ValueError(
+            f"{text!r} is no floating dtype: write auto, float32, bfloat16 or float16"
+        )
+    return text
+
+
+DtypeName = Annotated[
+    str, AfterValidator(_dtype), WithJsonSchema({"type": "string", "pattern": _DTYPE})
+]
 
 _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 

@@ -79,3 +79,17 @@ def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
     joint = {run["case"]: run["joint_calls"] for run in found["runs"]}
     assert joint["wide"] == joint["apart"] == 0
     assert joint["coalesced"] >= 4 * 2 * 7  # tokens, layers, products
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_simulations_runs_every_case() -> None:
+    command = [sys.executable, str(BENCH / "simulation.py"), "--units", "6"]
+    options = ["--micro-batches", "3", "--passes", "32", "--devices", "2"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    shapes = {(r["units"], r["passes"], r["devices"]) for r in found["results"]}
+    assert shapes == {(6, 32, 1), (6, 2, 2), (48, 2, 1)}
+    assert all(r["events"] > r["units"] * r["passes"] for r in found["results"])

@@ -59,8 +59,8 @@ def test_a_peer_that_is_not_there_matters_only_where_something_is_to_stay() -> N
         (["device=gpu"], "device: 'gpu' is no device: write cpu, cuda or cuda:1"),
         (["placement={a: gpu}"], "placement.a: 'gpu' is no tier: write device, peer"),
         (["placement={a"], "'placement={a': no YAML"),
-        (["links.host.bandwith=1"], "unknown key 'links.host.bandwith'; known: band"),
-        (['placement={"": host}'], "which has room for 0: raise host_memory, or let"),
+        (["links.host.bandwith=1"], "unknown key 'links.host.bandwith' (did you"),
+        (['placement={"": host}'], "which has room for 0: set host_memory, or name"),
     ],
 )
 def test_the_command_line_says_so_in_one_sentence_and_ends_with_2(

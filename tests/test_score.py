@@ -353,8 +353,11 @@ def test_verify_says_equal_bit_for_bit(folder: Path) -> None:
 
 
 def test_the_policy_command_prints_defaults_and_schema() -> None:
-    shown = json.loads(run("policy", "--set", "device_memory=2GiB").stdout)
+    settings = ("--set", "device_memory=2GiB")
+    assert "device_memory: 2GiB\n" in run("policy", *settings).stdout
+    shown = json.loads(run("policy", "--json", *settings).stdout)
     assert shown["device_memory"] == 2 << 30
+    assert run("policy", "--list").stdout.split()[-1] == "t4-16gb"
     schema = json.loads(run("policy", "--schema").stdout)
     assert "tokens_in_flight" in schema["properties"]
 

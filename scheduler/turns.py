@@ -1,0 +1,92 @@
+"""How long a visit takes, all micro-batches of it at once. Pure.
+
+Micro-batch m begins to compute at s(m). Its keys and values are asked for when the one
+before it begins, so that s(m + 1) = s(m) + max(compute(m), transfer(m + 1)): how long a
+visit takes after its first micro-batch has begun does not depend on when that was.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .simulated import Floats, SimulatedLink, Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Of the visits of all passes, (passes, units) each."""
+
+    compute: Floats
+    """Seconds of computing."""
+    to_last: Floats
+    """Seconds from the beginning of the first micro-batch to that of the last."""
+    last: Floats
+    """Seconds that the last one computes."""
+    first_late: Floats
+    """Seconds after it was asked for that the first one's keys and values are there,
+    beyond those for which the link is busy with them."""
+    first_in: Floats
+    """Seconds for which the link is busy with those of the first micro-batch."""
+    rest_in: Floats
+    """And with those of the others."""
+    out: Floats
+    """Seconds for which the link is busy with what all of them write back."""
+    bytes_in: Floats
+    bytes_out: Floats
+
+
+def turns(
+    compute_seconds: ArrayLike,
+    shape: tuple[int, int, int],
+    *,
+    kv: Traffic | None,
+    link_in: SimulatedLink | None,
+    link_out: SimulatedLink | None,
+) -> Turns:
+    """Of visits of `shape` (passes, units, micro-batches)."""
+    found = np.zeros((9, *shape[:2]))
+    into = outof = np.zeros(1)
+    speed_in = speed_out = np.inf
+    late = 0.0
+    if kv is not None:
+        assert link_in is not None, "the link that it names"
+        assert link_out is not None, "the link that it names"
+        into, outof = np.asarray(kv.bytes_in), np.asarray(kv.bytes_out)
+        speed_in, speed_out = link_in.bytes_per_second, link_out.bytes_per_second
+        late = link_in.latency_seconds
+    for at, (busy, bytes_in, bytes_out) in enumerate(
+        _passes(shape, np.asarray(compute_seconds), into, outof)
+    ):
+        transfer = bytes_in / speed_in
+        there = np.where(transfer > 0, transfer + late, 0.0)
+        beside = np.maximum(busy[:, :-1], there[:, 1:])
+        found[:, at] = (
+            busy.sum(axis=1),
+            beside.sum(axis=1),
+            busy[:, -1],
+            np.where(transfer[:, 0] > 0, late, 0),
+            transfer[:, 0],
+            transfer[:, 1:].sum(axis=1),
+            bytes_out.sum(axis=1) / speed_out,
+            bytes_in.sum(axis=1),
+            bytes_out.sum(axis=1),
+        )
+        if not any(_changes(value) for value in (compute_seconds, into, outof)):
+            found[:] = found[:, :1]
+            break
+    return Turns(*found)
+
+
+def _passes(shape: tuple[int, int, int], *values: Floats) -> Iterator[list[Floats]]:
+    """Each of `values`, pass by pass: (units, micro-batches)."""
+    whole = [np.broadcast_to(value, shape) for value in values]
+    for at in range(shape[0]):
+        yield [value[at] for value in whole]
+
+
+def _changes(value: ArrayLike) -> bool:
+    """From pass to pass."""
+    found = np.asarray(value)
+    return found.ndim == 3 and found.shape[0] > 1
