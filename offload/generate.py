@@ -39,6 +39,10 @@ class GenerateProgress:
         made = self.output_tokens / self.max_new_tokens
         return max(self.rows_done, min(made, self.rows_done + self.rows_in_flight))
 
+    def tokens_through(self, pass_fraction: float) -> float:
+        """Each counts when it is there, which is soon."""
+        return self.prompt_tokens + self.output_tokens
+
     def remark(self, seconds: float) -> str:
         """The speeds, in words."""
         return (
