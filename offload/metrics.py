@@ -21,6 +21,7 @@ class MetricsFile:
             )
         try:
             import prometheus_client
+            from prometheus_client import metrics_core
         except ImportError as error:
             raise UsageError(
                 "--metrics needs the package prometheus-client: pip install "
@@ -28,7 +29,8 @@ class MetricsFile:
             ) from error
         self._path = path
         self._labels = labels
-        self._client: Any = prometheus_client
+        self._write = prometheus_client.write_to_textfile
+        self._families: Any = metrics_core
         # One of its own: the default one is shared by all of the process.
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(self)
@@ -38,7 +40,7 @@ class MetricsFile:
         self._window = window
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._client.write_to_textfile(str(self._path), self._registry)
+            self._write(str(self._path), self._registry)
         except OSError as error:
             raise OutputError(
                 f"cannot write {self._path}: {error.strerror or error}"
@@ -49,16 +51,16 @@ class MetricsFile:
         if self._window is None:
             return []
         now, names = self._window.now, list(self._labels)
-        core, values = self._client.core, list(self._labels.values())
+        families, values = self._families, list(self._labels.values())
 
         def one(kind: str, name: str, text: str, value: float) -> Any:
-            family = getattr(core, f"{kind}MetricFamily")(
+            family = getattr(families, f"{kind}MetricFamily")(
                 f"penstock_{name}", text, labels=names
             )
             family.add_metric(values, value)
             return family
 
-        read = core.CounterMetricFamily(
+        read = families.CounterMetricFamily(
             "penstock_read_bytes", "Bytes read from each tier.", labels=[*names, "tier"]
         )
         for tier, nbytes in now.bytes_read.items():
