@@ -47,6 +47,11 @@ class Counts:
     """Bytes of weights that stay in it already."""
     free_host_bytes: int
 
+    @property
+    def work(self) -> int:
+        """All that could be in flight at one time: tokens or, when generating, rows."""
+        return self.rows if self.is_generating else self.tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -123,7 +128,7 @@ def _waiting(counts: Counts, share: float) -> Bound:
         )
         return Bound("activations", share, why, (more, *stay))
     what = "rows" if counts.is_generating else "tokens"
-    work = counts.rows if counts.is_generating else counts.tokens
+    work = counts.work
     if work <= counts.in_flight:
         why = f"{waited}: {work:,} {what} are too few to hide the reading."
         return Bound("rows", share, why, (_more_rows(work, what, factor), *stay))
@@ -146,7 +151,15 @@ def _more_in_flight(counts: Counts, factor: float) -> Advice:
     name = "sequences_in_flight" if counts.is_generating else "tokens_in_flight"
     what = "sequences" if counts.is_generating else "tokens"
     factor = min(factor, 64.0)  # beyond, the share is too near 1 to tell
-    wanted = _round(math.ceil(counts.in_flight * factor), counts.micro_batch)
+    wanted = math.ceil(counts.in_flight * factor)
+    if counts.work < wanted:
+        most = _round(counts.work, counts.micro_batch)
+        return Advice(
+            f"{name}: {most}",
+            f"all {what} of this job would share the same passes; only more of them "
+            f"in one job ({_round(wanted, 1):,}) would hide it.",
+        )
+    wanted = _round(wanted, counts.micro_batch)
     return Advice(
         f"{name}: {wanted}",
         f"{_times(factor)} more {what} in flight would hide it: they share each pass "
@@ -195,11 +208,12 @@ def _narrow(counts: Counts, waited: float) -> Bound:
         "weights."
     )
     factor = _WIDE_ROWS / rows
-    work = counts.rows if counts.is_generating else counts.tokens
+    work = counts.work
     more = Advice(None, "More rows in one job would make them wider.")
     if counts.is_generating and not counts.is_coalesced:
         more = Advice("coalesce: auto", "makes the products of all sequences at once.")
     elif counts.is_generating and work > counts.in_flight:
+        factor = min(factor, work / counts.in_flight)
         wanted = _round(math.ceil(counts.in_flight * factor), counts.micro_batch)
         effect = f"{_times(factor)} wider products; keys and values take more memory."
         more = Advice(f"sequences_in_flight: {wanted}", effect)

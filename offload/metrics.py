@@ -68,7 +68,12 @@ class MetricsFile:
         found = [
             one("Gauge", "job_seconds", "Since the job began.", now.seconds),
             one("Gauge", "rows_done", "With parts of those under way.", now.rows),
-            one("Counter", "tokens", "Tokens that went through.", now.tokens),
+            one(
+                "Counter",
+                "tokens",
+                "Through the model; when generating: made by it.",
+                now.tokens,
+            ),
             one("Counter", "passes", "Passes over the weights.", now.passes),
             one(
                 "Counter",

@@ -86,6 +86,9 @@ def picture_data(report: Mapping[str, Any], recorded: Recorded) -> dict[str, Any
             [step.start_seconds, step.end_seconds, step.tokens_per_second]
             for step in speeds(recorded.samples)
         ],
+        "mean_speed": report.get(
+            "output_tokens_per_second", report["tokens_per_second"]
+        ),
         "roofline": report["roofline"],
     }
 

@@ -23,7 +23,7 @@ class Sample:
     num_rows: int | None = None
     """Of the whole job, if that is known."""
     tokens: int = 0
-    """That are through the model,"""
+    """That are through the model (when generating: that it made),"""
     tokens_through: float = 0.0
     """and with the parts of those under way."""
     passes: int = 0

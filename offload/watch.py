@@ -114,7 +114,7 @@ class Watch(Closing):
             stage_seconds=of_stage,
             rows=progress.rows_through(engine.pass_fraction),
             num_rows=self._num_rows,
-            tokens=figures["tokens"],
+            tokens=figures.get("output_tokens", figures["tokens"]),
             tokens_through=progress.tokens_through(engine.pass_fraction),
             passes=statistics.passes,
             wait_seconds=statistics.wait_seconds,

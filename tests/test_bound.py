@@ -186,6 +186,17 @@ def test_only_waiting_makes_no_endless_number() -> None:
     assert what_bound(few).advice[0].effect.startswith("Many more tokens")
 
 
+def test_no_more_in_flight_is_asked_for_than_the_job_has() -> None:
+    short = replace(SCORING, **WAITING, tokens=5000, streamed_bytes=0)
+    (advice,) = what_bound(short).advice
+    assert advice.setting == "tokens_in_flight: 5120"
+    assert "only more of them in one job (7,000) would hide it" in advice.effect
+    few = replace(GENERATING, in_flight=64, rows=72, rows_per_product=46.0)
+    (advice,) = (a for a in what_bound(few).advice if a.setting is not None)
+    assert advice.setting == "sequences_in_flight: 72"
+    assert "1.1x wider" in advice.effect
+
+
 def test_more_of_what_hides_it_is_told_as_a_number() -> None:
     few = replace(SCORING, **WAITING, tokens=3000, streamed_bytes=0)
     assert "1.7x more tokens in one job (5,100)" in what_bound(few).advice[0].effect

@@ -18,11 +18,13 @@ from rich.console import Console
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import OutputError, UsageError
+from penstock.offload.generate import GenerateProgress
 from penstock.offload.job import Job
 from penstock.offload.metrics import MetricsFile
 from penstock.offload.monitor import Every, Monitor
 from penstock.offload.progress import JobBar, JsonLines, PlainLines
 from penstock.offload.samples import Sample, Window
+from penstock.offload.score import ScoreProgress
 from penstock.offload.watch import Watching
 from penstock.offload.work import ScoreWork
 
@@ -328,3 +330,20 @@ def test_metrics_that_cannot_be_written_stop_a_job_before_it_begins(
     with pytest.raises(OutputError, match="cannot write"):
         job(folder, tmp_path, metrics=tmp_path / "file" / "j.prom").run(console())
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_rows_that_are_done_before_those_in_front_of_them_count() -> None:
+    """Results come in the input's order; how far a job is does not wait for that."""
+    scoring = ScoreProgress(rows_done=2, rows_computed=30.0, rows_in_flight=8.0)
+    assert scoring.rows_through(0.5) == 34.0
+    assert ScoreProgress(tokens_done=10, tokens_in_flight=6).tokens_through(0.5) == 13
+    generating = GenerateProgress(
+        rows_done=2,
+        rows_computed=30,
+        rows_in_flight=8,
+        output_tokens=350,
+        max_new_tokens=10,
+    )
+    assert generating.rows_through(0.0) == 35.0
+    generating.output_tokens = 100  # many were short
+    assert generating.rows_through(0.0) == 30.0

@@ -85,7 +85,7 @@
   function throughput(element) {
     const steps = data.speeds;
     const points = steps.flatMap((s) => [[s[0], s[2]], [s[1], s[2]]]);
-    const mean = data.roofline ? [{ value: data.roofline.tokens_per_second, name: `mean ${count(data.roofline.tokens_per_second)}` }] : [];
+    const mean = [{ value: data.mean_speed, name: `mean ${count(data.mean_speed)}` }];
     overTime(
       element, [{ points, line: "speed", under: "under-speed" }], mean,
       { ticks: (top) => ticks(0, top, 4), value: count },

@@ -22,6 +22,12 @@ function duration(micros) {
   return clock(micros / 1e6);
 }
 
+/* A time on an axis whose marks are `step` apart. */
+function instant(micros, step) {
+  const digits = Math.max(0, -Math.floor(Math.log10(step / 1e6) + 1e-9));
+  return micros >= 6e7 && digits === 0 ? clock(micros / 1e6) : (micros / 1e6).toFixed(digits) + " s";
+}
+
 function clock(seconds) {
   const whole = Math.round(seconds);
   const two = (n) => String(n).padStart(2, "0");

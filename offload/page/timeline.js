@@ -132,10 +132,11 @@
     pen.textAlign = "center";
     pen.strokeStyle = line;
     pen.lineWidth = 1;
-    for (const at of ticks(view[0], view[1], width / 90)) {
+    const marks = ticks(view[0], view[1], width / 90), step = marks.length > 1 ? marks[1] - marks[0] : 1e6;
+    for (const at of marks) {
       const px = x(at);
       pen.fillStyle = soft;
-      if (px > 20 && px < width - 20) pen.fillText(duration(at), px, 8);
+      if (px > 20 && px < width - 20) pen.fillText(instant(at, step), px, 8);
       pen.beginPath(); pen.moveTo(px, 16); pen.lineTo(px, height); pen.stroke();
     }
     pen.strokeStyle = soft;
