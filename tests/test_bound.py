@@ -181,7 +181,9 @@ def test_a_job_of_which_nothing_was_counted_is_bound_by_nothing_odd() -> None:
 
 def test_only_waiting_makes_no_endless_number() -> None:
     all_waiting = replace(SCORING, compute_seconds=0.0, wait_seconds={"disk": 100.0})
-    assert what_bound(all_waiting).advice[0].setting == "tokens_in_flight: 270336"
+    assert what_bound(all_waiting).advice[0].setting == "tokens_in_flight: 40448"
+    many = replace(all_waiting, tokens=10_000_000)
+    assert what_bound(many).advice[0].setting == "tokens_in_flight: 270336"
     few = replace(all_waiting, tokens=10)
     assert what_bound(few).advice[0].effect.startswith("Many more tokens")
 
