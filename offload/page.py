@@ -17,7 +17,7 @@ from .recorded import Recorded, by_lane, num_passes
 from .samples import speeds
 from .show import human_bytes, human_seconds
 
-_FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent / "template"
 _FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", "disk", "staging", "host")
 _HEADLINES = {
     "compute": "Computing",

@@ -18,6 +18,7 @@ import pytest
 
 import runs
 from penstock.io.timeline import Span
+from penstock.offload import page as page_module
 from penstock.offload.page import picture_data, render
 from penstock.offload.recorded import Recorded
 
@@ -165,6 +166,43 @@ def test_a_run_in_which_nothing_happened_has_a_page_too() -> None:
     text = text_of(render(report, Recorded(runs.BEGAN, [], [])))
     assert "Nothing was recorded: no row reached the model." in text
     assert "The run was too short to say." in text
+
+
+def themes() -> dict[str, dict[str, str]]:
+    """The colours of each; the dark one has those of the light one that it leaves."""
+    css = (Path(page_module.__file__).parent / "template" / "report.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
+    found = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in (light, dark)]
+    return {"light": found[0], "dark": found[0] | found[1]}
+
+
+def contrast(one: str, other: str) -> float:
+    """1 to 21, as WCAG 2.2 has it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+            for part in parts
+        ]
+        weights = (0.2126, 0.7152, 0.0722)
+        return sum(w * part for w, part in zip(weights, linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_and_blocks_stand_out_from_their_ground(theme: str) -> None:
+    colours = themes()[theme]
+    words = [(ink, on) for ink in ("ink", "soft", "mark") for on in ("card", "ground")]
+    words += [("card", lane) for lane in ("compute", "wait", "disk", "cast", "host")]
+    words += [("on-2", f"{lane}-2") for lane in ("compute", "disk", "cast", "host")]
+    for ink, on in words:
+        assert contrast(colours[ink], colours[on]) >= 4.5, (ink, on)
+    for lane in ("compute", "wait", "disk", "cast", "host", "rest"):
+        for ground in ("card", "ground"):
+            assert contrast(colours[lane], colours[ground]) >= 3, (lane, ground)
 
 
 # In a browser.

@@ -92,7 +92,7 @@
         pen.fillRect(left, lane.top, right - left - gap, lane.height);
         pen.globalAlpha = 1;
         if (isLit) { pen.strokeStyle = ink; pen.lineWidth = 1.5; pen.strokeRect(left + .75, lane.top + .75, Math.max(1, right - left - gap - 1.5), lane.height - 1.5); }
-        label(pen, lane, s, left, right);
+        label(pen, lane, s, left, right, main !== other && i % 2 ? "on-2" : "card");
         end = right;
       });
       title(pen, lane, busy, moved, ink, soft);
@@ -106,11 +106,11 @@
     return n > .85 && n < 1.15 ? "about one pass" : "about " + (n < 10 ? n.toFixed(n < .95 ? 2 : 1) : count(n)) + " passes";
   }
 
-  function label(pen, lane, s, left, right) {
+  function label(pen, lane, s, left, right, ink) {
     if (right - left < 22 || lane.height < 14) return;
     const text = short(names[s[NAME]]);
     if (pen.measureText(text).width > right - left - 6) return;
-    pen.fillStyle = colour("card");
+    pen.fillStyle = colour(ink);
     pen.textAlign = "center";
     pen.fillText(text, (left + right) / 2, lane.top + lane.height / 2 + .5);
   }
