@@ -184,6 +184,8 @@ def _run(job: "Job") -> None:
         raise typer.Exit(INTERRUPTED) from None
     if console.is_terminal:
         console.print(report_table(result, f"{job.output}"))
+        if job.report is not None:
+            _say(f"pictures of where the time went: {job.report / 'report.html'}")
     if result["rows_failed"]:
         _say(f"{result['rows_failed']} of {result['rows']} rows failed: {job.output}")
         raise typer.Exit(ROWS_WITH_ERRORS)

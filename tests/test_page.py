@@ -223,12 +223,16 @@ def browser() -> Iterator[Any]:
 class Shown:
     """A page in a window of a browser, and what it complained of or asked for."""
 
-    def __init__(self, browser: Any, path: Path, size: str, scheme: str) -> None:
+    def __init__(
+        self, browser: Any, path: Path, size: str, scheme: str, **options: Any
+    ) -> None:
         width, height = SIZES[size]
         self.complaints: list[str] = []
         self.height = height
         self.window = browser.new_page(
-            viewport={"width": width, "height": height}, color_scheme=scheme
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            **options,
         )
         self.window.on("console", lambda said: self.complaints.append(said.text))
         self.window.on("pageerror", lambda e: self.complaints.append(str(e)))
@@ -319,6 +323,40 @@ def test_the_timeline_moves_by_buttons_keyboard_and_mouse(
     shown.window.mouse.up()
     shown.live()
     assert shown.pixels() != zoomed
+    assert shown.complaints == []
+    shown.window.close()
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_two_fingers_zoom_and_one_moves(browser: Any, path: Path) -> None:
+    shown = Shown(browser, path, "phone", "light", has_touch=True)
+    fingers = shown.window.context.new_cdp_session(shown.window)
+    shown.window.locator("#timeline").scroll_into_view_if_needed()
+    box = shown.window.locator("#timeline").bounding_box()
+
+    def touch(kind: str, *places: float) -> None:
+        points = [
+            {"x": box["x"] + place, "y": box["y"] + 100, "id": number}
+            for number, place in enumerate(places)
+        ]
+        event = {"type": kind, "touchPoints": points}
+        fingers.send("Input.dispatchTouchEvent", event)
+
+    before = shown.live()
+    touch("touchStart", 140, 160)
+    touch("touchMove", 120, 180)
+    touch("touchMove", 80, 220)
+    touch("touchEnd")
+    zoomed = shown.live()
+    assert zoomed != before
+    pixels = shown.pixels()
+    touch("touchStart", 200)
+    touch("touchMove", 170)
+    touch("touchMove", 120)
+    touch("touchEnd")
+    assert shown.live() == zoomed
+    assert shown.pixels() != pixels
     assert shown.complaints == []
     shown.window.close()
 
