@@ -15,7 +15,7 @@ from ..io.timeline import COMPUTE, MICRO_BATCHES, WAIT, Span, busy_seconds, in_t
 from .policy import Policy
 from .recorded import Recorded, by_lane, num_passes
 from .samples import speeds
-from .show import human_bytes, human_seconds
+from .show import human_bytes, human_rate, human_seconds
 
 _FOLDER = Path(__file__).parent / "template"
 _FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", "disk", "staging", "host")
@@ -52,7 +52,7 @@ def render(report: Mapping[str, Any], recorded: Recorded) -> str:
         predictions=_predictions(report),
         tiers=_tiers(report),
         lanes=_lanes_in_numbers(recorded.spans),
-        passes=num_passes(recorded.spans),
+        passes=round(num_passes(recorded.spans)) or 1,
         asked=_as_yaml(report["asked"]),
         policy=_as_yaml(report["policy"]),
         data=picture_data(report, recorded),
@@ -168,7 +168,7 @@ def _tiers(report: Mapping[str, Any]) -> list[dict[str, str]]:
                     "tier": tier,
                     "weights": human_bytes(nbytes),
                     "read": human_bytes(read) if read else "–",
-                    "speed": f"{speed / 1e9:.2f} GB/s" if speed and read else "–",
+                    "speed": human_rate(speed) if speed and read else "–",
                 }
             )
     return found
@@ -191,7 +191,7 @@ def _lanes_in_numbers(spans: Sequence[Span]) -> list[dict[str, str]]:
                 "share": f"{busy / whole:.0%}",
                 "count": f"{len(of_lane):,}",
                 "bytes": human_bytes(nbytes) if nbytes else "–",
-                "speed": f"{nbytes / busy / 1e9:.2f} GB/s" if nbytes and busy else "–",
+                "speed": human_rate(nbytes / busy) if nbytes and busy else "–",
             }
         )
     return found

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from ..io.closing import Closing
 from .samples import Sample, Window
-from .show import human_seconds
+from .show import human_rate, human_seconds
 
 PLAIN_SECONDS = 30.0
 JSON_SECONDS = 5.0
@@ -31,7 +31,7 @@ def speeds_of(window: Window) -> str:
     """318 tokens/s, disk 1.21 GB/s, bound by disk (waiting 41%)."""
     found = [f"{window.now.tokens_per_second:,.1f} tokens/s"]
     rates = window.bytes_per_second
-    found += [f"{tier} {rate / 1e9:.2f} GB/s" for tier, rate in rates.items() if rate]
+    found += [f"{tier} {human_rate(rate)}" for tier, rate in rates.items() if rate]
     if window.waiting > _WAITING_BINDS:
         tier = max(rates, key=lambda name: rates[name], default="disk")
         found.append(f"bound by {tier} (waiting {window.waiting:.0%})")

@@ -1,7 +1,7 @@
 """What was recorded of a run, and what it says of its links. Pure."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..io.timeline import COMPUTE, STAGING, WAIT, Span, busy_seconds
@@ -29,8 +29,8 @@ class Roofline:
     compute_tokens_per_second: float
     """While it computed."""
     passes_per_second: float | None
-    """That the slowest link would bring, by its speed while it was busy; None where
-    nothing was streamed."""
+    """That the slowest link would bring were it busy all the time; None where nothing
+    was streamed."""
 
     @property
     def ridge_tokens(self) -> float | None:
@@ -98,26 +98,30 @@ def roofline(
     passes: int,
     seconds: float,
     compute_seconds: float,
-    bytes_read: Mapping[str, int],
+    tiers: Iterable[str],
 ) -> Roofline | None:
-    """None for a run too short to say."""
+    """None for a run too short to say. `spans` are of the last passes, all else of the
+    whole run."""
     if not (tokens and passes and seconds and compute_seconds):
         return None
-    speeds = link_speeds(spans, bytes_read)
-    per_pass = [
-        nbytes / passes / speeds[tier]
-        for tier, nbytes in bytes_read.items()
-        if nbytes and speeds.get(tier)
-    ]
+    tiers = list(tiers)
+    busy = max(
+        (
+            busy_seconds(of_lane)
+            for lane, of_lane in by_lane(spans).items()
+            if tier_of_lane(lane, tiers) is not None
+        ),
+        default=0.0,
+    )
     return Roofline(
         tokens / passes,
         tokens / seconds,
         tokens / compute_seconds,
-        1 / max(per_pass) if per_pass else None,
+        num_passes(spans) / busy if busy else None,
     )
 
 
-def num_passes(spans: Sequence[Span]) -> int:
-    """Passes of which `spans` have something."""
+def num_passes(spans: Iterable[Span]) -> float:
+    """Passes, and parts of one, that `spans` are of."""
     sites = [span.name for span in spans if span.lane == COMPUTE]
-    return sites.count(sites[0]) if sites else 0
+    return len(sites) / max(1, len(set(sites)))

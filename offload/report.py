@@ -99,7 +99,7 @@ def make_report(
         passes=statistics.passes,
         seconds=figures.seconds,
         compute_seconds=statistics.compute_seconds,
-        bytes_read=statistics.bytes_read,
+        tiers=statistics.bytes_read,
     )
     return {
         "model": model,

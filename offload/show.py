@@ -14,6 +14,13 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def human_rate(bytes_per_second: float) -> str:
+    """1.21e9 -> "1.21 GB/s", 4e5 -> "0.4 MB/s"."""
+    if bytes_per_second >= 1e8:
+        return f"{bytes_per_second / 1e9:.2f} GB/s"
+    return f"{bytes_per_second / 1e6:.1f} MB/s"
+
+
 def human_seconds(seconds: float) -> str:
     """95 -> "1:35", 4 -> "4.0 s", 7322 -> "2:02:02"."""
     if seconds < 60:

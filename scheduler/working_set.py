@@ -101,9 +101,9 @@ class WorkingSet:
                 self._give_up(units)
                 raise
         finally:
-            end = time.perf_counter()
-            self.wait_seconds += end - start
-            self._record(WAIT, self._names[units[0]], start, end)
+            self.wait_seconds += (end := time.perf_counter()) - start
+            if units:  # else they are used where they lie
+                self._record(WAIT, self._names[units[0]], start, end)
         for held in claimed:
             held.was_read = True
         return tuple(held.slot.offset for held in claimed)

@@ -56,26 +56,27 @@ def test_a_link_is_as_fast_as_the_slower_of_the_two_that_it_is_made_of() -> None
 def test_the_roof_is_flat_where_computing_binds_and_slanted_where_the_link_does() -> (
     None
 ):
+    spans = [
+        Span("disk", "a", 0, 2, 200),
+        Span("staging", "a", 1, 5, 200),
+        Span("cast", "a", 0, 90, 200),
+        *(Span("compute", name, 0, 1) for name in ("a", "b", "a", "b")),
+    ]
     found = roofline(
-        [Span("disk", "a", 0, 2, 200)],
-        tokens=1000,
-        passes=10,
-        seconds=20.0,
-        compute_seconds=5.0,
-        bytes_read={"disk": 1000},
+        spans, tokens=1000, passes=10, seconds=20.0, compute_seconds=5.0, tiers=["disk"]
     )
     assert found is not None
     assert found.tokens_per_pass == 100
     assert found.tokens_per_second == 50
     assert found.compute_tokens_per_second == 200
-    assert found.passes_per_second == 1.0  # 100 bytes a pass at 100 bytes a second
-    assert found.ridge_tokens == 200
+    assert found.passes_per_second == 0.5, "two in the four seconds of the slower link"
+    assert found.ridge_tokens == 400
 
 
 def test_nothing_streamed_leaves_a_flat_roof_and_no_run_none() -> None:
     def of(tokens: int) -> object:
         return roofline(
-            [], tokens=tokens, passes=1, seconds=2.0, compute_seconds=1.0, bytes_read={}
+            [], tokens=tokens, passes=1, seconds=2.0, compute_seconds=1.0, tiers=[]
         )
 
     assert of(0) is None
@@ -84,8 +85,10 @@ def test_nothing_streamed_leaves_a_flat_roof_and_no_run_none() -> None:
     assert getattr(flat, "ridge_tokens", 0) is None
 
 
-def test_passes_are_counted_by_the_first_site_that_is_there() -> None:
+def test_passes_are_counted_with_their_parts() -> None:
     assert num_passes(runs.spans(num_passes=3)) == 3
+    computed = [Span("compute", name, 0, 1) for name in "abcda"]
+    assert num_passes(computed) == 1.25
     assert num_passes([]) == 0
 
 

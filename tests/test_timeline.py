@@ -142,6 +142,16 @@ def test_a_sweep_records_what_it_computes_waits_for_and_reads() -> None:
 
 
 @pytest.mark.usefixtures("no_leaks")
+def test_what_is_used_where_it_lies_is_not_waited_for() -> None:
+    with streamed(make(Net), host_memory="1MiB") as model:
+        with torch.inference_mode(), penstock.sweep(model, width=2) as sweep:
+            sweep.map(model, batches(2))
+        lanes = lanes_of(model)
+    assert len(lanes["compute"]) == 7
+    assert "wait" not in lanes
+
+
+@pytest.mark.usefixtures("no_leaks")
 def test_nothing_computes_while_it_waits() -> None:
     with streamed(make(Net), slots=2) as model:
         with torch.inference_mode(), penstock.sweep(model, width=2) as sweep:

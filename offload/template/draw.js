@@ -14,6 +14,11 @@ function bytes(n) {
   return n.toFixed(1) + " TiB";
 }
 
+/* Of bytes in a microsecond. */
+function rate(bytes) {
+  return bytes >= 100 ? (bytes / 1e3).toFixed(2) + " GB/s" : bytes.toFixed(1) + " MB/s";
+}
+
 function duration(micros) {
   const size = Math.abs(micros);
   if (size < 1e3) return micros.toFixed(0) + " µs";

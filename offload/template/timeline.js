@@ -124,7 +124,7 @@
     const w = pen.measureText(lane.name).width + 4;
     pen.font = "11px system-ui, sans-serif";
     pen.fillStyle = soft;
-    const speed = moved && busy ? ", " + (moved / busy / 1e3).toFixed(2) + " GB/s while busy" : "";
+    const speed = moved && busy ? ", " + rate(moved / busy) + " while busy" : "";
     pen.fillText((share * 100).toFixed(share < .0995 ? 1 : 0) + " %" + speed, w + 7, lane.top - 8);
   }
 
@@ -261,7 +261,7 @@
     if (!found) { tip.hidden = true; return; }
     const [lane, s] = found;
     const what = lane.name === "micro-batches" ? "micro-batch " + names[s[NAME]] : names[s[NAME]];
-    const moved = s[BYTES] ? "\n" + bytes(s[BYTES]) + (s[LENGTH] ? ", " + (s[BYTES] / s[LENGTH] / 1e3).toFixed(2) + " GB/s" : "") : "";
+    const moved = s[BYTES] ? "\n" + bytes(s[BYTES]) + (s[LENGTH] ? ", " + rate(s[BYTES] / s[LENGTH]) : "") : "";
     tip.textContent = what + "\n" + lane.name + ": " + duration(s[LENGTH]) + ", from " + duration(s[START]) + moved;
     tip.style.whiteSpace = "pre-line";
     tip.hidden = false;
