@@ -9,7 +9,6 @@ from ..io.closing import Closing
 from .samples import Sample, Window
 
 _log = logging.getLogger("penstock")
-INTERVAL_SECONDS = 0.25
 _WINDOW_SECONDS = 5.0
 
 Listener = Callable[[Window], None]
@@ -38,6 +37,13 @@ class Every:
             self._listener(window)
 
 
+def interval_seconds(seconds: float) -> float:
+    """Until the next look, `seconds` after the beginning: a look takes half a
+    millisecond, which is a five hundredth of a quarter of a second, but nobody who
+    waits for minutes needs to see every quarter of one."""
+    return min(max(seconds / 240, 0.25), 1.0)
+
+
 class Monitor(Closing):
     """Calls `look` in a thread of its own, `start` to `close`, and tells each listener
     what it saw; once more at the end.
@@ -51,15 +57,14 @@ class Monitor(Closing):
         look: Callable[[], Sample],
         listeners: Sequence[Listener],
         *,
-        interval_seconds: float = INTERVAL_SECONDS,
+        interval: Callable[[float], float] = interval_seconds,
     ) -> None:
         self._look = look
         self._listeners = list(listeners)
         self.failures: list[str] = []
-        self._interval_seconds = interval_seconds
+        self._interval = interval
         self._recent: deque[Sample] = deque()
         self._is_over = threading.Event()
-        self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -82,8 +87,13 @@ class Monitor(Closing):
             self._tell(is_last=True)
 
     def _work(self) -> None:
-        while not self._is_over.wait(self._interval_seconds):
+        while not self._is_over.wait(self._interval(self._seconds)):
             self._tell()
+
+    @property
+    def _seconds(self) -> float:
+        """Since the beginning, when it last looked."""
+        return self._recent[-1].seconds if self._recent else 0.0
 
     def _tell(self, *, is_last: bool = False) -> None:
         try:

@@ -21,7 +21,7 @@ from penstock.io.errors import OutputError, UsageError
 from penstock.offload.generate import GenerateProgress
 from penstock.offload.job import Job
 from penstock.offload.metrics import MetricsFile
-from penstock.offload.monitor import Every, Monitor
+from penstock.offload.monitor import Every, Monitor, interval_seconds
 from penstock.offload.progress import JobBar, JsonLines, PlainLines
 from penstock.offload.samples import Sample, Window
 from penstock.offload.score import ScoreProgress
@@ -150,7 +150,7 @@ def test_a_monitor_looks_until_it_is_closed_and_once_more() -> None:
         if len(seen) > 8:
             has_looked.set()
 
-    monitor = Monitor(look, [listen], interval_seconds=0.0)
+    monitor = Monitor(look, [listen], interval=lambda seconds: 0.0)
     monitor.start()
     assert has_looked.wait(60)
     monitor.close()
@@ -159,6 +159,16 @@ def test_a_monitor_looks_until_it_is_closed_and_once_more() -> None:
     assert len(seen) == num
     assert [w.now.seconds for w in seen] == [float(i) for i in range(num)]
     assert seen[-1].now.seconds - seen[-1].before.seconds == 5.0
+
+
+def test_the_longer_a_job_takes_the_more_seldom_it_is_looked_at() -> None:
+    assert [interval_seconds(s) for s in (0, 60, 120, 240, 1e6)] == [
+        0.25,
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+    ]
 
 
 def test_a_window_ends_where_a_stage_begins() -> None:
@@ -189,7 +199,7 @@ def test_who_cannot_tell_is_told_no_more_and_the_job_goes_on(
         if len(seen) > 2:
             has_looked.set()
 
-    monitor = Monitor(lambda: SAMPLE, [fail, listen], interval_seconds=0.0)
+    monitor = Monitor(lambda: SAMPLE, [fail, listen], interval=lambda seconds: 0.0)
     monitor.start()
     assert has_looked.wait(60)
     monitor.close()
@@ -203,7 +213,7 @@ def test_a_look_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> None
     def look() -> Sample:
         raise RuntimeError("changed size during iteration")
 
-    monitor = Monitor(look, [], interval_seconds=0.0)
+    monitor = Monitor(look, [], interval=lambda seconds: 0.0)
     monitor.start()
     monitor.close()
     assert set(monitor.failures) == {
