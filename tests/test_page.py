@@ -400,3 +400,23 @@ def test_a_full_ring_is_drawn(browser: Any, tmp_path: Path) -> None:
     assert shown.complaints == []
     assert shown.picture("#timeline").std() > 0.02
     shown.window.close()
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("num_samples", [0, 1, 9])
+def test_a_run_in_which_nothing_happened_draws_nothing_wrong(
+    browser: Any, tmp_path: Path, num_samples: int
+) -> None:
+    path = tmp_path / "nothing.html"
+    report = runs.report(
+        roofline=None, passes=0, tokens=0, tokens_per_second=0.0, compute_seconds=0.0
+    )
+    recorded = Recorded(runs.BEGAN, [], runs.samples(num_samples))
+    path.write_text(render(report, recorded), encoding="utf-8")
+    shown = Shown(browser, path, "phone", "dark")
+    assert shown.complaints == []
+    drawn = shown.window.locator("#throughput").text_content()
+    assert "too short to say" in drawn
+    assert "NaN" not in shown.window.content()
+    shown.window.close()
