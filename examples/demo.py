@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from checkpoint import make_checkpoint
 from penstock import Policy
+from penstock.offload.computer import has_bfloat16
 from penstock.offload.job import Job
 from penstock.offload.show import report_table
 from penstock.offload.work import ScoreWork
@@ -24,10 +24,7 @@ HERE = Path(__file__).parent
 def compute_dtype() -> str:
     """The checkpoint's bfloat16, unless this CPU has no instructions for it: then
     float32, cast on the way in, is about four times faster."""
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or (
-        torch.cpu._is_amx_tile_supported()
-    )
-    return "auto" if has_bfloat16 else "float32"
+    return "auto" if has_bfloat16() else "float32"
 
 
 def main() -> None:
@@ -59,7 +56,7 @@ def main() -> None:
     Console().print(
         report_table(report, f"{folder.name} in a working set of {args.device_memory}")
     )
-    print(f"scores: {job.output}\nreport: {args.out / 'report.json'}")
+    print(f"scores: {job.output}\nreport: {args.out / 'report.html'}")
     sys.exit(1 if report["rows_failed"] else 0)
 
 

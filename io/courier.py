@@ -14,6 +14,9 @@ from .errors import ClosedError
 from .event import Event
 from .handle import Handle, forget_frames
 from .pace import Pace
+from .timeline import Record, unrecorded
+
+_Job = tuple[Callable[[], None], int, bool, Handle]
 
 
 class Courier(Closing):
@@ -31,16 +34,17 @@ class Courier(Closing):
         pace: Pace | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
+        record: Record = unrecorded,
     ) -> None:
+        self._name = name
+        self._record = record
         self._pace = pace
         self._sleep = sleep
         self._clock = clock
         self._max_pending_bytes = max_pending_bytes
         self._pending_bytes = 0
         self._room = threading.Condition()
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int, Handle] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._last = Handle(0)
         self._is_closed = False
         self._thread = threading.Thread(
@@ -48,8 +52,11 @@ class Courier(Closing):
         )
         self._thread.start()
 
-    def give(self, act: Callable[[], None], nbytes: int = 0) -> Handle:
-        """Does `act` after all that was given before; it keeps `nbytes` until then."""
+    def give(
+        self, act: Callable[[], None], nbytes: int = 0, *, is_work: bool = True
+    ) -> Handle:
+        """Does `act` after all that was given before; it keeps `nbytes` until then.
+        What is no work, but waits for others', is not recorded."""
         handle = Handle(1)
         with self._room:
             while (
@@ -62,7 +69,7 @@ class Courier(Closing):
                 raise ClosedError("this model is closed; load it again")
             self._pending_bytes += nbytes
             self._last = handle
-            self._jobs.put((act, nbytes, handle))
+            self._jobs.put((act, nbytes, is_work, handle))
         return handle
 
     # As a stream.
@@ -83,7 +90,7 @@ class Courier(Closing):
         return self._last
 
     def wait(self, event: Event) -> None:
-        self.give(event.wait)
+        self.give(event.wait, is_work=False)
 
     def close(self) -> None:
         """Finishes what was given and ends the thread."""
@@ -96,14 +103,18 @@ class Courier(Closing):
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            act, nbytes, handle = job
+            act, nbytes, is_work, handle = job
             error: BaseException | None = None
+            start = self._clock()
             try:
                 act()
             except BaseException as caught:  # raised by whoever waits for it
                 forget_frames(caught)
                 error = caught
             del act, job
+            if is_work:
+                end = self._clock()
+                self._record(self._name, "keys and values", start, end, nbytes)
             with self._room:
                 self._pending_bytes -= nbytes
                 self._room.notify_all()

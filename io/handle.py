@@ -2,6 +2,7 @@
 
 import threading
 import traceback
+from collections.abc import Callable
 
 
 class Handle:
@@ -16,6 +17,7 @@ class Handle:
         self._left = parts
         self._finished = threading.Event()
         self._error: BaseException | None = None
+        self._then: Callable[[], None] | None = None
         if parts == 0:
             self._finished.set()
 
@@ -25,8 +27,22 @@ class Handle:
             self._left -= 1
             if error is not None and self._error is None:
                 self._error = error
-            if self._left == 0:
-                self._finished.set()
+            is_last = self._left == 0
+        if is_last:
+            # Before anybody goes on, who may close what it writes to.
+            if self._then is not None:
+                self._then()
+            self._finished.set()
+
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Calls `then`, which must not raise, once all parts are finished: on the
+        thread of the last one, or at once. For one caller."""
+        with self._lock:
+            is_done = self._left == 0
+            if not is_done:
+                self._then = then
+        if is_done:
+            then()
 
     @property
     def is_done(self) -> bool:

@@ -19,6 +19,7 @@ from .extent import align_up
 from .files import ALIGNMENT
 from .kv_pages import PAGE_BYTES, FreeList
 from .pace import Pace
+from .timeline import Record, unrecorded
 
 _CHUNK_BYTES = 4 << 20
 
@@ -38,6 +39,7 @@ class KvFile(Closing):
         max_pending_bytes: int,
         write_pace: Pace | None,
         read_pace: Pace | None,
+        record: Record = unrecorded,
     ) -> None:
         self.folder = folder
         self.fallback: str | None = None
@@ -54,11 +56,9 @@ class KvFile(Closing):
         self._free = FreeList()
         self._returned: deque[tuple[int, int]] = deque()
         self._buffer = Arena(_CHUNK_BYTES)
-        self.writer = Courier(
-            "kv-write", max_pending_bytes=max_pending_bytes, pace=write_pace
-        )
-        self.reader = Courier(
-            "kv-read", max_pending_bytes=max_pending_bytes, pace=read_pace
+        self.writer, self.reader = (
+            Courier(name, max_pending_bytes=max_pending_bytes, pace=pace, record=record)
+            for name, pace in (("kv-write", write_pace), ("kv-read", read_pace))
         )
         self._is_closed = False
 

@@ -16,6 +16,7 @@ from .event import Event
 from .handle import Handle, forget_frames
 from .pace import Pace
 from .source import Source
+from .timeline import STAGING, Record, unrecorded
 from .transfer import Transfer
 
 
@@ -71,7 +72,8 @@ class _Job:
 
 class Link(Closing):
     """Copies units from `source` to `target`, memory of `device`, on a stream and in a
-    thread of its own. `pace` holds it to a stated speed.
+    thread of its own. `pace` holds it to a stated speed. Its spans end when
+    a copy is queued, which on a CPU is when it is done.
 
     A copy begins when the work that read the slot's bytes before has passed, which the
     stream waits for, not the host.
@@ -88,8 +90,10 @@ class Link(Closing):
         pace: Pace | None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
+        record: Record = unrecorded,
     ) -> None:
         self.tier = tier
+        self._lane = STAGING if tier == "disk" else tier
         self._source = source
         self._transfers = transfers
         self._target = target
@@ -98,6 +102,7 @@ class Link(Closing):
         self._pace = pace
         self._sleep = sleep
         self._clock = clock
+        self._record = record
         self._lock = threading.Lock()
         self._not_asked: deque[int] = deque()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -160,6 +165,7 @@ class Link(Closing):
     def _bring(self, job: _Job) -> None:
         memory, start = self._source.get(job.unit)
         transfer = self._transfers[job.unit]
+        begun = self._clock()
         try:
             for event in job.after:
                 self._stream.wait(event)
@@ -182,3 +188,4 @@ class Link(Closing):
             self._statistics.bytes_moved + nbytes,
             self._statistics.num_copies + len(transfer.runs),
         )
+        self._record(self._lane, transfer.name, begun, self._clock(), nbytes)

@@ -2,6 +2,7 @@
 
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .handle import Handle, forget_frames
 from .layout import Conversion, Copy, Layout
 from .reader import Reader
 from .recipe import View
+from .timeline import CAST, Record, unrecorded
 
 _SERIAL_NUMEL = 32_000
 """Fewer elements than torch shares out (at::internal::GRAIN_SIZE is 32,768)."""
@@ -72,6 +74,7 @@ class Loader:
 
     `load` returns at once; windows are filled by the reader's threads and copies by
     two threads here (one reads while the other casts), started when first needed.
+    What is read is recorded in the lane `disk`, from when it was asked for.
     """
 
     _COPY_THREADS = 2
@@ -83,7 +86,11 @@ class Loader:
         reader: Reader,
         *,
         bounce_bytes: int,
+        record: Record = unrecorded,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._record = record
+        self._clock = clock
         self._layouts = layouts
         self._arena = arena
         self._reader = reader
@@ -103,11 +110,14 @@ class Loader:
         try:
             for read in plan.reads:
                 view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
-                handles.append(self._reader.submit(read.extent, view))
+                handles.append(self._submit(plan.name, read.extent, view))
             for copy in plan.copies:
-                handles.append(self._start(partial(self._copy, copy, offset)))
+                handles.append(
+                    self._start(partial(self._copy, plan.name, copy, offset))
+                )
             for conversion in plan.conversions:
-                handles.append(self._start(partial(self._convert, conversion, offset)))
+                act = partial(self._convert, plan.name, conversion, offset)
+                handles.append(self._start(act))
         except BaseException:  # nothing is under way into a slot that nobody holds
             for handle in handles:
                 handle.wait_quietly()
@@ -155,34 +165,49 @@ class Loader:
         self._pool.submit(run)
         return handle
 
-    def _copy(self, copy: Copy, offset: int) -> None:
+    def _submit(self, unit: str, extent: Extent, buffer: memoryview) -> Handle:
+        start = self._clock()
+        handle = self._reader.submit(extent, buffer)
+
+        def note() -> None:
+            self._record("disk", unit, start, self._clock(), extent.nbytes)
+
+        handle.when_done(note)
+        return handle
+
+    def _copy(self, unit: str, copy: Copy, offset: int) -> None:
         nbytes = copy.target_numel * copy.target_dtype.itemsize
         memory = self._arena.view(offset + copy.target_offset, nbytes)
         target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
         for extent, source, part in _parts(copy, target, self._bounce_bytes):
-            _copy_serially(part, source.on(self._read(extent, copy.dtype)))
+            stored = source.on(self._read(unit, extent, copy.dtype))
+            start = self._clock()
+            _copy_serially(part, stored)
+            self._record(CAST, unit, start, self._clock(), extent.nbytes)
             self._count(copied=extent.nbytes)
 
-    def _convert(self, conversion: Conversion, offset: int) -> None:
+    def _convert(self, unit: str, conversion: Conversion, offset: int) -> None:
         recipe = conversion.recipe
         assert recipe.convert is not None, "only recipes with a function convert"
         if not recipe.nbytes:
             return
         stored = {
             entry.name: self._read(
-                Extent(entry.path, entry.offset, entry.nbytes), entry.dtype
+                unit, Extent(entry.path, entry.offset, entry.nbytes), entry.dtype
             )
             .clone()
             .view(entry.shape)
             for entry in recipe.entries
         }
+        start = self._clock()
         result = recipe.convert(stored).to(recipe.dtype)
         memory = self._arena.view(offset + conversion.target_offset, recipe.nbytes)
         target = torch.frombuffer(memory, dtype=recipe.dtype).view(recipe.shape)
         target.copy_(result)
+        self._record(CAST, unit, start, self._clock(), recipe.nbytes)
         self._count(converted=recipe.nbytes)
 
-    def _read(self, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
+    def _read(self, unit: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
         """The elements of `extent`, valid until this thread's next read."""
         if not extent.nbytes:
             return torch.empty(0, dtype=dtype)
@@ -193,7 +218,7 @@ class Loader:
             buffer = memoryview(mmap.mmap(-1, max(window.nbytes, wanted)))
             if window.nbytes <= wanted:  # a larger one is not worth keeping
                 self._bounce.buffer = buffer
-        self._reader.submit(window, buffer[: window.nbytes]).wait()
+        self._submit(unit, window, buffer[: window.nbytes]).wait()
         start = extent.offset - window.offset
         return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
 

@@ -1,7 +1,8 @@
 """Units read from disk straight into slots in a GPU's memory, past the host's."""
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from .extent import Extent
 from .handle import Handle, forget_frames
 from .layout import Layout
 from .loader import LoaderStatistics, UnitLoad
+from .timeline import Record, unrecorded
 from .transfer import Run, Transfer
 
 
@@ -54,7 +56,12 @@ class Straight(Closing):
         transfers: Mapping[int, Transfer],
         target: Memory,
         reader: DeviceReader,
+        *,
+        record: Record = unrecorded,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._record = record
+        self._clock = clock
         self._layouts = layouts
         self._transfers = transfers
         self._target = target
@@ -74,6 +81,13 @@ class Straight(Closing):
             for extent, start in extents_of(plan, run)
         ]
         handle = Handle(1)
+        start = self._clock()
+
+        def note() -> None:
+            nbytes = sum(extent.nbytes for extent, _ in parts)
+            self._record("disk", plan.name, start, self._clock(), nbytes)
+
+        handle.when_done(note)
 
         def read() -> None:
             under_way: list[Handle] = []

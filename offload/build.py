@@ -13,6 +13,7 @@ from ..io.checkpoint import Checkpoint
 from ..io.device import Device
 from ..io.files import ALIGNMENT
 from ..io.recipe import Recipe
+from ..io.timeline import Record, Timeline
 from ..io.transfer import Transfer
 from ..scheduler.doors import Doors, Site
 from ..scheduler.gate import Gate
@@ -68,7 +69,11 @@ def build(
     found, layouts = division.found, division.layouts
     transfers = division.transfers
     placement = _placement(division, device, capacity, policy)
-    tiers = Tiers(checkpoint, layouts, transfers, placement, device, capacity, policy)
+    timeline = Timeline()
+    record = timeline.record
+    tiers = Tiers(
+        checkpoint, layouts, transfers, placement, device, capacity, policy, record
+    )
     with ExitStack() as opened:  # what fails leaves nothing open
         opened.callback(tiers.close)
         gatherers = {
@@ -84,9 +89,9 @@ def build(
         binding = Binding(
             found, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
-        working_set = _working_set(found, transfers, capacity, tiers)
+        working_set = _working_set(found, transfers, capacity, tiers, record)
         doors = _doors(found, working_set, binding)
-        kv = open_kv(model, device, policy, tiers.pin)
+        kv = open_kv(model, device, policy, tiers.pin, record)
         if kv is not None:
             opened.callback(kv.close)
         engine = Engine(
@@ -99,12 +104,18 @@ def build(
             working_set=working_set,
             binding=binding,
             doors=doors,
-            gate=Gate(doors, Order(len(found.sites)), lookahead=policy.lookahead),
+            gate=Gate(
+                doors,
+                Order(len(found.sites)),
+                lookahead=policy.lookahead,
+                record=record,
+            ),
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
             compilation=_compilation(found, policy),
             row_order=Order(len(find_row_wise(found))),
             kv=kv,
+            timeline=timeline,
         )
         opened.pop_all()
         opened.callback(engine.close)
@@ -196,7 +207,11 @@ def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
 
 
 def _working_set(
-    found: Found, transfers: list[Transfer], capacity: int, tiers: Tiers
+    found: Found,
+    transfers: list[Transfer],
+    capacity: int,
+    tiers: Tiers,
+    record: Record,
 ) -> WorkingSet:
     in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
     return WorkingSet(
@@ -211,6 +226,7 @@ def _working_set(
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
         staying=[u for u, tier in enumerate(tiers.placement) if tier == "device"],
+        record=record,
     )
 
 

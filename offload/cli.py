@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError
-from .options import Model, PolicyFile, Report, Settings, policy_of
+from .options import (
+    LogJson,
+    Metrics,
+    Model,
+    PolicyFile,
+    Report,
+    Settings,
+    policy_of,
+)
 from .policy import Policy
 from .policy_command import policy
 from .values import parse_setting
@@ -68,6 +76,8 @@ def score(
     policy: PolicyFile = None,
     settings: Settings = None,
     report: Report = None,
+    log_json: LogJson = False,
+    metrics: Metrics = None,
     window: Annotated[
         int | None,
         typer.Option(
@@ -86,10 +96,12 @@ def score(
     device_memory=1GiB --report out/`
     """
     from .job import Job
+    from .watch import Watching
     from .work import ScoreWork
 
     work = ScoreWork(window, stride)
-    _run(Job(work, model, source, output, policy_of(policy, settings), report))
+    chosen, watching = policy_of(policy, settings), Watching(log_json, metrics)
+    _run(Job(work, model, source, output, chosen, report, watching))
 
 
 @app.command()
@@ -117,6 +129,8 @@ def generate(
     policy: PolicyFile = None,
     settings: Settings = None,
     report: Report = None,
+    log_json: LogJson = False,
+    metrics: Metrics = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="A completion ends before this text. Repeatable."),
@@ -148,13 +162,15 @@ def generate(
     --max-new-tokens 64 --set device_memory=1GiB --set sequences_in_flight=256`
     """
     from .job import Job
+    from .watch import Watching
     from .work import GenerateWork
 
     values = dict(map(parse_setting, options or []))
     if temperature is not None:
         values["temperature"] = temperature
     work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
-    _run(Job(work, model, source, output, policy_of(policy, settings), report))
+    chosen, watching = policy_of(policy, settings), Watching(log_json, metrics)
+    _run(Job(work, model, source, output, chosen, report, watching))
 
 
 def _run(job: "Job") -> None:
@@ -168,6 +184,8 @@ def _run(job: "Job") -> None:
         raise typer.Exit(INTERRUPTED) from None
     if console.is_terminal:
         console.print(report_table(result, f"{job.output}"))
+        if job.report is not None:
+            _say(f"pictures of where the time went: {job.report / 'report.html'}")
     if result["rows_failed"]:
         _say(f"{result['rows_failed']} of {result['rows']} rows failed: {job.output}")
         raise typer.Exit(ROWS_WITH_ERRORS)

@@ -36,6 +36,8 @@ class Statistics:
     """Most bytes of the working set in use at one time."""
     peak_host_bytes: int
     """Most memory of this process at one time (resident set), activations and all."""
+    max_in_flight: int
+    """Most micro-batches that a sweep had under way at one time."""
     held_bytes_per_micro_batch: int
     """Activations that one suspended micro-batch keeps alive."""
     activation_bytes_out: int

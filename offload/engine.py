@@ -11,6 +11,7 @@ from torch import nn
 from ..io.errors import FaultError, PenstockError
 from ..io.kv_count import KvStatistics
 from ..io.recipe import Recipe
+from ..io.timeline import Timeline
 from ..scheduler.admission import Width
 from ..scheduler.coalescing import Coalescing
 from ..scheduler.doors import Doors
@@ -62,11 +63,13 @@ class Engine:
         compilation: "Compilation | None",
         row_order: Order,
         kv: KvTiers | None,
+        timeline: Timeline,
     ) -> None:
         self.model = model
         self.policy = policy
         self.found = found
         self.recipes = recipes
+        self.timeline = timeline
         self._tiers = tiers
         self._buffers = buffers
         self._working_set = working_set
@@ -211,14 +214,13 @@ class Engine:
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
-            bytes_copied=sum(
-                loader.bytes_copied + loader.bytes_converted for loader in loaders
-            ),
+            bytes_copied=sum(x.bytes_copied + x.bytes_converted for x in loaders),
             passes=self._gate.num_passes,
             wait_seconds=working_set.wait_seconds,
             compute_seconds=self._gate.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
+            max_in_flight=sweeps.max_in_flight,
             held_bytes_per_micro_batch=sweeps.held_bytes_per_micro_batch,
             activation_bytes_out=sweeps.bytes_out,
             activation_bytes_in=sweeps.bytes_in,
@@ -294,7 +296,5 @@ class Engine:
                 f"{self.found.units[unit].name!r}; strict: false loads it on the spot"
             )
         if self._faults[name] == 1:
-            _log.warning(
-                "%s is used outside of the forward of its module: loaded on the spot",
-                name,
-            )
+            used = "%s is used outside of the forward of its module: loaded on the spot"
+            _log.warning(used, name)

@@ -29,6 +29,8 @@ class GenerateProgress:
 
     rows_done: int = 0
     rows_failed: int = 0
+    rows_computed: int = 0
+    """Others before them may not be."""
     rows_in_flight: int = 0
     micro_batches_done: int = 0
     tokens_padding: int = 0
@@ -39,7 +41,12 @@ class GenerateProgress:
     def rows_through(self, pass_fraction: float) -> float:
         """Rows done, and the parts of those under way, at most their share."""
         made = self.output_tokens / self.max_new_tokens
-        return max(self.rows_done, min(made, self.rows_done + self.rows_in_flight))
+        computed = max(self.rows_done, self.rows_computed)
+        return max(computed, min(made, computed + self.rows_in_flight))
+
+    def tokens_through(self, pass_fraction: float) -> float:
+        """Output tokens; each counts when it is there, which is soon."""
+        return self.output_tokens
 
     def remark(self, seconds: float) -> str:
         """The speeds, in words."""
@@ -264,6 +271,7 @@ class _Generating:
                 prompt.fail(f"the model failed: {type(error).__name__}: {error}")
         finally:
             in_flight.leave(in_flight.num)
+            progress.rows_computed += len(prompts)
         lengths = [len(prompt.ids) for prompt in prompts]
         progress.prompt_tokens += sum(lengths)
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)

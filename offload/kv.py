@@ -21,6 +21,7 @@ from ..io.kv_quantised import Quantised
 from ..io.kv_shape import KvShape
 from ..io.kv_staging import Staging
 from ..io.pace import Pace
+from ..io.timeline import Record
 from ..scheduler.kv_budget import TIERS, KvBudget
 from ..scheduler.kv_store import KvStore, Place
 from .memory import available_bytes
@@ -36,7 +37,12 @@ class KvTiers(Closing):
     closed. `pin` locks host memory in place for copies to the device."""
 
     def __init__(
-        self, model: nn.Module, device: Device, policy: Policy, pin: Pin
+        self,
+        model: nn.Module,
+        device: Device,
+        policy: Policy,
+        pin: Pin,
+        record: Record,
     ) -> None:
         from .kv_cache import install  # transformers takes seconds to import
 
@@ -46,6 +52,7 @@ class KvTiers(Closing):
         self._device = device
         self._policy = policy
         self._pin = pin
+        self._record = record
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
@@ -92,7 +99,10 @@ class KvTiers(Closing):
             out, back = (
                 opened.enter_context(
                     Courier(
-                        name, max_pending_bytes=PENDING_BYTES, pace=self._pace(tier)
+                        name,
+                        max_pending_bytes=PENDING_BYTES,
+                        pace=self._pace(tier),
+                        record=self._record,
                     )
                 )
                 for name in ("kv-out", "kv-back")
@@ -151,6 +161,7 @@ class KvTiers(Closing):
             max_pending_bytes=PENDING_BYTES,
             write_pace=self._pace("disk"),
             read_pace=self._pace("disk"),
+            record=self._record,
         )
         if file.fallback is not None:
             self.store.note(file.fallback)
@@ -175,10 +186,10 @@ class KvTiers(Closing):
 
 
 def open_kv(
-    model: nn.Module, device: Device, policy: Policy, pin: Pin
+    model: nn.Module, device: Device, policy: Policy, pin: Pin, record: Record
 ) -> KvTiers | None:
     """None where the cache is to stay as transformers makes it."""
     is_asked = policy.kv.tier != "auto" or policy.kv.dtype != "auto"
     if not is_asked or not callable(getattr(model, "generate", None)):
         return None
-    return KvTiers(model, device, policy, pin)
+    return KvTiers(model, device, policy, pin, record)

@@ -34,7 +34,26 @@ Settings = Annotated[
 Report = Annotated[
     Path | None,
     typer.Option(
-        "--report", help="Folder for report.json: speed, bytes, what bound the run."
+        "--report",
+        help="Folder for report.html (a page that says how fast it was, what bound it "
+        "and what to change, with pictures), report.json and trace.json.",
+    ),
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json",
+        help="Print one JSON object every five seconds to standard error: counters, "
+        "speeds, time left.",
+    ),
+]
+Metrics = Annotated[
+    Path | None,
+    typer.Option(
+        "--metrics",
+        metavar="FILE.prom",
+        help="Prometheus text file, written anew every five seconds, for "
+        "node_exporter's textfile collector. Needs penstock[metrics].",
     ),
 ]
 

@@ -1,18 +1,24 @@
-"""What a job was, what it cost and what bound it, as one JSON object."""
+"""What a job was, what it cost and what bound it: as one JSON object, as a page to look
+at, and as a trace for other tools."""
 
 import json
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..io.errors import OutputError
+from ..io.timeline import Span
+from .bound import Bound, Counts, what_bound
+from .computer import computer, has_bfloat16, versions
 from .counters import Statistics
+from .memory import available_bytes
+from .page import render
+from .perfetto import trace
 from .policy import Policy
+from .recorded import Recorded, link_speeds, roofline, waits_by_tier
 
-# Below this share of waiting, faster storage would not be felt.
-_WAITING_BINDS = 0.1
+_SLOW_WITHOUT = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +32,75 @@ class JobFigures:
     seconds_to_first_unit: float | None
     counts: Mapping[str, Any]
     """Tokens, micro-batches and tokens a second."""
-    plan: Mapping[str, int]
-    """What the policy promised."""
+    plan: Mapping[str, Any]
+    """What the policy promised; with `tokens_per_second` and `bound_by`, what was
+    predicted."""
+    dtype: str
+    """Of most of the weights, as they compute."""
 
 
-def what_bound(statistics: Statistics) -> str:
-    """`disk` where computing stood still for weights, else `compute`."""
-    total = statistics.wait_seconds + statistics.compute_seconds
-    if total and statistics.wait_seconds / total > _WAITING_BINDS:
-        return "disk"
-    return "compute"
+def judge(
+    policy: Policy, figures: JobFigures, statistics: Statistics, spans: Sequence[Span]
+) -> Bound:
+    """What bound this job, and what to change."""
+    counts, is_generating = figures.counts, "output_tokens" in figures.counts
+    positions = counts["tokens"] + counts["tokens_padding"]
+    rows_per_product = positions / max(1, counts["micro_batches"])
+    if is_generating:
+        rows_per_product = statistics.rows_per_joint_call or min(
+            policy.micro_batch_sequences, max(1, figures.rows)
+        )
+    waits = waits_by_tier(spans, statistics.wait_seconds, statistics.bytes_read)
+    in_flight = policy.tokens_in_flight
+    micro_batch = policy.micro_batch_tokens
+    if is_generating:
+        in_flight = policy.sequences_in_flight
+        micro_batch = policy.micro_batch_sequences
+    is_on_cpu = policy.device == "cpu"
+    return what_bound(
+        Counts(
+            seconds=figures.seconds,
+            compute_seconds=statistics.compute_seconds,
+            wait_seconds=waits,
+            tokens=counts["tokens"],
+            tokens_padding=counts["tokens_padding"],
+            rows=figures.rows,
+            micro_batches=counts["micro_batches"],
+            max_in_flight=statistics.max_in_flight,
+            width=figures.plan["micro_batches_in_flight"],
+            is_generating=is_generating,
+            in_flight=in_flight,
+            micro_batch=micro_batch,
+            rows_per_product=rows_per_product,
+            is_coalesced=statistics.num_joint_calls > 0,
+            is_compiled=policy.compile,
+            has_slow_dtype=is_on_cpu
+            and figures.dtype in _SLOW_WITHOUT
+            and not has_bfloat16(),
+            streamed_bytes=statistics.bytes_by_tier["disk"],
+            host_memory=policy.host_memory or 0,
+            free_host_bytes=available_bytes(),
+        )
+    )
 
 
 def make_report(
-    model: str, policy: Policy, figures: JobFigures, statistics: Statistics
+    model: str,
+    policy: Policy,
+    figures: JobFigures,
+    statistics: Statistics,
+    bound: Bound,
+    recorded: Recorded,
 ) -> dict[str, Any]:
     """The contents of report.json. Sizes in bytes, times in seconds."""
-    import torch
-    import transformers
-
+    roof = roofline(
+        recorded.spans,
+        tokens=figures.counts["tokens"],
+        passes=statistics.passes,
+        seconds=figures.seconds,
+        compute_seconds=statistics.compute_seconds,
+        tiers=statistics.bytes_read,
+    )
     return {
         "model": model,
         "rows": figures.rows,
@@ -53,7 +109,10 @@ def make_report(
         "seconds": figures.seconds,
         "load_seconds": figures.load_seconds,
         "seconds_to_first_unit": figures.seconds_to_first_unit,
-        "bound_by": what_bound(statistics),
+        "bound_by": bound.by,
+        "bound": asdict(bound),
+        "roofline": None if roof is None else asdict(roof),
+        "link_bytes_per_second": link_speeds(recorded.spans, statistics.bytes_read),
         "passes": statistics.passes,
         "model_bytes": statistics.model_bytes,
         "device_memory_bytes": statistics.device_memory_bytes,
@@ -67,6 +126,7 @@ def make_report(
         "peak_device_bytes": statistics.peak_device_bytes,
         "peak_host_bytes": statistics.peak_host_bytes,
         "held_bytes_per_micro_batch": statistics.held_bytes_per_micro_batch,
+        "max_in_flight": statistics.max_in_flight,
         "num_joint_calls": statistics.num_joint_calls,
         "num_joint_rows": statistics.num_joint_rows,
         "kv": asdict(statistics.kv),
@@ -74,23 +134,28 @@ def make_report(
             **figures.plan,
             "streamed_bytes_per_pass": statistics.bytes_by_tier["disk"],
         },
+        "dtype": figures.dtype,
+        "reader": statistics.reader,
         "faults": dict(statistics.faults),
         "fallbacks": list(statistics.fallbacks),
-        "policy": policy.model_dump(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "policy": policy.model_dump(mode="json"),
+        "asked": policy.model_dump(mode="json", exclude_unset=True),
+        "computer": computer(),
+        "versions": versions(),
     }
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> Path:
-    """Writes report.json into `folder`, which is made if need be."""
-    path = folder / "report.json"
+def write_report(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
+    """Writes report.json, report.html and trace.json into `folder`, which is made if
+    need be."""
+    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    _write(folder / "report.html", render(report, recorded))
+    _write(folder / "trace.json", json.dumps(trace(report["model"], recorded)) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    return path

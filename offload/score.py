@@ -26,6 +26,7 @@ class _Row:
 
     identity: Any
     windows_left: int = 0
+    num_windows: int = 1
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
     error: str | None = None
@@ -69,7 +70,10 @@ class ScoreProgress:
 
     rows_done: int = 0
     rows_failed: int = 0
-    rows_in_flight: int = 0
+    rows_computed: float = 0.0
+    """With parts of those of which some windows are; others before them may not be."""
+    rows_in_flight: float = 0.0
+    tokens_in_flight: int = 0
     tokens_done: int = 0
     """Tokens that went through the model, padding not counted."""
     tokens_padding: int = 0
@@ -77,7 +81,12 @@ class ScoreProgress:
 
     def rows_through(self, pass_fraction: float) -> float:
         """Rows done, and the parts of those under way."""
-        return self.rows_done + self.rows_in_flight * pass_fraction
+        computed = max(self.rows_done, self.rows_computed)
+        return computed + self.rows_in_flight * pass_fraction
+
+    def tokens_through(self, pass_fraction: float) -> float:
+        """Tokens done, and the parts of those under way."""
+        return self.tokens_done + self.tokens_in_flight * pass_fraction
 
     def remark(self, seconds: float) -> str:
         """The speed, in words."""
@@ -192,9 +201,8 @@ class _Scoring:
         except RowError as error:
             row.error = str(error)
             return []
-        row.windows_left = len(windows)
+        row.windows_left = row.num_windows = len(windows)
         row.num_tokens = len(tokens.ids) - tokens.first
-        self._progress.rows_in_flight += 1
         return windows
 
     def _cut(self, row: _Row, tokens: TokenRow) -> list[_Window]:
@@ -215,6 +223,11 @@ class _Scoring:
     def _score(self, windows: list[_Window]) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
+        progress = self._progress
+        num_tokens = sum(len(window.ids) for window in windows)
+        num_rows = sum(1 / window.row.num_windows for window in windows)
+        progress.rows_in_flight += num_rows
+        progress.tokens_in_flight += num_tokens
         try:
             self._run_model(windows)
         except PenstockError:
@@ -222,6 +235,10 @@ class _Scoring:
         except Exception as error:
             for window in windows:
                 window.row.error = f"the model failed: {type(error).__name__}: {error}"
+        finally:
+            progress.rows_in_flight -= num_rows
+            progress.tokens_in_flight -= num_tokens
+            progress.rows_computed += num_rows
 
     def _run_model(self, windows: list[_Window]) -> None:
         longest = max(len(window.ids) for window in windows)
@@ -238,7 +255,6 @@ class _Scoring:
             part = logprobs[window.scored - 1 : len(window.ids) - 1]
             window.row.logprobs[window.start] = float(part.double().sum())
             window.row.windows_left -= 1
-            self._progress.rows_in_flight -= window.row.windows_left == 0
         self._progress.tokens_done += int(mask.sum())
         self._progress.tokens_padding += padding
 

@@ -14,6 +14,22 @@ def human_bytes(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def human_rate(bytes_per_second: float) -> str:
+    """1.21e9 -> "1.21 GB/s", 4e5 -> "0.4 MB/s"."""
+    if bytes_per_second >= 1e8:
+        return f"{bytes_per_second / 1e9:.2f} GB/s"
+    return f"{bytes_per_second / 1e6:.1f} MB/s"
+
+
+def human_seconds(seconds: float) -> str:
+    """95 -> "1:35", 4 -> "4.0 s", 7322 -> "2:02:02"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def report_table(report: dict[str, Any], title: str) -> Table:
     """The report's main figures, and what bound the run."""
     table = Table(title=title, show_header=False, title_justify="left")
@@ -42,6 +58,9 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")
     table.add_row("bound by", report["bound_by"])
+    for advice in report["bound"]["advice"]:
+        if advice["setting"] is not None:
+            table.add_row("  try", advice["setting"])
     for fallback in report["fallbacks"]:
         table.add_row("fallback", fallback)
     for name, count in report["faults"].items():

@@ -9,6 +9,7 @@ from ..scheduler.sweep import Sweep
 class SweepsStatistics:
     """Counters of all sweeps since the model was loaded."""
 
+    max_in_flight: int = 0
     held_bytes_per_micro_batch: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
@@ -23,6 +24,7 @@ class SweepsStatistics:
         held, joint = statistics.held_bytes_per_micro_batch, statistics.coalescing
         found = replace(
             self,
+            max_in_flight=max(self.max_in_flight, statistics.max_in_flight),
             held_bytes_per_micro_batch=max(self.held_bytes_per_micro_batch, held),
             num_joint_calls=self.num_joint_calls + joint.num_calls,
             num_joint_rows=self.num_joint_rows + joint.num_rows,

@@ -6,6 +6,7 @@ The only file that names concrete ones.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -28,6 +29,7 @@ from ..io.peer import PeerTier, whole
 from ..io.pinned import Pinned
 from ..io.source import Kept, Source, Staged
 from ..io.straight import Straight
+from ..io.timeline import Record
 from ..io.transfer import Transfer, as_it_lies, packed
 from ..scheduler.evacuation import MIN_BYTES, Evacuation
 from ..scheduler.load import Load
@@ -72,6 +74,7 @@ class Tiers(Closing):
         device: Device,
         capacity: int,
         policy: Policy,
+        record: Record,
     ) -> None:
         self.device = device
         self.placement = placement
@@ -84,6 +87,8 @@ class Tiers(Closing):
         self._ownership: Ownership | None = None
         self._layouts = layouts
         self._policy = policy
+        self._record = record
+        self._link = partial(Link, record=record)
         self._transfers = dict(enumerate(transfers))
         self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
         with ExitStack() as opened:
@@ -125,11 +130,8 @@ class Tiers(Closing):
         if self._ownership is None:  # what it learns holds for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
-        return Evacuation(
-            self.device,
-            HostBuffers(self.pin),
-            self._ownership,
-        )
+        buffers = HostBuffers(self.pin)
+        return Evacuation(self.device, buffers, self._ownership, self._record)
 
     def pin(self, memory: Arena) -> Pinned | None:
         """Locks `memory` in place for copies to the device, as far as the policy lets
@@ -162,8 +164,9 @@ class Tiers(Closing):
         return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
 
     def _loader(self, memory: Arena) -> Loader:
+        bounce, record = self._policy.io.bounce, self._record
         loader = Loader(
-            self._layouts, memory, self.reader, bounce_bytes=self._policy.io.bounce
+            self._layouts, memory, self.reader, bounce_bytes=bounce, record=record
         )
         self.loaders.append(loader)
         return loader
@@ -197,7 +200,8 @@ class Tiers(Closing):
         io = self._policy.io
         reader = GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
         opened.enter_context(reader)
-        way = Straight(self._layouts, self._transfers, self.memory, reader)
+        layouts, transfers, record = self._layouts, self._transfers, self._record
+        way = Straight(layouts, transfers, self.memory, reader, record=record)
         self._ways["disk"] = opened.enter_context(way).load
         self.loaders.append(way)
         self._straight = reader
@@ -212,7 +216,7 @@ class Tiers(Closing):
         pinned = self._pin(memory, device)
         source = Staged(self._loader(memory), self._layouts, memory, pinned=pinned)
         pace = self._pace("disk")
-        return Link("disk", source, self._transfers, target, device, pace=pace)
+        return self._link("disk", source, self._transfers, target, device, pace=pace)
 
     def _open_peer(self, name: str, opened: ExitStack) -> None:
         units = self._units_of(name)
@@ -289,7 +293,7 @@ class Tiers(Closing):
         opened: ExitStack,
     ) -> None:
         link = opened.enter_context(
-            Link(tier, source, transfers, self.memory, self.device, pace=pace)
+            self._link(tier, source, transfers, self.memory, self.device, pace=pace)
         )
         self._ways[tier] = link.load
         self.links.append(link)

@@ -13,6 +13,7 @@ Who waits for what, where micro-batches are served in the order a, b, c:
 The host waits for nothing.
 """
 
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ..io.closing import Closing
 from ..io.device import Device
 from ..io.event import Event
 from ..io.host_buffers import HostBuffers
+from ..io.timeline import ACTIVATIONS, Record, unrecorded
 from .ownership import Ownership, bytes_of
 
 _ALIGNMENT = 512
@@ -67,8 +69,13 @@ class Evacuation(Closing):
     """
 
     def __init__(
-        self, device: Device, buffers: HostBuffers, ownership: Ownership
+        self,
+        device: Device,
+        buffers: HostBuffers,
+        ownership: Ownership,
+        record: Record = unrecorded,
     ) -> None:
+        self._record = record
         self.ownership = ownership
         self._device = device
         self._buffers = buffers
@@ -105,6 +112,7 @@ class Evacuation(Closing):
             end += storage.nbytes() + -storage.nbytes() % _ALIGNMENT
         buffer = self._buffers.take(end)
         parcel = self._parcels[index] = _Parcel(buffer, self._turn)
+        start = time.perf_counter()
         self._out.wait(self._device.compute.record())
         for storage, offset in zip(storages, offsets, strict=True):
             nbytes = storage.nbytes()
@@ -113,6 +121,7 @@ class Evacuation(Closing):
             self._bytes_out += nbytes
         parcel.copied = self._out.record()
         self._leaving.append(parcel)
+        self._record(ACTIVATIONS, f"{index} out", start, time.perf_counter(), end)
 
     def bring_back(self, index: int) -> None:
         """What micro-batch `index` holds is there for the work queued from now on.
@@ -166,9 +175,12 @@ class Evacuation(Closing):
             for storage, _, _ in parcel.storages:
                 self._device.resize(storage, 0)
             raise
+        start = time.perf_counter()
         self._back.wait(self._device.compute.record())
         for storage, offset, nbytes in parcel.storages:
             self._back.copy(bytes_of(storage), parcel.buffer.tensor(offset, nbytes))
             self._bytes_in += nbytes
         parcel.arrived = self._back.record()
         parcel.is_away = False
+        nbytes = sum(nbytes for _, _, nbytes in parcel.storages)
+        self._record(ACTIVATIONS, "in", start, time.perf_counter(), nbytes)

@@ -10,6 +10,7 @@ import torch
 
 from ..io import handle
 from ..io.errors import PenstockError
+from ..io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
 from .doors import Doors
 from .frames import current_frames
 from .order import Order
@@ -28,7 +29,16 @@ class Gate:
     call is inside a site. A call from another thread waits its turn.
     """
 
-    def __init__(self, doors: Doors, order: Order, *, lookahead: int) -> None:
+    def __init__(
+        self,
+        doors: Doors,
+        order: Order,
+        *,
+        lookahead: int,
+        record: Record = unrecorded,
+    ) -> None:
+        self._record = record
+        self._opened_at = 0.0
         self.doors = doors
         self.order = order
         self.num_passes = 0
@@ -88,6 +98,7 @@ class Gate:
         except BaseException:
             self.doors.leave(site)
             raise
+        self._opened_at = time.perf_counter()
 
     def bind_for(self, site: int, *, records_gradients: bool) -> None:
         """Another one comes to use the open `site`, which may differ in that."""
@@ -98,8 +109,15 @@ class Gate:
 
     def leave(self, site: int) -> None:
         """The end of a `visit`."""
+        self._record(
+            COMPUTE, self.doors.sites[site].name, self._opened_at, time.perf_counter()
+        )
         with torch.set_grad_enabled(self._records_gradients):
             self.doors.leave(site)
+
+    def ran(self, index: int, start: float) -> None:
+        """Micro-batch `index` has had the thread since `start`."""
+        self._record(MICRO_BATCHES, f"{index}", start, time.perf_counter())
 
     def next_of(self, waiting: set[int]) -> int:
         """The site among `waiting` whose turn it is."""
@@ -121,8 +139,9 @@ class Gate:
         try:
             yield
         finally:
-            self.compute_seconds += time.perf_counter() - start
-            self.compute_seconds -= self.doors.wait_seconds - waited
+            # In one step: another thread may be looking.
+            waited = self.doors.wait_seconds - waited
+            self.compute_seconds += time.perf_counter() - start - waited
 
     def rewind(self) -> None:
         """Goes back to the earliest site that anybody waits at."""
@@ -181,10 +200,13 @@ class Gate:
         self._plain_started = time.perf_counter()
 
     def _end_plain(self) -> None:
-        self.compute_seconds += time.perf_counter() - self._plain_started
-        self._plain_started = time.perf_counter()
+        start, self._plain_started = self._plain_started, time.perf_counter()
+        self.compute_seconds += self._plain_started - start
         try:
-            self.doors.leave(self._plain.pop()[1])
+            site = self._plain.pop()[1]
+            name = self.doors.sites[site].name
+            self._record(COMPUTE, name, start, self._plain_started)
+            self.doors.leave(site)
         finally:
             self._turn.release()
 

@@ -1,12 +1,11 @@
-"""The hub of one sweep: lets micro-batches run in turn, each for as long as the site it
-is at is open.
+"""The hub of one sweep: micro-batches run in turn, while the site they are at is open.
 
 At the door of a site whose units are not there a micro-batch switches to the hub, which
-opens one site at a time, lets in everybody who waits at it, and goes on to the next.
-Layer-major order emerges.
+opens one site at a time, lets in all who wait at it, and goes on: layer-major order.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -197,9 +196,7 @@ class Hub:
         """Who is to run while `site` is served; None once all have left it."""
         others_come = self._waiting.at(site)
         parked = self._coalescing.next(others_come=others_come)
-        if parked is None and others_come:
-            return self._waiting.take(site)
-        return parked
+        return self._waiting.take(site) if parked is None and others_come else parked
 
     def _expected(self) -> set[int]:
         """The sites where somebody waits, or will begin."""
@@ -239,6 +236,7 @@ class Hub:
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
         self._moves.begin_turn(me.index, self._following)
+        was_parked, start = me.is_parked, time.perf_counter()
         self._running = me
         try:
             piece()
@@ -249,11 +247,12 @@ class Hub:
             self._module_state.check()
         if me.is_parked:
             return  # not for long: what it holds stays where it is
+        if not was_parked:
+            self._gate.ran(me.index, start)
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
-                self._admission.note(
-                    me.index, me.num_arrivals, self._moves.held_bytes(me)
-                )
+                held_bytes = self._moves.held_bytes(me)
+                self._admission.note(me.index, me.num_arrivals, held_bytes)
             self._move_out(me)
             return
         self._leave_all(me)

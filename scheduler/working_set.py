@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..io.errors import ClosedError, DoesNotFitError
 from ..io.event import Event
+from ..io.timeline import WAIT, Record, unrecorded
 from .load import Held, Load
 from .slots import Slot, Slots
 
@@ -53,7 +54,9 @@ class WorkingSet:
         mark: Callable[[], Event | None],
         needed: frozenset[int],
         staying: Iterable[int] = (),
+        record: Record = unrecorded,
     ) -> None:
+        self._record = record
         self._sizes = sizes
         self._names = names
         self._needed: set[tuple[int, ...]] = {(unit,) for unit in needed}
@@ -98,7 +101,9 @@ class WorkingSet:
                 self._give_up(units)
                 raise
         finally:
-            self.wait_seconds += time.perf_counter() - start
+            self.wait_seconds += (end := time.perf_counter()) - start
+            if units:  # else they are used where they lie
+                self._record(WAIT, self._names[units[0]], start, end)
         for held in claimed:
             held.was_read = True
         return tuple(held.slot.offset for held in claimed)

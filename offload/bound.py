@@ -1,0 +1,263 @@
+"""What bound a run, and which setting to change: answers, with numbers, from what the
+run has counted. Pure."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_WAITING_BINDS = 0.1
+"""Below this share of waiting, faster storage would not be felt."""
+_OVERHEAD_BINDS = 0.25
+_PADDING_BINDS = 0.15
+_WIDE_ROWS = 256
+"""Products of so many rows come to nine tenths of their best speed: see coalescing."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a job has counted, and what it was asked for."""
+
+    seconds: float
+    compute_seconds: float
+    wait_seconds: Mapping[str, float]
+    """Computing stood still for weights of this tier."""
+    tokens: int
+    tokens_padding: int
+    rows: int
+    micro_batches: int
+    max_in_flight: int
+    """Micro-batches that were under way at one time, at most,"""
+    width: int
+    """and that the policy lets in."""
+    is_generating: bool
+    in_flight: int
+    """tokens_in_flight or, when generating, sequences_in_flight."""
+    micro_batch: int
+    """micro_batch_tokens or, when generating, micro_batch_sequences."""
+    rows_per_product: float
+    """Mean rows of a matrix product: a token each."""
+    is_coalesced: bool
+    is_compiled: bool
+    has_slow_dtype: bool
+    """The processor has no instructions for the dtype that it computes in."""
+    streamed_bytes: int
+    """That come over the link in each pass."""
+    host_memory: int
+    """Bytes of weights that stay in it already."""
+    free_host_bytes: int
+
+    @property
+    def work(self) -> int:
+        """All that could be in flight at one time: tokens or, when generating, rows."""
+        return self.rows if self.is_generating else self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One thing to change."""
+
+    setting: str | None
+    """As a line of a policy file; None where no setting does it."""
+    effect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What bound a run."""
+
+    by: str
+    """`compute`; the tier waited for (`disk`, `host`, `peer`); `rows` (too few of
+    them), `activations` (no room for more of them in flight), `padding`, `width` (of
+    the products), `overhead` (what is neither computing nor waiting for weights)."""
+    share: float
+    """Of the time (of `padding`: of the positions computed)."""
+    why: str
+    """One sentence."""
+    advice: tuple[Advice, ...]
+
+
+def what_bound(counts: Counts) -> Bound:
+    """The first of: overhead, a link, padding, narrow products, computing itself."""
+    waited = sum(counts.wait_seconds.values())
+    busy = waited + counts.compute_seconds
+    overhead = max(0.0, counts.seconds - busy)
+    if counts.seconds and overhead / counts.seconds > _OVERHEAD_BINDS:
+        return _overhead(overhead, counts.seconds)
+    if busy and waited / busy > _WAITING_BINDS:
+        return _waiting(counts, waited / busy)
+    positions = counts.tokens + counts.tokens_padding
+    if positions and counts.tokens_padding / positions > _PADDING_BINDS:
+        return _padding(counts, counts.tokens_padding / positions)
+    if 0 < counts.rows_per_product < _WIDE_ROWS:
+        return _narrow(counts, waited / busy if busy else 0.0)
+    return _computing(counts, waited / busy if busy else 0.0)
+
+
+def label(counts: Counts) -> str:
+    """What binds so far, in one word."""
+    return what_bound(counts).by
+
+
+def _overhead(overhead: float, seconds: float) -> Bound:
+    share = overhead / seconds
+    return Bound(
+        "overhead",
+        share,
+        f"{share:.0%} of the time went neither into the model nor into waiting for its "
+        "weights, but into starting, and reading and writing rows.",
+        (Advice(None, "Longer jobs (more rows in one run) make this share small."),),
+    )
+
+
+def _waiting(counts: Counts, share: float) -> Bound:
+    tier = max(counts.wait_seconds, key=lambda name: counts.wait_seconds[name])
+    factor = 1 / (1 - share) if share < 1 else math.inf
+    waited = f"Computing waited {share:.0%} of the time for weights from {_name(tier)}"
+    stay = _stay(counts, tier, share)
+    num_started = min(counts.width, counts.micro_batches)
+    if counts.max_in_flight < num_started:
+        why = (
+            f"{waited}, and activation_memory let only {counts.max_in_flight} of "
+            f"{counts.width} micro-batches in at a time."
+        )
+        more = Advice(
+            "activations: host",
+            "moves what waits out of the device; or a larger activation_memory lets "
+            "more micro-batches share each pass.",
+        )
+        return Bound("activations", share, why, (more, *stay))
+    what = "rows" if counts.is_generating else "tokens"
+    work = counts.work
+    if work <= counts.in_flight:
+        why = f"{waited}: {work:,} {what} are too few to hide the reading."
+        return Bound("rows", share, why, (_more_rows(work, what, factor), *stay))
+    more = _more_in_flight(counts, factor)
+    return Bound(tier, share, f"{waited}.", (more, *stay))
+
+
+def _more_rows(work: int, what: str, factor: float) -> Advice:
+    if math.isinf(factor):
+        return Advice(None, f"Many more {what} in one job would hide it.")
+    wanted = math.ceil(work * factor)
+    return Advice(
+        None,
+        f"{_times(factor)} more {what} in one job ({_round(wanted, 1):,}) would hide "
+        "it: they would all share the same passes.",
+    )
+
+
+def _more_in_flight(counts: Counts, factor: float) -> Advice:
+    name = "sequences_in_flight" if counts.is_generating else "tokens_in_flight"
+    what = "sequences" if counts.is_generating else "tokens"
+    factor = min(factor, 64.0)  # beyond, the share is too near 1 to tell
+    wanted = math.ceil(counts.in_flight * factor)
+    if counts.work < wanted:
+        most = _round(counts.work, counts.micro_batch)
+        return Advice(
+            f"{name}: {most}",
+            f"all {what} of this job would share the same passes; only more of them "
+            f"in one job ({_round(wanted, 1):,}) would hide it.",
+        )
+    wanted = _round(wanted, counts.micro_batch)
+    return Advice(
+        f"{name}: {wanted}",
+        f"{_times(factor)} more {what} in flight would hide it: they share each pass "
+        "over the weights.",
+    )
+
+
+def _stay(counts: Counts, tier: str, share: float) -> tuple[Advice, ...]:
+    """Weights that are not read again need no link, if there is memory for them."""
+    nbytes = math.ceil(counts.streamed_bytes * share)
+    if tier != "disk" or not nbytes or nbytes > counts.free_host_bytes:
+        return ()
+    gib = math.ceil((counts.host_memory + nbytes) / _GIB * 10) / 10
+    return (
+        Advice(
+            f"host_memory: {gib:g}GiB",
+            f"{share:.0%} of the streamed weights would be read once and stay in host "
+            "memory.",
+        ),
+    )
+
+
+def _padding(counts: Counts, share: float) -> Bound:
+    unit = "sequences" if counts.is_generating else "tokens"
+    smaller = max(1, counts.micro_batch // 2)
+    return Bound(
+        "padding",
+        share,
+        f"{share:.0%} of what was computed was padding: the rows of a micro-batch "
+        "differ in length.",
+        (
+            Advice(
+                f"micro_batch_{unit}: {smaller}",
+                "smaller micro-batches are of more equal rows; more rows in one job "
+                "match better, too.",
+            ),
+        ),
+    )
+
+
+def _narrow(counts: Counts, waited: float) -> Bound:
+    rows = counts.rows_per_product
+    why = (
+        f"Computing: its products had {rows:.0f} rows on average, and come to their "
+        f"speed from about {_WIDE_ROWS}. It waited {waited:.0%} of the time for "
+        "weights."
+    )
+    factor = _WIDE_ROWS / rows
+    work = counts.work
+    more = Advice(None, "More rows in one job would make them wider.")
+    if counts.is_generating and not counts.is_coalesced:
+        more = Advice("coalesce: auto", "makes the products of all sequences at once.")
+    elif counts.is_generating and work > counts.in_flight:
+        factor = min(factor, work / counts.in_flight)
+        wanted = _round(math.ceil(counts.in_flight * factor), counts.micro_batch)
+        effect = f"{_times(factor)} wider products; keys and values take more memory."
+        more = Advice(f"sequences_in_flight: {wanted}", effect)
+    elif not counts.is_generating and counts.micro_batch < 2 * _WIDE_ROWS <= work:
+        effect = f"products of {2 * _WIDE_ROWS} rows."
+        more = Advice(f"micro_batch_tokens: {2 * _WIDE_ROWS}", effect)
+    return Bound("width", 1 - waited, why, (*_faster(counts), more))
+
+
+def _computing(counts: Counts, waited: float) -> Bound:
+    why = (
+        f"Computing: weights were there in time (it waited {waited:.0%} of the time "
+        "for them)."
+    )
+    advice = list(_faster(counts))
+    if not counts.is_compiled:
+        effect = "fuses small operations (it may change the last bits)."
+        advice.append(Advice("compile: true", effect))
+    advice.append(Advice(None, "Beyond that, only a faster device helps."))
+    return Bound("compute", 1 - waited, why, tuple(advice))
+
+
+def _faster(counts: Counts) -> tuple[Advice, ...]:
+    if not counts.has_slow_dtype:
+        return ()
+    effect = (
+        "this processor has no instructions for bfloat16, and computes about four "
+        "times faster in float32."
+    )
+    return (Advice("dtype: float32", effect),)
+
+
+def _name(tier: str) -> str:
+    return {"disk": "disk", "host": "host memory", "peer": "another GPU"}.get(
+        tier, tier
+    )
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}x" if factor < 10 else f"{factor:.0f}x"
+
+
+def _round(value: int, multiple: int) -> int:
+    """Up, to two significant digits and a multiple of `multiple`."""
+    digits = 10 ** max(0, len(str(value)) - 2)
+    value = -(-value // digits) * digits
+    return -(-value // multiple) * multiple

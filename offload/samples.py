@@ -1,0 +1,141 @@
+"""How far a job is at one time, and what many such times say. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+MAX_SAMPLES = 600
+_MAX_STEPS = 120
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Counters of a job at one time."""
+
+    seconds: float
+    """Since it began."""
+    stage: str
+    """`loading`, then what it does with its rows."""
+    stage_seconds: float
+    """Since this stage began."""
+    rows: float = 0.0
+    """Done, with the parts of those under way."""
+    num_rows: int | None = None
+    """Of the whole job, if that is known."""
+    tokens: int = 0
+    """That are through the model (when generating: that it made),"""
+    tokens_through: float = 0.0
+    """and with the parts of those under way."""
+    passes: int = 0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    bytes_read: Mapping[str, int]
+    """From each tier."""
+    resident_bytes: int = 0
+    """Memory of this process."""
+    device_bytes: int | None = None
+    """Memory of a GPU that is in use; None without one."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since this stage began."""
+        if self.stage_seconds <= 0:
+            return 0.0
+        return max(self.tokens, self.tokens_through) / self.stage_seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """If the rest goes as the part that is done did; None while nobody knows."""
+        if not self.num_rows or self.rows <= 0:
+            return None
+        return self.stage_seconds * max(0.0, self.num_rows / self.rows - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Two samples of one stage, a few seconds apart."""
+
+    before: Sample
+    now: Sample
+
+    @property
+    def bytes_per_second(self) -> dict[str, float]:
+        """That came from each tier meanwhile."""
+        seconds = self.now.seconds - self.before.seconds
+        if seconds <= 0:
+            return dict.fromkeys(self.now.bytes_read, 0.0)
+        return {
+            tier: (nbytes - self.before.bytes_read.get(tier, 0)) / seconds
+            for tier, nbytes in self.now.bytes_read.items()
+        }
+
+    @property
+    def waiting(self) -> float:
+        """The share of waiting for weights, 0 to 1."""
+        waited = self.now.wait_seconds - self.before.wait_seconds
+        computed = self.now.compute_seconds - self.before.compute_seconds
+        busy = waited + computed
+        return max(0.0, waited) / busy if busy > 0 else 0.0
+
+
+class Samples:
+    """Keeps at most `max_samples`: every one, then every second, every fourth, ..., so
+    that a job of a week takes as little memory as one of a minute."""
+
+    def __init__(self, max_samples: int = MAX_SAMPLES) -> None:
+        assert max_samples >= 2, "the first and the last"
+        self._max_samples = max_samples
+        self._kept: list[Sample] = []
+        self._every = 1
+        self._num_seen = 0
+        self._last: Sample | None = None
+
+    def __len__(self) -> int:
+        return len(self.all())
+
+    def add(self, sample: Sample) -> None:
+        if self._num_seen % self._every == 0:
+            if len(self._kept) >= self._max_samples - 1:
+                self._kept = self._kept[::2]
+                self._every *= 2
+            if self._num_seen % self._every == 0:
+                self._kept.append(sample)
+        self._num_seen += 1
+        self._last = sample
+
+    def all(self) -> list[Sample]:
+        """In order, the newest among them."""
+        last = [] if self._last is None else [self._last]
+        kept = list(self._kept)
+        return kept if kept[-1:] == last else kept + last
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The mean speed from `start` to `end`, in seconds since the job began."""
+
+    start_seconds: float
+    end_seconds: float
+    tokens_per_second: float
+
+
+def speeds(samples: Sequence[Sample]) -> list[Step]:
+    """The speed of each pass, or of a few: rows of one pass are counted together at its
+    end, so that shorter times would show nothing but that."""
+    computing = [s for s in samples if s.passes]
+    if len(computing) < 2:
+        return []
+    bounds = [computing[0]]
+    for before, after in pairwise(computing):
+        if after.passes > before.passes and after.tokens > bounds[-1].tokens:
+            bounds.append(after)
+    if bounds[-1] is not computing[-1] and computing[-1].tokens > bounds[-1].tokens:
+        bounds.append(computing[-1])
+    stride = -(-len(bounds) // _MAX_STEPS)
+    if stride > 1:
+        bounds = [*bounds[:-1:stride], bounds[-1]]
+    return [
+        Step(a.seconds, b.seconds, (b.tokens - a.tokens) / (b.seconds - a.seconds))
+        for a, b in pairwise(bounds)
+        if b.seconds > a.seconds
+    ]

@@ -1,0 +1,131 @@
+"""Watches one job from beginning to end: shows how far it is, writes its metrics, and
+keeps what the pictures of its report are made of."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+
+from ..io.closing import Closing
+from .engine import Engine
+from .metrics import MetricsFile
+from .monitor import Every, Listener, Monitor
+from .progress import JSON_SECONDS, PLAIN_SECONDS, JobBar, JsonLines, PlainLines
+from .samples import Sample, Samples
+from .work import Work
+
+_METRICS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """Who is told how a job goes, beside the person at the terminal."""
+
+    log_json: bool = False
+    """One JSON object every few seconds on the console, instead of lines."""
+    metrics: Path | None = None
+    """A Prometheus text file, written every few seconds."""
+
+
+class Watch(Closing):
+    """From its making to `close`. The threads of a job may ask it anything; it asks the
+    engine for its statistics while that is `computing`."""
+
+    def __init__(
+        self,
+        console: Console,
+        work: Work,
+        labels: dict[str, str],
+        watching: Watching,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.samples = Samples()
+        self.began = clock()
+        self.dtype = ""
+        """Of the largest tensor, as it computes; once the job is at its rows."""
+        self._clock = clock
+        self._work = work
+        self._stage = "loading"
+        self._stage_began = self.began
+        self._num_rows: int | None = None
+        self._engine: Engine | None = None
+        self._process = psutil.Process()
+        self._opened = ExitStack()
+        listeners: list[Listener] = [lambda window: self.samples.add(window.now)]
+        listeners.append(self._shown(console, watching))
+        if watching.metrics is not None:
+            metrics = MetricsFile(watching.metrics, labels)
+            listeners.append(Every(_METRICS_SECONDS, metrics, is_eager=True))
+        self._monitor = self._opened.enter_context(Monitor(self._look, listeners))
+        self._monitor.tick()  # what cannot be written says so before the work
+        self._monitor.start()
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What could not be shown or written any more, each said once."""
+        return tuple(self._monitor.failures)
+
+    @contextmanager
+    def computing(self, engine: Engine, num_rows: int | None) -> Iterator[None]:
+        """The job is at its rows, and `engine` is open."""
+        self._num_rows, self._engine = num_rows, engine
+        largest = max(engine.recipes.values(), key=lambda recipe: recipe.nbytes)
+        self.dtype = str(largest.dtype).removeprefix("torch.")
+        self._stage, self._stage_began = self._work.title, self._clock()
+        try:
+            yield
+        finally:
+            self._monitor.close()  # who looks must not meet an engine that closes
+            self._engine = None
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _shown(self, console: Console, watching: Watching) -> Listener:
+        if watching.log_json:
+            return Every(JSON_SECONDS, JsonLines(console), is_eager=True)
+        if console.is_terminal:
+            return self._opened.enter_context(JobBar(console))
+        return Every(PLAIN_SECONDS, PlainLines(console))
+
+    def _look(self) -> Sample:
+        now, engine = self._clock(), self._engine
+        seconds, of_stage = now - self.began, now - self._stage_began
+        memory = int(self._process.memory_info().rss)
+        if engine is None:
+            return Sample(
+                seconds=seconds,
+                stage=self._stage,
+                stage_seconds=of_stage,
+                bytes_read={},
+                resident_bytes=memory,
+            )
+        progress, statistics = self._work.progress, engine.statistics()
+        figures = progress.figures(max(of_stage, 1e-9))
+        return Sample(
+            seconds=seconds,
+            stage=self._stage,
+            stage_seconds=of_stage,
+            rows=progress.rows_through(engine.pass_fraction),
+            num_rows=self._num_rows,
+            tokens=figures.get("output_tokens", figures["tokens"]),
+            tokens_through=progress.tokens_through(engine.pass_fraction),
+            passes=statistics.passes,
+            wait_seconds=statistics.wait_seconds,
+            compute_seconds=statistics.compute_seconds,
+            bytes_read=statistics.bytes_read,
+            resident_bytes=memory,
+            device_bytes=_device_bytes(engine.policy.device),
+        )
+
+
+def _device_bytes(device: str) -> int | None:
+    if device == "cpu":
+        return None
+    return int(torch.cuda.memory_allocated(device))
