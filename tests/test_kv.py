@@ -389,7 +389,7 @@ def test_on_a_gpu_the_same_tokens_are_generated(
 def test_what_does_not_fit_goes_to_the_next_tier(tmp_path: Path) -> None:
     items = batches_of("llama", 3)
     expected = expected_of("llama", tmp_path, items)
-    with loaded(tmp_path, {"tier": "device", "memory": "8KiB"}) as model:
+    with loaded(tmp_path, {"tier": "device", "limits": {"device": "8KiB"}}) as model:
         assert same(swept(model, items), expected)
         found = penstock.statistics(model)
     assert found.kv.bytes_written["device"] > 0
