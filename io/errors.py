@@ -9,6 +9,7 @@ PenstockError
 ├── ReadError                the device below failed to read (exit code 3)
 ├── OutputError              the results cannot be written (exit code 3)
 ├── DoesNotFitError          a budget is too small; says the least that works (3)
+├── StoppedError             it was told to stop; says how to go on (130, 143)
 ├── FaultError               weights touched outside the working set, under `strict`
 └── ClosedError              you closed it
 """
@@ -54,6 +55,14 @@ class OutputError(PenstockError):
 
 class DoesNotFitError(PenstockError):
     """A budget is too small; the message says the least that works."""
+
+
+class StoppedError(PenstockError):
+    """A signal ended the job; what is done of it is kept."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
 
 
 class FaultError(PenstockError):

@@ -7,22 +7,16 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..io.errors import PenstockError
-from .options import Model, PolicyFile, Report, Settings, policy_of
+from ..io.errors import PenstockError, StoppedError
+from . import cli_jobs
+from .options import Model, PolicyFile, Settings, policy_of, say
 from .policy import Policy
-from .values import parse_setting
-
-if TYPE_CHECKING:
-    from .job import Job
-
-ROWS_WITH_ERRORS = 1
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="penstock",
@@ -34,7 +28,8 @@ app = typer.Typer(
 checkpoint's own files while many micro-batches run through each layer that is there.
 
 Exit codes: **0** all rows done, **1** rows with errors, **2** bad usage or bad input
-file, **3** the machine cannot do it (and what would).""",
+file, **3** the machine cannot do it (and what would), **130** and **143** stopped by
+Ctrl-C or SIGTERM (run it again to go on).""",
 )
 
 
@@ -46,131 +41,8 @@ def _callback() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@app.command()
-def score(
-    model: Model,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT",
-            help='JSONL: a row is {"id", "text"} or {"id", "prompt", "completion"}.',
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='JSONL: {"id", "logprob", "tokens", "perplexity"} or {"id", "error"} '
-            "for each row, in the input's order.",
-        ),
-    ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Score texts longer than the model's context in windows of so many "
-            "tokens. Without it such a row is an error."
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(help="Tokens by which windows advance (default: half a window)."),
-    ] = None,
-) -> None:
-    """Log-probability of each text (or completion) under a causal language model.
-
-    Example: `penstock score ./llama-3b texts.jsonl -o scores.jsonl --set
-    device_memory=1GiB --report out/`
-    """
-    from .job import Job
-    from .work import ScoreWork
-
-    work = ScoreWork(window, stride)
-    _run(Job(work, model, source, output, policy_of(policy, settings), report))
-
-
-@app.command()
-def generate(
-    model: Model,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT",
-            help='JSONL: a row is {"id", "prompt"} or {"id", "messages"}.',
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='JSONL: {"id", "completion", "tokens", "finish_reason"} or {"id", '
-            '"error"} for each row, in the input\'s order.',
-        ),
-    ],
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens that a completion may have.")
-    ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A completion ends before this text. Repeatable."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample at this temperature; 0: take the likeliest. Without it, as "
-            "the model's generation_config.json says."
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(help="Of what is sampled; each row has its own random state."),
-    ] = 0,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            metavar="KEY=VALUE",
-            help="Any other option of transformers' generate, such as top_p=0.9, "
-            "repetition_penalty=1.1 or num_beams=4. Repeatable.",
-        ),
-    ] = None,
-) -> None:
-    """Completes each prompt (or chat) with a language model.
-
-    Example: `penstock generate ./llama-3b prompts.jsonl -o completions.jsonl
-    --max-new-tokens 64 --set device_memory=1GiB --set sequences_in_flight=256`
-    """
-    from .job import Job
-    from .work import GenerateWork
-
-    values = dict(map(parse_setting, options or []))
-    if temperature is not None:
-        values["temperature"] = temperature
-    work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
-    _run(Job(work, model, source, output, policy_of(policy, settings), report))
-
-
-def _run(job: "Job") -> None:
-    from .show import report_table
-
-    console = Console(stderr=True)
-    try:
-        result = job.run(console)
-    except KeyboardInterrupt:
-        _say(f"interrupted: the results so far are in {job.output}.partial")
-        raise typer.Exit(INTERRUPTED) from None
-    if console.is_terminal:
-        console.print(report_table(result, f"{job.output}"))
-    if result["rows_failed"]:
-        _say(f"{result['rows_failed']} of {result['rows']} rows failed: {job.output}")
-        raise typer.Exit(ROWS_WITH_ERRORS)
+app.command()(cli_jobs.score)
+app.command()(cli_jobs.generate)
 
 
 @app.command()
@@ -245,10 +117,6 @@ def policy(
     print(json.dumps(value, indent=2))
 
 
-def _say(message: str) -> None:
-    print(f"penstock: {message}", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
     """Shows what Penstock announces (fallbacks, faults) as it happens."""
@@ -270,6 +138,9 @@ def main() -> None:
     try:
         with _log_on_stderr():
             app()
+    except StoppedError as error:
+        say(f"{error}")
+        sys.exit(error.exit_code)
     except PenstockError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -9,7 +9,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..io.errors import UsageError
-from .decoding import RowEnds, decoder
+from .decoding import RowEnds, decoder, row_seed
 
 
 @dataclass(slots=True)
@@ -81,6 +81,8 @@ class Completions:
         if self.is_one_by_one:
             numbers = [prompt.index for prompt in prompts]
             options["custom_generate"] = decoder(self._seed, numbers, ends, tick)
+        else:  # what is drawn depends on these rows, not on how many came before
+            torch.manual_seed(row_seed(self._seed, prompts[0].index, 0))
         found = self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),

@@ -1,82 +1,200 @@
-"""A file of rows in, a file of results out: the job behind the command line."""
+"""Files of rows in, a file of results out: the job behind the command line."""
 
+import signal
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from .jsonl import ResultWriter, count_rows, read_rows
+from ..io.errors import InputError, StoppedError
+from .ahead import Ahead
+from .engine import Engine
+from .identity import identify
+from .inputs import Inputs
+from .kept import KeptOutput, Mode
 from .model import engine_of, load, unwrap
+from .part_reader import read_parts
+from .parts import Part
 from .policy import Policy
 from .progress import JobProgress
 from .report import JobFigures, make_report, write_report
+from .running import Output, PartsRun
+from .sources import check_apart, find_files
+from .stopping import Stopping
+from .streamed import StreamedOutput, is_stream
 from .text import load_tokenizer
 from .work import Work
+
+_PARTS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a job."""
+
+    num_rows: int
+    """Of its output."""
+    num_errors: int
+    """Of those, failed ones."""
+    report: dict[str, Any] | None
+    """None where all was done before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Do `work` with the rows of `source` and the checkpoint `model` into `output`."""
+    """Do `work` with the rows of `source` and the checkpoint `model` into `output`.
+
+    `source` is a path, a glob, a folder, `-` (standard input), or several of them;
+    `output` a file, or `-`. What is done is kept beside it until all is: killed at any
+    time and run again, the job goes on. Its signals are taken over while it runs on the
+    main thread.
+    """
 
     work: Work
     model: Path
-    source: Path
+    source: str | Path | Sequence[str | Path]
     output: Path
     policy: Policy
     report: Path | None = None
+    mode: Mode = "resume"
 
-    def run(self, console: Console) -> dict[str, Any]:
-        """Runs the job and returns its report. Raises PenstockError; what was written
-        until then stays in `output` + ".partial"."""
-        num_rows = count_rows(self.source)
+    def run(self, console: Console) -> Done:
+        """Runs the job. Raises PenstockError; StoppedError when a signal came, once
+        the parts under way are done, KeyboardInterrupt at the second one."""
+        source = self.source
+        files = find_files([source] if isinstance(source, (str, Path)) else source)
+        inputs = Inputs(files, self.work.row_keys)
+        cut = self.work.cut(self.policy)
+        if is_stream(self.output):
+            with StreamedOutput(self.output, cut) as streamed:
+                return self._run(inputs, streamed, console)
+        check_apart(self.output, files)
+        task = self.work.task()
+        manifest = identify(inputs, self.model, self.policy, task, cut)
+        with KeptOutput(self.output, manifest, self.mode) as kept:
+            if kept.is_finished:
+                return Done(kept.num_rows, kept.num_errors, None)
+            return self._run(inputs, kept, console)
+
+    def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
+        """The parts that are not done; then they are joined."""
+        parts = read_parts(
+            inputs,
+            output.cut,
+            dict(output.done),
+            output.redo,
+            is_checked=output.is_input_doubtful,
+        )
+        report = None
+        before, failed_before = output.num_rows, output.num_errors
+        ahead = Ahead(
+            parts,
+            num=_PARTS_AHEAD,
+            name="penstock-input",
+            close_seconds=1.0 if inputs.is_stream else None,
+        )
+        with ahead:
+            first = next(ahead, None)
+            if first is not None:
+                report = self._compute(first, ahead, inputs, output, console)
+                report["rows_before"] = before
+                report["rows_failed_before"] = failed_before
+            elif not output.done:
+                raise InputError(
+                    f"{', '.join(file.name for file in inputs.files)} is empty: it "
+                    'needs a JSON object a line, such as {"text": "..."}'
+                )
+        output.finish()
+        if report is not None and self.report is not None:
+            write_report(self.report, report)
+        return Done(output.num_rows, output.num_errors, report)
+
+    def _compute(
+        self,
+        first: Part,
+        ahead: Ahead[Part],
+        inputs: Inputs,
+        output: Output,
+        console: Console,
+    ) -> dict[str, Any]:
+        """Does the parts and returns the report."""
         start = time.perf_counter()
         model = load(self.model, self.policy)
         try:
             tokenizer = load_tokenizer(self.model)
             loaded = time.perf_counter()
-            with ResultWriter(self.output) as writer:
-                self._write(model, tokenizer, writer, num_rows, console)
-                writer.finish()
+            self._finish_parts(model, tokenizer, first, ahead, inputs, output, console)
             seconds = time.perf_counter() - loaded
             engine, progress = engine_of(model), self.work.progress
-            first, counts = engine.first_unit_at, progress.figures(seconds)
+            first_unit, counts = engine.first_unit_at, progress.figures(seconds)
             figures = JobFigures(
                 rows=progress.rows_done,
                 rows_failed=progress.rows_failed,
                 seconds=seconds,
                 load_seconds=loaded - start,
-                seconds_to_first_unit=None if first is None else first - start,
+                seconds_to_first_unit=None
+                if first_unit is None
+                else first_unit - start,
                 counts=counts,
                 plan=self.work.plan(self.policy, counts["micro_batches"]),
             )
-            report = make_report(
+            return make_report(
                 str(self.model), self.policy, figures, engine.statistics()
             )
         finally:
             unwrap(model)
-        if self.report is not None:
-            write_report(self.report, report)
-        return report
 
-    def _write(
+    def _finish_parts(
         self,
         model: Any,
         tokenizer: Any,
-        writer: ResultWriter,
-        num_rows: int,
+        first: Part,
+        ahead: Ahead[Part],
+        inputs: Inputs,
+        output: Output,
         console: Console,
     ) -> None:
-        progress, engine = self.work.progress, engine_of(model)
-        start = time.perf_counter()
+        """Runs the model until the parts have come to their end, or a signal came."""
+        with Stopping(ahead.stop) as stopping:
+            try:
+                with PartsRun(chain([first], ahead), output) as run:
+                    poll = self._poll(engine_of(model), inputs, output.num_rows)
+                    with JobProgress(console, self.work.title, poll):
+                        for result in self.work.results(model, tokenizer, run.feed()):
+                            run.take(result)
+                        run.finish()
+            except KeyboardInterrupt:
+                raise _stopped(output, stopping) from None
+        if stopping.signal is not None and not ahead.is_done:
+            raise _stopped(output, stopping)
+        if run.failure is not None:
+            raise run.failure
 
-        def poll() -> tuple[float, float, str]:
-            done = progress.rows_through(engine.pass_fraction)
+    def _poll(
+        self, engine: Engine, inputs: Inputs, before: int
+    ) -> Callable[[], tuple[float, float | None, str]]:
+        """Asks how far the job is, `before` rows of which were done before."""
+        start, progress = time.perf_counter(), self.work.progress
+
+        def poll() -> tuple[float, float | None, str]:
+            total = inputs.estimated_rows()
+            done = before + progress.rows_through(engine.pass_fraction)
             remark = progress.remark(time.perf_counter() - start)
-            return done, num_rows, f"{progress.rows_done}/{num_rows} rows, {remark}"
+            of = "" if total is None else f"/{total:,.0f}"
+            return done, total, f"{before + progress.rows_done:,}{of} rows, {remark}"
 
-        rows = read_rows(self.source, self.work.row_keys)
-        with JobProgress(console, self.work.title, poll):
-            for result in self.work.results(model, tokenizer, rows):
-                writer.write(result)
+        return poll
+
+
+def _stopped(output: Output, stopping: Stopping) -> StoppedError:
+    how = "run the same command again to go on"
+    if not output.is_kept:
+        how = "what went to standard output cannot be gone on with"
+    return StoppedError(
+        f"stopped: {output.num_rows:,} rows are done; {how}",
+        stopping.signal or signal.SIGINT,
+    )

@@ -24,7 +24,10 @@ class JobProgress:
     second by a thread of its own; ends with the `with` block."""
 
     def __init__(
-        self, console: Console, title: str, poll: Callable[[], tuple[float, float, str]]
+        self,
+        console: Console,
+        title: str,
+        poll: Callable[[], tuple[float, float | None, str]],
     ) -> None:
         self._poll = poll
         self._title = title

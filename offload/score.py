@@ -3,7 +3,7 @@ over the streamed weights."""
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,10 +14,17 @@ from ..io.errors import PenstockError, UsageError
 from ..scheduler.packing import pack, spans
 from .head import CausalScorer
 from .model import engine_of
-from .text import RowError, TokenRow, context_length, load_tokenizer, tokenize
+from .parts import NumberedRows, lazy_parts
+from .policy import Policy
+from .task_progress import ScoreProgress as ScoreProgress
+from .text import RowError, TokenRow, context_length, load_tokenizer, tokenize_all
 
 # Rows that are packed together: so many micro-batches, so that lengths match well.
 _POOL_MICRO_BATCHES = 16
+# Rows that are given to the tokenizer in one call.
+_TOKENIZED_ROWS = 16
+# Of those that nobody has cut into parts; failed ones wait for the end of theirs.
+_LAZY_ROWS = 4096
 
 
 @dataclass(slots=True)
@@ -63,36 +70,6 @@ class _Window:
     """Of this window in its row; orders the row's sums."""
 
 
-@dataclass(slots=True)
-class ScoreProgress:
-    """How far a scoring job is; updated as it goes."""
-
-    rows_done: int = 0
-    rows_failed: int = 0
-    rows_in_flight: int = 0
-    tokens_done: int = 0
-    """Tokens that went through the model, padding not counted."""
-    tokens_padding: int = 0
-    micro_batches_done: int = 0
-
-    def rows_through(self, pass_fraction: float) -> float:
-        """Rows done, and the parts of those under way."""
-        return self.rows_done + self.rows_in_flight * pass_fraction
-
-    def remark(self, seconds: float) -> str:
-        """The speed, in words."""
-        return f"{self.tokens_done / seconds:,.0f} tokens/s"
-
-    def figures(self, seconds: float) -> dict[str, Any]:
-        """What the report says of the job's tokens."""
-        return {
-            "tokens": self.tokens_done,
-            "tokens_padding": self.tokens_padding,
-            "micro_batches": self.micro_batches_done,
-            "tokens_per_second": self.tokens_done / seconds,
-        }
-
-
 def score(
     model: Any,
     rows: Iterable[Mapping[str, Any]],
@@ -112,8 +89,39 @@ def score(
     model's context in windows of that many tokens that advance by `stride` (default:
     half a window); without it such a row is an error.
     """
-    job = _Scoring(model, tokenizer, window, stride, progress or ScoreProgress())
-    return job.run(iter(rows))
+    return score_parts(
+        model,
+        lazy_parts(rows, _LAZY_ROWS),
+        tokenizer=tokenizer,
+        window=window,
+        stride=stride,
+        progress=progress or ScoreProgress(),
+    )
+
+
+def score_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    tokenizer: Any,
+    window: int | None,
+    stride: int | None,
+    progress: ScoreProgress,
+) -> Iterator[dict[str, Any]]:
+    """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
+    results of each are, bit for bit, the same without the others."""
+    return _Scoring(model, tokenizer, window, stride, progress).run(parts)
+
+
+def tokens_pooled(policy: Policy) -> int:
+    """Tokens of the rows that are packed together: of many micro-batches, so that
+    lengths match well."""
+    width = micro_batches_in_flight(policy)
+    return policy.micro_batch_tokens * max(_POOL_MICRO_BATCHES, 2 * width)
+
+
+def micro_batches_in_flight(policy: Policy) -> int:
+    return max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
 
 
 class _Scoring:
@@ -138,20 +146,20 @@ class _Scoring:
         self._context = context_length(model)
         self._window, self._stride = _window(window, stride, self._context)
         self._max_tokens = policy.micro_batch_tokens
-        self._width = max(1, policy.tokens_in_flight // self._max_tokens)
+        self._width = micro_batches_in_flight(policy)
+        self._pool_tokens = tokens_pooled(policy)
         self._progress = progress
         pad = self._tokenizer.pad_token_id
         self._pad = 0 if pad is None else pad
         self._pending: deque[_Row] = deque()
 
-    def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
         sweep = self._engine.sweep(self._width, seed=0)
         with sweep:
-            for outcome in sweep.run(self._score, self._micro_batches(rows)):
+            for outcome in sweep.run(self._score, self._micro_batches(parts)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result
-                self._progress.micro_batches_done += 1
                 yield from self._finished()
         yield from self._finished()
 
@@ -162,40 +170,46 @@ class _Scoring:
             self._progress.rows_failed += "error" in result
             yield result
 
-    def _micro_batches(
-        self, rows: Iterator[Mapping[str, Any]]
-    ) -> Iterator[list[_Window]]:
+    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[list[_Window]]:
         """Takes rows as they are needed and groups windows of similar lengths."""
-        while pool := self._pool(rows):
-            lengths = [len(window.ids) for window in pool]
-            for group in pack(lengths, max_tokens=self._max_tokens):
-                yield [pool[index] for index in group]
+        for part in parts:
+            rows = (row for _, row in part)
+            while pool := self._pool(rows):
+                lengths = [len(window.ids) for window in pool]
+                for group in pack(lengths, max_tokens=self._max_tokens):
+                    yield [pool[index] for index in group]
+            if self._pending and self._pending[-1].is_done:
+                yield []  # for its failed rows to be handed on now
 
     def _pool(self, rows: Iterator[Mapping[str, Any]]) -> list[_Window]:
-        wanted = self._max_tokens * max(_POOL_MICRO_BATCHES, 2 * self._width)
         pool: list[_Window] = []
         tokens = 0
-        while tokens < wanted and (batch := list(islice(rows, 1))):
-            windows = self._windows(batch[0])
-            pool += windows
-            tokens += sum(len(window.ids) for window in windows)
+        while tokens < self._pool_tokens:
+            batch = list(islice(rows, _TOKENIZED_ROWS))
+            if not batch:
+                break
+            for window in self._windows(batch):
+                pool.append(window)
+                tokens += len(window.ids)
         return pool
 
-    def _windows(self, source: Mapping[str, Any]) -> list[_Window]:
-        row = _Row(source.get("id"))
-        self._pending.append(row)
-        try:
-            if "error" in source:
-                raise RowError(str(source["error"]))
-            tokens = tokenize(self._tokenizer, source)
-            windows = self._cut(row, tokens)
-        except RowError as error:
-            row.error = str(error)
-            return []
-        row.windows_left = len(windows)
-        row.num_tokens = len(tokens.ids) - tokens.first
-        self._progress.rows_in_flight += 1
-        return windows
+    def _windows(self, batch: Sequence[Mapping[str, Any]]) -> Iterator[_Window]:
+        for source, tokens in zip(
+            batch, tokenize_all(self._tokenizer, batch), strict=True
+        ):
+            row = _Row(source.get("id"))
+            self._pending.append(row)
+            try:
+                if isinstance(tokens, RowError):
+                    raise tokens
+                windows = self._cut(row, tokens)
+            except RowError as error:
+                row.error = str(error)
+                continue
+            row.windows_left = len(windows)
+            row.num_tokens = len(tokens.ids) - tokens.first
+            self._progress.rows_in_flight += 1
+            yield from windows
 
     def _cut(self, row: _Row, tokens: TokenRow) -> list[_Window]:
         length = len(tokens.ids)
@@ -215,6 +229,9 @@ class _Scoring:
     def _score(self, windows: list[_Window]) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
+        if not windows:
+            return
+        self._progress.micro_batches_done += 1
         try:
             self._run_model(windows)
         except PenstockError:

@@ -4,10 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .generate import GenerateProgress, generate
+from .generate import GenerateProgress, generate_parts, prompts_pooled
 from .jsonl import PROMPT_KEYS, SCORED_KEYS
+from .parts import Cut, NumberedRows
 from .policy import Policy
-from .score import ScoreProgress, score
+from .score import ScoreProgress, score_parts, tokens_pooled
+
+# A part is two pools of what is packed together: a few passes over the weights, which
+# is what a job that is killed does again.
+_POOLS = 2
+_TOKEN_BYTES = 4
+_MOST_ROWS = 4096
+_MOST_BYTES = 64 << 20
 
 
 class Progress(Protocol):
@@ -35,9 +43,20 @@ class Work(Protocol):
     @property
     def row_keys(self) -> Mapping[str, str]: ...
 
+    def task(self) -> Mapping[str, Any]:
+        """The task and its options, as JSON has them: what decides on results."""
+        ...
+
+    def cut(self, policy: Policy) -> Cut:
+        """How rows are best cut into parts. Those of two parts are never packed
+        together, so what is computed for a part does not depend on the others."""
+        ...
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]: ...
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        """A result for each row, in their order."""
+        ...
 
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]: ...
 
@@ -52,12 +71,19 @@ class ScoreWork:
     title: str = "scoring"
     row_keys: Mapping[str, str] = field(default_factory=lambda: SCORED_KEYS)
 
+    def task(self) -> Mapping[str, Any]:
+        return {"task": "score", "window": self.window, "stride": self.stride}
+
+    def cut(self, policy: Policy) -> Cut:
+        num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
+        return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
     ) -> Iterator[dict[str, Any]]:
-        return score(
+        return score_parts(
             model,
-            rows,
+            parts,
             tokenizer=tokenizer,
             window=self.window,
             stride=self.stride,
@@ -82,12 +108,25 @@ class GenerateWork:
     title: str = "generating"
     row_keys: Mapping[str, str] = field(default_factory=lambda: PROMPT_KEYS)
 
+    def task(self) -> Mapping[str, Any]:
+        return {
+            "task": "generate",
+            "max_new_tokens": self.max_new_tokens,
+            "stop": list(self.stop),
+            "seed": self.seed,
+            "options": dict(self.options),
+        }
+
+    def cut(self, policy: Policy) -> Cut:
+        """One pool: as many rows as are in flight."""
+        return Cut(prompts_pooled(policy), _MOST_BYTES)
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
     ) -> Iterator[dict[str, Any]]:
-        return generate(
+        return generate_parts(
             model,
-            rows,
+            parts,
             max_new_tokens=self.max_new_tokens,
             tokenizer=tokenizer,
             stop=self.stop,
