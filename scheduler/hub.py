@@ -213,9 +213,10 @@ class Hub:
         return self._job.has_more and self._admission.has_room(len(self._in_flight))
 
     def _admit(self) -> int:
-        """Starts what there is room for; returns how many."""
-        num = 0
-        while self._may_start:
+        """Starts what there is room for, up to one that ends at once: it is handed on
+        first. Returns how many."""
+        num, index = 0, -1
+        while self._may_start and (not num or index in self._in_flight):
             self._hub_state.resume()  # who takes is the caller's code
             try:
                 index, batch = self._job.take()
@@ -251,9 +252,8 @@ class Hub:
             return  # not for long: what it holds stays where it is
         if not me.is_done:
             if self._admission.wants(me.index, me.num_arrivals):
-                self._admission.note(
-                    me.index, me.num_arrivals, self._moves.held_bytes(me)
-                )
+                held_bytes = self._moves.held_bytes(me)
+                self._admission.note(me.index, me.num_arrivals, held_bytes)
             self._move_out(me)
             return
         self._leave_all(me)
