@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
         for n in range(NUM_ROWS)
     ]
     rows[7] = {"id": 7, "text": "word " * 3_000}
-    rows[20] = {"id": 20, "wrong": 1}  # type: ignore[dict-item]
+    rows[20] = {"id": 20, "wrong": 1}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
