@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..io.errors import UsageError
+
+T = TypeVar("T")
 
 
 class RowError(ValueError):
@@ -32,6 +34,12 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"no tokenizer can be loaded from {folder}: put the model's tokenizer "
             f"files there ({type(error).__name__})"
         ) from error
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that stands where nothing does; attention does not look at it."""
+    pad = tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)
 
 
 def context_length(model: Any) -> int | None:
@@ -73,6 +81,29 @@ def tokenize_all(
     ]
 
 
+def tokenize_texts(
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, ...] | RowError]:
+    """The tokens of the `{"text"}` of each of `rows`, or why there are none."""
+
+    def ids_of(row: Mapping[str, Any]) -> tuple[int, ...]:
+        if "error" in row:
+            raise RowError(str(row["error"]))
+        ids = tuple(_encoded(tokenizer, _string(row, "text"))["input_ids"])
+        if not ids:
+            raise RowError("the text has no tokens")
+        return ids
+
+    return [_or_error(partial(ids_of, row)) for row in rows]
+
+
+def _or_error(make: Callable[[], T]) -> T | RowError:
+    try:
+        return make()
+    except RowError as error:
+        return error
+
+
 def _is_text(row: Mapping[str, Any]) -> bool:
     """Whether all that there is to tokenize is its text."""
     others = {"error", "prompt", "completion"}
@@ -84,10 +115,7 @@ def _outcome(
 ) -> TokenRow | RowError:
     if "error" in row:
         return RowError(str(row["error"]))
-    try:
-        return make()
-    except RowError as error:
-        return error
+    return _or_error(make)
 
 
 def _encoded(tokenizer: Any, text: str, **options: Any) -> Any:

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 from .generate import GenerateProgress, generate_parts, prompts_pooled
 from .jsonl import PROMPT_KEYS, SCORED_KEYS
+from .packed import tokens_pooled
 from .parts import Cut, NumberedRows
 from .policy import Policy
-from .score import ScoreProgress, score_parts, tokens_pooled
+from .score import ScoreProgress, score_parts
 
 # A part is two pools of what is packed together: a few passes over the weights, which
 # is what a job that is killed does again.
