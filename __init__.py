@@ -8,12 +8,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .io.errors import PenstockError
     from .offload.generate import generate
+    from .offload.mapper import Mapper
     from .offload.model import load, statistics, sweep, unwrap, wrap
     from .offload.policy import Policy
     from .offload.score import score
 
 # Imported on first use: importing the package must cost nothing and touch nothing.
 _HOMES = {
+    "Mapper": "offload.mapper",
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
     "generate": "offload.generate",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Mapper",
     "PenstockError",
     "Policy",
     "generate",

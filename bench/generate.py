@@ -14,8 +14,9 @@ resident model's, token for token. The last line is one JSON object.
     python bench/generate.py --contenders streamed resident --prompt 64 --new 16
     python bench/generate.py --contenders streamed fixed --tail --rows 512
 
-`--tail` lets one token in so many end a completion, drawn at random: long-tailed
-lengths. `--ragged` draws the prompts' lengths between a half of `--prompt` and all.
+`--tail` lets one token in so many end a completion: long-tailed lengths, the same
+for all contenders. `--ragged` draws the prompts' lengths between a half of `--prompt`
+and all.
 """
 
 import argparse

@@ -32,8 +32,13 @@ class Numbers:
 
 
 def options(work: dict[str, Any]) -> dict[str, Any]:
-    if work["ends"]:  # lengths as they come
-        return {"eos_token_id": work["ends"], "temperature": 1.0, "top_k": 0}
+    if work["ends"]:  # lengths as they come, the same ones for all: nothing is drawn
+        penalty = 2.0  # or what is likeliest goes round in circles, and never ends
+        return {
+            "eos_token_id": work["ends"],
+            "do_sample": False,
+            "repetition_penalty": penalty,
+        }
     return {"do_sample": False}
 
 

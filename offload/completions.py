@@ -9,7 +9,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..io.errors import UsageError
-from .decoding import RowEnds, decoder, row_seed
+from .decoding import Decoder, RowEnds, row_seed
 
 
 @dataclass(slots=True)
@@ -73,14 +73,24 @@ class Completions:
             "sample",
         )
 
-    def run(self, prompts: Sequence[Prompt], tick: Callable[[int], None]) -> None:
-        """Fills `result` of each; `tick(rows)` is called as rows get a token."""
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        tick: Callable[[int], None],
+        *,
+        chunk_tokens: int | None = None,
+        leave: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fills `result` of each; `tick(rows)` is called as rows get a token. For
+        `chunk_tokens` and `leave` see Decoder."""
         ids, mask = self._padded([prompt.ids for prompt in prompts])
         ends = RowEnds()
         options: dict[str, Any] = {}
         if self.is_one_by_one:
             numbers = [prompt.index for prompt in prompts]
-            options["custom_generate"] = decoder(self._seed, numbers, ends, tick)
+            options["custom_generate"] = Decoder(
+                self._seed, numbers, ends, tick, chunk_tokens, leave
+            )
         else:  # what is drawn depends on these rows, not on how many came before
             torch.manual_seed(row_seed(self._seed, prompts[0].index, 0))
         found = self._model.generate(

@@ -1,14 +1,19 @@
-"""What Penstock adds to transformers' own decoding: a random state for each row, and a
-record of where each row ended and why."""
+"""What Penstock adds to transformers' own decoding: a random state for each row, a
+record of where each ended and why, and no more work for those that have."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
-from transformers import MaxLengthCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+
+from .shrinking import may_shrink, shrunk
 
 
 @dataclass(slots=True)
@@ -32,6 +37,10 @@ class RowSampler:
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """The others have ended."""
+        self._generators = [self._generators[row] for row in rows]
+
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` (rows x vocabulary), as warped by all processors before this."""
         probabilities = scores.float().softmax(-1).cpu()
@@ -44,17 +53,30 @@ class RowSampler:
 
 
 class _Watched(StoppingCriteriaList):
-    """The criteria as they are, and a record of which row met one, and when."""
+    """The criteria as they are, and a record of which of `rows` met one, and when.
+
+    With `shrinks` all stop once a half has: `left` are those that have to go on.
+    """
 
     def __init__(
-        self, criteria: StoppingCriteriaList, ends: RowEnds, tick: Callable[[int], None]
+        self,
+        criteria: StoppingCriteriaList,
+        ends: RowEnds,
+        tick: Callable[[int], None],
+        rows: Sequence[int],
+        *,
+        shrinks: bool,
     ) -> None:
         super().__init__(criteria)
         self._ends = ends
         self._tick = tick
+        self._rows = rows
+        self._shrinks = shrinks
+        self.left: list[int] = []
+        """Places among `rows`."""
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        ends = self._ends
+        ends, rows = self._ends, self._rows
         ends.num_steps += 1
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         by_itself = torch.zeros_like(done)
@@ -63,12 +85,18 @@ class _Watched(StoppingCriteriaList):
             done |= met
             if not isinstance(criterion, MaxLengthCriteria):
                 by_itself |= met
-        self._tick(len(input_ids) - len(ends.lengths))
-        for row in done.nonzero().flatten().tolist():
+        self._tick(sum(row not in ends.lengths for row in rows))
+        for place in done.nonzero().flatten().tolist():
+            row = rows[place]
             if row not in ends.lengths:
                 ends.lengths[row] = ends.num_steps
-                if by_itself[row]:
+                if by_itself[place]:
                     ends.stopped.add(row)
+        if self._shrinks:
+            left = [p for p, row in enumerate(rows) if row not in ends.lengths]
+            if 0 < 2 * len(left) <= len(rows):
+                self.left = left
+                return torch.ones_like(done)
         return done
 
 
@@ -79,36 +107,103 @@ def row_seed(seed: int, row: int, number: int) -> int:
     return int(mixed.generate_state(1)[0])
 
 
-def decoder(
-    seed: int, rows: Sequence[int], ends: RowEnds, tick: Callable[[int], None]
-) -> Callable[..., Any]:
+def keeps_only_keys_and_values(model: Any) -> bool:
+    """Whether a prompt may come in with several calls, and a row may leave. Layers with
+    a state of another kind may begin it anew at every call of more than one token, and
+    say nothing."""
+    config = model.config.get_text_config(decoder=True)
+    return (
+        not model.config.is_encoder_decoder
+        and not getattr(model, "_is_stateful", False)
+        and "past_key_values" in inspect.signature(model.forward).parameters
+        and _is_plain(DynamicCache(config=config))
+    )
+
+
+def _is_plain(cache: Any) -> bool:
+    return type(cache) is DynamicCache and all(
+        isinstance(layer, DynamicLayer) for layer in cache.layers
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
     """A `custom_generate` for greedy decoding and sampling: transformers' own loop.
 
-    Each of `rows` (their numbers) samples for itself. `ends` is filled; `tick(rows)` is
-    called at each step with how many rows got a token.
+    `rows` are the numbers of the rows; each samples for itself, by `seed`. `ends` is
+    filled; `tick(rows)` is called at each step with how many rows got a token. What
+    follows is done for models that keep only keys and values, as far as the model has
+    not made itself a cache of another kind:
     """
 
-    def decode(
+    seed: int
+    rows: Sequence[int]
+    ends: RowEnds
+    tick: Callable[[int], None]
+    chunk_tokens: int | None = None
+    """Prompts come in with calls of at most so many tokens of each row; None: all."""
+    leave: Callable[[int], None] | None = None
+    """When a half of the rows have ended, they leave the micro-batch: it is called with
+    how many. None: they go on as padding until all have."""
+
+    def __call__(
+        self,
         model: Any,
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
         **kwargs: Any,
-    ) -> Any:
-        ends.start = input_ids.shape[1]
-        if generation_config.do_sample:
-            each = range(len(input_ids) // len(rows))  # num_return_sequences
-            seeds = [row_seed(seed, row, number) for row in rows for number in each]
-            logits_processor.append(RowSampler(seeds))
-            generation_config = copy.copy(generation_config)
-            generation_config.do_sample = False
-        return model._sample(
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=_Watched(stopping_criteria, ends, tick),
-            generation_config=generation_config,
-            **kwargs,
+    ) -> torch.Tensor:
+        """[rows, tokens], padded behind a row's end."""
+        self.ends.start = input_ids.shape[1]
+        config = copy.copy(generation_config)
+        is_plain = _is_plain(kwargs.get("past_key_values"))
+        shrinks = (
+            is_plain
+            and self.leave is not None
+            and not config.return_dict_in_generate
+            and may_shrink(logits_processor, kwargs, len(input_ids))
+        )
+        if is_plain and config.prefill_chunk_size is None:
+            config.prefill_chunk_size = self.chunk_tokens
+        sampler = RowSampler(self._seeds(len(input_ids)))
+        if config.do_sample:
+            logits_processor.append(sampler)
+            config.do_sample = False
+        rows = list(range(len(input_ids)))
+        found: dict[int, torch.Tensor] = {}
+        while True:
+            watched = _Watched(
+                stopping_criteria, self.ends, self.tick, rows, shrinks=shrinks
+            )
+            ids = model._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=watched,
+                generation_config=config,
+                **kwargs,
+            )
+            if not (left := watched.left) and not found:
+                return ids  # type: ignore[no-any-return]
+            found.update(zip(rows, ids, strict=True))
+            if not left:
+                break
+            new = ids.shape[1] - input_ids.shape[1]
+            kwargs = shrunk(model, kwargs, ids, left, num_new_tokens=new)
+            sampler.keep(left)
+            assert self.leave is not None, "or it would not shrink"
+            self.leave(len(rows) - len(left))
+            input_ids, rows = ids[left], [rows[place] for place in left]
+            config.prefill_chunk_size = None
+        return pad_sequence(
+            [found[row] for row in range(len(found))],
+            batch_first=True,
+            padding_value=config.pad_token_id,
         )
 
-    return decode
+    def _seeds(self, num_rows: int) -> list[int]:
+        each = range(num_rows // len(self.rows))  # num_return_sequences
+        return [
+            row_seed(self.seed, row, number) for row in self.rows for number in each
+        ]

@@ -1,16 +1,18 @@
 """Completes rows of prompts: many sequences go on together, token by token, and share
 each pass over the streamed weights."""
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ..io.errors import PenstockError, UsageError
-from ..scheduler.packing import pack
+from ..scheduler.packing import chunk_tokens, pack
 from .completions import Completions, Prompt
+from .decoding import keeps_only_keys_and_values
 from .model import engine_of
 from .parts import NumberedRows, lazy_parts
 from .policy import Policy
@@ -104,6 +106,27 @@ def prompts_pooled(policy: Policy) -> int:
     return max(each * _POOL_MICRO_BATCHES, in_flight)
 
 
+class _Group(NamedTuple):
+    """Rows that go on together, and how much of their prompts comes in with a pass."""
+
+    prompts: list[Prompt]
+    chunk_tokens: int | None
+
+
+class _InFlight:
+    """The rows of one micro-batch that have a place."""
+
+    def __init__(self, progress: GenerateProgress, num: int) -> None:
+        self._progress = progress
+        self.num = num
+        progress.rows_in_flight += num
+
+    def leave(self, num: int) -> None:
+        """Others may come in their place."""
+        self.num -= num
+        self._progress.rows_in_flight -= num
+
+
 class _Generating:
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
@@ -121,8 +144,14 @@ class _Generating:
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._pool_rows = prompts_pooled(policy)
         self._pending: deque[Prompt] = deque()
-        self._groups: deque[list[Prompt]] = deque()
+        self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
+        self._chunks: int | Literal["auto", "all"] = policy.prompt_tokens
+        keeps_bits = policy.coalesce == "off"
+        is_plain = keeps_only_keys_and_values(model)
+        if not is_plain or (keeps_bits and policy.prompt_tokens == "auto"):
+            self._chunks = "all"
+        self._shrinks = is_plain and not keeps_bits
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
@@ -137,7 +166,7 @@ class _Generating:
 
     def _has_room(self) -> bool:
         """Whether the next micro-batch, as large as it may be, finds its places."""
-        coming = len(self._groups[0]) if self._groups else self._max_rows
+        coming = len(self._groups[0].prompts) if self._groups else self._max_rows
         return self._progress.rows_in_flight + coming <= self._in_flight
 
     def _finished(self) -> Iterator[dict[str, Any]]:
@@ -147,13 +176,13 @@ class _Generating:
             self._progress.rows_failed += "error" in result
             yield result
 
-    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[list[Prompt]]:
+    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[_Group]:
         for part in parts:
             rows = iter(part)
             while self._fill(rows):
                 yield self._groups.popleft()
             if self._pending and self._pending[-1].result is not None:
-                yield []  # for its failed rows to be handed on now
+                yield _Group([], None)  # for its failed rows to be handed on now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
         """Takes rows as they are needed and groups prompts of similar lengths; False
@@ -161,14 +190,38 @@ class _Generating:
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             prompts = [self._prompt(number, row) for number, row in batch]
             pool = [prompt for prompt in prompts if prompt is not None]
-            groups = pack(
-                [len(prompt.ids) for prompt in pool],
-                max_tokens=self._max_tokens,
-                max_rows=self._max_rows,
-                min_fill=_MIN_FILL,
-            )
-            self._groups += [[pool[index] for index in group] for group in groups]
+            self._groups += self._packed(pool)
         return bool(self._groups)
+
+    def _packed(self, pool: list[Prompt]) -> list[_Group]:
+        """What comes in by and by may have more tokens than one call."""
+        is_whole = self._chunks == "all"
+        groups = pack(
+            [len(prompt.ids) for prompt in pool],
+            max_tokens=self._max_tokens if is_whole else sys.maxsize,
+            max_rows=self._max_rows,
+            min_fill=_MIN_FILL,
+        )
+        num_sharing = min(len(groups), self._in_flight // self._max_rows)
+        return [
+            _Group(
+                [pool[index] for index in group],
+                self._chunk_tokens(len(group), max(1, num_sharing)),
+            )
+            for group in groups
+        ]
+
+    def _chunk_tokens(self, num_rows: int, num_groups: int) -> int | None:
+        if self._chunks == "all":
+            return None
+        if self._chunks != "auto":
+            return self._chunks
+        return chunk_tokens(
+            num_rows,
+            num_groups,
+            tokens_in_flight=self._engine.policy.tokens_in_flight,
+            max_tokens=self._max_tokens,
+        )
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""
@@ -193,24 +246,29 @@ class _Generating:
                 f"{max(self._context - num_ids, 0)}"
             )
 
-    def _complete(self, prompts: list[Prompt]) -> None:
+    def _complete(self, group: _Group) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
-        if not prompts:
+        if not group.prompts:
             return
-        progress = self._progress
+        prompts, progress = group.prompts, self._progress
         progress.micro_batches_done += 1
-        progress.rows_in_flight += len(prompts)
+        in_flight = _InFlight(progress, len(prompts))
         try:
             with torch.inference_mode():
-                self._completions.run(prompts, self._count)
+                self._completions.run(
+                    prompts,
+                    self._count,
+                    chunk_tokens=group.chunk_tokens,
+                    leave=in_flight.leave if self._shrinks else None,
+                )
         except PenstockError:
             raise
         except Exception as error:
             for prompt in prompts:
                 prompt.fail(f"the model failed: {type(error).__name__}: {error}")
         finally:
-            progress.rows_in_flight -= len(prompts)
+            in_flight.leave(in_flight.num)
         lengths = [len(prompt.ids) for prompt in prompts]
         progress.prompt_tokens += sum(lengths)
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)

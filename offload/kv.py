@@ -11,6 +11,7 @@ from ..io.arena import Arena
 from ..io.closing import Closing
 from ..io.courier import Courier
 from ..io.device import Device, Stream
+from ..io.errors import PolicyError
 from ..io.kv_codec import Codec, Plain
 from ..io.kv_count import KvCount
 from ..io.kv_file import KvFile
@@ -48,10 +49,17 @@ class KvTiers(Closing):
         self._pin = pin
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
+        if kv.attention == "host" and self._kind is not None:
+            raise PolicyError(
+                f"kv.attention: host reads keys and values where they lie, but "
+                f"kv.dtype: {kv.dtype} keeps something else: leave one of the two out"
+            )
         limits = {tier: self._limit(tier) for tier in tiers}
         if kv.memory != "auto":
             limits[asked] = kv.memory
+        notes: list[str] = []
         with ExitStack() as opened:
+            self._attends_there = self._attend_there(model, opened, notes)
             self._staging = opened.enter_context(
                 Staging(
                     device, None if kv.staging_memory == "auto" else kv.staging_memory
@@ -60,6 +68,8 @@ class KvTiers(Closing):
             places = {tier: self._place(tier, opened) for tier in tiers}
             self.store = KvStore(KvBudget(tiers, limits), places, self._count)
             opened.enter_context(self.store)
+            for note in notes:
+                self.store.note(note)
             if self._kind is not None:
                 self.store.note(
                     f"kv: keys and values are kept as {kv.dtype}, which loses some of "
@@ -74,6 +84,8 @@ class KvTiers(Closing):
     def _place(self, tier: str, opened: ExitStack) -> Place:
         device = self._device
         pace = self._pace(tier)
+        if tier == "host" and self._attends_there:
+            return InPlace(torch.device("cpu"), self._count)
         is_there = tier == "device" or (tier == "host" and device.is_host and not pace)
         if tier == "disk":
             return opened.enter_context(self._on_disk())
@@ -108,6 +120,24 @@ class KvTiers(Closing):
                 lender=lender,
             )
         )
+
+    def _attend_there(
+        self, model: nn.Module, opened: ExitStack, notes: list[str]
+    ) -> bool:
+        """Whether those in host memory are attended to by the CPU, beside a GPU."""
+        if self._policy.kv.attention != "host" or self._device.is_host:
+            return False
+        from .kv_attention import install
+
+        undo = install(model)
+        if undo is None:
+            notes.append(
+                f"kv.attention: {type(model).__name__} has another attention than "
+                "sdpa: it attends on the device"
+            )
+            return False
+        opened.callback(undo)
+        return True
 
     def _codec(self, shape: KvShape) -> Codec:
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)

@@ -118,7 +118,16 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return max(num, self._capacity or 0, 1)
 
     def _append(self, strip: Strip, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        return strip.append(keys, values, 0)
+        return self._extended(strip, keys, values, 0)
+
+    def _extended(
+        self, strip: Strip, keys: torch.Tensor, values: torch.Tensor, start: int
+    ) -> Pair:
+        is_first = strip.length == 0
+        pair = strip.append(keys, values, start)
+        if is_first and pair[0].device != keys.device:
+            return keys, values  # all that there is, and it is here
+        return pair
 
     def _view(self) -> Pair:
         assert self._strip is not None, "opened by the first update"
@@ -187,7 +196,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
             strip.append(keys[:, :, -kept:], values[:, :, -kept:], num - kept)
             return keys, values
         start = max(strip.length - kept, strip.first)
-        pair = strip.append(keys, values, start)
+        pair = self._extended(strip, keys, values, start)
         if not self.record_past:
             self._slide(strip)
         return pair

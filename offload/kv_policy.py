@@ -25,6 +25,12 @@ class KvPolicy(Section):
     """What they are kept as: `auto` is what the model computes with, bit for bit.
     `int8` and `fp8` keep a scale for each group of 32 elements of a head and lose the
     rest; which is announced."""
+    attention: Literal["device", "host"] = "device"
+    """Where those in the tier `host` are attended to, when a GPU computes. `host`: by
+    the CPU, where they are, so that only queries and results cross the link, a few
+    kilobytes for each token instead of all that came before it; a prompt that comes in
+    at once is attended to on the GPU. Needs a model with transformers' `sdpa` attention
+    (what has another is announced), and `dtype: auto`."""
     staging_memory: AutoBytes = "auto"
     """Bytes of the device's memory that they pass through on their way from a slower
     tier. `auto` is what three layers of a micro-batch take; what computes always has

@@ -120,6 +120,12 @@ class Policy(Section):
     """Rows that run through a unit in one call, when generating."""
     sequences_in_flight: PositiveInt = 256
     """Rows that share one pass over the weights for each token they get."""
+    prompt_tokens: Literal["auto", "all"] | PositiveInt = "auto"
+    """Tokens of each prompt that run through a unit in one call: a longer prompt comes
+    in with several passes, beside the others' next tokens. `all`: at once, with the
+    bits of that. `auto`: as many as let the micro-batches in flight share a pass of
+    `tokens_in_flight`, and a call have `micro_batch_tokens`; all, where `coalesce` is
+    `off`. Models whose layers keep other states than keys and values take all."""
     logits_memory: Bytes = 64 << 20
     """Bytes of logits (with their float32 copies) that exist at one time, when scoring:
     the head runs in chunks of as many positions."""
@@ -142,8 +148,9 @@ class Policy(Section):
     """Whether products of few rows, as in decode, are made once for all micro-batches
     of a sweep. It may change the last bits, and with `activations: host` the device
     holds those who share a product. `auto`: where a sweep asks for it
-    (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never. Not
-    with `compile`."""
+    (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never, and
+    rows that have ended go on as padding beside the others of their micro-batch, whose
+    products so stay what they are. Not with `compile`."""
     strict: bool = False
     """Weights touched outside of their unit's forward are an error instead of being
     loaded on the spot, counted, and made resident."""

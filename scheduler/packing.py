@@ -35,6 +35,16 @@ def pack(
     return tuple(groups)
 
 
+def chunk_tokens(
+    num_rows: int, num_groups: int, *, tokens_in_flight: int, max_tokens: int
+) -> int:
+    """Tokens of each prompt, in a group of `num_rows`, that come in with one pass, when
+    `num_groups` share it: together at least `tokens_in_flight`, so that the pass is
+    worth its weights, and in one call at least `max_tokens`."""
+    in_call = max(max_tokens, -(-tokens_in_flight // num_groups))
+    return max(1, in_call // num_rows)
+
+
 def spans(
     length: int, first: int, *, window: int, stride: int
 ) -> list[tuple[int, int, int]]:

@@ -74,6 +74,25 @@ def _threads() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith("penstock-")}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="run whole products (every model on every tier), not a share of them",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("--whole"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("whole")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+
+
 _HAS_FAILED = pytest.StashKey[bool]()
 
 

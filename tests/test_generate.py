@@ -211,17 +211,30 @@ class Numbers:
 
 
 TIERS = ("auto", "device", "host", "disk")
+WAYS = [
+    (tier, refilled, coalesce)
+    for refilled in (True, False)
+    for coalesce in ("auto", "off")
+    for tier in TIERS
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tier"), [(name, TIERS[n % 4]) for n, name in enumerate(COMPLETES)]
+    ("name", "tier", "refilled", "coalesce"),
+    [
+        pytest.param(
+            name, *way, marks=[] if WAYS.index(way) == n % 4 else pytest.mark.whole
+        )
+        for n, name in enumerate(COMPLETES)
+        for way in WAYS
+    ],
 )
 def test_every_model_that_generates_completes_a_file(
-    name: str, tier: str, tmp_path: Path
+    name: str, tier: str, refilled: bool, coalesce: str, tmp_path: Path
 ) -> None:
-    """Ragged prompts, more of them than places, and one token that ends some of them
-    early: each is completed as if alone, wherever keys and values are."""
+    """Ragged prompts, more of them than places (or not), and one token that ends some
+    of them early: each is completed as if alone, wherever keys and values are."""
     zoo.save_checkpoint(name, tmp_path)
     resident = zoo.load(name, tmp_path)
     ids = zoo.inputs(name, rows=1, tokens=7)["input_ids"][0].tolist()
@@ -243,7 +256,8 @@ def test_every_model_that_generates_completes_a_file(
     policy = Policy(
         device_memory="1MiB",
         micro_batch_sequences=rows_each,
-        sequences_in_flight=4,
+        sequences_in_flight=4 if refilled else 256,
+        coalesce=coalesce,
         kv={"tier": tier},
         links={"host": {"bandwidth": "50GB"}},  # so that it is not the device's
         io={"cache": str(tmp_path / "cache")},
@@ -262,6 +276,172 @@ def test_every_model_that_generates_completes_a_file(
     for ids, result in zip(expected, results, strict=True):
         assert result.get("completion") == " ".join(map(str, ids)), result
         assert (result["finish_reason"] == "stop") == (ids[-1] == end)
+
+
+class Widths:
+    """Rows of each call of the model's first block."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(self._note)
+
+    def _note(self, block: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        self.calls.append(arguments[0].shape[0])
+
+
+def with_one_long_row(
+    folder: Path, resident: Any, tokenizer: Any, **options: Any
+) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Three rows of four end after a token, one of the first four goes on."""
+    long, short = PROMPTS[0], PROMPTS[5]
+    assert len(tokenizer(long)["input_ids"]) == len(tokenizer(short)["input_ids"])
+    end = eos_of(resident, tokenizer, short, 0)
+    assert end not in alone(
+        resident, tokenizer, long, max_new_tokens=9, do_sample=False
+    )
+    rows = [{"prompt": text} for text in (long, short, short, short, *[short] * 4)]
+    values = options.pop("policy", {})
+    fixed = {"micro_batch_sequences": 4, "sequences_in_flight": 5}
+    with penstock.load(folder, policy(**{**fixed, **values})) as model:
+        widths = Widths(model)
+        found = list(
+            penstock.generate(
+                model, rows, max_new_tokens=9, eos_token_id=end, **options
+            )
+        )
+        return found, widths.calls, penstock.statistics(model).passes
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_that_have_ended_make_place(
+    tier: str, folder: Path, resident: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"kv": {"tier": tier}, "io": {"cache": str(tmp_path)}}
+    rows, widths, passes = with_one_long_row(
+        folder, resident, tokenizer, policy={**values, "prompt_tokens": "all"}
+    )
+    assert [row["tokens"] for row in rows] == [9] + 7 * [1]
+    assert sorted(widths) == [1] * 8 + [4] * 2
+    assert passes == 9, "the others came in beside the long one"
+    same, widths, passes = with_one_long_row(
+        folder, resident, tokenizer, policy={**values, "coalesce": "off"}
+    )
+    assert same == rows
+    assert widths == [4] * (9 + 1), "the same bits: of the same products"
+    assert passes == 9 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "shrinks"),
+    [
+        ({"temperature": 1.3, "top_k": 40, "repetition_penalty": 1.2}, True),
+        ({"no_repeat_ngram_size": 2, "min_new_tokens": 2, "top_p": 0.9}, True),
+        ({"encoder_repetition_penalty": 1.3}, False),  # remembers each row's prompt
+        ({"num_return_sequences": 2, "temperature": 1.0}, True),
+    ],
+)
+def test_what_rows_leave_behind_changes_nothing(
+    options: dict[str, Any], shrinks: bool, folder: Path, tokenizer: Any
+) -> None:
+    """Ends by chance, early and late, with every kind of processor."""
+    ends = list(range(100, 160))
+    found = {}
+    for coalesce in ("auto", "off"):
+        values = {"coalesce": coalesce, "prompt_tokens": "all"}
+        with penstock.load(folder, policy(**values)) as model:
+            widths = Widths(model)
+            found[coalesce] = list(
+                penstock.generate(
+                    model,
+                    [ROWS[0]] * 6 + [ROWS[5]] * 2,
+                    max_new_tokens=20,
+                    eos_token_id=ends,
+                    seed=5,
+                    **options,
+                )
+            )
+        assert (len(set(widths.calls)) > 1) == (shrinks and coalesce == "auto")
+    assert found["auto"] == found["off"]
+
+
+STATEFUL = ("jamba", "mamba", "recurrent_gemma", "qwen3_next", "minimax")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in (*STATEFUL, "llama", "gemma3_text", "gpt2", "mpt", "t5")
+        else pytest.param(name, marks=pytest.mark.whole)
+        for name in COMPLETES
+    ],
+)
+def test_prompts_that_come_in_by_and_by_are_completed_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    """Or come in at once, where the model would begin its state anew."""
+    zoo.save_checkpoint(name, tmp_path)
+    ids = zoo.inputs(name, rows=1, tokens=11)["input_ids"][0].tolist()
+    rows = [{"prompt": " ".join(map(str, ids[start:]))} for start in range(4)]
+    found = []
+    for prompt_tokens in ("all", 4):
+        policy = Policy(
+            device_memory="1MiB",
+            prompt_tokens=prompt_tokens,
+            micro_batch_sequences=1 if name.startswith("rwkv") else 2,
+        )
+        with penstock.load(tmp_path, policy) as model:
+            found.append(
+                list(
+                    penstock.generate(
+                        model, rows, max_new_tokens=4, tokenizer=Numbers(), top_k=1
+                    )
+                )
+            )
+            passes = penstock.statistics(model).passes
+    assert found[0] == found[1]
+    assert all("error" not in result for result in found[0]), found[0]
+    if name in (*STATEFUL, "t5", "mpt"):
+        assert passes <= 5, "one for the prompts, one for each token, or part of one"
+    elif name == "llama":
+        assert passes == 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("values", "passes"),
+    [
+        ({}, 1 + 3),  # few rows: their prompts at once make a pass
+        ({"tokens_in_flight": 40}, 4 + 3),
+        ({"tokens_in_flight": 40, "micro_batch_tokens": 200}, 1 + 3),
+        ({"tokens_in_flight": 40, "prompt_tokens": "all"}, 1 + 3),
+        ({"tokens_in_flight": 40, "coalesce": "off"}, 1 + 3),
+        ({"prompt_tokens": 10}, 5 + 3),
+    ],
+)
+def test_long_prompts_come_in_beside_the_others_decode(
+    values: dict[str, Any], passes: int, folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    """A prompt of 50 tokens or so, and short ones, which are done meanwhile. The last
+    part of the prompt has the first token."""
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    ids = tokenizer(text)["input_ids"][:50]
+    rows = [{"prompt": tokenizer.decode(ids, skip_special_tokens=True)}, *ROWS[:2]]
+    values = {"micro_batch_tokens": 10, **values}
+    progress = GenerateProgress()
+    with penstock.load(folder, policy(**values)) as model:
+        found = list(
+            penstock.generate(model, rows, max_new_tokens=4, progress=progress)
+        )
+        made = penstock.statistics(model).passes
+    longest = len(tokenizer(rows[0]["prompt"])["input_ids"])
+    assert 40 < longest <= 60
+    assert made == passes
+    for row, result in zip(rows, found, strict=True):
+        ids = alone(
+            resident, tokenizer, row["prompt"], max_new_tokens=4, do_sample=False
+        )
+        assert result["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("tier", TIERS)

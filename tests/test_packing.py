@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.scheduler.packing import pack, spans
+from penstock.scheduler.packing import chunk_tokens, pack, spans
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -34,6 +34,22 @@ def test_equal_lengths_need_no_padding() -> None:
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="holds nothing"):
         pack([1], max_tokens=0)
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 300), st.integers(1, 9_000), st.integers(1, 900)
+)
+def test_chunks_of_prompts_make_a_pass_worth_its_weights(
+    num_rows: int, num_groups: int, tokens_in_flight: int, max_tokens: int
+) -> None:
+    chunk = chunk_tokens(
+        num_rows, num_groups, tokens_in_flight=tokens_in_flight, max_tokens=max_tokens
+    )
+    rounded = num_rows * (chunk + 1) - 1  # a call has whole tokens of each row
+    assert rounded >= max_tokens
+    assert num_groups * rounded >= tokens_in_flight
+    smaller = (chunk - 1) * num_rows
+    assert smaller < max_tokens or smaller * num_groups < tokens_in_flight
 
 
 @given(st.data())

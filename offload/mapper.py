@@ -1,0 +1,100 @@
+"""What runs on each worker of a Ray Data cluster: a model, through which tables of rows
+go. It imports no Ray: anything that calls it with Arrow tables may."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..io.errors import UsageError
+from .generate import generate
+from .model import load, unwrap
+from .policy import Policy
+from .score import score
+from .text import load_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_TASKS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], dict[str, str]]] = {
+    "score": (score, {"logprob": "double", "tokens": "int64", "perplexity": "double"}),
+    "generate": (
+        generate,
+        {"completion": "string", "tokens": "int64", "finish_reason": "string"},
+    ),
+}
+"""Of each task: who does it, and the columns that it adds, with their Arrow types."""
+
+
+class Mapper:
+    """For `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`: an actor for
+    each GPU or node, which loads `model` once.
+
+    `task` is `score` or `generate`, `options` are those of `penstock.score` or
+    `penstock.generate`. A table of rows comes back with the results' columns added, and
+    `error` (null for a row that has none). Rows of one batch share passes over the
+    weights: let it have thousands of tokens.
+
+        rows = ray.data.read_json("texts.jsonl")
+        rows = rows.map_batches(
+            Mapper,
+            fn_constructor_kwargs={"model": "llama-70b", "policy": {"device": "cuda"}},
+            batch_format="pyarrow",
+            batch_size=256,
+            num_gpus=1,
+            compute=ray.data.ActorPoolStrategy(size=8),
+        )
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        policy: Policy | Mapping[str, Any] | None = None,
+        *,
+        task: str = "score",
+        **options: Any,
+    ) -> None:
+        if task not in _TASKS:
+            raise UsageError(f"there is no task {task!r}: {', '.join(_TASKS)}")
+        self._run, self._columns = _TASKS[task]
+        self._options = options
+        if not isinstance(policy, Policy):
+            policy = Policy(**(policy or {}))
+        self._model = load(model, policy)
+        self._tokenizer = load_tokenizer(Path(model))
+
+    def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
+        """`table` with what the task found for each row. Raises what ends the job; Ray
+        then does the rows again on another actor."""
+        # A column that only other rows have is not there.
+        rows = (
+            {key: value for key, value in row.items() if value is not None}
+            for row in table.to_pylist()
+        )
+        options = {"tokenizer": self._tokenizer, **self._options}
+        results = list(self._run(self._model, rows, **options))
+        return _with_columns(table, results, self._columns)
+
+    def close(self) -> None:
+        """Gives the model's memory and files back; twice does no harm."""
+        model, self._model = self._model, None
+        if model is not None:
+            unwrap(model)
+
+
+def _with_columns(
+    table: "pyarrow.Table", results: list[dict[str, Any]], columns: Mapping[str, str]
+) -> "pyarrow.Table":
+    import pyarrow
+
+    types = {**columns, "error": "string"}
+    more = {key for result in results for key in result} - types.keys() - {"id"}
+    for name in (*types, *sorted(more)):
+        values = [result.get(name) for result in results]
+        if name in types:
+            column = pyarrow.array(values, pyarrow.type_for_alias(types[name]))
+        else:
+            column = pyarrow.array(values)
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, column)
+    return table

@@ -1,0 +1,63 @@
+"""Run by test_ray in its own process: scores rows on a Ray cluster, with one worker
+that dies in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from penstock import Mapper
+
+POLICY = {"device_memory": "220KiB", "gather_rows": 1000, "resident_below": 10}
+
+
+class Mortal(Mapper):
+    """Dies at its second batch, if nobody has before."""
+
+    def __init__(self, model: str, policy: dict[str, Any], grave: str) -> None:
+        super().__init__(model, policy)
+        self._grave = Path(grave)
+        self._num_batches = 0
+
+    def __call__(self, table: Any) -> Any:
+        self._num_batches += 1
+        if self._num_batches == 2:
+            try:
+                self._grave.touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os._exit(1)
+        node = ray.get_runtime_context().get_node_id()
+        found = super().__call__(table)
+        time.sleep(0.3)  # so that both nodes get some
+        return found.append_column("node", [[node] * len(found)])
+
+
+def main() -> None:
+    address, model, source, output, grave = sys.argv[1:]
+    ray.init(address=address, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    rows = ray.data.read_json(source).repartition(target_num_rows_per_block=5)
+    found = rows.map_batches(
+        Mortal,
+        fn_constructor_kwargs={"model": model, "policy": POLICY, "grave": grave},
+        batch_format="pyarrow",
+        batch_size=5,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+    results = found.take_all()
+    Path(output).write_text(json.dumps(results))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
