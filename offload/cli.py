@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError
-from . import cli_jobs
+from . import cli_jobs, cli_texts
 from .options import Model, PolicyFile, Settings, policy_of, say
 from .policy import Policy
 
@@ -43,6 +43,8 @@ def _callback() -> None:
 
 app.command()(cli_jobs.score)
 app.command()(cli_jobs.generate)
+app.command()(cli_texts.embed)
+app.command()(cli_texts.classify)
 
 
 @app.command()

@@ -104,19 +104,19 @@ class _Embedding:
             if isinstance(ids, RowError):
                 yield row, ids
                 continue
-            if self._most is not None and len(ids) > self._most:
-                if not self._cuts:
-                    yield (
-                        row,
-                        RowError(
-                            f"the text has {len(ids)} tokens but the model's context is "
-                            f"{self._most}: cut it (--truncate {self._most})"
-                        ),
-                    )
-                    continue
+            if self._cuts:
                 ids = ids[: self._most]
+            if self._most is not None and len(ids) > self._most:
+                yield row, self._too_long(len(ids))
+                continue
             row.num_tokens = len(ids)
             yield row, [Piece(row, ids)]
+
+    def _too_long(self, num_tokens: int) -> RowError:
+        return RowError(
+            f"the text has {num_tokens} tokens but the model's context is "
+            f"{self._most}: cut it (--truncate {self._most})"
+        )
 
     def run(
         self, pieces: Sequence[Piece[_Row]], ids: torch.Tensor, mask: torch.Tensor

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 from ..io.errors import InputError
 
 SCORED_KEYS = {"text": '"text"', "prompt": '"prompt" and "completion"'}
+TEXT_KEYS = {"text": '"text"'}
+ASKED_KEYS = {"prompt": '"prompt"', "text": '"text"'}
 PROMPT_KEYS = {"prompt": '"prompt"', "text": '"text"', "messages": '"messages"'}
 # A longer one is no row: what has no line ends is another kind of file.
 _MAX_LINE_BYTES = 1 << 30

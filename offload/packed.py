@@ -48,6 +48,11 @@ class Piece(Generic[R]):
     row: R
     ids: tuple[int, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """That run through the model at most at a time."""
+        return len(self.ids)
+
 
 P = TypeVar("P", bound=Piece[Any])
 
@@ -123,7 +128,7 @@ class Packed(Generic[R, P]):
         for part in parts:
             rows = (row for _, row in part)
             while pool := self._pool(rows):
-                lengths = [len(piece.ids) for piece in pool]
+                lengths = [piece.num_tokens for piece in pool]
                 for group in pack(lengths, max_tokens=self._max_tokens):
                     yield [pool[index] for index in group]
             if self._pending and self._pending[-1].is_done:
@@ -144,7 +149,7 @@ class Packed(Generic[R, P]):
                 row.pieces_left = len(pieces)
                 self._progress.rows_in_flight += 1
                 pool += pieces
-                tokens += sum(len(piece.ids) for piece in pieces)
+                tokens += sum(piece.num_tokens for piece in pieces)
         return pool
 
     def _compute(self, pieces: list[P]) -> None:

@@ -57,9 +57,9 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
     scored. A token that reaches from the prompt into the completion counts as
     completion. Raises RowError for a row without what is needed."""
     if "completion" in row or "prompt" in row:
-        prompt = _string(row, "prompt")
-        return _completion(tokenizer, prompt, _string(row, "completion"))
-    return _scored(_encoded(tokenizer, _string(row, "text"))["input_ids"])
+        prompt = text_of(row, "prompt")
+        return _completion(tokenizer, prompt, text_of(row, "completion"))
+    return _scored(_encoded(tokenizer, text_of(row, "text"))["input_ids"])
 
 
 def tokenize_all(
@@ -89,7 +89,7 @@ def tokenize_texts(
     def ids_of(row: Mapping[str, Any]) -> tuple[int, ...]:
         if "error" in row:
             raise RowError(str(row["error"]))
-        ids = tuple(_encoded(tokenizer, _string(row, "text"))["input_ids"])
+        ids = tuple(_encoded(tokenizer, text_of(row, "text"))["input_ids"])
         if not ids:
             raise RowError("the text has no tokens")
         return ids
@@ -143,7 +143,7 @@ def tokenize_prompt(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
     tokenizer's template writes it. Raises RowError for a row without any."""
     if "messages" in row:
         return _chat(tokenizer, row["messages"])
-    text = _string(row, "prompt" if "prompt" in row else "text")
+    text = text_of(row, "prompt" if "prompt" in row else "text")
     ids = tuple(_encoded(tokenizer, text)["input_ids"])
     if not ids:
         raise RowError("the prompt has no tokens: there is nothing to go on from")
@@ -196,7 +196,8 @@ def _completion(tokenizer: Any, prompt: str, completion: str) -> TokenRow:
     return TokenRow(ids, first)
 
 
-def _string(row: Mapping[str, Any], key: str) -> str:
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    """What a row has at `key`. Raises RowError where that is no text."""
     value = row.get(key)
     if not isinstance(value, str):
         keys = ", ".join(map(str, row)) or "none"

@@ -1,14 +1,17 @@
-"""What a job does with the rows of a file: scores them, or completes them."""
+"""What a job does with the rows of a file: scores, completes, embeds or classifies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .classify import classify_parts
+from .embed import embed_parts
 from .generate import GenerateProgress, generate_parts, prompts_pooled
-from .jsonl import PROMPT_KEYS, SCORED_KEYS
-from .packed import tokens_pooled
+from .jsonl import ASKED_KEYS, PROMPT_KEYS, SCORED_KEYS, TEXT_KEYS
+from .packed import micro_batches_in_flight, tokens_pooled
 from .parts import Cut, NumberedRows
 from .policy import Policy
+from .pooling import Pooling
 from .score import ScoreProgress, score_parts
 
 # A part is two pools of what is packed together: a few passes over the weights, which
@@ -76,8 +79,7 @@ class ScoreWork:
         return {"task": "score", "window": self.window, "stride": self.stride}
 
     def cut(self, policy: Policy) -> Cut:
-        num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
-        return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
+        return _cut_of_tokens(policy)
 
     def results(
         self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
@@ -93,8 +95,81 @@ class ScoreWork:
 
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
         """What the policy promises: passes over the weights."""
-        width = max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+        width = micro_batches_in_flight(policy)
         return _plan(width, num_micro_batches, passes_each=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedWork:
+    """Makes a vector of each row."""
+
+    pooling: Pooling = "auto"
+    normalize: bool | None = None
+    truncate: int | None = None
+    progress: ScoreProgress = field(default_factory=ScoreProgress)
+    title: str = "embedding"
+    row_keys: Mapping[str, str] = field(default_factory=lambda: TEXT_KEYS)
+
+    def task(self) -> Mapping[str, Any]:
+        return {
+            "task": "embed",
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "truncate": self.truncate,
+        }
+
+    def cut(self, policy: Policy) -> Cut:
+        return _cut_of_tokens(policy)
+
+    def results(
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        return embed_parts(
+            model,
+            parts,
+            tokenizer=tokenizer,
+            pooling=self.pooling,
+            normalize=self.normalize,
+            truncate=self.truncate,
+            progress=self.progress,
+        )
+
+    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
+        """What the policy promises: passes over the weights."""
+        width = micro_batches_in_flight(policy)
+        return _plan(width, num_micro_batches, passes_each=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyWork:
+    """Tells rows apart."""
+
+    labels: Sequence[str] = ()
+    progress: ScoreProgress = field(default_factory=ScoreProgress)
+    title: str = "classifying"
+    row_keys: Mapping[str, str] = field(default_factory=lambda: ASKED_KEYS)
+
+    def task(self) -> Mapping[str, Any]:
+        return {"task": "classify", "labels": list(self.labels)}
+
+    def cut(self, policy: Policy) -> Cut:
+        return _cut_of_tokens(policy)
+
+    def results(
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        return classify_parts(
+            model,
+            parts,
+            labels=self.labels,
+            tokenizer=tokenizer,
+            progress=self.progress,
+        )
+
+    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
+        """What the policy promises, at most: passes over the weights."""
+        width = micro_batches_in_flight(policy)
+        return _plan(width, num_micro_batches, passes_each=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +216,11 @@ class GenerateWork:
         each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
         width = policy.sequences_in_flight // each
         return _plan(width, num_micro_batches, passes_each=self.max_new_tokens)
+
+
+def _cut_of_tokens(policy: Policy) -> Cut:
+    num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
+    return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
 
 
 def _plan(width: int, num_micro_batches: int, *, passes_each: int) -> dict[str, int]:
