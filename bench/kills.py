@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def run_for(seconds: float, call: Callable[[], int]) -> int | None:
     return None if code == -signal.SIGKILL else code
 
 
-def standing(output: Path, num_rows: int) -> str:
+def standing(output: Path) -> str:
     """What is on disk, in words."""
     folder = output.with_name(output.name + ".parts")
     if output.exists():
@@ -115,10 +116,12 @@ def standing(output: Path, num_rows: int) -> str:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, source = folder / "model", folder / "rows.jsonl"
     quiet = Console(quiet=True)
-    maker = forked(
-        lambda: make_checkpoint(model, "tiny", dtype="float32", console=quiet) and 0
-    )
-    assert exit_code(maker) == 0, "the model could not be made"
+
+    def make() -> int:
+        make_checkpoint(model, "tiny", dtype="float32", console=quiet)
+        return 0
+
+    assert exit_code(forked(make)) == 0, "the model could not be made"
     write_rows(source, args.rows, args.seed)
     whole = folder / "whole.jsonl"
     start = time.monotonic()
@@ -134,20 +137,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begin = time.monotonic()
     while num_kills < args.kills:
         output = folder / f"out-{num_jobs}.jsonl"
-        call = lambda: run_job(args.task, model, source, output)  # noqa: B023,E731
-        code = None
-        while code is None:
-            # The last kill was made: the job may come to its end.
-            is_free = num_kills == args.kills
-            code = run_for(3600 if is_free else drawn.uniform(0, seconds), call)
-            if code is None:
-                num_kills += 1
-                found[standing(output, args.rows)] += 1
+        run = partial(run_job, args.task, model, source, output)
+        while True:
+            # Once the last kill was made, the job may come to its end.
+            is_last = num_kills == args.kills
+            ended = run_for(3600 if is_last else drawn.uniform(0, seconds), run)
+            if ended is not None:
+                break
+            num_kills += 1
+            found[standing(output)] += 1
         num_jobs += 1
-        is_same = code == 0 and output.read_bytes() == expected
+        is_same = ended == 0 and output.read_bytes() == expected
         num_different += not is_same
         if not is_same:
-            print(f"DIFFERS: {output} (exit code {code})", file=sys.stderr)
+            print(f"DIFFERS: {output} (exit code {ended})", file=sys.stderr)
             shutil.copytree(folder, args.keep, dirs_exist_ok=True)
         output.unlink(missing_ok=True)
         print(f"{num_kills} kills, {num_jobs} jobs, {num_different} differ", flush=True)

@@ -1,5 +1,6 @@
 """Files of rows in, a file of results out: the job behind the command line."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..io.errors import InputError, StoppedError
+from ..io.errors import InputError, StoppedError, UsageError
 from .ahead import Ahead
 from .engine import Engine
 from .identity import identify
@@ -30,6 +31,8 @@ from .text import load_tokenizer
 from .work import Work
 
 _PARTS_AHEAD = 2
+_STDERR = 2
+_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,11 @@ class Job:
         inputs = Inputs(files, self.work.row_keys)
         cut = self.work.cut(self.policy)
         if is_stream(self.output):
+            if self.mode == "retry":
+                raise UsageError(
+                    f"nothing is kept of {self.output}: failed rows can only be done "
+                    "again in a file"
+                )
             with StreamedOutput(self.output, cut) as streamed:
                 return self._run(inputs, streamed, console)
         check_apart(self.output, files)
@@ -159,7 +167,13 @@ class Job:
         console: Console,
     ) -> None:
         """Runs the model until the parts have come to their end, or a signal came."""
-        with Stopping(ahead.stop) as stopping:
+
+        def stop() -> None:
+            ahead.stop()
+            if not console.quiet:
+                os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+        with Stopping(stop) as stopping:
             try:
                 with PartsRun(chain([first], ahead), output) as run:
                     poll = self._poll(engine_of(model), inputs, output.num_rows)

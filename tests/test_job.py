@@ -180,6 +180,19 @@ def test_the_second_signal_stops_at_once(
     assert len(read_lines(output)) == NUM_ROWS
 
 
+def test_a_signal_that_was_ignored_before_stays_so(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """As in a shell's background: `penstock ... &`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ignored = Watched(ScoreWork(), 2, lambda: signal.raise_signal(signal.SIGINT))
+        done, _ = run(ignored, folder, source, tmp_path / "out.jsonl")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.num_rows == NUM_ROWS
+
+
 def test_a_signal_after_the_last_part_was_read_changes_nothing(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
