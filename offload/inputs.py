@@ -25,11 +25,11 @@ class Inputs:
         files: Sequence[InputFile],
         any_of: Mapping[str, str],
         *,
-        stdin: int = _STDIN,
+        stdin: int | None = None,
     ) -> None:
         self.files = tuple(files)
         self._any_of = any_of
-        self._stdin = stdin
+        self._stdin = _STDIN if stdin is None else stdin
         self._sizes = [_size(file) for file in files]
         self._read_bytes = 0
         """Of the file that is read now, as it lies there."""

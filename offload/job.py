@@ -18,7 +18,7 @@ from .identity import identify
 from .inputs import Inputs
 from .kept import KeptOutput, Mode
 from .model import engine_of, load, unwrap
-from .part_reader import read_parts
+from .part_reader import check_done, read_parts
 from .parts import Part
 from .policy import Policy
 from .progress import JobProgress
@@ -85,6 +85,8 @@ class Job:
         manifest = identify(inputs, self.model, self.policy, task, cut)
         with KeptOutput(self.output, manifest, self.mode) as kept:
             if kept.is_finished:
+                if kept.is_input_doubtful:
+                    check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
             return self._run(inputs, kept, console)
 
