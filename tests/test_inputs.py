@@ -271,6 +271,17 @@ def test_a_file_that_grows_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         list(rows)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_that_is_another_one_by_the_time_it_is_read_is_noticed(
+    name: str, tmp_path: Path
+) -> None:
+    source = FORMATS[name](tmp_path / name)
+    inputs = inputs_of(source)
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(InputError, match=rf"{name} was changed while it was read"):
+        list(inputs.rows(Position()))
+
+
 def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(
     tmp_path: Path,
 ) -> None:

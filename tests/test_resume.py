@@ -171,6 +171,26 @@ def test_another_input_is_refused(source: Path, tmp_path: Path) -> None:
         run_job(other, output)
 
 
+def test_files_in_another_order_are_another_input(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    other = write_rows(tmp_path / "other.jsonl", 9)
+    run_job([source, other], output)
+    assert run_job([source, other], output).asked == []
+    with pytest.raises(UsageError, match=r"its input .*in.jsonl is another one"):
+        run_job([other, source], output)
+
+
+def test_an_input_that_was_moved_is_the_same(
+    source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert killed_at(30, source, output)
+    (tmp_path / "there").mkdir()
+    source.rename(tmp_path / "there" / "in.jsonl")
+    assert run_job(tmp_path / "there" / "in.jsonl", output).asked[0] > 0
+    assert output.read_bytes() == expected
+
+
 def test_an_input_that_was_copied_again_is_compared_and_taken(
     source: Path, expected: bytes, tmp_path: Path
 ) -> None:
