@@ -315,6 +315,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         find_files(["-", tmp_path / "a.jsonl"])
     with pytest.raises(InputError, match=r"write it without \.gz"):
         find_files([plain(tmp_path / "a.parquet.gz")])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is no file: .* standard input"):
+        find_files([tmp_path / "pipe"])
     with pytest.raises(InputError, match="an input and the output"):
         check_apart(tmp_path / "a.jsonl", find_files([tmp_path / "a.jsonl"]))
 
