@@ -3,8 +3,9 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .inputs import Inputs
 from .kept import KeptOutput, Mode
 from .model import engine_of, load, unwrap
 from .part_reader import check_done, read_parts
-from .parts import Part
+from .parts import NumberedRows, Part
 from .policy import Policy
 from .progress import JobProgress
 from .report import JobFigures, make_report, write_report
@@ -67,7 +68,7 @@ class Job:
 
     def run(self, console: Console) -> Done:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
-        the parts under way are done, KeyboardInterrupt at the second one."""
+        the parts under way are done, and at once when a second one came."""
         source = self.source
         files = find_files([source] if isinstance(source, (str, Path)) else source)
         inputs = Inputs(files, self.work.row_keys)
@@ -100,7 +101,8 @@ class Job:
             is_checked=output.is_input_doubtful,
         )
         report = None
-        before, failed_before = output.num_rows, output.num_errors
+        retried = sum(output.done[number].num_errors for number in output.redo)
+        before, failed_before = output.num_rows - retried, output.num_errors - retried
         ahead = Ahead(
             parts,
             num=_PARTS_AHEAD,
@@ -110,7 +112,7 @@ class Job:
         with ahead:
             first = next(ahead, None)
             if first is not None:
-                report = self._compute(first, ahead, inputs, output, console)
+                report = self._compute(first, ahead, inputs, output, before, console)
                 report["rows_before"] = before
                 report["rows_failed_before"] = failed_before
             elif not output.done:
@@ -129,6 +131,7 @@ class Job:
         ahead: Ahead[Part],
         inputs: Inputs,
         output: Output,
+        before: int,
         console: Console,
     ) -> dict[str, Any]:
         """Does the parts and returns the report."""
@@ -137,7 +140,10 @@ class Job:
         try:
             tokenizer = load_tokenizer(self.model)
             loaded = time.perf_counter()
-            self._finish_parts(model, tokenizer, first, ahead, inputs, output, console)
+            poll = self._poll(engine_of(model), inputs, before)
+            work = partial(self.work.results, model, tokenizer)
+            with JobProgress(console, self.work.title, poll):
+                _finish_parts(work, chain([first], ahead), ahead, output, console)
             seconds = time.perf_counter() - loaded
             engine, progress = engine_of(model), self.work.progress
             first_unit, counts = engine.first_unit_at, progress.figures(seconds)
@@ -158,38 +164,6 @@ class Job:
         finally:
             unwrap(model)
 
-    def _finish_parts(
-        self,
-        model: Any,
-        tokenizer: Any,
-        first: Part,
-        ahead: Ahead[Part],
-        inputs: Inputs,
-        output: Output,
-        console: Console,
-    ) -> None:
-        """Runs the model until the parts have come to their end, or a signal came."""
-
-        def stop() -> None:
-            ahead.stop()
-            if not console.quiet:
-                os.write(_STDERR, _STOPPING)  # safe in a signal handler
-
-        with Stopping(stop) as stopping:
-            try:
-                with PartsRun(chain([first], ahead), output) as run:
-                    poll = self._poll(engine_of(model), inputs, output.num_rows)
-                    with JobProgress(console, self.work.title, poll):
-                        for result in self.work.results(model, tokenizer, run.feed()):
-                            run.take(result)
-                        run.finish()
-            except KeyboardInterrupt:
-                raise _stopped(output, stopping) from None
-        if stopping.signal is not None and not ahead.is_done:
-            raise _stopped(output, stopping)
-        if run.failure is not None:
-            raise run.failure
-
     def _poll(
         self, engine: Engine, inputs: Inputs, before: int
     ) -> Callable[[], tuple[float, float | None, str]]:
@@ -204,6 +178,34 @@ class Job:
             return done, total, f"{before + progress.rows_done:,}{of} rows, {remark}"
 
         return poll
+
+
+def _finish_parts(
+    work: Callable[[Iterator[NumberedRows]], Iterator[Mapping[str, Any]]],
+    parts: Iterable[Part],
+    ahead: Ahead[Part],
+    output: Output,
+    console: Console,
+) -> None:
+    """Does the parts until they have come to their end, or a signal came."""
+
+    def stop() -> None:
+        ahead.stop()
+        if not console.quiet:
+            os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+    with Stopping(stop) as stopping:
+        try:
+            with PartsRun(parts, output) as run:
+                for result in work(run.feed()):
+                    run.take(result)
+                run.finish()
+        except KeyboardInterrupt:
+            raise _stopped(output, stopping) from None
+    if stopping.signal is not None and not ahead.is_done:
+        raise _stopped(output, stopping)
+    if run.failure is not None:
+        raise run.failure
 
 
 def _stopped(output: Output, stopping: Stopping) -> StoppedError:
