@@ -22,6 +22,7 @@ from penstock.io.errors import InputError, StoppedError, UsageError
 from penstock.offload.job import Done, Job
 from penstock.offload.parts import Cut, NumberedRows
 from penstock.offload.work import GenerateWork, ScoreWork, Work
+from test_score import run as command
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -281,7 +282,7 @@ def test_an_input_that_ends_in_the_middle_keeps_what_came_before(
 ) -> None:
     import gzip
 
-    whole = gzip.compress(source.read_bytes() * 20)
+    whole = gzip.compress(source.read_bytes() * 4)
     cut = tmp_path / "in.jsonl.gz"
     cut.write_bytes(whole[: len(whole) * 2 // 3])
     output = tmp_path / "out.jsonl"
@@ -336,7 +337,8 @@ def spawn(*arguments: Any, stdin: bytes = b"") -> subprocess.CompletedProcess[by
         input=stdin,
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -346,8 +348,18 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(
 ) -> None:
     done = spawn("score", folder, "-", "-o", "-", stdin=source.read_bytes())
     assert done.returncode == 1, done.stderr
-    spawn("score", folder, source, "-o", tmp_path / "out.jsonl")
-    assert done.stdout == (tmp_path / "out.jsonl").read_bytes()
-    again = spawn("score", folder, source, "-o", tmp_path / "out.jsonl")
+    output = tmp_path / "out.jsonl"
+    job = Job(ScoreWork(), folder, source, output, Policy())
+    job.run(Console(quiet=True))
+    assert done.stdout == output.read_bytes()
+
+
+def test_a_finished_job_says_so_and_how_it_went(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    Job(ScoreWork(), folder, source, output, Policy()).run(Console(quiet=True))
+    again = command("score", folder, source, "-o", output)
     assert again.returncode == 1
-    assert b"is done already: 32 rows" in again.stderr
+    assert "is done already: 32 rows" in again.stderr
+    assert "2 of 32 rows failed" in again.stderr
