@@ -6,9 +6,10 @@ byte for byte, that of a job nobody disturbed?
 The job scores (or completes) rows with a model of 0.2M parameters, from its weights on
 disk. It runs in a process that is forked from one where everything is imported, so that
 a try costs the job's time and not that of the imports. Each try lives for a random
-while, at most as long as the undisturbed job took; a job that ends meanwhile is
-compared, and another one begun. What stood on disk at each kill is counted. The last
-line is one JSON object; the exit code is 1 when anything differed.
+while, at most as long as the undisturbed job took, every other one from then on until
+it is writing; a job that ends meanwhile is compared, and another one begun. What stood
+on disk at each kill is counted. The last line is one JSON object; the exit code is 1
+when anything differed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,21 +85,33 @@ def exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_for(seconds: float, call: Callable[[], int]) -> int | None:
-    """The exit code of a process that does `call`; None where it was killed first."""
+def run_for(
+    seconds: float, call: Callable[[], int], is_due: Callable[[], bool]
+) -> int | None:
+    """The exit code of a process that does `call`; None where it was killed first:
+    when `seconds` are over, and `is_due`."""
     pid = forked(call)
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or not is_due():
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.0005)
+        time.sleep(0.0002)
     os.kill(pid, signal.SIGKILL)
     code = exit_code(pid)
     return None if code == -signal.SIGKILL else code
 
 
-def standing(output: Path, num_rows: int) -> str:
+def is_writing(output: Path) -> bool:
+    """Whether a file of the job is half written, or about to be removed."""
+    folder = output.with_name(output.name + ".parts")
+    try:
+        return any(name.endswith((".new", "joined")) for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+
+
+def standing(output: Path) -> str:
     """What is on disk, in words."""
     folder = output.with_name(output.name + ".parts")
     if output.exists():
@@ -115,10 +129,12 @@ def standing(output: Path, num_rows: int) -> str:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, source = folder / "model", folder / "rows.jsonl"
     quiet = Console(quiet=True)
-    maker = forked(
-        lambda: make_checkpoint(model, "tiny", dtype="float32", console=quiet) and 0
-    )
-    assert exit_code(maker) == 0, "the model could not be made"
+
+    def make() -> int:
+        make_checkpoint(model, "tiny", dtype="float32", console=quiet)
+        return 0
+
+    assert exit_code(forked(make)) == 0, "the model could not be made"
     write_rows(source, args.rows, args.seed)
     whole = folder / "whole.jsonl"
     start = time.monotonic()
@@ -134,20 +150,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begin = time.monotonic()
     while num_kills < args.kills:
         output = folder / f"out-{num_jobs}.jsonl"
-        call = lambda: run_job(args.task, model, source, output)  # noqa: B023,E731
-        code = None
-        while code is None:
-            # The last kill was made: the job may come to its end.
-            is_free = num_kills == args.kills
-            code = run_for(3600 if is_free else drawn.uniform(0, seconds), call)
-            if code is None:
-                num_kills += 1
-                found[standing(output, args.rows)] += 1
+        run = partial(run_job, args.task, model, source, output)
+        while True:
+            # Once the last kill was made, the job may come to its end.
+            is_last = num_kills == args.kills
+            lives = 3600 if is_last else drawn.uniform(0, seconds)
+            is_aimed = drawn.random() < 0.5
+            due = partial(is_writing, output) if is_aimed else lambda: True
+            ended = run_for(lives, run, due)
+            if ended is not None:
+                break
+            num_kills += 1
+            found[standing(output)] += 1
         num_jobs += 1
-        is_same = code == 0 and output.read_bytes() == expected
+        is_same = ended == 0 and output.read_bytes() == expected
         num_different += not is_same
         if not is_same:
-            print(f"DIFFERS: {output} (exit code {code})", file=sys.stderr)
+            print(f"DIFFERS: {output} (exit code {ended})", file=sys.stderr)
             shutil.copytree(folder, args.keep, dirs_exist_ok=True)
         output.unlink(missing_ok=True)
         print(f"{num_kills} kills, {num_jobs} jobs, {num_different} differ", flush=True)

@@ -1,7 +1,7 @@
 """A million short rows: does memory stay flat, and what does a row cost beside the
 model's own work?
 
-    python bench/rows.py [--rows 1000000] [--model bench/out/llama-1.1b] [--slice 96]
+    python bench/rows.py [--rows 1000000] [--model bench/out/llama-1.1b] [--slice 512]
 
 Scores `--rows` rows of one to eight words, as a job of the command line does, with a
 model of 0.2M parameters, and samples the process's resident memory. After the first
@@ -126,7 +126,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     print(f"{seconds:.1f} s, {each * 1e6:.0f} us a row, memory +-{spread:.1%}")
     if args.slice:
-        make_checkpoint(args.model, "1.1b", console=quiet)
+        if not args.model.exists():
+            make_checkpoint(args.model, "1.1b", console=quiet)
         large = Policy(device_memory=args.device_memory, dtype=compute_dtype())
         report, _, seconds = score(args.model, part, folder / "part.jsonl", large)
         found["slice_rows"] = args.slice
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-1.1b")
-    parser.add_argument("--slice", type=int, default=96, help="0: without the model")
+    parser.add_argument("--slice", type=int, default=512, help="0: without the model")
     parser.add_argument("--device-memory", default="2GiB")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

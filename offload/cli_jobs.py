@@ -33,7 +33,7 @@ def score(
     source: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help='A row is {"id", "text"} or {"id", "prompt", "completion"}. '
             + SOURCES,
         ),
@@ -83,7 +83,7 @@ def generate(
     source: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help='A row is {"id", "prompt"} or {"id", "messages"}. ' + SOURCES,
         ),
     ],

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..io.checkpoint import open_checkpoint
 from ..io.checksums import SIDE_FILE
 from ..io.errors import CheckpointError
@@ -44,7 +46,10 @@ def identify(
             **{key: getattr(policy, key) for key in _MEANING},
             "kv.dtype": policy.kv.dtype,
         },
-        rounding={key: getattr(policy, key) for key in _ROUNDING},
+        rounding={
+            **{key: getattr(policy, key) for key in _ROUNDING},
+            "threads": torch.get_num_threads(),
+        },
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},

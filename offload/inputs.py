@@ -25,12 +25,13 @@ class Inputs:
         files: Sequence[InputFile],
         any_of: Mapping[str, str],
         *,
-        stdin: int = _STDIN,
+        stdin: int | None = None,
     ) -> None:
         self.files = tuple(files)
         self._any_of = any_of
-        self._stdin = stdin
-        self._sizes = [_size(file) for file in files]
+        self._stdin = _STDIN if stdin is None else stdin
+        self._stats = [_stat(file) for file in files]
+        self._sizes = [size for size, _ in self._stats]
         self._read_bytes = 0
         """Of the file that is read now, as it lies there."""
         self._file = 0
@@ -60,7 +61,8 @@ class Inputs:
         return max(self.rows_read * sum(self._sizes) / done, self.rows_read)
 
     def identity(self) -> dict[str, dict[str, int | str]]:
-        """What tells these files from others, by name: bytes and fingerprint."""
+        """What tells these files from others, by name: place, bytes and fingerprint.
+        Where there is one, its folder does not matter."""
         found: dict[str, dict[str, int | str]] = {}
         for number, file in enumerate(self.files):
             if file.path is None:
@@ -68,13 +70,17 @@ class Inputs:
                 continue
             with _reading(file.path):
                 mark = fingerprint(file.path)
-            key = file.name if file.name not in found else f"{file.name} ({number})"
-            found[key] = {"bytes": self._sizes[number], "fingerprint": mark}
+            name = file.name if len(self.files) > 1 else file.path.name
+            found[name if name not in found else f"{name} ({number + 1})"] = {
+                "place": number + 1,
+                "bytes": self._sizes[number],
+                "fingerprint": mark,
+            }
         return found
 
     def stamps(self) -> list[int]:
         """When each file was changed last, in nanoseconds; 0 for standard input."""
-        return [_stamp(file.path) if file.path else 0 for file in self.files]
+        return [modified for _, modified in self._stats]
 
     def rows(self, start: Position) -> Generator[InputRow, None, None]:
         """All from `start` on. Raises InputError where a file cannot be read, or was
@@ -93,7 +99,8 @@ class Inputs:
         if file.layout == "lines":
             yield from self._lines_of(file, start, prefix)
             return
-        unchanged = self._watch(lambda: os.stat(file.path or ""), file)
+        unchanged = self._watch(lambda: os.stat(file.path or ""), start.file)
+        unchanged()
         total = self._num_rows[start.file]
         for row in ColumnFile(file, self._any_of).rows(
             start.file, start.offset, prefix
@@ -108,7 +115,7 @@ class Inputs:
         self, file: InputFile, start: Position, prefix: str
     ) -> Iterator[InputRow]:
         offset, number = start.offset, start.row
-        with closing(self._chunks(file, offset)) as chunks:
+        with closing(self._chunks(start.file, offset)) as chunks:
             for line in split_lines(chunks, file.name):
                 offset += len(line)
                 number += 1
@@ -121,15 +128,17 @@ class Inputs:
                 row = checked(parse_row(line, where), where, identity, self._any_of)
                 yield InputRow(row, line, Position(start.file, offset, number))
 
-    def _chunks(self, file: InputFile, start: int) -> Generator[bytes, None, None]:
-        """The bytes of `file`, decompressed, from `start` on."""
+    def _chunks(self, number: int, start: int) -> Generator[bytes, None, None]:
+        """The bytes of a file, decompressed, from `start` on."""
+        file = self.files[number]
         if file.path is None:
             with closing(self._stdin_chunks()) as chunks:
                 yield from _after(start, chunks)
             return
         with _reading(file.path), file.path.open("rb", buffering=0) as opened:
             descriptor = opened.fileno()
-            unchanged = self._watch(lambda: os.fstat(descriptor), file)
+            unchanged = self._watch(lambda: os.fstat(descriptor), number)
+            unchanged()
             if not file.codec:
                 opened.seek(start)
                 start = 0
@@ -149,20 +158,19 @@ class Inputs:
             yield chunk
 
     def _watch(
-        self, stat: Callable[[], os.stat_result], file: InputFile
+        self, stat: Callable[[], os.stat_result], number: int
     ) -> Callable[[], None]:
-        """What raises InputError once the file is not as it is now."""
-        first = stat()
+        """What raises InputError once the file is not what it was in the beginning."""
 
         def unchanged() -> None:
             try:
                 now = stat()
             except FileNotFoundError:
                 return  # what is open stays there
-            if (now.st_size, now.st_mtime_ns) != (first.st_size, first.st_mtime_ns):
+            if (now.st_size, now.st_mtime_ns) != self._stats[number]:
                 raise InputError(
-                    f"{file.name} was changed while it was read: put it back as it was "
-                    "and run again, or begin anew with --restart"
+                    f"{self.files[number].name} was changed while it was read: put it "
+                    "back as it was and run again, or begin anew with --restart"
                 )
 
         return unchanged
@@ -195,13 +203,10 @@ def _after(start: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
         start = max(start - len(chunk), 0)
 
 
-def _size(file: InputFile) -> int:
+def _stat(file: InputFile) -> tuple[int, int]:
+    """Bytes, and when it was changed last, in nanoseconds; 0 for standard input."""
     if file.path is None:
-        return 0
+        return 0, 0
     with _reading(file.path):
-        return file.path.stat().st_size
-
-
-def _stamp(path: Path) -> int:
-    with _reading(path):
-        return path.stat().st_mtime_ns
+        found = file.path.stat()
+    return found.st_size, found.st_mtime_ns

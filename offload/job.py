@@ -1,24 +1,26 @@
 """Files of rows in, a file of results out: the job behind the command line."""
 
+import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..io.errors import InputError, StoppedError
+from ..io.errors import InputError, StoppedError, UsageError
 from .ahead import Ahead
 from .engine import Engine
 from .identity import identify
 from .inputs import Inputs
 from .kept import KeptOutput, Mode
 from .model import engine_of, load, unwrap
-from .part_reader import read_parts
-from .parts import Part
+from .part_reader import check_done, read_parts
+from .parts import NumberedRows, Part
 from .policy import Policy
 from .progress import JobProgress
 from .report import JobFigures, make_report, write_report
@@ -30,6 +32,8 @@ from .text import load_tokenizer
 from .work import Work
 
 _PARTS_AHEAD = 2
+_STDERR = 2
+_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +68,17 @@ class Job:
 
     def run(self, console: Console) -> Done:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
-        the parts under way are done, KeyboardInterrupt at the second one."""
+        the parts under way are done, and at once when a second one came."""
         source = self.source
         files = find_files([source] if isinstance(source, (str, Path)) else source)
         inputs = Inputs(files, self.work.row_keys)
         cut = self.work.cut(self.policy)
         if is_stream(self.output):
+            if self.mode == "retry":
+                raise UsageError(
+                    f"nothing is kept of {self.output}: failed rows can only be done "
+                    "again in a file"
+                )
             with StreamedOutput(self.output, cut) as streamed:
                 return self._run(inputs, streamed, console)
         check_apart(self.output, files)
@@ -77,6 +86,8 @@ class Job:
         manifest = identify(inputs, self.model, self.policy, task, cut)
         with KeptOutput(self.output, manifest, self.mode) as kept:
             if kept.is_finished:
+                if kept.is_input_doubtful:
+                    check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
             return self._run(inputs, kept, console)
 
@@ -90,7 +101,8 @@ class Job:
             is_checked=output.is_input_doubtful,
         )
         report = None
-        before, failed_before = output.num_rows, output.num_errors
+        retried = sum(output.done[number].num_errors for number in output.redo)
+        before, failed_before = output.num_rows - retried, output.num_errors - retried
         ahead = Ahead(
             parts,
             num=_PARTS_AHEAD,
@@ -100,7 +112,7 @@ class Job:
         with ahead:
             first = next(ahead, None)
             if first is not None:
-                report = self._compute(first, ahead, inputs, output, console)
+                report = self._compute(first, ahead, inputs, output, before, console)
                 report["rows_before"] = before
                 report["rows_failed_before"] = failed_before
             elif not output.done:
@@ -119,6 +131,7 @@ class Job:
         ahead: Ahead[Part],
         inputs: Inputs,
         output: Output,
+        before: int,
         console: Console,
     ) -> dict[str, Any]:
         """Does the parts and returns the report."""
@@ -127,7 +140,10 @@ class Job:
         try:
             tokenizer = load_tokenizer(self.model)
             loaded = time.perf_counter()
-            self._finish_parts(model, tokenizer, first, ahead, inputs, output, console)
+            poll = self._poll(engine_of(model), inputs, before)
+            work = partial(self.work.results, model, tokenizer)
+            with JobProgress(console, self.work.title, poll):
+                _finish_parts(work, chain([first], ahead), ahead, output, console)
             seconds = time.perf_counter() - loaded
             engine, progress = engine_of(model), self.work.progress
             first_unit, counts = engine.first_unit_at, progress.figures(seconds)
@@ -148,32 +164,6 @@ class Job:
         finally:
             unwrap(model)
 
-    def _finish_parts(
-        self,
-        model: Any,
-        tokenizer: Any,
-        first: Part,
-        ahead: Ahead[Part],
-        inputs: Inputs,
-        output: Output,
-        console: Console,
-    ) -> None:
-        """Runs the model until the parts have come to their end, or a signal came."""
-        with Stopping(ahead.stop) as stopping:
-            try:
-                with PartsRun(chain([first], ahead), output) as run:
-                    poll = self._poll(engine_of(model), inputs, output.num_rows)
-                    with JobProgress(console, self.work.title, poll):
-                        for result in self.work.results(model, tokenizer, run.feed()):
-                            run.take(result)
-                        run.finish()
-            except KeyboardInterrupt:
-                raise _stopped(output, stopping) from None
-        if stopping.signal is not None and not ahead.is_done:
-            raise _stopped(output, stopping)
-        if run.failure is not None:
-            raise run.failure
-
     def _poll(
         self, engine: Engine, inputs: Inputs, before: int
     ) -> Callable[[], tuple[float, float | None, str]]:
@@ -188,6 +178,34 @@ class Job:
             return done, total, f"{before + progress.rows_done:,}{of} rows, {remark}"
 
         return poll
+
+
+def _finish_parts(
+    work: Callable[[Iterator[NumberedRows]], Iterator[Mapping[str, Any]]],
+    parts: Iterable[Part],
+    ahead: Ahead[Part],
+    output: Output,
+    console: Console,
+) -> None:
+    """Does the parts until they have come to their end, or a signal came."""
+
+    def stop() -> None:
+        ahead.stop()
+        if not console.quiet:
+            os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+    with Stopping(stop) as stopping:
+        try:
+            with PartsRun(parts, output) as run:
+                for result in work(run.feed()):
+                    run.take(result)
+                run.finish()
+        except KeyboardInterrupt:
+            raise _stopped(output, stopping) from None
+    if stopping.signal is not None and not ahead.is_done:
+        raise _stopped(output, stopping)
+    if run.failure is not None:
+        raise run.failure
 
 
 def _stopped(output: Output, stopping: Stopping) -> StoppedError:

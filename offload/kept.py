@@ -123,6 +123,7 @@ class KeptOutput(Closing):
     ) -> None:
         """With a job that was begun."""
         _compare(begun, now, f"{self._store.folder} holds parts of another job")
+        _announce(begun, now)
         self.manifest = begun
         kept = self._store.records()
         if begun.retries:
@@ -142,6 +143,7 @@ class KeptOutput(Closing):
         self.manifest = replace(finished.manifest, retries=True)
         self.done = dict(finished.records)
         if mode == "retry" and self.num_errors:
+            _announce(finished.manifest, now)
             self._store.begin(self.manifest)
             self._retry(finished, frozenset())
         else:
@@ -181,6 +183,9 @@ def _compare(begun: Manifest, now: Manifest, what: str) -> None:
             f"{what}: {'; '.join(found)}; name another output, go on with what it was, "
             "or begin anew with --restart"
         )
+
+
+def _announce(begun: Manifest, now: Manifest) -> None:
     for remark in remarks(begun, now):
         _log.warning(
             "%s since the job began: last bits of results may differ from those of one "

@@ -20,7 +20,7 @@ class Manifest:
     meaning: Mapping[str, Any]
     """The task, its options, and the policy's keys that change what comes out."""
     rounding: Mapping[str, Any]
-    """The policy's keys that say which rows share a product."""
+    """What says which rows share a product, and how it is added up."""
     versions: Mapping[str, str]
     cut: Mapping[str, int]
     """How rows are cut into parts. That of the beginning holds."""

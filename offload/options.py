@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SOURCES = (
     "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, Arrow: files, globs or "
-    "folders, or - for standard input."
+    "folders (sorted by path), or - for standard input."
 )
 OUTPUTS = (
     "Its suffix says the format: JSON lines (also .gz, .zst), .parquet or .arrow; - is "

@@ -45,6 +45,15 @@ def read_parts(
                 yield part
 
 
+def check_done(inputs: Inputs, cut: Cut, done: Mapping[int, PartRecord]) -> None:
+    """Raises InputError where the rows of `inputs` are not all those of `done`."""
+    for part in read_parts(inputs, cut, done, is_checked=True):
+        raise InputError(
+            f"row {part.first_row + 1} of the input, and what follows, was not there "
+            "when the job was done: name another output, or begin anew with --restart"
+        )
+
+
 class _Rows:
     """Rows from where they are asked for: goes on with the open file if it can."""
 

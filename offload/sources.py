@@ -93,6 +93,8 @@ def _found(source: str | Path) -> Iterator[InputFile]:
             if Path(name).is_file():
                 yield _named(Path(name))
     elif path.exists():
+        if not path.is_file():  # it would be read twice, and has no size
+            raise InputError(f"{path} is no file: give a pipe as standard input (-)")
         yield _named(path)
     else:
         raise InputError(f"cannot read {path}: No such file or directory")

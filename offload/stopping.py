@@ -12,7 +12,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stopping:
     """While open, the first SIGINT or SIGTERM calls `stop` (in the signal handler, on
     the main thread), the second one raises KeyboardInterrupt. Before and after, signals
-    do what they did. On another thread than the main one this does nothing."""
+    do what they did; one that was ignored stays so. On another thread than the main one
+    this does nothing."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
@@ -20,14 +21,14 @@ class Stopping:
         self.signal: int | None = None
         """The first that came."""
 
-    @property
-    def was_asked(self) -> bool:
-        return self.signal is not None
-
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:  # as in a shell's background
+                    # None: other code's than Python's, which cannot be put back.
+                    self._before[number] = signal.SIG_DFL if before is None else before
+                    signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ from penstock.offload.inputs import Inputs
 from penstock.offload.jsonl import SCORED_KEYS
 from penstock.offload.kept import KeptOutput, Mode
 from penstock.offload.manifest import Manifest
-from penstock.offload.part_reader import read_parts
+from penstock.offload.part_reader import check_done, read_parts
 from penstock.offload.parts import Cut, NumberedRows
 from penstock.offload.running import PartsRun
 from penstock.offload.sources import find_files
@@ -120,6 +120,8 @@ def run_job(
     manifest = manifest_of(inputs, cut, **meaning)
     with KeptOutput(output, manifest, mode, disk or FragileDisk()) as kept:
         if kept.is_finished:
+            if kept.is_input_doubtful:
+                check_done(inputs, kept.cut, kept.done)
             return work
         parts = read_parts(
             inputs,

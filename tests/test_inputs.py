@@ -271,6 +271,17 @@ def test_a_file_that_grows_while_it_is_read_is_noticed(tmp_path: Path) -> None:
         list(rows)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_that_is_another_one_by_the_time_it_is_read_is_noticed(
+    name: str, tmp_path: Path
+) -> None:
+    source = FORMATS[name](tmp_path / name)
+    inputs = inputs_of(source)
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(InputError, match=rf"{name} was changed while it was read"):
+        list(inputs.rows(Position()))
+
+
 def test_a_file_that_is_removed_while_it_is_read_is_read_to_its_end(
     tmp_path: Path,
 ) -> None:
@@ -304,6 +315,9 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         find_files(["-", tmp_path / "a.jsonl"])
     with pytest.raises(InputError, match=r"write it without \.gz"):
         find_files([plain(tmp_path / "a.parquet.gz")])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is no file: .* standard input"):
+        find_files([tmp_path / "pipe"])
     with pytest.raises(InputError, match="an input and the output"):
         check_apart(tmp_path / "a.jsonl", find_files([tmp_path / "a.jsonl"]))
 

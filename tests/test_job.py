@@ -22,11 +22,12 @@ from penstock.io.errors import InputError, StoppedError, UsageError
 from penstock.offload.job import Done, Job
 from penstock.offload.parts import Cut, NumberedRows
 from penstock.offload.work import GenerateWork, ScoreWork, Work
+from test_score import run as command
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "zwölf", "Boxkämpfer"]
-NUM_ROWS = 40
+NUM_ROWS = 32
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +90,11 @@ def scoring() -> Work:
 
 
 def generating() -> Work:
-    return GenerateWork(5, seed=3, options={"temperature": 1.2})
+    return GenerateWork(3, seed=3, options={"temperature": 1.2})
 
 
 def sampling_beams() -> Work:
-    return GenerateWork(3, seed=3, options={"num_beams": 2, "do_sample": True})
+    return GenerateWork(2, seed=3, options={"num_beams": 2, "do_sample": True})
 
 
 def run(
@@ -116,7 +117,7 @@ def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
 ) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     run(make(), folder, source, whole)
-    for at in (3, 14, 9):
+    for at in (14, 9):
         with pytest.raises(Killed):
             run(Watched(make(), at, kill), folder, source, output)
     done, progress = run(make(), folder, source, output)
@@ -180,6 +181,19 @@ def test_the_second_signal_stops_at_once(
     assert len(read_lines(output)) == NUM_ROWS
 
 
+def test_a_signal_that_was_ignored_before_stays_so(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """As in a shell's background: `penstock ... &`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ignored = Watched(ScoreWork(), 2, lambda: signal.raise_signal(signal.SIGINT))
+        done, _ = run(ignored, folder, source, tmp_path / "out.jsonl")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.num_rows == NUM_ROWS
+
+
 def test_a_signal_after_the_last_part_was_read_changes_nothing(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -201,6 +215,9 @@ def test_failed_rows_are_done_again_and_the_others_stay(
     assert output.read_bytes().splitlines() == before
     assert progress.rows_done == 2
     assert done.num_errors == 2
+    assert done.report is not None
+    assert done.report["rows_before"] == NUM_ROWS - 2
+    assert done.report["rows_failed_before"] == 0
 
 
 def test_logits_that_are_no_numbers_are_errors_and_never_in_the_output(
@@ -265,7 +282,7 @@ def test_an_input_that_ends_in_the_middle_keeps_what_came_before(
 ) -> None:
     import gzip
 
-    whole = gzip.compress(source.read_bytes() * 20)
+    whole = gzip.compress(source.read_bytes() * 4)
     cut = tmp_path / "in.jsonl.gz"
     cut.write_bytes(whole[: len(whole) * 2 // 3])
     output = tmp_path / "out.jsonl"
@@ -320,7 +337,8 @@ def spawn(*arguments: Any, stdin: bytes = b"") -> subprocess.CompletedProcess[by
         input=stdin,
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -330,8 +348,18 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(
 ) -> None:
     done = spawn("score", folder, "-", "-o", "-", stdin=source.read_bytes())
     assert done.returncode == 1, done.stderr
-    spawn("score", folder, source, "-o", tmp_path / "out.jsonl")
-    assert done.stdout == (tmp_path / "out.jsonl").read_bytes()
-    again = spawn("score", folder, source, "-o", tmp_path / "out.jsonl")
+    output = tmp_path / "out.jsonl"
+    job = Job(ScoreWork(), folder, source, output, Policy())
+    job.run(Console(quiet=True))
+    assert done.stdout == output.read_bytes()
+
+
+def test_a_finished_job_says_so_and_how_it_went(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    Job(ScoreWork(), folder, source, output, Policy()).run(Console(quiet=True))
+    again = command("score", folder, source, "-o", output)
     assert again.returncode == 1
-    assert b"is done already: 40 rows" in again.stderr
+    assert "is done already: 32 rows" in again.stderr
+    assert "2 of 32 rows failed" in again.stderr

@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
+from jobs import CUT, FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import InputError, OutputError, UsageError
+from penstock.offload.finished import read_finished
+from penstock.offload.inputs import Inputs
+from penstock.offload.jsonl import SCORED_KEYS
+from penstock.offload.part_reader import check_done
 from penstock.offload.parts import Cut
+from penstock.offload.sources import find_files
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -166,6 +171,26 @@ def test_another_input_is_refused(source: Path, tmp_path: Path) -> None:
         run_job(other, output)
 
 
+def test_files_in_another_order_are_another_input(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    other = write_rows(tmp_path / "other.jsonl", 9)
+    run_job([source, other], output)
+    assert run_job([source, other], output).asked == []
+    with pytest.raises(UsageError, match=r"its input .*in.jsonl is another one"):
+        run_job([other, source], output)
+
+
+def test_an_input_that_was_moved_is_the_same(
+    source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert killed_at(30, source, output)
+    (tmp_path / "there").mkdir()
+    source.rename(tmp_path / "there" / "in.jsonl")
+    assert run_job(tmp_path / "there" / "in.jsonl", output).asked[0] > 0
+    assert output.read_bytes() == expected
+
+
 def test_an_input_that_was_copied_again_is_compared_and_taken(
     source: Path, expected: bytes, tmp_path: Path
 ) -> None:
@@ -209,6 +234,44 @@ def test_a_finished_job_has_nothing_to_do(source: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
     assert [part["num_rows"] for part in found["parts"]] == [4, 4, 4, 4, 2]
     assert found["num_rows"] == 18
+
+
+def test_a_finished_job_of_standard_input_is_compared_with_what_comes_now(
+    source: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def piped(content: bytes, step: int | None = None) -> list[int]:
+        reading, writing = os.pipe()
+        os.write(writing, content)
+        os.close(writing)
+        monkeypatch.setattr("penstock.offload.inputs._STDIN", reading)
+        try:
+            return run_job(["-"], output, disk=FragileDisk(step)).asked
+        finally:
+            os.close(reading)
+
+    content = source.read_bytes()
+    with pytest.raises(Killed):
+        piped(content, 30)
+    assert piped(content)[0] > 0, "the parts that are done are read, and passed over"
+    assert output.read_bytes() == expected
+    assert piped(content) == []
+    with pytest.raises(InputError, match="rows 17 to 18 of the input are not those"):
+        piped(content + b'{"text": "more"}\n')
+    with pytest.raises(InputError, match="rows 1 to 4 of the input are not those"):
+        piped(content.replace(b"r0", b"r!"))
+    assert output.read_bytes() == expected
+
+
+def test_a_finished_job_whose_input_has_more_by_now_is_refused(tmp_path: Path) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", 8), tmp_path / "out.jsonl"
+    run_job(source, output)
+    files = find_files([write_rows(tmp_path / "more.jsonl", 9)])
+    records = read_finished(output)
+    assert records is not None
+    with pytest.raises(InputError, match="row 9 of the input, and what follows"):
+        check_done(Inputs(files, SCORED_KEYS), CUT, records.records)
 
 
 def test_a_file_that_is_not_ours_is_not_written_over(

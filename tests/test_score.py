@@ -295,6 +295,13 @@ def test_bad_rows_are_named_by_line_and_the_job_goes_on(
         (["{folder}", "{rows}", "-o", "{out}", "--set", "slots=2"], 2, "known: "),
         (["{folder}", "{rows}", "-o", "{out}", "--policy", "no.yaml"], 2, "no.yaml"),
         (["{folder}", "{rows}", "-o", "/proc/nothing/out"], 3, "cannot write"),
+        (["{folder}", "{rows}", "-o", "{rows}"], 2, "an input and the output"),
+        (["{folder}", "{rows}", "-o", "-", "--retry-errors"], 2, "nothing is kept"),
+        (
+            ["{folder}", "{rows}", "-o", "{out}", "--restart", "--retry-errors"],
+            2,
+            "leave --retry-errors out",
+        ),
         (
             ["{folder}", "{rows}", "-o", "{out}", "--set", "device_memory=8KiB"],
             3,
