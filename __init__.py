@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .io.errors import PenstockError
+    from .offload.classify import classify
+    from .offload.embed import embed
     from .offload.generate import generate
     from .offload.mapper import Mapper
     from .offload.model import load, statistics, sweep, unwrap, wrap
@@ -18,6 +20,8 @@ _HOMES = {
     "Mapper": "offload.mapper",
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
+    "classify": "offload.classify",
+    "embed": "offload.embed",
     "generate": "offload.generate",
     "load": "offload.model",
     "score": "offload.score",
@@ -31,6 +35,8 @@ __all__ = [
     "Mapper",
     "PenstockError",
     "Policy",
+    "classify",
+    "embed",
     "generate",
     "load",
     "score",

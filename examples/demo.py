@@ -51,13 +51,17 @@ def main() -> None:
         output=args.out / "scores.jsonl",
         policy=policy,
         report=args.out,
+        mode="restart",
     )
-    report = job.run(console)
+    done = job.run(console)
+    assert done.report is not None, "a job that begins anew does all its rows"
     Console().print(
-        report_table(report, f"{folder.name} in a working set of {args.device_memory}")
+        report_table(
+            done.report, f"{folder.name} in a working set of {args.device_memory}"
+        )
     )
     print(f"scores: {job.output}\nreport: {args.out / 'report.html'}")
-    sys.exit(1 if report["rows_failed"] else 0)
+    sys.exit(1 if done.num_errors else 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ PenstockError
 ├── OutputError              the results cannot be written (exit code 3)
 ├── DoesNotFitError          a budget is too small; says the least that works (3)
 ├── MachineError             a budget is more than the machine has (exit code 3)
+├── StoppedError             it was told to stop; says how to go on (130, 143)
 ├── FaultError               weights touched outside the working set, under `strict`
 └── ClosedError              you closed it
 """
@@ -59,6 +60,14 @@ class DoesNotFitError(PenstockError):
 
 class MachineError(PenstockError):
     """More was asked for than the machine has; the message says how much that is."""
+
+
+class StoppedError(PenstockError):
+    """A signal ended the job; what is done of it is kept."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
 
 
 class FaultError(PenstockError):

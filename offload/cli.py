@@ -6,31 +6,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..io.errors import PenstockError
-from .options import (
-    LogJson,
-    Metrics,
-    Model,
-    PolicyFile,
-    Report,
-    Settings,
-    policy_of,
-)
+from ..io.errors import PenstockError, StoppedError
+from . import cli_jobs, cli_texts
+from .options import Model, PolicyFile, Settings, policy_of, say
 from .policy import Policy
 from .policy_command import policy
-from .values import parse_setting
-
-if TYPE_CHECKING:
-    from .job import Job
-
-ROWS_WITH_ERRORS = 1
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="penstock",
@@ -42,7 +28,8 @@ app = typer.Typer(
 checkpoint's own files while many micro-batches run through each layer that is there.
 
 Exit codes: **0** all rows done, **1** rows with errors, **2** bad usage or bad input
-file, **3** the machine cannot do it (and what would).""",
+file, **3** the machine cannot do it (and what would), **130** and **143** stopped by
+Ctrl-C or SIGTERM (run it again to go on).""",
 )
 
 
@@ -54,141 +41,10 @@ def _callback() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@app.command()
-def score(
-    model: Model,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT",
-            help='JSONL: a row is {"id", "text"} or {"id", "prompt", "completion"}.',
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='JSONL: {"id", "logprob", "tokens", "perplexity"} or {"id", "error"} '
-            "for each row, in the input's order.",
-        ),
-    ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    log_json: LogJson = False,
-    metrics: Metrics = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Score texts longer than the model's context in windows of so many "
-            "tokens. Without it such a row is an error."
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(help="Tokens by which windows advance (default: half a window)."),
-    ] = None,
-) -> None:
-    """Log-probability of each text (or completion) under a causal language model.
-
-    Example: `penstock score ./llama-3b texts.jsonl -o scores.jsonl --set
-    device_memory=1GiB --report out/`
-    """
-    from .job import Job
-    from .watch import Watching
-    from .work import ScoreWork
-
-    work = ScoreWork(window, stride)
-    chosen, watching = policy_of(policy, settings), Watching(log_json, metrics)
-    _run(Job(work, model, source, output, chosen, report, watching))
-
-
-@app.command()
-def generate(
-    model: Model,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUT",
-            help='JSONL: a row is {"id", "prompt"} or {"id", "messages"}.',
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='JSONL: {"id", "completion", "tokens", "finish_reason"} or {"id", '
-            '"error"} for each row, in the input\'s order.',
-        ),
-    ],
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens that a completion may have.")
-    ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    log_json: LogJson = False,
-    metrics: Metrics = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A completion ends before this text. Repeatable."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample at this temperature; 0: take the likeliest. Without it, as "
-            "the model's generation_config.json says."
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(help="Of what is sampled; each row has its own random state."),
-    ] = 0,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            metavar="KEY=VALUE",
-            help="Any other option of transformers' generate, such as top_p=0.9, "
-            "repetition_penalty=1.1 or num_beams=4. Repeatable.",
-        ),
-    ] = None,
-) -> None:
-    """Completes each prompt (or chat) with a language model.
-
-    Example: `penstock generate ./llama-3b prompts.jsonl -o completions.jsonl
-    --max-new-tokens 64 --set device_memory=1GiB --set sequences_in_flight=256`
-    """
-    from .job import Job
-    from .watch import Watching
-    from .work import GenerateWork
-
-    values = dict(map(parse_setting, options or []))
-    if temperature is not None:
-        values["temperature"] = temperature
-    work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
-    chosen, watching = policy_of(policy, settings), Watching(log_json, metrics)
-    _run(Job(work, model, source, output, chosen, report, watching))
-
-
-def _run(job: "Job") -> None:
-    from .show import report_table
-
-    console = Console(stderr=True)
-    try:
-        result = job.run(console)
-    except KeyboardInterrupt:
-        _say(f"interrupted: the results so far are in {job.output}.partial")
-        raise typer.Exit(INTERRUPTED) from None
-    if console.is_terminal:
-        console.print(report_table(result, f"{job.output}"))
-        if job.report is not None:
-            _say(f"pictures of where the time went: {job.report / 'report.html'}")
-    if result["rows_failed"]:
-        _say(f"{result['rows_failed']} of {result['rows']} rows failed: {job.output}")
-        raise typer.Exit(ROWS_WITH_ERRORS)
+app.command()(cli_jobs.score)
+app.command()(cli_jobs.generate)
+app.command()(cli_texts.embed)
+app.command()(cli_texts.classify)
 
 
 @app.command()
@@ -250,10 +106,6 @@ def _verify_checksums(model: Path, policy: Policy) -> None:
 app.command()(policy)
 
 
-def _say(message: str) -> None:
-    print(f"penstock: {message}", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
     """Shows what Penstock announces (fallbacks, faults) as it happens."""
@@ -275,6 +127,9 @@ def main() -> None:
     try:
         with _log_on_stderr():
             app()
+    except StoppedError as error:
+        say(f"{error}")
+        sys.exit(error.exit_code)
     except PenstockError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(error.exit_code)

@@ -9,7 +9,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ..io.errors import UsageError
-from .decoding import Decoder, RowEnds
+from .decoding import Decoder, RowEnds, row_seed
 
 
 @dataclass(slots=True)
@@ -91,6 +91,8 @@ class Completions:
             options["custom_generate"] = Decoder(
                 self._seed, numbers, ends, tick, chunk_tokens, leave
             )
+        else:  # what is drawn depends on these rows, not on how many came before
+            torch.manual_seed(row_seed(self._seed, prompts[0].index, 0))
         found = self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),

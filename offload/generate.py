@@ -4,7 +4,6 @@ each pass over the streamed weights."""
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -15,58 +14,17 @@ from ..scheduler.packing import chunk_tokens, pack
 from .completions import Completions, Prompt
 from .decoding import keeps_only_keys_and_values
 from .model import engine_of
+from .parts import NumberedRows, lazy_parts
+from .policy import Policy
+from .task_progress import GenerateProgress as GenerateProgress
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
 # Prompts that are packed together: so many micro-batches, so that lengths match well.
 _POOL_MICRO_BATCHES = 16
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
-
-
-@dataclass(slots=True)
-class GenerateProgress:
-    """How far a job is; updated as it goes."""
-
-    rows_done: int = 0
-    rows_failed: int = 0
-    rows_computed: int = 0
-    """Others before them may not be."""
-    rows_in_flight: int = 0
-    micro_batches_done: int = 0
-    tokens_padding: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    max_new_tokens: int = 1
-
-    def rows_through(self, pass_fraction: float) -> float:
-        """Rows done, and the parts of those under way, at most their share."""
-        made = self.output_tokens / self.max_new_tokens
-        computed = max(self.rows_done, self.rows_computed)
-        return max(computed, min(made, computed + self.rows_in_flight))
-
-    def tokens_through(self, pass_fraction: float) -> float:
-        """Output tokens; each counts when it is there, which is soon."""
-        return self.output_tokens
-
-    def remark(self, seconds: float) -> str:
-        """The speeds, in words."""
-        return (
-            f"{self.output_tokens / seconds:,.1f} output tokens/s, "
-            f"{self.prompt_tokens / seconds:,.0f} prompt tokens/s"
-        )
-
-    def figures(self, seconds: float) -> dict[str, Any]:
-        """What the report says of the job's tokens."""
-        tokens = self.prompt_tokens + self.output_tokens
-        return {
-            "tokens": tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-            "tokens_padding": self.tokens_padding,
-            "micro_batches": self.micro_batches_done,
-            "tokens_per_second": tokens / seconds,
-            "output_tokens_per_second": self.output_tokens / seconds,
-        }
+# Of rows that nobody has cut into parts; failed ones wait for the end of theirs.
+_LAZY_ROWS = 4096
 
 
 def generate(
@@ -94,6 +52,33 @@ def generate(
     sampled by a generator of its own, seeded by `seed` and its number: what it was
     batched with does not matter, but for the rounding of products of another width.
     """
+    return generate_parts(
+        model,
+        lazy_parts(rows, _LAZY_ROWS),
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        stop=stop,
+        seed=seed,
+        progress=progress or GenerateProgress(),
+        **options,
+    )
+
+
+def generate_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    max_new_tokens: int,
+    tokenizer: Any,
+    stop: Sequence[str],
+    seed: int,
+    progress: GenerateProgress,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Like `generate`, of numbered rows in parts: no two parts share a micro-batch, and
+    what is drawn for a row depends on its number, so that each part has the same tokens
+    without the others. Only products that micro-batches share (`coalesce`) have other
+    last bits in other company."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
     if not model.can_generate():
@@ -108,9 +93,17 @@ def generate(
             seed=seed,
             options=options,
         ),
-        progress or GenerateProgress(),
+        progress,
     )
-    return job.run(iter(rows))
+    return job.run(parts)
+
+
+def prompts_pooled(policy: Policy) -> int:
+    """Rows that are packed together: of many micro-batches, so that lengths match
+    well."""
+    in_flight = policy.sequences_in_flight
+    each = min(policy.micro_batch_sequences, in_flight)
+    return max(each * _POOL_MICRO_BATCHES, in_flight)
 
 
 class _Group(NamedTuple):
@@ -149,7 +142,7 @@ class _Generating:
         self._max_tokens = policy.micro_batch_tokens
         self._in_flight = policy.sequences_in_flight
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
-        self._num_rows = 0
+        self._pool_rows = prompts_pooled(policy)
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
@@ -160,15 +153,14 @@ class _Generating:
             self._chunks = "all"
         self._shrinks = is_plain and not keeps_bits
 
-    def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
         # Compiled blocks cannot stop inside, for others to come.
         coalesce = None if self._engine.policy.compile else True
         with self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep:
-            for outcome in sweep.run(self._complete, self._micro_batches(rows)):
+            for outcome in sweep.run(self._complete, self._micro_batches(parts)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result
-                self._progress.micro_batches_done += 1
                 yield from self._finished()
         yield from self._finished()
 
@@ -184,16 +176,20 @@ class _Generating:
             self._progress.rows_failed += "error" in result
             yield result
 
-    def _micro_batches(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[_Group]:
-        while self._fill(rows):
-            yield self._groups.popleft()
+    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[_Group]:
+        for part in parts:
+            rows = iter(part)
+            while self._fill(rows):
+                yield self._groups.popleft()
+            if self._pending and self._pending[-1].result is not None:
+                yield _Group([], None)  # for its failed rows to be handed on now
 
-    def _fill(self, rows: Iterator[Mapping[str, Any]]) -> bool:
+    def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
         """Takes rows as they are needed and groups prompts of similar lengths; False
         at the end."""
-        wanted = max(self._max_rows * _POOL_MICRO_BATCHES, self._in_flight)
-        while not self._groups and (batch := list(islice(rows, wanted))):
-            pool = [prompt for prompt in map(self._prompt, batch) if prompt is not None]
+        while not self._groups and (batch := list(islice(rows, self._pool_rows))):
+            prompts = [self._prompt(number, row) for number, row in batch]
+            pool = [prompt for prompt in prompts if prompt is not None]
             self._groups += self._packed(pool)
         return bool(self._groups)
 
@@ -227,10 +223,9 @@ class _Generating:
             max_tokens=self._max_tokens,
         )
 
-    def _prompt(self, row: Mapping[str, Any]) -> Prompt | None:
+    def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""
-        prompt = Prompt(self._num_rows, row.get("id"))
-        self._num_rows += 1
+        prompt = Prompt(number, row.get("id"))
         self._pending.append(prompt)
         try:
             if "error" in row:
@@ -254,7 +249,10 @@ class _Generating:
     def _complete(self, group: _Group) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
         their error; what Penstock fails at is the job's."""
+        if not group.prompts:
+            return
         prompts, progress = group.prompts, self._progress
+        progress.micro_batches_done += 1
         in_flight = _InFlight(progress, len(prompts))
         try:
             with torch.inference_mode():

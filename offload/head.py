@@ -39,18 +39,36 @@ class CausalScorer:
         return self._tail is not None
 
     def log_probabilities(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor | None
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
     ) -> torch.Tensor:
         """Natural log-probability of every token of `ids` [rows, length] but the first,
         given those before it: float32 [rows, length - 1]. What stands at padding (on
-        the right, 0 in `attention_mask`) is meaningless."""
-        inputs = {"input_ids": ids, "use_cache": False}
+        the right, 0 in `attention_mask`) is meaningless. `inputs` are more of the
+        model's, such as a cache of what was before."""
+        logits_of = self._run(ids, attention_mask, {"use_cache": False, **inputs})
+        return _by_chunks(logits_of, ids[:, 1:], self._step(ids))
+
+    def next_logits(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
+    ) -> torch.Tensor:
+        """float32 [rows, vocabulary]: of what comes behind the last of `ids`."""
+        length = ids.shape[1]
+        logits = self._run(ids, attention_mask, inputs)(slice(length - 1, length))
+        return logits[:, -1].float()
+
+    def _run(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        inputs: dict[str, Any],
+    ) -> Callable[[slice], torch.Tensor]:
+        """Runs the model; what is returned makes the logits of some positions."""
+        inputs = {"input_ids": ids, **inputs}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
-        targets = ids[:, 1:]
         if self._tail is None or self._base is None:
-            logits = self._model(**inputs).logits[:, :-1]
-            return _by_chunks(lambda part: logits[:, part], targets, self._step(ids))
+            logits = self._model(**inputs).logits
+            return lambda part: logits[:, part]
         outputs = self._base(**inputs)
         hidden = outputs.last_hidden_state
         tail = self._tail
@@ -62,7 +80,7 @@ class CausalScorer:
             assert isinstance(logits, torch.Tensor)
             return logits
 
-        return _by_chunks(logits_of, targets, self._step(ids))
+        return logits_of
 
     def _step(self, ids: torch.Tensor) -> int:
         """Positions a chunk: logits in the model's dtype, their float32 copy and one

@@ -1,64 +1,162 @@
-"""A file of rows in, a file of results out: the job behind the command line."""
+"""Files of rows in, a file of results out: the job behind the command line."""
 
+import os
+import signal
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from .jsonl import ResultWriter, count_rows, read_rows
+from ..io.errors import InputError, StoppedError, UsageError
+from .ahead import Ahead
+from .identity import identify
+from .inputs import Inputs
+from .kept import KeptOutput, Mode
 from .model import engine_of, load, unwrap
+from .part_reader import check_done, read_parts
+from .parts import Part
 from .policy import Policy
 from .recorded import Recorded
 from .report import JobFigures, judge, make_report, write_report
+from .running import Output, PartsRun
+from .sources import check_apart, find_files
+from .stopping import Stopping
+from .streamed import StreamedOutput, is_stream
 from .text import load_tokenizer
 from .watch import Watch, Watching
 from .work import Work
 
+_PARTS_AHEAD = 2
+_STDERR = 2
+_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a job."""
+
+    num_rows: int
+    """Of its output."""
+    num_errors: int
+    """Of those, failed ones."""
+    report: dict[str, Any] | None
+    """None where all was done before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Do `work` with the rows of `source` and the checkpoint `model` into `output`."""
+    """Do `work` with the rows of `source` and the checkpoint `model` into `output`.
+
+    `source` is a path, a glob, a folder, `-` (standard input), or several of them;
+    `output` a file, or `-`. What is done is kept beside it until all is: killed at any
+    time and run again, the job goes on. Its signals are taken over while it runs on the
+    main thread.
+    """
 
     work: Work
     model: Path
-    source: Path
+    source: str | Path | Sequence[str | Path]
     output: Path
     policy: Policy
     report: Path | None = None
+    mode: Mode = "resume"
     watching: Watching = field(default_factory=Watching)
 
-    def run(self, console: Console) -> dict[str, Any]:
-        """Runs the job and returns its report. Raises PenstockError; what was written
-        until then stays in `output` + ".partial"."""
-        num_rows = count_rows(self.source)
-        labels = {"model": str(self.model), "output": str(self.output)}
-        with Watch(console, self.work, labels, self.watching) as watch:
-            return self._run(watch, num_rows)
+    def run(self, console: Console) -> Done:
+        """Runs the job. Raises PenstockError; StoppedError when a signal came, once
+        the parts under way are done, and at once when a second one came."""
+        source = self.source
+        files = find_files([source] if isinstance(source, (str, Path)) else source)
+        inputs = Inputs(files, self.work.row_keys)
+        cut = self.work.cut(self.policy)
+        if is_stream(self.output):
+            if self.mode == "retry":
+                raise UsageError(
+                    f"nothing is kept of {self.output}: failed rows can only be done "
+                    "again in a file"
+                )
+            with StreamedOutput(self.output, cut) as streamed:
+                return self._run(inputs, streamed, console)
+        check_apart(self.output, files)
+        task = self.work.task()
+        manifest = identify(inputs, self.model, self.policy, task, cut)
+        with KeptOutput(self.output, manifest, self.mode) as kept:
+            if kept.is_finished:
+                if kept.is_input_doubtful:
+                    check_done(inputs, kept.cut, kept.done)
+                return Done(kept.num_rows, kept.num_errors, None)
+            return self._run(inputs, kept, console)
 
-    def _run(self, watch: Watch, num_rows: int) -> dict[str, Any]:
+    def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
+        """The parts that are not done; then they are joined."""
+        parts = read_parts(
+            inputs,
+            output.cut,
+            dict(output.done),
+            output.redo,
+            is_checked=output.is_input_doubtful,
+        )
+        report = recorded = None
+        retried = sum(output.done[number].num_errors for number in output.redo)
+        before, failed_before = output.num_rows - retried, output.num_errors - retried
+        ahead = Ahead(
+            parts,
+            num=_PARTS_AHEAD,
+            name="penstock-input",
+            close_seconds=1.0 if inputs.is_stream else None,
+        )
+        with ahead:
+            first = next(ahead, None)
+            if first is not None:
+                labels = {"model": str(self.model), "output": str(self.output)}
+                with Watch(console, self.work, labels, self.watching) as watch:
+                    report, recorded = self._compute(
+                        chain([first], ahead), ahead, inputs, output, before, watch
+                    )
+                report["fallbacks"] += watch.failures
+                report["rows_before"] = before
+                report["rows_failed_before"] = failed_before
+            elif not output.done:
+                raise InputError(
+                    f"{', '.join(file.name for file in inputs.files)} is empty: it "
+                    'needs a JSON object a line, such as {"text": "..."}'
+                )
+        output.finish()
+        if report is not None and recorded is not None and self.report is not None:
+            write_report(self.report, report, recorded)
+        return Done(output.num_rows, output.num_errors, report)
+
+    def _compute(
+        self,
+        parts: Iterable[Part],
+        ahead: Ahead[Part],
+        inputs: Inputs,
+        output: Output,
+        before: int,
+        watch: Watch,
+    ) -> tuple[dict[str, Any], Recorded]:
+        """Does the parts and returns the report, and what its pictures are made of."""
         model = load(self.model, self.policy)
         try:
             tokenizer, engine = load_tokenizer(self.model), engine_of(model)
             loaded = time.perf_counter()
-            with (
-                ResultWriter(self.output) as writer,
-                watch.computing(engine, num_rows),
-            ):
-                rows = read_rows(self.source, self.work.row_keys)
-                for result in self.work.results(model, tokenizer, rows):
-                    writer.write(result)
-                writer.finish()
+            with watch.computing(engine, inputs.estimated_rows, before):
+                self._finish_parts(model, tokenizer, parts, ahead, output, watch)
             seconds = time.perf_counter() - loaded
-            progress, first = self.work.progress, engine.first_unit_at
+            progress, first_unit = self.work.progress, engine.first_unit_at
             counts = progress.figures(seconds)
             figures = JobFigures(
                 rows=progress.rows_done,
                 rows_failed=progress.rows_failed,
                 seconds=seconds,
                 load_seconds=loaded - watch.began,
-                seconds_to_first_unit=None if first is None else first - watch.began,
+                seconds_to_first_unit=None
+                if first_unit is None
+                else first_unit - watch.began,
                 counts=counts,
                 plan=self.work.plan(self.policy, counts["micro_batches"]),
                 dtype=watch.dtype,
@@ -71,9 +169,45 @@ class Job:
             report = make_report(
                 str(self.model), self.policy, figures, statistics, bound, recorded
             )
+            return report, recorded
         finally:
             unwrap(model)
-        report["fallbacks"] += watch.failures
-        if self.report is not None:
-            write_report(self.report, report, recorded)
-        return report
+
+    def _finish_parts(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Iterable[Part],
+        ahead: Ahead[Part],
+        output: Output,
+        watch: Watch,
+    ) -> None:
+        """Runs the model until the parts have come to their end, or a signal came."""
+
+        def stop() -> None:
+            ahead.stop()
+            if not watch.is_quiet:
+                os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+        with Stopping(stop) as stopping:
+            try:
+                with PartsRun(parts, output) as run:
+                    for result in self.work.results(model, tokenizer, run.feed()):
+                        run.take(result)
+                    run.finish()
+            except KeyboardInterrupt:
+                raise _stopped(output, stopping) from None
+        if stopping.signal is not None and not ahead.is_done:
+            raise _stopped(output, stopping)
+        if run.failure is not None:
+            raise run.failure
+
+
+def _stopped(output: Output, stopping: Stopping) -> StoppedError:
+    how = "run the same command again to go on"
+    if not output.is_kept:
+        how = "what went to standard output cannot be gone on with"
+    return StoppedError(
+        f"stopped: {output.num_rows:,} rows are done; {how}",
+        stopping.signal or signal.SIGINT,
+    )

@@ -1,109 +1,77 @@
-"""Rows in from a JSONL file, results out to one: in order, and never half a file under
-the final name."""
+"""Lines of JSON: rows in, results out."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
-from ..io.closing import Closing
-from ..io.errors import InputError, OutputError
+from ..io.errors import InputError
 
 SCORED_KEYS = {"text": '"text"', "prompt": '"prompt" and "completion"'}
+TEXT_KEYS = {"text": '"text"'}
+ASKED_KEYS = {"prompt": '"prompt"', "text": '"text"'}
 PROMPT_KEYS = {"prompt": '"prompt"', "text": '"text"', "messages": '"messages"'}
+# A longer one is no row: what has no line ends is another kind of file.
+_MAX_LINE_BYTES = 1 << 30
 
 
-def count_rows(path: Path) -> int:
-    """Rows of the file `path`. Raises InputError when it cannot be read or is empty."""
+def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """The lines in `chunks` of bytes, with their ends."""
+    pieces: list[bytes] = []
+    num_bytes = 0
+    for chunk in chunks:
+        *whole, rest = chunk.split(b"\n")
+        for line in whole:
+            yield b"".join((*pieces, line, b"\n")) if pieces else line + b"\n"
+            pieces, num_bytes = [], 0
+        if rest:
+            pieces.append(rest)
+            num_bytes += len(rest)
+            if num_bytes > _MAX_LINE_BYTES:
+                raise InputError(
+                    f"{name} has a line of more than {_MAX_LINE_BYTES} bytes: it needs "
+                    "a JSON object a line"
+                )
+    if pieces:
+        yield b"".join(pieces)
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `line`, or a row with an "error" that says `where` it stood
+    and why it is none."""
     try:
-        with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if not rows:
-        raise InputError(
-            f'{path} is empty: it needs a JSON object a line, such as {{"text": "..."}}'
-        )
-    return rows
-
-
-def read_rows(
-    path: Path, any_of: Mapping[str, str] = SCORED_KEYS
-) -> Iterator[dict[str, Any]]:
-    """The rows of `path`; one without an "id" gets its line number (from 1). A line
-    that is no JSON object, or has none of the keys `any_of` (and how an error names
-    each), becomes a row with an "error" that names the line."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _row(line, number, any_of)
-    except OSError as error:
-        raise InputError(f"reading {path} failed: {error.strerror}") from error
-
-
-def _row(line: bytes, number: int, any_of: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
     except UnicodeDecodeError as error:
-        return {"id": number, "error": f"line {number} is no UTF-8: {error.reason}"}
-    except ValueError as error:
-        return {"id": number, "error": f"line {number} is no JSON: {error}"}
+        return {"error": f"{where} is no UTF-8: {error.reason}"}
+    except (ValueError, RecursionError) as error:
+        return {"error": f"{where} is no JSON: {error}"}
     if not isinstance(row, dict):
-        return {"id": number, "error": f"line {number} is no JSON object: {row!r:.40}"}
-    if not any_of.keys() & row.keys():
-        keys = ", ".join(key for key in row) or "none"
-        wanted = ", nor ".join(any_of.values())
-        row["error"] = f"line {number} has no {wanted} (keys: {keys})"
-    else:
-        row.pop("error", None)  # an input's own key is no failure of ours
-    row.setdefault("id", number)
+        return {"error": f"{where} is no JSON object: {row!r:.40}"}
+    row.pop("error", None)  # an input's own key is no failure of ours
     return row
 
 
-class ResultWriter(Closing):
-    """Writes results to `path` by way of `path.partial`: the final name appears when
-    all are there; what was written before a failure stays under the partial one."""
+def checked(
+    row: dict[str, Any], where: str, identity: Any, any_of: Mapping[str, str]
+) -> dict[str, Any]:
+    """`row` with an "id" (else `identity`), and an "error" where it has none of the
+    keys `any_of` (and how an error names each)."""
+    if "error" not in row and not any_of.keys() & row.keys():
+        keys = ", ".join(row) or "none"
+        wanted = ", nor ".join(any_of.values())
+        row["error"] = f"{where} has no {wanted} (keys: {keys})"
+    row.setdefault("id", identity)
+    return row
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.num_written = 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("w", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.partial}: {error.strerror}"
-            ) from error
 
-    def write(self, result: Mapping[str, Any]) -> None:
-        """Appends one result; on disk at once, as far as this process is concerned."""
-        try:
-            self._file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from error
-        self.num_written += 1
+def line_of(result: Mapping[str, Any]) -> bytes:
+    """One result as a line of UTF-8. Half of a surrogate pair, which UTF-8 has not, is
+    written as JSON escapes it."""
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(result, allow_nan=False).encode() + b"\n"
 
-    def finish(self) -> None:
-        """All results are written: gives the file its final name."""
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self.partial, self.path)
-        except OSError as error:
-            raise self._failure(error) from error
 
-    def close(self) -> None:
-        """Leaves the partial file as it is."""
-        with contextlib.suppress(OSError):  # the failure to write was raised already
-            self._file.close()
-
-    def _failure(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"writing {self.partial} failed: {error.strerror}; its first "
-            f"{self.num_written} results are complete; make room and run again"
-        )
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON's")

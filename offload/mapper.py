@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.errors import UsageError
+from .classify import classify
+from .embed import embed
 from .generate import generate
 from .model import load, unwrap
 from .policy import Policy
@@ -21,6 +23,8 @@ _TASKS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], dict[str, str]]
         generate,
         {"completion": "string", "tokens": "int64", "finish_reason": "string"},
     ),
+    "embed": (embed, {"embedding": "list<float>", "tokens": "int64"}),
+    "classify": (classify, {"label": "string", "tokens": "int64"}),
 }
 """Of each task: who does it, and the columns that it adds, with their Arrow types."""
 
@@ -29,9 +33,9 @@ class Mapper:
     """For `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`: an actor for
     each GPU or node, which loads `model` once.
 
-    `task` is `score` or `generate`, `options` are those of `penstock.score` or
-    `penstock.generate`. A table of rows comes back with the results' columns added, and
-    `error` (null for a row that has none). Rows of one batch share passes over the
+    `task` is `score`, `generate`, `embed` or `classify`, `options` are those of the
+    function of that name. A table of rows comes back with the results' columns added,
+    and `error` (null for a row that has none). Rows of one batch share passes over the
     weights: let it have thousands of tokens.
 
         rows = ray.data.read_json("texts.jsonl")
@@ -91,10 +95,18 @@ def _with_columns(
     for name in (*types, *sorted(more)):
         values = [result.get(name) for result in results]
         if name in types:
-            column = pyarrow.array(values, pyarrow.type_for_alias(types[name]))
+            column = pyarrow.array(values, _type(types[name]))
         else:
             column = pyarrow.array(values)
         if name in table.column_names:
             table = table.drop_columns([name])
         table = table.append_column(name, column)
     return table
+
+
+def _type(name: str) -> "pyarrow.DataType":
+    import pyarrow
+
+    if name == "list<float>":
+        return pyarrow.list_(pyarrow.float32())
+    return pyarrow.type_for_alias(name)

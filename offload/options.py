@@ -1,12 +1,25 @@
 """Options that several commands of the command line have."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..io.errors import UsageError
 from .policy import Policy
 
+if TYPE_CHECKING:
+    from .kept import Mode
+
+SOURCES = (
+    "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, Arrow: files, globs or "
+    "folders (sorted by path), or - for standard input."
+)
+OUTPUTS = (
+    "Its suffix says the format: JSON lines (also .gz, .zst), .parquet or .arrow; - is "
+    "standard output."
+)
 Model = Annotated[
     Path,
     typer.Argument(
@@ -56,6 +69,33 @@ Metrics = Annotated[
         "node_exporter's textfile collector. Needs penstock[metrics].",
     ),
 ]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart/--resume",
+        help="Begin anew, and write over what is there. Otherwise a job that was ended "
+        "is gone on with, if its input, model and options are the same.",
+    ),
+]
+RetryErrors = Annotated[
+    bool,
+    typer.Option(
+        "--retry-errors",
+        help="Do the rows again that failed, of an output that is done or begun.",
+    ),
+]
+
+
+def mode_of(restart: bool, retry_errors: bool) -> "Mode":
+    """What is to be done with what is there."""
+    if restart and retry_errors:
+        raise UsageError("--restart does all rows again: leave --retry-errors out")
+    return "restart" if restart else "retry" if retry_errors else "resume"
+
+
+def say(message: str) -> None:
+    """Tells the user, on standard error."""
+    print(f"penstock: {message}", file=sys.stderr)
 
 
 def policy_of(path: Path | None, settings: list[str] | None) -> Policy:

@@ -20,6 +20,8 @@ class Sample:
     """Since this stage began."""
     rows: float = 0.0
     """Done, with the parts of those under way."""
+    rows_before: int = 0
+    """Of these, that were done before the job was gone on with."""
     num_rows: int | None = None
     """Of the whole job, if that is known."""
     tokens: int = 0
@@ -46,9 +48,10 @@ class Sample:
     @property
     def seconds_left(self) -> float | None:
         """If the rest goes as the part that is done did; None while nobody knows."""
-        if not self.num_rows or self.rows <= 0:
+        done = self.rows - self.rows_before
+        if not self.num_rows or done <= 0:
             return None
-        return self.stage_seconds * max(0.0, self.num_rows / self.rows - 1)
+        return self.stage_seconds * max(0.0, (self.num_rows - self.rows) / done)
 
 
 @dataclass(frozen=True, slots=True)

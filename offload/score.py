@@ -2,104 +2,42 @@
 over the streamed weights."""
 
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 
-from ..io.errors import PenstockError, UsageError
-from ..scheduler.packing import pack, spans
+from ..io.errors import UsageError
+from ..scheduler.packing import spans
 from .head import CausalScorer
 from .model import engine_of
-from .text import RowError, TokenRow, context_length, load_tokenizer, tokenize
-
-# Rows that are packed together: so many micro-batches, so that lengths match well.
-_POOL_MICRO_BATCHES = 16
+from .packed import LAZY_ROWS, Packed, Piece, Row
+from .parts import NumberedRows, lazy_parts
+from .task_progress import ScoreProgress as ScoreProgress
+from .text import (
+    RowError,
+    TokenRow,
+    context_length,
+    load_tokenizer,
+    pad_of,
+    tokenize_all,
+)
 
 
 @dataclass(slots=True)
-class _Row:
-    """A row on its way: its windows come back one by one, in any order."""
-
-    identity: Any
-    windows_left: int = 0
-    num_windows: int = 1
+class _Row(Row):
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
-    error: str | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.error is not None or self.windows_left == 0
-
-    def result(self) -> dict[str, Any]:
-        """What is written for the row. Windows are added up in their order, so that
-        the sum does not depend on which was finished first."""
-        total = math.fsum(self.logprobs[start] for start in sorted(self.logprobs))
-        if self.error is None and not math.isfinite(total):
-            self.error = (
-                f"the model gave a log-probability of {total}: its weights or its "
-                "dtype overflow on this text"
-            )
-        if self.error is not None:
-            return {"id": self.identity, "error": self.error}
-        return {
-            "id": self.identity,
-            "logprob": total,
-            "tokens": self.num_tokens,
-            "perplexity": math.exp(min(-total / self.num_tokens, 709.0)),
-        }
+    """Of each window, by where it starts."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    row: _Row
-    ids: tuple[int, ...]
+class _Window(Piece[_Row]):
     scored: int
     """Index in `ids` of the first token to score."""
     start: int
     """Of this window in its row; orders the row's sums."""
-
-
-@dataclass(slots=True)
-class ScoreProgress:
-    """How far a scoring job is; updated as it goes."""
-
-    rows_done: int = 0
-    rows_failed: int = 0
-    rows_computed: float = 0.0
-    """With parts of those of which some windows are; others before them may not be."""
-    rows_in_flight: float = 0.0
-    tokens_in_flight: int = 0
-    tokens_done: int = 0
-    """Tokens that went through the model, padding not counted."""
-    tokens_padding: int = 0
-    micro_batches_done: int = 0
-
-    def rows_through(self, pass_fraction: float) -> float:
-        """Rows done, and the parts of those under way."""
-        computed = max(self.rows_done, self.rows_computed)
-        return computed + self.rows_in_flight * pass_fraction
-
-    def tokens_through(self, pass_fraction: float) -> float:
-        """Tokens done, and the parts of those under way."""
-        return self.tokens_done + self.tokens_in_flight * pass_fraction
-
-    def remark(self, seconds: float) -> str:
-        """The speed, in words."""
-        return f"{self.tokens_done / seconds:,.0f} tokens/s"
-
-    def figures(self, seconds: float) -> dict[str, Any]:
-        """What the report says of the job's tokens."""
-        return {
-            "tokens": self.tokens_done,
-            "tokens_padding": self.tokens_padding,
-            "micro_batches": self.micro_batches_done,
-            "tokens_per_second": self.tokens_done / seconds,
-        }
 
 
 def score(
@@ -121,91 +59,65 @@ def score(
     model's context in windows of that many tokens that advance by `stride` (default:
     half a window); without it such a row is an error.
     """
-    job = _Scoring(model, tokenizer, window, stride, progress or ScoreProgress())
-    return job.run(iter(rows))
+    return score_parts(
+        model,
+        lazy_parts(rows, LAZY_ROWS),
+        tokenizer=tokenizer,
+        window=window,
+        stride=stride,
+        progress=progress or ScoreProgress(),
+    )
+
+
+def score_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    tokenizer: Any,
+    window: int | None,
+    stride: int | None,
+    progress: ScoreProgress,
+) -> Iterator[dict[str, Any]]:
+    """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
+    results of each are, bit for bit, the same without the others."""
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    task = _Scoring(model, tokenizer, window, stride)
+    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
 
 
 class _Scoring:
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        window: int | None,
-        stride: int | None,
-        progress: ScoreProgress,
+        self, model: Any, tokenizer: Any, window: int | None, stride: int | None
     ) -> None:
-        self._engine = engine_of(model)
-        policy = self._engine.policy
+        engine = engine_of(model)
+        policy = engine.policy
         self._device = torch.device(policy.device)
-        self._tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+        self._tokenizer = tokenizer
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:
-            self._engine.note(
+            engine.note(
                 f"{type(model).__name__} gives its logits only as a whole: up to "
                 f"{policy.micro_batch_tokens} tokens' at a time are in memory"
             )
         self._context = context_length(model)
         self._window, self._stride = _window(window, stride, self._context)
-        self._max_tokens = policy.micro_batch_tokens
-        self._width = max(1, policy.tokens_in_flight // self._max_tokens)
-        self._progress = progress
-        pad = self._tokenizer.pad_token_id
-        self._pad = 0 if pad is None else pad
-        self._pending: deque[_Row] = deque()
 
-    def run(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Results in the order of rows: a row waits for those before it."""
-        sweep = self._engine.sweep(self._width, seed=0)
-        with sweep:
-            for outcome in sweep.run(self._score, self._micro_batches(rows)):
-                if outcome.error is not None:
-                    raise outcome.error  # ours: a row's own is in its result
-                self._progress.micro_batches_done += 1
-                yield from self._finished()
-        yield from self._finished()
+    def cut(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[_Row, Sequence[_Window] | RowError]]:
+        found = tokenize_all(self._tokenizer, rows)
+        for source, tokens in zip(rows, found, strict=True):
+            row = _Row(source.get("id"))
+            if isinstance(tokens, RowError):
+                yield row, tokens
+                continue
+            row.num_tokens = len(tokens.ids) - tokens.first
+            try:
+                yield row, self._windows(row, tokens)
+            except RowError as error:
+                yield row, error
 
-    def _finished(self) -> Iterator[dict[str, Any]]:
-        while self._pending and self._pending[0].is_done:
-            result = self._pending.popleft().result()
-            self._progress.rows_done += 1
-            self._progress.rows_failed += "error" in result
-            yield result
-
-    def _micro_batches(
-        self, rows: Iterator[Mapping[str, Any]]
-    ) -> Iterator[list[_Window]]:
-        """Takes rows as they are needed and groups windows of similar lengths."""
-        while pool := self._pool(rows):
-            lengths = [len(window.ids) for window in pool]
-            for group in pack(lengths, max_tokens=self._max_tokens):
-                yield [pool[index] for index in group]
-
-    def _pool(self, rows: Iterator[Mapping[str, Any]]) -> list[_Window]:
-        wanted = self._max_tokens * max(_POOL_MICRO_BATCHES, 2 * self._width)
-        pool: list[_Window] = []
-        tokens = 0
-        while tokens < wanted and (batch := list(islice(rows, 1))):
-            windows = self._windows(batch[0])
-            pool += windows
-            tokens += sum(len(window.ids) for window in windows)
-        return pool
-
-    def _windows(self, source: Mapping[str, Any]) -> list[_Window]:
-        row = _Row(source.get("id"))
-        self._pending.append(row)
-        try:
-            if "error" in source:
-                raise RowError(str(source["error"]))
-            tokens = tokenize(self._tokenizer, source)
-            windows = self._cut(row, tokens)
-        except RowError as error:
-            row.error = str(error)
-            return []
-        row.windows_left = row.num_windows = len(windows)
-        row.num_tokens = len(tokens.ids) - tokens.first
-        return windows
-
-    def _cut(self, row: _Row, tokens: TokenRow) -> list[_Window]:
+    def _windows(self, row: _Row, tokens: TokenRow) -> list[_Window]:
         length = len(tokens.ids)
         if self._window is None:
             if self._context is not None and length > self._context:
@@ -220,43 +132,32 @@ class _Scoring:
             for start, end, scored in cuts
         ]
 
-    def _score(self, windows: list[_Window]) -> None:
-        """Runs as one micro-batch of the sweep. What the model makes of these rows is
-        their error; what Penstock fails at is the job's."""
-        progress = self._progress
-        num_tokens = sum(len(window.ids) for window in windows)
-        num_rows = sum(1 / window.row.num_windows for window in windows)
-        progress.rows_in_flight += num_rows
-        progress.tokens_in_flight += num_tokens
-        try:
-            self._run_model(windows)
-        except PenstockError:
-            raise
-        except Exception as error:
-            for window in windows:
-                window.row.error = f"the model failed: {type(error).__name__}: {error}"
-        finally:
-            progress.rows_in_flight -= num_rows
-            progress.tokens_in_flight -= num_tokens
-            progress.rows_computed += num_rows
-
-    def _run_model(self, windows: list[_Window]) -> None:
-        longest = max(len(window.ids) for window in windows)
-        ids = torch.full((len(windows), longest), self._pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for index, window in enumerate(windows):
-            ids[index, : len(window.ids)] = torch.tensor(window.ids)
-            mask[index, : len(window.ids)] = 1
-        padding = int(mask.numel() - mask.sum())
+    def run(
+        self, pieces: Sequence[_Window], ids: torch.Tensor, mask: torch.Tensor
+    ) -> None:
         found = self._scorer.log_probabilities(
-            ids.to(self._device), mask.to(self._device) if padding else None
+            ids.to(self._device), None if mask.all() else mask.to(self._device)
         ).cpu()
-        for window, logprobs in zip(windows, found, strict=True):
+        for window, logprobs in zip(pieces, found, strict=True):
             part = logprobs[window.scored - 1 : len(window.ids) - 1]
             window.row.logprobs[window.start] = float(part.double().sum())
-            window.row.windows_left -= 1
-        self._progress.tokens_done += int(mask.sum())
-        self._progress.tokens_padding += padding
+
+    def result(self, row: _Row) -> dict[str, Any]:
+        """Windows are added up in their order, so that the sum does not depend on which
+        was finished first."""
+        total = math.fsum(row.logprobs[start] for start in sorted(row.logprobs))
+        if not math.isfinite(total):
+            row.error = (
+                f"the model gave a log-probability of {total}: its weights or its "
+                "dtype overflow on this text"
+            )
+            return {}
+        return {
+            "id": row.identity,
+            "logprob": total,
+            "tokens": row.num_tokens,
+            "perplexity": math.exp(min(-total / row.num_tokens, 709.0)),
+        }
 
 
 def _window(

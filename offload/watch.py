@@ -46,6 +46,7 @@ class Watch(Closing):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.samples = Samples()
+        self.is_quiet = console.quiet
         self.began = clock()
         self.dtype = ""
         """Of the largest tensor, as it computes; once the job is at its rows."""
@@ -53,7 +54,8 @@ class Watch(Closing):
         self._work = work
         self._stage = "loading"
         self._stage_began = self.began
-        self._num_rows: int | None = None
+        self._num_rows: Callable[[], float | None] = lambda: None
+        self._rows_before = 0
         self._engine: Engine | None = None
         self._process = psutil.Process()
         self._opened = ExitStack()
@@ -72,9 +74,16 @@ class Watch(Closing):
         return tuple(self._monitor.failures)
 
     @contextmanager
-    def computing(self, engine: Engine, num_rows: int | None) -> Iterator[None]:
-        """The job is at its rows, and `engine` is open."""
-        self._num_rows, self._engine = num_rows, engine
+    def computing(
+        self,
+        engine: Engine,
+        num_rows: Callable[[], float | None],
+        rows_before: int = 0,
+    ) -> Iterator[None]:
+        """The job is at its rows, of which there may be `num_rows()`, `rows_before`
+        of them done before; and `engine` is open."""
+        self._num_rows, self._rows_before = num_rows, rows_before
+        self._engine = engine
         largest = max(engine.recipes.values(), key=lambda recipe: recipe.nbytes)
         self.dtype = str(largest.dtype).removeprefix("torch.")
         self._stage, self._stage_began = self._work.title, self._clock()
@@ -108,12 +117,14 @@ class Watch(Closing):
             )
         progress, statistics = self._work.progress, engine.statistics()
         figures = progress.figures(max(of_stage, 1e-9))
+        num_rows = self._num_rows()
         return Sample(
             seconds=seconds,
             stage=self._stage,
             stage_seconds=of_stage,
-            rows=progress.rows_through(engine.pass_fraction),
-            num_rows=self._num_rows,
+            rows=self._rows_before + progress.rows_through(engine.pass_fraction),
+            rows_before=self._rows_before,
+            num_rows=None if num_rows is None else round(num_rows),
             tokens=figures.get("output_tokens", figures["tokens"]),
             tokens_through=progress.tokens_through(engine.pass_fraction),
             passes=statistics.passes,

@@ -1,13 +1,25 @@
-"""What a job does with the rows of a file: scores them, or completes them."""
+"""What a job does with the rows of a file: scores, completes, embeds or classifies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .generate import GenerateProgress, generate
-from .jsonl import PROMPT_KEYS, SCORED_KEYS
+from .classify import classify_parts
+from .embed import embed_parts
+from .generate import GenerateProgress, generate_parts, prompts_pooled
+from .jsonl import ASKED_KEYS, PROMPT_KEYS, SCORED_KEYS, TEXT_KEYS
+from .packed import micro_batches_in_flight, tokens_pooled
+from .parts import Cut, NumberedRows
 from .policy import Policy
-from .score import ScoreProgress, score
+from .pooling import Pooling
+from .score import ScoreProgress, score_parts
+
+# A part is two pools of what is packed together: a few passes over the weights, which
+# is what a job that is killed does again.
+_POOLS = 2
+_TOKEN_BYTES = 4
+_MOST_ROWS = 4096
+_MOST_BYTES = 64 << 20
 
 
 class Progress(Protocol):
@@ -37,9 +49,20 @@ class Work(Protocol):
     @property
     def row_keys(self) -> Mapping[str, str]: ...
 
+    def task(self) -> Mapping[str, Any]:
+        """The task and its options, as JSON has them: what decides on results."""
+        ...
+
+    def cut(self, policy: Policy) -> Cut:
+        """How rows are best cut into parts. Those of two parts are never packed
+        together, so what is computed for a part does not depend on the others."""
+        ...
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
-    ) -> Iterator[dict[str, Any]]: ...
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        """A result for each row, in their order."""
+        ...
 
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]: ...
 
@@ -54,12 +77,18 @@ class ScoreWork:
     title: str = "scoring"
     row_keys: Mapping[str, str] = field(default_factory=lambda: SCORED_KEYS)
 
+    def task(self) -> Mapping[str, Any]:
+        return {"task": "score", "window": self.window, "stride": self.stride}
+
+    def cut(self, policy: Policy) -> Cut:
+        return _cut_of_tokens(policy)
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
     ) -> Iterator[dict[str, Any]]:
-        return score(
+        return score_parts(
             model,
-            rows,
+            parts,
             tokenizer=tokenizer,
             window=self.window,
             stride=self.stride,
@@ -68,8 +97,81 @@ class ScoreWork:
 
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
         """What the policy promises: passes over the weights."""
-        width = max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+        width = micro_batches_in_flight(policy)
         return _plan(width, num_micro_batches, passes_each=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedWork:
+    """Makes a vector of each row."""
+
+    pooling: Pooling = "auto"
+    normalize: bool | None = None
+    truncate: int | None = None
+    progress: ScoreProgress = field(default_factory=ScoreProgress)
+    title: str = "embedding"
+    row_keys: Mapping[str, str] = field(default_factory=lambda: TEXT_KEYS)
+
+    def task(self) -> Mapping[str, Any]:
+        return {
+            "task": "embed",
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "truncate": self.truncate,
+        }
+
+    def cut(self, policy: Policy) -> Cut:
+        return _cut_of_tokens(policy)
+
+    def results(
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        return embed_parts(
+            model,
+            parts,
+            tokenizer=tokenizer,
+            pooling=self.pooling,
+            normalize=self.normalize,
+            truncate=self.truncate,
+            progress=self.progress,
+        )
+
+    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
+        """What the policy promises: passes over the weights."""
+        width = micro_batches_in_flight(policy)
+        return _plan(width, num_micro_batches, passes_each=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyWork:
+    """Tells rows apart."""
+
+    labels: Sequence[str] = ()
+    progress: ScoreProgress = field(default_factory=ScoreProgress)
+    title: str = "classifying"
+    row_keys: Mapping[str, str] = field(default_factory=lambda: ASKED_KEYS)
+
+    def task(self) -> Mapping[str, Any]:
+        return {"task": "classify", "labels": list(self.labels)}
+
+    def cut(self, policy: Policy) -> Cut:
+        return _cut_of_tokens(policy)
+
+    def results(
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+    ) -> Iterator[dict[str, Any]]:
+        return classify_parts(
+            model,
+            parts,
+            labels=self.labels,
+            tokenizer=tokenizer,
+            progress=self.progress,
+        )
+
+    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
+        """What the policy promises, at most: passes over the weights."""
+        width = micro_batches_in_flight(policy)
+        return _plan(width, num_micro_batches, passes_each=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +186,25 @@ class GenerateWork:
     title: str = "generating"
     row_keys: Mapping[str, str] = field(default_factory=lambda: PROMPT_KEYS)
 
+    def task(self) -> Mapping[str, Any]:
+        return {
+            "task": "generate",
+            "max_new_tokens": self.max_new_tokens,
+            "stop": list(self.stop),
+            "seed": self.seed,
+            "options": dict(self.options),
+        }
+
+    def cut(self, policy: Policy) -> Cut:
+        """One pool: as many rows as are in flight."""
+        return Cut(prompts_pooled(policy), _MOST_BYTES)
+
     def results(
-        self, model: Any, tokenizer: Any, rows: Iterator[dict[str, Any]]
+        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
     ) -> Iterator[dict[str, Any]]:
-        return generate(
+        return generate_parts(
             model,
-            rows,
+            parts,
             max_new_tokens=self.max_new_tokens,
             tokenizer=tokenizer,
             stop=self.stop,
@@ -103,6 +218,11 @@ class GenerateWork:
         each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
         width = policy.sequences_in_flight // each
         return _plan(width, num_micro_batches, passes_each=self.max_new_tokens)
+
+
+def _cut_of_tokens(policy: Policy) -> Cut:
+    num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
+    return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
 
 
 def _plan(width: int, num_micro_batches: int, *, passes_each: int) -> dict[str, int]:

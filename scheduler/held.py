@@ -17,6 +17,8 @@ import torch
 _MAX_DEPTH = 12
 _MAX_ITEMS = 4096
 _MAX_OBJECTS = 50_000
+_ATOMS = frozenset({int, str, float, bool, bytes, type(None)})
+"""Most of what is met, ids above all: nothing is in them."""
 _REFERENCES_TO_A_COPY = 3  # the frame, `values_of`, and the call that counts
 
 
@@ -58,7 +60,8 @@ def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[torch.Tensor]:
     if parts is not None:
         seen.add(id(value))
         for _, part in parts:
-            yield from _tensors(part, seen, depth - 1)
+            if type(part) not in _ATOMS:
+                yield from _tensors(part, seen, depth - 1)
 
 
 def values_of(frame: FrameType) -> list[tuple[str, Any]]:

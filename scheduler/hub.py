@@ -210,9 +210,10 @@ class Hub:
         return self._job.has_more and self._admission.has_room(len(self._in_flight))
 
     def _admit(self) -> int:
-        """Starts what there is room for; returns how many."""
-        num = 0
-        while self._may_start:
+        """Starts what there is room for, up to one that ends at once: it is handed on
+        first. Returns how many."""
+        num, index = 0, -1
+        while self._may_start and (not num or index in self._in_flight):
             self._hub_state.resume()  # who takes is the caller's code
             try:
                 index, batch = self._job.take()

@@ -93,3 +93,31 @@ def test_the_benchmark_of_simulations_runs_every_case() -> None:
     shapes = {(r["units"], r["passes"], r["devices"]) for r in found["results"]}
     assert shapes == {(6, 32, 1), (6, 2, 2), (48, 2, 1)}
     assert all(r["events"] > r["units"] * r["passes"] for r in found["results"])
+
+
+def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
+    command = [sys.executable, str(BENCH / "kills.py"), "--kills", "5"]
+    done = subprocess.run(
+        [*command, "--rows", "400"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 5
+    assert found["jobs_that_differ"] == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_rows_compares_with_a_larger_model(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
+    command = [sys.executable, str(BENCH / "rows.py"), "--rows", "2000", "--slice", "5"]
+    done = subprocess.run(
+        [*command, "--model", str(tmp_path / "tiny")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr  # the model is no larger
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rows"] == 2000
+    assert found["resident_spread"] < 0.1
+    assert found["overhead"] > 0

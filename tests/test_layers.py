@@ -23,6 +23,8 @@ PURE = {
     "offload/perfetto.py",
     "offload/recorded.py",
     "offload/samples.py",
+    "offload/manifest.py",
+    "offload/parts.py",
     "scheduler/admission.py",
     "scheduler/cooling.py",
     "scheduler/event_loop.py",

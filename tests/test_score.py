@@ -256,7 +256,7 @@ def test_the_command_scores_a_file_and_reports(
     assert "\x1b" not in done.stderr
     assert "scoring" not in done.stderr, "quiet without a terminal"
     assert [row["id"] for row in read(output)] == [row["id"] for row in ROWS]
-    assert not output.with_name("out.jsonl.partial").exists()
+    assert not output.with_name("out.jsonl.parts").exists()
     found = json.loads((report / "report.json").read_text())
     for key in REPORT_KEYS:
         assert key in found
@@ -295,6 +295,13 @@ def test_bad_rows_are_named_by_line_and_the_job_goes_on(
         (["{folder}", "{rows}", "-o", "{out}", "--set", "slots=2"], 2, "known: "),
         (["{folder}", "{rows}", "-o", "{out}", "--policy", "no.yaml"], 2, "no.yaml"),
         (["{folder}", "{rows}", "-o", "/proc/nothing/out"], 3, "cannot write"),
+        (["{folder}", "{rows}", "-o", "{rows}"], 2, "an input and the output"),
+        (["{folder}", "{rows}", "-o", "-", "--retry-errors"], 2, "nothing is kept"),
+        (
+            ["{folder}", "{rows}", "-o", "{out}", "--restart", "--retry-errors"],
+            2,
+            "leave --retry-errors out",
+        ),
         (
             ["{folder}", "{rows}", "-o", "{out}", "--set", "device_memory=8KiB"],
             3,
@@ -325,7 +332,7 @@ def test_what_a_user_gets_wrong_is_one_sentence_and_an_exit_code(
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_full_disk_keeps_what_was_written(
+def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(
     folder: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     def small_files_only() -> None:
@@ -335,15 +342,14 @@ def test_a_full_disk_keeps_what_was_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 
     output = tmp_path / "out.jsonl"
-    done = spawn(
-        "score", folder, write(*ROWS), "-o", output, preexec_fn=small_files_only
-    )
+    arguments = ("score", folder, write(*ROWS), "-o", output)
+    done = spawn(*arguments, preexec_fn=small_files_only)
     assert done.returncode == 3, done.stderr
-    assert "out.jsonl.partial failed" in done.stderr
+    assert "out.jsonl.parts: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert not output.exists()
-    kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
-    assert json.loads(kept[0])["id"] == "a"
+    assert run(*arguments).returncode == 0
+    assert [row["id"] for row in read(output)] == [row["id"] for row in ROWS]
 
 
 def test_verify_says_equal_bit_for_bit(folder: Path) -> None:

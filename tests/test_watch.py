@@ -300,7 +300,7 @@ def job(folder: Path, tmp_path: Path, **watching: Any) -> Job:
             micro_batch_tokens=32,
         ),
         tmp_path / "report",
-        Watching(**watching),
+        watching=Watching(**watching),
     )
 
 
@@ -310,7 +310,9 @@ def test_a_job_reports_in_pictures_numbers_and_metrics(
     folder: Path, tmp_path: Path
 ) -> None:
     out = console()
-    report = job(folder, tmp_path, log_json=True, metrics=tmp_path / "j.prom").run(out)
+    watched = job(folder, tmp_path, log_json=True, metrics=tmp_path / "j.prom")
+    report = watched.run(out).report
+    assert report is not None
     lines = [json.loads(line) for line in said(out).splitlines()]
     assert lines[0]["stage"] == "loading"
     assert lines[-1]["stage"] == "scoring"

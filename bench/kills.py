@@ -1,0 +1,206 @@
+"""Kills a job at random instants, with kill -9, and goes on with it: is the output,
+byte for byte, that of a job nobody disturbed?
+
+    python bench/kills.py [--kills 200] [--rows 5000] [--task score] [--seed 0]
+
+The job scores (or completes) rows with a model of 0.2M parameters, from its weights on
+disk. It runs in a process that is forked from one where everything is imported, so that
+a try costs the job's time and not that of the imports. Each try lives for a random
+while, at most as long as the undisturbed job took, every other one from then on until
+it is writing; a job that ends meanwhile is compared, and another one begun. What stood
+on disk at each kill is counted. The last line is one JSON object; the exit code is 1
+when anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import torch
+import transformers.models.llama.modeling_llama
+from rich.console import Console
+
+from checkpoint import make_checkpoint
+from penstock import Policy
+from penstock.offload.job import Job
+from penstock.offload.work import GenerateWork, ScoreWork, Work
+
+assert transformers.models.llama.modeling_llama is not None, "imported for the forks"
+WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
+
+
+def write_rows(path: Path, num_rows: int, seed: int) -> None:
+    """Short rows; one in a hundred is none."""
+    drawn = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(num_rows):
+            text = " ".join(drawn.choices(WORDS, k=drawn.randint(1, 4)))
+            row = {"id": number, "text" if number % 100 else "wrong": text}
+            file.write(json.dumps(row) + "\n")
+
+
+def run_job(task: str, folder: Path, source: Path, output: Path) -> int:
+    """In the forked process. Returns the exit code."""
+    torch.set_num_threads(1)
+    # Products of micro-batches that share them depend on who shares: not bit for bit.
+    policy = Policy(device_memory="1MiB", coalesce="off")
+    work: Work = ScoreWork()
+    if task == "generate":
+        work = GenerateWork(4, options={"temperature": 1.0})
+    done = Job(work, folder, source, output, policy).run(Console(quiet=True))
+    return 0 if done.num_errors * 100 >= done.num_rows else 1
+
+
+def forked(call: Callable[[], int]) -> int:
+    """The id of a process that does `call`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        code = call()
+    except BaseException as error:  # the parent must not go on twice
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_for(
+    seconds: float, call: Callable[[], int], is_due: Callable[[], bool]
+) -> int | None:
+    """The exit code of a process that does `call`; None where it was killed first:
+    when `seconds` are over, and `is_due`."""
+    pid = forked(call)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or not is_due():
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.0002)
+    os.kill(pid, signal.SIGKILL)
+    code = exit_code(pid)
+    return None if code == -signal.SIGKILL else code
+
+
+def is_writing(output: Path) -> bool:
+    """Whether a file of the job is half written, or about to be removed."""
+    folder = output.with_name(output.name + ".parts")
+    try:
+        return any(name.endswith((".new", "joined")) for name in os.listdir(folder))
+    except FileNotFoundError:
+        return False
+
+
+def standing(output: Path) -> str:
+    """What is on disk, in words."""
+    folder = output.with_name(output.name + ".parts")
+    if output.exists():
+        return "the output, and what is to be removed" if folder.exists() else "all"
+    if not (folder / "manifest.json").exists():
+        return "nothing yet"
+    names = os.listdir(folder)
+    if any(name.startswith("joined") for name in names):
+        return "the output half joined"
+    if any(name.endswith(".new") for name in names):
+        return "a part half written"
+    return "parts" if any(name.startswith("part-") for name in names) else "a manifest"
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model, source = folder / "model", folder / "rows.jsonl"
+    quiet = Console(quiet=True)
+
+    def make() -> int:
+        make_checkpoint(model, "tiny", dtype="float32", console=quiet)
+        return 0
+
+    assert exit_code(forked(make)) == 0, "the model could not be made"
+    write_rows(source, args.rows, args.seed)
+    whole = folder / "whole.jsonl"
+    start = time.monotonic()
+    code = exit_code(forked(lambda: run_job(args.task, model, source, whole)))
+    seconds = time.monotonic() - start
+    assert code == 0, "the undisturbed job failed"
+    expected = whole.read_bytes()
+    assert len(expected.splitlines()) == args.rows, "a result for each row"
+
+    drawn = random.Random(args.seed)
+    found: Counter[str] = Counter()
+    num_kills = num_jobs = num_different = 0
+    begin = time.monotonic()
+    while num_kills < args.kills:
+        output = folder / f"out-{num_jobs}.jsonl"
+        run = partial(run_job, args.task, model, source, output)
+        while True:
+            # Once the last kill was made, the job may come to its end.
+            is_last = num_kills == args.kills
+            lives = 3600 if is_last else drawn.uniform(0, seconds)
+            is_aimed = drawn.random() < 0.5
+            due = partial(is_writing, output) if is_aimed else lambda: True
+            ended = run_for(lives, run, due)
+            if ended is not None:
+                break
+            num_kills += 1
+            found[standing(output)] += 1
+        num_jobs += 1
+        is_same = ended == 0 and output.read_bytes() == expected
+        num_different += not is_same
+        if not is_same:
+            print(f"DIFFERS: {output} (exit code {ended})", file=sys.stderr)
+            shutil.copytree(folder, args.keep, dirs_exist_ok=True)
+        output.unlink(missing_ok=True)
+        print(f"{num_kills} kills, {num_jobs} jobs, {num_different} differ", flush=True)
+    return {
+        "task": args.task,
+        "rows": args.rows,
+        "kills": num_kills,
+        "jobs": num_jobs,
+        "jobs_that_differ": num_different,
+        "undisturbed_seconds": round(seconds, 2),
+        "seconds": round(time.monotonic() - begin, 1),
+        "output_bytes": len(expected),
+        "on_disk_when_killed": dict(found.most_common()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--task", choices=("score", "generate"), default="score")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "penstock-kills",
+        help="folder for what differed",
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args, Path(folder))
+    print(json.dumps(found))
+    sys.exit(1 if found["jobs_that_differ"] else 0)
+
+
+if __name__ == "__main__":
+    main()

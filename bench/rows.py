@@ -1,0 +1,166 @@
+"""A million short rows: does memory stay flat, and what does a row cost beside the
+model's own work?
+
+    python bench/rows.py [--rows 1000000] [--model bench/out/llama-1.1b] [--slice 512]
+
+Scores `--rows` rows of one to eight words, as a job of the command line does, with a
+model of 0.2M parameters, and samples the process's resident memory. After the first
+tenth it must stay within 5 %. All of that job's time counts as overhead, its small
+model's own work too: more than it is. Then the first `--slice` of the same rows are
+scored with `--model` (1.1B parameters, made if it is not there), in float32 where this
+CPU has no bfloat16. The overhead must be under 3 % of what a row costs there. The last
+line is one JSON object; the exit code is 1 when one of the two does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from checkpoint import make_checkpoint
+from demo import compute_dtype
+from machine import card
+from penstock import Policy
+from penstock.offload.job import Job
+from penstock.offload.work import ScoreWork
+
+HERE = Path(__file__).parent
+MAX_GROWTH = 0.05
+MAX_OVERHEAD = 0.03
+WARM = 0.1
+_SAMPLE_SECONDS = 0.1
+WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
+
+
+class Memory:
+    """Resident bytes of this process, sampled by a thread, with how far the job is."""
+
+    def __init__(self, work: ScoreWork) -> None:
+        self._work = work
+        self._process = psutil.Process()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.samples: list[tuple[int, int]] = []
+        """(rows done, resident bytes)"""
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._end.wait(_SAMPLE_SECONDS):
+            done = self._work.progress.rows_done
+            self.samples.append((done, self._process.memory_info().rss))
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    drawn = random.Random(0)
+    with path.open("w") as file:
+        for number in range(num_rows):
+            text = " ".join(drawn.choices(WORDS, k=drawn.randint(1, 8)))
+            file.write(f'{{"id": {number}, "text": "{text}"}}\n')
+
+
+def score(
+    model: Path, source: Path, output: Path, policy: Policy
+) -> tuple[dict[str, Any], list[tuple[int, int]], float]:
+    """The report of a job, the memory it took, and seconds from reading to the end."""
+    work = ScoreWork()
+    start = time.perf_counter()
+    with Memory(work) as memory:
+        job = Job(work, model, source, output, policy, mode="restart")
+        done = job.run(Console(quiet=True))
+    seconds = time.perf_counter() - start
+    assert done.report is not None, "a job that begins anew does all its rows"
+    return done.report, memory.samples, seconds - done.report["load_seconds"]
+
+
+def growth(samples: list[tuple[int, int]], num_rows: int) -> float:
+    """How far memory goes from its middle, once warm: half of what is between the most
+    and the least, as a share of their mean."""
+    warm = [nbytes for done, nbytes in samples if done >= WARM * num_rows]
+    assert len(warm) >= 10, "too short a run: more rows"
+    return (max(warm) - min(warm)) / (max(warm) + min(warm))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    quiet = Console(quiet=True)
+    source, part = folder / "rows.jsonl", folder / "slice.jsonl"
+    write_rows(source, args.rows)
+    with source.open() as lines:
+        part.write_text("".join(next(lines) for _ in range(args.slice)))
+    tiny = make_checkpoint(folder / "tiny", "tiny", dtype="float32", console=quiet)
+    small = Policy(device_memory="1MiB")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # that work is too small to be shared
+    report, samples, seconds = score(tiny, source, folder / "out.jsonl", small)
+    torch.set_num_threads(threads)
+    spread = growth(samples, args.rows)
+    each = seconds / args.rows
+    found: dict[str, Any] = {
+        "machine": card(folder),
+        "rows": args.rows,
+        "tokens": report["tokens"],
+        "seconds": round(seconds, 2),
+        "overhead_seconds_per_row": each,
+        "resident_bytes": samples[-1][1],
+        "resident_spread": round(spread, 4),
+        "resident_bytes_by_tenth": by_tenth(samples, args.rows),
+    }
+    print(f"{seconds:.1f} s, {each * 1e6:.0f} us a row, memory +-{spread:.1%}")
+    if args.slice:
+        if not args.model.exists():
+            make_checkpoint(args.model, "1.1b", console=quiet)
+        large = Policy(device_memory=args.device_memory, dtype=compute_dtype())
+        report, _, seconds = score(args.model, part, folder / "part.jsonl", large)
+        found["slice_rows"] = args.slice
+        found["slice_tokens"] = report["tokens"]
+        found["slice_seconds_per_row"] = seconds / args.slice
+        found["overhead"] = round(each / (seconds / args.slice), 5)
+        print(f"{seconds / args.slice * 1e3:.1f} ms a row: {found['overhead']:.2%}")
+    return found
+
+
+def by_tenth(samples: list[tuple[int, int]], num_rows: int) -> list[int]:
+    """The most resident bytes in each tenth of the job."""
+    most = [0] * 10
+    for done, nbytes in samples:
+        tenth = min(done * 10 // num_rows, 9)
+        most[tenth] = max(most[tenth], nbytes)
+    return most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-1.1b")
+    parser.add_argument("--slice", type=int, default=512, help="0: without the model")
+    parser.add_argument("--device-memory", default="2GiB")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args, Path(folder))
+    print(json.dumps(found))
+    is_flat = found["resident_spread"] <= MAX_GROWTH
+    is_cheap = found.get("overhead", 0) <= MAX_OVERHEAD
+    sys.exit(0 if is_flat and is_cheap else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The file that a job's results become: lines, lines compressed, or columns."""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .extras import extra
+from .inputs import Inputs
+from .parts import Position
+from .sources import Codec, InputFile, Layout, format_of
+
+Lines = Iterable[bytes]
+_GROUP_ROWS = 65_536
+_GZIP_LEVEL = 6
+_ZSTD_LEVEL = 3
+
+
+def output_format(path: Path) -> tuple[Layout, Codec]:
+    """What `path` is to hold, by its suffix: lines where it is unknown. Raises
+    UsageError where the package that writes it is missing."""
+    layout, codec = format_of(path) or ("lines", "")
+    codec = {".gz": "gz", ".zst": "zst"}.get(path.suffix.lower(), codec)  # type: ignore[assignment]
+    if layout != "lines":
+        extra("pyarrow", "pyarrow", f"writing {path}")
+    if codec == "zst":
+        extra("zstandard", "zstandard", f"writing {path}")
+    return layout, codec
+
+
+def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
+    """The bytes of a file with these results, which `lines` gives from the first one,
+    each time it is called. The same results make the same bytes."""
+    if layout != "lines":
+        return _columns(lines, layout)
+    if codec == "gz":
+        # No name and no time in it, unlike gzip.open.
+        return _compressed(lines(), zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 31))
+    if codec == "zst":
+        zstandard = extra("zstandard", "zstandard", "writing zstd")
+        made = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True)
+        return _compressed(lines(), made.compressobj())
+    return lines()
+
+
+def results_of(path: Path) -> Iterator[bytes]:
+    """The results in a file that `encoded` made, as lines."""
+    layout, codec = output_format(path)
+    if layout == "lines":
+        inputs = Inputs([InputFile(path, layout, codec)], {})
+        for row in inputs.rows(Position()):
+            yield row.content
+        return
+    kind = "parquet" if layout == "parquet" else "ipc"
+    dataset = extra("pyarrow.dataset", "pyarrow", f"reading {path}")
+    found = dataset.dataset(path, format=kind)
+    kinds = json.loads((found.schema.metadata or {}).get(_KINDS, b"{}"))
+    for batch in found.to_batches(use_threads=False):
+        for row in batch.to_pylist():
+            values = {
+                key: json.loads(value) if kinds.get(key) == "json" else value
+                for key, value in row.items()
+                if value is not None or key == "id"
+            }
+            yield json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+_KINDS = b"penstock"
+"""Of a schema's metadata: how each column's values are written."""
+
+
+def column_kinds(lines: Lines) -> dict[str, str]:
+    """How the values of each column are written: "int", "float", "string", "[int]", ...
+    or, where they differ, "json": as JSON's text."""
+    found: dict[str, str] = {}
+    for line in lines:
+        for name, value in json.loads(line).items():
+            kind = _kind(value)
+            known = found.get(name, "null")
+            if known != kind and kind != "null":
+                found[name] = kind if known == "null" else _common(known, kind)
+            else:
+                found.setdefault(name, known)
+    return {name: "json" if kind == "null" else kind for name, kind in found.items()}
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        kinds = {_kind(item) for item in value}
+        kind = kinds.pop() if len(kinds) == 1 else "json"
+        return f"[{kind}]" if kind in ("int", "float", "string") else "json"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "json"
+    names = {bool: "bool", int: "int", float: "float", str: "string"}
+    return names.get(type(value), "json")
+
+
+def _common(one: str, other: str) -> str:
+    return "float" if {one, other} == {"int", "float"} else "json"
+
+
+def _compressed(lines: Lines, compressor: Any) -> Iterator[bytes]:
+    for line in lines:
+        if found := compressor.compress(line):
+            yield found
+    yield compressor.flush()
+
+
+class _Sink:
+    """A file that hands on what is written to it."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._position = 0
+
+    def write(self, data: Any) -> int:
+        chunk = bytes(data)
+        self._chunks.append(chunk)
+        self._position += len(chunk)
+        return len(chunk)
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def take(self) -> list[bytes]:
+        found, self._chunks = self._chunks, []
+        return found
+
+
+def _columns(lines: Callable[[], Lines], layout: Layout) -> Iterator[bytes]:
+    pyarrow = extra("pyarrow", "pyarrow", f"writing {layout}")
+    kinds = column_kinds(lines())
+    schema = _schema(pyarrow, kinds)
+    sink = _Sink()
+    with _writer(sink, schema, layout) as writer:
+        for rows in _groups(lines()):
+            columns = [
+                pyarrow.array([_value(row, name, kinds) for row in rows], field.type)
+                for name, field in zip(kinds, schema, strict=True)
+            ]
+            batch = pyarrow.record_batch(columns, schema=schema)
+            writer.write_batch(batch)
+            yield from sink.take()
+    yield from sink.take()
+
+
+def _writer(sink: _Sink, schema: Any, layout: Layout) -> Any:
+    if layout == "parquet":
+        parquet = extra("pyarrow.parquet", "pyarrow", "writing parquet")
+        return parquet.ParquetWriter(sink, schema)
+    return extra("pyarrow.ipc", "pyarrow", "writing arrow").new_file(sink, schema)
+
+
+def _schema(pyarrow: Any, kinds: Mapping[str, str]) -> Any:
+    types = {
+        "int": pyarrow.int64(),
+        "float": pyarrow.float64(),
+        "string": pyarrow.string(),
+        "bool": pyarrow.bool_(),
+        "json": pyarrow.string(),
+    }
+    fields = [
+        pyarrow.field(
+            name,
+            pyarrow.list_(types[kind[1:-1]]) if kind[0] == "[" else types[kind],
+        )
+        for name, kind in kinds.items()
+    ]
+    return pyarrow.schema(fields, metadata={_KINDS: json.dumps(kinds).encode()})
+
+
+def _value(row: Mapping[str, Any], name: str, kinds: Mapping[str, str]) -> Any:
+    value = row.get(name)
+    if kinds[name] == "json" and name in row:
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def _groups(lines: Lines) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    for line in lines:
+        group.append(json.loads(line))
+        if len(group) == _GROUP_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,100 @@
+"""A job's rows, cut into parts: each is done, written and kept as a whole. Pure."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
+"""Rows, each with its number in the job (from 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a part ends: with the row that makes it so long. What a row has become does
+    not matter, so the same rows are always cut alike."""
+
+    num_rows: int
+    num_bytes: int
+
+    def is_full(self, num_rows: int, num_bytes: int) -> bool:
+        """Whether a part of so many rows, of so many bytes of input, ends here."""
+        return num_rows >= self.num_rows or num_bytes >= self.num_bytes
+
+
+class Position(NamedTuple):
+    """A place between two rows of the input."""
+
+    file: int = 0
+    """Of the job's files."""
+    offset: int = 0
+    """In that file: bytes (uncompressed) of one of lines, rows of one of columns."""
+    row: int = 0
+    """Lines or rows of that file before this place."""
+
+
+class InputRow(NamedTuple):
+    """A row as it was read."""
+
+    row: dict[str, Any]
+    content: bytes
+    """What stood in the file, or what it comes to."""
+    end: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that are to be done."""
+
+    number: int
+    first_row: int
+    """How many rows are in the parts before."""
+    rows: Sequence[Mapping[str, Any]]
+    end: Position
+    digest: str
+    """xxh3 of what was read."""
+    known: Mapping[int, bytes] = field(default_factory=dict)
+    """Results, as lines, of rows (from 0 in this part) that are done already."""
+
+    def numbered(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The rows that are left to do, by their number in the job."""
+        return [
+            (self.first_row + index, row)
+            for index, row in enumerate(self.rows)
+            if index not in self.known
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What is kept of a part that is done, beside its results."""
+
+    number: int
+    first_row: int
+    num_rows: int
+    num_errors: int
+    end: Position
+    """Where in the input the next part begins."""
+    input_digest: str
+    num_bytes: int
+    """Of its results, as lines."""
+    digest: str
+    """xxh3 of these."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PartRecord":
+        """Raises TypeError or KeyError for what is no record."""
+        return cls(**{**values, "end": Position(*values["end"])})
+
+
+def lazy_parts(
+    rows: Iterable[Mapping[str, Any]], num_rows: int
+) -> Iterator[NumberedRows]:
+    """`rows` in parts of `num_rows`, none of which is taken before it is asked for.
+    Each is to be used up before the next."""
+    numbered = enumerate(rows)
+    for first in numbered:
+        yield chain([first], islice(numbered, num_rows - 1))
