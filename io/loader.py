@@ -160,7 +160,7 @@ class Loader:
         memory = self._arena.view(offset + copy.target_offset, nbytes)
         target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
         for extent, source, part in _parts(copy, target, self._bounce_bytes):
-            _copy_serially(part, source.on(self._read(extent, copy.dtype)))
+            copy_serially(part, source.on(self._read(extent, copy.dtype)))
             self._count(copied=extent.nbytes)
 
     def _convert(self, conversion: Conversion, offset: int) -> None:
@@ -198,7 +198,7 @@ class Loader:
         return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
 
 
-def _copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies and casts in this thread alone: larger pieces torch would share out to a
     team of threads of its own, which fights with the one that computes."""
     if not (target.is_contiguous() and source.is_contiguous()):

@@ -50,7 +50,7 @@ def build(
         model,
         recipes,
         policy,
-        partial(transfer_of, device, policy),
+        partial(transfer_of, device.is_host, policy),
         is_host=device.is_host,
         free_bytes=device.free_bytes(),
     )

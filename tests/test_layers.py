@@ -20,11 +20,15 @@ MAX_LINES = 300
 PURE = {
     "scheduler/admission.py",
     "scheduler/cooling.py",
+    "scheduler/cost.py",
     "scheduler/job.py",
     "scheduler/kv_budget.py",
     "scheduler/order.py",
     "scheduler/packing.py",
+    "scheduler/pipeline.py",
     "scheduler/placement.py",
+    "scheduler/rates.py",
+    "scheduler/shape.py",
     "scheduler/slots.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
@@ -34,6 +38,7 @@ PURE_IMPORTS = {
     "bisect",
     "collections",
     "dataclasses",
+    "itertools",
     "math",
     "operator",
     "typing",
