@@ -50,6 +50,10 @@ class Calls(Section):
     """Seconds that calls take beside what they compute: Python, hooks, switches. 0
     where nobody has measured them, which makes predictions ceilings."""
 
+    job: float = 0.0
+    """Of a job, before its first pass."""
+    first_touch_per_gb: float = 0.0
+    """Of 10**9 bytes of the working set that are filled for the first time."""
     product: float = 0.0
     """Of one product of matrices, whatever its size."""
     module: float = 0.0
@@ -95,6 +99,9 @@ class Machine(Section):
     pointwise_bandwidth: Bytes | None = None
     """Bytes a second that a block's operations between its products touch. Without it,
     the device's bandwidth."""
+    decode_bandwidth: Bytes | None = None
+    """The same for the few rows of a micro-batch in decode, whose products are
+    shared."""
     cast_bandwidth: Bytes | None = None
     """Stored bytes a second that one thread casts to the dtype of the products."""
     disk: Disk | None = None

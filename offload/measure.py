@@ -103,11 +103,12 @@ def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
 
 def cast_bandwidth() -> int:
     """Stored bytes a second that one thread casts from bfloat16 to float32, in the
-    pieces that are cast on the way in."""
+    pieces that are cast on the way in: from a cache into memory."""
     source = torch.zeros(2 << 20, dtype=torch.bfloat16)
-    target = torch.zeros(len(source), dtype=torch.float32)
-    seconds = seconds_of(lambda: copy_serially(target, source), least=20, most=100)
-    return round(source.nbytes / seconds)
+    target = torch.zeros(64 << 20)
+    pieces = itertools.cycle(torch.split(target, len(source)))
+    cast = partial(_cast, pieces, source)
+    return round(source.nbytes / seconds_of(cast, least=20, most=100))
 
 
 def disk(place: Path, io: IO, progress: Callable[[str], None]) -> Disk:
@@ -189,6 +190,10 @@ def cpu_name() -> str:
 
 def drive_name(path: Path) -> str:
     return drive_of(path)
+
+
+def _cast(pieces: Iterator[torch.Tensor], source: torch.Tensor) -> None:
+    copy_serially(next(pieces), source)
 
 
 def _product(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> torch.Tensor:

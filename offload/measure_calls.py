@@ -22,7 +22,8 @@ _SHALLOW, _DEEP = 1, 5
 _NUM_BATCHES = 16
 _LENGTH = 16
 _NUM_STEPS = 8
-_ROWS = 4
+DECODE_ROWS_EACH = 4
+DECODE_ROWS = _NUM_BATCHES * DECODE_ROWS_EACH
 
 
 class CountingTokenizer:
@@ -62,18 +63,20 @@ def calls(device: str, cache: Path, product: float) -> Calls:
     """Of this computer; `product` is what one product takes. Writes small models into
     the folder `cache`, which go."""
     scored = {n: _score_seconds(_TINY, n, device, cache) for n in (_SHALLOW, _DEEP)}
-    module, batch = _line(scored)
+    module, batch = _line({n: seconds for n, (seconds, _) in scored.items()})
+    job = min(first for _, first in scored.values())
     found = {}
     for coalesce in ("auto", "off"):
         policy = _policy(device, cache, coalesce=coalesce)
         found[coalesce] = _line(
-            {n: _step_seconds(n, policy) for n in (_SHALLOW, _DEEP)}
+            {n: _step_seconds(_TINY, n, policy) for n in (_SHALLOW, _DEEP)}
         )
     joint, step = found["auto"]
     alone, other_step = found["off"]
     # What the products themselves take is counted apart, once for all who share it.
     seven = 7 * product / MODULES_OF_BLOCK
     return Calls(
+        job=job,
         product=product,
         module=max(0.0, module - seven),
         batch=batch,
@@ -85,12 +88,23 @@ def calls(device: str, cache: Path, product: float) -> Calls:
 
 def block_seconds(
     block: Block, rows: int, length: int, device: str, cache: Path
-) -> float:
-    """Of one block for one micro-batch that is scored, its weights there."""
-    size = {"rows": rows, "length": length, "num_batches": 3}
-    shallow = _score_seconds(block, 1, device, cache, **size)
-    deep = _score_seconds(block, 4, device, cache, **size)
-    return max(0.0, (deep - shallow) / 3)
+) -> tuple[float, float]:
+    """Of one block for one micro-batch that is scored, its weights there; and what
+    filling a byte of the working set for the first time takes beside reading it."""
+    size = {"rows": rows, "length": length, "num_batches": 2}
+    shallow, first = _score_seconds(block, 1, device, cache, **size)
+    deep, other_first = _score_seconds(block, 5, device, cache, **size)
+    nbytes = 4 * 4 * block.hidden * (4 * block.hidden + 3 * block.intermediate)
+    touch = max(0.0, other_first - first) / nbytes
+    return max(0.0, (deep - shallow) / 4), touch
+
+
+def decode_block_seconds(block: Block, device: str, cache: Path) -> float:
+    """Of one block for one more token of `DECODE_ROWS` rows in micro-batches that
+    share products, for each of these micro-batches."""
+    policy = _policy(device, cache)
+    shallow, deep = (_step_seconds(block, n, policy) for n in (1, 3))
+    return max(0.0, (deep - shallow) / 2)
 
 
 def _line(seconds: dict[int, float]) -> tuple[float, float]:
@@ -109,8 +123,9 @@ def _score_seconds(
     rows: int = 1,
     length: int = _LENGTH,
     num_batches: int = _NUM_BATCHES,
-) -> float:
-    """Of one micro-batch of `rows` x `length`, all weights there."""
+) -> tuple[float, float]:
+    """Of one micro-batch of `rows` x `length`, all weights there; and what the first
+    job takes more than those after it."""
     tokens = rows * length
     policy = _policy(
         device, cache, micro_batch_tokens=tokens, tokens_in_flight=tokens * 8
@@ -118,16 +133,16 @@ def _score_seconds(
     texts = [{"id": i, "text": str(length)} for i in range(num_batches * rows)]
     with _model(block, num_layers, policy) as model:
         tokenizer = CountingTokenizer(512)
-        list(score(model, texts[: 2 * rows], tokenizer=tokenizer))
-        runs = [_timed(score(model, texts, tokenizer=tokenizer)) for _ in "abc"]
-        return min(runs) / num_batches
+        first = _timed(score(model, texts, tokenizer=tokenizer))
+        best = min(_timed(score(model, texts, tokenizer=tokenizer)) for _ in "abc")
+        return best / num_batches, max(0.0, first - best)
 
 
-def _step_seconds(num_layers: int, policy: Policy) -> float:
+def _step_seconds(block: Block, num_layers: int, policy: Policy) -> float:
     """Of one micro-batch and one more token of its rows."""
-    texts = [{"id": i, "prompt": "8"} for i in range(_NUM_BATCHES * _ROWS)]
-    with _model(_TINY, num_layers, policy) as model:
-        _generate_seconds(model, texts[:_ROWS], 2)
+    texts = [{"id": i, "prompt": "8"} for i in range(_NUM_BATCHES * DECODE_ROWS_EACH)]
+    with _model(block, num_layers, policy) as model:
+        _generate_seconds(model, texts[:DECODE_ROWS_EACH], 2)
         few = min(_generate_seconds(model, texts, 4) for _ in "ab")
         many = min(_generate_seconds(model, texts, 4 + _NUM_STEPS) for _ in "ab")
     return max(0.0, many - few) / _NUM_STEPS / _NUM_BATCHES
@@ -155,8 +170,8 @@ def _policy(device: str, cache: Path, **settings: Any) -> Policy:
     return Policy(
         device=device,
         device_memory="1GiB",
-        micro_batch_sequences=_ROWS,
-        sequences_in_flight=_NUM_BATCHES * _ROWS,
+        micro_batch_sequences=DECODE_ROWS_EACH,
+        sequences_in_flight=_NUM_BATCHES * DECODE_ROWS_EACH,
         io={"cache": cache},
         **settings,
     )

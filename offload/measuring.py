@@ -7,13 +7,24 @@ from pathlib import Path
 
 import torch
 
+from ..scheduler.rates import Curve
 from . import measure
 from .machine import Calls, Copies, Machine
-from .measure_calls import LARGE, MODULES_OF_BLOCK, block_seconds, calls
+from .measure_calls import (
+    DECODE_ROWS,
+    DECODE_ROWS_EACH,
+    LARGE,
+    MODULES_OF_BLOCK,
+    block_seconds,
+    calls,
+    decode_block_seconds,
+)
 from .measure_gpu import gpu_facts, measure_copies
 from .policy import IO, cache_folder
 
 _ROWS, _LENGTH = 4, 128
+_FLOPS = 2.0 * LARGE.hidden * (4 * LARGE.hidden + 3 * LARGE.intermediate)
+"""Of a token in a block of it."""
 
 
 def measure_machine(
@@ -43,10 +54,17 @@ def measure_machine(
         progress("small models, for what calls take")
         found = calls(device, Path(folder), product)
         progress("a larger model, for what is between products")
-        block = block_seconds(LARGE, _ROWS, _LENGTH, device, Path(folder))
-    pointwise = pointwise_bandwidth(
-        block, matmul["float32"], attention["float32"], found
-    )
+        block, touch = block_seconds(LARGE, _ROWS, _LENGTH, device, Path(folder))
+        found = found.model_copy(update={"first_touch_per_gb": touch * 1e9})
+        decode = decode_block_seconds(LARGE, device, Path(folder))
+    rates = Curve.of(matmul["float32"])
+    pointwise = pointwise_bandwidth(block, rates, Curve.of(attention["float32"]), found)
+    few_rows = decode_bandwidth(decode, rates, found)
+    between = {
+        "pointwise_bandwidth": pointwise,
+        "decode_bandwidth": few_rows,
+        "cast_bandwidth": cast,
+    }
     copies = None
     gpu: dict[str, object] = {}
     if is_gpu:
@@ -54,24 +72,30 @@ def measure_machine(
         gpu = dict(gpu_facts(device))
         gpu["device_bandwidth"] = measure.memory_bandwidth(device, wait)
         copies = measure_copies(device)
-    return _machine(disk, host, cast, matmul, attention, pointwise, found, copies, gpu)
+    return _machine(disk, host, matmul, attention, found, copies, gpu, between)
 
 
 def pointwise_bandwidth(
-    block: float, matmul: dict[int, int], attention: dict[int, int], costs: Calls
+    block: float, matmul: Curve, attention: Curve, costs: Calls
 ) -> int | None:
     """Bytes a second that the operations of a block of `LARGE` touch between its
     products, where all of it takes `block` seconds: what products, attention and calls
     do not explain. None where they explain all."""
-    from ..scheduler.rates import Curve
-
     tokens, size = _ROWS * _LENGTH, LARGE.hidden
-    flops = 2.0 * tokens * (4 * size * size + 3 * size * LARGE.intermediate)
-    rest = block - flops / Curve.of(matmul).at(tokens)
-    rest -= 4.0 * size * tokens * _LENGTH / Curve.of(attention).at(_LENGTH)
+    rest = block - tokens * _FLOPS / matmul.at(tokens)
+    rest -= 4.0 * size * tokens * _LENGTH / attention.at(_LENGTH)
     rest -= MODULES_OF_BLOCK * costs.module + 7 * costs.product
     touched = 4 * tokens * pointwise_elements(size, LARGE.intermediate)
     return round(touched / rest) if rest > 0 else None
+
+
+def decode_bandwidth(block: float, matmul: Curve, costs: Calls) -> int | None:
+    """The same in decode, where a block takes `block` seconds for each micro-batch."""
+    num_batches = DECODE_ROWS // DECODE_ROWS_EACH
+    products = DECODE_ROWS * _FLOPS / matmul.at(DECODE_ROWS) + 7 * costs.product
+    rest = block - products / num_batches - MODULES_OF_BLOCK * costs.joint_module
+    touched = 4 * pointwise_elements(LARGE.hidden, LARGE.intermediate)
+    return round(DECODE_ROWS_EACH * touched / rest) if rest > 0 else None
 
 
 def pointwise_elements(hidden: int, intermediate: int) -> float:
@@ -85,13 +109,12 @@ def pointwise_elements(hidden: int, intermediate: int) -> float:
 def _machine(
     disk: object,
     host: int,
-    cast: int,
     matmul: dict[str, dict[int, int]],
     attention: dict[str, dict[int, int]],
-    pointwise: int | None,
     found: Calls,
     copies: Copies | None,
     gpu: dict[str, object],
+    between: dict[str, int | None],
 ) -> Machine:
     facts = measure.host_facts()
     date = datetime.now().date().isoformat()
@@ -103,8 +126,7 @@ def _machine(
         "host_bandwidth": host,
         "matmul": matmul,
         "attention": attention,
-        "pointwise_bandwidth": pointwise,
-        "cast_bandwidth": cast,
+        **between,
         "disk": disk,
         "copies": copies,
         "calls": found,

@@ -26,6 +26,7 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
         attention_flops=Curve.of(attention) if attention else matmul,
         device_bytes=device,
         pointwise_bytes=machine.pointwise_bandwidth or device,
+        decode_bytes=machine.decode_bandwidth or device,
         links=_links(machine, policy, reader),
         cast_bytes=machine.cast_bandwidth or math.inf,
         num_cores=(machine.num_threads or machine.cores) if is_cpu else 0,
@@ -34,6 +35,8 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
         product_seconds=calls.product,
         latency_seconds={t: link.latency for t, link in policy.links.items()},
         calls=CallCosts(
+            job=calls.job,
+            first_touch=calls.first_touch_per_gb / 1e9,
             module=calls.module,
             batch=calls.batch,
             joint_module=calls.joint_module,

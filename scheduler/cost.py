@@ -20,8 +20,6 @@ _HEAD_BYTES_PER_LOGIT = 12
 """What scoring takes for each: the logit, its float32 copy, a temporary."""
 _HEAD_TOUCHES = 4
 """Times that each logit is read or written after its product."""
-_JOINT_COPIES = 2
-"""Rows that share a product are copied together before it and apart behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +141,7 @@ class CostModel:
             site.num_modules * per_call * len(batches)
             + site.num_products * rates.product_seconds * times
             + products
-            + self._pointwise(pointwise * (_JOINT_COPIES if is_joint else 1))
+            + pointwise * self.shape.itemsize / rates.decode_bytes
             + self._kv_seconds(site, num_rows, context)
         )
 
@@ -226,6 +224,7 @@ class CostModel:
             loads,
             room_bytes=room,
             lookahead=self.settings.lookahead,
+            first_compute=self._first_compute(compute),
             first_loads=self._first_loads(loads),
         )
         return PassCost(time, sum(compute), outside)
@@ -272,6 +271,18 @@ class CostModel:
         cpu = cost.cast_bytes / rates.cast_bytes
         cpu += cost.stored_bytes * rates.read_cpu_seconds_per_byte
         return cpu / rates.num_cores
+
+    def _first_compute(self, compute: list[float]) -> list[float]:
+        """The working set is filled for the first time, as far as it goes."""
+        left = float(self.settings.capacity_bytes)
+        found = list(compute)
+        for index in self.shape.streamed:
+            unit, tier = self.shape.units[index], self.settings.placement[index]
+            if tier == "device" or tier in self.rates.links:
+                nbytes = min(left, unit.nbytes)
+                found[unit.sites[0]] += nbytes * self.rates.calls.first_touch
+                left -= nbytes
+        return found
 
     def _first_loads(self, loads: list[list[Load]]) -> list[list[Load]]:
         """What stays on the device is read in the first pass; it has its own room."""

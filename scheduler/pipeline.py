@@ -38,13 +38,15 @@ def run_passes(
     *,
     room_bytes: int,
     lookahead: int,
+    first_compute: Sequence[float],
     first_loads: Sequence[Sequence[Load]],
 ) -> PassTime:
     """How long passes take whose site i computes for `compute[i]` seconds once all of
-    `loads[i]` have come, into a working set with `room_bytes` for them. `first_loads`
-    takes their place in the first pass, in which what stays is loaded, too."""
+    `loads[i]` have come, into a working set with `room_bytes` for them. `first_compute`
+    and `first_loads` take their places in the first pass, in which what stays is
+    loaded, too."""
     clock = _Clock(room_bytes, lookahead)
-    first = clock.run(compute, first_loads)
+    first = clock.run(first_compute, first_loads)
     second = clock.run(compute, loads)
     third = clock.run(compute, loads)
     steady = third - second if third > second else 0.0

@@ -38,6 +38,10 @@ class CallCosts:
     """Seconds that calls take beside what they compute: Python, hooks, switches. What
     is not known is taken to cost nothing, which makes a prediction a ceiling."""
 
+    job: float = 0.0
+    """Of a job, before its first pass."""
+    first_touch: float = 0.0
+    """Of a byte of the working set that is filled for the first time."""
     module: float = 0.0
     """Of one module with weights, in a micro-batch that is scored."""
     batch: float = 0.0
@@ -65,6 +69,8 @@ class Rates:
     """Read from or written to the computing device's memory."""
     pointwise_bytes: float
     """Touched by operations between products."""
+    decode_bytes: float
+    """The same, in decode."""
     links: Mapping[str, float]
     """Bytes over the link from a tier (`disk`, `host`, `peer`) to the device; a tier
     that is not named is used where it lies."""
@@ -78,8 +84,6 @@ class Rates:
     """From the device to host memory."""
     product_seconds: float = 0.0
     """What each product takes beside its FLOPs."""
-    is_linked_in_place: bool = False
-    """Whether the device's memory is the host's."""
     latency_seconds: Mapping[str, float] = field(default_factory=dict)
     """That a load from a tier takes before its first byte comes."""
     calls: CallCosts = CallCosts()

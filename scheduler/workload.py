@@ -69,13 +69,14 @@ def _scoring(model: CostModel, work: Scoring) -> Prediction:
         if group not in known:
             known[group] = model.scoring(group)
     costs = [known[group] for group in groups]
-    seconds = costs[0].first + sum(cost.steady for cost in costs[1:])
+    seconds = model.rates.calls.job + costs[0].first
+    seconds += sum(cost.steady for cost in costs[1:])
     typical = costs[len(costs) // 2]
     return _prediction(seconds, len(groups), total_tokens(work.batches), 0, typical)
 
 
 def _generating(model: CostModel, work: Generating) -> Prediction:
-    seconds, passes = 0.0, 0
+    seconds, passes = model.rates.calls.job, 0
     typical: PassCost | None = None
     known: dict[int, tuple[PassCost, PassCost]] = {}
     for start in range(0, work.num_rows, work.in_flight):
