@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError
+from . import plan_cli
 from .options import Model, PolicyFile, Report, Settings, policy_of
 from .policy import Policy
 from .values import parse_setting
@@ -44,6 +45,9 @@ def _callback() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+plan_cli.add_to(app)
 
 
 @app.command()

@@ -34,7 +34,7 @@ class Forecast:
         found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
         units = self.arrangement.division.found.units
         recipes = self.arrangement.recipes
-        placed = set()
+        placed: set[str] = set()
         for unit, tier in zip(units, self.arrangement.placement, strict=True):
             where = "device" if unit.is_resident else tier
             where = "disk" if not (unit.sites or unit.is_resident) else where

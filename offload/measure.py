@@ -61,7 +61,7 @@ def matmul(dtype: torch.dtype, device: str, wait: Callable[[], None]) -> dict[in
     weights = [
         torch.randn(_OUT, _IN, device=device).to(dtype) for _ in range(_NUM_WEIGHTS)
     ]
-    found = {}
+    found: dict[int, int] = {}
     for rows in ROWS:
         x = torch.randn(rows, _IN, device=device).to(dtype)
         product = partial(_product, x, itertools.cycle(weights))

@@ -180,7 +180,7 @@ def _policy(device: str, cache: Path, **settings: Any) -> Policy:
 @contextmanager
 def _model(block: Block, num_layers: int, policy: Policy) -> Iterator[Any]:
     """A streamed Llama of such blocks with random weights."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=block.hidden,
@@ -192,8 +192,9 @@ def _model(block: Block, num_layers: int, policy: Policy) -> Iterator[Any]:
         eos_token_id=None,
         bos_token_id=None,
     )
-    made = LlamaForCausalLM(config).eval()
-    made.generation_config = GenerationConfig(pad_token_id=0)
+    made = LlamaForCausalLM(config)
+    made.train(False)
+    made.generation_config.pad_token_id = 0
     model = wrap(made, policy)
     try:
         assert engine_of(model) is not None

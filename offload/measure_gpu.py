@@ -72,7 +72,10 @@ class CudaCopier:
             for pinned in (True, False)
         }
         ways = ("in", "out", "peer")
-        self._streams = {way: torch.cuda.Stream(device) for way in ways}
+        self._streams = {
+            way: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for way in ways
+        }
         self._peer = self._peer_tensor(nbytes)
 
     @property

@@ -5,6 +5,7 @@ Computing is counted site by site, each product at the rate that this machine ha
 its rows; loading unit by unit, beside computing (see `pipeline`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,18 +58,22 @@ class CostModel:
 
     def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
         """A pass of `batches` whose tokens are scored."""
-        sites = self.shape.sites
-        compute = [sum(self._scored(site, b) for b in batches) for site in sites]
+        alike = Counter(batches)
+        compute = [
+            sum(count * self._scored(site, b) for b, count in alike.items())
+            for site in self.shape.sites
+        ]
         outside = sum(self._outside(batch) for batch in batches)
         return self._pass(compute, outside, self._moved(batches))
 
     def prefill(self, batches: Sequence[MicroBatch]) -> PassCost:
         """The pass that takes in prompts and makes the first token of each."""
         num_rows = sum(batch.rows for batch in batches)
+        alike = Counter(batches)
         compute = [
             self._joint_head(site, batches, num_rows)
             if site.vocabulary
-            else sum(self._prompted(site, b, batches) for b in batches)
+            else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
             for site in self.shape.sites
         ]
         outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
@@ -246,9 +251,9 @@ class CostModel:
                 stolen[site] += self._stolen_seconds(index, tier)
         if self.settings.kv_tier in self.rates.links and kv_rows:
             tier = self.settings.kv_tier
-            for number, site in enumerate(self.shape.sites):
-                nbytes = site.kv_per_token * self.shape.itemsize * kv_rows
-                nbytes *= max(1.0, site.context(context))
+            for number, cost in enumerate(self.shape.sites):
+                nbytes = cost.kv_per_token * self.shape.itemsize * kv_rows
+                nbytes *= max(1.0, cost.context(context))
                 if nbytes:
                     seconds = nbytes / self.rates.links[tier]
                     loads[number].append(Load(tier, 0, seconds))

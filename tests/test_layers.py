@@ -23,6 +23,7 @@ PURE = {
     "scheduler/cost.py",
     "scheduler/job.py",
     "scheduler/kv_budget.py",
+    "scheduler/memory_need.py",
     "scheduler/order.py",
     "scheduler/packing.py",
     "scheduler/pipeline.py",
@@ -30,6 +31,7 @@ PURE = {
     "scheduler/rates.py",
     "scheduler/shape.py",
     "scheduler/slots.py",
+    "scheduler/workload.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
 PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}
