@@ -90,8 +90,7 @@ def build(
         engine = Engine(
             model,
             policy,
-            found,
-            recipes=recipes,
+            arrangement=arranged,
             tiers=tiers,
             buffers=_move_buffers(model, places, device),
             working_set=working_set,

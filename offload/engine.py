@@ -10,7 +10,6 @@ from torch import nn
 
 from ..io.errors import FaultError, PenstockError
 from ..io.kv_count import KvStatistics
-from ..io.recipe import Recipe
 from ..scheduler.admission import Width
 from ..scheduler.coalescing import Coalescing
 from ..scheduler.doors import Doors
@@ -19,6 +18,7 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
+from .arrangement import Arrangement
 from .binding import Binding
 from .buffers import MovedBuffers
 from .counters import Statistics
@@ -27,7 +27,6 @@ from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .row_wise import find_row_wise
 from .rows import RowGatherer
-from .sites import Found
 from .sweeps import Sweeps
 from .tiers import Tiers
 
@@ -48,9 +47,8 @@ class Engine:
         self,
         model: nn.Module,
         policy: Policy,
-        found: Found,
         *,
-        recipes: Mapping[str, Recipe],
+        arrangement: Arrangement,
         tiers: Tiers,
         buffers: MovedBuffers,
         working_set: WorkingSet,
@@ -65,8 +63,9 @@ class Engine:
     ) -> None:
         self.model = model
         self.policy = policy
-        self.found = found
-        self.recipes = recipes
+        self.arrangement = arrangement
+        self.found = found = arrangement.division.found
+        self.recipes = arrangement.recipes
         self._tiers = tiers
         self._buffers = buffers
         self._working_set = working_set

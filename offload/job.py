@@ -10,6 +10,7 @@ from rich.console import Console
 from .jsonl import ResultWriter, count_rows, read_rows
 from .model import engine_of, load, unwrap
 from .policy import Policy
+from .prediction import predicted
 from .progress import JobProgress
 from .report import JobFigures, make_report, write_report
 from .text import load_tokenizer
@@ -49,7 +50,10 @@ class Job:
                 load_seconds=loaded - start,
                 seconds_to_first_unit=None if first is None else first - start,
                 counts=counts,
-                plan=self.work.plan(self.policy, counts["micro_batches"]),
+                plan={
+                    **self.work.plan(self.policy, counts["micro_batches"]),
+                    **self._predicted(model, counts),
+                },
             )
             report = make_report(
                 str(self.model), self.policy, figures, engine.statistics()
@@ -59,6 +63,12 @@ class Job:
         if self.report is not None:
             write_report(self.report, report)
         return report
+
+    def _predicted(self, model: Any, counts: dict[str, Any]) -> dict[str, Any]:
+        done = self.work.progress.rows_done - self.work.progress.rows_failed
+        return predicted(
+            model, engine_of(model).arrangement, self.policy, {**counts, "rows": done}
+        )
 
     def _write(
         self,

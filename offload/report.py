@@ -26,8 +26,8 @@ class JobFigures:
     seconds_to_first_unit: float | None
     counts: Mapping[str, Any]
     """Tokens, micro-batches and tokens a second."""
-    plan: Mapping[str, int]
-    """What the policy promised."""
+    plan: Mapping[str, Any]
+    """What the policy promised, and what was predicted for this machine."""
 
 
 def what_bound(statistics: Statistics) -> str:

@@ -26,6 +26,7 @@ PURE = {
     "scheduler/memory_need.py",
     "scheduler/order.py",
     "scheduler/packing.py",
+    "scheduler/partitioning.py",
     "scheduler/pipeline.py",
     "scheduler/placement.py",
     "scheduler/rates.py",
