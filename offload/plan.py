@@ -6,10 +6,11 @@ from typing import Any
 
 import yaml
 
+from ..io.errors import PolicyError
 from .blueprint import blueprint
 from .explain import explain
 from .machine import Machine
-from .planner import Choice, Objective, Planner, Task, check_runs
+from .planner import Choice, Objective, Planner, Task
 from .policy import Policy
 
 
@@ -86,3 +87,17 @@ def make_plan(
         skeleton.model, skeleton.recipes, machine, policy, task, objective
     )
     return Plan(model, machine, task, planner, planner.choose(), has_weights)
+
+
+def check_runs(machine: Machine) -> None:
+    """Raises PolicyError for machines that only the formulas know."""
+    if machine.device == "tpu":
+        raise PolicyError(
+            f"machine {machine.name!r} is for the formulas alone: Penstock computes on "
+            "CPUs and GPUs; take another machine"
+        )
+    if machine.disk is None:
+        raise PolicyError(
+            f"machine {machine.name!r} has no disk to read weights from: give its file "
+            "a section disk"
+        )

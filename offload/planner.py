@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..io.errors import DoesNotFitError, PolicyError
+from ..io.errors import DoesNotFitError
 from ..io.recipe import Recipe
 from ..scheduler.memory_need import (
     RUNTIME_BYTES,
@@ -279,20 +279,6 @@ class Planner:
             f"has {budget.device} to give; a device with "
             f"{round((least + beside + RUNTIME_BYTES) / _USABLE)} bytes of memory, "
             "shorter rows, or a dtype of fewer bytes would do"
-        )
-
-
-def check_runs(machine: Machine) -> None:
-    """Raises PolicyError for machines that only the formulas know."""
-    if machine.device == "tpu":
-        raise PolicyError(
-            f"machine {machine.name!r} is for the formulas alone: Penstock computes on "
-            "CPUs and GPUs; take another machine"
-        )
-    if machine.disk is None:
-        raise PolicyError(
-            f"machine {machine.name!r} has no disk to read weights from: give its file "
-            "a section disk"
         )
 
 

@@ -76,7 +76,7 @@ def make_report(
         },
         "faults": dict(statistics.faults),
         "fallbacks": list(statistics.fallbacks),
-        "policy": policy.model_dump(),
+        "policy": policy.model_dump(mode="json"),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

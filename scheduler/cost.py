@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .pipeline import Load, PassTime, run_passes
+from .pipeline import Load, PassCost, run_passes
 from .rates import Rates
 from .shape import MicroBatch, ModelShape, Settings, SiteCost
 
@@ -21,31 +21,6 @@ _HEAD_BYTES_PER_LOGIT = 12
 """What scoring takes for each: the logit, its float32 copy, a temporary."""
 _HEAD_TOUCHES = 4
 """Times that each logit is read or written after its product."""
-
-
-@dataclass(frozen=True, slots=True)
-class PassCost:
-    """One kind of pass, repeated."""
-
-    time: PassTime
-    compute_seconds: float
-    outside_seconds: float
-    """Between the passes: what micro-batches do outside of all sites."""
-
-    @property
-    def first(self) -> float:
-        return self.time.first + self.outside_seconds
-
-    @property
-    def steady(self) -> float:
-        return self.time.steady + self.outside_seconds
-
-    @property
-    def binds(self) -> str:
-        """`compute`, or the tier at the end of the link that computing waits for."""
-        if self.time.wait <= 0.02 * self.time.steady or not self.time.busy:
-            return "compute"
-        return max(self.time.busy, key=lambda tier: self.time.busy[tier])
 
 
 @dataclass(frozen=True, slots=True)

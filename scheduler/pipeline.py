@@ -32,6 +32,31 @@ class PassTime:
     """Seconds of each pass that each link is busy."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """One kind of pass, repeated."""
+
+    time: PassTime
+    compute_seconds: float
+    outside_seconds: float
+    """Between the passes: what micro-batches do outside of all sites."""
+
+    @property
+    def first(self) -> float:
+        return self.time.first + self.outside_seconds
+
+    @property
+    def steady(self) -> float:
+        return self.time.steady + self.outside_seconds
+
+    @property
+    def binds(self) -> str:
+        """`compute`, or the tier at the end of the link that computing waits for."""
+        if self.time.wait <= 0.02 * self.time.steady or not self.time.busy:
+            return "compute"
+        return max(self.time.busy, key=lambda tier: self.time.busy[tier])
+
+
 def run_passes(
     compute: Sequence[float],
     loads: Sequence[Sequence[Load]],
@@ -54,7 +79,8 @@ def run_passes(
     for of_site in loads:
         for load in of_site:
             busy[load.link] = busy.get(load.link, 0.0) + load.seconds
-    wait = max(0.0, steady - sum(compute))
+    wait = steady - sum(compute)
+    wait = wait if wait > 1e-9 * steady else 0.0  # below that it is rounding
     return PassTime(first, steady, wait, busy)
 
 

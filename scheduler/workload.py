@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .cost import CostModel, PassCost
+from .cost import CostModel
+from .pipeline import PassCost
 from .shape import MicroBatch, split_rows, total_tokens
 
 

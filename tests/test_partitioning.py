@@ -60,7 +60,7 @@ def test_few_tokens_keep_weights_where_they_are_and_many_gather_them() -> None:
     few = layer_bytes(64, published.PALM_540B, 64)
     many = layer_bytes(2**20, published.PALM_540B, 64)
     assert min(few, key=lambda layout: few[layout]) == "2d"
-    assert min(many, key=lambda layout: many[layout]) == "gathered over 64"
+    assert min(many, key=lambda layout: many[layout]).startswith("gathered")
 
 
 def test_the_crossover_of_streaming() -> None:
