@@ -227,7 +227,7 @@ class CostModel:
         if self.settings.kv_tier in self.rates.links and kv_rows:
             tier = self.settings.kv_tier
             for number, cost in enumerate(self.shape.sites):
-                nbytes = cost.kv_per_token * self.shape.itemsize * kv_rows
+                nbytes = float(cost.kv_per_token * self.shape.itemsize * kv_rows)
                 nbytes *= max(1.0, cost.context(context))
                 if nbytes:
                     seconds = nbytes / self.rates.links[tier]

@@ -179,9 +179,9 @@ def test_a_cache_that_is_appended_to_is_read_once_a_token() -> None:
 
 def test_keys_and_values_on_disk_share_its_link_with_the_weights() -> None:
     batches = [MicroBatch(8, 1)]
-    there = model_of(kv_tier="disk").decode(batches, 4096)
-    here = model_of(kv_tier="host").decode(batches, 4096)
-    more = 8 * 4096 * shape_of().kv_bytes_per_token / 1e9
+    there = model_of(kv_tier="disk", disk=1e8).decode(batches, 4096)
+    here = model_of(kv_tier="host", disk=1e8).decode(batches, 4096)
+    more = 8 * 4096 * shape_of().kv_bytes_per_token / 1e8
     assert there.steady - here.steady == pytest.approx(more, rel=0.01)
 
 

@@ -153,7 +153,7 @@ def test_this_computer_is_measured(
     monkeypatch.setattr(measure, "ROWS", (1, 8))
     monkeypatch.setattr(measure, "LENGTHS", (32,))
     monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
-    monkeypatch.setattr(measure, "_SCRATCH_BYTES", 256 << 20)
+    monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
     module = "penstock.offload.measuring"
     monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
     monkeypatch.setattr(f"{module}.block_seconds", lambda *_: (10.0, 1e-9))

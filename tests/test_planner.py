@@ -71,18 +71,21 @@ def test_a_config_alone_has_the_recipes_of_the_checkpoint(tmp_path: Path) -> Non
         blueprint(folder, "float32") for folder in (made, bare)
     )
     assert (there, not_there) == (True, False)
-    assert {
-        n: (r.shape, r.dtype, r.stored_bytes) for n, r in whole.recipes.items()
-    } == {n: (r.shape, r.dtype, r.stored_bytes) for n, r in imagined.recipes.items()}
+    found, expected = (
+        {name: (r.shape, r.dtype, r.stored_bytes) for name, r in made.recipes.items()}
+        for made in (imagined, whole)
+    )
+    assert found == expected
 
 
 def test_a_slow_disk_takes_more_tokens_in_flight_or_more_memory(llama: Path) -> None:
     quick = plan(llama, machine_of(disk="4GB"), dtype="float32").policy
     slow = plan(llama, machine_of(disk="20MB"), dtype="float32").policy
-    assert slow.tokens_in_flight >= quick.tokens_in_flight
     assert isinstance(slow.device_memory, int)
     assert isinstance(quick.device_memory, int)
-    assert slow.device_memory > quick.device_memory  # all of it stays
+    assert slow.tokens_in_flight >= quick.tokens_in_flight
+    more = slow.tokens_in_flight > quick.tokens_in_flight
+    assert more or slow.device_memory > quick.device_memory
 
 
 def test_what_the_user_set_is_kept(llama: Path) -> None:
@@ -137,7 +140,7 @@ def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:
 
 
 def test_what_cannot_run_is_refused_with_what_would(llama: Path) -> None:
-    with pytest.raises(DoesNotFitError, match="a device with .* bytes of memory"):
+    with pytest.raises(DoesNotFitError, match=r"a device with \d+ bytes of memory"):
         plan(llama, machine_of(memory="700MiB"), dtype="float32")
     tpu = find_machine("tpu-v4-64")
     assert tpu is not None
@@ -203,10 +206,9 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     cache = tmp_path / "cache"
     run = CliRunner().invoke
     resolved = tmp_path / "policy.yaml"
-    made = ["plan", str(model), "--machine", str(machine_file), "--prompt", "8"]
-    resolved.write_text(
-        run(app, [*made, "--set", f"io.cache={cache}", "--yaml"]).output
-    )
+    plan_it = ["plan", str(model), "--machine", str(machine_file), "--prompt", "8"]
+    plan_it += ["--set", f"io.cache={cache}", "--yaml"]
+    resolved.write_text(run(app, plan_it).output)
     score = ["score", str(model), str(rows), "-o", str(tmp_path / "out.jsonl")]
     score += ["--policy", str(resolved), "--report", str(tmp_path)]
     assert run(app, score).exit_code == 0
