@@ -43,21 +43,29 @@ def best_of(trials: Sequence[Trial]) -> Trial:
     return min(good, key=lambda trial: trial.cpu_seconds_per_gb)
 
 
+def rounds_of(stamps: Mapping[Path, FileStamp], num_readers: int) -> int:
+    """Turns of each reader for which the largest file is long enough, six at most."""
+    largest = max(stamp.size_bytes for stamp in stamps.values())
+    return min(6, largest // (_SAMPLE_BYTES * num_readers))
+
+
 def measure(
     open_readers: Mapping[str, Callable[[], Reader]],
     stamps: Mapping[Path, FileStamp],
+    *,
+    rounds: int = _ROUNDS,
 ) -> list[Trial]:
     """Lets each reader read parts of the largest file, in turns, never the same ones.
     Empty where the file is too small to tell them apart."""
     path, stamp = max(stamps.items(), key=lambda item: item[1].size_bytes)
     samples = iter(range(0, stamp.size_bytes - _SAMPLE_BYTES + 1, _SAMPLE_BYTES))
-    if stamp.size_bytes < _SAMPLE_BYTES * _ROUNDS * len(open_readers):
+    if not rounds or stamp.size_bytes < _SAMPLE_BYTES * rounds * len(open_readers):
         return []
     rates: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
     with Arena(_SAMPLE_BYTES) as arena:
         buffer = arena.view(0, _SAMPLE_BYTES)
-        for round_ in range(_ROUNDS):
+        for round_ in range(rounds):
             # Back and forth, so that what changes with time is nobody's.
             for name in list(open_readers)[:: -1 if round_ % 2 else 1]:
                 with open_readers[name]() as reader:

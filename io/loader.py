@@ -182,7 +182,7 @@ class Loader:
         for extent, source, part in _parts(copy, target, self._bounce_bytes):
             stored = source.on(self._read(unit, extent, copy.dtype))
             start = self._clock()
-            _copy_serially(part, stored)
+            copy_serially(part, stored)
             self._record(CAST, unit, start, self._clock(), extent.nbytes)
             self._count(copied=extent.nbytes)
 
@@ -223,7 +223,7 @@ class Loader:
         return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
 
 
-def _copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copies and casts in this thread alone: larger pieces torch would share out to a
     team of threads of its own, which fights with the one that computes."""
     if not (target.is_contiguous() and source.is_contiguous()):

@@ -11,19 +11,18 @@ from torch import nn
 
 from ..io.checkpoint import Checkpoint
 from ..io.device import Device
-from ..io.files import ALIGNMENT
 from ..io.recipe import Recipe
 from ..io.timeline import Record, Timeline
 from ..io.transfer import Transfer
 from ..scheduler.doors import Doors, Site
 from ..scheduler.gate import Gate
 from ..scheduler.order import Order
-from ..scheduler.placement import place
 from ..scheduler.working_set import WorkingSet
+from .arrangement import arrange
 from .binding import Binding
 from .buffers import MovedBuffers
 from .contradictions import without_effect
-from .division import Division, capacity_of, check_least, check_overlap, divide
+from .division import check_overlap
 from .engine import Engine
 from .kv import open_kv
 from .memory import HeapTrimmer
@@ -51,28 +50,30 @@ def build(
     Raises DoesNotFitError, saying the least that works, when device_memory is too
     small. Nothing is left open when it raises.
     """
-    places, recipes = _places(model, recipes)
-    nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
     device = open_device(policy.device)
-    gathered = _gathered(model, places, recipes, policy.gather_rows, device)
-    alignment = ALIGNMENT
-    capacity = capacity_of(
-        policy, nbytes, alignment=alignment, free_bytes=device.free_bytes()
+    arranged = arrange(
+        model,
+        recipes,
+        policy,
+        partial(transfer_of, device.is_host, policy),
+        is_host=device.is_host,
+        free_bytes=device.free_bytes(),
     )
-    transfer = partial(transfer_of, device, policy)
-    divided = partial(
-        divide, model, places, recipes, nbytes, gathered, policy, transfer, alignment
-    )
-    division = divided(capacity)
-    check_least(divided, capacity)
+    places, recipes = arranged.places, arranged.recipes
+    division, capacity = arranged.division, arranged.capacity
+    found, transfers = division.found, division.transfers
     fallbacks = (*check_overlap(division, capacity), *_announce(policy))
-    found, layouts = division.found, division.layouts
-    transfers = division.transfers
-    placement = _placement(division, device, capacity, policy)
     timeline = Timeline()
     record = timeline.record
     tiers = Tiers(
-        checkpoint, layouts, transfers, placement, device, capacity, policy, record
+        checkpoint,
+        division.layouts,
+        transfers,
+        arranged.placement,
+        device,
+        capacity,
+        policy,
+        record,
     )
     with ExitStack() as opened:  # what fails leaves nothing open
         opened.callback(tiers.close)
@@ -83,7 +84,7 @@ def build(
                 buffer_bytes=policy.io.bounce,
                 max_gap_bytes=tiers.reader.alignment,
             )
-            for name in gathered
+            for name in arranged.gathered
         }
         stand_ins: dict[str, torch.Tensor] = {}
         binding = Binding(
@@ -97,8 +98,7 @@ def build(
         engine = Engine(
             model,
             policy,
-            found,
-            recipes=recipes,
+            arrangement=arranged,
             tiers=tiers,
             buffers=_move_buffers(model, places, device),
             working_set=working_set,
@@ -157,55 +157,6 @@ def _move_buffers(
     return MovedBuffers(model, torch.device(device.name), streamed)
 
 
-def _placement(
-    division: Division, device: Device, capacity: int, policy: Policy
-) -> tuple[str, ...]:
-    """The tier of each unit. What is always needed is loaded from disk, once."""
-    found, transfers = division.found, division.transfers
-    streamed = [
-        index
-        for index, unit in enumerate(found.units)
-        if unit.sites and not unit.is_resident
-    ]
-    first_peer = next(iter(policy.peer), "peer")
-    tiers = place(
-        [transfers[unit].nbytes for unit in streamed],
-        [found.units[unit].name for unit in streamed],
-        budgets=_budgets(division, device, capacity, policy),
-        rules={
-            rule: first_peer if tier == "peer" else tier
-            for rule, tier in policy.placement.items()
-        },
-    )
-    where = dict(zip(streamed, tiers, strict=True))
-    return tuple(where.get(unit, "disk") for unit in range(len(found.units)))
-
-
-def _budgets(
-    division: Division, device: Device, capacity: int, policy: Policy
-) -> dict[str, int]:
-    """Bytes of each tier, the fastest first."""
-    host = {"host": policy.host_memory or 0}
-    room = _room_to_stay(division, capacity, policy.lookahead)
-    rest = {"device": room, **policy.peer}
-    is_in_place = device.is_host and "host" not in policy.links
-    return {**host, **rest} if is_in_place else {**rest, **host}
-
-
-def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
-    """Bytes of the working set that units may keep for good: all of them if the model
-    fits; else beside the largest part, each part that is fetched meanwhile has room."""
-    resident, by_site = division.needs()
-    streamed = sum(
-        plan.nbytes
-        for unit, plan in zip(division.found.units, division.transfers, strict=True)
-        if unit.sites and not unit.is_resident
-    )
-    if resident + streamed <= capacity:
-        return streamed
-    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
-
-
 def _working_set(
     found: Found,
     transfers: list[Transfer],
@@ -252,51 +203,6 @@ def _compilation(found: Found, policy: Policy) -> "Compilation | None":
     return Compilation(found)
 
 
-def _places(
-    model: nn.Module, recipes: Mapping[str, Recipe]
-) -> tuple[dict[str, list[Place]], dict[str, Recipe]]:
-    """Where each distinct tensor is used, under the one name that has a recipe."""
-    by_tensor: dict[int, str] = {}
-    places: dict[str, list[Place]] = {}
-    for module_name, module in model.named_modules():
-        for store, is_buffer in ((module._parameters, False), (module._buffers, True)):
-            for key, tensor in store.items():
-                if tensor is None:
-                    continue
-                name = f"{module_name}.{key}" if module_name else key
-                if name in recipes:
-                    by_tensor.setdefault(id(tensor), name)
-                places.setdefault(str(id(tensor)), []).append(
-                    Place(module, key, is_buffer)
-                )
-    named = {
-        by_tensor[int(tensor)]: where
-        for tensor, where in places.items()
-        if int(tensor) in by_tensor
-    }
-    return named, {name: recipes[name] for name in named}
-
-
 def _requires_grad(place: Place) -> bool:
     parameter = place.module._parameters.get(place.key)
     return parameter is not None and parameter.requires_grad
-
-
-def _gathered(
-    model: nn.Module,
-    places: Mapping[str, list[Place]],
-    recipes: Mapping[str, Recipe],
-    min_bytes: int,
-    device: Device,
-) -> frozenset[str]:
-    """Tables that are large enough, lie in one byte range, and are an embedding's. None
-    on a GPU: that would have to wait until the host has seen the ids."""
-    return frozenset(
-        name
-        for name, recipe in recipes.items()
-        if device.is_host
-        and recipe.nbytes >= min_bytes
-        and recipe.stored_rows is not None
-        and len(recipe.shape) == 2
-        and any(isinstance(place.module, nn.Embedding) for place in places[name])
-    )

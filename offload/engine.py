@@ -10,7 +10,6 @@ from torch import nn
 
 from ..io.errors import FaultError, PenstockError
 from ..io.kv_count import KvStatistics
-from ..io.recipe import Recipe
 from ..io.timeline import Timeline
 from ..scheduler.admission import Width
 from ..scheduler.coalescing import Coalescing
@@ -20,6 +19,7 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
+from .arrangement import Arrangement
 from .binding import Binding
 from .buffers import MovedBuffers
 from .counters import Statistics
@@ -28,7 +28,6 @@ from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
 from .row_wise import find_row_wise
 from .rows import RowGatherer
-from .sites import Found
 from .sweeps import Sweeps
 from .tiers import Tiers
 
@@ -49,9 +48,8 @@ class Engine:
         self,
         model: nn.Module,
         policy: Policy,
-        found: Found,
         *,
-        recipes: Mapping[str, Recipe],
+        arrangement: Arrangement,
         tiers: Tiers,
         buffers: MovedBuffers,
         working_set: WorkingSet,
@@ -67,8 +65,9 @@ class Engine:
     ) -> None:
         self.model = model
         self.policy = policy
-        self.found = found
-        self.recipes = recipes
+        self.arrangement = arrangement
+        self.found = found = arrangement.division.found
+        self.recipes = arrangement.recipes
         self.timeline = timeline
         self._tiers = tiers
         self._buffers = buffers

@@ -52,6 +52,18 @@ def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     return Skeleton(model, recipes)
 
 
+def state_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Names, shapes and dtypes of what the model of config.json keeps, tied tensors
+    once. Raises as `build` does."""
+    config = _read_config(folder)
+    model_class = _model_class(config, folder)
+    _set_dtype(config, dtype)
+    model = _on_meta(model_class, config, dtype)
+    tied = set(model.all_tied_weights_keys)
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
 def _read_config(folder: Path) -> Any:
     if not (folder / "config.json").exists():
         raise CheckpointError(

@@ -20,6 +20,7 @@ from .model import engine_of, load, unwrap
 from .part_reader import check_done, read_parts
 from .parts import Part
 from .policy import Policy
+from .prediction import predicted
 from .recorded import Recorded
 from .report import JobFigures, judge, make_report, write_report
 from .running import Output, PartsRun
@@ -158,7 +159,10 @@ class Job:
                 if first_unit is None
                 else first_unit - watch.began,
                 counts=counts,
-                plan=self.work.plan(self.policy, counts["micro_batches"]),
+                plan={
+                    **self.work.plan(self.policy, counts["micro_batches"]),
+                    **self._predicted(model, counts),
+                },
                 dtype=watch.dtype,
             )
             recorded = Recorded(
@@ -172,6 +176,12 @@ class Job:
             return report, recorded
         finally:
             unwrap(model)
+
+    def _predicted(self, model: Any, counts: dict[str, Any]) -> dict[str, Any]:
+        done = self.work.progress.rows_done - self.work.progress.rows_failed
+        return predicted(
+            model, engine_of(model).arrangement, self.policy, {**counts, "rows": done}
+        )
 
     def _finish_parts(
         self,

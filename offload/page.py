@@ -130,15 +130,16 @@ def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(what, predicted, measured); a figure that nobody predicted says so."""
     plan = report["plan"]
-    speed, to_read = plan.get("tokens_per_second"), plan.get("bytes_read_per_pass")
-    per_pass = report["bytes_read"].get("disk", 0) / max(1, report["passes"])
+    speed, seconds = (
+        plan.get(f"predicted_{key}") for key in ("tokens_per_second", "seconds")
+    )
     return [
         (
             "tokens a second",
-            _NONE if speed is None else f"{speed:,.1f}",
+            plan.get("note", _NONE) if speed is None else f"{speed:,.1f}",
             f"{report['tokens_per_second']:,.1f}",
         ),
-        ("bound by", plan.get("bound_by") or _NONE, report["bound_by"]),
+        ("bound by", plan.get("predicted_bound_by") or _NONE, report["bound_by"]),
         ("passes", _number(plan.get("passes")), _number(report["passes"])),
         (
             "micro-batches in flight",
@@ -146,9 +147,9 @@ def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{_number(report['max_in_flight'])} at most",
         ),
         (
-            "read from disk, each pass",
-            _NONE if to_read is None else human_bytes(to_read),
-            human_bytes(per_pass),
+            "seconds",
+            _NONE if seconds is None else human_seconds(seconds),
+            human_seconds(report["seconds"]),
         ),
     ]
 

@@ -19,6 +19,23 @@ def open_reader(
 ) -> tuple[Reader, tuple[str, ...]]:
     """The reader that `io` asks for or, where it cannot be had, the best that can, and
     what was said of that."""
+    makers, missing = makers_of(stamps, io)
+    name, fallbacks = choose(
+        io.reader,
+        makers,
+        missing,
+        stamps,
+        direct=io.direct,
+        settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
+        remembered=Remembered(cache_folder(io) / "readers.json"),
+    )
+    return makers[name](), fallbacks
+
+
+def makers_of(
+    stamps: Mapping[Path, FileStamp], io: IO
+) -> tuple[dict[str, Callable[[], Reader]], dict[str, str]]:
+    """What opens each reader, by name, and why some cannot be had here."""
     sizes = {"chunk_bytes": io.chunk}
     makers: dict[str, Callable[[], Reader]] = {
         "libaio": partial(
@@ -32,13 +49,4 @@ def open_reader(
     missing = {"gds": "it reads into the memory of a GPU, and the device is the CPU"}
     if (reason := aio.why_not()) is not None:
         missing["libaio"] = reason
-    name, fallbacks = choose(
-        io.reader,
-        makers,
-        missing,
-        stamps,
-        direct=io.direct,
-        settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
-        remembered=Remembered(cache_folder(io) / "readers.json"),
-    )
-    return makers[name](), fallbacks
+    return makers, missing

@@ -33,8 +33,7 @@ class JobFigures:
     counts: Mapping[str, Any]
     """Tokens, micro-batches and tokens a second."""
     plan: Mapping[str, Any]
-    """What the policy promised; with `tokens_per_second` and `bound_by`, what was
-    predicted."""
+    """What the policy promised, and what was predicted for this machine."""
     dtype: str
     """Of most of the weights, as they compute."""
 

@@ -46,6 +46,12 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     else:
         table.add_row("tokens", f"{report['tokens']:,}")
     table.add_row("tokens/s", f"{report['tokens_per_second']:,.1f}")
+    plan = report["plan"]
+    if "predicted_tokens_per_second" in plan:
+        rate, bound = plan["predicted_tokens_per_second"], plan["predicted_bound_by"]
+        table.add_row("  predicted", f"{rate:,.1f}, bound by {bound}")
+    elif "note" in plan:
+        table.add_row("  predicted", plan["note"])
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
     table.add_row("weights", human_bytes(report["model_bytes"]))
     table.add_row("  streamed", human_bytes(weights["disk"]))

@@ -47,9 +47,9 @@ def open_device(name: str) -> Device:
     return CpuDevice() if name == "cpu" else CudaDevice(name)
 
 
-def transfer_of(device: Device, policy: Policy, plan: Layout) -> Transfer:
-    """How a unit is laid out in a slot of `device`."""
-    if device.is_host:
+def transfer_of(is_host: bool, policy: Policy, plan: Layout) -> Transfer:
+    """How a unit is laid out in a slot of the host (`is_host`) or of a GPU."""
+    if is_host:
         return as_it_lies(plan)
     return packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=policy.io.max_gap)
 

@@ -67,7 +67,10 @@ def test_what_nobody_predicted_says_so_and_what_somebody_did_stands_beside() -> 
     page = text_of(render(runs.report(), runs.recorded()))
     assert "tokens a second no prediction 568.9" in page
     assert "bound by no prediction disk" in page
-    plan = runs.report()["plan"] | {"tokens_per_second": 601.2, "bound_by": "compute"}
+    plan = runs.report()["plan"] | {
+        "predicted_tokens_per_second": 601.2,
+        "predicted_bound_by": "compute",
+    }
     page = text_of(render(runs.report(plan=plan), runs.recorded()))
     assert "tokens a second 601.2 568.9" in page
     assert "bound by compute disk" in page

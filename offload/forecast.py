@@ -1,0 +1,129 @@
+"""What a model, a policy and a machine come to: the cost model of all three."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..io.recipe import Recipe
+from ..scheduler.cost import CostModel
+from ..scheduler.packing import pack
+from ..scheduler.shape import MicroBatch, ModelShape, Settings
+from ..scheduler.workload import Generating, Scoring
+from .arrangement import Arrangement, arrange
+from .describe import describe
+from .machine import Machine
+from .policy import Policy
+from .rates import rates_of
+from .tiers import transfer_of
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A model as a policy arranges it, and what its passes would cost."""
+
+    arrangement: Arrangement
+    shape: ModelShape
+    model: CostModel
+    policy: Policy
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Of weights as they are computed with."""
+        found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+        units = self.arrangement.division.found.units
+        recipes = self.arrangement.recipes
+        placed: set[str] = set()
+        for unit, tier in zip(units, self.arrangement.placement, strict=True):
+            where = "device" if unit.is_resident else tier
+            where = "disk" if not (unit.sites or unit.is_resident) else where
+            nbytes = sum(recipes[name].nbytes for name in unit.tensors)
+            found[where if where in found else "peer"] += nbytes
+            placed.update(unit.tensors)
+        found["disk"] += sum(r.nbytes for n, r in recipes.items() if n not in placed)
+        return found
+
+
+def forecast(
+    module: Any,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    machine: Machine,
+    *,
+    generates: bool = False,
+) -> Forecast:
+    """The forecast of `module`, which may be on meta. Raises DoesNotFitError where the
+    policy's budgets are too small, and PolicyError."""
+    is_host = policy.device == "cpu"
+    free = machine.host_memory if is_host else machine.device_memory
+    arrangement = arrange(
+        module,
+        recipes,
+        policy,
+        partial(transfer_of, is_host, policy),
+        is_host=is_host,
+        free_bytes=free,
+    )
+    return of_arrangement(module, arrangement, policy, machine, generates=generates)
+
+
+def of_arrangement(
+    module: Any,
+    arrangement: Arrangement,
+    policy: Policy,
+    machine: Machine,
+    *,
+    generates: bool,
+) -> Forecast:
+    """The same of what is arranged already."""
+    shape = describe(
+        module,
+        arrangement.division,
+        arrangement.recipes,
+        gathers_rows=bool(arrangement.gathered),
+    )
+    settings = Settings(
+        arrangement.placement,
+        arrangement.capacity,
+        lookahead=policy.lookahead,
+        logits_bytes=policy.logits_memory,
+        kv_tier=policy.kv.tier,
+        is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
+        activations_move=policy.activations == "host" and policy.device != "cpu",
+    )
+    rates = rates_of(machine, policy, dtype_of(arrangement.recipes))
+    return Forecast(arrangement, shape, CostModel(shape, rates, settings), policy)
+
+
+def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
+    """The work of scoring rows of `lengths` tokens, packed as a job packs them."""
+    groups = pack(lengths, max_tokens=policy.micro_batch_tokens)
+    batches = tuple(
+        MicroBatch(len(group), max(lengths[row] for row in group)) for group in groups
+    )
+    return Scoring(
+        batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+    )
+
+
+def generating_of(
+    policy: Policy, num_rows: int, prompt_tokens: int, new_tokens: int
+) -> Generating:
+    """The work of completing `num_rows` prompts of one length."""
+    in_flight = policy.sequences_in_flight
+    each = min(policy.micro_batch_sequences, in_flight)
+    # A micro-batch of prompts has at most so many tokens, too.
+    each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
+    return Generating(
+        num_rows, prompt_tokens, new_tokens, in_flight // each * each, each
+    )
+
+
+def dtype_of(recipes: Mapping[str, Recipe]) -> str:
+    """That most of the model computes with."""
+    nbytes: dict[str, int] = {}
+    for recipe in recipes.values():
+        name = str(recipe.dtype).removeprefix("torch.")
+        nbytes[name] = nbytes.get(name, 0) + math.prod(recipe.shape)
+    return max(nbytes, key=lambda name: nbytes[name]) if nbytes else "float32"

@@ -1,0 +1,103 @@
+"""A plan: the resolved policy, bytes per tier, what it will do, and why."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..io.errors import PolicyError
+from .blueprint import blueprint
+from .machine import Machine
+from .plan_words import explain
+from .planner import Choice, Objective, Planner, Task
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner made of a policy for one model, machine and task."""
+
+    model: Path
+    machine: Machine
+    task: Task
+    planner: Planner
+    choice: Choice
+    has_weights: bool
+
+    @property
+    def policy(self) -> Policy:
+        """The resolved one."""
+        return self.choice.policy
+
+    @property
+    def sentences(self) -> list[str]:
+        """What binds, and what would change it."""
+        return explain(self.planner, self.choice)
+
+    def to_yaml(self) -> str:
+        """The resolved policy, as `--policy` takes it, with the plan in comments."""
+        prediction = self.choice.prediction
+        lines = [
+            f"# {self.model} on {self.machine.name}",
+            f"# predicted: {self.choice.rate:,.1f} "
+            f"{'output tokens/s' if self.task.generates else 'tokens/s'}, "
+            f"{prediction.binds} binds",
+            *(f"# {sentence}" for sentence in self.sentences),
+        ]
+        values = self.policy.model_dump(mode="json", exclude_unset=True)
+        return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes, times in seconds."""
+        found = self.choice.prediction
+        tiers = self.choice.forecast.bytes_by_tier
+        return {
+            "model": str(self.model),
+            "has_weights": self.has_weights,
+            "machine": self.machine.name,
+            "task": "generate" if self.task.generates else "score",
+            "tokens_per_second": found.tokens_per_second,
+            "output_tokens_per_second": found.output_tokens_per_second,
+            "pass_seconds": found.pass_seconds,
+            "compute_seconds_per_pass": found.compute_seconds,
+            "wait_seconds_per_pass": found.wait_seconds,
+            "binds": found.binds,
+            "bytes_by_tier": tiers,
+            "activation_bytes": self.choice.need.activations,
+            "kv_bytes": self.choice.need.kv,
+            "because": self.sentences,
+            "policy": self.policy.model_dump(mode="json", exclude_unset=True),
+        }
+
+
+def make_plan(
+    model: Path,
+    policy: Policy,
+    machine: Machine,
+    task: Task,
+    objective: Objective = "throughput",
+) -> Plan:
+    """Plans `task` with the checkpoint in `model`, of which config.json is enough.
+    Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
+    and UsageError."""
+    check_runs(machine)
+    skeleton, has_weights = blueprint(model, policy.dtype)
+    planner = Planner(
+        skeleton.model, skeleton.recipes, machine, policy, task, objective
+    )
+    return Plan(model, machine, task, planner, planner.choose(), has_weights)
+
+
+def check_runs(machine: Machine) -> None:
+    """Raises PolicyError for machines that only the formulas know."""
+    if machine.device == "tpu":
+        raise PolicyError(
+            f"machine {machine.name!r} is for the formulas alone: Penstock computes on "
+            "CPUs and GPUs; take another machine"
+        )
+    if machine.disk is None:
+        raise PolicyError(
+            f"machine {machine.name!r} has no disk to read weights from: give its file "
+            "a section disk"
+        )

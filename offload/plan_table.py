@@ -1,0 +1,53 @@
+"""A plan as a table for people."""
+
+from rich.table import Table
+
+from .plan import Plan
+from .show import human_bytes
+
+_SHOWN = (
+    "device",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+    "activations",
+)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What was chosen, bytes per tier, and what is predicted."""
+    choice, found = plan.choice, plan.choice.prediction
+    table = Table(
+        title=f"{plan.model} on {plan.machine.name}",
+        show_header=False,
+        title_justify="left",
+    )
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    if plan.task.generates:
+        table.add_row("output tokens/s", f"{found.output_tokens_per_second:,.1f}")
+    table.add_row("tokens/s", f"{found.tokens_per_second:,.1f}")
+    table.add_row("a pass", f"{found.pass_seconds:.3f} s")
+    table.add_row("  computing", f"{found.compute_seconds:.3f} s")
+    table.add_row("  waiting", f"{found.wait_seconds:.3f} s")
+    table.add_row("binds", found.binds)
+    for tier, nbytes in choice.forecast.bytes_by_tier.items():
+        if nbytes:
+            table.add_row(f"weights in {tier}", human_bytes(nbytes))
+    table.add_row("activations", human_bytes(choice.need.activations))
+    if choice.need.kv:
+        table.add_row("keys and values", human_bytes(choice.need.kv))
+    chosen = plan.policy.model_fields_set
+    for key in _SHOWN:
+        if key in chosen:
+            value = getattr(plan.policy, key)
+            is_size = key.endswith("_memory") and isinstance(value, int)
+            table.add_row(key, human_bytes(value) if is_size else str(value))
+    if plan.task.generates:
+        table.add_row("kv.tier", plan.policy.kv.tier)
+    table.add_row("io.reader", plan.policy.io.reader)
+    return table

@@ -1,0 +1,290 @@
+"""Chooses what a policy leaves open: what is in flight, and who stays in memory."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..io.errors import DoesNotFitError
+from ..io.recipe import Recipe
+from ..scheduler.memory_need import (
+    RUNTIME_BYTES,
+    Need,
+    generating_need,
+    scoring_need,
+)
+from ..scheduler.shape import ModelShape
+from ..scheduler.workload import Generating, Prediction, Scoring, predict
+from .forecast import Forecast, forecast, generating_of, scoring_of
+from .machine import Machine
+from .policy import Policy
+
+Objective = Literal["throughput", "latency"]
+_USABLE = 0.9  # of a memory: the rest is the system's, and what nobody counts
+_GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
+_STEP_BYTES = 64 << 20
+_MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
+_MICRO_BATCH_SEQUENCES = (4, 8, 16, 32, 64)
+_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be done with the model."""
+
+    generates: bool = False
+    prompt_tokens: int = 128
+    """Of a row to complete; of a row to score, all its tokens."""
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be taken."""
+
+    device: int
+    host: int
+    is_shared: bool
+    """Whether the device's memory is the host's: then `device` is all there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One policy, and what it would do."""
+
+    policy: Policy
+    forecast: Forecast
+    prediction: Prediction
+    need: Need
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second: those that come out, or those that are scored."""
+        found = self.prediction
+        return found.output_tokens_per_second or found.tokens_per_second
+
+    @property
+    def in_flight(self) -> int:
+        return self.policy.tokens_in_flight * self.policy.sequences_in_flight
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for one model on one machine. `policy` is what the user asks for: what is
+    set there stays."""
+
+    module: Any
+    recipes: Mapping[str, Recipe]
+    machine: Machine
+    policy: Policy
+    task: Task
+    objective: Objective = "throughput"
+    _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
+    _choices: list[Choice] = field(default_factory=list)
+
+    def choose(self) -> Choice:
+        """The best policy. Raises DoesNotFitError, saying what would make it run."""
+        found = self.choices()
+        if not found:
+            raise DoesNotFitError(self._why_not())
+        if self.objective == "latency":
+            return min(found, key=lambda choice: choice.prediction.seconds)
+        best = max(choice.rate for choice in found)
+        good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
+        return self._less_memory(min(good, key=lambda choice: choice.in_flight))
+
+    def choices(self) -> list[Choice]:
+        """All that fit, with as much of the model in memory as there is room for."""
+        if not self._choices:
+            tried = (self._choice(self._with(s)) for s in self._settings())
+            self._choices.extend(choice for choice in tried if choice is not None)
+        return self._choices
+
+    def most_in_flight(self) -> int:
+        """Tokens (or sequences) in flight that there is memory for at all."""
+        asked = "sequences_in_flight" if self.task.generates else "tokens_in_flight"
+        values = (getattr(choice.policy, asked) for choice in self.choices())
+        return max(values, default=0)
+
+    @property
+    def budget(self) -> Budget:
+        """What the machine has, less the runtime."""
+        machine = self.machine
+        host = int(machine.host_memory * _USABLE) - RUNTIME_BYTES
+        if machine.device_memory is None:
+            return Budget(host, host, is_shared=True)
+        return Budget(int(machine.device_memory * _USABLE), host, is_shared=False)
+
+    def _is_free(self, key: str) -> bool:
+        """Whether the user leaves `key` to the planner."""
+        value = getattr(self.policy, key)
+        return key not in self.policy.model_fields_set or value == "auto"
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """What to try for what is in flight; one micro-batch for the least latency."""
+        names = ("micro_batch_tokens", "tokens_in_flight")
+        sizes: tuple[int, ...] = _MICRO_BATCH_TOKENS
+        if self.task.generates:
+            names = ("micro_batch_sequences", "sequences_in_flight")
+            sizes = _MICRO_BATCH_SEQUENCES
+        each_name, all_name = names
+        if not self._is_free(each_name):
+            sizes = (getattr(self.policy, each_name),)
+        elif self.objective == "latency":
+            sizes = sizes[:1]
+        seen = set()
+        for each in sizes:
+            widths = _WIDTHS if self.objective == "throughput" else (1,)
+            totals = [each * width for width in widths]
+            if not self._is_free(all_name):
+                totals = [getattr(self.policy, all_name)]
+            for total in totals:
+                for kv in self._kv_tiers():
+                    key = (min(each, total), total, kv)
+                    if key not in seen:
+                        seen.add(key)
+                        yield {each_name: key[0], all_name: total, **_kv(kv)}
+
+    def _kv_tiers(self) -> tuple[str, ...]:
+        if not self.task.generates or self.policy.kv.tier != "auto":
+            return ("",)
+        if self.policy.compile:
+            return ("",)
+        return ("", "host") if self.machine.device_memory else ("host",)
+
+    def _with(self, settings: dict[str, Any]) -> Policy:
+        values = self.policy.model_dump(exclude_unset=True)
+        kv = settings.pop("kv", None)
+        if kv is not None:
+            values["kv"] = {**values.get("kv", {}), **kv}
+        if self.machine.device == "cuda" and "device" not in values:
+            values["device"] = "cuda"
+        if self.machine.disk is not None and self.policy.io.reader == "auto":
+            reader = self.machine.disk.best_reader
+            values["io"] = {**values.get("io", {}), "reader": reader}
+        return Policy(**{**values, **settings})
+
+    def _choice(self, policy: Policy) -> Choice | None:
+        """`policy` with as much of the model in memory as fits beside what is in
+        flight; None where that leaves too little."""
+        shape = self._any_shape(policy)
+        need = self._need(shape, policy)
+        budget = self.budget
+        kv_on_host = policy.kv.tier == "host" and not budget.is_shared
+        device = budget.device - need.activations - (0 if kv_on_host else need.kv)
+        if policy.kv.tier == "disk":
+            device += need.kv
+        host = budget.host - (need.kv if kv_on_host else 0)
+        values: dict[str, Any] = {}
+        if self._is_free("device_memory"):
+            whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
+            values["device_memory"] = min(whole, device) // _STEP_BYTES * _STEP_BYTES
+            values["device_memory"] += _STEP_BYTES if device > whole else 0
+        elif policy.device_memory != "auto" and policy.device_memory > device:
+            return None
+        if self._is_free("host_memory") and not budget.is_shared:
+            host -= 3 * shape.largest_bytes  # staging
+            values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
+        if values.get("device_memory", 1) <= 0:
+            return None
+        return self._evaluate(_updated(policy, values), need)
+
+    def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
+        try:
+            found = self._forecast(policy)
+        except DoesNotFitError:
+            return None
+        work = self.work(policy)
+        return Choice(policy, found, predict(found.model, work), need)
+
+    def work(self, policy: Policy) -> Scoring | Generating:
+        """As much as is in flight at one time, in several passes."""
+        task = self.task
+        if task.generates:
+            num_rows = policy.sequences_in_flight
+            return generating_of(policy, num_rows, task.prompt_tokens, task.new_tokens)
+        times = 8 if self.objective == "throughput" else 1
+        rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
+        return scoring_of(policy, [task.prompt_tokens] * rows)
+
+    def _need(self, shape: ModelShape, policy: Policy) -> Need:
+        task = self.task
+        if not task.generates:
+            return scoring_need(
+                shape,
+                policy.tokens_in_flight,
+                policy.micro_batch_tokens,
+                policy.logits_memory,
+            )
+        each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
+        return generating_need(
+            shape,
+            policy.sequences_in_flight,
+            task.prompt_tokens,
+            task.new_tokens,
+            each,
+        )
+
+    def _any_shape(self, policy: Policy) -> ModelShape:
+        """With a working set that everything fits into."""
+        whole = sum(recipe.nbytes for recipe in self.recipes.values())
+        roomy = {"device_memory": 2 * whole + (64 << 20), "placement": {}}
+        return self._forecast(_updated(policy, roomy)).shape
+
+    def _forecast(self, policy: Policy) -> Forecast:
+        """Divided once for each pair of budgets: what is in flight changes nothing."""
+        key = (policy.device, policy.device_memory, policy.host_memory)
+        known = self._known.get(key)
+        if known is None:
+            known = forecast(
+                self.module,
+                self.recipes,
+                policy,
+                self.machine,
+                generates=self.task.generates,
+            )
+            self._known[key] = known
+        settings = replace(known.model.settings, kv_tier=policy.kv.tier)
+        return replace(
+            known, policy=policy, model=replace(known.model, settings=settings)
+        )
+
+    def _less_memory(self, best: Choice) -> Choice:
+        """The same with less of the model in memory, where that is as fast: beside
+        the largest part, room for those that are fetched meanwhile."""
+        if not self._is_free("device_memory"):
+            return best
+        shape = best.forecast.shape
+        least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes
+        least = -(-least // _STEP_BYTES) * _STEP_BYTES
+        asked = best.policy.device_memory
+        assert asked != "auto", "it was chosen"
+        for size in (least, (least + asked) // 2 // _STEP_BYTES * _STEP_BYTES):
+            if size < asked:
+                smaller = _updated(best.policy, {"device_memory": size})
+                choice = self._evaluate(smaller, best.need)
+                if choice is not None and choice.rate >= _GOOD_ENOUGH * best.rate:
+                    return choice
+        return best
+
+    def _why_not(self) -> str:
+        """What is missing, and what would make it run."""
+        smallest = self._with(next(iter(self._settings())))
+        shape = self._any_shape(smallest)
+        need, budget = self._need(shape, smallest), self.budget
+        least = shape.resident_bytes + shape.largest_bytes
+        beside = need.activations + need.kv
+        return (
+            f"{self.machine.name!r} cannot run it: its largest part and what is always "
+            f"needed take {least} bytes, what is in flight {beside}, and the device "
+            f"has {budget.device} to give; a device with "
+            f"{round((least + beside + RUNTIME_BYTES) / _USABLE)} bytes of memory, "
+            "shorter rows, or a dtype of fewer bytes would do"
+        )
+
+
+def _kv(tier: str) -> dict[str, Any]:
+    return {"kv": {"tier": tier}} if tier else {}
+
+
+def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:
+    return Policy(**{**policy.model_dump(exclude_unset=True), **values})

@@ -1,0 +1,277 @@
+"""How long passes over the weights take: the cost model. Pure.
+
+A pass takes as long as what binds it: computing, the device's memory, a link, the disk.
+Computing is counted site by site, each product at the rate that this machine has for
+its rows; loading unit by unit, beside computing (see `pipeline`).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .pipeline import Load, PassCost, run_passes
+from .rates import Rates
+from .shape import MicroBatch, ModelShape, Settings, SiteCost
+
+MAX_JOINT_ROWS = 512
+"""Of one product that several micro-batches share (as in `coalescing`)."""
+WIDE_ROWS = 256
+"""A micro-batch with so many rows makes its own."""
+_HEAD_BYTES_PER_LOGIT = 12
+"""What scoring takes for each: the logit, its float32 copy, a temporary."""
+_HEAD_TOUCHES = 4
+"""Times that each logit is read or written after its product."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What passes of one model on one machine, so placed, would take."""
+
+    shape: ModelShape
+    rates: Rates
+    settings: Settings
+
+    def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
+        """A pass of `batches` whose tokens are scored."""
+        alike = Counter(batches)
+        compute = [
+            sum(count * self._scored(site, b) for b, count in alike.items())
+            for site in self.shape.sites
+        ]
+        outside = sum(self._outside(batch) for batch in batches)
+        return self._pass(compute, outside, self._moved(batches))
+
+    def prefill(self, batches: Sequence[MicroBatch]) -> PassCost:
+        """The pass that takes in prompts and makes the first token of each."""
+        num_rows = sum(batch.rows for batch in batches)
+        alike = Counter(batches)
+        compute = [
+            self._joint_head(site, batches, num_rows)
+            if site.vocabulary
+            else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
+            for site in self.shape.sites
+        ]
+        outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
+        return self._pass(compute, outside, self._moved(batches))
+
+    def decode(self, batches: Sequence[MicroBatch], context: float) -> PassCost:
+        """A pass that adds a token to each row of `batches`, whose sequences are
+        `context` tokens long."""
+        num_rows = sum(batch.rows for batch in batches)
+        compute = [
+            self._joint_head(site, batches, num_rows)
+            if site.vocabulary
+            else self._decoded(site, batches, num_rows, context)
+            for site in self.shape.sites
+        ]
+        outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
+        return self._pass(compute, outside, [0.0] * len(compute), num_rows, context)
+
+    def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
+        if site.vocabulary:
+            return self._scored_head(site, batch)
+        return self._block(site, batch, batch.tokens, self.rates.calls.module)
+
+    def _prompted(
+        self, site: SiteCost, batch: MicroBatch, batches: Sequence[MicroBatch]
+    ) -> float:
+        joint = batch.tokens
+        is_joint = self.settings.is_coalesced and batch.tokens < WIDE_ROWS
+        if is_joint:
+            joint = min(MAX_JOINT_ROWS, sum(b.tokens for b in batches))
+        calls = self.rates.calls
+        each = calls.joint_module if is_joint else calls.decode_module
+        return self._block(site, batch, joint, each)
+
+    def _block(
+        self, site: SiteCost, batch: MicroBatch, joint_rows: int, call_seconds: float
+    ) -> float:
+        """All of one site for a micro-batch whose products have `joint_rows` rows,
+        with those of others."""
+        rates, tokens = self.rates, batch.tokens
+        share = tokens / max(joint_rows, tokens)
+        flops = site.flops_per_token * tokens
+        products = rates.matmul_seconds(flops, joint_rows, site.weight_bytes * share)
+        attention = 4.0 * site.attention_width * tokens * site.context(batch.length)
+        return (
+            site.num_modules * call_seconds
+            + site.num_products * rates.product_seconds * share
+            + products
+            + attention / rates.attention_flops.at(batch.length)
+            + self._pointwise(site.pointwise_per_token * tokens)
+        )
+
+    def _decoded(
+        self,
+        site: SiteCost,
+        batches: Sequence[MicroBatch],
+        num_rows: int,
+        context: float,
+    ) -> float:
+        rates, calls = self.rates, self.rates.calls
+        each = max(batch.rows for batch in batches)
+        is_joint = self.settings.is_coalesced and each < WIDE_ROWS and len(batches) > 1
+        width = min(MAX_JOINT_ROWS, num_rows) if is_joint else each
+        times = num_rows / width
+        flops = site.flops_per_token * num_rows
+        products = rates.matmul_seconds(flops, width, site.weight_bytes * times)
+        per_call = calls.joint_module if is_joint else calls.decode_module
+        pointwise = site.pointwise_per_token * num_rows
+        return (
+            site.num_modules * per_call * len(batches)
+            + site.num_products * rates.product_seconds * times
+            + products
+            + pointwise * self.shape.itemsize / rates.decode_bytes
+            + self._kv_seconds(site, num_rows, context)
+        )
+
+    def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
+        """Reading keys and values; where the cache is transformers' own, each token
+        that comes copies all of them."""
+        nbytes = site.kv_per_token * self.shape.itemsize * num_rows
+        touches = 3 if self.settings.kv_tier == "auto" else 1
+        return nbytes * site.context(context) * touches / self.rates.device_bytes
+
+    def _scored_head(self, site: SiteCost, batch: MicroBatch) -> float:
+        """In chunks of positions whose logits fit `logits_bytes`."""
+        per_position = batch.rows * site.vocabulary * _HEAD_BYTES_PER_LOGIT
+        step = max(1, self.settings.logits_bytes // per_position)
+        step = min(step, batch.length)
+        times = batch.length / step
+        flops = site.flops_per_token * batch.tokens
+        rows = step * batch.rows
+        products = self.rates.matmul_seconds(flops, rows, site.weight_bytes * times)
+        logits = batch.tokens * site.vocabulary * _HEAD_TOUCHES
+        overhead = self.rates.calls.module + self.rates.product_seconds
+        return products + self._pointwise(logits) + times * overhead
+
+    def _joint_head(
+        self, site: SiteCost, batches: Sequence[MicroBatch], num_rows: int
+    ) -> float:
+        """The last token's logits of every row."""
+        each = max(batch.rows for batch in batches)
+        width = num_rows if self.settings.is_coalesced else each
+        width = min(width, MAX_JOINT_ROWS)
+        times = num_rows / width
+        flops = site.flops_per_token * num_rows
+        products = self.rates.matmul_seconds(flops, width, site.weight_bytes * times)
+        logits = self._pointwise(num_rows * site.vocabulary * _HEAD_TOUCHES)
+        return products + logits + len(batches) * self.rates.calls.joint_module
+
+    def _pointwise(self, elements: float) -> float:
+        return elements * self.shape.itemsize / self.rates.pointwise_bytes
+
+    def _outside(self, batch: MicroBatch) -> float:
+        return self.rates.calls.batch + self._gather(batch.tokens)
+
+    def _gather(self, tokens: int) -> float:
+        if not self.shape.gathers_rows:
+            return 0.0
+        vocabulary = max(1, self.shape.vocabulary)
+        distinct = vocabulary * (1.0 - (1.0 - 1.0 / vocabulary) ** tokens)
+        return distinct * self.rates.calls.row_read
+
+    def _moved(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """Seconds that the links need for hidden states at each site."""
+        if not self.settings.activations_move:
+            return [0.0] * len(self.shape.sites)
+        tokens = sum(batch.tokens for batch in batches)
+        nbytes = tokens * self.shape.hidden * self.shape.itemsize
+        way_in = self.rates.links.get("host", self.rates.device_bytes)
+        seconds = nbytes / min(way_in, self.rates.out_bytes)
+        return [seconds] * len(self.shape.sites)
+
+    def _pass(
+        self,
+        compute: list[float],
+        outside: float,
+        moved: Sequence[float],
+        kv_rows: int = 0,
+        context: float = 0.0,
+    ) -> PassCost:
+        compute = [max(c, m) for c, m in zip(compute, moved, strict=True)]
+        loads, stolen = self._loads(kv_rows, context)
+        compute = [c + s for c, s in zip(compute, stolen, strict=True)]
+        stays = self.settings.placement
+        room = self.settings.capacity_bytes - self.shape.resident_bytes
+        room -= sum(
+            unit.nbytes
+            for unit, tier in zip(self.shape.units, stays, strict=True)
+            if tier == "device" and unit.sites and not unit.is_resident
+        )
+        time = run_passes(
+            compute,
+            loads,
+            room_bytes=room,
+            lookahead=self.settings.lookahead,
+            first_compute=self._first_compute(compute),
+            first_loads=self._first_loads(loads),
+        )
+        return PassCost(time, sum(compute), outside)
+
+    def _loads(
+        self, kv_rows: int, context: float
+    ) -> tuple[list[list[Load]], list[float]]:
+        """What each site waits for in every pass, and the seconds that bringing it
+        takes from computing where both share the cores."""
+        loads: list[list[Load]] = [[] for _ in self.shape.sites]
+        stolen = [0.0] * len(self.shape.sites)
+        for index in self.shape.streamed:
+            unit, tier = self.shape.units[index], self.settings.placement[index]
+            if tier == "device" or tier not in self.rates.links:
+                continue
+            for site in unit.sites:
+                seconds = self.load_seconds(index, tier)
+                loads[site].append(Load(tier, unit.nbytes, seconds))
+                stolen[site] += self._stolen_seconds(index, tier)
+        if self.settings.kv_tier in self.rates.links and kv_rows:
+            tier = self.settings.kv_tier
+            for number, cost in enumerate(self.shape.sites):
+                nbytes = float(cost.kv_per_token * self.shape.itemsize * kv_rows)
+                nbytes *= max(1.0, cost.context(context))
+                if nbytes:
+                    seconds = nbytes / self.rates.links[tier]
+                    loads[number].append(Load(tier, 0, seconds))
+        return loads, stolen
+
+    def load_seconds(self, unit: int, tier: str) -> float:
+        """Of one unit over its link alone, nobody computing."""
+        cost, rates = self.shape.units[unit], self.rates
+        nbytes = cost.stored_bytes if tier == "disk" else cost.nbytes
+        seconds = nbytes / rates.links[tier]
+        if tier == "disk":
+            casting = cost.cast_bytes / (rates.cast_bytes * rates.num_cast_threads)
+            seconds = max(seconds, casting)
+        return seconds + rates.latency_seconds.get(tier, 0.0)
+
+    def _stolen_seconds(self, unit: int, tier: str) -> float:
+        cost, rates = self.shape.units[unit], self.rates
+        if not rates.num_cores or tier != "disk":
+            return 0.0
+        cpu = cost.cast_bytes / rates.cast_bytes
+        cpu += cost.stored_bytes * rates.read_cpu_seconds_per_byte
+        return cpu / rates.num_cores
+
+    def _first_compute(self, compute: list[float]) -> list[float]:
+        """The working set is filled for the first time, as far as it goes."""
+        left = float(self.settings.capacity_bytes)
+        found = list(compute)
+        for index in self.shape.streamed:
+            unit, tier = self.shape.units[index], self.settings.placement[index]
+            if tier == "device" or tier in self.rates.links:
+                nbytes = min(left, unit.nbytes)
+                found[unit.sites[0]] += nbytes * self.rates.calls.first_touch
+                left -= nbytes
+        return found
+
+    def _first_loads(self, loads: list[list[Load]]) -> list[list[Load]]:
+        """What stays on the device is read in the first pass; it has its own room."""
+        found = [list(of_site) for of_site in loads]
+        if "disk" not in self.rates.links:
+            return found
+        for index in self.shape.streamed:
+            unit = self.shape.units[index]
+            if self.settings.placement[index] == "device":
+                seconds = self.load_seconds(index, "disk")
+                found[unit.sites[0]].append(Load("disk", 0, seconds))
+        return found

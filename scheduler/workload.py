@@ -1,0 +1,112 @@
+"""A whole job's time: its passes, one after the other. Pure."""
+
+from dataclasses import dataclass
+
+from .cost import CostModel
+from .pipeline import PassCost
+from .shape import MicroBatch, split_rows, total_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Micro-batches to score, `width` of them in each pass."""
+
+    batches: tuple[MicroBatch, ...]
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generating:
+    """Rows of one prompt length that each get `new_tokens`, `in_flight` at a time."""
+
+    num_rows: int
+    prompt_tokens: int
+    new_tokens: int
+    in_flight: int
+    each: int
+    """Rows of a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a job would take."""
+
+    seconds: float
+    passes: int
+    tokens: int
+    """Through the model, padding counted; of generating: prompts and what is new."""
+    output_tokens: int
+    pass_seconds: float
+    """Of one pass in the middle of it; of generating, one that decodes."""
+    binds: str
+    """What a pass waits for: `compute`, or the tier at the end of a link."""
+    wait_seconds: float
+    """Of one such pass."""
+    compute_seconds: float
+    """Of one such pass."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds if self.seconds else 0.0
+
+
+def predict(model: CostModel, work: Scoring | Generating) -> Prediction:
+    """How long `work` takes, from its first pass to its last."""
+    if isinstance(work, Scoring):
+        return _scoring(model, work)
+    return _generating(model, work)
+
+
+def _scoring(model: CostModel, work: Scoring) -> Prediction:
+    width = max(1, work.width)
+    starts = range(0, len(work.batches), width)
+    groups = [work.batches[start : start + width] for start in starts]
+    known: dict[tuple[MicroBatch, ...], PassCost] = {}
+    for group in groups:
+        if group not in known:
+            known[group] = model.scoring(group)
+    costs = [known[group] for group in groups]
+    seconds = model.rates.calls.job + costs[0].first
+    seconds += sum(cost.steady for cost in costs[1:])
+    typical = costs[len(costs) // 2]
+    return _prediction(seconds, len(groups), total_tokens(work.batches), 0, typical)
+
+
+def _generating(model: CostModel, work: Generating) -> Prediction:
+    seconds, passes = model.rates.calls.job, 0
+    typical: PassCost | None = None
+    known: dict[int, tuple[PassCost, PassCost]] = {}
+    for start in range(0, work.num_rows, work.in_flight):
+        num_rows = min(work.in_flight, work.num_rows - start)
+        if num_rows not in known:
+            batches = split_rows(num_rows, work.each, work.prompt_tokens)
+            middle = work.prompt_tokens + work.new_tokens / 2
+            known[num_rows] = model.prefill(batches), model.decode(batches, middle)
+        prefill, decode = known[num_rows]
+        seconds += prefill.steady if passes else prefill.first
+        seconds += decode.steady * (work.new_tokens - 1)
+        passes += work.new_tokens
+        typical = typical or decode
+    assert typical is not None, "there are rows"
+    output = work.num_rows * work.new_tokens
+    tokens = work.num_rows * work.prompt_tokens + output
+    return _prediction(seconds, passes, tokens, output, typical)
+
+
+def _prediction(
+    seconds: float, passes: int, tokens: int, output: int, typical: PassCost
+) -> Prediction:
+    return Prediction(
+        seconds,
+        passes,
+        tokens,
+        output,
+        pass_seconds=typical.steady,
+        binds=typical.binds,
+        wait_seconds=typical.time.wait,
+        compute_seconds=typical.compute_seconds + typical.outside_seconds,
+    )

@@ -1,0 +1,215 @@
+"""The cost model: what binds, what overlaps, what prefill and decode cost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.scheduler.cost import CostModel
+from penstock.scheduler.memory_need import generating_need, scoring_need
+from penstock.scheduler.pipeline import Load, run_passes
+from penstock.scheduler.rates import CallCosts, Curve, Rates
+from penstock.scheduler.shape import (
+    MicroBatch,
+    ModelShape,
+    Settings,
+    SiteCost,
+    UnitCost,
+    split_rows,
+)
+from penstock.scheduler.workload import Generating, Scoring, predict
+
+MB = 10**6
+BLOCK = 100 * MB
+NUM = 8
+
+
+def passes(compute: float, load: float, *, lookahead: int = 2, room: int = 3) -> float:
+    loads = [[Load("disk", BLOCK, load)]] * NUM
+    found = run_passes(
+        [compute] * NUM,
+        loads,
+        room_bytes=room * BLOCK,
+        lookahead=lookahead,
+        first_compute=[compute] * NUM,
+        first_loads=loads,
+    )
+    return found.steady
+
+
+@pytest.mark.parametrize(("compute", "load"), [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0)])
+def test_a_pass_takes_what_binds_it(compute: float, load: float) -> None:
+    assert passes(compute, load) == pytest.approx(NUM * max(compute, load))
+
+
+def test_without_lookahead_or_room_nothing_overlaps() -> None:
+    assert passes(2.0, 1.0, lookahead=0) == pytest.approx(NUM * 3.0)
+    assert passes(2.0, 1.0, room=1) == pytest.approx(NUM * 3.0)
+
+
+@given(
+    st.lists(st.floats(0.01, 5.0), min_size=1, max_size=12),
+    st.floats(0.0, 5.0),
+    st.integers(0, 3),
+    st.integers(1, 4),
+)
+def test_a_pass_is_never_faster_than_its_parts_nor_slower_than_their_sum(
+    compute: list[float], load: float, lookahead: int, room: int
+) -> None:
+    loads = [[Load("disk", BLOCK, load)] for _ in compute]
+    found = run_passes(
+        compute,
+        loads,
+        room_bytes=room * BLOCK,
+        lookahead=lookahead,
+        first_compute=compute,
+        first_loads=loads,
+    )
+    least = max(sum(compute), load * len(compute))
+    assert least - 1e-6 <= found.steady <= sum(compute) + load * len(compute) + 1e-6
+    assert found.first >= sum(compute)
+
+
+def test_half_of_the_blocks_behind_a_link_cost_max_of_compute_and_half_the_bytes() -> (
+    None
+):
+    """DESIGN's formula: L max(t_c, f W / B), f = 1/2, spread evenly."""
+    for speed in (4.0, 1.0, 0.25):
+        loads = [[Load("host", BLOCK, 1.0 / speed)] if i % 2 else [] for i in range(32)]
+        found = run_passes(
+            [1.0] * 32,
+            loads,
+            room_bytes=3 * BLOCK,
+            lookahead=2,
+            first_compute=[1.0] * 32,
+            first_loads=loads,
+        )
+        assert found.steady == pytest.approx(32 * max(1.0, 0.5 / speed), rel=0.01)
+
+
+def test_a_curve_goes_through_its_points_and_is_flat_outside() -> None:
+    curve = Curve.of({1: 10.0, 100: 1000.0})
+    assert curve.at(10) == pytest.approx(100.0)
+    assert (curve.at(0.1), curve.at(1000)) == (10.0, 1000.0)
+    with pytest.raises(ValueError, match="no curve"):
+        Curve.of({})
+
+
+def shape_of(num: int = NUM, *, flops: float = 2e8, kv: int = 512) -> ModelShape:
+    sites = tuple(
+        SiteCost(
+            f"layers.{i}",
+            flops_per_token=flops,
+            weight_bytes=BLOCK,
+            num_modules=9,
+            num_products=7,
+            attention_width=1024,
+            kv_per_token=kv,
+        )
+        for i in range(num)
+    )
+    head = SiteCost("head", 1e7, 5.0 * MB, 1, 1, vocabulary=1000)
+    units = tuple(UnitCost(s.name, (i,), BLOCK, BLOCK) for i, s in enumerate(sites))
+    last = UnitCost("head", (num,), 5 * MB, 5 * MB)
+    return ModelShape((*sites, head), (*units, last), itemsize=4, hidden=1024)
+
+
+def model_of(
+    shape: ModelShape | None = None,
+    *,
+    disk: float = 1e9,
+    tier: str = "disk",
+    coalesced: bool = False,
+    calls: CallCosts | None = None,
+    kv_tier: str = "auto",
+) -> CostModel:
+    shape = shape or shape_of()
+    rates = Rates(
+        matmul_flops=Curve.of({1: 2e9, 512: 2e11}),
+        attention_flops=Curve.of({1: 1e11}),
+        device_bytes=1e10,
+        pointwise_bytes=1e10,
+        decode_bytes=1e10,
+        links={"disk": disk},
+        calls=calls or CallCosts(),
+    )
+    settings = Settings(
+        (tier,) * len(shape.units),
+        3 * BLOCK,
+        lookahead=2,
+        logits_bytes=64 << 20,
+        kv_tier=kv_tier,
+        is_coalesced=coalesced,
+    )
+    return CostModel(shape, rates, settings)
+
+
+def test_few_tokens_wait_for_the_disk_and_many_do_not() -> None:
+    model = model_of(disk=0.2e9)
+    few = model.scoring([MicroBatch(1, 64)])
+    many = model.scoring([MicroBatch(4, 128)] * 16)
+    assert (few.binds, many.binds) == ("disk", "compute")
+    assert few.steady == pytest.approx((NUM * BLOCK + 5 * MB) / 0.2e9, rel=0.01)
+
+
+def test_what_stays_on_the_device_is_read_in_the_first_pass_only() -> None:
+    cost = model_of(tier="device", disk=0.1e9).scoring([MicroBatch(1, 64)])
+    assert cost.time.wait == 0.0
+    assert cost.first > cost.steady + 5.0
+
+
+def test_products_that_are_shared_are_faster_in_decode() -> None:
+    batches = split_rows(256, 8, 1)
+    joint = model_of(tier="device", coalesced=True).decode(batches, 64)
+    alone = model_of(tier="device").decode(batches, 64)
+    assert joint.steady < alone.steady / 2
+
+
+def test_a_cache_that_is_appended_to_is_read_once_a_token() -> None:
+    """transformers' own is read, written and read again."""
+    batches, heavy = [MicroBatch(8, 1)], shape_of(kv=2**16)
+    seconds = {
+        tier: model_of(heavy, tier="device", kv_tier=tier).decode(batches, 4096).steady
+        for tier in ("auto", "host")
+    }
+    more = 2 * 8 * 4096 * heavy.kv_bytes_per_token / 1e10
+    assert seconds["auto"] - seconds["host"] == pytest.approx(more)
+
+
+def test_keys_and_values_on_disk_share_its_link_with_the_weights() -> None:
+    batches = [MicroBatch(8, 1)]
+    there = model_of(kv_tier="disk", disk=1e8).decode(batches, 4096)
+    here = model_of(kv_tier="host", disk=1e8).decode(batches, 4096)
+    more = 8 * 4096 * shape_of().kv_bytes_per_token / 1e8
+    assert there.steady - here.steady == pytest.approx(more, rel=0.01)
+
+
+def test_calls_cost_by_module_micro_batch_and_job() -> None:
+    calls = CallCosts(job=5.0, module=0.1, batch=1.0)
+    batches = (MicroBatch(1, 64),) * 4
+    plain = predict(model_of(tier="device"), Scoring(batches, 2))
+    dear = predict(model_of(tier="device", calls=calls), Scoring(batches, 2))
+    more = 5.0 + 4 * (1.0 + NUM * 9 * 0.1 + 0.1)
+    assert dear.seconds - plain.seconds == pytest.approx(more)
+    assert dear.passes == 2
+
+
+def test_completions_are_a_pass_a_token_and_wave() -> None:
+    found = predict(model_of(), Generating(100, 16, 8, in_flight=40, each=8))
+    assert found.passes == 3 * 8
+    assert found.output_tokens == 800
+    assert found.tokens == 100 * 16 + 800
+
+
+def test_windows_bound_what_is_attended_to() -> None:
+    assert SiteCost("a", attention_window=128).context(4096) == 128
+    assert SiteCost("a").context(4096) == 4096
+
+
+def test_more_in_flight_needs_more_memory() -> None:
+    shape = shape_of()
+    few, many = (scoring_need(shape, n, 512, 64 * MB).activations for n in (512, 4096))
+    assert many - few == 3584 * 1024 * 4 * 3
+    kv = [generating_need(shape, n, 100, 28, 8).kv for n in (1, 64)]
+    assert kv == [128 * shape.kv_bytes_per_token, 64 * 128 * shape.kv_bytes_per_token]

@@ -1,0 +1,173 @@
+"""Files of machines: shipped, measured, found, and wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.io.errors import PolicyError
+from penstock.offload import measure
+from penstock.offload.machine import (
+    Calls,
+    Machine,
+    find_machine,
+    own_machine_path,
+    shipped_machines,
+)
+from penstock.offload.measure_gpu import copies_of
+from penstock.offload.measuring import measure_machine
+from penstock.offload.policy import IO, Policy
+from penstock.offload.rates import rates_of
+
+SMALL = """
+name: small
+source: a test
+host_memory: 8GiB
+host_bandwidth: 10GB
+matmul: {float32: {1: 2.0e9, 512: 1.0e11}}
+disk: {bandwidth: {threads: 1GB, libaio: 2GB}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(shipped_machines()))
+def test_shipped_machines_are_whole_and_name_their_sources(name: str) -> None:
+    machine = find_machine(name)
+    assert machine is not None
+    assert machine.source
+    dtype = next(iter(machine.matmul))
+    if machine.disk is not None:
+        assert rates_of(machine, Policy(), dtype).links["disk"] > 1e9
+
+
+def test_what_is_written_is_read_again(small: Path, tmp_path: Path) -> None:
+    machine = Machine.from_yaml(small)
+    again = tmp_path / "again.yaml"
+    again.write_text(machine.to_yaml())
+    assert Machine.from_yaml(again) == machine
+    assert "# Bytes of the host's memory" in again.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("speed: 3", "unknown key 'speed'; a machine has: name"),
+        ("host_memory: lots", "host_memory: 'lots' is no size"),
+        ("matmul: {float32: {1: -2}}", "matmul.float32.1"),
+        ("source:", "source"),
+    ],
+)
+def test_wrong_files_are_one_sentence(small: Path, change: str, message: str) -> None:
+    key = change.partition(":")[0]
+    lines = [line for line in SMALL.splitlines() if not line.startswith(f"{key}:")]
+    small.write_text("\n".join([*lines, change]))
+    with pytest.raises(PolicyError, match=message) as caught:
+        Machine.from_yaml(small)
+    assert str(small) in str(caught.value)
+
+
+def test_this_computer_is_found_once_it_was_measured(
+    small: Path, tmp_path: Path
+) -> None:
+    assert find_machine(None, tmp_path / "cache") is None
+    own = own_machine_path(tmp_path / "cache")
+    own.parent.mkdir()
+    own.write_text(SMALL)
+    assert find_machine(None, tmp_path / "cache") == Machine.from_yaml(small)
+    with pytest.raises(PolicyError, match="h100-pcie5"):
+        find_machine("h100-pcie6")
+
+
+def test_links_of_the_policy_hold_those_of_the_machine(small: Path) -> None:
+    machine = Machine.from_yaml(small)
+    slow = Policy(links={"disk": {"bandwidth": "100MB"}, "host": {"bandwidth": "3GB"}})
+    assert rates_of(machine, Policy(), "float32").links == {"disk": 2e9}
+    assert rates_of(machine, slow, "float32").links == {"disk": 1e8, "host": 3e9}
+    threads = Policy(io={"reader": "threads"})
+    assert rates_of(machine, threads, "float32").links == {"disk": 1e9}
+
+
+def test_a_dtype_that_was_not_measured_is_not_guessed(small: Path) -> None:
+    with pytest.raises(PolicyError, match="no matmul rates for bfloat16"):
+        rates_of(Machine.from_yaml(small), Policy(), "bfloat16")
+
+
+class FakeCopier:
+    """Each way takes so many seconds; different ways go at once."""
+
+    def __init__(self, seconds: dict[tuple[str, bool], float], *, peer: bool) -> None:
+        self.now = 0.0
+        self._seconds = seconds
+        self._until = 0.0
+        self._peer = peer
+
+    @property
+    def has_peer(self) -> bool:
+        return self._peer
+
+    def copy(self, way: str, *, pinned: bool) -> None:
+        self._until = max(self._until, self.now + self._seconds[way, pinned])
+
+    def wait(self) -> None:
+        self.now = max(self.now, self._until)
+
+
+def test_copies_are_timed_each_way_and_both_at_once() -> None:
+    seconds = {
+        ("in", True): 1.0, ("out", True): 2.0, ("peer", True): 0.5,
+        ("in", False): 4.0, ("out", False): 8.0,
+    }  # fmt: skip
+    copier = FakeCopier(seconds, peer=True)
+    found = copies_of(copier, 800, clock=lambda: copier.now)
+    assert found.model_dump() == {
+        "pinned_to_device": 800,
+        "pinned_to_host": 400,
+        "both_ways": 400,
+        "pageable_to_device": 200,
+        "pageable_to_host": 100,
+        "peer": 1600,
+    }
+    alone = FakeCopier(seconds, peer=False)
+    assert copies_of(alone, 800, clock=lambda: alone.now).peer is None
+
+
+def test_what_disturbs_a_run_is_not_counted() -> None:
+    times = iter([0.0, 0.5, 0.5, 0.6, 0.6, 0.7, 0.7, 0.9])
+    found = measure.seconds_of(lambda: None, clock=lambda: next(times), least=4, most=4)
+    assert found == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_this_computer_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    """Everything but the models, which take long: at toy size."""
+    monkeypatch.setattr(measure, "ROWS", (1, 8))
+    monkeypatch.setattr(measure, "LENGTHS", (32,))
+    monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
+    module = "penstock.offload.measuring"
+    monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
+    monkeypatch.setattr(f"{module}.block_seconds", lambda *_: (10.0, 1e-9))
+    monkeypatch.setattr(f"{module}.decode_block_seconds", lambda *_: 10.0)
+    parts: list[str] = []
+    machine = measure_machine(tmp_path, IO(cache=tmp_path), parts.append)
+    assert machine.num_threads == torch.get_num_threads()
+    assert set(machine.matmul) == {"float32", "bfloat16"}
+    assert machine.disk is not None
+    assert machine.disk.bandwidth["threads"] > 0
+    assert machine.calls.first_touch_per_gb == pytest.approx(1.0)
+    assert machine.pointwise_bandwidth is not None
+    assert parts
+    assert not list(tmp_path.glob("penstock-scratch-*"))
+    path = tmp_path / "machine.yaml"
+    path.write_text(machine.to_yaml())
+    assert Machine.from_yaml(path).matmul.keys() == machine.matmul.keys()

@@ -1,0 +1,71 @@
+"""Several chips: published figures met, formulas as the paper derives them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import published
+from penstock.scheduler.partitioning import (
+    best_gather,
+    gather_crossover_tokens,
+    gathered_bytes,
+    layer_bytes,
+    one_dimensional_bytes,
+    two_dimensional_bytes,
+)
+
+
+@pytest.mark.parametrize("row", published.palm_contexts(), ids=lambda row: row.what)
+def test_contexts_of_table_1_to_two_percent(row: published.Row) -> None:
+    assert row.ratio == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("row", published.palm_latencies(), ids=lambda row: row.what)
+def test_latencies_of_tables_2_and_3_to_a_quarter(row: published.Row) -> None:
+    assert row.ratio == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize("row", published.zero_nvme(), ids=lambda row: row.what)
+def test_zero_inference_from_nvme_to_a_quarter(row: published.Row) -> None:
+    assert row.ratio == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize("row", published.cpu_rows(), ids=lambda row: row.what)
+def test_nobody_is_above_the_ceiling_of_the_link(row: published.Row) -> None:
+    assert 0 < row.ratio <= 1.0
+
+
+def test_two_dimensions_move_less_from_four_times_the_ratio_of_widths() -> None:
+    hidden, wide, tokens = 1024, 4096, 7
+    one = one_dimensional_bytes(tokens, hidden, 2)
+    assert two_dimensional_bytes(tokens, hidden, wide, 15, 2) > one
+    assert two_dimensional_bytes(tokens, hidden, wide, 17, 2) < one
+    assert two_dimensional_bytes(tokens, hidden, wide, 16, 2) == pytest.approx(one)
+
+
+def test_gathering_over_the_best_number_moves_least() -> None:
+    tokens, hidden, wide, num = 65536, 18432, 73728, 64
+    best = best_gather(tokens, wide, num)
+    moved = {
+        over: gathered_bytes(tokens, hidden, wide, num, over, 2)
+        for over in range(1, num + 1)
+    }
+    nearest = min(moved, key=lambda over: moved[over])
+    assert nearest in (math.floor(best), math.ceil(best))
+
+
+def test_few_tokens_keep_weights_where_they_are_and_many_gather_them() -> None:
+    few = layer_bytes(64, published.PALM_540B, 64)
+    many = layer_bytes(2**20, published.PALM_540B, 64)
+    assert min(few, key=lambda layout: few[layout]) == "2d"
+    assert min(many, key=lambda layout: many[layout]).startswith("gathered")
+
+
+def test_the_crossover_of_streaming() -> None:
+    """Llama-70B: 26,000 tokens, OPT-30B 21,500."""
+    llama = gather_crossover_tokens(2 * 70e9 / 80, 8192, 2)
+    opt = gather_crossover_tokens(2 * 30e9 / 48, 7168, 2)
+    assert llama == pytest.approx(26_000, rel=0.05)
+    assert opt == pytest.approx(21_500, rel=0.05)

@@ -1,0 +1,224 @@
+"""Plans: what is chosen, what is kept, what is refused, from config.json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import penstock
+from checkpoint import make_checkpoint
+from penstock.io.errors import DoesNotFitError, PolicyError
+from penstock.offload.blueprint import blueprint
+from penstock.offload.cli import app
+from penstock.offload.machine import Machine, find_machine, own_machine_path
+from penstock.offload.pareto import frontier
+from penstock.offload.plan import Plan, make_plan
+from penstock.offload.planner import Task
+from penstock.offload.policy import Policy
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 16000,
+    "max_position_embeddings": 2048,
+    "dtype": "bfloat16",
+}
+
+
+def machine_of(*, disk: str = "1GB", memory: str = "8GiB") -> Machine:
+    return Machine(
+        name="small",
+        source="a test",
+        host_memory=memory,
+        host_bandwidth="10GB",
+        matmul={
+            "float32": {1: 2e9, 512: 2e11},
+            "bfloat16": {1: 2e9, 512: 2.5e10},
+        },
+        disk={"bandwidth": {"threads": disk, "libaio": disk}},
+    )
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def plan(
+    folder: Path, machine: Machine, task: Task | None = None, **settings: object
+) -> Plan:
+    return make_plan(folder, Policy(**settings), machine, task or Task())
+
+
+def test_a_config_alone_has_the_recipes_of_the_checkpoint(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path / "tiny", "tiny")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((made / "config.json").read_text())
+    (whole, there), (imagined, not_there) = (
+        blueprint(folder, "float32") for folder in (made, bare)
+    )
+    assert (there, not_there) == (True, False)
+    found, expected = (
+        {name: (r.shape, r.dtype, r.stored_bytes) for name, r in made.recipes.items()}
+        for made in (imagined, whole)
+    )
+    assert found == expected
+
+
+def test_a_slow_disk_takes_more_tokens_in_flight_or_more_memory(llama: Path) -> None:
+    quick = plan(llama, machine_of(disk="4GB"), dtype="float32").policy
+    slow = plan(llama, machine_of(disk="20MB"), dtype="float32").policy
+    assert isinstance(slow.device_memory, int)
+    assert isinstance(quick.device_memory, int)
+    assert slow.tokens_in_flight >= quick.tokens_in_flight
+    more = slow.tokens_in_flight > quick.tokens_in_flight
+    assert more or slow.device_memory > quick.device_memory
+
+
+def test_what_the_user_set_is_kept(llama: Path) -> None:
+    found = plan(
+        llama,
+        machine_of(),
+        dtype="float32",
+        tokens_in_flight=512,
+        micro_batch_tokens=128,
+        device_memory="128MiB",
+    )
+    policy = found.policy
+    assert (policy.tokens_in_flight, policy.micro_batch_tokens) == (512, 128)
+    assert policy.device_memory == 128 << 20
+    assert "kept as you set them" in found.sentences[-1]
+
+
+def test_a_plan_says_what_binds_and_what_would_hide_it(llama: Path) -> None:
+    bound = plan(
+        llama,
+        machine_of(disk="50MB"),
+        dtype="float32",
+        tokens_in_flight=128,
+        micro_batch_tokens=128,
+        device_memory="128MiB",
+    )
+    assert bound.choice.prediction.binds == "disk"
+    assert bound.sentences[0].startswith("disk binds: 0.05 GB/s; about ")
+    assert "would hide it; you have memory for" in bound.sentences[0]
+    free = plan(llama, machine_of(disk="4GB"), dtype="float32")
+    assert free.sentences[0].startswith("computing binds")
+
+
+def test_a_faster_dtype_is_advised_and_never_taken(llama: Path) -> None:
+    found = plan(llama, machine_of())
+    assert found.policy.dtype == "auto"
+    assert any("try dtype=float32" in sentence for sentence in found.sentences)
+
+
+def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
+    task = Task(generates=True, prompt_tokens=64, new_tokens=32)
+    found = plan(llama, machine_of(), task, dtype="float32")
+    assert found.policy.kv.tier == "host"
+    assert found.choice.prediction.output_tokens_per_second > 0
+    assert found.policy.sequences_in_flight >= found.policy.micro_batch_sequences
+
+
+def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:
+    policy = Policy(dtype="float32")
+    found = make_plan(llama, policy, machine_of(), Task(), "latency").policy
+    assert found.tokens_in_flight == found.micro_batch_tokens
+
+
+def test_what_cannot_run_is_refused_with_what_would(llama: Path) -> None:
+    with pytest.raises(DoesNotFitError, match=r"a device with \d+ bytes of memory"):
+        plan(llama, machine_of(memory="700MiB"), dtype="float32")
+    tpu = find_machine("tpu-v4-64")
+    assert tpu is not None
+    with pytest.raises(PolicyError, match="for the formulas alone"):
+        plan(llama, tpu)
+
+
+@pytest.mark.parametrize("name", ["h100-pcie5", "t4", "2x-rtx-4090-pcie4"])
+def test_gpus_that_are_not_here_can_be_planned_for(llama: Path, name: str) -> None:
+    machine = find_machine(name)
+    assert machine is not None
+    dtype = "float16" if name == "t4" else "bfloat16"
+    found = plan(llama, machine, dtype=dtype)
+    assert found.policy.device == "cuda"
+    assert found.choice.prediction.tokens_per_second > 1000
+
+
+def test_the_frontier_has_nobody_better_in_both() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (3.0, 9.0), (3.0, 8.0), (4.0, 9.0)]
+    assert frontier(points) == [(1.0, 5.0), (3.0, 9.0)]
+
+
+@pytest.fixture
+def machine_file(tmp_path: Path) -> Path:
+    path = tmp_path / "machine.yaml"
+    path.write_text(machine_of().to_yaml())
+    return path
+
+
+def test_the_command_prints_tables_json_yaml_and_plots(
+    llama: Path, machine_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    run = CliRunner().invoke
+    common = ["plan", str(llama), "--machine", str(machine_file), "--set"]
+    shown = run(app, [*common, "dtype=float32"])
+    assert shown.exit_code == 0, shown.output
+    assert "tokens/s" in shown.output
+    plot = tmp_path / "pareto.svg"
+    found = run(app, [*common, "dtype=float32", "--json", "--pareto", str(plot)])
+    values = json.loads(found.output)
+    assert values["binds"] == "compute"
+    assert sum(values["bytes_by_tier"].values()) > 10**8
+    assert plot.read_text().startswith("<?xml")
+    text = run(app, [*common, "dtype=float32", "--yaml"]).output
+    assert Policy(**yaml.safe_load(text)).dtype == "float32"
+
+
+def test_without_a_machine_the_command_says_what_to_run(llama: Path) -> None:
+    assert not own_machine_path().exists(), "tests have a cache folder of their own"
+    failed = CliRunner().invoke(app, ["plan", str(llama)])
+    assert failed.exit_code != 0
+    assert "run penstock machine" in str(failed.exception)
+
+
+@pytest.mark.slow
+def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
+    tmp_path: Path, machine_file: Path
+) -> None:
+    model = make_checkpoint(tmp_path / "tiny", "tiny")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"id": {i}, "text": "some words"}}\n' for i in range(5)))
+    cache = tmp_path / "cache"
+    run = CliRunner().invoke
+    resolved = tmp_path / "policy.yaml"
+    plan_it = ["plan", str(model), "--machine", str(machine_file), "--prompt", "8"]
+    plan_it += ["--set", f"io.cache={cache}", "--yaml"]
+    resolved.write_text(run(app, plan_it).output)
+    score = ["score", str(model), str(rows), "-o", str(tmp_path / "out.jsonl")]
+    score += ["--policy", str(resolved), "--report", str(tmp_path)]
+    assert run(app, score).exit_code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "run penstock machine" in report["plan"]["note"]
+    own = own_machine_path(cache)
+    own.parent.mkdir(exist_ok=True)
+    own.write_text(machine_file.read_text())
+    assert run(app, score).exit_code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["plan"]["predicted_tokens_per_second"] > 0
+    assert report["plan"]["predicted_bound_by"] in ("compute", "disk")
+    assert penstock.__version__
