@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 MAX_GROWTH = 0.05
 MAX_OVERHEAD = 0.03
 WARM = 0.1
-_SAMPLE_SECONDS = 0.1
+_SAMPLE_SECONDS = 0.02
 WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
 
 

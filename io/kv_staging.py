@@ -10,6 +10,7 @@ from .device import Device
 from .files import ALIGNMENT
 from .kv_region import Arrival
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _MOST = 3
 """Strips: of who computes, of who follows, and of who was before."""
 
@@ -98,6 +99,8 @@ class Staging(Closing):
         """After all work with them."""
         for staged in list(self._staged):
             self.drop(staged)
+        for staged in self._free:
+            self._forget(staged)
         self._free.clear()
 
     def _is_full(self, nbytes: int) -> bool:
@@ -118,16 +121,16 @@ class Staging(Closing):
                 self._free.append(staged)
             else:
                 self._forget(staged)
-        if best is None:
-            return self._allocate(nbytes)
-        self._forget(best)
-        return best.buffer
+        return self._allocate(nbytes) if best is None else self._forget(best)
 
-    def _forget(self, staged: Staged) -> None:
-        """What is still on its way there must not find the memory another's."""
+    def _forget(self, staged: Staged) -> torch.Tensor:
+        """Its buffer, which nothing is on its way to any more: the memory may become
+        another's. The strip that it was dropped by may keep `staged` for long."""
         if staged.ready is not None:
             with suppress(Exception):  # nobody waits for it any more
                 staged.ready.wait()
+        buffer, staged.buffer = staged.buffer, _NOTHING
+        return buffer
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         size = nbytes + nbytes // 8  # caches grow

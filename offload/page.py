@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from ..io.timeline import COMPUTE, MICRO_BATCHES, WAIT, Span, busy_seconds, in_turn
 from .policy import Policy
 from .recorded import Recorded, by_lane, num_passes
+from .reference import policy_text
 from .samples import speeds
 from .show import human_bytes, human_rate, human_seconds
 
@@ -208,34 +208,4 @@ def _in_order(lanes: Mapping[str, list[Span]]) -> list[tuple[str, list[Span]]]:
 def _as_yaml(values: Mapping[str, Any]) -> str:
     if not values:
         return "# nothing was set: all as by default\n"
-    readable = _with_sizes(values, Policy.model_json_schema())
-    text: str = yaml.safe_dump(readable, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def _with_sizes(value: Any, schema: Mapping[str, Any]) -> Any:
-    """536870912 -> 512MiB, where the policy takes a size."""
-    whole = schema.get("$defs", {})
-
-    def walk(value: Any, schema: Mapping[str, Any]) -> Any:
-        name = schema.get("$ref", "").rpartition("/")[2]
-        schema = whole.get(name, schema)
-        if isinstance(value, Mapping):
-            keys, rest = (
-                schema.get("properties", {}),
-                schema.get("additionalProperties", {}),
-            )
-            rest = rest if isinstance(rest, Mapping) else {}
-            return {k: walk(v, keys.get(k, rest)) for k, v in value.items()}
-        types = {choice.get("type") for choice in schema.get("anyOf", ())}
-        is_size = {"integer", "string"} <= types
-        return _size(value) if is_size and isinstance(value, int) else value
-
-    return walk(value, schema)
-
-
-def _size(nbytes: int) -> int | str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes and nbytes % (1 << power) == 0:
-            return f"{nbytes >> power}{unit}"
-    return nbytes
+    return policy_text(Policy(**values), is_whole=False)

@@ -59,9 +59,9 @@ def policy_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
-def policy_text(policy: Policy) -> str:
-    """`policy` as YAML that makes the same policy, defaults and all."""
-    values = policy.model_dump(mode="json", context=AS_TEXT)
+def policy_text(policy: Policy, *, is_whole: bool = True) -> str:
+    """`policy` as YAML that makes the same policy: all of it, or what was set."""
+    values = policy.model_dump(mode="json", context=AS_TEXT, exclude_unset=not is_whole)
     return str(yaml.safe_dump(values, sort_keys=False))
 
 

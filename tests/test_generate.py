@@ -414,7 +414,7 @@ def test_prompts_that_come_in_by_and_by_are_completed_the_same(
     [
         ({}, 1 + 3),  # few rows: their prompts at once make a pass
         ({"tokens_in_flight": 40}, 4 + 3),
-        ({"tokens_in_flight": 40, "micro_batch_tokens": 200}, 1 + 3),
+        ({"tokens_in_flight": 200, "micro_batch_tokens": 200}, 1 + 3),
         ({"tokens_in_flight": 40, "prompt_tokens": "all"}, 1 + 3),
         ({"tokens_in_flight": 40, "coalesce": "off"}, 1 + 3),
         ({"prompt_tokens": 10}, 5 + 3),

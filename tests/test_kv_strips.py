@@ -176,6 +176,21 @@ def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
         assert len(staging._staged) <= 3
 
 
+def test_a_buffer_that_was_viewed_when_it_was_dropped_goes_with_who_views_it() -> None:
+    """As that of a micro-batch which waits for others behind its attention. What the
+    strips know of theirs keeps no memory."""
+    with Staging(CpuDevice(), None) as staging:
+        known, views = [], []
+        for _ in range(50):
+            staged = staging.lend(5_000, 0, 0, ahead=False)
+            assert staged is not None
+            known.append(staged)
+            views.append(staged.buffer[:8])
+        kept = [staged for staged in known if staged.buffer.nbytes]
+        assert len(kept) <= 4
+        assert all(staged.is_dropped for staged in known[:-3])
+
+
 def test_no_more_is_staged_than_was_said(tmp_path: Path) -> None:
     with contextlib.ExitStack() as opened:
         staging = opened.enter_context(Staging(CpuDevice(), 1000))

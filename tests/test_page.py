@@ -101,13 +101,13 @@ def test_sizes_in_the_policy_are_as_one_would_write_them() -> None:
         "device_memory": 1 << 29,
         "tokens_in_flight": 2048,
         "links": {"disk": {"bandwidth": 3 << 20}},
-        "kv": {"memory": 1 << 30},
+        "kv": {"tier": "host", "limits": {"host": 1 << 30}},
     }
     text = text_of(render(runs.report(asked=asked), runs.recorded()))
     assert "device_memory: 512MiB" in text
     assert "tokens_in_flight: 2048" in text
     assert "bandwidth: 3MiB" in text
-    assert "memory: 1GiB" in text
+    assert "host: 1GiB" in text
 
 
 def test_no_name_becomes_markup() -> None:
@@ -117,8 +117,8 @@ def test_no_name_becomes_markup() -> None:
         model=EVIL,
         fallbacks=[EVIL],
         faults={EVIL: 1},
-        asked={EVIL: EVIL},
-        policy={"device": EVIL},
+        asked={"dtype": "float32", "io": {"cache": EVIL}},
+        policy={"placement": {re.escape(EVIL): "disk"}},
         computer=runs.report()["computer"] | {"cpu": EVIL, "gpus": [EVIL]},
         versions={EVIL: EVIL},
         bound=runs.report()["bound"] | {"why": EVIL},

@@ -217,7 +217,7 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     own = own_machine_path(cache)
     own.parent.mkdir(exist_ok=True)
     own.write_text(machine_file.read_text())
-    assert run(app, score).exit_code == 0
+    assert run(app, [*score, "--restart"]).exit_code == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["plan"]["predicted_tokens_per_second"] > 0
     assert report["plan"]["predicted_bound_by"] in ("compute", "disk")
