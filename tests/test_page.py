@@ -118,7 +118,7 @@ def test_no_name_becomes_markup() -> None:
         fallbacks=[EVIL],
         faults={EVIL: 1},
         asked={"dtype": "float32", "io": {"cache": EVIL}},
-        policy={"placement": {re.escape(EVIL): "disk"}},
+        policy={"device": "cpu", "placement": {re.escape(EVIL): "disk"}},
         computer=runs.report()["computer"] | {"cpu": EVIL, "gpus": [EVIL]},
         versions={EVIL: EVIL},
         bound=runs.report()["bound"] | {"why": EVIL},
