@@ -2,6 +2,7 @@
 byte for byte, that of a job nobody disturbed?
 
     python bench/kills.py [--kills 200] [--rows 5000] [--task score] [--seed 0]
+    python bench/kills.py --task generate    # 320 rows, in parts of 32
 
 The job scores (or completes) rows with a model of 0.2M parameters, from its weights on
 disk. It runs in a process that is forked from one where everything is imported, so that
@@ -42,6 +43,8 @@ from penstock.offload.job import Job
 from penstock.offload.work import GenerateWork, ScoreWork, Work
 
 assert transformers.models.llama.modeling_llama is not None, "imported for the forks"
+NUM_ROWS = {"score": 5000, "generate": 320}
+"""A job of a second or two, of several parts."""
 WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
 
 
@@ -59,10 +62,10 @@ def run_job(task: str, folder: Path, source: Path, output: Path) -> int:
     """In the forked process. Returns the exit code."""
     torch.set_num_threads(1)
     # Products of micro-batches that share them depend on who shares: not bit for bit.
-    policy = Policy(device_memory="1MiB", coalesce="off")
+    policy = Policy(device_memory="1MiB", coalesce="off", sequences_in_flight=32)
     work: Work = ScoreWork()
     if task == "generate":
-        work = GenerateWork(4, options={"temperature": 1.0})
+        work = GenerateWork(3, options={"temperature": 1.0})
     done = Job(work, folder, source, output, policy).run(Console(quiet=True))
     return 0 if done.num_errors * 100 >= done.num_rows else 1
 
@@ -186,8 +189,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--task", choices=("score", "generate"), default="score")
+    parser.add_argument("--rows", type=int, help="(default: 5000; generate: 320)")
+    parser.add_argument("--task", choices=sorted(NUM_ROWS), default="score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--keep",
@@ -196,6 +199,7 @@ def main() -> None:
         help="folder for what differed",
     )
     args = parser.parse_args()
+    args.rows = args.rows or NUM_ROWS[args.task]
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args, Path(folder))
     print(json.dumps(found))

@@ -17,6 +17,7 @@ from .options import (
     Restart,
     RetryErrors,
     Settings,
+    Workers,
     mode_of,
     policy_of,
     say,
@@ -56,6 +57,7 @@ def score(
     metrics: Metrics = None,
     restart: Restart = False,
     retry_errors: RetryErrors = False,
+    workers: Workers = 1,
     window: Annotated[
         int | None,
         typer.Option(
@@ -81,7 +83,8 @@ def score(
     chosen = policy_of(policy, settings)
     mode = mode_of(restart, retry_errors)
     watching = Watching(log_json, metrics)
-    run(Job(work, model, source, output, chosen, report, mode, watching))
+    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
+    run(job)
 
 
 def generate(
@@ -112,6 +115,7 @@ def generate(
     metrics: Metrics = None,
     restart: Restart = False,
     retry_errors: RetryErrors = False,
+    workers: Workers = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="A completion ends before this text. Repeatable."),
@@ -153,7 +157,8 @@ def generate(
     chosen = policy_of(policy, settings)
     mode = mode_of(restart, retry_errors)
     watching = Watching(log_json, metrics)
-    run(Job(work, model, source, output, chosen, report, mode, watching))
+    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
+    run(job)
 
 
 def run(job: "Job") -> None:

@@ -17,6 +17,7 @@ from .options import (
     Restart,
     RetryErrors,
     Settings,
+    Workers,
     mode_of,
     policy_of,
 )
@@ -45,6 +46,7 @@ def embed(
     metrics: Metrics = None,
     restart: Restart = False,
     retry_errors: RetryErrors = False,
+    workers: Workers = 1,
     pooling: Annotated[
         Pooling,
         typer.Option(
@@ -81,7 +83,8 @@ def embed(
     chosen = policy_of(policy, settings)
     mode = mode_of(restart, retry_errors)
     watching = Watching(log_json, metrics)
-    run(Job(work, model, source, output, chosen, report, mode, watching))
+    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
+    run(job)
 
 
 def classify(
@@ -117,6 +120,7 @@ def classify(
     metrics: Metrics = None,
     restart: Restart = False,
     retry_errors: RetryErrors = False,
+    workers: Workers = 1,
 ) -> None:
     """Which of some labels comes next, and how likely, under a causal language model.
 
@@ -131,4 +135,5 @@ def classify(
     chosen = policy_of(policy, settings)
     mode = mode_of(restart, retry_errors)
     watching = Watching(log_json, metrics)
-    run(Job(work, model, source, output, chosen, report, mode, watching))
+    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
+    run(job)

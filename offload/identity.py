@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..io.checkpoint import open_checkpoint
 from ..io.checksums import SIDE_FILE
 from ..io.errors import CheckpointError
@@ -34,7 +32,13 @@ _ROUNDING = (
 
 
 def identify(
-    inputs: Inputs, model: Path, policy: Policy, task: Mapping[str, Any], cut: Cut
+    inputs: Inputs,
+    model: Path,
+    policy: Policy,
+    task: Mapping[str, Any],
+    cut: Cut,
+    *,
+    num_threads: int,
 ) -> Manifest:
     """The manifest of a job. Reads at most 1 MiB of each file of weights or rows: sizes
     and samples tell them apart, and what small files say."""
@@ -48,7 +52,7 @@ def identify(
         },
         rounding={
             **{key: getattr(policy, key) for key in _ROUNDING},
-            "threads": torch.get_num_threads(),
+            "threads": num_threads,
         },
         versions={
             "python": platform.python_version(),

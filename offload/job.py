@@ -3,20 +3,24 @@
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ..io.errors import InputError, StoppedError, UsageError
 from .ahead import Ahead
+from .budgets import threads_of
+from .computed import Computed, Loaded
 from .identity import identify
 from .inputs import Inputs
 from .kept import KeptOutput, Mode
-from .model import engine_of, load, unwrap
 from .part_reader import check_done, read_parts
 from .parts import Part
 from .policy import Policy
@@ -24,10 +28,11 @@ from .prediction import predicted
 from .recorded import Recorded
 from .report import JobFigures, judge, make_report, write_report
 from .running import Output, PartsRun
+from .sharing import Sharing, check_workers
 from .sources import check_apart, find_files
 from .stopping import Stopping
 from .streamed import StreamedOutput, is_stream
-from .text import load_tokenizer
+from .task_progress import Progress
 from .watch import Watch, Watching
 from .work import Work
 
@@ -66,10 +71,13 @@ class Job:
     report: Path | None = None
     mode: Mode = "resume"
     watching: Watching = field(default_factory=Watching)
+    workers: int = 1
+    """Processes that share it, each with a model of its own."""
 
     def run(self, console: Console) -> Done:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
         the parts under way are done, and at once when a second one came."""
+        check_workers(self.workers)
         source = self.source
         files = find_files([source] if isinstance(source, (str, Path)) else source)
         inputs = Inputs(files, self.work.row_keys)
@@ -84,7 +92,10 @@ class Job:
                 return self._run(inputs, streamed, console)
         check_apart(self.output, files)
         task = self.work.task()
-        manifest = identify(inputs, self.model, self.policy, task, cut)
+        threads = threads_of(torch.get_num_threads(), self.workers)
+        manifest = identify(
+            inputs, self.model, self.policy, task, cut, num_threads=threads
+        )
         with KeptOutput(self.output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
@@ -141,58 +152,100 @@ class Job:
         watch: Watch,
     ) -> tuple[dict[str, Any], Recorded]:
         """Does the parts and returns the report, and what its pictures are made of."""
-        model = load(self.model, self.policy)
-        try:
-            tokenizer, engine = load_tokenizer(self.model), engine_of(model)
-            loaded = time.perf_counter()
-            with watch.computing(engine, inputs.estimated_rows, before):
-                self._finish_parts(model, tokenizer, parts, ahead, output, watch)
-            seconds = time.perf_counter() - loaded
-            progress, first_unit = self.work.progress, engine.first_unit_at
-            counts = progress.figures(seconds)
-            figures = JobFigures(
-                rows=progress.rows_done,
-                rows_failed=progress.rows_failed,
-                seconds=seconds,
-                load_seconds=loaded - watch.began,
-                seconds_to_first_unit=None
-                if first_unit is None
-                else first_unit - watch.began,
-                counts=counts,
-                plan={
-                    **self.work.plan(self.policy, counts["micro_batches"]),
-                    **self._predicted(model, counts),
-                },
-                dtype=watch.dtype,
+        if self.workers > 1:
+            return self._share(parts, ahead, inputs, output, before, watch)
+        progress = self.work.progress
+        with Loaded(self.model, self.policy) as loaded:
+            began = time.perf_counter()
+            look = partial(loaded.look, progress)
+            with watch.computing(look, inputs.estimated_rows, before):
+                with self._stopping(ahead, output, watch):
+                    run = self._finish_parts(loaded, parts, output)
+                if run.failure is not None:
+                    raise run.failure
+            seconds = time.perf_counter() - began
+            counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
+            forecast = predicted(
+                loaded.model, loaded.engine.arrangement, self.policy, counts
             )
-            recorded = Recorded(
-                watch.began, engine.timeline.spans(), watch.samples.all()
+            return self._report(
+                loaded.computed(progress), seconds, began, watch, forecast
             )
-            statistics = engine.statistics()
-            bound = judge(self.policy, figures, statistics, recorded.spans)
-            report = make_report(
-                str(self.model), self.policy, figures, statistics, bound, recorded
-            )
-            return report, recorded
-        finally:
-            unwrap(model)
 
-    def _predicted(self, model: Any, counts: dict[str, Any]) -> dict[str, Any]:
-        done = self.work.progress.rows_done - self.work.progress.rows_failed
-        return predicted(
-            model, engine_of(model).arrangement, self.policy, {**counts, "rows": done}
-        )
-
-    def _finish_parts(
+    def _share(
         self,
-        model: Any,
-        tokenizer: Any,
         parts: Iterable[Part],
         ahead: Ahead[Part],
+        inputs: Inputs,
         output: Output,
+        before: int,
         watch: Watch,
-    ) -> None:
-        """Runs the model until the parts have come to their end, or a signal came."""
+    ) -> tuple[dict[str, Any], Recorded]:
+        """As `_compute`, by several processes."""
+        sharing = Sharing(
+            self.workers, self.work, self.model, self.policy, parts, ahead, output
+        )
+        with self._stopping(ahead, output, watch), sharing:
+            sharing.pool.start()
+            began = time.perf_counter()
+            with watch.computing(sharing.look, inputs.estimated_rows, before):
+                sharing.pool.finish()
+        if sharing.pool.failure is not None:
+            raise sharing.pool.failure
+        seconds = time.perf_counter() - began
+        note = f"{self.workers} workers share the machine: nothing is predicted"
+        report, recorded = self._report(
+            sharing.computed(), seconds, began, watch, {"note": note}
+        )
+        report["workers"] = {"num": self.workers, "notes": list(sharing.notes)}
+        return report, recorded
+
+    def _report(
+        self,
+        computed: Computed,
+        seconds: float,
+        began: float,
+        watch: Watch,
+        forecast: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Recorded]:
+        """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
+        progress, first = computed.progress, computed.first_unit_at
+        counts = progress.figures(seconds)
+        figures = JobFigures(
+            rows=progress.rows_done,
+            rows_failed=progress.rows_failed,
+            seconds=seconds,
+            load_seconds=began - watch.began,
+            seconds_to_first_unit=None if first is None else first - watch.began,
+            counts=counts,
+            plan={**self.work.plan(self.policy, counts["micro_batches"]), **forecast},
+            dtype=computed.dtype,
+        )
+        recorded = Recorded(watch.began, computed.spans, watch.samples.all())
+        statistics = computed.statistics
+        bound = judge(self.policy, figures, statistics, recorded.spans)
+        report = make_report(
+            str(self.model), self.policy, figures, statistics, bound, recorded
+        )
+        return report, recorded
+
+    def _finish_parts(
+        self, loaded: Loaded, parts: Iterable[Part], output: Output
+    ) -> PartsRun:
+        """Runs the model until the parts have come to their end."""
+        with PartsRun(parts, output) as run:
+            results = self.work.results(loaded.model, loaded.tokenizer, run.feed())
+            for result in results:
+                run.take(result)
+            run.finish()
+        return run
+
+    @contextmanager
+    def _stopping(
+        self, ahead: Ahead[Part], output: Output, watch: Watch
+    ) -> Iterator[None]:
+        """The first signal ends the parts, the second one the block. Raises
+        StoppedError where parts are left."""
 
         def stop() -> None:
             ahead.stop()
@@ -201,16 +254,15 @@ class Job:
 
         with Stopping(stop) as stopping:
             try:
-                with PartsRun(parts, output) as run:
-                    for result in self.work.results(model, tokenizer, run.feed()):
-                        run.take(result)
-                    run.finish()
+                yield
             except KeyboardInterrupt:
                 raise _stopped(output, stopping) from None
         if stopping.signal is not None and not ahead.is_done:
             raise _stopped(output, stopping)
-        if run.failure is not None:
-            raise run.failure
+
+
+def _rows_computed(progress: Progress) -> int:
+    return progress.rows_done - progress.rows_failed
 
 
 def _stopped(output: Output, stopping: Stopping) -> StoppedError:

@@ -84,6 +84,16 @@ RetryErrors = Annotated[
         help="Do the rows again that failed, of an output that is done or begun.",
     ),
 ]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Processes of this machine that share the job, each with a model of its "
+        "own: sizes of the policy that are auto and the CPU's threads are divided, "
+        "host_memory is shared, and with device: cuda each takes a GPU in turn.",
+    ),
+]
 
 
 def mode_of(restart: bool, retry_errors: bool) -> "Mode":

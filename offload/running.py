@@ -13,8 +13,20 @@ from .parts import Cut, Part, PartRecord
 _MOST_WRITES = 4
 
 
-class Output(Protocol):
-    """Where results go, and what is there already."""
+class Taker(Protocol):
+    """Where the results of parts go."""
+
+    def known(self, part: Part) -> Part:
+        """`part` with those results that need not be made again."""
+        ...
+
+    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+        """Takes the results of a part. Called on one thread at a time."""
+        ...
+
+
+class Output(Taker, Protocol):
+    """Where a job's results go, and what is there already."""
 
     is_kept: bool
     """Whether the job can be gone on with after it was ended."""
@@ -49,14 +61,6 @@ class Output(Protocol):
         """Of those, failed ones."""
         ...
 
-    def known(self, part: Part) -> Part:
-        """`part` with those results that need not be made again."""
-        ...
-
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
-        """Takes the results of a part. Called on one thread at a time."""
-        ...
-
     def finish(self) -> None:
         """All parts are done."""
         ...
@@ -70,7 +74,7 @@ class PartsRun(Closing):
     done; it stands in `failure` then.
     """
 
-    def __init__(self, parts: Iterable[Part], output: Output) -> None:
+    def __init__(self, parts: Iterable[Part], output: Taker) -> None:
         self._parts = parts
         self._output = output
         self._under_way: deque[Part] = deque()

@@ -1,7 +1,21 @@
 """How far each task is, and how fast."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """How far a job is, and at what speed."""
+
+    rows_done: int
+    rows_failed: int
+
+    def rows_through(self, pass_fraction: float) -> float: ...
+
+    def tokens_through(self, pass_fraction: float) -> float: ...
+
+    def figures(self, seconds: float) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -27,10 +41,6 @@ class ScoreProgress:
     def tokens_through(self, pass_fraction: float) -> float:
         """Tokens done, and the parts of those under way."""
         return self.tokens_done + self.tokens_in_flight * pass_fraction
-
-    def remark(self, seconds: float) -> str:
-        """The speed, in words."""
-        return f"{self.tokens_done / seconds:,.0f} tokens/s"
 
     def figures(self, seconds: float) -> dict[str, Any]:
         """What the report says of the job's tokens."""
@@ -67,13 +77,6 @@ class GenerateProgress:
         """Output tokens; each counts when it is there, which is soon."""
         return self.output_tokens
 
-    def remark(self, seconds: float) -> str:
-        """The speeds, in words."""
-        return (
-            f"{self.output_tokens / seconds:,.1f} output tokens/s, "
-            f"{self.prompt_tokens / seconds:,.0f} prompt tokens/s"
-        )
-
     def figures(self, seconds: float) -> dict[str, Any]:
         """What the report says of the job's tokens."""
         tokens = self.prompt_tokens + self.output_tokens
@@ -86,3 +89,14 @@ class GenerateProgress:
             "tokens_per_second": tokens / seconds,
             "output_tokens_per_second": self.output_tokens / seconds,
         }
+
+
+def add_up(into: Progress, parts: Iterable[Progress]) -> None:
+    """Sets the counters of `into` to the sums of those of `parts`, which are of its
+    kind: processes that share a job."""
+    parts = list(parts)
+    for name in (field.name for field in fields(into)):  # type: ignore[arg-type]
+        counts = [getattr(part, name) for part in parts]
+        is_limit = name == "max_new_tokens"
+        if counts:
+            setattr(into, name, max(counts) if is_limit else sum(counts))

@@ -7,12 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-import torch
 from rich.console import Console
 
 from ..io.closing import Closing
-from .engine import Engine
+from .look import Look, resident_bytes
 from .metrics import MetricsFile
 from .monitor import Every, Listener, Monitor
 from .progress import JSON_SECONDS, PLAIN_SECONDS, JobBar, JsonLines, PlainLines
@@ -33,8 +31,8 @@ class Watching:
 
 
 class Watch(Closing):
-    """From its making to `close`. The threads of a job may ask it anything; it asks the
-    engine for its statistics while that is `computing`."""
+    """From its making to `close`. The threads of a job may ask it anything; it looks at
+    the model while that is `computing`."""
 
     def __init__(
         self,
@@ -48,16 +46,13 @@ class Watch(Closing):
         self.samples = Samples()
         self.is_quiet = console.quiet
         self.began = clock()
-        self.dtype = ""
-        """Of the largest tensor, as it computes; once the job is at its rows."""
         self._clock = clock
         self._work = work
         self._stage = "loading"
         self._stage_began = self.began
         self._num_rows: Callable[[], float | None] = lambda: None
         self._rows_before = 0
-        self._engine: Engine | None = None
-        self._process = psutil.Process()
+        self._look_at_model: Callable[[], Look] | None = None
         self._opened = ExitStack()
         listeners: list[Listener] = [lambda window: self.samples.add(window.now)]
         listeners.append(self._shown(console, watching))
@@ -76,22 +71,20 @@ class Watch(Closing):
     @contextmanager
     def computing(
         self,
-        engine: Engine,
+        look: Callable[[], Look],
         num_rows: Callable[[], float | None],
         rows_before: int = 0,
     ) -> Iterator[None]:
         """The job is at its rows, of which there may be `num_rows()`, `rows_before`
-        of them done before; and `engine` is open."""
+        of them done before; meanwhile `look` may be called by any thread."""
         self._num_rows, self._rows_before = num_rows, rows_before
-        self._engine = engine
-        largest = max(engine.recipes.values(), key=lambda recipe: recipe.nbytes)
-        self.dtype = str(largest.dtype).removeprefix("torch.")
+        self._look_at_model = look
         self._stage, self._stage_began = self._work.title, self._clock()
         try:
             yield
         finally:
-            self._monitor.close()  # who looks must not meet an engine that closes
-            self._engine = None
+            self._monitor.close()  # who looks must not meet a model that closes
+            self._look_at_model = None
 
     def close(self) -> None:
         self._opened.close()
@@ -104,39 +97,31 @@ class Watch(Closing):
         return Every(PLAIN_SECONDS, PlainLines(console))
 
     def _look(self) -> Sample:
-        now, engine = self._clock(), self._engine
+        now, look_at_model = self._clock(), self._look_at_model
         seconds, of_stage = now - self.began, now - self._stage_began
-        memory = int(self._process.memory_info().rss)
-        if engine is None:
+        if look_at_model is None:
             return Sample(
                 seconds=seconds,
                 stage=self._stage,
                 stage_seconds=of_stage,
                 bytes_read={},
-                resident_bytes=memory,
+                resident_bytes=resident_bytes(),
             )
-        progress, statistics = self._work.progress, engine.statistics()
-        figures = progress.figures(max(of_stage, 1e-9))
+        look = look_at_model()
         num_rows = self._num_rows()
         return Sample(
             seconds=seconds,
             stage=self._stage,
             stage_seconds=of_stage,
-            rows=self._rows_before + progress.rows_through(engine.pass_fraction),
+            rows=self._rows_before + look.rows,
             rows_before=self._rows_before,
             num_rows=None if num_rows is None else round(num_rows),
-            tokens=figures.get("output_tokens", figures["tokens"]),
-            tokens_through=progress.tokens_through(engine.pass_fraction),
-            passes=statistics.passes,
-            wait_seconds=statistics.wait_seconds,
-            compute_seconds=statistics.compute_seconds,
-            bytes_read=statistics.bytes_read,
-            resident_bytes=memory,
-            device_bytes=_device_bytes(engine.policy.device),
+            tokens=look.tokens,
+            tokens_through=look.tokens_through,
+            passes=look.passes,
+            wait_seconds=look.wait_seconds,
+            compute_seconds=look.compute_seconds,
+            bytes_read=look.bytes_read,
+            resident_bytes=look.resident_bytes,
+            device_bytes=look.device_bytes,
         )
-
-
-def _device_bytes(device: str) -> int | None:
-    if device == "cpu":
-        return None
-    return int(torch.cuda.memory_allocated(device))

@@ -13,6 +13,7 @@ from .parts import Cut, NumberedRows
 from .policy import Policy
 from .pooling import Pooling
 from .score import ScoreProgress, score_parts
+from .task_progress import Progress
 
 # A part is two pools of what is packed together: a few passes over the weights, which
 # is what a job that is killed does again.
@@ -20,21 +21,6 @@ _POOLS = 2
 _TOKEN_BYTES = 4
 _MOST_ROWS = 4096
 _MOST_BYTES = 64 << 20
-
-
-class Progress(Protocol):
-    """How far a job is, and at what speed."""
-
-    rows_done: int
-    rows_failed: int
-
-    def rows_through(self, pass_fraction: float) -> float: ...
-
-    def tokens_through(self, pass_fraction: float) -> float: ...
-
-    def remark(self, seconds: float) -> str: ...
-
-    def figures(self, seconds: float) -> dict[str, Any]: ...
 
 
 class Work(Protocol):
