@@ -40,7 +40,7 @@ def identify(
     and samples tell them apart, and what small files say."""
     return Manifest(
         input=inputs.identity(),
-        model=_model(model),
+        model=model_digests(model),
         meaning={
             **task,
             **{key: getattr(policy, key) for key in _MEANING},
@@ -60,8 +60,9 @@ def identify(
     )
 
 
-def _model(folder: Path) -> dict[str, str]:
-    """The digest of each file that the model is made of, by its name."""
+def model_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file that the model is made of, by its name. Raises
+    CheckpointError."""
     weights = {path.name for path in open_checkpoint(folder).stamps}
     found = {}
     try:
