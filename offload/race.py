@@ -3,7 +3,7 @@
 A race is a function of what was measured so far, so that one that was stopped goes on
 where it was. In each rung every candidate runs once, and the better half goes on to
 longer slices. The last rung runs the start and the finalists in turn, several times:
-who wins has beaten the start by more than the laps differ.
+who wins has beaten the start in each, by more than the laps' spread.
 
 Successive halving: Jamieson and Talwalkar, Non-stochastic Best Arm Identification,
 AISTATS 2016.
@@ -65,10 +65,14 @@ class Final:
     """Median, over the laps, of its rate over the start's, less 1."""
     spread: float
     """Half of what that differs by between the laps."""
+    least: float
+    """That of its worst lap."""
 
     @property
     def has_won(self) -> bool:
-        return self.gain > max(self.spread, 0.0)
+        """Faster in every lap, and by more than the spread: where nothing is faster in
+        truth, fewer than one in fifty (of 20,000 simulated, even noise)."""
+        return self.least > 0 and self.gain > self.spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +185,8 @@ def _final(settings: Settings, rates: list[float], start: list[float]) -> Final:
     ratios = np.asarray(rates) / np.asarray(start)
     spread = float(ratios.max() - ratios.min()) / 2
     gain = float(np.median(ratios)) - 1.0
-    return Final(settings, float(np.median(rates)), gain, spread)
+    least = float(ratios.min()) - 1.0
+    return Final(settings, float(np.median(rates)), gain, spread, least)
 
 
 def failures(timings: Iterable[Timing]) -> dict[Settings, str]:

@@ -51,16 +51,13 @@ def _lost(best: Final) -> str:
     if best.gain <= 0:
         return f"{name_of(best.settings)}, was {-best.gain:.1%} slower"
     return (
-        f"{name_of(best.settings)}, was {best.gain:.1%} faster, but laps differ by "
-        f"{best.spread:.1%}"
+        f"{name_of(best.settings)}, was {best.gain:.1%} faster, but not by more than laps "
+        f"differ (+-{best.spread:.1%}), or not in each"
     )
 
 
 def _gain(winner: Final) -> str:
-    return (
-        f"is {winner.gain:.1%} faster than the plan (laps differ by "
-        f"{winner.spread:.1%})"
-    )
+    return f"is {winner.gain:.1%} faster than the plan (laps: +-{winner.spread:.1%})"
 
 
 def _head(tuning: Tuning, verdict: Verdict) -> list[str]:
