@@ -51,8 +51,8 @@ def _lost(best: Final) -> str:
     if best.gain <= 0:
         return f"{name_of(best.settings)}, was {-best.gain:.1%} slower"
     return (
-        f"{name_of(best.settings)}, was {best.gain:.1%} faster, but not by more than laps "
-        f"differ (+-{best.spread:.1%}), or not in each"
+        f"{name_of(best.settings)}, was {best.gain:.1%} faster, but not in each "
+        f"lap, or not by more than they differ (+-{best.spread:.1%})"
     )
 
 
