@@ -44,7 +44,7 @@ def identify(
     and samples tell them apart, and what small files say."""
     return Manifest(
         input=inputs.identity(),
-        model=_model(model),
+        model=model_digests(model),
         meaning={
             **task,
             **{key: getattr(policy, key) for key in _MEANING},
@@ -64,8 +64,9 @@ def identify(
     )
 
 
-def _model(folder: Path) -> dict[str, str]:
-    """The digest of each file that the model is made of, by its name."""
+def model_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file that the model is made of, by its name. Raises
+    CheckpointError."""
     weights = {path.name for path in open_checkpoint(folder).stamps}
     found = {}
     try:

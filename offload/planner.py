@@ -13,9 +13,12 @@ from ..scheduler.memory_need import (
     scoring_need,
 )
 from ..scheduler.shape import ModelShape
-from ..scheduler.workload import Generating, Prediction, Scoring, predict
+from ..scheduler.workload import Generating, Scoring, predict
 from .forecast import Forecast, forecast, generating_of, scoring_of
 from .machine import Machine
+from .planned import Budget
+from .planned import Choice as Choice
+from .planned import Task as Task
 from .policy import Policy
 
 Objective = Literal["throughput", "latency"]
@@ -25,46 +28,6 @@ _STEP_BYTES = 64 << 20
 _MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 _MICRO_BATCH_SEQUENCES = (4, 8, 16, 32, 64)
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is to be done with the model."""
-
-    generates: bool = False
-    prompt_tokens: int = 128
-    """Of a row to complete; of a row to score, all its tokens."""
-    new_tokens: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Bytes that may be taken."""
-
-    device: int
-    host: int
-    is_shared: bool
-    """Whether the device's memory is the host's: then `device` is all there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One policy, and what it would do."""
-
-    policy: Policy
-    forecast: Forecast
-    prediction: Prediction
-    need: Need
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second: those that come out, or those that are scored."""
-        found = self.prediction
-        return found.output_tokens_per_second or found.tokens_per_second
-
-    @property
-    def in_flight(self) -> int:
-        return self.policy.tokens_in_flight * self.policy.sequences_in_flight
 
 
 @dataclass(frozen=True)
@@ -98,6 +61,21 @@ class Planner:
             tried = (self._choice(self._with(s)) for s in self._settings())
             self._choices.extend(choice for choice in tried if choice is not None)
         return self._choices
+
+    def beside(self, start: Choice, policy: Policy) -> Choice | None:
+        """`policy`, which differs a little from that of `start`, with as much memory;
+        with less where what is in flight leaves no more, None where that is none."""
+        roomy = self._choice(policy)
+        if roomy is None or not self._is_free("device_memory"):
+            return roomy
+        asked = policy.device_memory
+        most = roomy.policy.device_memory
+        assert asked != "auto", "it was chosen"
+        assert most != "auto", "it was chosen"
+        if asked > most and asked != start.policy.device_memory:
+            return None
+        values = {"device_memory": min(asked, most), "host_memory": policy.host_memory}
+        return self._evaluate(_updated(roomy.policy, values), roomy.need)
 
     def most_in_flight(self) -> int:
         """Tokens (or sequences) in flight that there is memory for at all."""
@@ -232,7 +210,9 @@ class Planner:
 
     def _forecast(self, policy: Policy) -> Forecast:
         """Divided once for each pair of budgets: what is in flight changes nothing."""
-        key = (policy.device, policy.device_memory, policy.host_memory)
+        memory = (policy.device, policy.device_memory, policy.host_memory)
+        ways = (policy.lookahead, policy.coalesce, policy.activations, policy.io.reader)
+        key = (*memory, *ways)
         known = self._known.get(key)
         if known is None:
             known = forecast(

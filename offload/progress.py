@@ -151,6 +151,11 @@ class FillProgress:
             self._bar.stop()
 
 
+def search_bar(console: Console) -> Progress:
+    """Of tasks with fields `remark` and `left`, the time that is left."""
+    return _bar(console, "ETA {task.fields[left]}")
+
+
 def _bar(console: Console, left: str) -> Progress:
     return Progress(
         SpinnerColumn(),

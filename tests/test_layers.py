@@ -20,9 +20,11 @@ MAX_LINES = 300
 PURE = {
     "io/timeline.py",
     "offload/bound.py",
+    "offload/candidates.py",
     "offload/manifest.py",
     "offload/parts.py",
     "offload/perfetto.py",
+    "offload/race.py",
     "offload/recorded.py",
     "offload/samples.py",
     "scheduler/admission.py",

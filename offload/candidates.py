@@ -1,0 +1,107 @@
+"""What `penstock tune` tries around a plan: one key changed at a time, and in flight
+two. Pure."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .race import Settings
+
+_STEP_BYTES = 64 << 20
+_SLOWEST_READER = 0.5
+"""Of the best reader's speed: others are not worth a try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Where the search starts."""
+
+    values: Mapping[str, Any]
+    """Of the start's policy, by dotted key."""
+    is_open: frozenset[str]
+    """The keys that the user has not set."""
+    generates: bool
+    is_streamed: bool
+    """Whether anything comes over a link in every pass."""
+    is_compiled: bool
+    readers: Mapping[str, float]
+    """Bytes a second by reader, of this machine."""
+    least_bytes: int
+    """That the working set must have."""
+
+
+def candidates(around: Around) -> list[Settings]:
+    """What to try, the likeliest first; the start is not among them."""
+    found: dict[Settings, None] = {}
+    for changed in _all(around):
+        settings = tuple(
+            (key, value)
+            for key, value in changed.items()
+            if value != around.values.get(key)
+        )
+        if settings and all(key in around.is_open for key, _ in settings):
+            found[settings] = None
+    return list(found)
+
+
+def _all(around: Around) -> Iterator[dict[str, Any]]:
+    yield from _in_flight(around)
+    yield from _memory(around)
+    if around.is_streamed:
+        yield from _reading(around)
+        ahead = around.values["lookahead"]
+        yield {"lookahead": ahead + 1}
+        yield {"lookahead": max(1, ahead - 1)}
+    if around.generates and not around.is_compiled:
+        is_off = around.values["coalesce"] == "off"
+        yield {"coalesce": "auto" if is_off else "off"}
+
+
+def _in_flight(around: Around) -> Iterator[dict[str, Any]]:
+    """More and less of them, wider and narrower, and both."""
+    each_key, all_key = "micro_batch_tokens", "tokens_in_flight"
+    if around.generates:
+        each_key, all_key = "micro_batch_sequences", "sequences_in_flight"
+    each, total = around.values[each_key], around.values[all_key]
+    each = min(each, total)
+    for new_each, new_total in (
+        (each * 2, total * 2),
+        (each, total * 2),
+        (each * 2, total),
+        (max(1, each // 2), total),
+        (each, total // 2),
+        (max(1, each // 2), total // 2),
+    ):
+        if new_each <= new_total:
+            yield {each_key: new_each, all_key: new_total}
+
+
+def _memory(around: Around) -> Iterator[dict[str, Any]]:
+    """Of the working set; more of it only fits where the planner left some."""
+    asked = around.values["device_memory"]
+    for nbytes in (asked * 2, (asked + around.least_bytes) // 2, around.least_bytes):
+        size = -(-nbytes // _STEP_BYTES) * _STEP_BYTES
+        if size >= around.least_bytes and (size > asked or size <= 0.9 * asked):
+            yield {"device_memory": size}
+    kept = around.values["host_memory"]
+    if kept:
+        yield {"host_memory": kept // 2 // _STEP_BYTES * _STEP_BYTES or None}
+
+
+def _reading(around: Around) -> Iterator[dict[str, Any]]:
+    best = max(around.readers.values(), default=0.0)
+    for reader, rate in around.readers.items():
+        if rate >= _SLOWEST_READER * best:
+            yield {"io.reader": reader}
+    key = "io.depth" if around.values["io.reader"] == "libaio" else "io.threads"
+    num = around.values[key]
+    yield {key: num * 2}
+    yield {key: max(1, num // 2)}
+
+
+def widest(around: Around, tried: list[Settings]) -> int:
+    """Most tokens (or sequences) in flight of the start and of what is tried."""
+    key = "sequences_in_flight" if around.generates else "tokens_in_flight"
+    totals: list[int] = [dict(settings).get(key, 0) for settings in tried]
+    start: int = around.values[key]
+    return max([start, *totals])

@@ -1,0 +1,48 @@
+"""What a planner is asked for, what it may take, and what it chooses."""
+
+from dataclasses import dataclass
+
+from ..scheduler.memory_need import Need
+from ..scheduler.workload import Prediction
+from .forecast import Forecast
+from .policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be done with the model."""
+
+    generates: bool = False
+    prompt_tokens: int = 128
+    """Of a row to complete; of a row to score, all its tokens."""
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be taken."""
+
+    device: int
+    host: int
+    is_shared: bool
+    """Whether the device's memory is the host's: then `device` is all there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One policy, and what it would do."""
+
+    policy: Policy
+    forecast: Forecast
+    prediction: Prediction
+    need: Need
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second: those that come out, or those that are scored."""
+        found = self.prediction
+        return found.output_tokens_per_second or found.tokens_per_second
+
+    @property
+    def in_flight(self) -> int:
+        return self.policy.tokens_in_flight * self.policy.sequences_in_flight
