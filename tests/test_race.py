@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -38,11 +39,11 @@ def run(
     return heat, known
 
 
-def fixed(rates: dict[Settings, float | None], other: float = 100.0) -> Rate:
+def fixed(rates: Mapping[Any, float | None], other: float = 100.0) -> Rate:
     return lambda heat: rates.get(heat.settings, other)
 
 
-def noisy(rates: dict[Settings, float], share: float, seed: int) -> Rate:
+def noisy(rates: Mapping[Any, float], share: float, seed: int) -> Rate:
     chosen = random.Random(seed)
 
     def rate(heat: Heat) -> float:
