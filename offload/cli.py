@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError
-from . import cli_jobs, cli_texts, plan_cli, tune_cli
+from . import cli_jobs, plan_cli, tune_cli
 from .options import Model, PolicyFile, Settings, policy_of, say
 from .policy import Policy
 from .policy_command import policy
@@ -43,8 +43,8 @@ def _callback() -> None:
 
 app.command()(cli_jobs.score)
 app.command()(cli_jobs.generate)
-app.command()(cli_texts.embed)
-app.command()(cli_texts.classify)
+app.command()(cli_jobs.embed)
+app.command()(cli_jobs.classify)
 plan_cli.add_to(app)
 tune_cli.add_to(app)
 

@@ -1,63 +1,23 @@
-"""The commands that do something with rows: `penstock score`, `penstock generate`."""
+"""The commands that do something with rows: `penstock score`, `penstock generate`,
+`penstock embed`, `penstock classify`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from .options import (
-    OUTPUTS,
-    SOURCES,
-    LogJson,
-    Metrics,
-    Model,
-    PolicyFile,
-    Report,
-    Restart,
-    RetryErrors,
-    Settings,
-    Workers,
-    mode_of,
-    policy_of,
-    say,
-)
+from .job_command import job_command
+from .pooling import Pooling
 from .values import parse_setting
 
 if TYPE_CHECKING:
-    from .job import Job
-
-ROWS_WITH_ERRORS = 1
-INTERRUPTED = 130
+    from .work import ClassifyWork, EmbedWork, GenerateWork, ScoreWork
 
 
+@job_command(
+    '{"id", "text"} or {"id", "prompt", "completion"}',
+    '{"id", "logprob", "tokens", "perplexity"}',
+)
 def score(
-    model: Model,
-    source: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help='A row is {"id", "text"} or {"id", "prompt", "completion"}. '
-            + SOURCES,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='{"id", "logprob", "tokens", "perplexity"} or {"id", "error"} for '
-            "each row, in the input's order. " + OUTPUTS,
-        ),
-    ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    log_json: LogJson = False,
-    metrics: Metrics = None,
-    restart: Restart = False,
-    retry_errors: RetryErrors = False,
-    workers: Workers = 1,
     window: Annotated[
         int | None,
         typer.Option(
@@ -69,53 +29,25 @@ def score(
         int | None,
         typer.Option(help="Tokens by which windows advance (default: half a window)."),
     ] = None,
-) -> None:
+) -> "ScoreWork":
     """Log-probability of each text (or completion) under a causal language model.
 
     Example: `penstock score ./llama-3b texts.jsonl -o scores.jsonl --set
     device_memory=1GiB --report out/`
     """
-    from .job import Job
-    from .watch import Watching
     from .work import ScoreWork
 
-    work = ScoreWork(window, stride)
-    chosen = policy_of(policy, settings)
-    mode = mode_of(restart, retry_errors)
-    watching = Watching(log_json, metrics)
-    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
-    run(job)
+    return ScoreWork(window, stride)
 
 
+@job_command(
+    '{"id", "prompt"} or {"id", "messages"}',
+    '{"id", "completion", "tokens", "finish_reason"}',
+)
 def generate(
-    model: Model,
-    source: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help='A row is {"id", "prompt"} or {"id", "messages"}. ' + SOURCES,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help='{"id", "completion", "tokens", "finish_reason"} or {"id", "error"} '
-            "for each row, in the input's order. " + OUTPUTS,
-        ),
-    ],
     max_new_tokens: Annotated[
         int, typer.Option(help="Most tokens that a completion may have.")
     ],
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    report: Report = None,
-    log_json: LogJson = False,
-    metrics: Metrics = None,
-    restart: Restart = False,
-    retry_errors: RetryErrors = False,
-    workers: Workers = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="A completion ends before this text. Repeatable."),
@@ -140,46 +72,74 @@ def generate(
             "repetition_penalty=1.1 or num_beams=4. Repeatable.",
         ),
     ] = None,
-) -> None:
+) -> "GenerateWork":
     """Completes each prompt (or chat) with a language model.
 
     Example: `penstock generate ./llama-3b prompts.jsonl -o completions.jsonl
     --max-new-tokens 64 --set device_memory=1GiB --set sequences_in_flight=256`
     """
-    from .job import Job
-    from .watch import Watching
     from .work import GenerateWork
 
     values = dict(map(parse_setting, options or []))
     if temperature is not None:
         values["temperature"] = temperature
-    work = GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
-    chosen = policy_of(policy, settings)
-    mode = mode_of(restart, retry_errors)
-    watching = Watching(log_json, metrics)
-    job = Job(work, model, source, output, chosen, report, mode, watching, workers)
-    run(job)
+    return GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)
 
 
-def run(job: "Job") -> None:
-    """Runs a job and says what became of it. The exit code is the job's."""
-    from .show import report_table
+@job_command('{"id", "text"}', '{"id", "embedding", "tokens"}')
+def embed(
+    pooling: Annotated[
+        Pooling,
+        typer.Option(
+            help="How one vector is made of those of a text's tokens: their mean, the "
+            "first (cls), the last, or the max of each number. auto: as the "
+            "checkpoint's sentence-transformers files say, else mean for an encoder "
+            "and last for a decoder."
+        ),
+    ] = "auto",
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether vectors have length 1. Without it, as the checkpoint's "
+            "sentence-transformers files say, else not."
+        ),
+    ] = None,
+    truncate: Annotated[
+        int | None,
+        typer.Option(
+            help="Cut texts to so many tokens. Without it one that is longer than the "
+            "model's context is an error."
+        ),
+    ] = None,
+) -> "EmbedWork":
+    """A vector for each text, by an encoder or a decoder.
 
-    console = Console(stderr=True)
-    try:
-        done = job.run(console)
-    except KeyboardInterrupt:
-        say("interrupted: run the same command again to go on")
-        raise typer.Exit(INTERRUPTED) from None
-    if done.report is None:
-        say(
-            f"{job.output} is done already: {done.num_rows:,} rows; --restart does all "
-            "again, --retry-errors those that failed"
-        )
-    elif console.is_terminal:
-        console.print(report_table(done.report, f"{job.output}"))
-        if job.report is not None:
-            say(f"pictures of where the time went: {job.report / 'report.html'}")
-    if done.num_errors:
-        say(f"{done.num_errors} of {done.num_rows} rows failed: {job.output}")
-        raise typer.Exit(ROWS_WITH_ERRORS)
+    Example: `penstock embed ./minilm texts.jsonl -o vectors.parquet --report out/`
+    """
+    from .work import EmbedWork
+
+    return EmbedWork(pooling, normalize, truncate)
+
+
+@job_command(
+    '{"id", "prompt"}, and may have "labels"',
+    '{"id", "label", "logprobs", "probabilities", "tokens"}',
+)
+def classify(
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            help="What may come next, of rows without labels. Repeatable. Begin it "
+            "with a space where the text goes on with one.",
+        ),
+    ] = None,
+) -> "ClassifyWork":
+    """Which of some labels comes next, and how likely, under a causal language model.
+
+    Example: `penstock classify ./llama-3b reviews.jsonl -o labels.jsonl --label " good"
+    --label " bad"`
+    """
+    from .work import ClassifyWork
+
+    return ClassifyWork(tuple(labels or ()))
