@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .job_command import job_command
-from .pooling import Pooling
-from .values import parse_setting
+from .values import Pooling, parse_setting
 
 if TYPE_CHECKING:
     from .work import ClassifyWork, EmbedWork, GenerateWork, ScoreWork

@@ -11,9 +11,10 @@ from ..io.errors import UsageError
 from .model import engine_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .parts import NumberedRows, lazy_parts
-from .pooling import Pooling, pooled
+from .pooling import pooled
 from .task_progress import ScoreProgress
 from .text import RowError, context_length, load_tokenizer, pad_of, tokenize_texts
+from .values import Pooling
 
 
 @dataclass(slots=True)

@@ -14,17 +14,14 @@ from ..scheduler.packing import chunk_tokens, pack
 from .completions import Completions, Prompt
 from .decoding import keeps_only_keys_and_values
 from .model import engine_of
+from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .parts import NumberedRows, lazy_parts
 from .policy import Policy
 from .task_progress import GenerateProgress as GenerateProgress
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
-# Prompts that are packed together: so many micro-batches, so that lengths match well.
-_POOL_MICRO_BATCHES = 16
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
-# Of rows that nobody has cut into parts; failed ones wait for the end of theirs.
-_LAZY_ROWS = 4096
 
 
 def generate(
@@ -54,7 +51,7 @@ def generate(
     """
     return generate_parts(
         model,
-        lazy_parts(rows, _LAZY_ROWS),
+        lazy_parts(rows, LAZY_ROWS),
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
         stop=stop,
@@ -103,7 +100,7 @@ def prompts_pooled(policy: Policy) -> int:
     well."""
     in_flight = policy.sequences_in_flight
     each = min(policy.micro_batch_sequences, in_flight)
-    return max(each * _POOL_MICRO_BATCHES, in_flight)
+    return max(each * POOL_MICRO_BATCHES, in_flight)
 
 
 class _Group(NamedTuple):

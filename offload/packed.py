@@ -17,8 +17,8 @@ from .policy import Policy
 from .task_progress import ScoreProgress
 from .text import RowError
 
-# Pieces that are packed together: so many micro-batches, so that lengths match well.
-_POOL_MICRO_BATCHES = 16
+POOL_MICRO_BATCHES = 16
+"""What is packed together: so many micro-batches, so that lengths match well."""
 # Rows that are given to the tokenizer in one call.
 _TOKENIZED_ROWS = 16
 LAZY_ROWS = 4096
@@ -81,7 +81,7 @@ def tokens_pooled(policy: Policy) -> int:
     """Tokens of the pieces that are packed together: of many micro-batches, so that
     lengths match well."""
     width = micro_batches_in_flight(policy)
-    return policy.micro_batch_tokens * max(_POOL_MICRO_BATCHES, 2 * width)
+    return policy.micro_batch_tokens * max(POOL_MICRO_BATCHES, 2 * width)
 
 
 def micro_batches_in_flight(policy: Policy) -> int:

@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from ..io.errors import CheckpointError, UsageError
-
-Pooling = Literal["auto", "mean", "cls", "last", "max"]
+from .values import Pooling
 
 _SENTENCE_KEYS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",

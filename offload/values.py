@@ -149,6 +149,8 @@ def _tier(text: str) -> str:
     return text
 
 
+Pooling = Literal["auto", "mean", "cls", "last", "max"]
+"""How one vector is made of those of a text's tokens."""
 TIERS = ("device", "peer", "host", "disk")
 DeviceName = Annotated[
     str,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .classify import classify_parts
 from .embed import embed_parts
@@ -11,9 +11,9 @@ from .jsonl import ASKED_KEYS, PROMPT_KEYS, SCORED_KEYS, TEXT_KEYS
 from .packed import micro_batches_in_flight, tokens_pooled
 from .parts import Cut, NumberedRows
 from .policy import Policy
-from .pooling import Pooling
 from .score import ScoreProgress, score_parts
 from .task_progress import Progress
+from .values import Pooling
 
 # A part is two pools of what is packed together: a few passes over the weights, which
 # is what a job that is killed does again.
@@ -53,8 +53,25 @@ class Work(Protocol):
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]: ...
 
 
+class _OverTokens:
+    """Work of which the tokens in flight share a pass, and are done after it."""
+
+    __slots__ = ()
+    _passes_each: ClassVar[int] = 1
+
+    def cut(self, policy: Policy) -> Cut:
+        """Two pools, about, by the bytes that tokens come to."""
+        num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
+        return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
+
+    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
+        """What the policy promises, at most: passes over the weights."""
+        width = micro_batches_in_flight(policy)
+        return _plan(width, num_micro_batches, passes_each=self._passes_each)
+
+
 @dataclass(frozen=True, slots=True)
-class ScoreWork:
+class ScoreWork(_OverTokens):
     """Scores each row."""
 
     window: int | None = None
@@ -65,9 +82,6 @@ class ScoreWork:
 
     def task(self) -> Mapping[str, Any]:
         return {"task": "score", "window": self.window, "stride": self.stride}
-
-    def cut(self, policy: Policy) -> Cut:
-        return _cut_of_tokens(policy)
 
     def results(
         self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
@@ -81,14 +95,9 @@ class ScoreWork:
             progress=self.progress,
         )
 
-    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
-        """What the policy promises: passes over the weights."""
-        width = micro_batches_in_flight(policy)
-        return _plan(width, num_micro_batches, passes_each=1)
-
 
 @dataclass(frozen=True, slots=True)
-class EmbedWork:
+class EmbedWork(_OverTokens):
     """Makes a vector of each row."""
 
     pooling: Pooling = "auto"
@@ -106,9 +115,6 @@ class EmbedWork:
             "truncate": self.truncate,
         }
 
-    def cut(self, policy: Policy) -> Cut:
-        return _cut_of_tokens(policy)
-
     def results(
         self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
     ) -> Iterator[dict[str, Any]]:
@@ -122,16 +128,12 @@ class EmbedWork:
             progress=self.progress,
         )
 
-    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
-        """What the policy promises: passes over the weights."""
-        width = micro_batches_in_flight(policy)
-        return _plan(width, num_micro_batches, passes_each=1)
-
 
 @dataclass(frozen=True, slots=True)
-class ClassifyWork:
-    """Tells rows apart."""
+class ClassifyWork(_OverTokens):
+    """Tells rows apart: prompts in a pass, labels in another one."""
 
+    _passes_each: ClassVar[int] = 2
     labels: Sequence[str] = ()
     progress: ScoreProgress = field(default_factory=ScoreProgress)
     title: str = "classifying"
@@ -139,9 +141,6 @@ class ClassifyWork:
 
     def task(self) -> Mapping[str, Any]:
         return {"task": "classify", "labels": list(self.labels)}
-
-    def cut(self, policy: Policy) -> Cut:
-        return _cut_of_tokens(policy)
 
     def results(
         self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
@@ -153,11 +152,6 @@ class ClassifyWork:
             tokenizer=tokenizer,
             progress=self.progress,
         )
-
-    def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]:
-        """What the policy promises, at most: passes over the weights."""
-        width = micro_batches_in_flight(policy)
-        return _plan(width, num_micro_batches, passes_each=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +198,6 @@ class GenerateWork:
         each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
         width = policy.sequences_in_flight // each
         return _plan(width, num_micro_batches, passes_each=self.max_new_tokens)
-
-
-def _cut_of_tokens(policy: Policy) -> Cut:
-    num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
-    return Cut(_MOST_ROWS, min(num_bytes, _MOST_BYTES))
 
 
 def _plan(width: int, num_micro_batches: int, *, passes_each: int) -> dict[str, int]:

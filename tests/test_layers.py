@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -221,3 +222,16 @@ def test_importing_the_package_imports_no_floor() -> None:
     assert [ast.unparse(node) for node in top_level] == [
         "from typing import TYPE_CHECKING, Any"
     ]
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_without_torch() -> None:
+    """Which takes seconds, and `--help` needs none of it."""
+    code = (
+        "import sys, penstock.offload.cli\n"
+        "print(*{'torch', 'pyarrow'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
