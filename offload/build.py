@@ -95,6 +95,7 @@ def build(
         kv = open_kv(model, device, policy, tiers.pin, record)
         if kv is not None:
             opened.callback(kv.close)
+        row_wise = find_row_wise(found)
         engine = Engine(
             model,
             policy,
@@ -113,7 +114,8 @@ def build(
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
             compilation=_compilation(found, policy),
-            row_order=Order(len(find_row_wise(found))),
+            row_wise=row_wise,
+            row_order=Order(len(row_wise)),
             kv=kv,
             timeline=timeline,
         )

@@ -12,7 +12,7 @@ from ..io.errors import FaultError, PenstockError
 from ..io.kv_count import KvStatistics
 from ..io.timeline import Timeline
 from ..scheduler.admission import Width
-from ..scheduler.coalescing import Coalescing
+from ..scheduler.coalescing import Coalescing, RowWise
 from ..scheduler.doors import Doors
 from ..scheduler.gate import Gate
 from ..scheduler.module_state import ModuleState
@@ -26,7 +26,6 @@ from .counters import Statistics
 from .kv import KvTiers
 from .memory import available_bytes, peak_resident_bytes
 from .policy import Policy
-from .row_wise import find_row_wise
 from .rows import RowGatherer
 from .sweeps import Sweeps
 from .tiers import Tiers
@@ -59,6 +58,7 @@ class Engine:
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
+        row_wise: Sequence[RowWise],
         row_order: Order,
         kv: KvTiers | None,
         timeline: Timeline,
@@ -78,6 +78,7 @@ class Engine:
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
+        self.row_wise = row_wise
         self._row_order = row_order
         self._kv = kv
         self._faults: Counter[str] = Counter()
@@ -169,7 +170,7 @@ class Engine:
                 "a sweep of compiled blocks cannot be coalesced: micro-batches would "
                 "have to stop inside of them; take compile: false or coalesce=False"
             )
-        return Coalescing(find_row_wise(self.found), self._row_order)
+        return Coalescing(self.row_wise, self._row_order)
 
     def _free_bytes(self) -> int:
         """Of the memory that suspended micro-batches take."""

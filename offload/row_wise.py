@@ -5,6 +5,7 @@ import sys
 from torch import nn
 
 from ..scheduler.coalescing import RowWise
+from .row_probe import takes_rows_to_rows
 from .sites import Found
 
 # What transformers' `use_experts_implementation` (>= 5.17, < 6) puts on a module. Its
@@ -12,17 +13,26 @@ from .sites import Found
 _OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
 
 
-def find_row_wise(found: Found) -> list[RowWise]:
-    """`nn.Linear`, transformers' `Conv1D` and stacked experts, in definition order.
-    Exactly these: what a subclass does with rows is its own affair."""
+def find_row_wise(found: Found) -> tuple[RowWise, ...]:
+    """`nn.Linear`, transformers' `Conv1D` and stacked experts, exactly these: what a
+    subclass does with rows is its own affair. And what consists of such and of
+    pointwise operations, as the whole of an MLP. In definition order."""
     modules: dict[nn.Module, None] = {}
     for site in found.sites:
         modules.update(dict.fromkeys(site.module.modules()))
-    return [
-        RowWise(module, num_args)
-        for module in modules
-        if (num_args := _num_args(module)) is not None
-    ]
+    sites = {site.module for site in found.sites}
+    row_wise = (_row_wise(module, sites) for module in modules)
+    return tuple(filter(None, row_wise))
+
+
+def _row_wise(module: nn.Module, sites: set[nn.Module]) -> RowWise | None:
+    num_args = _num_args(module)
+    if num_args is not None:
+        return RowWise(module, num_args)
+    _, *parts = module.modules()
+    if not parts or not sites.isdisjoint((module, *parts)):  # nobody may wait in it
+        return None
+    return RowWise(module, 1, tuple(parts)) if takes_rows_to_rows(module) else None
 
 
 def _num_args(module: nn.Module) -> int | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks as _global_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from .micro_batch import MicroBatch
 from .order import Order
@@ -37,11 +39,24 @@ MAX_OUTPUT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class RowWise:
-    """A module whose forward takes rows to rows."""
+    """A module whose forward takes rows to rows. One may be a part of another: then
+    it is called for many at once with the other, or by itself."""
 
     module: nn.Module
     num_args: int
     """Tensors that it is called with, each with a row for each row of the output."""
+    parts: tuple[nn.Module, ...] = ()
+    """Modules in it that are called with the rows of all when it is."""
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether hooks would be shown the rows of all in place of each one's own."""
+        return bool(self.parts) and (
+            bool(_global_hooks or _global_pre_hooks)
+            or any(
+                part._forward_hooks or part._forward_pre_hooks for part in self.parts
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,8 @@ class Coalescing:
         self._modules = modules
         self._parked = Parked(order)
         self._hub: Hub | None = None
+        self._leader: MicroBatch | None = None
+        """Who is taking the rows of several through a module just now."""
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._max_rows: dict[int, int] = {}
         """By module, once it is known how long a row of its output is."""
@@ -83,6 +100,8 @@ class Coalescing:
         for index, found in enumerate(self._modules):
             module = found.module
             if "forward" in vars(module):  # somebody else's, who may not be row-wise
+                continue
+            if found.is_watched:
                 continue
             forward = self._forward(index, module.forward, found.num_args)
             self._replaced.append((module, forward))
@@ -131,7 +150,7 @@ class Coalescing:
         if hub is None or not hub.is_running_here():
             return original(*args)
         me = hub.running
-        if not me.inside or me.records_gradients:
+        if me is self._leader or not me.inside or me.records_gradients:
             return original(*args)
         num_rows = num_rows_of(args)
         self._parked.observe(me, index)
@@ -166,6 +185,7 @@ class Coalescing:
         if len(calls) == 1:
             call.is_alone = True
             return
+        self._leader = call.me
         try:
             row_bytes = call_together(calls, original)
         except Exception as error:
@@ -180,6 +200,8 @@ class Coalescing:
             self._num_calls += 1
             self._num_rows += sum(each.num_rows for each in calls)
             self._max_rows[index] = min(MAX_ROWS, MAX_OUTPUT_BYTES // (row_bytes or 1))
+        finally:
+            self._leader = None
         for each in calls:
             if each is not call:
                 self._parked.make_ready(each.me)

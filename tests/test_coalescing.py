@@ -24,7 +24,6 @@ from penstock import Policy
 from penstock.io.errors import PenstockError
 from penstock.offload import tiers
 from penstock.offload.model import engine_of
-from penstock.offload.row_wise import find_row_wise
 from penstock.scheduler import coalescing
 from test_interrupts import InterruptAtLine
 
@@ -129,12 +128,13 @@ def test_ragged_groups_generate_the_tokens_of_the_resident_model(
     with penstock.load(tmp_path, policy) as model:
         found = swept(model, lambda group: model.generate(**group, **greedy), groups)
         statistics = penstock.statistics(model)
-        kinds = {type(f.module).__name__ for f in find_row_wise(engine_of(model).found)}
+        kinds = {type(f.module).__name__ for f in engine_of(model).row_wise}
     assert same(found, expected)
     assert statistics.rows_per_joint_call > 30
     assert statistics.num_failed_joint_calls == 0
     special = {
-        "gpt2": "Conv1D",
+        "llama": "LlamaMLP",
+        "gpt2": "GPT2MLP",
         "mixtral": "MixtralExperts",
         "gpt_oss": "GptOssExperts",
     }
@@ -284,6 +284,49 @@ def test_each_module_is_called_once_a_step_for_all() -> None:
     assert statistics.num_joint_rows == 8 * 2 * statistics.num_joint_calls
     assert statistics.rows_per_joint_call == 16
     assert statistics.num_failed_joint_calls == 0
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu()) % 5  # type: ignore[no-any-return]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = FeedForward()
+
+    def forward(self, x: torch.Tensor, shift: int = 0) -> torch.Tensor:
+        return x + self.mlp(x) + shift  # type: ignore[no-any-return]
+
+
+def test_an_mlp_is_called_as_a_whole() -> None:
+    net = whole_net(2)
+    net.blocks = nn.ModuleList(Residual() for _ in range(2))
+    with_whole_numbers(net).eval()
+    items = whole_batches(6)
+    expected = serially(net, items)
+    with roomy(net):
+        kinds = [type(f.module) for f in engine_of(net).row_wise]
+        assert kinds == [FeedForward, nn.Linear, nn.Linear] * 2
+        assert same(swept(net, net, items), expected)
+        before = penstock.statistics(net)
+        assert before.num_joint_calls == 2
+        assert before.num_failed_joint_calls == 0
+
+        seen: list[int] = []  # a hook is shown each micro-batch's own rows
+        up = net.blocks[1].mlp.up
+        hook = up.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+        assert same(swept(net, net, items), expected)
+        assert seen == [len(item) for item in items]
+        now = penstock.statistics(net)
+        assert now.num_joint_calls - before.num_joint_calls == 1 + 2
+        hook.remove()
 
 
 def test_who_takes_another_way_is_caught_up_with() -> None:

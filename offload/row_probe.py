@@ -1,0 +1,184 @@
+"""Whether a module takes rows to rows: its forward is run once on tensors without
+contents, and each of torch's operations on the way is looked at.
+
+Torch's own tags tell which operations are pointwise. Everything happens in this thread,
+and in no memory.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_BATCH, _LIST = (6, 5), (35,)
+"""Rows as a batch of sequences and as one list, even and odd: what depends on how many
+there are is likely to do something else with the other."""
+_aten = torch.ops.aten
+_VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.expand)
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0}
+"""Which argument has the rows."""
+_ALONG = {
+    _aten.split: 2,
+    _aten.split_with_sizes: 2,
+    _aten.slice: 1,
+    _aten.mean: 1,
+    _aten.sum: 1,
+}
+"""Which argument says along which dimension."""
+
+
+class _NotRowWise(Exception):
+    """An operation mixes rows, or cannot be told not to."""
+
+
+def takes_rows_to_rows(module: nn.Module) -> bool:
+    """Whether each row (all dimensions but the last) of the output of `module` depends
+    on the same row of its only argument alone, by products of rows with its weights and
+    what is pointwise. False also where that cannot be told."""
+    width = _width(module)
+    if width is None or module.training:
+        return False
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    meta = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    seen = []
+    for shape in (_BATCH, _LIST):
+        rows = torch.empty((*shape, width), dtype=dtype, device="meta")
+        try:
+            with _left_as_it_was(module), torch.no_grad(), _Watch(rows) as watch:
+                output = functional_call(module, meta, (rows,))
+            watch.check_rows(output)
+        except Exception:  # what cannot be run without contents cannot be told
+            return False
+        seen.append(watch.seen)
+    # The same was done to the rows of both, with the same numbers.
+    return seen[0] == seen[1] and any(kind in _PRODUCTS for kind, *_ in seen[0])
+
+
+def _width(module: nn.Module) -> int | None:
+    """Of the rows of the only argument, by the first product in it."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    if [a.kind for a in arguments] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        return None
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            return part.in_features
+        if type(part).__name__ == "Conv1D":  # transformers' own: inputs x outputs
+            weight = part._parameters.get("weight")
+            return None if weight is None else weight.shape[0]
+    return None
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Raises _NotRowWise for a forward that keeps something in a module, and takes it
+    out again."""
+    parts = list(module.modules())
+    kept = [_attributes(part) for part in parts]
+    try:
+        yield
+    finally:
+        changed = False
+        for part, before in zip(parts, kept, strict=True):
+            now = _attributes(part)
+            for space, values in before.items():
+                if {k: id(v) for k, v in values.items()} != {
+                    k: id(v) for k, v in now[space].items()
+                }:
+                    changed = True
+                    target = vars(part) if space == "" else vars(part)[space]
+                    target.clear()
+                    target.update(values)
+        if changed:
+            raise _NotRowWise("it keeps something")
+
+
+def _attributes(part: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a forward may set: attributes, and the tensors and modules among them."""
+    found = {name: dict(vars(part)[name]) for name in ("_parameters", "_buffers")}
+    return {**found, "": dict(vars(part))}
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets pass what keeps rows apart; knows which tensors are rows."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[Any, ...]] = []
+        """What was done to rows, and with which numbers."""
+        self._shape = rows.shape[:-1]
+        self._num_rows = rows.shape[:-1].numel()
+        self._rows: dict[int, torch.Tensor] = {id(rows): rows}
+        """By id, kept so that no id is used again."""
+
+    def check_rows(self, output: Any) -> None:
+        """Raises _NotRowWise unless `output` is one row for each row."""
+        if not self._is_rows(output) or output.shape[:-1] != self._shape:
+            raise _NotRowWise("its output")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not any(self._is_rows(value) for value in (*args, *kwargs.values())):
+            return output
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            raise _NotRowWise(str(func))
+        self._check(func, args)
+        if func.overloadpacket not in _VIEWS:
+            self.seen.append(_numbers(func.overloadpacket, args, kwargs))
+        made = output if isinstance(output, list | tuple) else [output]
+        for tensor in made:
+            if not self._keeps_rows(tensor):
+                raise _NotRowWise(str(func))
+            self._rows[id(tensor)] = tensor
+        return output
+
+    def _check(self, func: Any, args: Any) -> None:
+        kind = func.overloadpacket
+        others = [a for a in args if isinstance(a, torch.Tensor)]
+        others = [tensor for tensor in others if not self._is_rows(tensor)]
+        if kind in _PRODUCTS:
+            at = _PRODUCTS[kind]
+            if not self._is_rows(args[at]) or len(others) < len(args[: at + 2]) - 1:
+                raise _NotRowWise(str(func))
+        elif kind in _ALONG:
+            self._check_dimension(func, args, _ALONG[kind])
+        elif kind in _VIEWS:
+            if args[0].shape[-1] != list(args[1])[-1] and list(args[1])[-1] != -1:
+                raise _NotRowWise(str(func))
+        elif torch.Tag.pointwise in func.tags or kind in (_aten._to_copy, _aten.clone):
+            if any(tensor.dim() > 1 for tensor in others):
+                raise _NotRowWise(str(func))
+        else:
+            raise _NotRowWise(str(func))
+
+    def _check_dimension(self, func: Any, args: Any, at: int) -> None:
+        """That it is the last one."""
+        asked = args[at] if len(args) > at else 0
+        for dim in asked if isinstance(asked, list | tuple) else [asked]:
+            if dim % args[0].dim() != args[0].dim() - 1:
+                raise _NotRowWise(str(func))
+
+    def _is_rows(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and id(value) in self._rows
+
+    def _keeps_rows(self, tensor: Any) -> bool:
+        if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+            return False
+        leading = tensor.shape[:-1]
+        return leading in (self._shape, torch.Size([self._num_rows]))
+
+
+def _numbers(kind: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Of a call, what are no tensors."""
+    values = (*args, *kwargs.values())
+    return (kind, *(str(v) for v in values if not isinstance(v, torch.Tensor)))
