@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before anybody imports it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 
 import torch
 from transformers import AutoModelForCausalLM

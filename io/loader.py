@@ -4,17 +4,18 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from .arena import HostMemory
+from .copier import Copier, Piece
 from .errors import PenstockError
 from .event import Event
 from .extent import Extent, aligned
-from .handle import Handle, forget_frames
+from .handle import Handle
 from .layout import Conversion, Copy, Layout
 from .reader import Reader
 from .recipe import View
@@ -22,6 +23,7 @@ from .timeline import CAST, Record, unrecorded
 
 _SERIAL_NUMEL = 32_000
 """Fewer elements than torch shares out (at::internal::GRAIN_SIZE is 32,768)."""
+_NOTHING = Extent(Path(), 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Loader:
     """Loads units into an arena with a reader.
 
     `load` returns at once; windows are filled by the reader's threads and copies by
-    two threads here (one reads while the other casts), started when first needed.
+    two threads here, started when first needed.
     What is read is recorded in the lane `disk`, from when it was asked for.
     """
 
@@ -95,8 +97,12 @@ class Loader:
         self._arena = arena
         self._reader = reader
         self._bounce_bytes = bounce_bytes
-        self._bounce = threading.local()
-        self._pool: ThreadPoolExecutor | None = None
+        self._copier = Copier(
+            self._submit,
+            alignment=reader.alignment,
+            bounce_bytes=bounce_bytes,
+            num_threads=self._COPY_THREADS,
+        )
         self._lock = threading.Lock()
         self._statistics = LoaderStatistics(0, 0, 0, 0)
 
@@ -111,13 +117,7 @@ class Loader:
             for read in plan.reads:
                 view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
                 handles.append(self._submit(plan.name, read.extent, view))
-            for copy in plan.copies:
-                handles.append(
-                    self._start(partial(self._copy, plan.name, copy, offset))
-                )
-            for conversion in plan.conversions:
-                act = partial(self._convert, plan.name, conversion, offset)
-                handles.append(self._start(act))
+            handles.append(self._copy(plan, offset))
         except BaseException:  # nothing is under way into a slot that nobody holds
             for handle in handles:
                 handle.wait_quietly()
@@ -131,9 +131,7 @@ class Loader:
 
     def close(self) -> None:
         """Finishes the copies under way and ends their threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-            self._pool = None
+        self._copier.close()
 
     def _count(
         self, *, loaded: int = 0, loads: int = 0, copied: int = 0, converted: int = 0
@@ -147,24 +145,6 @@ class Loader:
                 s.bytes_converted + converted,
             )
 
-    def _start(self, act: Callable[[], None]) -> Handle:
-        """Runs `act` on a copy thread; the handle raises what it raised."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._COPY_THREADS, "penstock-copy")
-        handle = Handle(1)
-
-        def run() -> None:
-            try:
-                act()
-            except BaseException as error:  # raised by whoever waits for the unit
-                forget_frames(error)
-                handle.done(error)
-            else:
-                handle.done()
-
-        self._pool.submit(run)
-        return handle
-
     def _submit(self, unit: str, extent: Extent, buffer: memoryview) -> Handle:
         start = self._clock()
         handle = self._reader.submit(extent, buffer)
@@ -175,18 +155,42 @@ class Loader:
         handle.when_done(note)
         return handle
 
-    def _copy(self, unit: str, copy: Copy, offset: int) -> None:
-        nbytes = copy.target_numel * copy.target_dtype.itemsize
-        memory = self._arena.view(offset + copy.target_offset, nbytes)
-        target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
-        for extent, source, part in _parts(copy, target, self._bounce_bytes):
-            stored = source.on(self._read(unit, extent, copy.dtype))
-            start = self._clock()
-            copy_serially(part, stored)
-            self._record(CAST, unit, start, self._clock(), extent.nbytes)
-            self._count(copied=extent.nbytes)
+    def _copy(self, plan: Layout, offset: int) -> Handle:
+        """Starts all of `plan` that does not land by itself."""
+        acts: list[tuple[Extent, Callable[[memoryview], None]]] = []
+        for copy in plan.copies:
+            nbytes = copy.target_numel * copy.target_dtype.itemsize
+            memory = self._arena.view(offset + copy.target_offset, nbytes)
+            target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
+            for extent, source, part in _parts(copy, target, self._bounce_bytes):
+                cast = partial(self._cast, plan.name, copy.dtype, source, part)
+                acts.append((extent, cast))
+        for conversion in plan.conversions:
+            convert = partial(self._convert, plan.name, conversion, offset)
+            acts.append((_NOTHING, convert))
+        handle = Handle(len(acts))
+        self._copier.put(Piece(plan.name, *act, handle) for act in acts)
+        return handle
 
-    def _convert(self, unit: str, conversion: Conversion, offset: int) -> None:
+    def _cast(
+        self,
+        unit: str,
+        dtype: torch.dtype,
+        source: View,
+        target: torch.Tensor,
+        stored: memoryview,
+    ) -> None:
+        start = self._clock()
+        flat = torch.empty(0, dtype=dtype)
+        if stored:
+            flat = torch.frombuffer(stored, dtype=dtype)
+        copy_serially(target, source.on(flat))
+        self._record(CAST, unit, start, self._clock(), len(stored))
+        self._count(copied=len(stored))
+
+    def _convert(
+        self, unit: str, conversion: Conversion, offset: int, _: memoryview
+    ) -> None:
         recipe = conversion.recipe
         assert recipe.convert is not None, "only recipes with a function convert"
         if not recipe.nbytes:
@@ -194,9 +198,7 @@ class Loader:
         stored = {
             entry.name: self._read(
                 unit, Extent(entry.path, entry.offset, entry.nbytes), entry.dtype
-            )
-            .clone()
-            .view(entry.shape)
+            ).view(entry.shape)
             for entry in recipe.entries
         }
         start = self._clock()
@@ -208,17 +210,12 @@ class Loader:
         self._count(converted=recipe.nbytes)
 
     def _read(self, unit: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-        """The elements of `extent`, valid until this thread's next read."""
+        """The elements of `extent`, in memory of their own."""
         if not extent.nbytes:
             return torch.empty(0, dtype=dtype)
         window = aligned(extent, self._reader.alignment)
-        buffer = getattr(self._bounce, "buffer", None)
-        if buffer is None or len(buffer) < window.nbytes:
-            wanted = self._bounce_bytes + 2 * self._reader.alignment
-            buffer = memoryview(mmap.mmap(-1, max(window.nbytes, wanted)))
-            if window.nbytes <= wanted:  # a larger one is not worth keeping
-                self._bounce.buffer = buffer
-        self._submit(unit, window, buffer[: window.nbytes]).wait()
+        buffer = memoryview(mmap.mmap(-1, window.nbytes))
+        self._submit(unit, window, buffer).wait()
         start = extent.offset - window.offset
         return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
 
@@ -250,7 +247,8 @@ def _parts(
     else:
         shape = source.shape
     row = View.whole(shape[1:]).numel
-    step = max(1, max_bytes // (row * size))
+    num = -(-shape[0] // max(1, max_bytes // (row * size)))
+    step = -(-shape[0] // num)  # of nearly one size: the last is as long as the others
     for start in range(0, shape[0], step):
         count = min(step, shape[0] - start)
         extent = Extent(
