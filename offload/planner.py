@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from ..io.errors import DoesNotFitError
@@ -14,7 +15,7 @@ from ..scheduler.memory_need import (
 )
 from ..scheduler.shape import ModelShape
 from ..scheduler.workload import Generating, Scoring, predict
-from .forecast import Forecast, forecast, generating_of, scoring_of
+from .forecast import Forecast, Forecaster, generating_of, scoring_of
 from .machine import Machine
 from .planned import Budget
 from .planned import Choice as Choice
@@ -43,6 +44,11 @@ class Planner:
     objective: Objective = "throughput"
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
+
+    @cached_property
+    def _forecaster(self) -> Forecaster:
+        generates = self.task.generates
+        return Forecaster(self.module, self.recipes, self.machine, generates=generates)
 
     def choose(self) -> Choice:
         """The best policy. Raises DoesNotFitError, saying what would make it run."""
@@ -215,14 +221,7 @@ class Planner:
         key = (*memory, *ways)
         known = self._known.get(key)
         if known is None:
-            known = forecast(
-                self.module,
-                self.recipes,
-                policy,
-                self.machine,
-                generates=self.task.generates,
-            )
-            self._known[key] = known
+            known = self._known[key] = self._forecaster.forecast(policy)
         settings = replace(known.model.settings, kv_tier=policy.kv.tier)
         return replace(
             known, policy=policy, model=replace(known.model, settings=settings)

@@ -6,7 +6,7 @@ its rows; loading unit by unit, beside computing (see `pipeline`).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .pipeline import Load, PassCost, run_passes
@@ -34,10 +34,9 @@ class CostModel:
     def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
         """A pass of `batches` whose tokens are scored."""
         alike = Counter(batches)
-        compute = [
-            sum(count * self._scored(site, b) for b, count in alike.items())
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
+        )
         outside = sum(self._outside(batch) for batch in batches)
         return self._pass(compute, outside, self._moved(batches))
 
@@ -45,12 +44,13 @@ class CostModel:
         """The pass that takes in prompts and makes the first token of each."""
         num_rows = sum(batch.rows for batch in batches)
         alike = Counter(batches)
-        compute = [
-            self._joint_head(site, batches, num_rows)
-            if site.vocabulary
-            else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
+            )
+        )
         outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
         return self._pass(compute, outside, self._moved(batches))
 
@@ -58,14 +58,20 @@ class CostModel:
         """A pass that adds a token to each row of `batches`, whose sequences are
         `context` tokens long."""
         num_rows = sum(batch.rows for batch in batches)
-        compute = [
-            self._joint_head(site, batches, num_rows)
-            if site.vocabulary
-            else self._decoded(site, batches, num_rows, context)
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else self._decoded(site, batches, num_rows, context)
+            )
+        )
         outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
         return self._pass(compute, outside, [0.0] * len(compute), num_rows, context)
+
+    def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
+        """Of every site; most are equal, and worked out once."""
+        known = {site: seconds(site) for site in set(self.shape.sites)}
+        return [known[site] for site in self.shape.sites]
 
     def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
         if site.vocabulary:

@@ -1,14 +1,15 @@
 """What a model asks of a machine: the FLOPs and bytes of its sites and units. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class SiteCost:
-    """What one site computes for a token."""
+    """What one site computes for a token. Sites that compute the same are equal,
+    whatever their names."""
 
-    name: str
+    name: str = field(compare=False)
     flops_per_token: float = 0.0
     """Of products with weights, of the experts that are expected to be active."""
     weight_bytes: float = 0.0
