@@ -139,11 +139,18 @@ def _forecast(
         lookahead=policy.lookahead,
         logits_bytes=policy.logits_memory,
         kv_tier=policy.kv.tier,
+        kv_itemsize=kv_itemsize(policy),
         is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
         activations_move=policy.activations == "host" and policy.device != "cpu",
     )
     rates = rates_of(machine, policy, dtype)
     return Forecast(arrangement, shape, CostModel(shape, rates, settings), policy)
+
+
+def kv_itemsize(policy: Policy) -> float | None:
+    """Bytes of an element of keys and values as they are kept, with its part of a scale
+    (16 bits for 32 of them); None: those of what it computes with."""
+    return None if policy.kv.dtype == "auto" else 1.0 + 2 / 32
 
 
 def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:

@@ -65,7 +65,9 @@ class Plan:
             "binds": found.binds,
             "bytes_by_tier": tiers,
             "activation_bytes": self.choice.need.activations,
+            "waiting_activation_bytes": self.choice.need.waiting,
             "kv_bytes": self.choice.need.kv,
+            "kv_tier": self.policy.kv.tier,
             "because": self.sentences,
             "policy": self.policy.model_dump(mode="json", exclude_unset=True),
         }

@@ -39,6 +39,8 @@ def plan_table(plan: Plan) -> Table:
         if nbytes:
             table.add_row(f"weights in {tier}", human_bytes(nbytes))
     table.add_row("activations", human_bytes(choice.need.activations))
+    if choice.need.waiting:
+        table.add_row("  waiting in host memory", human_bytes(choice.need.waiting))
     if choice.need.kv:
         table.add_row("keys and values", human_bytes(choice.need.kv))
     chosen = plan.policy.model_fields_set

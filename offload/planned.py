@@ -27,6 +27,15 @@ class Budget:
     is_shared: bool
     """Whether the device's memory is the host's: then `device` is all there is."""
 
+    def beside(self, need: Need, kv_tier: str) -> "Budget":
+        """What `need`, with keys and values in `kv_tier`, leaves for weights; less than
+        nothing where it does not fit."""
+        device, host = need.beside_weights(kv_tier, is_shared=self.is_shared)
+        left = self.device - device
+        return Budget(
+            left, left if self.is_shared else self.host - host, self.is_shared
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ..io.errors import DoesNotFitError
+from ..io.kv_places import PENDING_BYTES
 from ..io.recipe import Recipe
 from ..scheduler.memory_need import (
     RUNTIME_BYTES,
@@ -15,7 +16,8 @@ from ..scheduler.memory_need import (
 )
 from ..scheduler.shape import ModelShape
 from ..scheduler.workload import Generating, Scoring, predict
-from .forecast import Forecast, Forecaster, generating_of, scoring_of
+from .contradictions import KV_TIERS
+from .forecast import Forecast, Forecaster, generating_of, kv_itemsize, scoring_of
 from .machine import Machine
 from .planned import Budget
 from .planned import Choice as Choice
@@ -122,18 +124,25 @@ class Planner:
             if not self._is_free(all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
-                for kv in self._kv_tiers():
-                    key = (min(each, total), total, kv)
+                for where in self._places():
+                    key = (min(each, total), total, str(where))
                     if key not in seen:
                         seen.add(key)
-                        yield {each_name: key[0], all_name: total, **_kv(kv)}
+                        yield {each_name: key[0], all_name: total, **where}
 
-    def _kv_tiers(self) -> tuple[str, ...]:
-        if not self.task.generates or self.policy.kv.tier != "auto":
-            return ("",)
-        if self.policy.compile:
-            return ("",)
-        return ("", "host") if self.machine.device_memory else ("host",)
+    def _places(self) -> list[dict[str, Any]]:
+        """Where what is in flight may be, beside the weights: the fastest first. What
+        generates has little of its own beside keys and values."""
+        is_gpu = self.machine.device_memory is not None
+        if not self.task.generates:
+            moves = is_gpu and self._is_free("activations")
+            return [{}, {"activations": "host"}] if moves else [{}]
+        if self.policy.kv.tier != "auto" or self.policy.compile:
+            return [{}]
+        # A tier that is slower than one with a limit would never reach it.
+        slowest = min(map(KV_TIERS.index, self.policy.kv.limits), default=len(KV_TIERS))
+        tiers = KV_TIERS[0 if is_gpu else 1 : slowest + 1]
+        return [{"kv": {"tier": tier}} for tier in tiers]
 
     def _with(self, settings: dict[str, Any]) -> Policy:
         values = self.policy.model_dump(exclude_unset=True)
@@ -152,12 +161,10 @@ class Planner:
         flight; None where that leaves too little."""
         shape = self._any_shape(policy)
         need = self._need(shape, policy)
-        budget = self.budget
-        kv_on_host = policy.kv.tier == "host" and not budget.is_shared
-        device = budget.device - need.activations - (0 if kv_on_host else need.kv)
-        if policy.kv.tier == "disk":
-            device += need.kv
-        host = budget.host - (need.kv if kv_on_host else 0)
+        budget = self.budget.beside(need, policy.kv.tier)
+        device, host = budget.device, budget.host
+        if host < 0:
+            return None
         values: dict[str, Any] = {}
         if self._is_free("device_memory"):
             whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
@@ -170,7 +177,28 @@ class Planner:
             values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
         if values.get("device_memory", 1) <= 0:
             return None
+        host -= values.get("host_memory") or 0
+        on_host = policy.kv.tier == "host" and not budget.is_shared
+        size = values.get("device_memory", policy.device_memory)
+        left = host if on_host or size == "auto" else device - size
+        values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
         return self._evaluate(_updated(policy, values), need)
+
+    def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
+        """All that is left is for keys and values: of their own accord they would stop
+        at half of what is free when the model is loaded, and go on to a slower tier."""
+        kv = policy.kv
+        if kv.tier not in ("device", "host") or self.policy.kv.limits:
+            return {}
+        values = kv.model_dump(exclude_unset=True)
+        return {"kv": {**values, "limits": {kv.tier: nbytes}}}
+
+    def _is_staged(self, policy: Policy) -> bool:
+        """Whether keys and values are brought to where they are attended to."""
+        kv = policy.kv
+        if kv.tier == "host" and not self.budget.is_shared:
+            return kv.attention != "host"
+        return kv.tier == "disk" or kv.dtype != "auto"
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
         try:
@@ -198,6 +226,7 @@ class Planner:
                 policy.tokens_in_flight,
                 policy.micro_batch_tokens,
                 policy.logits_memory,
+                waits_on_host=policy.activations == "host",
             )
         each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
         return generating_need(
@@ -206,6 +235,9 @@ class Planner:
             task.prompt_tokens,
             task.new_tokens,
             each,
+            kv_itemsize=kv_itemsize(policy),
+            is_staged=self._is_staged(policy),
+            pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,
         )
 
     def _any_shape(self, policy: Policy) -> ModelShape:
@@ -259,10 +291,6 @@ class Planner:
             f"{round((least + beside + RUNTIME_BYTES) / _USABLE)} bytes of memory, "
             "shorter rows, or a dtype of fewer bytes would do"
         )
-
-
-def _kv(tier: str) -> dict[str, Any]:
-    return {"kv": {"tier": tier}} if tier else {}
 
 
 def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:

@@ -124,6 +124,9 @@ class Settings:
     lookahead: int
     logits_bytes: int
     kv_tier: str = "auto"
+    kv_itemsize: float | None = None
+    """Bytes of an element of keys and values as they are kept, scales counted; None: of
+    what it computes with."""
     is_coalesced: bool = False
     activations_move: bool = False
 
