@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,11 +57,13 @@ class Forecaster:
         machine: Machine,
         *,
         generates: bool = False,
+        embeds: bool = False,
     ) -> None:
         self._module = module
         self._recipes = recipes
         self._machine = machine
         self._generates = generates
+        self._embeds = embeds
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
 
@@ -76,7 +78,9 @@ class Forecaster:
         if division not in self._described:
             self._described[division] = _described(self._module, arrangement)
         described = self._described[division]
-        return _forecast(arrangement, *described, policy, machine, self._generates)
+        found = _forecast(arrangement, *described, policy, machine, self._generates)
+        settings = replace(found.model.settings, stops_at_hidden=self._embeds)
+        return replace(found, model=replace(found.model, settings=settings))
 
     def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
         key = (is_host, policy.gather_rows, policy.resident_below, policy.io.max_gap)

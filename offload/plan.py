@@ -8,6 +8,9 @@ import yaml
 
 from ..io.errors import PolicyError
 from .blueprint import blueprint
+from .generate import check_generates
+from .head import check_causal
+from .hidden import base_of
 from .machine import Machine
 from .plan_words import explain
 from .planner import Choice, Objective, Planner, Task
@@ -56,7 +59,7 @@ class Plan:
             "model": str(self.model),
             "has_weights": self.has_weights,
             "machine": self.machine.name,
-            "task": "generate" if self.task.generates else "score",
+            "task": self.task.name,
             "tokens_per_second": found.tokens_per_second,
             "output_tokens_per_second": found.output_tokens_per_second,
             "pass_seconds": found.pass_seconds,
@@ -85,10 +88,21 @@ def make_plan(
     and UsageError."""
     check_runs(machine)
     skeleton, has_weights = blueprint(model, policy.dtype)
+    check_does(skeleton.model, task)
     planner = Planner(
         skeleton.model, skeleton.recipes, machine, policy, task, objective
     )
     return Plan(model, machine, task, planner, planner.choose(), has_weights)
+
+
+def check_does(model: Any, task: Task) -> None:
+    """Raises UsageError for a task that is not the model's."""
+    if task.embeds:
+        base_of(model)
+    elif task.generates:
+        check_generates(model)
+    else:
+        check_causal(model)
 
 
 def check_runs(machine: Machine) -> None:

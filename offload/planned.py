@@ -14,8 +14,17 @@ class Task:
 
     generates: bool = False
     prompt_tokens: int = 128
-    """Of a row to complete; of a row to score, all its tokens."""
+    """Of a row to complete; of a row to score or embed, all its tokens."""
     new_tokens: int = 64
+    embeds: bool = False
+    """Rows become vectors, without a head."""
+
+    @property
+    def name(self) -> str:
+        """As the command is called."""
+        if self.embeds:
+            return "embed"
+        return "generate" if self.generates else "score"
 
 
 @dataclass(frozen=True, slots=True)

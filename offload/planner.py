@@ -6,22 +6,17 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ..io.errors import DoesNotFitError
-from ..io.kv_places import PENDING_BYTES
 from ..io.recipe import Recipe
-from ..scheduler.memory_need import (
-    RUNTIME_BYTES,
-    Need,
-    generating_need,
-    scoring_need,
-)
+from ..scheduler.memory_need import RUNTIME_BYTES, Need
 from ..scheduler.shape import ModelShape
 from ..scheduler.workload import Generating, Scoring, predict
 from .contradictions import KV_TIERS
-from .forecast import Forecast, Forecaster, generating_of, kv_itemsize, scoring_of
+from .forecast import Forecast, Forecaster, generating_of, scoring_of
 from .machine import Machine
 from .planned import Budget
 from .planned import Choice as Choice
 from .planned import Task as Task
+from .planned_need import need_of
 from .policy import Policy
 
 Objective = Literal["throughput", "latency"]
@@ -49,8 +44,13 @@ class Planner:
 
     @cached_property
     def _forecaster(self) -> Forecaster:
-        generates = self.task.generates
-        return Forecaster(self.module, self.recipes, self.machine, generates=generates)
+        return Forecaster(
+            self.module,
+            self.recipes,
+            self.machine,
+            generates=self.task.generates,
+            embeds=self.task.embeds,
+        )
 
     def choose(self) -> Choice:
         """The best policy. Raises DoesNotFitError, saying what would make it run."""
@@ -193,13 +193,6 @@ class Planner:
         values = kv.model_dump(exclude_unset=True)
         return {"kv": {**values, "limits": {kv.tier: nbytes}}}
 
-    def _is_staged(self, policy: Policy) -> bool:
-        """Whether keys and values are brought to where they are attended to."""
-        kv = policy.kv
-        if kv.tier == "host" and not self.budget.is_shared:
-            return kv.attention != "host"
-        return kv.tier == "disk" or kv.dtype != "auto"
-
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
         try:
             found = self._forecast(policy)
@@ -219,26 +212,7 @@ class Planner:
         return scoring_of(policy, [task.prompt_tokens] * rows)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
-        task = self.task
-        if not task.generates:
-            return scoring_need(
-                shape,
-                policy.tokens_in_flight,
-                policy.micro_batch_tokens,
-                policy.logits_memory,
-                waits_on_host=policy.activations == "host",
-            )
-        each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
-        return generating_need(
-            shape,
-            policy.sequences_in_flight,
-            task.prompt_tokens,
-            task.new_tokens,
-            each,
-            kv_itemsize=kv_itemsize(policy),
-            is_staged=self._is_staged(policy),
-            pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,
-        )
+        return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
         """With a working set that everything fits into."""

@@ -83,8 +83,14 @@ class CostModel:
 
     def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
         """Of every site; most are equal, and worked out once."""
-        known = {site: seconds(site) for site in set(self.shape.sites)}
+        known = {
+            site: seconds(site) if self._runs(site) else 0.0
+            for site in set(self.shape.sites)
+        }
         return [known[site] for site in self.shape.sites]
+
+    def _runs(self, site: SiteCost) -> bool:
+        return site.makes_hidden or not self.settings.stops_at_hidden
 
     def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
         if site.vocabulary:
@@ -228,6 +234,8 @@ class CostModel:
             if tier == "device" or tier not in self.rates.links:
                 continue
             for site in unit.sites:
+                if not self._runs(self.shape.sites[site]):
+                    continue
                 seconds = self.load_seconds(index, tier)
                 loads[site].append(Load(tier, unit.nbytes, seconds))
                 stolen[site] += self._stolen_seconds(index, tier)

@@ -28,6 +28,9 @@ class SiteCost:
     vocabulary: int = 0
     """Of a head, which scoring runs in chunks and generating for the last token only;
     0 for other sites."""
+    makes_hidden: bool = True
+    """Whether it is in the part of the model that embeds: no head, no decoder behind an
+    encoder."""
 
     def context(self, length: float) -> float:
         """Tokens attended to, of `length`."""
@@ -129,6 +132,8 @@ class Settings:
     what it computes with."""
     is_coalesced: bool = False
     activations_move: bool = False
+    stops_at_hidden: bool = False
+    """Whether only what makes hidden states runs, and is loaded."""
 
 
 def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatch]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import penstock
 from checkpoint import make_checkpoint
-from penstock.io.errors import DoesNotFitError, PolicyError
+from penstock.io.errors import DoesNotFitError, PolicyError, UsageError
 from penstock.offload.blueprint import blueprint
 from penstock.offload.cli import app
 from penstock.offload.machine import Machine, find_machine, own_machine_path
@@ -313,3 +313,76 @@ def test_activations_wait_in_host_memory_where_the_device_is_too_small(
     assert stays.policy.tokens_in_flight < found.policy.tokens_in_flight
     assert stays.choice.rate < found.choice.rate
     assert plan(llama, gpu_of(), **low).policy.activations == "device"
+
+
+BERT = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 8000,
+    "dtype": "float32",
+}
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 256,
+    "d_ff": 1024,
+    "num_layers": 4,
+    "num_heads": 4,
+    "d_kv": 64,
+    "vocab_size": 8000,
+    "dtype": "float32",
+}
+EMBEDS = Task(prompt_tokens=64, embeds=True)
+
+
+def ran(found: Plan) -> list[str]:
+    """Names of the sites that a pass of the plan computes."""
+    model = found.choice.forecast.model
+    return [site.name for site in model.shape.sites if model._runs(site)]
+
+
+@pytest.mark.parametrize("config", [BERT, T5], ids=["bert", "t5"])
+def test_encoders_can_be_planned_for_by_their_config(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = plan(tmp_path, machine_of(), EMBEDS)
+    names = ran(found)
+    assert len([name for name in names if "layer" in name or "block" in name]) == 4
+    assert not [n for n in names if "decoder" in n or "cls" in n or "lm_head" in n]
+    assert found.to_json()["task"] == "embed"
+    assert found.choice.prediction.tokens_per_second > 0
+
+
+def test_embedding_leaves_the_head_out(llama: Path) -> None:
+    policy = Policy(dtype="float32", tokens_in_flight=512, device_memory="200MiB")
+    slow = machine_of(disk="10MB")
+    scored, embedded = (
+        make_plan(llama, policy, slow, task).choice
+        for task in (Task(prompt_tokens=64), EMBEDS)
+    )
+    assert scored.forecast.shape == embedded.forecast.shape
+    head = 16000 * 1024 * 2 / 10e6
+    placed = dict(
+        zip(
+            (unit.name for unit in scored.forecast.shape.units),
+            scored.forecast.model.settings.placement,
+            strict=True,
+        )
+    )
+    assert placed["lm_head"] == "disk"
+    less = scored.prediction.pass_seconds - embedded.prediction.pass_seconds
+    assert less == pytest.approx(head, rel=0.01)
+    assert scored.need.activations - embedded.need.activations == 64 << 20
+
+
+def test_a_task_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    with pytest.raises(UsageError, match="no causal language model"):
+        plan(tmp_path, machine_of())
+    with pytest.raises(UsageError, match="does not generate text"):
+        plan(tmp_path, machine_of(), LONG)
