@@ -1,6 +1,7 @@
 """A plan: the resolved policy, bytes per tier, what it will do, and why."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .generate import check_generates
 from .head import check_causal
 from .hidden import base_of
 from .machine import Machine
+from .plan_devices import Devices, devices_of
 from .plan_words import explain
 from .planner import Choice, Objective, Planner, Task
 from .policy import Policy
@@ -32,6 +34,11 @@ class Plan:
     def policy(self) -> Policy:
         """The resolved one."""
         return self.choice.policy
+
+    @cached_property
+    def devices(self) -> Devices | None:
+        """What the machine's devices could do together; None where it has one."""
+        return devices_of(self.planner, self.choice)
 
     @property
     def sentences(self) -> list[str]:
@@ -72,6 +79,7 @@ class Plan:
             "kv_bytes": self.choice.need.kv,
             "kv_tier": self.policy.kv.tier,
             "because": self.sentences,
+            "devices": self.devices.to_json() if self.devices else None,
             "policy": self.policy.model_dump(mode="json", exclude_unset=True),
         }
 

@@ -143,7 +143,7 @@ def plan(
     """
     from .machine import find_machine
     from .plan import make_plan
-    from .plan_table import plan_table
+    from .plan_table import devices_table, plan_table
     from .planner import Task
 
     found = find_machine(machine)
@@ -169,6 +169,8 @@ def plan(
         Console().print(plan_table(made))
         for sentence in made.sentences:
             print(f"- {sentence}")
+        if made.devices is not None:
+            Console().print(devices_table(made.devices))
     if pareto is not None:
         from .pareto import plot_pareto
 

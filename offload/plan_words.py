@@ -102,7 +102,10 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
     for unit in model.shape.streamed:
         tier = model.settings.placement[unit]
         if tier != "device" and tier in model.rates.links:
-            busy[tier] = busy.get(tier, 0.0) + model.load_seconds(unit, tier)
+            seconds = model.load_seconds(unit, tier)
+            busy[tier] = busy.get(tier, 0.0) + seconds
+            crossing = model.rates.crossing_seconds(tier, seconds)
+            busy["host"] = busy.get("host", 0.0) + crossing
     return busy
 
 

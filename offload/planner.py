@@ -20,7 +20,8 @@ from .planned_need import need_of
 from .policy import Policy
 
 Objective = Literal["throughput", "latency"]
-_USABLE = 0.9  # of a memory: the rest is the system's, and what nobody counts
+USABLE = 0.9
+"""Of a memory: the rest is the system's, and what nobody counts."""
 _GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
 _STEP_BYTES = 64 << 20
 _MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
@@ -85,6 +86,25 @@ class Planner:
         values = {"device_memory": min(asked, most), "host_memory": policy.host_memory}
         return self._evaluate(_updated(roomy.policy, values), roomy.need)
 
+    def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
+        """The same for another machine, with more settings."""
+        policy = _updated(self.policy, settings)
+        asked = (machine, policy, self.task, self.objective)
+        return Planner(self.module, self.recipes, *asked)
+
+    def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
+        """`choice`, made for one of `num` parts of a machine, where all parts share one
+        copy of the weights in host memory: it may have what each has no need of. None
+        where the user has set its size."""
+        if not self._is_free("host_memory"):
+            return None
+        own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
+        shape = choice.forecast.shape
+        left = num * (self.budget.host - own - 3 * shape.largest_bytes)
+        values = {"host_memory": max(0, min(shape.streamed_bytes, left)) or None}
+        values["host_shared"] = values["host_memory"] is not None
+        return self._evaluate(_updated(choice.policy, values), choice.need)
+
     def most_in_flight(self) -> int:
         """Tokens (or sequences) in flight that there is memory for at all."""
         asked = "sequences_in_flight" if self.task.generates else "tokens_in_flight"
@@ -95,10 +115,10 @@ class Planner:
     def budget(self) -> Budget:
         """What the machine has, less the runtime."""
         machine = self.machine
-        host = int(machine.host_memory * _USABLE) - RUNTIME_BYTES
+        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
         if machine.device_memory is None:
             return Budget(host, host, is_shared=True)
-        return Budget(int(machine.device_memory * _USABLE), host, is_shared=False)
+        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -262,7 +282,7 @@ class Planner:
             f"{self.machine.name!r} cannot run it: its largest part and what is always "
             f"needed take {least} bytes, what is in flight {beside}, and the device "
             f"has {budget.device} to give; a device with "
-            f"{round((least + beside + RUNTIME_BYTES) / _USABLE)} bytes of memory, "
+            f"{round((least + beside + RUNTIME_BYTES) / USABLE)} bytes of memory, "
             "shorter rows, or a dtype of fewer bytes would do"
         )
 

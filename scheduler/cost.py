@@ -205,6 +205,9 @@ class CostModel:
         for one in moved:
             loads[one.site].append(one.load)
             out[one.site] += one.out_seconds
+        for of_site in loads:
+            crossing = [self.rates.crossing_seconds(x.link, x.seconds) for x in of_site]
+            of_site += [Load("host", 0, seconds) for seconds in crossing if seconds]
         compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
         compute = [c + s for c, s in zip(compute, stolen, strict=True)]
         stays = self.settings.placement

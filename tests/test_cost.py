@@ -270,3 +270,19 @@ def test_keys_and_values_count_where_they_are() -> None:
     ):
         assert need.beside_weights(tier, is_shared=False) == expected
         assert need.beside_weights(tier, is_shared=True) == (sum(expected), 0)
+
+
+def test_what_comes_from_disk_crosses_a_gpus_link_to_host_memory() -> None:
+    """Half of the weights there, half on a drive as fast as the link: one way in."""
+    model = model_of()
+    half = (*tuple("host" if i % 2 else "disk" for i in range(NUM)), "disk")
+    settings = replace(model.settings, placement=half)
+    seconds = []
+    for crosses in (False, True):
+        links = {"disk": 1e8, "host": 1e8}
+        rates = replace(model.rates, links=links, crosses_host=crosses)
+        found = replace(model, rates=rates, settings=settings)
+        seconds.append(found.scoring([MicroBatch(1, 64)]).steady)
+    whole = (NUM * BLOCK + 5 * MB) / 1e8
+    assert seconds[1] == pytest.approx(whole, rel=0.01)
+    assert seconds[0] < 0.6 * whole
