@@ -94,7 +94,8 @@ def devices_of(planner: Planner, choice: Choice) -> Devices | None:
     ways = [*run, *(_formula(cost, tokens, chips) for cost in costs)]
     note = (
         "formulas (arXiv 2211.05102) leave out attention, keys and values and take "
-        "peak rates: Penstock runs none of these layouts"
+        "peak rates: Penstock runs none of these layouts; what it runs is predicted, "
+        "and not measured on several GPUs yet"
     )
     return Devices(num, tuple(ways), crossover, note)
 

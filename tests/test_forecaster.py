@@ -66,6 +66,7 @@ def said_or_refused(forecaster: Forecaster, policy: Policy) -> tuple[Any, ...] |
     return found.shape, found.model.settings, found.bytes_by_tier
 
 
+@pytest.mark.slow
 def test_a_forecaster_that_knows_other_budgets_says_what_a_new_one_does(
     mixtral: Skeleton,
 ) -> None:

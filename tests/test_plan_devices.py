@@ -66,6 +66,7 @@ def ways_of(made: Plan) -> dict[str, Way]:
     return {way.name: way for way in made.devices.ways}
 
 
+@pytest.mark.slow
 def test_what_runs_is_told_apart_from_formulas(tmp_path: Path) -> None:
     made = planned(tmp_path, eight())
     ways = ways_of(made)
@@ -106,6 +107,7 @@ def test_one_that_computes_is_faster_with_weights_on_the_others(tmp_path: Path) 
     assert "GB of weights on the others" in peers.note
 
 
+@pytest.mark.slow
 def test_what_is_too_large_to_stay_is_said(tmp_path: Path) -> None:
     small = eight(device_memory=4 * 10**8, num_devices=2)
     ways = ways_of(planned(tmp_path, small))
@@ -115,6 +117,7 @@ def test_what_is_too_large_to_stay_is_said(tmp_path: Path) -> None:
     assert streams.pass_seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "machine", "why"),
     [
@@ -140,6 +143,7 @@ def test_one_device_has_no_such_table(tmp_path: Path) -> None:
     assert made.to_json()["devices"] is None
 
 
+@pytest.mark.slow
 def test_the_command_shows_them_and_json_has_them(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     run = CliRunner().invoke

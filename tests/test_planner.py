@@ -296,6 +296,7 @@ def test_keys_and_values_that_no_memory_holds_are_never_planned_there(
             assert choice.need.kv < 3 * 2**30 * 0.9
 
 
+@pytest.mark.slow
 def test_activations_wait_in_host_memory_where_the_device_is_too_small(
     llama: Path,
 ) -> None:
@@ -345,6 +346,7 @@ def ran(found: Plan) -> list[str]:
     return [site.name for site in model.shape.sites if model._runs(site)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [BERT, T5], ids=["bert", "t5"])
 def test_encoders_can_be_planned_for_by_their_config(
     config: dict[str, Any], tmp_path: Path
