@@ -33,6 +33,11 @@ MIXTRAL = {
     "num_local_experts": 2,
     "num_hidden_layers": 2,
 }
+LOW: dict[str, Any] = {
+    "host_memory": None,
+    "device_memory": "256MiB",
+    "tokens_in_flight": 512,
+}
 NAMES = {
     "one device": True,
     "others keep weights (peer)": True,
@@ -87,8 +92,7 @@ def test_what_runs_is_told_apart_from_formulas(tmp_path: Path) -> None:
 def test_jobs_share_the_drive(tmp_path: Path) -> None:
     """Without host memory for weights each job reads them all: eight times as much
     over one drive."""
-    low = {"host_memory": None, "device_memory": "256MiB", "tokens_in_flight": 512}
-    made = planned(tmp_path, eight(), **low)
+    made = planned(tmp_path, eight(), **LOW)
     ways = ways_of(made)
     alone, each = ways["one device"], ways["a job each (--workers 8)"]
     assert made.choice.prediction.binds == "disk"
@@ -98,8 +102,7 @@ def test_jobs_share_the_drive(tmp_path: Path) -> None:
 
 
 def test_one_that_computes_is_faster_with_weights_on_the_others(tmp_path: Path) -> None:
-    low = {"host_memory": None, "device_memory": "256MiB", "tokens_in_flight": 512}
-    ways = ways_of(planned(tmp_path, eight(), **low))
+    ways = ways_of(planned(tmp_path, eight(), **LOW))
     alone, peers = ways["one device"], ways["others keep weights (peer)"]
     assert alone.pass_seconds
     assert peers.pass_seconds
