@@ -3,7 +3,6 @@ to for one model, before anything of it is read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from ..io.layout import Layout
 from ..io.recipe import Recipe
 from ..io.transfer import Transfer
 from ..scheduler.placement import place
-from .division import Division, capacity_of, check_least, divide
+from .division import Divider, Division, capacity_of, check_least
 from .policy import Policy
 from .sites import Place
 
@@ -33,6 +32,49 @@ class Arrangement:
     """The tier of each unit."""
 
 
+class Arranger:
+    """Arranges one model under policies that differ in their budgets."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipes: Mapping[str, Recipe],
+        policy: Policy,
+        transfer_of: Callable[[Layout], Transfer],
+        *,
+        is_host: bool,
+    ) -> None:
+        self._places, self._recipes = _places(model, recipes)
+        self._gathered = _gathered(
+            model, self._places, self._recipes, policy.gather_rows, is_host
+        )
+        self._divider = Divider(
+            model,
+            self._places,
+            self._recipes,
+            self._gathered,
+            transfer_of,
+            policy.resident_below,
+            policy.io.max_gap,
+            ALIGNMENT,
+        )
+        self._is_host = is_host
+
+    def arrange(self, policy: Policy, free_bytes: int | None) -> Arrangement:
+        """For a device whose memory is the host's or has `free_bytes`. Raises
+        DoesNotFitError, saying the least that works."""
+        divider = self._divider
+        capacity = capacity_of(
+            policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=free_bytes
+        )
+        division = divider.divide(capacity)
+        check_least(divider.divide, capacity)
+        placement = _placement(division, capacity, policy, is_host=self._is_host)
+        return Arrangement(
+            self._places, self._recipes, self._gathered, capacity, division, placement
+        )
+
+
 def arrange(
     model: nn.Module,
     recipes: Mapping[str, Recipe],
@@ -44,17 +86,8 @@ def arrange(
 ) -> Arrangement:
     """Divides `model` for a device whose memory is the host's (`is_host`) or has
     `free_bytes`. Raises DoesNotFitError, saying the least that works."""
-    places, recipes = _places(model, recipes)
-    nbytes = {name: recipe.nbytes for name, recipe in recipes.items()}
-    gathered = _gathered(model, places, recipes, policy.gather_rows, is_host)
-    capacity = capacity_of(policy, nbytes, alignment=ALIGNMENT, free_bytes=free_bytes)
-    divided = partial(
-        divide, model, places, recipes, nbytes, gathered, policy, transfer_of, ALIGNMENT
-    )
-    division = divided(capacity)
-    check_least(divided, capacity)
-    placement = _placement(division, capacity, policy, is_host=is_host)
-    return Arrangement(places, recipes, gathered, capacity, division, placement)
+    arranger = Arranger(model, recipes, policy, transfer_of, is_host=is_host)
+    return arranger.arrange(policy, free_bytes)
 
 
 def _placement(

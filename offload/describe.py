@@ -3,14 +3,17 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ..io.errors import UsageError
 from ..io.layout import Layout
 from ..io.recipe import Recipe
 from ..scheduler.shape import ModelShape, SiteCost, UnitCost
 from .division import Division
+from .hidden import base_of
 from .sites import Found
 
 # Elements that operations between products touch, counted in transformers' Llama: a
@@ -30,8 +33,12 @@ def describe(
     found = division.found
     head = _head_of(model)
     attention = _attention(found, config)
+    base = _base_of(model)
     sites = tuple(
-        _site(site.name, site.module, head, config, attention.get(index))
+        replace(
+            _site(site.name, site.module, head, config, attention.get(index)),
+            makes_hidden=base is None or id(site.module) in base,
+        )
         for index, site in enumerate(found.sites)
     )
     units = tuple(
@@ -100,6 +107,16 @@ def _site(
         attention_window=window,
         vocabulary=vocabulary,
     )
+
+
+def _base_of(model: Any) -> set[int] | None:
+    """The modules that make hidden states, by identity; None where nobody can tell."""
+    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+        return None
+    try:
+        return {id(part) for part in base_of(model).modules()}
+    except UsageError:
+        return None
 
 
 def _has_matrix(parameters: list[nn.Parameter]) -> bool:

@@ -1,8 +1,10 @@
 """Divides a model into units that fit a budget, or says the least that would do."""
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -13,7 +15,7 @@ from ..io.recipe import Recipe
 from ..io.transfer import Transfer
 from .memory import available_bytes
 from .policy import Policy
-from .sites import Found, Place, find
+from .sites import Found, Place, find, module_sizes
 
 _log = logging.getLogger("penstock")
 
@@ -37,9 +39,10 @@ def capacity_of(
     return align_down(wanted, alignment)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Division:
-    """The units of a model: how each lies in its files, and how in a slot."""
+    """The units of a model: how each lies in its files, and how in a slot. One is equal
+    to itself alone."""
 
     found: Found
     layouts: list[Layout]
@@ -51,49 +54,76 @@ class Division:
         return needs(self.found, [plan.nbytes for plan in self.transfers])
 
 
-def divide(
-    model: nn.Module,
-    places: Mapping[str, list[Place]],
-    recipes: Mapping[str, Recipe],
-    nbytes: Mapping[str, int],
-    gathered: frozenset[str],
-    policy: Policy,
-    transfer_of: Callable[[Layout], Transfer],
-    alignment: int,
-    capacity: int,
-) -> Division:
-    """Blocks as they are, where two fit beside what is resident; finer where not. What
-    cannot be divided (a head) may be larger."""
-    limit = capacity
-    while True:
-        found = find(
-            model,
-            places,
-            nbytes,
-            gathered,
-            max_site_bytes=limit,
-            resident_below=min(policy.resident_below, capacity // 64),
-        )
+@dataclass(frozen=True)
+class Divider:
+    """Divides one model for any budget. What it has worked out it keeps: few budgets
+    ask for another division, and each is looked at module by module."""
+
+    model: nn.Module
+    places: Mapping[str, list[Place]]
+    recipes: Mapping[str, Recipe]
+    gathered: frozenset[str]
+    transfer_of: Callable[[Layout], Transfer]
+    resident_below: int
+    """Bytes; as the policy says."""
+    max_gap: int
+    alignment: int
+    _known: dict[tuple[int, int], Division] = field(default_factory=dict)
+    """By how many modules are at most as large as a site may be, and below the size
+    from which they are streamed: no more of the two limits is asked."""
+
+    @cached_property
+    def nbytes(self) -> dict[str, int]:
+        """Of each tensor."""
+        return {name: recipe.nbytes for name, recipe in self.recipes.items()}
+
+    def divide(self, capacity: int) -> Division:
+        """Blocks as they are, where two fit beside what is resident; finer where not.
+        What cannot be divided (a head) may be larger."""
+        limit = capacity
+        while True:
+            division = self._divided(limit, min(self.resident_below, capacity // 64))
+            resident, by_site = division.needs()
+            room = (capacity - resident) // 2
+            is_coarse = any(
+                nbytes > room and any(True for _ in site.module.children())
+                for site, nbytes in zip(division.found.sites, by_site, strict=True)
+            )
+            if not is_coarse or limit <= 1:
+                return division
+            limit = max(1, min(room, limit * 3 // 4))
+
+    def _divided(self, max_site_bytes: int, resident_below: int) -> Division:
+        sizes = self._module_sizes
+        key = bisect_right(sizes, max_site_bytes), bisect_left(sizes, resident_below)
+        if key not in self._known:
+            found = find(
+                self.model,
+                self.places,
+                self.nbytes,
+                self.gathered,
+                max_site_bytes=max_site_bytes,
+                resident_below=resident_below,
+            )
+            self._known[key] = self._laid_out(found)
+        return self._known[key]
+
+    def _laid_out(self, found: Found) -> Division:
         layouts = [
             layout(
                 unit.name,
-                [recipes[name] for name in unit.tensors],
-                alignment=alignment,
+                [self.recipes[name] for name in unit.tensors],
+                alignment=self.alignment,
                 # What is read once may take more reads; what stays, no gaps.
-                max_gap_bytes=0 if unit.is_resident else policy.io.max_gap,
+                max_gap_bytes=0 if unit.is_resident else self.max_gap,
             )
             for unit in found.units
         ]
-        division = Division(found, layouts, [transfer_of(plan) for plan in layouts])
-        resident, by_site = division.needs()
-        room = (capacity - resident) // 2
-        is_coarse = any(
-            nbytes > room and any(True for _ in site.module.children())
-            for site, nbytes in zip(found.sites, by_site, strict=True)
-        )
-        if not is_coarse or limit <= 1:
-            return division
-        limit = max(1, min(room, limit * 3 // 4))
+        return Division(found, layouts, [self.transfer_of(plan) for plan in layouts])
+
+    @cached_property
+    def _module_sizes(self) -> list[int]:
+        return sorted(module_sizes(self.model, self.places, self.nbytes))
 
 
 def needs(found: Found, sizes: Sequence[int]) -> tuple[int, list[int]]:

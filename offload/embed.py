@@ -8,6 +8,7 @@ import numpy
 import torch
 
 from ..io.errors import UsageError
+from .hidden import base_of
 from .model import engine_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .parts import NumberedRows, lazy_parts
@@ -84,7 +85,7 @@ class _Embedding:
     ) -> None:
         self._device = torch.device(engine_of(model).policy.device)
         self._tokenizer = tokenizer
-        self._base = _base_of(model)
+        self._base = base_of(model)
         self._pool = pooled(model, pooling, normalize)
         context = context_length(model)
         self._most = context
@@ -145,16 +146,3 @@ class _Embedding:
 def _numbers(vector: torch.Tensor) -> list[float]:
     """As short as says which float32 each is."""
     return [float(str(value)) for value in vector.numpy().astype(numpy.float32)]
-
-
-def _base_of(model: Any) -> Any:
-    """What makes hidden states of ids, without a head. Raises UsageError."""
-    if model.config.is_encoder_decoder:
-        return model.get_encoder()
-    base = getattr(model, model.base_model_prefix, model)
-    if not hasattr(base, "get_input_embeddings"):
-        raise UsageError(
-            f"{type(model).__name__} has no base that makes hidden states of tokens: "
-            "it cannot embed"
-        )
-    return base

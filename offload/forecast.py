@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,9 @@ from ..scheduler.cost import CostModel
 from ..scheduler.packing import pack
 from ..scheduler.shape import MicroBatch, ModelShape, Settings
 from ..scheduler.workload import Generating, Scoring
-from .arrangement import Arrangement, arrange
+from .arrangement import Arrangement, Arranger
 from .describe import describe
+from .division import Division
 from .machine import Machine
 from .policy import Policy
 from .rates import rates_of
@@ -45,6 +46,55 @@ class Forecast:
         return found
 
 
+class Forecaster:
+    """Forecasts one model on one machine under many policies: what they have in
+    common is worked out once."""
+
+    def __init__(
+        self,
+        module: Any,
+        recipes: Mapping[str, Recipe],
+        machine: Machine,
+        *,
+        generates: bool = False,
+        embeds: bool = False,
+    ) -> None:
+        self._module = module
+        self._recipes = recipes
+        self._machine = machine
+        self._generates = generates
+        self._embeds = embeds
+        self._arrangers: dict[tuple[Any, ...], Arranger] = {}
+        self._described: dict[Division, tuple[ModelShape, str]] = {}
+
+    def forecast(self, policy: Policy) -> Forecast:
+        """Of the model under `policy`. Raises DoesNotFitError where its budgets are too
+        small, and PolicyError."""
+        is_host = policy.device == "cpu"
+        machine = self._machine
+        free = machine.host_memory if is_host else machine.device_memory
+        arrangement = self._arranger(policy, is_host).arrange(policy, free)
+        division = arrangement.division
+        if division not in self._described:
+            self._described[division] = _described(self._module, arrangement)
+        described = self._described[division]
+        found = _forecast(arrangement, *described, policy, machine, self._generates)
+        settings = replace(found.model.settings, stops_at_hidden=self._embeds)
+        return replace(found, model=replace(found.model, settings=settings))
+
+    def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
+        key = (is_host, policy.gather_rows, policy.resident_below, policy.io.max_gap)
+        if key not in self._arrangers:
+            self._arrangers[key] = Arranger(
+                self._module,
+                self._recipes,
+                policy,
+                partial(transfer_of, is_host, policy),
+                is_host=is_host,
+            )
+        return self._arrangers[key]
+
+
 def forecast(
     module: Any,
     recipes: Mapping[str, Recipe],
@@ -55,17 +105,7 @@ def forecast(
 ) -> Forecast:
     """The forecast of `module`, which may be on meta. Raises DoesNotFitError where the
     policy's budgets are too small, and PolicyError."""
-    is_host = policy.device == "cpu"
-    free = machine.host_memory if is_host else machine.device_memory
-    arrangement = arrange(
-        module,
-        recipes,
-        policy,
-        partial(transfer_of, is_host, policy),
-        is_host=is_host,
-        free_bytes=free,
-    )
-    return of_arrangement(module, arrangement, policy, machine, generates=generates)
+    return Forecaster(module, recipes, machine, generates=generates).forecast(policy)
 
 
 def of_arrangement(
@@ -77,23 +117,44 @@ def of_arrangement(
     generates: bool,
 ) -> Forecast:
     """The same of what is arranged already."""
-    shape = describe(
-        module,
-        arrangement.division,
-        arrangement.recipes,
-        gathers_rows=bool(arrangement.gathered),
-    )
+    described = _described(module, arrangement)
+    return _forecast(arrangement, *described, policy, machine, generates)
+
+
+def _described(module: Any, arrangement: Arrangement) -> tuple[ModelShape, str]:
+    """Its shape, and the dtype that it computes with."""
+    recipes = arrangement.recipes
+    is_gathered = bool(arrangement.gathered)
+    shape = describe(module, arrangement.division, recipes, gathers_rows=is_gathered)
+    return shape, dtype_of(recipes)
+
+
+def _forecast(
+    arrangement: Arrangement,
+    shape: ModelShape,
+    dtype: str,
+    policy: Policy,
+    machine: Machine,
+    generates: bool,
+) -> Forecast:
     settings = Settings(
         arrangement.placement,
         arrangement.capacity,
         lookahead=policy.lookahead,
         logits_bytes=policy.logits_memory,
         kv_tier=policy.kv.tier,
+        kv_itemsize=kv_itemsize(policy),
         is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
         activations_move=policy.activations == "host" and policy.device != "cpu",
     )
-    rates = rates_of(machine, policy, dtype_of(arrangement.recipes))
+    rates = rates_of(machine, policy, dtype)
     return Forecast(arrangement, shape, CostModel(shape, rates, settings), policy)
+
+
+def kv_itemsize(policy: Policy) -> float | None:
+    """Bytes of an element of keys and values as they are kept, with its part of a scale
+    (16 bits for 32 of them); None: those of what it computes with."""
+    return None if policy.kv.dtype == "auto" else 1.0 + 2 / 32
 
 
 def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:

@@ -78,8 +78,7 @@ def generate_parts(
     last bits in other company."""
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
-    if not model.can_generate():
-        raise UsageError(f"{type(model).__name__} does not generate text: score it")
+    check_generates(model)
     job = _Generating(
         model,
         Completions(
@@ -93,6 +92,12 @@ def generate_parts(
         progress,
     )
     return job.run(parts)
+
+
+def check_generates(model: Any) -> None:
+    """Raises UsageError for a model that generates no text."""
+    if not model.can_generate():
+        raise UsageError(f"{type(model).__name__} does not generate text: score it")
 
 
 def prompts_pooled(policy: Policy) -> int:

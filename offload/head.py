@@ -24,7 +24,7 @@ class CausalScorer:
     """
 
     def __init__(self, model: Any, *, max_logits_bytes: int) -> None:
-        _check_causal(model)
+        check_causal(model)
         self._model = model
         self._max_logits_bytes = max_logits_bytes
         self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -130,7 +130,7 @@ def _by_chunks(
     return result
 
 
-def _check_causal(model: Any) -> None:
+def check_causal(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     is_causal = (

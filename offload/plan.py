@@ -1,6 +1,7 @@
 """A plan: the resolved policy, bytes per tier, what it will do, and why."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import yaml
 
 from ..io.errors import PolicyError
 from .blueprint import blueprint
+from .generate import check_generates
+from .head import check_causal
+from .hidden import base_of
 from .machine import Machine
+from .plan_devices import Devices, devices_of
 from .plan_words import explain
 from .planner import Choice, Objective, Planner, Task
 from .policy import Policy
@@ -29,6 +34,11 @@ class Plan:
     def policy(self) -> Policy:
         """The resolved one."""
         return self.choice.policy
+
+    @cached_property
+    def devices(self) -> Devices | None:
+        """What the machine's devices could do together; None where it has one."""
+        return devices_of(self.planner, self.choice)
 
     @property
     def sentences(self) -> list[str]:
@@ -56,7 +66,7 @@ class Plan:
             "model": str(self.model),
             "has_weights": self.has_weights,
             "machine": self.machine.name,
-            "task": "generate" if self.task.generates else "score",
+            "task": self.task.name,
             "tokens_per_second": found.tokens_per_second,
             "output_tokens_per_second": found.output_tokens_per_second,
             "pass_seconds": found.pass_seconds,
@@ -65,8 +75,11 @@ class Plan:
             "binds": found.binds,
             "bytes_by_tier": tiers,
             "activation_bytes": self.choice.need.activations,
+            "waiting_activation_bytes": self.choice.need.waiting,
             "kv_bytes": self.choice.need.kv,
+            "kv_tier": self.policy.kv.tier,
             "because": self.sentences,
+            "devices": self.devices.to_json() if self.devices else None,
             "policy": self.policy.model_dump(mode="json", exclude_unset=True),
         }
 
@@ -83,10 +96,21 @@ def make_plan(
     and UsageError."""
     check_runs(machine)
     skeleton, has_weights = blueprint(model, policy.dtype)
+    check_does(skeleton.model, task)
     planner = Planner(
         skeleton.model, skeleton.recipes, machine, policy, task, objective
     )
     return Plan(model, machine, task, planner, planner.choose(), has_weights)
+
+
+def check_does(model: Any, task: Task) -> None:
+    """Raises UsageError for a task that is not the model's."""
+    if task.embeds:
+        base_of(model)
+    elif task.generates:
+        check_generates(model)
+    else:
+        check_causal(model)
 
 
 def check_runs(machine: Machine) -> None:

@@ -19,6 +19,14 @@ class TaskName(StrEnum):
     generate = "generate"
 
 
+class PlannedTask(StrEnum):
+    """What can be planned for."""
+
+    score = "score"
+    generate = "generate"
+    embed = "embed"
+
+
 class ObjectiveName(StrEnum):
     """What the planner goes for."""
 
@@ -100,7 +108,9 @@ def plan(
     policy: PolicyFile = None,
     settings: Settings = None,
     machine: MachineName = None,
-    task: Annotated[TaskName, typer.Option(help="What to plan for.")] = TaskName.score,
+    task: Annotated[
+        PlannedTask, typer.Option(help="What to plan for.")
+    ] = PlannedTask.score,
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens of a row, or of a prompt.")
     ] = 128,
@@ -133,7 +143,7 @@ def plan(
     """
     from .machine import find_machine
     from .plan import make_plan
-    from .plan_table import plan_table
+    from .plan_table import devices_table, plan_table
     from .planner import Task
 
     found = find_machine(machine)
@@ -142,7 +152,8 @@ def plan(
             "no machine file: run penstock machine, which measures this computer once, "
             "or give --machine"
         )
-    wanted = Task(task is TaskName.generate, prompt, new)
+    generates, embeds = task is PlannedTask.generate, task is PlannedTask.embed
+    wanted = Task(generates, prompt, new, embeds)
     made = make_plan(
         model,
         policy_of(policy, settings),
@@ -158,6 +169,8 @@ def plan(
         Console().print(plan_table(made))
         for sentence in made.sentences:
             print(f"- {sentence}")
+        if made.devices is not None:
+            Console().print(devices_table(made.devices))
     if pareto is not None:
         from .pareto import plot_pareto
 

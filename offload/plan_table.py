@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from .plan import Plan
+from .plan_devices import Devices
 from .show import human_bytes
 
 _SHOWN = (
@@ -39,6 +40,8 @@ def plan_table(plan: Plan) -> Table:
         if nbytes:
             table.add_row(f"weights in {tier}", human_bytes(nbytes))
     table.add_row("activations", human_bytes(choice.need.activations))
+    if choice.need.waiting:
+        table.add_row("  waiting in host memory", human_bytes(choice.need.waiting))
     if choice.need.kv:
         table.add_row("keys and values", human_bytes(choice.need.kv))
     chosen = plan.policy.model_fields_set
@@ -50,4 +53,41 @@ def plan_table(plan: Plan) -> Table:
     if plan.task.generates:
         table.add_row("kv.tier", plan.policy.kv.tier)
     table.add_row("io.reader", plan.policy.io.reader)
+    return table
+
+
+def devices_table(devices: Devices) -> Table:
+    """What several devices could do: what Penstock runs first, formulas after it."""
+    crossover = devices.crossover_tokens
+    caption = devices.note
+    if crossover is not None:
+        caption = (
+            f"from {crossover:,.0f} tokens a pass on, moving weights between devices "
+            f"moves less than moving tokens; {devices.note}"
+        )
+    table = Table(
+        title=f"{devices.num} devices",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("way")
+    table.add_column("run by")
+    for title in ("tokens a pass", "a pass", "tokens/s"):
+        table.add_column(title, justify="right")
+    table.add_column("note")
+    is_run = True
+    for way in devices.ways:
+        if is_run and not way.is_run:
+            table.add_section()
+        is_run = way.is_run
+        rate, seconds = way.tokens_per_second, way.pass_seconds
+        table.add_row(
+            way.name,
+            "Penstock" if way.is_run else "formula",
+            f"{way.num_tokens:,}",
+            "-" if seconds is None else f"{seconds:.3f} s",
+            "-" if rate is None else f"{rate:,.0f}",
+            way.note,
+        )
     return table

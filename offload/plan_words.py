@@ -9,9 +9,12 @@ _MUCH_FASTER = 1.5
 
 
 def explain(planner: Planner, choice: Choice) -> list[str]:
-    """What binds `choice`, how much more in flight would hide it, what a dtype or more
-    memory would do, and what was kept as the user set it."""
+    """What binds `choice`, how much more in flight would hide it, what is kept beside
+    the weights and where, what a dtype would do, and what was kept as the user set
+    it."""
     found = [_binds(planner, choice)]
+    found += _kv(planner, choice)
+    found += _activations(choice)
     found += _dtype(planner, choice)
     kept = sorted(planner.policy.model_fields_set)
     if kept:
@@ -35,13 +38,48 @@ def _binds(planner: Planner, choice: Choice) -> str:
             f"{prediction.pass_seconds:.2f} s ({share:.0%})"
         )
     tier = prediction.binds
-    loading = prediction_busy(choice)
-    wanted = in_flight(planner, choice) * loading / compute if compute else 0.0
+    loading = weight_seconds(choice).get(tier, 0.0)
+    # What is not weights grows with what is in flight, as computing does.
+    grows = prediction.busy_seconds.get(tier, 0.0) - loading
     what = "sequences" if planner.task.generates else "tokens"
-    return (
-        f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; about {wanted:,.0f} {what} in "
-        f"flight would hide it; you have memory for {planner.most_in_flight():,}"
+    says = f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; "
+    if grows >= compute:
+        beside = "keys and values" if planner.task.generates else "activations"
+        return says + (
+            f"{beside} take {grows:.2f} s of a pass on its link, and computing "
+            f"{compute:.2f} s: more {what} in flight would not hide it"
+        )
+    wanted = in_flight(planner, choice) * loading / (compute - grows)
+    return says + (
+        f"about {wanted:,.0f} {what} in flight would hide it; you have memory for "
+        f"{planner.most_in_flight():,}"
     )
+
+
+def _kv(planner: Planner, choice: Choice) -> list[str]:
+    """Where keys and values go that come back over a link."""
+    tier, links = choice.policy.kv.tier, choice.forecast.model.rates.links
+    if not choice.need.kv or tier not in links:
+        return []
+    num, size = choice.policy.sequences_in_flight, human_bytes(choice.need.kv)
+    seconds = choice.prediction.busy_seconds.get(tier, 0.0)
+    seconds -= weight_seconds(choice).get(tier, 0.0)
+    where = "go to disk" if tier == "disk" else "stay in host memory"
+    return [
+        f"keys and values of {num:,} sequences ({size}) {where}: {seconds:.2f} s of "
+        f"each pass on the link of {tier}, beside the weights"
+    ]
+
+
+def _activations(choice: Choice) -> list[str]:
+    """Those that wait elsewhere."""
+    if not choice.need.waiting:
+        return []
+    return [
+        f"activations of waiting micro-batches ({human_bytes(choice.need.waiting)}) "
+        "move out to host memory and back (activations: host), which leaves the device "
+        f"{human_bytes(choice.need.activations)} of them"
+    ]
 
 
 def in_flight(planner: Planner, choice: Choice) -> int:
@@ -53,14 +91,22 @@ def in_flight(planner: Planner, choice: Choice) -> int:
 
 
 def prediction_busy(choice: Choice) -> float:
-    """Seconds of a pass that its busiest link needs."""
+    """Seconds of a pass that its busiest link needs for weights."""
+    return max(weight_seconds(choice).values(), default=0.0)
+
+
+def weight_seconds(choice: Choice) -> dict[str, float]:
+    """Of a pass, that each link is busy with weights."""
     model = choice.forecast.model
     busy: dict[str, float] = {}
     for unit in model.shape.streamed:
         tier = model.settings.placement[unit]
         if tier != "device" and tier in model.rates.links:
-            busy[tier] = busy.get(tier, 0.0) + model.load_seconds(unit, tier)
-    return max(busy.values(), default=0.0)
+            seconds = model.load_seconds(unit, tier)
+            busy[tier] = busy.get(tier, 0.0) + seconds
+            crossing = model.rates.crossing_seconds(tier, seconds)
+            busy["host"] = busy.get("host", 0.0) + crossing
+    return busy
 
 
 def _dtype(planner: Planner, choice: Choice) -> list[str]:

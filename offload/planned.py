@@ -14,8 +14,17 @@ class Task:
 
     generates: bool = False
     prompt_tokens: int = 128
-    """Of a row to complete; of a row to score, all its tokens."""
+    """Of a row to complete; of a row to score or embed, all its tokens."""
     new_tokens: int = 64
+    embeds: bool = False
+    """Rows become vectors, without a head."""
+
+    @property
+    def name(self) -> str:
+        """As the command is called."""
+        if self.embeds:
+            return "embed"
+        return "generate" if self.generates else "score"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,15 @@ class Budget:
     host: int
     is_shared: bool
     """Whether the device's memory is the host's: then `device` is all there is."""
+
+    def beside(self, need: Need, kv_tier: str) -> "Budget":
+        """What `need`, with keys and values in `kv_tier`, leaves for weights; less than
+        nothing where it does not fit."""
+        device, host = need.beside_weights(kv_tier, is_shared=self.is_shared)
+        left = self.device - device
+        return Budget(
+            left, left if self.is_shared else self.host - host, self.is_shared
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,27 +2,26 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from ..io.errors import DoesNotFitError
 from ..io.recipe import Recipe
-from ..scheduler.memory_need import (
-    RUNTIME_BYTES,
-    Need,
-    generating_need,
-    scoring_need,
-)
+from ..scheduler.memory_need import RUNTIME_BYTES, Need
 from ..scheduler.shape import ModelShape
 from ..scheduler.workload import Generating, Scoring, predict
-from .forecast import Forecast, forecast, generating_of, scoring_of
+from .contradictions import KV_TIERS
+from .forecast import Forecast, Forecaster, generating_of, scoring_of
 from .machine import Machine
 from .planned import Budget
 from .planned import Choice as Choice
 from .planned import Task as Task
+from .planned_need import need_of
 from .policy import Policy
 
 Objective = Literal["throughput", "latency"]
-_USABLE = 0.9  # of a memory: the rest is the system's, and what nobody counts
+USABLE = 0.9
+"""Of a memory: the rest is the system's, and what nobody counts."""
 _GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
 _STEP_BYTES = 64 << 20
 _MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
@@ -43,6 +42,16 @@ class Planner:
     objective: Objective = "throughput"
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
+
+    @cached_property
+    def _forecaster(self) -> Forecaster:
+        return Forecaster(
+            self.module,
+            self.recipes,
+            self.machine,
+            generates=self.task.generates,
+            embeds=self.task.embeds,
+        )
 
     def choose(self) -> Choice:
         """The best policy. Raises DoesNotFitError, saying what would make it run."""
@@ -77,6 +86,25 @@ class Planner:
         values = {"device_memory": min(asked, most), "host_memory": policy.host_memory}
         return self._evaluate(_updated(roomy.policy, values), roomy.need)
 
+    def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
+        """The same for another machine, with more settings."""
+        policy = _updated(self.policy, settings)
+        asked = (machine, policy, self.task, self.objective)
+        return Planner(self.module, self.recipes, *asked)
+
+    def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
+        """`choice`, made for one of `num` parts of a machine, where all parts share one
+        copy of the weights in host memory: it may have what each has no need of. None
+        where the user has set its size."""
+        if not self._is_free("host_memory"):
+            return None
+        own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
+        shape = choice.forecast.shape
+        left = num * (self.budget.host - own - 3 * shape.largest_bytes)
+        values = {"host_memory": max(0, min(shape.streamed_bytes, left)) or None}
+        values["host_shared"] = values["host_memory"] is not None
+        return self._evaluate(_updated(choice.policy, values), choice.need)
+
     def most_in_flight(self) -> int:
         """Tokens (or sequences) in flight that there is memory for at all."""
         asked = "sequences_in_flight" if self.task.generates else "tokens_in_flight"
@@ -87,10 +115,10 @@ class Planner:
     def budget(self) -> Budget:
         """What the machine has, less the runtime."""
         machine = self.machine
-        host = int(machine.host_memory * _USABLE) - RUNTIME_BYTES
+        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
         if machine.device_memory is None:
             return Budget(host, host, is_shared=True)
-        return Budget(int(machine.device_memory * _USABLE), host, is_shared=False)
+        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -116,18 +144,25 @@ class Planner:
             if not self._is_free(all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
-                for kv in self._kv_tiers():
-                    key = (min(each, total), total, kv)
+                for where in self._places():
+                    key = (min(each, total), total, str(where))
                     if key not in seen:
                         seen.add(key)
-                        yield {each_name: key[0], all_name: total, **_kv(kv)}
+                        yield {each_name: key[0], all_name: total, **where}
 
-    def _kv_tiers(self) -> tuple[str, ...]:
-        if not self.task.generates or self.policy.kv.tier != "auto":
-            return ("",)
-        if self.policy.compile:
-            return ("",)
-        return ("", "host") if self.machine.device_memory else ("host",)
+    def _places(self) -> list[dict[str, Any]]:
+        """Where what is in flight may be, beside the weights: the fastest first. What
+        generates has little of its own beside keys and values."""
+        is_gpu = self.machine.device_memory is not None
+        if not self.task.generates:
+            moves = is_gpu and self._is_free("activations")
+            return [{}, {"activations": "host"}] if moves else [{}]
+        if self.policy.kv.tier != "auto" or self.policy.compile:
+            return [{}]
+        # A tier that is slower than one with a limit would never reach it.
+        slowest = min(map(KV_TIERS.index, self.policy.kv.limits), default=len(KV_TIERS))
+        tiers = KV_TIERS[0 if is_gpu else 1 : slowest + 1]
+        return [{"kv": {"tier": tier}} for tier in tiers]
 
     def _with(self, settings: dict[str, Any]) -> Policy:
         values = self.policy.model_dump(exclude_unset=True)
@@ -146,12 +181,10 @@ class Planner:
         flight; None where that leaves too little."""
         shape = self._any_shape(policy)
         need = self._need(shape, policy)
-        budget = self.budget
-        kv_on_host = policy.kv.tier == "host" and not budget.is_shared
-        device = budget.device - need.activations - (0 if kv_on_host else need.kv)
-        if policy.kv.tier == "disk":
-            device += need.kv
-        host = budget.host - (need.kv if kv_on_host else 0)
+        budget = self.budget.beside(need, policy.kv.tier)
+        device, host = budget.device, budget.host
+        if host < 0:
+            return None
         values: dict[str, Any] = {}
         if self._is_free("device_memory"):
             whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
@@ -164,7 +197,21 @@ class Planner:
             values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
         if values.get("device_memory", 1) <= 0:
             return None
+        host -= values.get("host_memory") or 0
+        on_host = policy.kv.tier == "host" and not budget.is_shared
+        size = values.get("device_memory", policy.device_memory)
+        left = host if on_host or size == "auto" else device - size
+        values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
         return self._evaluate(_updated(policy, values), need)
+
+    def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
+        """All that is left is for keys and values: of their own accord they would stop
+        at half of what is free when the model is loaded, and go on to a slower tier."""
+        kv = policy.kv
+        if kv.tier not in ("device", "host") or self.policy.kv.limits:
+            return {}
+        values = kv.model_dump(exclude_unset=True)
+        return {"kv": {**values, "limits": {kv.tier: nbytes}}}
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
         try:
@@ -185,22 +232,7 @@ class Planner:
         return scoring_of(policy, [task.prompt_tokens] * rows)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
-        task = self.task
-        if not task.generates:
-            return scoring_need(
-                shape,
-                policy.tokens_in_flight,
-                policy.micro_batch_tokens,
-                policy.logits_memory,
-            )
-        each = min(policy.micro_batch_sequences, policy.sequences_in_flight)
-        return generating_need(
-            shape,
-            policy.sequences_in_flight,
-            task.prompt_tokens,
-            task.new_tokens,
-            each,
-        )
+        return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
         """With a working set that everything fits into."""
@@ -215,14 +247,7 @@ class Planner:
         key = (*memory, *ways)
         known = self._known.get(key)
         if known is None:
-            known = forecast(
-                self.module,
-                self.recipes,
-                policy,
-                self.machine,
-                generates=self.task.generates,
-            )
-            self._known[key] = known
+            known = self._known[key] = self._forecaster.forecast(policy)
         settings = replace(known.model.settings, kv_tier=policy.kv.tier)
         return replace(
             known, policy=policy, model=replace(known.model, settings=settings)
@@ -257,13 +282,9 @@ class Planner:
             f"{self.machine.name!r} cannot run it: its largest part and what is always "
             f"needed take {least} bytes, what is in flight {beside}, and the device "
             f"has {budget.device} to give; a device with "
-            f"{round((least + beside + RUNTIME_BYTES) / _USABLE)} bytes of memory, "
+            f"{round((least + beside + RUNTIME_BYTES) / USABLE)} bytes of memory, "
             "shorter rows, or a dtype of fewer bytes would do"
         )
-
-
-def _kv(tier: str) -> dict[str, Any]:
-    return {"kv": {"tier": tier}} if tier else {}
 
 
 def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:

@@ -33,6 +33,7 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
         read_cpu_seconds_per_byte=cpu_seconds / 1e9,
         out_bytes=machine.copies.pinned_to_host if machine.copies else math.inf,
         product_seconds=calls.product,
+        crosses_host=not is_cpu,
         latency_seconds={t: link.latency for t, link in policy.links.items()},
         calls=CallCosts(
             job=calls.job,

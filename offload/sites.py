@@ -60,10 +60,25 @@ def find(
     their embedding. A block larger than `max_site_bytes` is divided into the modules in
     it; modules outside of blocks below `resident_below` bytes are resident.
     """
-    names = {(id(p.module), p.key): name for name, ps in places.items() for p in ps}
+    names = _names(places)
     tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below)
     sites = tuple(tree.sites("", model, in_block=False))
     return Found(sites, _units(sites, places, names, gathered))
+
+
+def module_sizes(
+    model: nn.Module, places: Mapping[str, list[Place]], nbytes: Mapping[str, int]
+) -> set[int]:
+    """Bytes of the modules of `model`, as `find` compares them with its limits."""
+    names = _names(places)
+    return {
+        sum(nbytes[name] for name in tensors_in(module, names))
+        for module in model.modules()
+    }
+
+
+def _names(places: Mapping[str, list[Place]]) -> dict[tuple[int, str], str]:
+    return {(id(p.module), p.key): name for name, ps in places.items() for p in ps}
 
 
 @dataclass(frozen=True, slots=True)

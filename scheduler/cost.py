@@ -6,12 +6,13 @@ its rows; loading unit by unit, beside computing (see `pipeline`).
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .pipeline import Load, PassCost, run_passes
 from .rates import Rates
-from .shape import MicroBatch, ModelShape, Settings, SiteCost
+from .shape import MicroBatch, ModelShape, Settings, SiteCost, total_tokens
+from .traffic import Moved, activations_moved, kv_moved
 
 MAX_JOINT_ROWS = 512
 """Of one product that several micro-batches share (as in `coalescing`)."""
@@ -34,38 +35,62 @@ class CostModel:
     def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
         """A pass of `batches` whose tokens are scored."""
         alike = Counter(batches)
-        compute = [
-            sum(count * self._scored(site, b) for b, count in alike.items())
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
+        )
         outside = sum(self._outside(batch) for batch in batches)
-        return self._pass(compute, outside, self._moved(batches))
+        moved = activations_moved(self.shape, self.rates, self.settings, batches)
+        return self._pass(compute, outside, moved)
 
     def prefill(self, batches: Sequence[MicroBatch]) -> PassCost:
         """The pass that takes in prompts and makes the first token of each."""
         num_rows = sum(batch.rows for batch in batches)
         alike = Counter(batches)
-        compute = [
-            self._joint_head(site, batches, num_rows)
-            if site.vocabulary
-            else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
+            )
+        )
         outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
-        return self._pass(compute, outside, self._moved(batches))
+        moved = activations_moved(self.shape, self.rates, self.settings, batches)
+        tokens = total_tokens(batches)
+        moved += kv_moved(self.shape, self.rates, self.settings, num_new=tokens)
+        return self._pass(compute, outside, moved)
 
     def decode(self, batches: Sequence[MicroBatch], context: float) -> PassCost:
         """A pass that adds a token to each row of `batches`, whose sequences are
         `context` tokens long."""
         num_rows = sum(batch.rows for batch in batches)
-        compute = [
-            self._joint_head(site, batches, num_rows)
-            if site.vocabulary
-            else self._decoded(site, batches, num_rows, context)
-            for site in self.shape.sites
-        ]
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else self._decoded(site, batches, num_rows, context)
+            )
+        )
         outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
-        return self._pass(compute, outside, [0.0] * len(compute), num_rows, context)
+        moved = kv_moved(
+            self.shape,
+            self.rates,
+            self.settings,
+            num_new=num_rows,
+            num_rows=num_rows,
+            context=context,
+        )
+        return self._pass(compute, outside, moved)
+
+    def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
+        """Of every site; most are equal, and worked out once."""
+        known = {
+            site: seconds(site) if self._runs(site) else 0.0
+            for site in set(self.shape.sites)
+        }
+        return [known[site] for site in self.shape.sites]
+
+    def _runs(self, site: SiteCost) -> bool:
+        return site.makes_hidden or not self.settings.stops_at_hidden
 
     def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
         if site.vocabulary:
@@ -128,7 +153,8 @@ class CostModel:
     def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
         """Reading keys and values; where the cache is transformers' own, each token
         that comes copies all of them."""
-        nbytes = site.kv_per_token * self.shape.itemsize * num_rows
+        nbytes = float(site.kv_per_token * num_rows)
+        nbytes *= self.settings.kv_itemsize or self.shape.itemsize
         touches = 3 if self.settings.kv_tier == "auto" else 1
         return nbytes * site.context(context) * touches / self.rates.device_bytes
 
@@ -171,26 +197,18 @@ class CostModel:
         distinct = vocabulary * (1.0 - (1.0 - 1.0 / vocabulary) ** tokens)
         return distinct * self.rates.calls.row_read
 
-    def _moved(self, batches: Sequence[MicroBatch]) -> list[float]:
-        """Seconds that the links need for hidden states at each site."""
-        if not self.settings.activations_move:
-            return [0.0] * len(self.shape.sites)
-        tokens = sum(batch.tokens for batch in batches)
-        nbytes = tokens * self.shape.hidden * self.shape.itemsize
-        way_in = self.rates.links.get("host", self.rates.device_bytes)
-        seconds = nbytes / min(way_in, self.rates.out_bytes)
-        return [seconds] * len(self.shape.sites)
-
     def _pass(
-        self,
-        compute: list[float],
-        outside: float,
-        moved: Sequence[float],
-        kv_rows: int = 0,
-        context: float = 0.0,
+        self, compute: list[float], outside: float, moved: Sequence[Moved]
     ) -> PassCost:
-        compute = [max(c, m) for c, m in zip(compute, moved, strict=True)]
-        loads, stolen = self._loads(kv_rows, context)
+        loads, stolen = self._loads()
+        out = [0.0] * len(compute)
+        for one in moved:
+            loads[one.site].append(one.load)
+            out[one.site] += one.out_seconds
+        for of_site in loads:
+            crossing = [self.rates.crossing_seconds(x.link, x.seconds) for x in of_site]
+            of_site += [Load("host", 0, seconds) for seconds in crossing if seconds]
+        compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
         compute = [c + s for c, s in zip(compute, stolen, strict=True)]
         stays = self.settings.placement
         room = self.settings.capacity_bytes - self.shape.resident_bytes
@@ -209,11 +227,9 @@ class CostModel:
         )
         return PassCost(time, sum(compute), outside)
 
-    def _loads(
-        self, kv_rows: int, context: float
-    ) -> tuple[list[list[Load]], list[float]]:
-        """What each site waits for in every pass, and the seconds that bringing it
-        takes from computing where both share the cores."""
+    def _loads(self) -> tuple[list[list[Load]], list[float]]:
+        """The weights that each site waits for in every pass, and the seconds that
+        bringing them takes from computing where both share the cores."""
         loads: list[list[Load]] = [[] for _ in self.shape.sites]
         stolen = [0.0] * len(self.shape.sites)
         for index in self.shape.streamed:
@@ -221,17 +237,11 @@ class CostModel:
             if tier == "device" or tier not in self.rates.links:
                 continue
             for site in unit.sites:
+                if not self._runs(self.shape.sites[site]):
+                    continue
                 seconds = self.load_seconds(index, tier)
                 loads[site].append(Load(tier, unit.nbytes, seconds))
                 stolen[site] += self._stolen_seconds(index, tier)
-        if self.settings.kv_tier in self.rates.links and kv_rows:
-            tier = self.settings.kv_tier
-            for number, cost in enumerate(self.shape.sites):
-                nbytes = float(cost.kv_per_token * self.shape.itemsize * kv_rows)
-                nbytes *= max(1.0, cost.context(context))
-                if nbytes:
-                    seconds = nbytes / self.rates.links[tier]
-                    loads[number].append(Load(tier, 0, seconds))
         return loads, stolen
 
     def load_seconds(self, unit: int, tier: str) -> float:

@@ -14,31 +14,84 @@ _ROW_BYTES = 64 << 10
 """A row's stack, frames and masks."""
 
 
+_WITH_IT = 3
+"""Micro-batches that the device holds where those that wait are in host memory: the one
+that computes, the one before it and the one after it (as in `evacuation`)."""
+_STAGED_LAYERS = 3
+"""Of a micro-batch, that keys and values from a slower tier have room for (as in
+`kv_staging`), each with an eighth more, since they grow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes, by where they are."""
+    """Bytes, by what they are for."""
 
     activations: int
-    """Of all who are in flight, and of the one that computes."""
+    """Of who is in flight and of the one that computes, in the device's memory."""
     kv: int
+    """Wherever they are kept."""
+    waiting: int = 0
+    """Activations that have moved to host memory."""
+    staging: int = 0
+    """Of the device's memory, that keys and values from elsewhere come into."""
+    pending: int = 0
+    """Of host memory, for keys and values on their way to disk."""
+
+    def beside_weights(self, kv_tier: str, *, is_shared: bool) -> tuple[int, int]:
+        """(device, host): what weights leave room for, with keys and values in
+        `kv_tier`. `is_shared`: the device's memory is the host's, and all is there."""
+        device, host = self.activations + self.staging, self.waiting + self.pending
+        if kv_tier == "host":
+            host += self.kv
+        elif kv_tier != "disk":
+            device += self.kv
+        return (device + host, 0) if is_shared else (device, host)
 
 
 def scoring_need(
-    shape: ModelShape, tokens_in_flight: int, micro_batch_tokens: int, logits: int
+    shape: ModelShape,
+    tokens_in_flight: int,
+    micro_batch_tokens: int,
+    logits: int,
+    *,
+    waits_on_host: bool = False,
 ) -> Need:
-    """Of scoring so many tokens at a time."""
-    held = tokens_in_flight * shape.hidden * shape.itemsize * _HELD_PER_TOKEN
-    return Need(held + logits + _workspace(shape, micro_batch_tokens), 0)
+    """Of scoring so many tokens at a time; `waits_on_host`: what waits is moved out."""
+    each = shape.hidden * shape.itemsize * _HELD_PER_TOKEN
+    there, waiting = tokens_in_flight, 0
+    if waits_on_host:
+        there = min(there, _WITH_IT * micro_batch_tokens)
+        waiting = tokens_in_flight * each
+    workspace = _workspace(shape, micro_batch_tokens)
+    return Need(there * each + logits + workspace, 0, waiting)
 
 
 def generating_need(
-    shape: ModelShape, sequences: int, prompt_tokens: int, new_tokens: int, each: int
+    shape: ModelShape,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    each: int,
+    *,
+    kv_itemsize: float | None = None,
+    is_staged: bool = False,
+    pending: int = 0,
 ) -> Need:
-    """Of completing so many sequences at a time, `each` in a micro-batch."""
+    """Of completing so many sequences at a time, `each` in a micro-batch, whose keys
+    and values have elements of `kv_itemsize` bytes (None: of what it computes with) and
+    are brought to where they are attended to (`is_staged`)."""
     held = sequences * prompt_tokens * shape.hidden * shape.itemsize
     held += sequences * _ROW_BYTES + sequences * shape.vocabulary * 4
-    kv = sequences * (prompt_tokens + new_tokens) * shape.kv_bytes_per_token
-    return Need(held + _workspace(shape, each * prompt_tokens), kv)
+    scale = 1.0 if kv_itemsize is None else kv_itemsize / shape.itemsize
+    length = prompt_tokens + new_tokens
+    kv = int(sequences * length * shape.kv_bytes_per_token * scale)
+    staging = 0
+    if is_staged:
+        widest = max((site.kv_per_token for site in shape.sites), default=0)
+        strip = each * length * widest * shape.itemsize * scale
+        staging = int(_STAGED_LAYERS * strip * 9 / 8)
+    workspace = _workspace(shape, each * prompt_tokens)
+    return Need(held + workspace, kv, 0, staging, pending)
 
 
 def _workspace(shape: ModelShape, tokens: int) -> int:

@@ -144,3 +144,81 @@ def gather_crossover_tokens(
     """Tokens from which gathering a layer's weights moves less between GPUs than its
     tokens: T > W / (4 E bytes). Below it each keeps its share and tokens move."""
     return layer_weight_bytes / (4.0 * hidden * itemsize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutCost:
+    """A pass of one layout, as its formula has it: a floor, for peaks are never reached
+    and attention, keys and values are left out."""
+
+    name: str
+    compute_seconds: float
+    link_seconds: float = 0.0
+    """Of each chip's own link, for weights that do not stay."""
+    network_seconds: float
+    moves_weights: bool
+    """Between chips, ahead of who computes; or tokens, which computing waits for."""
+    chip_bytes: float
+    """Of weights that a chip holds at one time."""
+
+    @property
+    def pass_seconds(self) -> float:
+        if self.moves_weights:
+            return max(self.compute_seconds, self.link_seconds, self.network_seconds)
+        return max(self.compute_seconds + self.network_seconds, self.link_seconds)
+
+
+def layout_costs(
+    tokens: float,
+    blocks: Blocks,
+    chips: Chips,
+    *,
+    link_bandwidth: float,
+    itemsize: int,
+) -> tuple[LayoutCost, ...]:
+    """A pass of `tokens` over blocks whose attention and MLP follow each other, so that
+    tokens move twice in each, whether weights stay on the chips or come over a link of
+    `link_bandwidth` bytes a second each, of every layer a share."""
+    weights = blocks.parameters * itemsize
+    share = weights / chips.num
+    each = 2.0 * blocks.parameters * tokens / (chips.num * chips.flops)
+    keeps = max(each, share / chips.memory_bandwidth)
+    network = chips.network_bandwidth / blocks.layers
+    one = 2.0 * one_dimensional_bytes(tokens, blocks.hidden, itemsize) / network
+    two = 2.0 * two_dimensional_bytes(
+        tokens, blocks.hidden, blocks.intermediate, chips.num, itemsize
+    )
+    # Of a layer that computes and of the one that comes.
+    at_a_time = 2.0 * weights / blocks.layers
+    return (
+        LayoutCost(
+            name="gather-stream",
+            compute_seconds=max(each, weights / chips.memory_bandwidth),
+            link_seconds=share / link_bandwidth,
+            network_seconds=weights / chips.network_bandwidth,
+            moves_weights=True,
+            chip_bytes=at_a_time,
+        ),
+        LayoutCost(
+            name="TP-stream",
+            compute_seconds=keeps,
+            link_seconds=share / link_bandwidth,
+            network_seconds=one,
+            moves_weights=False,
+            chip_bytes=at_a_time / chips.num,
+        ),
+        LayoutCost(
+            name="weight-stationary 1D",
+            compute_seconds=keeps,
+            network_seconds=one,
+            moves_weights=False,
+            chip_bytes=share,
+        ),
+        LayoutCost(
+            name="weight-stationary 2D",
+            compute_seconds=keeps,
+            network_seconds=two / network,
+            moves_weights=False,
+            chip_bytes=share,
+        ),
+    )

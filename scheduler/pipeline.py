@@ -4,6 +4,7 @@ One load after the other on each link, each asked for when the site `lookahead` 
 its own begins, and only once the slots of those that have run are free.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,8 +95,11 @@ class _Clock:
         self._link_free: dict[str, float] = {}
         self._begun: list[float] = []
         """When each site that weights are loaded for began, over all passes."""
-        self._held: list[tuple[float, int]] = []
-        """(until when, bytes) of what was loaded, in order."""
+        self._until: list[float] = []
+        """When the sites that anything was loaded for had run,"""
+        self._loaded: list[int] = [0]
+        """and the bytes that had been loaded before each of them, and before the
+        next."""
 
     def run(self, compute: Sequence[float], loads: Sequence[Sequence[Load]]) -> float:
         """One more pass; returns when it has ended."""
@@ -108,7 +112,8 @@ class _Clock:
             self._now = ready + seconds
             if needed:
                 self._begun.append(ready)
-                self._held.append((self._now, nbytes))
+                self._until.append(self._now)
+                self._loaded.append(self._loaded[-1] + nbytes)
         return self._now
 
     def _bring(self, load: Load) -> float:
@@ -125,9 +130,9 @@ class _Clock:
 
     def _free_room(self, nbytes: int) -> float:
         """When the sites that ran last have left so much room that `nbytes` fit."""
-        left = self._room_bytes - nbytes
-        for until, held in reversed(self._held):
-            left -= held
-            if left < 0:
-                return until
-        return 0.0
+        must_go = self._loaded[-1] + nbytes - self._room_bytes
+        if must_go <= 0 or not self._until:
+            return 0.0
+        # Of those that came first, so many make that room together.
+        num = bisect_left(self._loaded, must_go)
+        return self._until[min(num, len(self._until)) - 1]

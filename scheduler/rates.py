@@ -87,6 +87,16 @@ class Rates:
     latency_seconds: Mapping[str, float] = field(default_factory=dict)
     """That a load from a tier takes before its first byte comes."""
     calls: CallCosts = CallCosts()
+    crosses_host: bool = False
+    """Whether what comes from disk crosses the link of host memory, too: a GPU has one
+    way in."""
+
+    def crossing_seconds(self, tier: str, seconds: float) -> float:
+        """That bytes which keep the link of `tier` busy for `seconds` need on the link
+        of host memory beside that."""
+        if not self.crosses_host or tier != "disk" or "host" not in self.links:
+            return 0.0
+        return seconds * self.links["disk"] / self.links["host"]
 
     def matmul_seconds(self, flops: float, rows: float, weight_bytes: float) -> float:
         """Of products of `rows` rows with weights of `weight_bytes`."""

@@ -1,14 +1,15 @@
 """What a model asks of a machine: the FLOPs and bytes of its sites and units. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class SiteCost:
-    """What one site computes for a token."""
+    """What one site computes for a token. Sites that compute the same are equal,
+    whatever their names."""
 
-    name: str
+    name: str = field(compare=False)
     flops_per_token: float = 0.0
     """Of products with weights, of the experts that are expected to be active."""
     weight_bytes: float = 0.0
@@ -27,6 +28,9 @@ class SiteCost:
     vocabulary: int = 0
     """Of a head, which scoring runs in chunks and generating for the last token only;
     0 for other sites."""
+    makes_hidden: bool = True
+    """Whether it is in the part of the model that embeds: no head, no decoder behind an
+    encoder."""
 
     def context(self, length: float) -> float:
         """Tokens attended to, of `length`."""
@@ -123,8 +127,13 @@ class Settings:
     lookahead: int
     logits_bytes: int
     kv_tier: str = "auto"
+    kv_itemsize: float | None = None
+    """Bytes of an element of keys and values as they are kept, scales counted; None: of
+    what it computes with."""
     is_coalesced: bool = False
     activations_move: bool = False
+    stops_at_hidden: bool = False
+    """Whether only what makes hidden states runs, and is loaded."""
 
 
 def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatch]:

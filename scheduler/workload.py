@@ -1,5 +1,6 @@
 """A whole job's time: its passes, one after the other. Pure."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .cost import CostModel
@@ -44,6 +45,8 @@ class Prediction:
     """Of one such pass."""
     compute_seconds: float
     """Of one such pass."""
+    busy_seconds: Mapping[str, float]
+    """Of one such pass, by link: keys, values and activations counted."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,4 +112,5 @@ def _prediction(
         binds=typical.binds,
         wait_seconds=typical.time.wait,
         compute_seconds=typical.compute_seconds + typical.outside_seconds,
+        busy_seconds=typical.time.busy,
     )

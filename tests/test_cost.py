@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -213,3 +215,74 @@ def test_more_in_flight_needs_more_memory() -> None:
     assert many - few == 3584 * 1024 * 4 * 3
     kv = [generating_need(shape, n, 100, 28, 8).kv for n in (1, 64)]
     assert kv == [128 * shape.kv_bytes_per_token, 64 * 128 * shape.kv_bytes_per_token]
+
+
+def test_what_is_appended_is_written_over_the_link_that_it_is_read_from() -> None:
+    batches = [MicroBatch(8, 64)]
+    there = model_of(kv_tier="disk", disk=1e7).prefill(batches)
+    here = model_of(kv_tier="host", disk=1e7).prefill(batches)
+    more = 8 * 64 * shape_of().kv_bytes_per_token / 1e7
+    assert there.steady - here.steady == pytest.approx(more, rel=0.01)
+
+
+def test_activations_come_over_the_link_of_the_weights_in_host_memory() -> None:
+    def steady(*, moves: bool) -> float:
+        model = model_of(tier="host")
+        rates = replace(model.rates, links={"host": 1e7}, out_bytes=1e9)
+        settings = replace(model.settings, activations_move=moves)
+        return replace(model, rates=rates, settings=settings).scoring(batches).steady
+
+    batches = [MicroBatch(1, 1024)]
+    each = 1024 * 1024 * 4 / 1e7
+    more = steady(moves=True) - steady(moves=False)
+    assert more == pytest.approx((NUM + 1) * each, rel=0.01)
+
+
+def test_keys_and_values_of_fewer_bits_move_fewer_bytes() -> None:
+    model = model_of(kv_tier="disk", disk=1e7)
+    less = replace(model, settings=replace(model.settings, kv_itemsize=1.0))
+    weights = (NUM * BLOCK + 5 * MB) / 1e7
+    whole, quarter = (
+        found.decode([MicroBatch(8, 1)], 4096).steady - weights
+        for found in (model, less)
+    )
+    assert whole == pytest.approx(4 * quarter, rel=0.01)
+
+
+def test_what_waits_on_the_host_is_off_the_device() -> None:
+    shape = shape_of()
+    here = scoring_need(shape, 8192, 512, 0)
+    there = scoring_need(shape, 8192, 512, 0, waits_on_host=True)
+    assert there.waiting == 8192 * 1024 * 4 * 3
+    assert here.activations - there.activations == (8192 - 3 * 512) * 1024 * 4 * 3
+    assert there.beside_weights("auto", is_shared=False)[1] == there.waiting
+
+
+def test_keys_and_values_count_where_they_are() -> None:
+    need = generating_need(shape_of(), 64, 100, 28, 8, is_staged=True, pending=7)
+    other = need.activations + need.staging
+    assert need.staging == 3 * 8 * 128 * 512 * 4 * 9 // 8
+    for tier, expected in (
+        ("auto", (other + need.kv, 7)),
+        ("device", (other + need.kv, 7)),
+        ("host", (other, 7 + need.kv)),
+        ("disk", (other, 7)),
+    ):
+        assert need.beside_weights(tier, is_shared=False) == expected
+        assert need.beside_weights(tier, is_shared=True) == (sum(expected), 0)
+
+
+def test_what_comes_from_disk_crosses_a_gpus_link_to_host_memory() -> None:
+    """Half of the weights there, half on a drive as fast as the link: one way in."""
+    model = model_of()
+    half = (*tuple("host" if i % 2 else "disk" for i in range(NUM)), "disk")
+    settings = replace(model.settings, placement=half)
+    seconds = []
+    for crosses in (False, True):
+        links = {"disk": 1e8, "host": 1e8}
+        rates = replace(model.rates, links=links, crosses_host=crosses)
+        found = replace(model, rates=rates, settings=settings)
+        seconds.append(found.scoring([MicroBatch(1, 64)]).steady)
+    whole = (NUM * BLOCK + 5 * MB) / 1e8
+    assert seconds[1] == pytest.approx(whole, rel=0.01)
+    assert seconds[0] < 0.6 * whole

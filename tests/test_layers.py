@@ -45,6 +45,7 @@ PURE = {
     "scheduler/shape.py",
     "scheduler/simulated.py",
     "scheduler/slots.py",
+    "scheduler/traffic.py",
     "scheduler/turns.py",
     "scheduler/workload.py",
 }

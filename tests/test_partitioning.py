@@ -8,10 +8,14 @@ import pytest
 
 import published
 from penstock.scheduler.partitioning import (
+    Blocks,
+    Chips,
+    LayoutCost,
     best_gather,
     gather_crossover_tokens,
     gathered_bytes,
     layer_bytes,
+    layout_costs,
     one_dimensional_bytes,
     two_dimensional_bytes,
 )
@@ -69,3 +73,42 @@ def test_the_crossover_of_streaming() -> None:
     opt = gather_crossover_tokens(2 * 30e9 / 48, 7168, 2)
     assert llama == pytest.approx(26_000, rel=0.05)
     assert opt == pytest.approx(21_500, rel=0.05)
+
+
+A_70B = Blocks(70e9, 80, 8192, 28672, kv_heads=8, head_size=128)
+EIGHT = Chips(8, 989e12, 80e9, 3.35e12, 450e9)
+
+
+def costs_of(tokens: float, link: float = 55e9) -> dict[str, LayoutCost]:
+    found = layout_costs(tokens, A_70B, EIGHT, link_bandwidth=link, itemsize=2)
+    return {cost.name: cost for cost in found}
+
+
+def test_weights_or_tokens_move_less_on_the_two_sides_of_the_crossover() -> None:
+    at = gather_crossover_tokens(2 * 70e9 / 80, 8192, 2)
+    for tokens, gathers in ((0.9 * at, False), (1.1 * at, True)):
+        found = costs_of(tokens)
+        gather, keep = found["gather-stream"], found["TP-stream"]
+        assert (gather.network_seconds < keep.network_seconds) is gathers
+
+
+def test_weights_come_beside_computing_and_tokens_do_not() -> None:
+    found = costs_of(2**20)
+    gather, keep = found["gather-stream"], found["TP-stream"]
+    assert gather.pass_seconds == gather.compute_seconds
+    assert keep.pass_seconds == keep.compute_seconds + keep.network_seconds
+    slow = costs_of(64, link=1e9)
+    assert slow["TP-stream"].pass_seconds == pytest.approx(140 / 8)
+
+
+def test_a_chip_holds_its_share_or_two_layers_at_a_time() -> None:
+    held = {name: cost.chip_bytes for name, cost in costs_of(64).items()}
+    assert held["weight-stationary 1D"] == held["weight-stationary 2D"] == 140e9 / 8
+    assert held["gather-stream"] == 2 * 140e9 / 80
+    assert held["TP-stream"] == held["gather-stream"] / 8
+
+
+def test_what_stays_needs_no_link() -> None:
+    assert costs_of(64)["weight-stationary 1D"].link_seconds == 0.0
+    fast, slow = (costs_of(64, link)["weight-stationary 1D"] for link in (55e9, 1e6))
+    assert fast == slow

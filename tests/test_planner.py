@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import penstock
 from checkpoint import make_checkpoint
-from penstock.io.errors import DoesNotFitError, PolicyError
+from penstock.io.errors import DoesNotFitError, PolicyError, UsageError
 from penstock.offload.blueprint import blueprint
 from penstock.offload.cli import app
 from penstock.offload.machine import Machine, find_machine, own_machine_path
@@ -222,3 +223,168 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     assert report["plan"]["predicted_tokens_per_second"] > 0
     assert report["plan"]["predicted_bound_by"] in ("compute", "disk")
     assert penstock.__version__
+
+
+LONG = Task(generates=True, prompt_tokens=16, new_tokens=240)
+
+
+def test_keys_and_values_go_to_disk_where_memory_is_too_small(llama: Path) -> None:
+    """12 KiB a token: 4,096 sequences have 12 GiB of them."""
+    many = {"dtype": "float32", "sequences_in_flight": 4096}
+    roomy = plan(llama, machine_of(memory="32GiB"), LONG, **many)
+    assert roomy.policy.kv.tier == "host"
+    small = plan(llama, machine_of(memory="3GiB"), LONG, **many)
+    assert small.policy.kv.tier == "disk"
+    need = small.choice.need
+    assert need.kv == 4096 * 256 * 6 * 2 * 4 * 64 * 4
+    assert isinstance(small.policy.device_memory, int)
+    other = need.activations + need.staging + need.pending
+    assert small.policy.device_memory + other <= 3 * 2**30 * 0.9
+    assert need.staging > 0 < need.pending
+    (said,) = [s for s in small.sentences if s.startswith("keys and values")]
+    assert "4,096 sequences (12.0 GiB) go to disk" in said
+    assert small.sentences[0].endswith("more sequences in flight would not hide it")
+    assert small.choice.rate < roomy.choice.rate
+
+
+def test_keys_and_values_have_all_that_is_left_in_their_tier(llama: Path) -> None:
+    """Without a limit they would go on to disk at half of what is free."""
+    found = plan(llama, machine_of(memory="4GiB"), LONG, dtype="float32")
+    assert found.policy.kv.tier == "host"
+    limit = found.policy.kv.limits["host"]
+    assert limit >= found.choice.need.kv
+    asked = {"kv": {"tier": "host", "limits": {"host": "1GiB"}}}
+    kept = plan(llama, machine_of(memory="4GiB"), LONG, dtype="float32", **asked)
+    assert kept.policy.kv.limits == {"host": 2**30}
+
+
+def gpu_of(**values: object) -> Machine:
+    """A laptop's, which computes faster than its memory grows."""
+    return Machine(
+        **{
+            "name": "laptop",
+            "source": "a test",
+            "device": "cuda",
+            "host_memory": "32GiB",
+            "device_memory": "2GiB",
+            "device_bandwidth": "200GB",
+            "matmul": {"bfloat16": {1: 1e12, 512: 40e12}},
+            "disk": {"bandwidth": {"threads": "3GB"}},
+            "copies": {"pinned_to_device": "12GB", "pinned_to_host": "12GB"},
+            **values,
+        }
+    )
+
+
+def test_keys_and_values_of_a_small_gpu_stay_in_host_memory(llama: Path) -> None:
+    """5 KiB a token in bfloat16: of 2,048 sequences 3 GiB, of 64 96 MiB."""
+    many = plan(llama, gpu_of(), LONG, sequences_in_flight=2048)
+    assert many.policy.kv.tier == "host"
+    assert any("(3.0 GiB) stay in host memory" in s for s in many.sentences)
+    few = plan(llama, gpu_of(), LONG, sequences_in_flight=64)
+    assert few.policy.kv.tier == "device"
+    assert not any("keys and values" in s for s in few.sentences)
+
+
+def test_keys_and_values_that_no_memory_holds_are_never_planned_there(
+    llama: Path,
+) -> None:
+    found = plan(llama, gpu_of(host_memory="3GiB"), LONG, sequences_in_flight=2048)
+    assert found.policy.kv.tier == "disk"
+    for choice in found.planner.choices():
+        if choice.policy.kv.tier == "host":
+            assert choice.need.kv < 3 * 2**30 * 0.9
+
+
+@pytest.mark.slow
+def test_activations_wait_in_host_memory_where_the_device_is_too_small(
+    llama: Path,
+) -> None:
+    """A disk so slow that passes are worth their weights with 200,000 tokens only:
+    1.2 GB of hidden states."""
+    slow = gpu_of(disk={"bandwidth": {"threads": "30MB"}}, device_memory="700MiB")
+    low: dict[str, Any] = {"host_memory": None, "device_memory": "128MiB"}
+    found = plan(llama, slow, **low)
+    assert found.policy.activations == "host"
+    need = found.choice.need
+    assert need.waiting == found.policy.tokens_in_flight * 1024 * 2 * 3
+    assert need.activations + (128 << 20) < 0.9 * (700 << 20) < need.waiting
+    assert any("(activations: host)" in sentence for sentence in found.sentences)
+    stays = plan(llama, slow, activations="device", **low)
+    assert stays.policy.tokens_in_flight < found.policy.tokens_in_flight
+    assert stays.choice.rate < found.choice.rate
+    assert plan(llama, gpu_of(), **low).policy.activations == "device"
+
+
+BERT = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 8000,
+    "dtype": "float32",
+}
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 256,
+    "d_ff": 1024,
+    "num_layers": 4,
+    "num_heads": 4,
+    "d_kv": 64,
+    "vocab_size": 8000,
+    "dtype": "float32",
+}
+EMBEDS = Task(prompt_tokens=64, embeds=True)
+
+
+def ran(found: Plan) -> list[str]:
+    """Names of the sites that a pass of the plan computes."""
+    model = found.choice.forecast.model
+    return [site.name for site in model.shape.sites if model._runs(site)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [BERT, T5], ids=["bert", "t5"])
+def test_encoders_can_be_planned_for_by_their_config(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = plan(tmp_path, machine_of(), EMBEDS)
+    names = ran(found)
+    assert len([name for name in names if "layer" in name or "block" in name]) == 4
+    assert not [n for n in names if "decoder" in n or "cls" in n or "lm_head" in n]
+    assert found.to_json()["task"] == "embed"
+    assert found.choice.prediction.tokens_per_second > 0
+
+
+def test_embedding_leaves_the_head_out(llama: Path) -> None:
+    policy = Policy(dtype="float32", tokens_in_flight=512, device_memory="200MiB")
+    slow = machine_of(disk="10MB")
+    scored, embedded = (
+        make_plan(llama, policy, slow, task).choice
+        for task in (Task(prompt_tokens=64), EMBEDS)
+    )
+    assert scored.forecast.shape == embedded.forecast.shape
+    head = 16000 * 1024 * 2 / 10e6
+    placed = dict(
+        zip(
+            (unit.name for unit in scored.forecast.shape.units),
+            scored.forecast.model.settings.placement,
+            strict=True,
+        )
+    )
+    assert placed["lm_head"] == "disk"
+    less = scored.prediction.pass_seconds - embedded.prediction.pass_seconds
+    assert less == pytest.approx(head, rel=0.01)
+    assert scored.need.activations - embedded.need.activations == 64 << 20
+
+
+def test_a_task_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    with pytest.raises(UsageError, match="no causal language model"):
+        plan(tmp_path, machine_of())
+    with pytest.raises(UsageError, match="does not generate text"):
+        plan(tmp_path, machine_of(), LONG)
