@@ -24,24 +24,33 @@ def _binds(planner: Planner, choice: Choice) -> str:
     compute = prediction.compute_seconds
     costs = choice.forecast.model
     links = costs.rates.links
-    streamed = choice.forecast.bytes_by_tier["disk"]
+    loading = prediction_busy(choice)
     if prediction.binds == "compute":
-        if not streamed:
+        if not loading:
             return "computing binds: all weights stay in memory"
-        loading = prediction_busy(choice)
         share = loading / prediction.pass_seconds if prediction.pass_seconds else 0.0
         return (
             f"computing binds: weights come in {loading:.2f} s of a pass of "
             f"{prediction.pass_seconds:.2f} s ({share:.0%})"
         )
     tier = prediction.binds
-    loading = prediction_busy(choice)
     wanted = in_flight(planner, choice) * loading / compute if compute else 0.0
     what = "sequences" if planner.task.generates else "tokens"
     return (
         f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; about {wanted:,.0f} {what} in "
-        f"flight would hide it; you have memory for {planner.most_in_flight():,}"
+        f"flight would hide it{_room(planner, choice)}"
     )
+
+
+def _room(planner: Planner, choice: Choice) -> str:
+    """Why no more are in flight."""
+    if planner.objective == "latency":
+        return ", which would take longer for each"
+    key = "sequences_in_flight" if planner.task.generates else "tokens_in_flight"
+    asked = getattr(planner.policy, key)
+    if key in planner.policy.model_fields_set and asked != "auto":
+        return f"; you set {key} to {in_flight(planner, choice):,}"
+    return f"; you have memory for {planner.most_in_flight():,}"
 
 
 def in_flight(planner: Planner, choice: Choice) -> int:
