@@ -169,20 +169,19 @@ def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
     from .race import heats_left
     from .show import human_seconds
 
-    work = tuning.slice_of(1)
-    num_left = sum(1 for _ in heats_left(tuning.tried, timings))
-    if not num_left:
+    left = list(heats_left(tuning.tried, timings))
+    if not left:
         return f"all {len(timings)} measurements are there"
+    work = tuning.slice_of(max(heat.slices for heat in left))
     what = f"{sum(work.lengths):,} tokens"
     if work.generates:
-        what = f"{len(work.rows):,} rows that get up to {work.new_tokens} tokens"
+        what = f"{len(work.rows):,} rows that get {work.new_tokens} tokens"
     seconds = tuning.predicted_seconds(timings)
     took = "" if seconds is None else f"; about {human_seconds(seconds)} and loading"
     began = f"goes on after {len(timings)} measurements: " if timings else ""
     return (
-        f"{began}{num_left} to make, with {len(tuning.tried)} candidates beside the "
-        f"plan, of {what} or twice as much each{took}, by the plan (with fewer in "
-        "flight it is shorter)"
+        f"{began}{len(left)} to make, of the plan and {len(tuning.tried)} beside it, "
+        f"with {what} at most{took}, by the plan (with fewer in flight it is shorter)"
     )
 
 

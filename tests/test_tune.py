@@ -220,7 +220,7 @@ def test_the_command_measures_and_its_policy_runs(
         assert "sets all that could be tried" in str(refused.exception)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.exception
-    assert "beside the plan, of " in result.output
+    assert " to make, of the plan and " in result.output
     assert " and loading, by the plan" in result.output
     assert Policy.from_yaml(output).dtype == "float32"
     measured = json.loads((tmp_path / f"tuned.yaml{SUFFIX}").read_text())["timings"]
