@@ -20,7 +20,7 @@ from .header import FileStamp
 from .reader import Reader
 
 _log = logging.getLogger("penstock")
-_SAMPLE_BYTES = 64 << 20
+SAMPLE_BYTES = 64 << 20
 _ROUNDS = 2
 _NOISE = 0.03
 """Rates closer than this are equal: the one that costs less CPU is better."""
@@ -46,7 +46,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 def rounds_of(stamps: Mapping[Path, FileStamp], num_readers: int) -> int:
     """Turns of each reader for which the largest file is long enough, six at most."""
     largest = max(stamp.size_bytes for stamp in stamps.values())
-    return min(6, largest // (_SAMPLE_BYTES * num_readers))
+    return min(6, largest // (SAMPLE_BYTES * num_readers))
 
 
 def measure(
@@ -58,23 +58,23 @@ def measure(
     """Lets each reader read parts of the largest file, in turns, never the same ones.
     Empty where the file is too small to tell them apart."""
     path, stamp = max(stamps.items(), key=lambda item: item[1].size_bytes)
-    samples = iter(range(0, stamp.size_bytes - _SAMPLE_BYTES + 1, _SAMPLE_BYTES))
-    if not rounds or stamp.size_bytes < _SAMPLE_BYTES * rounds * len(open_readers):
+    samples = iter(range(0, stamp.size_bytes - SAMPLE_BYTES + 1, SAMPLE_BYTES))
+    if not rounds or stamp.size_bytes < SAMPLE_BYTES * rounds * len(open_readers):
         return []
     rates: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
-    with Arena(_SAMPLE_BYTES) as arena:
-        buffer = arena.view(0, _SAMPLE_BYTES)
+    with Arena(SAMPLE_BYTES) as arena:
+        buffer = arena.view(0, SAMPLE_BYTES)
         for round_ in range(rounds):
             # Back and forth, so that what changes with time is nobody's.
             for name in list(open_readers)[:: -1 if round_ % 2 else 1]:
                 with open_readers[name]() as reader:
                     reader.submit(Extent(path, 0, reader.alignment), buffer).wait()
                     start, used = time.perf_counter(), time.process_time()
-                    extent = Extent(path, next(samples), _SAMPLE_BYTES)
+                    extent = Extent(path, next(samples), SAMPLE_BYTES)
                     reader.submit(extent, buffer).wait()
-                    rates[name].append(_SAMPLE_BYTES / (time.perf_counter() - start))
-                    cost = (time.process_time() - used) / _SAMPLE_BYTES * 1e9
+                    rates[name].append(SAMPLE_BYTES / (time.perf_counter() - start))
+                    cost = (time.process_time() - used) / SAMPLE_BYTES * 1e9
                     costs[name].append(cost)
         buffer.release()
     return [Trial(n, median(rates[n]), median(costs[n])) for n in open_readers]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..io.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from ..io.errors import CheckpointError
 from ..io.header import FileStamp, TensorEntry
 from . import hf
 from .hf import Skeleton
@@ -37,7 +38,15 @@ def imagined_checkpoint(folder: Path) -> Checkpoint:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """What the config says; bfloat16, as nearly all are, where it says nothing."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise CheckpointError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold an object, not {values!r}")
     name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
     found = getattr(torch, str(name), None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16

@@ -72,7 +72,9 @@ def _read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
+        # What follows the first paragraph is advice on how to install transformers.
+        first = " ".join(str(error).partition("\n\n")[0].split())
+        raise CheckpointError(f"{folder}/config.json: {first}") from error
 
 
 def _model_class(config: Any, folder: Path) -> type[PreTrainedModel]:

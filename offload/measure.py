@@ -17,13 +17,15 @@ import torch
 from torch.nn import functional
 
 from ..io.arena import Arena
-from ..io.choice import drive_of, measure, rounds_of
+from ..io.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
+from ..io.errors import UsageError
 from ..io.extent import Extent
 from ..io.header import FileStamp
 from ..io.loader import copy_serially
 from .machine import Disk
 from .policy import IO
 from .readers import makers_of
+from .show import human_bytes
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
 LENGTHS = (32, 128, 512, 1024)
@@ -48,7 +50,7 @@ def seconds_of(
     act()
     wait()
     found: list[float] = []
-    while (len(found) < least and sum(found) < 4 * _MOST_SECONDS) or (
+    while (len(found) < least and sum(found) < 2 * _MOST_SECONDS) or (
         len(found) < most and sum(found) < _MOST_SECONDS
     ):
         start = clock()
@@ -116,7 +118,8 @@ def cast_bandwidth() -> int:
 
 def disk(place: Path, io: IO, progress: Callable[[str], None]) -> Disk:
     """The drive of the file `place`, or of a scratch file in the folder `place`, read
-    by each of our readers. Raises OSError where none can be written."""
+    by each of our readers. Raises OSError where none can be written, UsageError for a
+    file that is too small."""
     if place.is_file():
         return _disk(place, io, progress)
     with scratch_file(place, _SCRATCH_BYTES) as path:
@@ -129,6 +132,12 @@ def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
     able = {name: makers[name] for name in makers if name not in missing}
     progress(f"reading {path} by {', '.join(able)}")
     trials = measure(able, stamps, rounds=rounds_of(stamps, len(able)))
+    if not trials:
+        least = len(able) * SAMPLE_BYTES
+        raise UsageError(
+            f"{path} has {human_bytes(path.stat().st_size)}, too little to measure a "
+            f"drive with: give a file of {human_bytes(least)} or more, or a folder"
+        )
     reader = max(trials, key=lambda trial: trial.bytes_per_second)
     with makers[reader.reader]() as opened:
         row_read = _row_read_seconds(path, opened)

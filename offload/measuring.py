@@ -1,5 +1,6 @@
 """What `penstock machine` does: measures this computer, part by part, and says so."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..io.errors import UsageError
 from ..scheduler.rates import Curve
 from . import measure
 from .machine import Calls, Copies, Machine
@@ -21,6 +23,7 @@ from .measure_calls import (
 )
 from .measure_gpu import gpu_facts, measure_copies
 from .policy import IO, cache_folder
+from .tiers import open_device
 
 _ROWS, _LENGTH = 4, 128
 _FLOPS = 2.0 * LARGE.hidden * (4 * LARGE.hidden + 3 * LARGE.intermediate)
@@ -73,6 +76,18 @@ def measure_machine(
         gpu["device_bandwidth"] = measure.memory_bandwidth(device, wait)
         copies = measure_copies(device)
     return _machine(disk, host, matmul, attention, found, copies, gpu, between)
+
+
+def check_measurable(place: Path, device: str) -> None:
+    """Before a second is spent: raises UsageError where `place` is nothing that can be
+    read, PolicyError where there is no such `device`."""
+    if not place.exists():
+        raise UsageError(f"{place}: there is no such folder or file on a drive")
+    if device == "cpu":
+        return
+    if re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise UsageError(f"nothing computes on {device!r}: write cpu, cuda or cuda:1")
+    open_device(device)
 
 
 def pointwise_bandwidth(

@@ -41,6 +41,12 @@ class Plan:
         return devices_of(self.planner, self.choice)
 
     @property
+    def title(self) -> str:
+        """What is planned for, in one line."""
+        alone = "" if self.has_weights else " (by its config.json alone)"
+        return f"{self.model}{alone} on {self.machine.name}"
+
+    @property
     def sentences(self) -> list[str]:
         """What binds, and what would change it."""
         return explain(self.planner, self.choice)
@@ -49,7 +55,7 @@ class Plan:
         """The resolved policy, as `--policy` takes it, with the plan in comments."""
         prediction = self.choice.prediction
         lines = [
-            f"# {self.model} on {self.machine.name}",
+            f"# {self.title}",
             f"# predicted: {self.choice.rate:,.1f} "
             f"{'output tokens/s' if self.task.generates else 'tokens/s'}, "
             f"{prediction.binds} binds",

@@ -77,9 +77,10 @@ def machine(
     reader, cores, and what calls cost. Leave the computer alone meanwhile.
     """
     from .machine import own_machine_path
-    from .measuring import measure_machine
+    from .measuring import check_measurable, measure_machine
     from .policy import IO
 
+    check_measurable(disk, device)
     path = output or own_machine_path()
     console = Console(stderr=True)
     with console.status("measuring") as status:
@@ -142,10 +143,15 @@ def plan(
     what would make it run.
     """
     from .machine import find_machine
+    from .pareto import check_plot, plot_pareto
     from .plan import make_plan
     from .plan_table import devices_table, plan_table
     from .planner import Task
 
+    if as_json and as_yaml:
+        raise UsageError("--json and --yaml print different things: give one of them")
+    if pareto is not None:
+        check_plot(pareto)
     found = find_machine(machine)
     if found is None:
         raise UsageError(
@@ -166,12 +172,13 @@ def plan(
     elif as_yaml:
         print(made.to_yaml(), end="")
     else:
+        print(made.title)
         Console().print(plan_table(made))
         for sentence in made.sentences:
             print(f"- {sentence}")
         if made.devices is not None:
             Console().print(devices_table(made.devices))
     if pareto is not None:
-        from .pareto import plot_pareto
-
         plot_pareto(made, pareto)
+        if not (as_json or as_yaml):
+            print(pareto)

@@ -22,11 +22,7 @@ _SHOWN = (
 def plan_table(plan: Plan) -> Table:
     """What was chosen, bytes per tier, and what is predicted."""
     choice, found = plan.choice, plan.choice.prediction
-    table = Table(
-        title=f"{plan.model} on {plan.machine.name}",
-        show_header=False,
-        title_justify="left",
-    )
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     if plan.task.generates:
@@ -48,8 +44,7 @@ def plan_table(plan: Plan) -> Table:
     for key in _SHOWN:
         if key in chosen:
             value = getattr(plan.policy, key)
-            is_size = key.endswith("_memory") and isinstance(value, int)
-            table.add_row(key, human_bytes(value) if is_size else str(value))
+            table.add_row(key, _shown(key, value))
     if plan.task.generates:
         table.add_row("kv.tier", plan.policy.kv.tier)
     table.add_row("io.reader", plan.policy.io.reader)
@@ -91,3 +86,9 @@ def devices_table(devices: Devices) -> Table:
             way.note,
         )
     return table
+
+
+def _shown(key: str, value: object) -> str:
+    if not isinstance(value, int):
+        return str(value)
+    return human_bytes(value) if key.endswith("_memory") else f"{value:,}"

@@ -27,11 +27,10 @@ def _binds(planner: Planner, choice: Choice) -> str:
     compute = prediction.compute_seconds
     costs = choice.forecast.model
     links = costs.rates.links
-    streamed = choice.forecast.bytes_by_tier["disk"]
+    loading = prediction_busy(choice)
     if prediction.binds == "compute":
-        if not streamed:
+        if not loading:
             return "computing binds: all weights stay in memory"
-        loading = prediction_busy(choice)
         share = loading / prediction.pass_seconds if prediction.pass_seconds else 0.0
         return (
             f"computing binds: weights come in {loading:.2f} s of a pass of "
@@ -51,8 +50,7 @@ def _binds(planner: Planner, choice: Choice) -> str:
         )
     wanted = in_flight(planner, choice) * loading / (compute - grows)
     return says + (
-        f"about {wanted:,.0f} {what} in flight would hide it; you have memory for "
-        f"{planner.most_in_flight():,}"
+        f"about {wanted:,.0f} {what} in flight would hide it{_room(planner, choice)}"
     )
 
 
@@ -80,6 +78,17 @@ def _activations(choice: Choice) -> list[str]:
         "move out to host memory and back (activations: host), which leaves the device "
         f"{human_bytes(choice.need.activations)} of them"
     ]
+
+
+def _room(planner: Planner, choice: Choice) -> str:
+    """Why no more are in flight."""
+    if planner.objective == "latency":
+        return ", which would take longer for each"
+    key = "sequences_in_flight" if planner.task.generates else "tokens_in_flight"
+    asked = getattr(planner.policy, key)
+    if key in planner.policy.model_fields_set and asked != "auto":
+        return f"; you set {key} to {in_flight(planner, choice):,}"
+    return f"; you have memory for {planner.most_in_flight():,}"
 
 
 def in_flight(planner: Planner, choice: Choice) -> int:

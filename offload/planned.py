@@ -6,6 +6,7 @@ from ..scheduler.memory_need import Need
 from ..scheduler.workload import Prediction
 from .forecast import Forecast
 from .policy import Policy
+from .show import human_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +65,38 @@ class Choice:
     @property
     def in_flight(self) -> int:
         return self.policy.tokens_in_flight * self.policy.sequences_in_flight
+
+
+def why_not(
+    name: str,
+    asked: object,
+    least: int,
+    beside: int,
+    device: int,
+    *,
+    whole_bytes: int,
+) -> str:
+    """Why nothing fits on the machine `name`, and what would. All in bytes: the policy
+    `asked` for that working set, or for none; the largest part and what is always
+    needed take `least`, what is in flight `beside`; the device has `device` to give,
+    and one of `whole_bytes` would do."""
+    parts = (
+        f"its largest part and what is always needed take {human_bytes(least)}, what "
+        f"is in flight {human_bytes(beside)}"
+    )
+    if isinstance(asked, int) and least + beside <= device:
+        over = asked + beside > device
+        most = f"at most {human_bytes(device - beside)} (of {name!r})"
+        return (
+            f"device_memory is {human_bytes(asked)}, which does not do: {parts}; set "
+            f"it to {most if over else f'at least {_mib_up(least)} MiB'}, or to auto"
+        )
+    return (
+        f"{name!r} cannot run it: {parts}, and the device has {human_bytes(device)} to "
+        f"give; a device with {human_bytes(whole_bytes)} of memory, shorter rows, or a "
+        "dtype of fewer bytes would do"
+    )
+
+
+def _mib_up(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))

@@ -13,7 +13,7 @@ from ..scheduler.workload import Generating, Scoring, predict
 from .contradictions import KV_TIERS
 from .forecast import Forecast, Forecaster, generating_of, scoring_of
 from .machine import Machine
-from .planned import Budget
+from .planned import Budget, why_not
 from .planned import Choice as Choice
 from .planned import Task as Task
 from .planned_need import need_of
@@ -278,12 +278,10 @@ class Planner:
         need, budget = self._need(shape, smallest), self.budget
         least = shape.resident_bytes + shape.largest_bytes
         beside = need.activations + need.kv
-        return (
-            f"{self.machine.name!r} cannot run it: its largest part and what is always "
-            f"needed take {least} bytes, what is in flight {beside}, and the device "
-            f"has {budget.device} to give; a device with "
-            f"{round((least + beside + RUNTIME_BYTES) / USABLE)} bytes of memory, "
-            "shorter rows, or a dtype of fewer bytes would do"
+        asked = None if self._is_free("device_memory") else self.policy.device_memory
+        whole = round((least + beside + RUNTIME_BYTES) / USABLE)
+        return why_not(
+            self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
         )
 
 

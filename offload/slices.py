@@ -98,12 +98,16 @@ def sample_of(sources: Sequence[str | Path], model: Path, *, generates: bool) ->
         rows = [row.row for row in islice(found, _MOST_ROWS)]
     lengths = _lengths(load_tokenizer(model), rows, generates=generates)
     good = [
-        (row, num) for row, num in zip(rows, lengths, strict=True) if num is not None
+        (row, num)
+        for row, num in zip(rows, lengths, strict=True)
+        if not isinstance(num, RowError)
     ]
     if not good:
+        why = next((f"{num}" for num in lengths), "there is none")
         raise InputError(
             f"{', '.join(file.name for file in inputs.files)} has no row among its "
-            f"first {_MOST_ROWS:,} that could be done: nothing can be measured"
+            f"first {_MOST_ROWS:,} that could be done, so nothing can be measured: "
+            f"{why}"
         )
     return Sample(
         tuple(row for row, _ in good),
@@ -115,19 +119,19 @@ def sample_of(sources: Sequence[str | Path], model: Path, *, generates: bool) ->
 
 def _lengths(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, generates: bool
-) -> list[int | None]:
-    """Tokens of each row; None where it has none."""
+) -> list[int | RowError]:
+    """Tokens of each row, or why there are none."""
     if not generates:
         found = tokenize_all(tokenizer, rows)
-        return [None if isinstance(row, RowError) else len(row.ids) for row in found]
-    lengths: list[int | None] = []
+        return [row if isinstance(row, RowError) else len(row.ids) for row in found]
+    lengths: list[int | RowError] = []
     for row in rows:
         try:
-            lengths.append(
-                None if "error" in row else len(tokenize_prompt(tokenizer, row))
-            )
-        except RowError:
-            lengths.append(None)
+            if "error" in row:
+                raise RowError(row["error"])
+            lengths.append(len(tokenize_prompt(tokenizer, row)))
+        except RowError as error:
+            lengths.append(error)
     return lengths
 
 

@@ -14,7 +14,7 @@ from .plan import Plan
 from .planner import Choice
 from .policy import Policy
 from .race import START, Heat, Settings, Timing, Verdict, heats_left, next_heat
-from .slices import Sample, Slice, measured_rate
+from .slices import Sample, Slice, measured_rate, predicted_rate
 from .tune_log import TuneLog
 
 Measure = Callable[[Path, Policy, Slice], float]
@@ -106,6 +106,14 @@ class Tuning:
             text = f"{error}" or type(error).__name__
             return Timing(heat.settings, heat.rung, heat.lap, None, text)
         return Timing(heat.settings, heat.rung, heat.lap, rate)
+
+    def predicted_seconds(self, timings: list[Timing]) -> float | None:
+        """What is left would take, without loading, if all were as fast as the start
+        by its plan; None where that says nothing."""
+        work = self.slice_of(1)
+        rate = predicted_rate(self.plan.choice, work)
+        each = len(work.rows) * work.new_tokens if work.generates else sum(work.lengths)
+        return self.slices_left(timings) * each / rate if rate else None
 
     def slices_left(self, timings: list[Timing]) -> int:
         """What there is to measure, in the shortest slices."""

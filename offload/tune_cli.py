@@ -164,11 +164,31 @@ class _Show:
         self._bar.stop()
 
 
+def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
+    """What is going to be done, before the first of it is: that may take minutes."""
+    from .race import heats_left
+    from .show import human_seconds
+
+    left = list(heats_left(tuning.tried, timings))
+    if not left:
+        return f"all {len(timings)} measurements are there"
+    work = tuning.slice_of(max(heat.slices for heat in left))
+    what = f"{sum(work.lengths):,} tokens"
+    if work.generates:
+        what = f"{len(work.rows):,} rows that get {work.new_tokens} tokens"
+    seconds = tuning.predicted_seconds(timings)
+    took = "" if seconds is None else f"; about {human_seconds(seconds)} and loading"
+    began = f"goes on after {len(timings)} measurements: " if timings else ""
+    return (
+        f"{began}{len(left)} to make, of the plan and {len(tuning.tried)} beside it, "
+        f"with {what} at most{took}, by the plan (with fewer in flight it is shorter)"
+    )
+
+
 @contextmanager
 def _showing(tuning: "Tuning", timings: "list[Timing]") -> Iterator[_Show]:
     console = Console(stderr=True)
-    if timings:
-        say(f"goes on after {len(timings)} measurements")
+    say(_first_words(tuning, timings))
     show = _Show(tuning, timings, console)
     show.start()
     try:

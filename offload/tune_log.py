@@ -31,19 +31,22 @@ class TuneLog:
         self._job = json.loads(json.dumps(job))
         self._disk = disk or Disk()
         self.timings: list[Timing] = []
-        if restart:
-            return
-        if self.path.exists():
+        if self.path.exists() and not restart:
             self.timings = self._read()
-        elif output.exists():
+            return
+        if output.exists() and not restart:
             raise UsageError(
                 f"{output} exists, and nothing beside it says that this search made "
                 "it: name another output, or write over it with --restart"
             )
+        self._write()  # what cannot be written is found before anything is measured
 
     def add(self, timing: Timing) -> None:
         """Keeps one more, on disk when this returns."""
         self.timings.append(timing)
+        self._write()
+
+    def _write(self) -> None:
         found = {
             "version": _VERSION,
             "job": self._job,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from penstock.io.errors import PolicyError
+from penstock.io.errors import PolicyError, UsageError
 from penstock.offload import measure
+from penstock.offload.cli import app
 from penstock.offload.machine import (
     Calls,
     Machine,
@@ -16,6 +19,7 @@ from penstock.offload.machine import (
     own_machine_path,
     shipped_machines,
 )
+from penstock.offload.measure_calls import least_seconds
 from penstock.offload.measure_gpu import copies_of
 from penstock.offload.measuring import measure_machine
 from penstock.offload.policy import IO, Policy
@@ -143,6 +147,38 @@ def test_what_disturbs_a_run_is_not_counted() -> None:
     times = iter([0.0, 0.5, 0.5, 0.6, 0.6, 0.7, 0.7, 0.9])
     found = measure.seconds_of(lambda: None, clock=lambda: next(times), least=4, most=4)
     assert found == pytest.approx(0.1)
+
+
+def test_long_runs_are_measured_less_often() -> None:
+    short = iter([0.3, 0.2, 0.4, 9.0])
+    assert least_seconds(lambda: next(short), most=3) == 0.2
+    assert next(short) == 9.0
+    long = iter([2.5, 1.0])
+    assert least_seconds(lambda: next(long), most=3) == 2.5
+    assert next(long) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "words"),
+    [
+        ("none", "cpu", "no such folder or file"),
+        (".", "gpu", "nothing computes on 'gpu': write cpu, cuda"),
+        (".", "cuda:99", r"cuda:99.*(no CUDA GPU|GPU\(s\))"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_measured(
+    tmp_path: Path, place: str, device: str, words: str
+) -> None:
+    command = ["machine", "--disk", str(tmp_path / place), "--device", device]
+    failed = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "m.yaml")])
+    assert re.search(words, str(failed.exception))
+    assert failed.output == ""
+
+
+def test_a_file_that_is_too_small_for_a_drive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(5000))
+    with pytest.raises(UsageError, match=r"4\.9 KiB, too little .* MiB or more"):
+        measure.disk(tmp_path / "small", IO(cache=tmp_path), lambda part: None)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from typer.testing import CliRunner
 
 import penstock
 from checkpoint import make_checkpoint
-from penstock.io.errors import DoesNotFitError, PolicyError, UsageError
+from penstock.io.errors import (
+    CheckpointError,
+    DoesNotFitError,
+    PolicyError,
+    UsageError,
+)
 from penstock.offload.blueprint import blueprint
 from penstock.offload.cli import app
 from penstock.offload.machine import Machine, find_machine, own_machine_path
@@ -115,7 +121,14 @@ def test_a_plan_says_what_binds_and_what_would_hide_it(llama: Path) -> None:
     )
     assert bound.choice.prediction.binds == "disk"
     assert bound.sentences[0].startswith("disk binds: 0.05 GB/s; about ")
-    assert "would hide it; you have memory for" in bound.sentences[0]
+    asked = "would hide it; you set tokens_in_flight to 128"
+    assert asked in bound.sentences[0]
+    slow = machine_of(disk="100KB")
+    tight = plan(llama, slow, dtype="float32", device_memory="128MiB")
+    assert "would hide it; you have memory for" in tight.sentences[0]
+    policy = Policy(dtype="float32", device_memory="128MiB")
+    soon = make_plan(llama, policy, slow, Task(), "latency")
+    assert "which would take longer for each" in soon.sentences[0]
     free = plan(llama, machine_of(disk="4GB"), dtype="float32")
     assert free.sentences[0].startswith("computing binds")
 
@@ -141,12 +154,43 @@ def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:
 
 
 def test_what_cannot_run_is_refused_with_what_would(llama: Path) -> None:
-    with pytest.raises(DoesNotFitError, match=r"a device with \d+ bytes of memory"):
+    with pytest.raises(DoesNotFitError, match=r"a device with [\d.]+ [MG]iB of memory"):
         plan(llama, machine_of(memory="700MiB"), dtype="float32")
     tpu = find_machine("tpu-v4-64")
     assert tpu is not None
     with pytest.raises(PolicyError, match="for the formulas alone"):
         plan(llama, tpu)
+
+
+def test_a_working_set_that_does_not_do_is_named_with_one_that_does(
+    llama: Path,
+) -> None:
+    for asked, words in (("1MiB", "at least"), ("1TiB", "at most")):
+        with pytest.raises(DoesNotFitError, match=f"device_memory is 1.0 .*{words}"):
+            plan(llama, machine_of(), dtype="float32", device_memory=asked)
+    with pytest.raises(DoesNotFitError) as caught:
+        plan(llama, machine_of(), dtype="float32", device_memory="1MiB")
+    least = str(caught.value).partition("at least ")[2].partition(",")[0]
+    found = plan(llama, machine_of(), dtype="float32", device_memory=least)
+    assert found.choice.prediction.tokens_per_second > 0
+
+
+def test_weights_that_are_copied_to_a_gpu_do_not_stay_there(llama: Path) -> None:
+    machine = find_machine("t4")
+    assert machine is not None
+    found = plan(llama, machine, dtype="float16", device_memory="128MiB")
+    assert found.choice.forecast.bytes_by_tier["host"]
+    assert found.sentences[0].startswith(("computing binds: weights", "host binds"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "nosuch"}'])
+def test_a_config_that_is_none_is_refused_in_one_line(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        plan(tmp_path, machine_of())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["h100-pcie5", "t4", "2x-rtx-4090-pcie4"])
@@ -188,6 +232,23 @@ def test_the_command_prints_tables_json_yaml_and_plots(
     assert plot.read_text().startswith("<?xml")
     text = run(app, [*common, "dtype=float32", "--yaml"]).output
     assert Policy(**yaml.safe_load(text)).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "--yaml"], "give one of them"),
+        (["--pareto", "plot.pdf"], r"ends in \.png or \.svg"),
+        (["--pareto", "no/such/plot.png"], "there is no folder no/such"),
+    ],
+)
+def test_what_cannot_be_printed_is_refused_before_anything_is_planned(
+    tmp_path: Path, machine_file: Path, options: list[str], words: str
+) -> None:
+    command = ["plan", str(tmp_path / "none"), "--machine", str(machine_file)]
+    failed = CliRunner().invoke(app, [*command, *options])
+    assert failed.stdout == ""
+    assert re.search(words, str(failed.exception))
 
 
 def test_without_a_machine_the_command_says_what_to_run(llama: Path) -> None:

@@ -11,7 +11,12 @@ import yaml
 from typer.testing import CliRunner
 
 from checkpoint import make_checkpoint
-from penstock.io.errors import DoesNotFitError, UsageError
+from penstock.io.errors import (
+    DoesNotFitError,
+    InputError,
+    OutputError,
+    UsageError,
+)
 from penstock.offload.cli import app
 from penstock.offload.machine import Machine
 from penstock.offload.plan import make_plan
@@ -163,6 +168,32 @@ def test_slices_are_of_the_jobs_own_rows(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "there is none"),
+        ("no row", "line 1 is no JSON"),
+        ('{"prompt": "not to be scored"}', "completion"),
+    ],
+)
+def test_input_without_a_row_to_measure_says_why(
+    tiny: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(text)
+    with pytest.raises(InputError, match=f"nothing can be measured: .*{words}"):
+        sample_of([rows], tiny, generates=False)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match="cannot write"):
+        TuneLog(tmp_path / "file" / "tuned.yaml", {"model": 1}, restart=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["score", "generate"])
 def test_the_command_measures_and_its_policy_runs(
     tiny: Path, tmp_path: Path, task: str
@@ -189,10 +220,13 @@ def test_the_command_measures_and_its_policy_runs(
         assert "sets all that could be tried" in str(refused.exception)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.exception
+    assert " to make, of the plan and " in result.output
+    assert " and loading, by the plan" in result.output
     assert Policy.from_yaml(output).dtype == "float32"
     measured = json.loads((tmp_path / f"tuned.yaml{SUFFIX}").read_text())["timings"]
     assert len(measured) >= 2 * LAPS
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0
+    assert f"all {len(measured)} measurements are there" in again.output
     kept = json.loads((tmp_path / f"tuned.yaml{SUFFIX}").read_text())["timings"]
     assert kept == measured, "all was known"
