@@ -155,6 +155,7 @@ class Loader:
         handle.when_done(note)
         return handle
 
+    @torch.inference_mode(False)  # the caller's mode is not that of who casts
     def _copy(self, plan: Layout, offset: int) -> Handle:
         """Starts all of `plan` that does not land by itself."""
         acts: list[tuple[Extent, Callable[[memoryview], None]]] = []

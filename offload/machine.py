@@ -54,6 +54,9 @@ class Calls(Section):
     """Of a job, before its first pass."""
     first_touch_per_gb: float = 0.0
     """Of 10**9 bytes of the working set that are filled for the first time."""
+    cast_per_gb: float = 0.0
+    """Of 10**9 stored bytes that the CPU casts beside its products: what these lose.
+    Where it is 0, they are taken to lose a share of the cores."""
     product: float = 0.0
     """Of one product of matrices, whatever its size."""
     module: float = 0.0

@@ -12,6 +12,7 @@ from ..io.errors import UsageError
 from ..scheduler.rates import Curve
 from . import measure
 from .machine import Calls, Copies, Machine
+from .measure_beside import cast_beside
 from .measure_calls import (
     DECODE_ROWS,
     DECODE_ROWS_EACH,
@@ -58,7 +59,10 @@ def measure_machine(
         found = calls(device, Path(folder), product)
         progress("a larger model, for what is between products")
         block, touch = block_seconds(LARGE, _ROWS, _LENGTH, device, Path(folder))
-        found = found.model_copy(update={"first_touch_per_gb": touch * 1e9})
+        beside = cast_beside() if device == "cpu" else 0.0
+        found = found.model_copy(
+            update={"first_touch_per_gb": touch * 1e9, "cast_per_gb": beside * 1e9}
+        )
         decode = decode_block_seconds(LARGE, device, Path(folder))
     rates = Curve.of(matmul["float32"])
     pointwise = pointwise_bandwidth(block, rates, Curve.of(attention["float32"]), found)

@@ -38,6 +38,7 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
         calls=CallCosts(
             job=calls.job,
             first_touch=calls.first_touch_per_gb / 1e9,
+            cast=calls.cast_per_gb / 1e9,
             module=calls.module,
             batch=calls.batch,
             joint_module=calls.joint_module,

@@ -258,9 +258,9 @@ class CostModel:
         cost, rates = self.shape.units[unit], self.rates
         if not rates.num_cores or tier != "disk":
             return 0.0
-        cpu = cost.cast_bytes / rates.cast_bytes
-        cpu += cost.stored_bytes * rates.read_cpu_seconds_per_byte
-        return cpu / rates.num_cores
+        cast = rates.calls.cast or 1.0 / (rates.cast_bytes * rates.num_cores)
+        read = rates.read_cpu_seconds_per_byte / rates.num_cores
+        return cost.cast_bytes * cast + cost.stored_bytes * read
 
     def _first_compute(self, compute: list[float]) -> list[float]:
         """The working set is filled for the first time, as far as it goes."""

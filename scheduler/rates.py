@@ -42,6 +42,9 @@ class CallCosts:
     """Of a job, before its first pass."""
     first_touch: float = 0.0
     """Of a byte of the working set that is filled for the first time."""
+    cast: float = 0.0
+    """Of a stored byte that is cast beside computing, on the same cores: what computing
+    loses. 0: not measured."""
     module: float = 0.0
     """Of one module with weights, in a micro-batch that is scored."""
     batch: float = 0.0

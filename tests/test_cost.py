@@ -197,6 +197,26 @@ def test_calls_cost_by_module_micro_batch_and_job() -> None:
     assert dear.passes == 2
 
 
+@pytest.mark.parametrize(
+    ("measured", "lost"), [(0.0, 0.5 / (1e9 * 2)), (3e-9, 0.5 * 3e-9)]
+)
+def test_what_is_cast_beside_computing_takes_from_it(
+    measured: float, lost: float
+) -> None:
+    """A share of two cores, or what was measured; where cores are spare, nothing."""
+    shape = shape_of()
+    units = [replace(unit, cast_bytes=unit.nbytes // 2) for unit in shape.units]
+    shape, batches = replace(shape, units=tuple(units)), [MicroBatch(8, 128)]
+    model = model_of(shape, disk=1e12, calls=CallCosts(cast=measured))
+    rates = replace(model.rates, cast_bytes=1e9, num_cores=2, num_cast_threads=99)
+    seconds = {
+        cores: replace(model, rates=replace(rates, num_cores=cores)).scoring(batches)
+        for cores in (0, 2)
+    }
+    more = seconds[2].steady - seconds[0].steady
+    assert more == pytest.approx((NUM * BLOCK + 5 * MB) * lost)
+
+
 def test_completions_are_a_pass_a_token_and_wave() -> None:
     found = predict(model_of(), Generating(100, 16, 8, in_flight=40, each=8))
     assert found.passes == 3 * 8

@@ -238,6 +238,12 @@ def test_a_cast_is_torchs_own_however_it_is_cut(
     with opened(checkpoint, [recipe], bounce_bytes=bounce_bytes) as rig:
         assert same_bits(rig.load()["it"], tensor.to(dtype))
         statistics = rig.loader.statistics()
+        rig.fill(7)
+        with torch.inference_mode():  # of who asks, not of who casts
+            again = rig.start()
+        for load in again:
+            load.wait()
+        assert same_bits(rig.load()["it"], tensor.to(dtype))
     nbytes = tensor.numel() * stored.itemsize
     assert statistics.bytes_copied == statistics.bytes_loaded == nbytes
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from penstock.io.errors import PolicyError, UsageError
-from penstock.offload import measure
+from penstock.offload import measure, measure_beside
 from penstock.offload.cli import app
 from penstock.offload.machine import (
     Calls,
@@ -190,6 +190,7 @@ def test_this_computer_is_measured(
     monkeypatch.setattr(measure, "LENGTHS", (32,))
     monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
     monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
+    monkeypatch.setattr(measure_beside, "_ROUND_SECONDS", 0.05)
     module = "penstock.offload.measuring"
     monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
     monkeypatch.setattr(f"{module}.block_seconds", lambda *_: (10.0, 1e-9))
@@ -201,6 +202,7 @@ def test_this_computer_is_measured(
     assert machine.disk is not None
     assert machine.disk.bandwidth["threads"] > 0
     assert machine.calls.first_touch_per_gb == pytest.approx(1.0)
+    assert 0.0 < machine.calls.cast_per_gb < 60.0
     assert machine.pointwise_bandwidth is not None
     assert parts
     assert not list(tmp_path.glob("penstock-scratch-*"))
