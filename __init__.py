@@ -7,24 +7,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .io.errors import PenstockError
-    from .offload.classify import classify
-    from .offload.embed import embed
-    from .offload.generate import generate
     from .offload.mapper import Mapper
     from .offload.model import load, statistics, sweep, unwrap, wrap
     from .offload.policy import Policy
-    from .offload.score import score
+    from .offload.tasks.classify import classify
+    from .offload.tasks.embed import embed
+    from .offload.tasks.generate import generate
+    from .offload.tasks.score import score
 
 # Imported on first use: importing the package must cost nothing and touch nothing.
 _HOMES = {
     "Mapper": "offload.mapper",
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
-    "classify": "offload.classify",
-    "embed": "offload.embed",
-    "generate": "offload.generate",
+    "classify": "offload.tasks.classify",
+    "embed": "offload.tasks.embed",
+    "generate": "offload.tasks.generate",
     "load": "offload.model",
-    "score": "offload.score",
+    "score": "offload.tasks.score",
     "statistics": "offload.model",
     "sweep": "offload.model",
     "unwrap": "offload.model",

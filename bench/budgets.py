@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import penstock
 from penstock import Policy
 from penstock.io.errors import PolicyError
-from penstock.offload.memory import peak_resident_bytes
 from penstock.offload.model import engine_of
+from penstock.offload.monitoring.memory import peak_resident_bytes
 
 MIB = 1 << 20
 SLACK_BYTES = 32 * MIB

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import penstock
 from penstock import Policy
-from penstock.offload.generate import GenerateProgress
-from penstock.offload.memory import peak_resident_bytes
+from penstock.offload.monitoring.memory import peak_resident_bytes
+from penstock.offload.tasks.generate import GenerateProgress
 
 
 class Numbers:

@@ -39,8 +39,8 @@ from rich.console import Console
 
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.offload.job import Job
-from penstock.offload.work import GenerateWork, ScoreWork, Work
+from penstock.offload.jobs.job import Job
+from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
 
 assert transformers.models.llama.modeling_llama is not None, "imported for the forks"
 NUM_ROWS = {"score": 5000, "generate": 320}

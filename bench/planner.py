@@ -27,13 +27,13 @@ from typing import Any
 from rich.console import Console
 
 from penstock.io.errors import PenstockError
-from penstock.offload.machine import Machine
-from penstock.offload.measuring import measure_machine
-from penstock.offload.plan import Plan, make_plan
-from penstock.offload.planner import Choice, Task
+from penstock.offload.machines.machine import Machine
+from penstock.offload.machines.measuring import measure_machine
+from penstock.offload.plans.plan import Plan, make_plan
+from penstock.offload.plans.planner import Choice, Task
 from penstock.offload.policy import IO, Policy
-from penstock.offload.slices import Slice, made_up, measured_rate, predicted_rate
-from penstock.offload.values import parse_bytes
+from penstock.offload.settings.values import parse_bytes
+from penstock.offload.tuning.slices import Slice, made_up, measured_rate, predicted_rate
 from penstock.scheduler.memory_need import RUNTIME_BYTES
 from prediction import SHAPES, make_model
 

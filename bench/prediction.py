@@ -35,15 +35,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
 from penstock import Policy
-from penstock.offload import measure
-from penstock.offload.blueprint import blueprint
-from penstock.offload.forecast import forecast, generating_of, scoring_of
-from penstock.offload.generate import generate
-from penstock.offload.machine import Machine
-from penstock.offload.measure_calls import CountingTokenizer
-from penstock.offload.measuring import measure_machine
+from penstock.offload.machines import measure
+from penstock.offload.machines.machine import Machine
+from penstock.offload.machines.measure_calls import CountingTokenizer
+from penstock.offload.machines.measuring import measure_machine
+from penstock.offload.plans.forecast import forecast, generating_of, scoring_of
 from penstock.offload.policy import IO
-from penstock.offload.score import score
+from penstock.offload.tasks.generate import generate
+from penstock.offload.tasks.score import score
+from penstock.offload.weights.blueprint import blueprint
 from penstock.scheduler.workload import Generating, Prediction, Scoring, predict
 
 SHAPES = (  # hidden, intermediate, layers, kv heads, vocabulary

@@ -34,8 +34,8 @@ from checkpoint import make_checkpoint
 from demo import compute_dtype
 from machine import card
 from penstock import Policy
-from penstock.offload.job import Job
-from penstock.offload.work import ScoreWork
+from penstock.offload.jobs.job import Job
+from penstock.offload.jobs.work import ScoreWork
 
 HERE = Path(__file__).parent
 MAX_GROWTH = 0.05

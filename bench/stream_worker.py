@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import penstock
 from penstock import Policy
-from penstock.offload.head import CausalScorer
-from penstock.offload.memory import peak_resident_bytes
 from penstock.offload.model import engine_of
+from penstock.offload.monitoring.memory import peak_resident_bytes
+from penstock.offload.tasks.head import CausalScorer
 
 _LOGITS_BYTES = 64 << 20
 

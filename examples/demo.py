@@ -13,10 +13,10 @@ from rich.console import Console
 
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.offload.computer import has_bfloat16
-from penstock.offload.job import Job
-from penstock.offload.show import report_table
-from penstock.offload.work import ScoreWork
+from penstock.offload.jobs.job import Job
+from penstock.offload.jobs.work import ScoreWork
+from penstock.offload.machines.computer import has_bfloat16
+from penstock.offload.monitoring.show import report_table
 
 HERE = Path(__file__).parent
 

@@ -18,20 +18,20 @@ from ..scheduler.doors import Doors, Site
 from ..scheduler.gate import Gate
 from ..scheduler.order import Order
 from ..scheduler.working_set import WorkingSet
-from .arrangement import arrange
-from .binding import Binding
-from .buffers import MovedBuffers
-from .contradictions import without_effect
-from .division import check_overlap
 from .engine import Engine
-from .kv import open_kv
-from .memory import HeapTrimmer
-from .poison import StreamedParameter
+from .kv.tiers import open_kv
+from .monitoring.memory import HeapTrimmer
 from .policy import Policy
-from .row_wise import find_row_wise
-from .rows import RowGatherer
-from .sites import Found, Place
+from .settings.contradictions import without_effect
 from .tiers import Tiers, open_device, transfer_of
+from .units.arrangement import arrange
+from .units.division import check_overlap
+from .units.row_wise import find_row_wise
+from .units.sites import Found, Place
+from .weights.binding import Binding
+from .weights.buffers import MovedBuffers
+from .weights.poison import StreamedParameter
+from .weights.rows import RowGatherer
 
 if TYPE_CHECKING:
     from .compilation import Compilation

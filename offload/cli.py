@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError
-from . import cli_jobs, plan_cli, tune_cli
-from .options import Model, PolicyFile, Settings, policy_of, say
+from .commands import jobs, plan, tune
+from .commands.options import Model, PolicyFile, Settings, policy_of, say
+from .commands.policy import policy
 from .policy import Policy
-from .policy_command import policy
 
 app = typer.Typer(
     name="penstock",
@@ -44,12 +44,12 @@ def _callback() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-app.command()(cli_jobs.score)
-app.command()(cli_jobs.generate)
-app.command()(cli_jobs.embed)
-app.command()(cli_jobs.classify)
-plan_cli.add_to(app)
-tune_cli.add_to(app)
+app.command()(jobs.score)
+app.command()(jobs.generate)
+app.command()(jobs.embed)
+app.command()(jobs.classify)
+plan.add_to(app)
+tune.add_to(app)
 
 
 @app.command()

@@ -21,8 +21,8 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
 )
 
-from .poison import StreamedParameter
-from .sites import Found
+from .units.sites import Found
+from .weights.poison import StreamedParameter
 
 Note = Callable[[str], None]
 

@@ -19,16 +19,16 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
-from .arrangement import Arrangement
-from .binding import Binding
-from .buffers import MovedBuffers
 from .counters import Statistics
-from .kv import KvTiers
-from .memory import available_bytes, peak_resident_bytes
+from .kv.tiers import KvTiers
+from .monitoring.memory import available_bytes, peak_resident_bytes
 from .policy import Policy
-from .rows import RowGatherer
 from .sweeps import Sweeps
 from .tiers import Tiers
+from .units.arrangement import Arrangement
+from .weights.binding import Binding
+from .weights.buffers import MovedBuffers
+from .weights.rows import RowGatherer
 
 if TYPE_CHECKING:
     from .compilation import Compilation

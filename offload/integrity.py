@@ -11,8 +11,8 @@ from ..io.checksums import (
     read_side_file,
     write_side_file,
 )
+from .monitoring.progress import FillProgress
 from .policy import Policy
-from .progress import FillProgress
 from .readers import open_reader
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.errors import UsageError
-from .classify import classify
-from .embed import embed
-from .generate import generate
 from .model import load, unwrap
 from .policy import Policy
-from .score import score
-from .text import load_tokenizer
+from .tasks.classify import classify
+from .tasks.embed import embed
+from .tasks.generate import generate
+from .tasks.score import score
+from .tasks.text import load_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow

@@ -12,8 +12,8 @@ from ..scheduler.sweep import Sweep
 from .build import build
 from .counters import Statistics
 from .engine import Engine
-from .installed import check_installed
 from .policy import Policy, cache_folder
+from .settings.installed import check_installed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +31,7 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
     """
-    from . import hf  # transformers takes seconds to import
+    from .weights import hf  # transformers takes seconds to import
 
     policy = policy or Policy()
     check_installed(policy)
@@ -47,7 +47,7 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
     place and returned; `penstock.unwrap(module)` puts its parameters back and removes
     that file.
     """
-    from .spill import spill
+    from .weights.spill import spill
 
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")

@@ -1,5 +1,5 @@
 """What the user asks for. Every default of Penstock stands here (those of `kv`: in
-kv_policy) and nowhere else."""
+settings/kv.py) and nowhere else."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, Self
 from platformdirs import user_cache_path
 from pydantic import Field, PrivateAttr, ValidationError
 
-from .contradictions import contradictions
-from .counts import open_counts, without_auto
-from .explain import explain
-from .extends import apply, read_policy
-from .kv_policy import KvPolicy
-from .origin import Document, Origin, PolicyProblems
-from .section import Section
-from .values import (
+from .settings.contradictions import contradictions
+from .settings.counts import open_counts, without_auto
+from .settings.explain import explain
+from .settings.extends import apply, read_policy
+from .settings.kv import KvPolicy
+from .settings.origin import Document, Origin, PolicyProblems
+from .settings.section import Section
+from .settings.values import (
     AutoBytes,
     AutoCount,
     AutoLookahead,
@@ -26,7 +26,7 @@ from .values import (
     Expression,
     TierName,
 )
-from .values import parse_bytes as parse_bytes
+from .settings.values import parse_bytes as parse_bytes
 
 
 class IO(Section):

@@ -34,8 +34,8 @@ from ..io.transfer import Transfer, as_it_lies, packed
 from ..scheduler.evacuation import MIN_BYTES, Evacuation
 from ..scheduler.load import Load
 from ..scheduler.ownership import Ownership
+from .monitoring.progress import FillProgress
 from .policy import Policy
-from .progress import FillProgress
 from .readers import open_reader
 
 _log = logging.getLogger("penstock")

@@ -21,8 +21,8 @@ from ..io.errors import UsageError
 from ..io.recipe import Recipe
 from ..scheduler.module_state import ModuleState
 from .engine import Engine
-from .memory import available_bytes
 from .model import engine_of, load, unwrap
+from .monitoring.memory import available_bytes
 from .policy import Policy
 
 Reference = Callable[[str], torch.Tensor]

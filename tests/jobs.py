@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from penstock.io.disk import Disk
-from penstock.offload.inputs import Inputs
-from penstock.offload.jsonl import SCORED_KEYS
-from penstock.offload.kept import KeptOutput, Mode
-from penstock.offload.manifest import Manifest
-from penstock.offload.part_reader import check_done, read_parts
-from penstock.offload.parts import Cut, NumberedRows
-from penstock.offload.running import PartsRun
-from penstock.offload.sources import find_files
+from penstock.offload.files.inputs import Inputs
+from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.part_reader import check_done, read_parts
+from penstock.offload.files.parts import Cut, NumberedRows
+from penstock.offload.files.sources import find_files
+from penstock.offload.jobs.kept import KeptOutput, Mode
+from penstock.offload.jobs.manifest import Manifest
+from penstock.offload.jobs.running import PartsRun
 
 CUT = Cut(4, 1000)
 Make = Callable[[int, Mapping[str, Any]], dict[str, Any]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from penstock.io.timeline import Span
-from penstock.offload.recorded import Recorded
-from penstock.offload.samples import Sample
+from penstock.offload.monitoring.samples import Sample
+from penstock.offload.reports.recorded import Recorded
 
 BEGAN = 1000.0
 """The clock's time when the job began; a power of two fits a float well enough."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock import Policy
-from penstock.offload.parts import Cut, NumberedRows
-from penstock.offload.work import GenerateWork, ScoreWork
+from penstock.offload.files.parts import Cut, NumberedRows
+from penstock.offload.jobs.work import GenerateWork, ScoreWork
 
 PARENT, WORKER = "parent", "worker"
 

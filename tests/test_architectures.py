@@ -14,8 +14,8 @@ import penstock
 import zoo
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError, PenstockError
-from penstock.offload.head import CausalScorer
 from penstock.offload.model import engine_of
+from penstock.offload.tasks.head import CausalScorer
 
 # The first forward of these writes to the weights, which streaming must refuse.
 NAMES = [name for name, a in zoo.ARCHITECTURES.items() if not a.mutates]

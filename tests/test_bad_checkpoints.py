@@ -386,7 +386,7 @@ def test_an_error_of_the_device_passes_and_the_model_goes_on(
 def test_a_change_between_header_and_first_read_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from penstock.offload import hf
+    from penstock.offload.weights import hf
 
     build = hf.build
 

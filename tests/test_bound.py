@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from penstock import Policy
-from penstock.offload.bound import Counts, what_bound
+from penstock.offload.reports.bound import Counts, what_bound
 
 GIB = 1 << 30
 SCORING = Counts(

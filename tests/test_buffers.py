@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from penstock.offload.buffers import MovedBuffers
+from penstock.offload.weights.buffers import MovedBuffers
 
 
 class Tables(nn.Module):

@@ -19,7 +19,7 @@ import penstock
 import zoo
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
-from penstock.offload.head import CausalScorer
+from penstock.offload.tasks.head import CausalScorer
 
 GPU = [
     pytest.mark.gpu,

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.io.errors import DoesNotFitError
-from penstock.offload import division, sites
-from penstock.offload.blueprint import blueprint
-from penstock.offload.forecast import Forecaster
-from penstock.offload.hf import Skeleton
-from penstock.offload.machine import Machine
+from penstock.offload.machines.machine import Machine
+from penstock.offload.plans.forecast import Forecaster
 from penstock.offload.policy import Policy
+from penstock.offload.units import division, sites
+from penstock.offload.weights.blueprint import blueprint
+from penstock.offload.weights.hf import Skeleton
 from penstock.scheduler.cost import CostModel
 from penstock.scheduler.pipeline import Load, run_passes
 from penstock.scheduler.rates import Curve, Rates

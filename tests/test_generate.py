@@ -22,8 +22,8 @@ import zoo
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import UsageError
-from penstock.offload.decoding import RowSampler
-from penstock.offload.generate import GenerateProgress
+from penstock.offload.tasks.decoding import RowSampler
+from penstock.offload.tasks.generate import GenerateProgress
 from test_score import read, run, settings
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -40,7 +40,7 @@ from checkpoints import same_bits
 from penstock.io.checkpoint import open_checkpoint
 from penstock.io.errors import CheckpointError
 from penstock.io.recipe import Recipe
-from penstock.offload import hf
+from penstock.offload.weights import hf
 from test_loader import opened
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -20,13 +20,13 @@ import zstandard
 
 from jobs import read_lines, run_job, write_rows
 from penstock.io.errors import InputError, UsageError
-from penstock.offload import extras
-from penstock.offload.ahead import Ahead
-from penstock.offload.inputs import Inputs
-from penstock.offload.jsonl import SCORED_KEYS, line_of
-from penstock.offload.part_reader import read_parts
-from penstock.offload.parts import Cut, Position
-from penstock.offload.sources import check_apart, find_files
+from penstock.offload.files import extras
+from penstock.offload.files.inputs import Inputs
+from penstock.offload.files.jsonl import SCORED_KEYS, line_of
+from penstock.offload.files.part_reader import read_parts
+from penstock.offload.files.parts import Cut, Position
+from penstock.offload.files.sources import check_apart, find_files
+from penstock.offload.jobs.ahead import Ahead
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -19,9 +19,9 @@ from checkpoint import make_checkpoint
 from jobs import Killed, read_lines
 from penstock import Policy
 from penstock.io.errors import InputError, StoppedError, UsageError
-from penstock.offload.job import Done, Job
-from penstock.offload.parts import Cut, NumberedRows
-from penstock.offload.work import GenerateWork, ScoreWork, Work
+from penstock.offload.files.parts import Cut, NumberedRows
+from penstock.offload.jobs.job import Done, Job
+from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
 from test_score import run as command
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

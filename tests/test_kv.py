@@ -21,7 +21,7 @@ from penstock import Policy
 from penstock.io.errors import ClosedError, DoesNotFitError, PenstockError
 from penstock.io.kv_pages import PAGE_BYTES
 from penstock.io.kv_staging import Staging
-from penstock.offload.kv_cache import replace_layers
+from penstock.offload.kv.cache import replace_layers
 from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -545,7 +545,7 @@ def test_keys_are_not_replaced(caches: list[Any]) -> None:
 
 
 def test_transformers_makes_caches_as_the_adapter_expects(tmp_path: Path) -> None:
-    """The private calls that offload/kv_cache.py relies on."""
+    """The private calls that offload/kv/cache.py relies on."""
     import inspect
 
     from transformers import cache_utils

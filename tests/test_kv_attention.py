@@ -18,8 +18,8 @@ from penstock.io.errors import PolicyError
 from penstock.io.kv_count import KvCount
 from penstock.io.kv_in_place import InPlaceStrip
 from penstock.io.kv_shape import KvShape
-from penstock.offload.kv_attention import attend
-from penstock.offload.kv_layers import TieredLayer, TieredSlidingLayer
+from penstock.offload.kv.attention import attend
+from penstock.offload.kv.layers import TieredLayer, TieredSlidingLayer
 from test_fake_gpu import FakeGpu, gpu
 from test_kv import batches_of, expected_of, swept
 

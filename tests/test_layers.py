@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +15,39 @@ import penstock
 
 ROOT = Path(penstock.__file__).parent
 FLOORS = ("io", "scheduler", "offload")
-FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).glob("*.py"))
+FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 MAX_LINES = 300
+
+ORDER = (
+    "commands",
+    "tuning",
+    "jobs",
+    "reports",
+    "plans",
+    "machines",
+    "tasks",
+    "",  # the files beside the folders
+    "kv",
+    "weights",
+    "units",
+    "settings",
+    "monitoring",
+    "files",
+)
+"""The folders of offload/, from the top down: imports go down only here, too."""
+FACES = {"cli": "commands", "mapper": "tasks", "policy": "settings"}
+"""Files beside the folders that belong to one of them."""
 
 PURE = {
     "io/timeline.py",
-    "offload/bound.py",
-    "offload/candidates.py",
-    "offload/manifest.py",
-    "offload/parts.py",
-    "offload/perfetto.py",
-    "offload/race.py",
-    "offload/recorded.py",
-    "offload/samples.py",
+    "offload/files/parts.py",
+    "offload/jobs/manifest.py",
+    "offload/monitoring/samples.py",
+    "offload/reports/bound.py",
+    "offload/reports/perfetto.py",
+    "offload/reports/recorded.py",
+    "offload/tuning/candidates.py",
+    "offload/tuning/race.py",
     "scheduler/admission.py",
     "scheduler/cooling.py",
     "scheduler/cost.py",
@@ -98,6 +118,10 @@ def label(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def floor_at(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -121,6 +145,28 @@ def floor_of(module: str) -> str | None:
     return parts[1] if parts[0] == "penstock" and len(parts) > 1 else None
 
 
+def folder_of(module: str) -> str | None:
+    """The folder of offload/ that a module is in, or whose face it is."""
+    package, floor, *names = module.split(".")[:3]
+    if (package, floor) != ("penstock", "offload") or not names:
+        return None
+    name = FACES.get(names[0], names[0])
+    return name if name in ORDER else ""
+
+
+def climbs(module: str, imports: Iterable[Import]) -> list[Import]:
+    """Which of the imports of a module of offload/ go up in ORDER."""
+    here = folder_of(module)
+    assert here is not None, f"{module} is not in offload/"
+    allowed = {None, *ORDER[ORDER.index(here) :]}
+    return [
+        found
+        for found in imports
+        if found.package == "penstock"
+        and folder_of(f"{found.module}.{found.name}") not in allowed
+    ]
+
+
 @pytest.fixture(params=FILES, ids=label)
 def path(request: pytest.FixtureRequest) -> Path:
     found: Path = request.param
@@ -128,16 +174,53 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def test_all_three_floors_were_found() -> None:
-    assert {path.parent.name for path in FILES} == set(FLOORS)
+    assert {floor_at(path) for path in FILES} == set(FLOORS)
     assert {label(path) for path in FILES} >= PURE
 
 
 def test_imports_go_down_only(path: Path) -> None:
-    below = FLOORS[: FLOORS.index(path.parent.name) + 1]
+    below = FLOORS[: FLOORS.index(floor_at(path)) + 1]
     for found in imports_of(path):
         if found.package == "penstock":
             floor = floor_of(found.module)
             assert floor in below, f"line {found.line} imports {found.module}"
+
+
+def test_folders_of_offload_import_down_only(path: Path) -> None:
+    if label(path).startswith("offload/"):
+        module = ".".join(["penstock", *Path(label(path)).with_suffix("").parts])
+        up = climbs(module, imports_of(path))
+        assert not up, [f"line {each.line} imports {each.module}" for each in up]
+
+
+def test_all_folders_of_offload_are_in_the_order() -> None:
+    folders = {path.parent for path in FILES if label(path).startswith("offload/")}
+    names = [folder.relative_to(ROOT / "offload").as_posix() for folder in folders]
+    assert sorted(names) == sorted(name or "." for name in ORDER)
+    assert all((ROOT / "offload" / f"{face}.py").exists() for face in FACES)
+
+
+@pytest.mark.parametrize(
+    ("importer", "module", "name", "is_up"),
+    [
+        ("kv.cache", "penstock.offload.jobs.work", "Work", True),
+        ("kv.cache", "penstock.offload.jobs", "work", True),
+        ("kv.cache", "penstock.offload", "engine", True),
+        ("kv.cache", "penstock.offload.kv.layers", "Layer", False),
+        ("kv.cache", "penstock.offload.policy", "Policy", False),
+        ("kv.cache", "penstock.io.arena", "Arena", False),
+        ("jobs.work", "penstock.offload.kv.cache", "install", False),
+        ("policy", "penstock.offload.engine", "Engine", True),
+        ("engine", "penstock.offload.policy", "Policy", False),
+        ("engine", "penstock.offload.cli", "main", True),
+        ("cli", "penstock.offload.engine", "Engine", False),
+    ],
+)
+def test_an_import_that_goes_up_is_found(
+    importer: str, module: str, name: str, is_up: bool
+) -> None:
+    found = Import(module, name, 0, 1)
+    assert climbs(f"penstock.offload.{importer}", [found]) == [found] * is_up
 
 
 def test_library_files_import_each_other_relatively(path: Path) -> None:
@@ -147,7 +230,7 @@ def test_library_files_import_each_other_relatively(path: Path) -> None:
 
 
 def test_only_two_files_name_a_concrete_tier(path: Path) -> None:
-    if label(path) not in CHOOSERS and path.parent.name != "io":
+    if label(path) not in CHOOSERS and floor_at(path) != "io":
         for found in imports_of(path):
             whole = f"{found.module}.{found.name}"
             assert not TIERS & {found.module, whole}, f"line {found.line}"

@@ -10,20 +10,20 @@ import torch
 from typer.testing import CliRunner
 
 from penstock.io.errors import PolicyError, UsageError
-from penstock.offload import measure, measure_beside
 from penstock.offload.cli import app
-from penstock.offload.machine import (
+from penstock.offload.machines import measure, measure_beside
+from penstock.offload.machines.machine import (
     Calls,
     Machine,
     find_machine,
     own_machine_path,
     shipped_machines,
 )
-from penstock.offload.measure_calls import least_seconds
-from penstock.offload.measure_gpu import copies_of
-from penstock.offload.measuring import measure_machine
+from penstock.offload.machines.measure_calls import least_seconds
+from penstock.offload.machines.measure_gpu import copies_of
+from penstock.offload.machines.measuring import measure_machine
+from penstock.offload.plans.rates import rates_of
 from penstock.offload.policy import IO, Policy
-from penstock.offload.rates import rates_of
 
 SMALL = """
 name: small
@@ -191,7 +191,7 @@ def test_this_computer_is_measured(
     monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
     monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
     monkeypatch.setattr(measure_beside, "_ROUND_SECONDS", 0.05)
-    module = "penstock.offload.measuring"
+    module = "penstock.offload.machines.measuring"
     monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
     monkeypatch.setattr(f"{module}.block_seconds", lambda *_: (10.0, 1e-9))
     monkeypatch.setattr(f"{module}.decode_block_seconds", lambda *_: 10.0)

@@ -5,7 +5,7 @@ import ctypes
 import psutil
 import pytest
 
-from penstock.offload.memory import HeapTrimmer
+from penstock.offload.monitoring.memory import HeapTrimmer
 
 has_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) is not None
 

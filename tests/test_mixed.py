@@ -22,10 +22,10 @@ from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.io.link import Link
 from penstock.io.source import Staged
-from penstock.offload.division import needs
 from penstock.offload.engine import Engine
 from penstock.offload.model import engine_of
 from penstock.offload.tiers import Tiers
+from penstock.offload.units.division import needs
 from penstock.scheduler.load import Load
 from test_architectures import NAMES, outputs_of
 

@@ -17,9 +17,9 @@ import zstandard
 
 from jobs import Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import OutputError
-from penstock.offload.outputs import column_kinds, results_of
-from penstock.offload.parts import Cut
-from penstock.offload.streamed import StreamedOutput, is_stream
+from penstock.offload.files.outputs import column_kinds, results_of
+from penstock.offload.files.parts import Cut
+from penstock.offload.files.streamed import StreamedOutput, is_stream
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -151,7 +151,7 @@ def test_a_file_system_that_takes_nothing_is_named(source: Path, folder: str) ->
 def test_a_full_device_is_named(source: Path) -> None:
     device = Path("/dev/full")
     assert is_stream(device)
-    from penstock.offload.parts import Part, Position
+    from penstock.offload.files.parts import Part, Position
 
     part = Part(0, 0, [{}], Position(), "")
     with (

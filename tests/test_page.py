@@ -18,9 +18,9 @@ import pytest
 
 import runs
 from penstock.io.timeline import Span
-from penstock.offload import page as page_module
-from penstock.offload.page import picture_data, render
-from penstock.offload.recorded import Recorded
+from penstock.offload.reports import page as page_module
+from penstock.offload.reports.page import picture_data, render
+from penstock.offload.reports.recorded import Recorded
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),

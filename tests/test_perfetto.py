@@ -10,8 +10,8 @@ import pytest
 
 import runs
 from penstock.io.timeline import Span
-from penstock.offload.perfetto import trace
-from penstock.offload.recorded import Recorded
+from penstock.offload.reports.perfetto import trace
+from penstock.offload.reports.recorded import Recorded
 
 
 @pytest.fixture

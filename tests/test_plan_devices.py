@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from penstock.offload.cli import app
-from penstock.offload.machine import Machine, find_machine
-from penstock.offload.plan import Plan, make_plan
-from penstock.offload.plan_devices import Way
-from penstock.offload.planner import Task
+from penstock.offload.machines.machine import Machine, find_machine
+from penstock.offload.plans.devices import Way
+from penstock.offload.plans.plan import Plan, make_plan
+from penstock.offload.plans.planner import Task
 from penstock.offload.policy import Policy
 
 LLAMA: dict[str, Any] = {

@@ -19,13 +19,13 @@ from penstock.io.errors import (
     PolicyError,
     UsageError,
 )
-from penstock.offload.blueprint import blueprint
 from penstock.offload.cli import app
-from penstock.offload.machine import Machine, find_machine, own_machine_path
-from penstock.offload.pareto import frontier
-from penstock.offload.plan import Plan, make_plan
-from penstock.offload.planner import Task
+from penstock.offload.machines.machine import Machine, find_machine, own_machine_path
+from penstock.offload.plans.pareto import frontier
+from penstock.offload.plans.plan import Plan, make_plan
+from penstock.offload.plans.planner import Task
 from penstock.offload.policy import Policy
+from penstock.offload.weights.blueprint import blueprint
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -11,9 +11,9 @@ import pytest
 from nets import Net, make
 from penstock import Policy, wrap
 from penstock.io.errors import MachineError, PolicyError
-from penstock.offload.contradictions import without_effect
-from penstock.offload.extends import shipped
-from penstock.offload.installed import Installed, over_budget
+from penstock.offload.settings.contradictions import without_effect
+from penstock.offload.settings.extends import shipped
+from penstock.offload.settings.installed import Installed, over_budget
 
 GIB = 1 << 30
 

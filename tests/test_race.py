@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from penstock.offload.candidates import Around, candidates, widest
-from penstock.offload.race import (
+from penstock.offload.tuning.candidates import Around, candidates, widest
+from penstock.offload.tuning.race import (
     FINALISTS,
     LAPS,
     START,

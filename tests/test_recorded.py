@@ -9,13 +9,13 @@ import pytest
 
 import runs
 from penstock.io.timeline import Span
-from penstock.offload.recorded import (
+from penstock.offload.monitoring.samples import Sample, Samples, Step, Window, speeds
+from penstock.offload.reports.recorded import (
     link_speeds,
     num_passes,
     roofline,
     waits_by_tier,
 )
-from penstock.offload.samples import Sample, Samples, Step, Window, speeds
 
 
 def sample(seconds: float, **values: object) -> Sample:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from jobs import CUT, FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import InputError, OutputError, UsageError
-from penstock.offload.finished import read_finished
-from penstock.offload.inputs import Inputs
-from penstock.offload.jsonl import SCORED_KEYS
-from penstock.offload.part_reader import check_done
-from penstock.offload.parts import Cut
-from penstock.offload.sources import find_files
+from penstock.offload.files.inputs import Inputs
+from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.part_reader import check_done
+from penstock.offload.files.parts import Cut
+from penstock.offload.files.sources import find_files
+from penstock.offload.jobs.finished import read_finished
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -245,7 +245,7 @@ def test_a_finished_job_of_standard_input_is_compared_with_what_comes_now(
         reading, writing = os.pipe()
         os.write(writing, content)
         os.close(writing)
-        monkeypatch.setattr("penstock.offload.inputs._STDIN", reading)
+        monkeypatch.setattr("penstock.offload.files.inputs._STDIN", reading)
         try:
             return run_job(["-"], output, disk=FragileDisk(step)).asked
         finally:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zoo
-from penstock.offload.row_probe import takes_rows_to_rows
+from penstock.offload.units.row_probe import takes_rows_to_rows
 
 WIDTH = 8
 NAMES = ["llama", "gpt2", "phi3", "gemma2", "t5", "bert", "qwen2_moe", "mamba", "vit"]

@@ -19,11 +19,11 @@ from rich.console import Console
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import StoppedError, UsageError
-from penstock.offload.budgets import Room, divided, threads_of
-from penstock.offload.job import Done, Job
-from penstock.offload.look import Look, all_of
-from penstock.offload.task_progress import GenerateProgress, add_up
-from penstock.offload.work import Work
+from penstock.offload.jobs.budgets import Room, divided, threads_of
+from penstock.offload.jobs.job import Done, Job
+from penstock.offload.jobs.look import Look, all_of
+from penstock.offload.jobs.work import Work
+from penstock.offload.tasks.task_progress import GenerateProgress, add_up
 from shared_work import PARENT, Generating, Scoring
 
 NUM_ROWS = 40
@@ -112,7 +112,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from penstock.offload.job import Job
+from penstock.offload.jobs.job import Job
 from shared_work import PARENT, Scoring
 from test_sharing import POLICY
 folder, source, output, marker = map(Path, sys.argv[1:])

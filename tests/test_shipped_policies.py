@@ -16,10 +16,14 @@ from transformers import AutoModelForCausalLM
 import penstock
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.offload.contradictions import without_effect
-from penstock.offload.extends import SHIPPED, shipped
-from penstock.offload.installed import Installed, over_budget
-from penstock.offload.reference import policy_schema, policy_text, reference_text
+from penstock.offload.settings.contradictions import without_effect
+from penstock.offload.settings.extends import SHIPPED, shipped
+from penstock.offload.settings.installed import Installed, over_budget
+from penstock.offload.settings.reference import (
+    policy_schema,
+    policy_text,
+    reference_text,
+)
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

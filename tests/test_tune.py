@@ -18,15 +18,15 @@ from penstock.io.errors import (
     UsageError,
 )
 from penstock.offload.cli import app
-from penstock.offload.machine import Machine
-from penstock.offload.plan import make_plan
-from penstock.offload.planner import Task
+from penstock.offload.machines.machine import Machine
+from penstock.offload.plans.plan import make_plan
+from penstock.offload.plans.planner import Task
 from penstock.offload.policy import Policy
-from penstock.offload.race import LAPS, Verdict
-from penstock.offload.slices import Slice, made_up, sample_of
-from penstock.offload.tune import Tuning
-from penstock.offload.tune_log import SUFFIX, TuneLog
-from penstock.offload.tuned import tuned_yaml
+from penstock.offload.tuning.log import SUFFIX, TuneLog
+from penstock.offload.tuning.race import LAPS, Verdict
+from penstock.offload.tuning.slices import Slice, made_up, sample_of
+from penstock.offload.tuning.tune import Tuning
+from penstock.offload.tuning.tuned import tuned_yaml
 
 Measure = Callable[[Path, Policy, Slice], float]
 

@@ -18,15 +18,15 @@ from rich.console import Console
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import OutputError, UsageError
-from penstock.offload.generate import GenerateProgress
-from penstock.offload.job import Job
-from penstock.offload.metrics import MetricsFile
-from penstock.offload.monitor import Every, Monitor, interval_seconds
-from penstock.offload.progress import JobBar, JsonLines, PlainLines
-from penstock.offload.samples import Sample, Window
-from penstock.offload.score import ScoreProgress
-from penstock.offload.watch import Watching
-from penstock.offload.work import ScoreWork
+from penstock.offload.jobs.job import Job
+from penstock.offload.jobs.watch import Watching
+from penstock.offload.jobs.work import ScoreWork
+from penstock.offload.monitoring.metrics import MetricsFile
+from penstock.offload.monitoring.monitor import Every, Monitor, interval_seconds
+from penstock.offload.monitoring.progress import JobBar, JsonLines, PlainLines
+from penstock.offload.monitoring.samples import Sample, Window
+from penstock.offload.tasks.generate import GenerateProgress
+from penstock.offload.tasks.score import ScoreProgress
 
 SAMPLE = Sample(
     seconds=30.0,

@@ -13,8 +13,8 @@ import pytest
 
 import worker_targets
 from penstock.io.errors import InputError, MachineError, UsageError
-from penstock.offload.parts import Cut, Part, PartRecord, Position
-from penstock.offload.worker_pool import MOST_DEATHS, WorkerPool
+from penstock.offload.files.parts import Cut, Part, PartRecord, Position
+from penstock.offload.jobs.worker_pool import MOST_DEATHS, WorkerPool
 
 ROWS = 3
 

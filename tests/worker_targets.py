@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from penstock.io.errors import UsageError
-from penstock.offload.parts import Part
+from penstock.offload.files.parts import Part
 
 
 def _parts(link: Connection) -> Iterator[Part]:

@@ -26,10 +26,10 @@ from gpu.links import matmul
 from gpu.shapes import Shape, most_layers, shape_of, token_ids
 from penstock import Policy
 from penstock.io.checkpoint import Checkpoint, open_checkpoint
-from penstock.offload import hf
 from penstock.offload.build import build
-from penstock.offload.head import CausalScorer
 from penstock.offload.model import _attach
+from penstock.offload.tasks.head import CausalScorer
+from penstock.offload.weights import hf
 
 SHARED = Path("/dev/shm")
 IN_FLIGHT = (2, 8)

@@ -29,8 +29,8 @@ from penstock.io.link import Link
 from penstock.io.pinned import CudaRegistrar, Pinned
 from penstock.io.source import Kept
 from penstock.io.transfer import packed
-from penstock.offload.binding import Binding
-from penstock.offload.sites import Found, FoundSite, FoundUnit, Place
+from penstock.offload.units.sites import Found, FoundSite, FoundUnit, Place
+from penstock.offload.weights.binding import Binding
 from penstock.scheduler.doors import Doors, Site
 from penstock.scheduler.working_set import WorkingSet
 

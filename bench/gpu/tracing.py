@@ -120,7 +120,7 @@ def of_sweep(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     import penstock
     from gpu.api import LOGITS_BYTES, streamed
     from gpu.shapes import token_ids
-    from penstock.offload.head import CausalScorer
+    from penstock.offload.tasks.head import CausalScorer
 
     with streamed(part, shape, num_layers, num_slots=3) as model:
         scorer = CausalScorer(model, max_logits_bytes=LOGITS_BYTES)

@@ -1,0 +1,1 @@
+"""The commands of `penstock`, and the options that they share."""

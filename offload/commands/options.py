@@ -1,0 +1,115 @@
+"""Options that several commands of the command line have."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...io.errors import UsageError
+from ..policy import Policy
+
+if TYPE_CHECKING:
+    from ..jobs.kept import Mode
+
+SOURCES = (
+    "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, Arrow: files, globs or "
+    "folders (sorted by path), or - for standard input."
+)
+OUTPUTS = (
+    "Its suffix says the format: JSON lines (also .gz, .zst), .parquet or .arrow; - is "
+    "standard output."
+)
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a Hugging Face checkpoint: config.json, *.safetensors, and the "
+        "tokenizer's files."
+    ),
+]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        help="YAML file that says how to stream the model, or the name of a shipped "
+        "policy (`penstock policy --list`).",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Sets one key of the policy, such as device_memory=2GiB, dtype=float32 or "
+        "io.threads=4. Repeatable; wins over the file.",
+    ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="Folder for report.html (a page that says how fast it was, what bound it "
+        "and what to change, with pictures), report.json and trace.json.",
+    ),
+]
+LogJson = Annotated[
+    bool,
+    typer.Option(
+        "--log-json",
+        help="Print one JSON object every five seconds to standard error: counters, "
+        "speeds, time left.",
+    ),
+]
+Metrics = Annotated[
+    Path | None,
+    typer.Option(
+        "--metrics",
+        metavar="FILE.prom",
+        help="Prometheus text file, written anew every five seconds, for "
+        "node_exporter's textfile collector. Needs penstock[metrics].",
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart/--resume",
+        help="Begin anew, and write over what is there. Otherwise a job that was ended "
+        "is gone on with, if its input, model and options are the same.",
+    ),
+]
+RetryErrors = Annotated[
+    bool,
+    typer.Option(
+        "--retry-errors",
+        help="Do the rows again that failed, of an output that is done or begun.",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Processes of this machine that share the job, each with a model of its "
+        "own: sizes of the policy that are auto and the CPU's threads are divided, "
+        "host_memory is shared, and with device: cuda each takes a GPU in turn.",
+    ),
+]
+
+
+def mode_of(restart: bool, retry_errors: bool) -> "Mode":
+    """What is to be done with what is there."""
+    if restart and retry_errors:
+        raise UsageError("--restart does all rows again: leave --retry-errors out")
+    return "restart" if restart else "retry" if retry_errors else "resume"
+
+
+def say(message: str) -> None:
+    """Tells the user, on standard error."""
+    print(f"penstock: {message}", file=sys.stderr)
+
+
+def policy_of(path: Path | None, settings: list[str] | None) -> Policy:
+    """The policy in the file `path`, with `settings` on top."""
+    if path is None:
+        return Policy().with_settings(settings or [])
+    return Policy.from_yaml(path, settings or [])

@@ -1,0 +1,184 @@
+"""The commands that look ahead: `penstock machine` and `penstock plan`."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ...io.errors import OutputError, UsageError
+from .options import PolicyFile, Settings, policy_of
+
+
+class TaskName(StrEnum):
+    """What is to be done with the rows."""
+
+    score = "score"
+    generate = "generate"
+
+
+class PlannedTask(StrEnum):
+    """What can be planned for."""
+
+    score = "score"
+    generate = "generate"
+    embed = "embed"
+
+
+class ObjectiveName(StrEnum):
+    """What the planner goes for."""
+
+    throughput = "throughput"
+    latency = "latency"
+
+
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        help="File of a machine, or the name of one that comes with Penstock. Without "
+        "it: this computer, as `penstock machine` measured it.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands of this file to `app`."""
+    app.command()(machine)
+    app.command()(plan)
+
+
+def machine(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="YAML file to write. Without it: the user's cache folder, where other "
+            "commands find it.",
+        ),
+    ] = None,
+    disk: Annotated[
+        Path,
+        typer.Option(
+            help="Folder on the drive that checkpoints lie on (1 GiB is written there "
+            "and removed), or a large file on it, which is read."
+        ),
+    ] = Path("."),
+    device: Annotated[
+        str, typer.Option(help="What computes: cpu, cuda or cuda:1.")
+    ] = "cpu",
+) -> None:
+    """Measures this computer once, in about a minute, into a file to read and edit.
+
+    Products by rows and dtype, memory, copies to and from a GPU, the drive by each
+    reader, cores, and what calls cost. Leave the computer alone meanwhile.
+    """
+    from ..machines.machine import own_machine_path
+    from ..machines.measuring import check_measurable, measure_machine
+    from ..policy import IO
+
+    check_measurable(disk, device)
+    path = output or own_machine_path()
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+
+        def progress(part: str) -> None:
+            status.update(f"measuring: {part}")
+            if not console.is_terminal:
+                console.print(f"measuring: {part}", soft_wrap=True)
+
+        try:
+            found = measure_machine(disk, IO(), progress, device=device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot measure or write {path}: {error}") from error
+    print(path)
+
+
+def plan(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a Hugging Face checkpoint; its config.json is enough."
+        ),
+    ],
+    policy: PolicyFile = None,
+    settings: Settings = None,
+    machine: MachineName = None,
+    task: Annotated[
+        PlannedTask, typer.Option(help="What to plan for.")
+    ] = PlannedTask.score,
+    prompt: Annotated[
+        int, typer.Option(min=1, help="Tokens of a row, or of a prompt.")
+    ] = 128,
+    new: Annotated[
+        int, typer.Option(min=1, help="Tokens that each prompt gets, of generate.")
+    ] = 64,
+    objective: Annotated[
+        ObjectiveName,
+        typer.Option(help="Most tokens a second, or one batch as soon as possible."),
+    ] = ObjectiveName.throughput,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead.")
+    ] = False,
+    as_yaml: Annotated[
+        bool,
+        typer.Option("--yaml", help="Print the resolved policy, for --policy."),
+    ] = False,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG or SVG file: latency against throughput over what is in flight."
+        ),
+    ] = None,
+) -> None:
+    """What fits, how fast it will be, what binds it: before a byte is loaded.
+
+    What the policy leaves open is chosen: what is in flight, what stays in memory,
+    where keys and values are. Exit code 3 where the machine cannot run the model, with
+    what would make it run.
+    """
+    from ..machines.machine import find_machine
+    from ..plans.pareto import check_plot, plot_pareto
+    from ..plans.plan import make_plan
+    from ..plans.planner import Task
+    from ..plans.table import devices_table, plan_table
+
+    if as_json and as_yaml:
+        raise UsageError("--json and --yaml print different things: give one of them")
+    if pareto is not None:
+        check_plot(pareto)
+    found = find_machine(machine)
+    if found is None:
+        raise UsageError(
+            "no machine file: run penstock machine, which measures this computer once, "
+            "or give --machine"
+        )
+    generates, embeds = task is PlannedTask.generate, task is PlannedTask.embed
+    wanted = Task(generates, prompt, new, embeds)
+    made = make_plan(
+        model,
+        policy_of(policy, settings),
+        found,
+        wanted,
+        "latency" if objective is ObjectiveName.latency else "throughput",
+    )
+    if as_json:
+        print(json.dumps(made.to_json(), indent=2))
+    elif as_yaml:
+        print(made.to_yaml(), end="")
+    else:
+        print(made.title)
+        Console().print(plan_table(made))
+        for sentence in made.sentences:
+            print(f"- {sentence}")
+        if made.devices is not None:
+            Console().print(devices_table(made.devices))
+    if pareto is not None:
+        plot_pareto(made, pareto)
+        if not (as_json or as_yaml):
+            print(pareto)

@@ -1,0 +1,143 @@
+"""Rows in files of columns: Parquet and Arrow, by pyarrow."""
+
+import json
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...io.errors import InputError
+from .extras import extra
+from .jsonl import checked
+from .parts import InputRow, Position
+from .sources import InputFile, Layout
+
+# The only ones that are read, of those that a file has.
+COLUMNS = ("id", "text", "prompt", "completion", "messages", "labels")
+_BATCH_ROWS = 1024
+
+
+class ColumnFile:
+    """A Parquet or Arrow file. Rows are decoded a batch at a time (of Arrow: a record
+    batch as it was written), on the thread that asks for them."""
+
+    def __init__(self, file: InputFile, any_of: Mapping[str, str]) -> None:
+        assert file.path is not None, "standard input has lines"
+        self._path, self._layout, self._any_of = file.path, file.layout, any_of
+        self._arrow = extra("pyarrow", "pyarrow", f"reading {file.name}")
+
+    def check(self) -> int | None:
+        """How many rows it has, None where only reading it would tell. Raises
+        InputError for one that is damaged or lacks the columns that are needed."""
+        with _damage(self._path, self._arrow):
+            num_rows, names = _opened(self._path, self._layout)
+        if not self._any_of.keys() & set(names):
+            wanted = ", nor ".join(self._any_of.values())
+            raise InputError(
+                f"{self._path} has no column {wanted} (columns: {', '.join(names)})"
+            )
+        return num_rows
+
+    def rows(self, number: int, start: int, prefix: str) -> Iterator[InputRow]:
+        """From row `start` (from 0) of this file, the job's `number`-th. `prefix` goes
+        before row numbers, to tell files apart."""
+        row_number = start
+        with _damage(self._path, self._arrow):
+            for batch in _batches(self._path, self._layout, start):
+                for values in batch.to_pylist():
+                    content = json.dumps(values, default=str).encode()
+                    row = {k: v for k, v in values.items() if v is not None}
+                    row.pop("error", None)
+                    if "id" in row:
+                        row["id"] = _plain(row["id"])
+                    row_number += 1
+                    identity = f"{prefix}{row_number}" if prefix else row_number
+                    where = f"{prefix}row {row_number}"
+                    yield InputRow(
+                        checked(row, where, identity, self._any_of),
+                        content,
+                        Position(number, row_number, row_number),
+                    )
+
+
+@contextmanager
+def _damage(path: Path, arrow: Any) -> Iterator[None]:
+    """Turns what pyarrow raises of a file into InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"cannot read {path}: {text}") from error
+
+
+def _plain(value: Any) -> Any:
+    """An id as JSON has it: a date, say, becomes a string."""
+    return value if isinstance(value, (str, int)) else str(value)
+
+
+def _opened(path: Path, layout: Layout) -> tuple[int | None, list[str]]:
+    if layout == "parquet":
+        parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
+        with parquet.ParquetFile(path) as file:
+            return file.metadata.num_rows, file.schema_arrow.names
+    with path.open("rb") as file:
+        reader = _ipc(file, path)
+        return None, reader.schema.names
+
+
+def _batches(path: Path, layout: Layout, start: int) -> Iterator[Any]:
+    """Batches of the columns that are read, from row `start`."""
+    with closing(_whole_batches(path, layout, start)) as batches:
+        for first_row, batch in batches:
+            skipped = max(start - first_row, 0)
+            if skipped < batch.num_rows:
+                yield batch.slice(skipped)
+
+
+def _whole_batches(
+    path: Path, layout: Layout, start: int
+) -> Generator[tuple[int, Any], None, None]:
+    """(number of its first row, batch), from the group of rows that has row `start`
+    or, of Arrow, from the first."""
+    row = 0
+    if layout == "parquet":
+        parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
+        with parquet.ParquetFile(path) as file:
+            names = [n for n in file.schema_arrow.names if n in COLUMNS]
+            for group in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                if row + num_rows <= start:
+                    row += num_rows
+                    continue
+                for batch in file.iter_batches(
+                    _BATCH_ROWS, row_groups=[group], columns=names, use_threads=False
+                ):
+                    yield row, batch
+                    row += batch.num_rows
+        return
+    with path.open("rb") as opened:
+        reader = _ipc(opened, path)
+        names = [n for n in reader.schema.names if n in COLUMNS]
+        for whole in _record_batches(reader):
+            for first in range(0, whole.num_rows, _BATCH_ROWS):
+                batch = whole.slice(first, _BATCH_ROWS).select(names)
+                yield row, batch
+                row += batch.num_rows
+
+
+def _ipc(file: Any, path: Path) -> Any:
+    """Of the file format (Feather's second version) or of the streaming one."""
+    ipc = extra("pyarrow.ipc", "pyarrow", f"reading {path}")
+    magic = file.read(6)
+    file.seek(0)
+    return ipc.open_file(file) if magic == b"ARROW1" else ipc.open_stream(file)
+
+
+def _record_batches(reader: Any) -> Iterator[Any]:
+    if hasattr(reader, "num_record_batches"):
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+    else:
+        yield from reader

@@ -1,0 +1,212 @@
+"""A job's rows, as they stand in its files, one after the other."""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from ...io.errors import InputError
+from ...io.fingerprint import fingerprint
+from .columns import ColumnFile
+from .compression import CHUNK_BYTES, decompressed
+from .jsonl import checked, parse_row, split_lines
+from .parts import InputRow, Position
+from .sources import InputFile
+
+_STDIN = 0
+
+
+class Inputs:
+    """The rows of `files`, read lazily and in order. One that has no "id" gets its line
+    (or row) number, from 1, after the file's name where there are several."""
+
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        any_of: Mapping[str, str],
+        *,
+        stdin: int | None = None,
+    ) -> None:
+        self.files = tuple(files)
+        self._any_of = any_of
+        self._stdin = _STDIN if stdin is None else stdin
+        self._stats = [_stat(file) for file in files]
+        self._sizes = [size for size, _ in self._stats]
+        self._read_bytes = 0
+        """Of the file that is read now, as it lies there."""
+        self._file = 0
+        self.rows_read = 0
+        """Set by who reads: rows up to the place that reading has come to."""
+        self._num_rows = [self._check(file) for file in files]
+
+    @property
+    def is_stream(self) -> bool:
+        """Standard input: read once, of unknown length."""
+        return self.files[0].path is None
+
+    @property
+    def num_rows(self) -> int | None:
+        """Of all files, where they say so themselves."""
+        known = [num for num in self._num_rows if num is not None]
+        return sum(known) if len(known) == len(self.files) else None
+
+    def estimated_rows(self) -> float | None:
+        """Of all files, from those read and how far they go; None for standard input,
+        and before anything was read."""
+        if self.num_rows is not None:
+            return self.num_rows
+        done = sum(self._sizes[: self._file]) + self._read_bytes
+        if self.is_stream or not done:
+            return None
+        return max(self.rows_read * sum(self._sizes) / done, self.rows_read)
+
+    def identity(self) -> dict[str, dict[str, int | str]]:
+        """What tells these files from others, by name: place, bytes and fingerprint.
+        Where there is one, its folder does not matter."""
+        found: dict[str, dict[str, int | str]] = {}
+        for number, file in enumerate(self.files):
+            if file.path is None:
+                found[file.name] = {}
+                continue
+            with _reading(file.path):
+                mark = fingerprint(file.path)
+            name = file.name if len(self.files) > 1 else file.path.name
+            found[name if name not in found else f"{name} ({number + 1})"] = {
+                "place": number + 1,
+                "bytes": self._sizes[number],
+                "fingerprint": mark,
+            }
+        return found
+
+    def stamps(self) -> list[int]:
+        """When each file was changed last, in nanoseconds; 0 for standard input."""
+        return [modified for _, modified in self._stats]
+
+    def rows(self, start: Position) -> Generator[InputRow, None, None]:
+        """All from `start` on. Raises InputError where a file cannot be read, or was
+        changed meanwhile; one that is removed meanwhile is read to its end."""
+        for number in range(start.file, len(self.files)):
+            begin = start if number == start.file else Position(number)
+            self._file, self._read_bytes = number, 0
+            with closing(self._rows_of(begin)) as rows:
+                yield from rows
+        self._file, self._read_bytes = len(self.files), 0
+
+    def _rows_of(self, start: Position) -> Generator[InputRow, None, None]:
+        file = self.files[start.file]
+        several = len(self.files) > 1
+        prefix = f"{file.name}:" if several else ""
+        if file.layout == "lines":
+            yield from self._lines_of(file, start, prefix)
+            return
+        unchanged = self._watch(lambda: os.stat(file.path or ""), start.file)
+        unchanged()
+        total = self._num_rows[start.file]
+        for row in ColumnFile(file, self._any_of).rows(
+            start.file, start.offset, prefix
+        ):
+            if row.end.row % 1024 == 0:
+                unchanged()
+            if total:
+                self._read_bytes = self._sizes[start.file] * row.end.row // total
+            yield row
+
+    def _lines_of(
+        self, file: InputFile, start: Position, prefix: str
+    ) -> Iterator[InputRow]:
+        offset, number = start.offset, start.row
+        with closing(self._chunks(start.file, offset)) as chunks:
+            for line in split_lines(chunks, file.name):
+                offset += len(line)
+                number += 1
+                if not file.codec:
+                    self._read_bytes = offset
+                if not line.strip():
+                    continue
+                where = f"{prefix}line {number}" if not prefix else f"{prefix}{number}"
+                identity = f"{prefix}{number}" if prefix else number
+                row = checked(parse_row(line, where), where, identity, self._any_of)
+                yield InputRow(row, line, Position(start.file, offset, number))
+
+    def _chunks(self, number: int, start: int) -> Generator[bytes, None, None]:
+        """The bytes of a file, decompressed, from `start` on."""
+        file = self.files[number]
+        if file.path is None:
+            with closing(self._stdin_chunks()) as chunks:
+                yield from _after(start, chunks)
+            return
+        with _reading(file.path), file.path.open("rb", buffering=0) as opened:
+            descriptor = opened.fileno()
+            unchanged = self._watch(lambda: os.fstat(descriptor), number)
+            unchanged()
+            if not file.codec:
+                opened.seek(start)
+                start = 0
+
+            def raw() -> Iterator[bytes]:
+                while chunk := opened.read(CHUNK_BYTES):
+                    if file.codec:
+                        self._read_bytes = opened.tell()
+                    yield chunk
+                    unchanged()
+
+            yield from _after(start, decompressed(raw(), file.codec, file.name))
+            unchanged()
+
+    def _stdin_chunks(self) -> Generator[bytes, None, None]:
+        while chunk := os.read(self._stdin, CHUNK_BYTES):
+            yield chunk
+
+    def _watch(
+        self, stat: Callable[[], os.stat_result], number: int
+    ) -> Callable[[], None]:
+        """What raises InputError once the file is not what it was in the beginning."""
+
+        def unchanged() -> None:
+            try:
+                now = stat()
+            except FileNotFoundError:
+                return  # what is open stays there
+            if (now.st_size, now.st_mtime_ns) != self._stats[number]:
+                raise InputError(
+                    f"{self.files[number].name} was changed while it was read: put it "
+                    "back as it was and run again, or begin anew with --restart"
+                )
+
+        return unchanged
+
+    def _check(self, file: InputFile) -> int | None:
+        """Whether the file is there and is what its name says; its rows, if known."""
+        if file.path is None:
+            return None
+        with _reading(file.path), file.path.open("rb"):
+            pass
+        if file.layout == "lines":
+            return None
+        return ColumnFile(file, self._any_of).check()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns an OSError of a file into InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _after(start: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """`chunks` without their first `start` bytes."""
+    for chunk in chunks:
+        if start < len(chunk):
+            yield chunk[start:] if start else chunk
+        start = max(start - len(chunk), 0)
+
+
+def _stat(file: InputFile) -> tuple[int, int]:
+    """Bytes, and when it was changed last, in nanoseconds; 0 for standard input."""
+    if file.path is None:
+        return 0, 0
+    with _reading(file.path):
+        found = file.path.stat()
+    return found.st_size, found.st_mtime_ns

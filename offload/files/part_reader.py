@@ -1,0 +1,104 @@
+"""Cuts a job's rows into parts, and passes over those that are done."""
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from itertools import count
+
+import xxhash
+
+from ...io.errors import InputError
+from .inputs import Inputs
+from .parts import Cut, InputRow, Part, PartRecord, Position
+
+
+def read_parts(
+    inputs: Inputs,
+    cut: Cut,
+    done: Mapping[int, PartRecord],
+    redo: frozenset[int] = frozenset(),
+    *,
+    is_checked: bool,
+) -> Iterator[Part]:
+    """The parts that are not in `done`, and those of it in `redo`, in order.
+
+    Others are passed over without being read; with `is_checked` they are read and
+    compared with what was read when they were done, as are those of `redo` in any case.
+    Raises InputError where they differ, or what reading raises.
+    """
+    position, first_row = Position(), 0
+    with closing(_Rows(inputs)) as rows:
+        for number in count():
+            record = done.get(number)
+            if record is not None and number not in redo and not is_checked:
+                position, first_row = record.end, first_row + record.num_rows
+                inputs.rows_read = first_row
+                rows.close()
+                continue
+            part = _read(rows, cut, number, first_row, position)
+            if record is not None:
+                _check(part, record)
+            if part is None:
+                return
+            position, first_row = part.end, first_row + len(part.rows)
+            inputs.rows_read = first_row
+            if record is None or number in redo:
+                yield part
+
+
+def check_done(inputs: Inputs, cut: Cut, done: Mapping[int, PartRecord]) -> None:
+    """Raises InputError where the rows of `inputs` are not all those of `done`."""
+    for part in read_parts(inputs, cut, done, is_checked=True):
+        raise InputError(
+            f"row {part.first_row + 1} of the input, and what follows, was not there "
+            "when the job was done: name another output, or begin anew with --restart"
+        )
+
+
+class _Rows:
+    """Rows from where they are asked for: goes on with the open file if it can."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._rows: Generator[InputRow, None, None] | None = None
+
+    def take(self, start: Position) -> Iterator[InputRow]:
+        if self._rows is None:
+            self._rows = self._inputs.rows(start)
+        return self._rows
+
+    def close(self) -> None:
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            rows.close()
+
+
+def _read(
+    rows: _Rows, cut: Cut, number: int, first_row: int, start: Position
+) -> Part | None:
+    """The part that begins at `start`; None at the end."""
+    found = []
+    digest = xxhash.xxh3_64()
+    num_bytes = 0
+    for row in rows.take(start):
+        found.append(row.row)
+        digest.update(row.content)
+        num_bytes += len(row.content)
+        if cut.is_full(len(found), num_bytes):
+            break
+    if not found:
+        return None
+    return Part(number, first_row, found, row.end, digest.hexdigest())
+
+
+def _check(part: Part | None, record: PartRecord) -> None:
+    is_same = (
+        part is not None
+        and part.digest == record.input_digest
+        and len(part.rows) == record.num_rows
+    )
+    if not is_same:
+        last = record.first_row + record.num_rows
+        raise InputError(
+            f"rows {record.first_row + 1} to {last} of the input are not those that "
+            "were done: give the same input to go on, or --restart to begin anew"
+        )

@@ -1,0 +1,1 @@
+"""Files of rows in, a file of results out: kept, gone on with, shared."""

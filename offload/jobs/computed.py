@@ -1,0 +1,126 @@
+"""A model that is loaded for a job, and what computing with it came to: in one process,
+or in several that share the job."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...io.closing import Closing
+from ...io.kv_count import KvStatistics
+from ...io.timeline import Span
+from ..counters import Statistics
+from ..model import engine_of, load, unwrap
+from ..policy import Policy
+from ..tasks.task_progress import Progress
+from ..tasks.text import load_tokenizer
+from .look import Look, look_at
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a process has counted while it computed."""
+
+    progress: Progress
+    statistics: Statistics
+    dtype: str
+    """Of the largest tensor, as it computes."""
+    spans: Sequence[Span] = ()
+    """Of the last passes; none while it goes on."""
+    first_unit_at: float | None = None
+    """When it began to compute (`time.perf_counter`)."""
+
+
+class Loaded(Closing):
+    """The checkpoint `model`, streamed as `policy` says, and its tokenizer. Raises what
+    `load` raises, and UsageError where there is no tokenizer."""
+
+    def __init__(self, model: Path, policy: Policy) -> None:
+        self.model: Any = load(model, policy)
+        try:
+            self.tokenizer: Any = load_tokenizer(model)
+        except BaseException:
+            unwrap(self.model)
+            raise
+        self.engine = engine_of(self.model)
+        largest = max(self.engine.recipes.values(), key=lambda recipe: recipe.nbytes)
+        self._dtype = str(largest.dtype).removeprefix("torch.")
+        self._is_closed = False
+
+    def look(self, progress: Progress) -> Look:
+        return look_at(self.engine, progress)
+
+    def counted(self, progress: Progress) -> Computed:
+        """So far."""
+        return Computed(progress, self.engine.statistics(), self._dtype)
+
+    def computed(self, progress: Progress) -> Computed:
+        """All of it."""
+        return replace(
+            self.counted(progress),
+            spans=self.engine.timeline.spans(),
+            first_unit_at=self.engine.first_unit_at,
+        )
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            unwrap(self.model)
+
+
+def together(found: Sequence[Statistics], num_workers: int) -> Statistics:
+    """Of `num_workers` that shared a job, with those of processes that had to be begun
+    anew: counters and memory are sums (what processes share is counted in each), times
+    are means over the workers, so that they add up to the job's; what is a limit or a
+    most of one model is the most of any. Where weights are is as in the first."""
+    first = found[0]
+    sums = (
+        "bytes_loaded",
+        "bytes_gathered",
+        "bytes_copied",
+        "passes",
+        "activation_bytes_out",
+        "activation_bytes_in",
+        "num_activation_buffers",
+        "num_joint_calls",
+        "num_joint_rows",
+        "num_failed_joint_calls",
+        "num_unused_loads",
+    )
+    of_workers = found[-num_workers:]  # those that came to the end
+    memory = ("device_memory_bytes", "peak_device_bytes", "peak_host_bytes")
+    times = ("wait_seconds", "compute_seconds")
+    mosts = ("max_in_flight", "held_bytes_per_micro_batch")
+    changed: dict[str, Any] = {
+        **{name: sum(getattr(one, name) for one in found) for name in sums},
+        **{name: sum(getattr(one, name) for one in of_workers) for name in memory},
+        **{n: sum(getattr(one, n) for one in found) / num_workers for n in times},
+        **{name: max(getattr(one, name) for one in found) for name in mosts},
+    }
+    return replace(
+        first,
+        bytes_read=_sums(one.bytes_read for one in found),
+        faults=_sums(one.faults for one in found),
+        fallbacks=tuple(dict.fromkeys(f for one in found for f in one.fallbacks)),
+        kv=_kv([one.kv for one in found]),
+        **changed,
+    )
+
+
+def _kv(found: Sequence[KvStatistics]) -> KvStatistics:
+    return KvStatistics(
+        sum(one.num_appended for one in found),
+        _sums(one.bytes_written for one in found),
+        _sums(one.bytes_read for one in found),
+        sum(one.bytes_moved for one in found),
+        _sums(one.bytes_held for one in found),
+        _sums(one.peak_bytes_held for one in found),
+    )
+
+
+def _sums(found: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in found:
+        total.update(one)
+    return dict(total)

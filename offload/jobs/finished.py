@@ -1,0 +1,85 @@
+"""An output that is done, and what stands beside it: which job made it, of which parts.
+
+`OUTPUT.manifest.json` has the manifest, each part's rows and checksums, and the
+fingerprint of the output.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import xxhash
+
+from ...io.disk import Disk, write_whole
+from ...io.errors import OutputError
+from ...io.fingerprint import fingerprint
+from ..files.outputs import output_format, results_of
+from ..files.parts import PartRecord
+from .manifest import Manifest
+from .part_store import writing
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What is known of a finished `output`."""
+
+    output: Path
+    manifest: Manifest
+    records: Mapping[int, PartRecord]
+    fingerprint: str
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the output is the one that was written."""
+        return fingerprint(self.output) == self.fingerprint
+
+    def parts(self) -> Iterator[tuple[PartRecord, list[bytes]]]:
+        """The parts in order, with their results as lines."""
+        lines = results_of(self.output)
+        has_lines = output_format(self.output)[0] == "lines"
+        for record in self.records.values():
+            found = list(islice(lines, record.num_rows))
+            digest = xxhash.xxh3_64(b"".join(found)).hexdigest()
+            is_changed = has_lines and not record.num_errors and digest != record.digest
+            if len(found) < record.num_rows or is_changed:
+                raise OutputError(
+                    f"{self.output} is not as it was written: begin anew with --restart"
+                )
+            yield record, found
+
+
+def manifest_path(output: Path) -> Path:
+    """Of the file beside a finished output."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+def read_finished(output: Path) -> Finished | None:
+    """None where there is no output, or nothing that says what made it."""
+    try:
+        values = json.loads(manifest_path(output).read_bytes())
+        records = [PartRecord.from_json(part) for part in values["parts"]]
+        manifest = Manifest.from_json(values["manifest"])
+        mark = str(values["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not output.is_file():
+        return None
+    return Finished(output, manifest, {r.number: r for r in records}, mark)
+
+
+def write_manifest(
+    disk: Disk, output: Path, manifest: Manifest, records: Mapping[int, PartRecord]
+) -> None:
+    """Says beside `output` what made it."""
+    values = {
+        "manifest": manifest.as_json(),
+        "fingerprint": fingerprint(output),
+        "num_rows": sum(record.num_rows for record in records.values()),
+        "num_errors": sum(record.num_errors for record in records.values()),
+        "parts": [record.as_json() for record in records.values()],
+    }
+    path = manifest_path(output)
+    with writing(path):
+        write_whole(disk, path, [json.dumps(values).encode() + b"\n"])

@@ -1,0 +1,81 @@
+"""What tells one job from another: its input, its model, and what it asks for."""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...io.checkpoint import open_checkpoint
+from ...io.checksums import SIDE_FILE
+from ...io.errors import CheckpointError
+from ...io.fingerprint import content_digest, fingerprint
+from ..files.inputs import Inputs
+from ..files.parts import Cut
+from ..policy import Policy
+from .manifest import Manifest
+
+# Beside the weights, what a model and its tokenizer are made of.
+_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_MEANING = ("dtype",)
+_ROUNDING = (
+    "device",
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+    "coalesce",
+    "compile",
+)
+
+
+def identify(
+    inputs: Inputs,
+    model: Path,
+    policy: Policy,
+    task: Mapping[str, Any],
+    cut: Cut,
+    *,
+    num_threads: int,
+) -> Manifest:
+    """The manifest of a job. Reads at most 1 MiB of each file of weights or rows: sizes
+    and samples tell them apart, and what small files say."""
+    return Manifest(
+        input=inputs.identity(),
+        model=model_digests(model),
+        meaning={
+            **task,
+            **{key: getattr(policy, key) for key in _MEANING},
+            "kv.dtype": policy.kv.dtype,
+        },
+        rounding={
+            **{key: getattr(policy, key) for key in _ROUNDING},
+            "threads": num_threads,
+        },
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+            "penstock": import_module(__name__.partition(".")[0]).__version__,
+        },
+        cut={"num_rows": cut.num_rows, "num_bytes": cut.num_bytes},
+        stamps=inputs.stamps(),
+    )
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file that the model is made of, by its name. Raises
+    CheckpointError."""
+    weights = {path.name for path in open_checkpoint(folder).stamps}
+    found = {}
+    try:
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if name in weights:
+                found[name] = fingerprint(path)
+            elif name.endswith(_SUFFIXES) and name != SIDE_FILE and path.is_file():
+                found[name] = content_digest(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
+    return found

@@ -1,0 +1,275 @@
+"""Files of rows in, a file of results out: the job behind the command line."""
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ...io.errors import InputError, StoppedError, UsageError
+from ..files.inputs import Inputs
+from ..files.part_reader import check_done, read_parts
+from ..files.parts import Part
+from ..files.sources import check_apart, find_files
+from ..files.streamed import StreamedOutput, is_stream
+from ..plans.prediction import predicted
+from ..policy import Policy
+from ..reports.recorded import Recorded
+from ..reports.report import JobFigures, judge, make_report, write_report
+from ..tasks.task_progress import Progress
+from .ahead import Ahead
+from .budgets import threads_of
+from .computed import Computed, Loaded
+from .identity import identify
+from .kept import KeptOutput, Mode
+from .running import Output, PartsRun
+from .sharing import Sharing, check_workers
+from .stopping import Stopping
+from .watch import Watch, Watching
+from .work import Work
+
+_PARTS_AHEAD = 2
+_STDERR = 2
+_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a job."""
+
+    num_rows: int
+    """Of its output."""
+    num_errors: int
+    """Of those, failed ones."""
+    report: dict[str, Any] | None
+    """None where all was done before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Do `work` with the rows of `source` and the checkpoint `model` into `output`.
+
+    `source` is a path, a glob, a folder, `-` (standard input), or several of them;
+    `output` a file, or `-`. What is done is kept beside it until all is: killed at any
+    time and run again, the job goes on. Its signals are taken over while it runs on the
+    main thread.
+    """
+
+    work: Work
+    model: Path
+    source: str | Path | Sequence[str | Path]
+    output: Path
+    policy: Policy
+    report: Path | None = None
+    mode: Mode = "resume"
+    watching: Watching = field(default_factory=Watching)
+    workers: int = 1
+    """Processes that share it, each with a model of its own."""
+
+    def run(self, console: Console) -> Done:
+        """Runs the job. Raises PenstockError; StoppedError when a signal came, once
+        the parts under way are done, and at once when a second one came."""
+        check_workers(self.workers)
+        source = self.source
+        files = find_files([source] if isinstance(source, (str, Path)) else source)
+        inputs = Inputs(files, self.work.row_keys)
+        cut = self.work.cut(self.policy)
+        if is_stream(self.output):
+            if self.mode == "retry":
+                raise UsageError(
+                    f"nothing is kept of {self.output}: failed rows can only be done "
+                    "again in a file"
+                )
+            with StreamedOutput(self.output, cut) as streamed:
+                return self._run(inputs, streamed, console)
+        check_apart(self.output, files)
+        task = self.work.task()
+        threads = threads_of(torch.get_num_threads(), self.workers)
+        manifest = identify(
+            inputs, self.model, self.policy, task, cut, num_threads=threads
+        )
+        with KeptOutput(self.output, manifest, self.mode) as kept:
+            if kept.is_finished:
+                if kept.is_input_doubtful:
+                    check_done(inputs, kept.cut, kept.done)
+                return Done(kept.num_rows, kept.num_errors, None)
+            return self._run(inputs, kept, console)
+
+    def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
+        """The parts that are not done; then they are joined."""
+        parts = read_parts(
+            inputs,
+            output.cut,
+            dict(output.done),
+            output.redo,
+            is_checked=output.is_input_doubtful,
+        )
+        report = recorded = None
+        retried = sum(output.done[number].num_errors for number in output.redo)
+        before, failed_before = output.num_rows - retried, output.num_errors - retried
+        ahead = Ahead(
+            parts,
+            num=_PARTS_AHEAD,
+            name="penstock-input",
+            close_seconds=1.0 if inputs.is_stream else None,
+        )
+        with ahead:
+            first = next(ahead, None)
+            if first is not None:
+                labels = {"model": str(self.model), "output": str(self.output)}
+                with Watch(console, self.work, labels, self.watching) as watch:
+                    report, recorded = self._compute(
+                        chain([first], ahead), ahead, inputs, output, before, watch
+                    )
+                report["fallbacks"] += watch.failures
+                report["rows_before"] = before
+                report["rows_failed_before"] = failed_before
+            elif not output.done:
+                raise InputError(
+                    f"{', '.join(file.name for file in inputs.files)} is empty: it "
+                    'needs a JSON object a line, such as {"text": "..."}'
+                )
+        output.finish()
+        if report is not None and recorded is not None and self.report is not None:
+            write_report(self.report, report, recorded)
+        return Done(output.num_rows, output.num_errors, report)
+
+    def _compute(
+        self,
+        parts: Iterable[Part],
+        ahead: Ahead[Part],
+        inputs: Inputs,
+        output: Output,
+        before: int,
+        watch: Watch,
+    ) -> tuple[dict[str, Any], Recorded]:
+        """Does the parts and returns the report, and what its pictures are made of."""
+        if self.workers > 1:
+            return self._share(parts, ahead, inputs, output, before, watch)
+        progress = self.work.progress
+        with Loaded(self.model, self.policy) as loaded:
+            began = time.perf_counter()
+            look = partial(loaded.look, progress)
+            with watch.computing(look, inputs.estimated_rows, before):
+                with self._stopping(ahead, output, watch):
+                    run = self._finish_parts(loaded, parts, output)
+                if run.failure is not None:
+                    raise run.failure
+            seconds = time.perf_counter() - began
+            counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
+            forecast = predicted(
+                loaded.model, loaded.engine.arrangement, self.policy, counts
+            )
+            return self._report(
+                loaded.computed(progress), seconds, began, watch, forecast
+            )
+
+    def _share(
+        self,
+        parts: Iterable[Part],
+        ahead: Ahead[Part],
+        inputs: Inputs,
+        output: Output,
+        before: int,
+        watch: Watch,
+    ) -> tuple[dict[str, Any], Recorded]:
+        """As `_compute`, by several processes."""
+        sharing = Sharing(
+            self.workers, self.work, self.model, self.policy, parts, ahead, output
+        )
+        with self._stopping(ahead, output, watch), sharing:
+            sharing.pool.start()
+            began = time.perf_counter()
+            with watch.computing(sharing.look, inputs.estimated_rows, before):
+                sharing.pool.finish()
+        if sharing.pool.failure is not None:
+            raise sharing.pool.failure
+        seconds = time.perf_counter() - began
+        note = f"{self.workers} workers share the machine: nothing is predicted"
+        report, recorded = self._report(
+            sharing.computed(), seconds, began, watch, {"note": note}
+        )
+        report["workers"] = {"num": self.workers, "notes": list(sharing.notes)}
+        return report, recorded
+
+    def _report(
+        self,
+        computed: Computed,
+        seconds: float,
+        began: float,
+        watch: Watch,
+        forecast: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Recorded]:
+        """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
+        progress, first = computed.progress, computed.first_unit_at
+        counts = progress.figures(seconds)
+        figures = JobFigures(
+            rows=progress.rows_done,
+            rows_failed=progress.rows_failed,
+            seconds=seconds,
+            load_seconds=began - watch.began,
+            seconds_to_first_unit=None if first is None else first - watch.began,
+            counts=counts,
+            plan={**self.work.plan(self.policy, counts["micro_batches"]), **forecast},
+            dtype=computed.dtype,
+        )
+        recorded = Recorded(watch.began, computed.spans, watch.samples.all())
+        statistics = computed.statistics
+        bound = judge(self.policy, figures, statistics, recorded.spans)
+        report = make_report(
+            str(self.model), self.policy, figures, statistics, bound, recorded
+        )
+        return report, recorded
+
+    def _finish_parts(
+        self, loaded: Loaded, parts: Iterable[Part], output: Output
+    ) -> PartsRun:
+        """Runs the model until the parts have come to their end."""
+        with PartsRun(parts, output) as run:
+            results = self.work.results(loaded.model, loaded.tokenizer, run.feed())
+            for result in results:
+                run.take(result)
+            run.finish()
+        return run
+
+    @contextmanager
+    def _stopping(
+        self, ahead: Ahead[Part], output: Output, watch: Watch
+    ) -> Iterator[None]:
+        """The first signal ends the parts, the second one the block. Raises
+        StoppedError where parts are left."""
+
+        def stop() -> None:
+            ahead.stop()
+            if not watch.is_quiet:
+                os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+        with Stopping(stop) as stopping:
+            try:
+                yield
+            except KeyboardInterrupt:
+                raise _stopped(output, stopping) from None
+        if stopping.signal is not None and not ahead.is_done:
+            raise _stopped(output, stopping)
+
+
+def _rows_computed(progress: Progress) -> int:
+    return progress.rows_done - progress.rows_failed
+
+
+def _stopped(output: Output, stopping: Stopping) -> StoppedError:
+    how = "run the same command again to go on"
+    if not output.is_kept:
+        how = "what went to standard output cannot be gone on with"
+    return StoppedError(
+        f"stopped: {output.num_rows:,} rows are done; {how}",
+        stopping.signal or signal.SIGINT,
+    )

@@ -1,0 +1,198 @@
+"""A job's output while it grows: parts that are kept, gone on with, and joined."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ...io.closing import Closing
+from ...io.disk import Disk
+from ...io.errors import UsageError
+from ..files.outputs import encoded, output_format
+from ..files.parts import Cut, Part, PartRecord
+from .finished import Finished, read_finished, write_manifest
+from .manifest import Manifest, refusals, remarks
+from .part_store import PartStore
+
+_log = logging.getLogger("penstock")
+
+Mode = Literal["resume", "restart", "retry"]
+"""Go on with what is there; begin anew; go on, and do failed rows again."""
+
+
+class KeptOutput(Closing):
+    """The results of the job `manifest` on their way into the file `output`.
+
+    Locks it, and finds what is done of it. Raises UsageError where what is there is
+    another job's, OutputError where nothing can be written.
+    """
+
+    is_kept = True
+
+    def __init__(
+        self, output: Path, manifest: Manifest, mode: Mode, disk: Disk | None = None
+    ) -> None:
+        self._output = output
+        self._format = output_format(output)
+        self._disk = disk or Disk()
+        self._store = PartStore(output, self._disk)
+        self.manifest = manifest
+        self._stamps = manifest.stamps
+        self.done: dict[int, PartRecord] = {}
+        """Parts that are done, by number."""
+        self.redo: frozenset[int] = frozenset()
+        """Those of them whose failed rows are to be done again."""
+        self.is_finished = False
+        """There is nothing to do."""
+        self._old: Finished | None = None
+        self._old_parts: Iterator[tuple[PartRecord, list[bytes]]] = iter(())
+        try:
+            self._open(manifest, mode)
+        except BaseException:
+            self._store.close()
+            raise
+
+    @property
+    def is_input_doubtful(self) -> bool:
+        """Its files were written since (or it has none): they may be as they were."""
+        return self.manifest.stamps != self._stamps or 0 in self._stamps
+
+    @property
+    def cut(self) -> Cut:
+        """How rows are cut into parts: as they were when the job began."""
+        return Cut(**self.manifest.cut)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the parts that are done."""
+        return sum(record.num_rows for record in self.done.values())
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that failed, of the parts that are done."""
+        return sum(record.num_errors for record in self.done.values())
+
+    def known(self, part: Part) -> Part:
+        """`part` with those results that need not be made again."""
+        if part.number not in self.redo:
+            return part
+        lines = self._lines(part.number)
+        known = {i: line for i, line in enumerate(lines) if not _is_error(line)}
+        return replace(part, known=known)
+
+    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+        """Keeps the results of a part. Called on one thread at a time."""
+        self.done[part.number] = self._store.write(part, lines, num_errors)
+
+    def finish(self) -> None:
+        """All parts are done: makes `output` of them."""
+        records = dict(sorted(self.done.items()))
+        assert list(records) == list(range(len(records))), "no part is missing"
+        self._store.publish(encoded(lambda: self._all_lines(records), *self._format))
+        write_manifest(
+            self._disk, self._output, replace(self.manifest, retries=False), records
+        )
+        self._store.finish()
+
+    def close(self) -> None:
+        """Gives the lock back. What is done stays; where that is nothing, nothing."""
+        try:
+            self._store.abandon()
+        finally:
+            self._store.close()
+
+    def _open(self, manifest: Manifest, mode: Mode) -> None:
+        begun = None if mode == "restart" else self._store.manifest()
+        finished = None if mode == "restart" else read_finished(self._output)
+        if begun is not None:
+            self._go_on(begun, manifest, finished, mode)
+        elif finished is not None and finished.is_intact:
+            self._begin_again(finished, manifest, mode)
+        elif self._output.exists() and mode != "restart":
+            raise UsageError(
+                f"{self._output} exists, and nothing beside it says that this job made "
+                "it: name another output, or write over it with --restart"
+            )
+        else:
+            self._store.begin(manifest)
+
+    def _go_on(
+        self, begun: Manifest, now: Manifest, finished: Finished | None, mode: Mode
+    ) -> None:
+        """With a job that was begun."""
+        _compare(begun, now, f"{self._store.folder} holds parts of another job")
+        _announce(begun, now)
+        self.manifest = begun
+        kept = self._store.records()
+        if begun.retries:
+            if finished is None:
+                raise UsageError(
+                    f"{self._output} is gone, whose failed rows were being done again: "
+                    "put it back, or begin anew with --restart"
+                )
+            self._retry(finished, frozenset(kept))
+        elif mode == "retry":
+            self.redo = frozenset(n for n, r in kept.items() if r.num_errors)
+        self.done |= kept
+
+    def _begin_again(self, finished: Finished, now: Manifest, mode: Mode) -> None:
+        """Where the job is done already: with its failed rows, if that is wanted."""
+        _compare(finished.manifest, now, f"{self._output} is of another job")
+        self.manifest = replace(finished.manifest, retries=True)
+        self.done = dict(finished.records)
+        if mode == "retry" and self.num_errors:
+            _announce(finished.manifest, now)
+            self._store.begin(self.manifest)
+            self._retry(finished, frozenset())
+        else:
+            self.is_finished = True
+            self._store.finish()
+
+    def _retry(self, finished: Finished, kept: frozenset[int]) -> None:
+        self._old = finished
+        self._old_parts = finished.parts()
+        self.done = dict(finished.records)
+        failed = {n for n, record in finished.records.items() if record.num_errors}
+        self.redo = frozenset(failed - kept)
+
+    def _lines(self, number: int) -> list[bytes]:
+        """Of a part that is done before. Numbers only go up, in what was finished."""
+        if self._old is None:
+            return self._store.lines(self.done[number])
+        return next(
+            lines for record, lines in self._old_parts if record.number == number
+        )
+
+    def _all_lines(self, records: Mapping[int, PartRecord]) -> Iterator[bytes]:
+        kept = self._store.records()
+        old = self._old.parts() if self._old is not None else iter(())
+        for number, record in records.items():
+            if self._old is not None:
+                _, lines = next(old)
+            if number in kept:
+                lines = self._store.lines(record)
+            yield from lines
+
+
+def _compare(begun: Manifest, now: Manifest, what: str) -> None:
+    found = refusals(begun, now)
+    if found:
+        raise UsageError(
+            f"{what}: {'; '.join(found)}; name another output, go on with what it was, "
+            "or begin anew with --restart"
+        )
+
+
+def _announce(begun: Manifest, now: Manifest) -> None:
+    for remark in remarks(begun, now):
+        _log.warning(
+            "%s since the job began: last bits of results may differ from those of one "
+            "run",
+            remark,
+        )
+
+
+def _is_error(line: bytes) -> bool:
+    return "error" in json.loads(line)

@@ -1,0 +1,75 @@
+"""How far a model is with a job's rows: counters at one time, of one process or of all
+that share the job."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from ..engine import Engine
+from ..tasks.task_progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Counters since the model was loaded; see `Sample`."""
+
+    rows: float = 0.0
+    tokens: int = 0
+    tokens_through: float = 0.0
+    passes: int = 0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    bytes_read: Mapping[str, int] = field(default_factory=dict)
+    resident_bytes: int = 0
+    device_bytes: int | None = None
+
+
+def look_at(engine: Engine, progress: Progress) -> Look:
+    """Asks a model of this process."""
+    statistics, fraction = engine.statistics(), engine.pass_fraction
+    figures = progress.figures(1.0)
+    return Look(
+        rows=progress.rows_through(fraction),
+        tokens=figures.get("output_tokens", figures["tokens"]),
+        tokens_through=progress.tokens_through(fraction),
+        passes=statistics.passes,
+        wait_seconds=statistics.wait_seconds,
+        compute_seconds=statistics.compute_seconds,
+        bytes_read=statistics.bytes_read,
+        resident_bytes=resident_bytes(),
+        device_bytes=_device_bytes(engine.policy.device),
+    )
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def all_of(looks: Iterable[Look]) -> Look:
+    """The sums. Of memory, too: what processes share is counted in each of them."""
+    looks = list(looks)
+    read: Counter[str] = Counter()
+    for look in looks:
+        read.update(look.bytes_read)
+    on_gpus = [look.device_bytes for look in looks if look.device_bytes is not None]
+    return Look(
+        rows=sum(look.rows for look in looks),
+        tokens=sum(look.tokens for look in looks),
+        tokens_through=sum(look.tokens_through for look in looks),
+        passes=sum(look.passes for look in looks),
+        wait_seconds=sum(look.wait_seconds for look in looks),
+        compute_seconds=sum(look.compute_seconds for look in looks),
+        bytes_read=dict(read),
+        resident_bytes=sum(look.resident_bytes for look in looks),
+        device_bytes=sum(on_gpus) if on_gpus else None,
+    )
+
+
+def _device_bytes(device: str) -> int | None:
+    if device == "cpu":
+        return None
+    return int(torch.cuda.memory_allocated(device))

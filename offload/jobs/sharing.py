@@ -1,0 +1,131 @@
+"""A job that several processes of this machine share."""
+
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ...io.checkpoint import open_checkpoint
+from ...io.closing import Closing
+from ...io.errors import UsageError
+from ..files.parts import Part
+from ..monitoring.memory import available_bytes
+from ..policy import Policy, cache_folder
+from ..tasks.task_progress import add_up
+from .ahead import Ahead
+from .budgets import Room, divided, threads_of
+from .computed import Computed, together
+from .look import Look, all_of
+from .running import Output
+from .work import Work
+from .worker import Assignment, run_worker
+from .worker_pool import WorkerPool
+
+_log = logging.getLogger("penstock")
+_CAST = 4
+"""Bytes of a weight, at most, beside those of its file."""
+_PAGES = 8192
+
+
+class Sharing(Closing):
+    """`num` workers do the parts of `ahead`, `first` before them, into `output`."""
+
+    def __init__(
+        self,
+        num: int,
+        work: Work,
+        model: Path,
+        policy: Policy,
+        parts: Iterable[Part],
+        ahead: Ahead[Part],
+        output: Output,
+    ) -> None:
+        num_threads = threads_of(torch.get_num_threads(), num)
+        budgets = divided(policy, num, _room(model, policy))
+        self.notes = (
+            *budgets.notes,
+            f"each worker computes with {num_threads} threads",
+        )
+        _log.warning("; ".join(self.notes))
+        self._num = num
+        self._work = work
+        self._ahead = ahead
+        self.pool = WorkerPool(
+            [
+                partial(
+                    run_worker, assignment=Assignment(work, model, own, num_threads)
+                )
+                for own in budgets.policies
+            ],
+            parts,
+            output,
+        )
+
+    def look(self) -> Look:
+        """At all of them. What a process did that died counts as far as it was handed
+        in."""
+        pool, found = self.pool, []
+        for place, look in list(pool.looks.items()):
+            if place in pool.dead:
+                rows = pool.num_handed[place]
+                look = replace(look, rows=rows, resident_bytes=0, device_bytes=None)
+            found.append(look)
+        return all_of(found)
+
+    def computed(self) -> Computed:
+        """What they counted together, once all are done; see `together`. The spans are
+        one worker's."""
+        counted: list[Computed] = list(self.pool.counted.values())
+        progress = self._work.progress
+        add_up(progress, [one.progress for one in counted])
+        progress.rows_done = self.pool.num_rows
+        progress.rows_failed = self.pool.num_errors
+        began = [one.first_unit_at for one in counted if one.first_unit_at is not None]
+        last = counted[-1]
+        return Computed(
+            progress,
+            together([one.statistics for one in counted], self._num),
+            last.dtype,
+            last.spans,
+            min(began, default=None),
+        )
+
+    def close(self) -> None:
+        self._ahead.stop()  # who waits for rows must not be waited for
+        self.pool.close()
+
+
+def check_workers(num: int) -> None:
+    """Raises UsageError."""
+    if num < 1:
+        raise UsageError(f"--workers {num}: at least one has to do it")
+
+
+def _room(model: Path, policy: Policy) -> Room:
+    entries = open_checkpoint(model).entries.values()
+    nbytes = sum(entry.nbytes for entry in entries) + _PAGES * (len(entries) + 1)
+    folder = cache_folder(policy.io).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = available_bytes()
+    num_gpus, on_device = 0, free
+    if policy.device != "cpu" and torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        every = policy.device == "cuda" and num_gpus > 1
+        names = [f"cuda:{index}" for index in range(num_gpus)]
+        on_device = min(
+            torch.cuda.mem_get_info(name)[0]
+            for name in (names if every else [policy.device])
+        )
+    return Room(
+        num_gpus=num_gpus,
+        free_bytes={
+            "device": on_device,
+            "host": free,
+            "disk": shutil.disk_usage(there).free,
+        },
+        model_bytes=nbytes if policy.dtype == "auto" else _CAST * nbytes,
+    )

@@ -1,0 +1,161 @@
+"""What runs in each worker of a job: a model of its own, and parts of rows that come
+from the process that has the files."""
+
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from ...io.closing import Closing
+from ...io.errors import PenstockError
+from ..files.parts import Part
+from ..policy import Policy
+from .computed import Loaded
+from .running import PartsRun
+from .work import Work
+
+_LOOK_SECONDS = 0.5
+_ORPHANED = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker is to do."""
+
+    work: Work
+    model: Path
+    policy: Policy
+    num_threads: int
+    """Of torch's products."""
+
+
+class Link(Closing):
+    """The worker's end: any thread sends, one receives. The process ends when nobody is
+    at the other end any more, whatever it does at that time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._parts: SimpleQueue[Part | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
+
+    def send(self, kind: str, *values: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, *values))
+
+    def parts(self) -> Iterator[Part]:
+        """Each is asked for when it is needed."""
+        while True:
+            self.send("want")
+            part = self._parts.get()
+            if part is None:
+                return
+            yield part
+
+    def close(self) -> None:
+        """Waits until the other end has taken all and is closed."""
+        self.send("bye")
+        self._thread.join()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                part = self._connection.recv()
+            except (EOFError, OSError):
+                os._exit(_ORPHANED)
+            if part == "bye":
+                return
+            self._parts.put(part)
+
+
+class _Handed:
+    """Parts that are done go to the process that writes."""
+
+    def __init__(self, link: Link, loaded: Loaded, work: Work) -> None:
+        self._link = link
+        self._loaded = loaded
+        self._progress = work.progress
+
+    def known(self, part: Part) -> Part:
+        return part
+
+    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+        counted = self._loaded.counted(self._progress)
+        self._link.send("done", part.number, list(lines), num_errors, counted)
+
+
+class _Looks(Closing):
+    """Tells how far the model is, a few times a second, on a thread of its own."""
+
+    def __init__(self, link: Link, loaded: Loaded, work: Work) -> None:
+        self._is_over = threading.Event()
+
+        def tell() -> None:
+            while not self._is_over.wait(_LOOK_SECONDS):
+                link.send("look", loaded.look(work.progress))
+
+        self._thread = threading.Thread(target=tell, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+
+class _Announcements(logging.Handler):
+    """What Penstock announces is said by the process that has the terminal."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._link.send("log", record.levelno, record.getMessage())
+
+
+def run_worker(connection: Connection, assignment: Assignment) -> None:
+    """The whole life of a worker. It sends `want` (a part), `done` (one), `look`,
+    `log`, `ready`, and in the end `computed` or `failed`, with the error; then `bye`,
+    which is answered."""
+    torch.set_num_threads(assignment.num_threads)
+    with Link(connection) as link:
+        logger = logging.getLogger("penstock")
+        logger.addHandler(_Announcements(link))
+        logger.propagate = False
+        try:
+            _compute(link, assignment)
+        except BaseException as error:
+            link.send("failed", portable(error))
+
+
+def _compute(link: Link, assignment: Assignment) -> None:
+    work = assignment.work
+    with Loaded(assignment.model, assignment.policy) as loaded:
+        link.send("ready")
+        with (
+            _Looks(link, loaded, work),
+            PartsRun(link.parts(), _Handed(link, loaded, work)) as run,
+        ):
+            for result in work.results(loaded.model, loaded.tokenizer, run.feed()):
+                run.take(result)
+            run.finish()
+        link.send("look", loaded.look(work.progress))
+        link.send("computed", loaded.computed(work.progress))
+
+
+def portable(error: BaseException) -> BaseException:
+    """`error`, if it can be sent to another process, else what says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return PenstockError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,243 @@
+"""The processes that share a job: each has a model of its own and takes the next part
+when it is free. This one reads the parts and writes what comes of them."""
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ...io.closing import Closing
+from ...io.errors import InputError, MachineError
+from ..files.parts import Part
+from .running import Output
+
+_log = logging.getLogger("penstock")
+MOST_DEATHS = 3
+"""Of processes that had a certain part, or that had none yet."""
+_SPAWN = multiprocessing.get_context("spawn")
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class WorkerPool(Closing):
+    """A process for each of `targets`, which is called there with a connection and
+    speaks as `run_worker` does; and a thread here, that listens to it.
+
+    A process that dies is begun anew, and others do its parts again. What is kept
+    nowhere (standard output) is written in order, and workers wait for one that is far
+    behind. An InputError ends the parts as the input's end would; it stands in
+    `failure` then. Closing kills who still runs.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Callable[[Connection], None]],
+        parts: Iterable[Part],
+        output: Output,
+    ) -> None:
+        self._targets = targets
+        self._parts = iter(parts)
+        self._output = output
+        self.failure: InputError | None = None
+        self.looks: dict[int, Any] = {}
+        """The last one of each process, by its place among all that were begun,"""
+        self.num_handed: Counter[int] = Counter()
+        """the rows that it handed in,"""
+        self.dead: set[int] = set()
+        """and those that died."""
+        self.counted: dict[int, Any] = {}
+        """What each process has counted, when it handed in a part or came to the end:
+        those that died first."""
+        self.num_rows = 0
+        """That were done here, and were written;"""
+        self.num_errors = 0
+        """of those, failed ones."""
+        self._changed = threading.Condition()
+        self._reading = threading.Lock()
+        self._again: deque[Part] = deque()
+        self._deaths: Counter[int | None] = Counter()
+        self._next_number: deque[int] = deque()
+        self._waiting: dict[int, tuple[Part, Sequence[bytes], int]] = {}
+        self._processes: dict[int, BaseProcess] = {}
+        self._num_begun = 0
+        self._said: set[str] = set()
+        self._is_ready = threading.Event()
+        self._is_closed = False
+        # First: where it is begun with these signals blocked, it lets them through.
+        resource_tracker.ensure_running()
+        self._threads = ThreadPoolExecutor(len(targets), "penstock-worker")
+        self._served: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Begins the processes, and waits until one has its model, or cannot."""
+        for index in range(len(self._targets)):
+            self._served.append(self._threads.submit(self._serve, index))
+            self._served[-1].add_done_callback(lambda _: self._is_ready.set())
+        self._is_ready.wait()
+
+    def finish(self) -> None:
+        """Waits until all parts are done and written. Raises what a worker raised, or
+        MachineError where they die again and again."""
+        wait(self._served, return_when=FIRST_EXCEPTION)
+        failed = [one for one in self._served if one.done() and one.exception()]
+        for one in failed:
+            one.result()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            for process in self._processes.values():
+                process.kill()
+            self._changed.notify_all()
+        self._threads.shutdown(wait=True)
+
+    def _serve(self, index: int) -> None:
+        """On a thread for each worker."""
+        # Processes that are begun here inherit it: who is told to stop is this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        while not self._is_closed:
+            mine, theirs = _SPAWN.Pipe()
+            process = _SPAWN.Process(
+                target=self._targets[index], args=(theirs,), name=f"penstock-{index}"
+            )
+            held: dict[int, Part] = {}
+            with mine:
+                with theirs:
+                    place = self._begin(process)
+                try:
+                    self._listen(place, mine, held)
+                    return
+                except (EOFError, ConnectionError):
+                    pass  # it died
+                finally:
+                    code = self._end(place, process)
+            self._bury(place, code, held)
+
+    def _begin(self, process: BaseProcess) -> int:
+        with self._changed:
+            place, self._num_begun = self._num_begun, self._num_begun + 1
+            process.start()
+            self._processes[place] = process
+            if self._is_closed:
+                process.kill()
+        return place
+
+    def _end(self, place: int, process: BaseProcess) -> int | None:
+        """The exit code of a process that has nothing more to say."""
+        with self._changed:  # beginning one looks at all, and may meet this otherwise
+            process.kill()
+            process.join()
+            del self._processes[place]
+            code = process.exitcode
+            process.close()
+        return code
+
+    def _listen(self, place: int, mine: Connection, held: dict[int, Part]) -> None:
+        """Until the worker has come to its end. Raises EOFError where it dies."""
+        while True:
+            kind, *values = mine.recv()
+            if kind == "want":
+                part = self._next_part()
+                if part is not None:
+                    held[part.number] = part
+                mine.send(part)
+            elif kind == "done":
+                number, lines, num_errors, counted = values
+                self.counted[place] = counted
+                part = held.pop(number)
+                self._take(part, lines, num_errors)
+                self.num_handed[place] += len(part.rows) - len(part.known)
+            elif kind == "look":
+                self.looks[place] = values[0]
+            elif kind == "ready":
+                self._is_ready.set()
+            elif kind == "log":
+                self._say(*values)
+            elif kind == "computed":
+                self.counted.pop(place, None)  # to the end of them all
+                self.counted[place] = values[0]
+            elif kind == "failed":
+                raise values[0]
+            else:
+                assert kind == "bye", f"a worker said {kind!r}"
+                mine.send("bye")
+                return
+
+    def _next_part(self) -> Part | None:
+        """None where there is none any more."""
+        with self._changed:
+            while len(self._waiting) > 2 * len(self._targets) and not self._again:
+                if self._is_closed:
+                    return None
+                self._changed.wait()
+            if self._again:
+                return self._again.popleft()
+        with self._reading:
+            try:
+                part = next(self._parts, None) if self.failure is None else None
+            except InputError as error:
+                self.failure = error
+                return None
+            if part is None:
+                return None
+            part = self._output.known(part)
+            with self._changed:
+                self._next_number.append(part.number)
+            return part
+
+    def _take(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+        with self._changed:
+            self._waiting[part.number] = part, lines, num_errors
+            while self._waiting:
+                number = part.number
+                if not self._output.is_kept:
+                    number = self._next_number[0]
+                if number not in self._waiting:
+                    break
+                self._next_number.remove(number)
+                part, lines, num_errors = self._waiting.pop(number)
+                self._output.write(part, lines, num_errors)
+                self.num_rows += len(lines) - len(part.known)
+                self.num_errors += num_errors
+            self._changed.notify_all()
+
+    def _bury(self, place: int, code: int | None, held: dict[int, Part]) -> None:
+        """The parts of a process that died are done again. Raises MachineError."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._again.extend(held[number] for number in sorted(held))
+            causes: list[int | None] = [*held] or [None]
+            self._deaths.update(causes)
+            worst = max(self._deaths[cause] for cause in causes)
+            self.dead.add(place)
+            self._changed.notify_all()
+        how = f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by signal {-code}"
+        rows = "while it began"
+        if held:
+            parts = [held[number] for number in sorted(held)]
+            last = parts[-1].first_row + len(parts[-1].rows)
+            rows = f"with rows {parts[0].first_row + 1:,} to {last:,}"
+        if worst >= MOST_DEATHS:
+            raise MachineError(
+                f"a worker {how} {rows}, as {worst - 1} did before: if memory ran out "
+                "(see dmesg), take fewer workers, a smaller device_memory or fewer "
+                "tokens in flight; what is done stays"
+            )
+        _log.warning("a worker %s %s: another one is begun", how, rows)
+
+    def _say(self, level: int, message: str) -> None:
+        """What several workers announce is said once."""
+        with self._changed:
+            if message in self._said:
+                return
+            self._said.add(message)
+        _log.log(level, message)

@@ -1,0 +1,93 @@
+"""Puts the layers of a store into the cache that transformers makes for `generate`.
+
+The only file that knows how transformers does that; under a contract test.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from ...scheduler.kv_store import KvStore, Series
+from .layers import TieredLayer, TieredSlidingLayer
+
+_PREPARE = "_prepare_cache_for_generation"
+_NAMES = ("past_key_values", "cache_params")
+_STATELESS = ("DummyLayer",)
+
+
+def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
+    """From now on `model.generate` keeps its keys and values in `store`, except in a
+    cache that the caller passes. Call what is returned to undo it."""
+    prepare = getattr(model, _PREPARE, None)
+    if prepare is None:
+        return lambda: None
+
+    def prepare_cache(
+        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = {name: model_kwargs.get(name) for name in _NAMES}
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        if getattr(generation_config, "is_assistant", False):
+            return result  # it is taken back and goes on all the time
+        longest = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
+        for name in _NAMES:
+            cache = model_kwargs.get(name)
+            if cache is not None and cache is not given[name]:
+                replace_layers(cache, store, longest)
+        return result
+
+    model.__dict__[_PREPARE] = prepare_cache
+
+    def undo() -> None:
+        if model.__dict__.get(_PREPARE) is prepare_cache:
+            del model.__dict__[_PREPARE]
+
+    return undo
+
+
+def replace_layers(cache: Cache, store: KvStore, capacity: int | None) -> None:
+    """Layers of `cache` that grow by a token at each step become the store's; others
+    stay as they are and are noted. `capacity` in tokens, as far as it is known."""
+    series = store.begin()
+    if isinstance(cache, EncoderDecoderCache):
+        _replace(cache.self_attention_cache, store, series, "self", capacity)
+        _replace(cache.cross_attention_cache, store, series, "cross", None)
+    else:
+        _replace(cache, store, series, "self", capacity)
+
+
+def _replace(
+    cache: Cache, store: KvStore, series: Series, part: str, capacity: int | None
+) -> None:
+    if type(cache) is not DynamicCache or cache.offloading:
+        store.note(f"kv: a {type(cache).__name__} stays as transformers made it")
+        return
+    for index, layer in enumerate(cache.layers):
+        key = (part, index)
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = TieredLayer(store, series, key, capacity)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = TieredSlidingLayer(
+                store, series, key, capacity, layer.sliding_window
+            )
+        elif type(layer).__name__ not in _STATELESS:
+            kind = type(layer).__name__
+            store.note(f"kv: what {kind} keeps stays on the device")
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = _numbered(cache, store, series, part, capacity)
+
+
+def _numbered(
+    cache: Cache, store: KvStore, series: Series, part: str, capacity: int | None
+) -> Any:
+    """Makes the layers of a cache that appends them as they are needed."""
+    layers = cache.layers
+    return lambda: TieredLayer(store, series, (part, len(layers)), capacity)

@@ -1,0 +1,213 @@
+"""Cache layers as transformers has them, whose keys and values a store keeps."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ...io.errors import UsageError
+from ...io.kv_shape import KvShape
+from ...io.kv_strip import Pair, Strip
+from ...scheduler.kv_store import Key, KvStore, Series
+
+
+class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Like DynamicLayer, but append-only: no token is copied again when others come.
+
+    `capacity` is how many tokens there will be; None: as many as come first. More
+    come at the price of a copy.
+    """
+
+    def __init__(
+        self, store: KvStore, series: Series, key: Key, capacity: int | None
+    ) -> None:
+        self._store = store
+        self._series = series
+        self._key = key
+        self._capacity = capacity
+        self._strip: Strip | None = None
+        DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[batch, heads, tokens, dim]; brought from where they are."""
+        return None if self._strip is None else self._view()[0]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        _refuse(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self._strip is None else self._view()[1]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        _refuse(value)
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._open(key_states, value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> Pair:
+        """Appends [batch, heads, tokens, dim]; returns all of what attention sees."""
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise UsageError(
+                "keys that record gradients cannot be kept in a tier: generate under "
+                "torch.inference_mode(), or set kv.tier to auto"
+            )
+        strip = self._open(key_states, value_states)
+        self.is_initialized = True
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._store.touch(self._series, self._key)
+        return self._append(strip, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return 0 if self._strip is None else self._strip.length
+
+    def reset(self) -> None:
+        if self._strip is not None:
+            self._strip.close()
+            self._strip = None
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        """The store decides what is where."""
+
+    def prefetch(self) -> None:
+        if self._strip is not None:
+            self._strip.prefetch()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self._strip is not None and self._strip.length > 0:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().squeeze(-1)
+            self._strip.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._strip is not None:
+            rows = torch.arange(self._strip.shape.batch)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last `-tokens_to_remove` tokens back. (If it is positive, which
+        transformers allowed until 5.17: all but so many.)"""
+        length = self.get_seq_length()
+        if self._strip is not None:
+            kept = tokens_to_remove
+            kept = kept if kept > 0 else length + kept
+            self._strip.truncate(min(max(kept, 0), length))
+
+    def _open(self, keys: torch.Tensor, values: torch.Tensor) -> Strip:
+        if self._strip is None:
+            shape = KvShape.of(keys, values)
+            capacity = self._needed(keys.shape[2])
+            self._strip = self._store.open(self._series, self._key, shape, capacity)
+        return self._strip
+
+    def _needed(self, num: int) -> int:
+        """Tokens to make room for when the first `num` come."""
+        return max(num, self._capacity or 0, 1)
+
+    def _append(self, strip: Strip, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        return self._extended(strip, keys, values, 0)
+
+    def _extended(
+        self, strip: Strip, keys: torch.Tensor, values: torch.Tensor, start: int
+    ) -> Pair:
+        is_first = strip.length == 0
+        pair = strip.append(keys, values, start)
+        if is_first and pair[0].device != keys.device:
+            return keys, values  # all that there is, and it is here
+        return pair
+
+    def _view(self) -> Pair:
+        assert self._strip is not None, "opened by the first update"
+        self._store.touch(self._series, self._key)
+        return self._strip.view(self._strip.first)
+
+
+class TieredSlidingLayer(  # type: ignore[no-untyped-call]
+    TieredLayer, DynamicSlidingWindowLayer
+):
+    """Like DynamicSlidingWindowLayer: attention sees the last `sliding_window` - 1
+    tokens and those that come; what was before is forgotten."""
+
+    is_sliding = True
+
+    def __init__(
+        self,
+        store: KvStore,
+        series: Series,
+        key: Key,
+        capacity: int | None,
+        sliding_window: int,
+    ) -> None:
+        TieredLayer.__init__(self, store, series, key, capacity)
+        self.sliding_window = sliding_window
+        self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
+        self.record_past = False
+
+    @property
+    def cumulative_length(self) -> int:
+        return self.get_seq_length()
+
+    @cumulative_length.setter
+    def cumulative_length(self, value: int) -> None:
+        assert value == 0, "it is as long as what was appended"
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self._strip is None:
+            return
+        if self._strip.length < self.sliding_window:
+            TieredLayer.crop(self, tokens_to_remove)
+            return
+        if not self.record_past and tokens_to_remove:
+            raise UsageError(
+                "what slid out of the window is forgotten: call "
+                "activate_past_recording() on the cache before what is to be cropped"
+            )
+        TieredLayer.crop(self, min(tokens_to_remove, 0))
+        self._slide(self._strip)
+
+    def _needed(self, num: int) -> int:
+        """Twice the window, so that each token is moved at most once."""
+        if self.record_past:
+            return super()._needed(num)
+        num = min(num, self.sliding_window)
+        wanted = 2 * self.sliding_window
+        return max(
+            num, wanted if self._capacity is None else min(self._capacity, wanted)
+        )
+
+    def _append(self, strip: Strip, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        kept = self.sliding_window - 1
+        num = keys.shape[2]
+        if strip.length == 0 and 0 < kept < num and not self.record_past:
+            strip.skip(num - kept)
+            strip.append(keys[:, :, -kept:], values[:, :, -kept:], num - kept)
+            return keys, values
+        start = max(strip.length - kept, strip.first)
+        pair = self._extended(strip, keys, values, start)
+        if not self.record_past:
+            self._slide(strip)
+        return pair
+
+    def _slide(self, strip: Strip) -> None:
+        strip.forget(max(strip.length - self.sliding_window + 1, strip.first))
+
+
+def _refuse(value: torch.Tensor | None) -> None:
+    if value is not None:
+        raise UsageError(
+            "keys and values in a tier are appended to, not replaced: use update(), or "
+            "set kv.tier to auto"
+        )

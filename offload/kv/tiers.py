@@ -1,0 +1,195 @@
+"""Opens the tiers that keep the keys and values of one model, as its policy says."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from ...io.arena import Arena
+from ...io.closing import Closing
+from ...io.courier import Courier
+from ...io.device import Device, Stream
+from ...io.kv_codec import Codec, Plain
+from ...io.kv_count import KvCount
+from ...io.kv_file import KvFile
+from ...io.kv_hop import Hop, NoHop, ThroughHost
+from ...io.kv_lender import Lender, Locked, OfDevice, Unpinned
+from ...io.kv_places import PENDING_BYTES, Copied, InPlace, OnDisk
+from ...io.kv_quantised import Quantised
+from ...io.kv_shape import KvShape
+from ...io.kv_staging import Staging
+from ...io.pace import Pace
+from ...io.timeline import Record
+from ...scheduler.kv_budget import TIERS, KvBudget
+from ...scheduler.kv_store import KvStore, Place
+from ..monitoring.memory import available_bytes
+from ..policy import Policy, cache_folder
+
+_KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+Pin = Callable[[Arena], Closing | None]
+
+
+class KvTiers(Closing):
+    """The store of one model, in whose `generate` it is installed until it is
+    closed. `pin` locks host memory in place for copies to the device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: Device,
+        policy: Policy,
+        pin: Pin,
+        record: Record,
+    ) -> None:
+        from .cache import install  # transformers takes seconds to import
+
+        kv = policy.kv
+        asked = "device" if kv.tier == "auto" else kv.tier
+        tiers = TIERS[TIERS.index(asked) :]
+        self._device = device
+        self._policy = policy
+        self._pin = pin
+        self._record = record
+        self._count = KvCount()
+        self._kind = _KINDS.get(kv.dtype)
+        limits = {tier: self._limit(tier) for tier in tiers}
+        notes: list[str] = []
+        with ExitStack() as opened:
+            self._attends_there = self._attend_there(model, opened, notes)
+            self._staging = opened.enter_context(
+                Staging(
+                    device, None if kv.staging_memory == "auto" else kv.staging_memory
+                )
+            )
+            places = {tier: self._place(tier, opened) for tier in tiers}
+            self.store = KvStore(KvBudget(tiers, limits), places, self._count)
+            opened.enter_context(self.store)
+            for note in notes:
+                self.store.note(note)
+            if self._kind is not None:
+                self.store.note(
+                    f"kv: keys and values are kept as {kv.dtype}, which loses some of "
+                    "them: what is generated may differ"
+                )
+            opened.callback(install(model, self.store))
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _place(self, tier: str, opened: ExitStack) -> Place:
+        device = self._device
+        pace = self._pace(tier)
+        if tier == "host" and self._attends_there:
+            return InPlace(torch.device("cpu"), self._count)
+        is_there = tier == "device" or (tier == "host" and device.is_host and not pace)
+        if tier == "disk":
+            return opened.enter_context(self._on_disk())
+        if is_there and self._kind is None:
+            return InPlace(torch.device(device.name), self._count)
+        lender: Lender
+        out: Stream
+        back: Stream
+        if is_there:
+            out, back, lender = device.compute, device.compute, OfDevice(device)
+        elif device.is_host:
+            out, back = (
+                opened.enter_context(
+                    Courier(
+                        name,
+                        max_pending_bytes=PENDING_BYTES,
+                        pace=self._pace(tier),
+                        record=self._record,
+                    )
+                )
+                for name in ("kv-out", "kv-back")
+            )
+            lender = Unpinned()
+        else:
+            out, back = device.stream(), device.stream()
+            lender = Locked(self._pin, out, back)
+        return opened.enter_context(
+            Copied(
+                device,
+                self._staging,
+                self._count,
+                self._codec,
+                out=out,
+                back=back,
+                lender=lender,
+            )
+        )
+
+    def _attend_there(
+        self, model: nn.Module, opened: ExitStack, notes: list[str]
+    ) -> bool:
+        """Whether those in host memory are attended to by the CPU, beside a GPU."""
+        if self._policy.kv.attention != "host" or self._device.is_host:
+            return False
+        from .attention import install
+
+        undo = install(model)
+        if undo is None:
+            notes.append(
+                f"kv.attention: {type(model).__name__} has another attention than "
+                "sdpa: it attends on the device"
+            )
+            return False
+        opened.callback(undo)
+        return True
+
+    def _codec(self, shape: KvShape) -> Codec:
+        return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
+
+    def _on_disk(self) -> OnDisk:
+        device = self._device
+        hop: Hop = NoHop()
+        if not device.is_host:
+            hop = ThroughHost(device, device.stream(), device.stream(), self._pin)
+        return OnDisk(
+            device, self._staging, self._count, self._codec, self._open_file, hop
+        )
+
+    def _open_file(self) -> KvFile:
+        io = self._policy.io
+        file = KvFile(
+            cache_folder(io),
+            direct=io.direct,
+            max_pending_bytes=PENDING_BYTES,
+            write_pace=self._pace("disk"),
+            read_pace=self._pace("disk"),
+            record=self._record,
+        )
+        if file.fallback is not None:
+            self.store.note(file.fallback)
+        return file
+
+    def _pace(self, tier: str) -> Pace | None:
+        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
+        if speed is None:
+            return None
+        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
+
+    def _limit(self, tier: str) -> int:
+        asked = self._policy.kv.limits.get(tier)  # type: ignore[call-overload]
+        if asked is not None:
+            return int(asked)
+        if tier == "disk":
+            folder = cache_folder(self._policy.io).absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            return shutil.disk_usage(there).free
+        on_gpu = self._device.free_bytes() if tier == "device" else None
+        return (available_bytes() if on_gpu is None else on_gpu) // 2
+
+
+def open_kv(
+    model: nn.Module, device: Device, policy: Policy, pin: Pin, record: Record
+) -> KvTiers | None:
+    """None where the cache is to stay as transformers makes it."""
+    is_asked = policy.kv.tier != "auto" or policy.kv.dtype != "auto"
+    if not is_asked or not callable(getattr(model, "generate", None)):
+        return None
+    return KvTiers(model, device, policy, pin, record)

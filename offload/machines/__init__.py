@@ -1,0 +1,1 @@
+"""What computers can do: files of rates, and how they are measured."""

@@ -1,0 +1,212 @@
+"""Measures what this computer's processor, memory and drive do, once, in a minute."""
+
+import itertools
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.nn import functional
+
+from ...io.arena import Arena
+from ...io.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
+from ...io.errors import UsageError
+from ...io.extent import Extent
+from ...io.header import FileStamp
+from ...io.loader import copy_serially
+from ..monitoring.show import human_bytes
+from ..policy import IO
+from ..readers import makers_of
+from .machine import Disk
+
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
+LENGTHS = (32, 128, 512, 1024)
+_IN, _OUT = 2048, 5632
+_NUM_WEIGHTS = 4  # in turns: none of them is in a cache
+_MOST_SECONDS = 0.3
+_SCRATCH_BYTES = 1 << 30
+_NUM_ROW_READS = 512
+
+
+def seconds_of(
+    act: Callable[[], Any],
+    *,
+    wait: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    least: int = 3,
+    most: int = 15,
+) -> float:
+    """Seconds of `act` and `wait`, after one to warm up: of `least` to `most` runs, 0.3
+    seconds of them (of slow ones fewer), a quarter are faster. What disturbs a run
+    makes it only slower."""
+    act()
+    wait()
+    found: list[float] = []
+    while (len(found) < least and sum(found) < 2 * _MOST_SECONDS) or (
+        len(found) < most and sum(found) < _MOST_SECONDS
+    ):
+        start = clock()
+        act()
+        wait()
+        found.append(clock() - start)
+    return sorted(found)[len(found) // 4]
+
+
+def matmul(dtype: torch.dtype, device: str, wait: Callable[[], None]) -> dict[int, int]:
+    """FLOP/s of products with matrices of 2048 x 5632, by rows: never fewer than with
+    fewer rows, which only a disturbed run would show."""
+    weights = [
+        torch.randn(_OUT, _IN, device=device).to(dtype) for _ in range(_NUM_WEIGHTS)
+    ]
+    found: dict[int, int] = {}
+    for rows in ROWS:
+        x = torch.randn(rows, _IN, device=device).to(dtype)
+        product = partial(_product, x, itertools.cycle(weights))
+        seconds = seconds_of(product, wait=wait)
+        rate = round(2 * rows * _IN * _OUT / seconds)
+        found[rows] = max([rate, *found.values()])
+    return found
+
+
+def product_seconds(device: str, wait: Callable[[], None]) -> float:
+    """What a product takes that has next to nothing to compute."""
+    x, w = torch.randn(8, 64, device=device), torch.randn(64, 64, device=device)
+    return seconds_of(lambda: functional.linear(x, w), wait=wait, least=50, most=500)
+
+
+def attention(
+    dtype: torch.dtype, device: str, wait: Callable[[], None]
+) -> dict[int, int]:
+    """FLOP/s of causal attention in 16 heads of 64, masked products counted, by
+    length; 2,048 tokens at least."""
+    found = {}
+    for length in LENGTHS:
+        batch = max(1, 1024 // length)
+        shape = (batch, 16, length, 64)
+        q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True)
+        seconds = seconds_of(partial(attend, q, k, v), wait=wait)
+        found[length] = round(4 * math.prod(shape) * length / seconds)
+    return found
+
+
+def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
+    """Bytes a second, read and written, of a copy of 256 MB."""
+    source = torch.zeros(64 << 20, device=device)
+    target = torch.zeros_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), wait=wait)
+    return round(2 * source.nbytes / seconds)
+
+
+def cast_bandwidth() -> int:
+    """Stored bytes a second that one thread casts from bfloat16 to float32, in the
+    pieces that are cast on the way in: from a cache into memory."""
+    source = torch.zeros(2 << 20, dtype=torch.bfloat16)
+    target = torch.zeros(64 << 20)
+    pieces = itertools.cycle(torch.split(target, len(source)))
+    cast = partial(_cast, pieces, source)
+    return round(source.nbytes / seconds_of(cast, least=20, most=100))
+
+
+def disk(place: Path, io: IO, progress: Callable[[str], None]) -> Disk:
+    """The drive of the file `place`, or of a scratch file in the folder `place`, read
+    by each of our readers. Raises OSError where none can be written, UsageError for a
+    file that is too small."""
+    if place.is_file():
+        return _disk(place, io, progress)
+    with scratch_file(place, _SCRATCH_BYTES) as path:
+        return _disk(path, io, progress)
+
+
+def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
+    stamps = {path: FileStamp.of(path.stat())}
+    makers, missing = makers_of(stamps, io)
+    able = {name: makers[name] for name in makers if name not in missing}
+    progress(f"reading {path} by {', '.join(able)}")
+    trials = measure(able, stamps, rounds=rounds_of(stamps, len(able)))
+    if not trials:
+        least = len(able) * SAMPLE_BYTES
+        raise UsageError(
+            f"{path} has {human_bytes(path.stat().st_size)}, too little to measure a "
+            f"drive with: give a file of {human_bytes(least)} or more, or a folder"
+        )
+    reader = max(trials, key=lambda trial: trial.bytes_per_second)
+    with makers[reader.reader]() as opened:
+        row_read = _row_read_seconds(path, opened)
+    return Disk(
+        bandwidth={t.reader: round(t.bytes_per_second) for t in trials},
+        cpu_seconds_per_gb={t.reader: t.cpu_seconds_per_gb for t in trials},
+        row_read_seconds=row_read,
+    )
+
+
+def _row_read_seconds(path: Path, reader: Any) -> float:
+    """Of short reads that are all asked for at once, all over the file."""
+    size = max(4096, reader.alignment)
+    stride = path.stat().st_size // _NUM_ROW_READS // size * size
+    with Arena(size * _NUM_ROW_READS) as arena:
+        start = time.perf_counter()
+        handles = [
+            reader.submit(
+                Extent(path, index * stride, size), arena.view(index * size, size)
+            )
+            for index in range(_NUM_ROW_READS)
+        ]
+        for handle in handles:
+            handle.wait()
+        seconds = time.perf_counter() - start
+        del handles
+    return seconds / _NUM_ROW_READS
+
+
+@contextmanager
+def scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
+    """A file of random bytes in `folder` that is not in the page cache; it goes."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="penstock-scratch-") as file:
+        piece = os.urandom(8 << 20)
+        for _ in range(nbytes // len(piece)):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield Path(file.name)
+
+
+def host_facts() -> dict[str, Any]:
+    """Cores and memory, as psutil counts them."""
+    return {
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        "num_threads": torch.get_num_threads(),
+        "host_memory": int(psutil.virtual_memory().total),
+    }
+
+
+def cpu_name() -> str:
+    """As the kernel has it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def drive_name(path: Path) -> str:
+    return drive_of(path)
+
+
+def _cast(pieces: Iterator[torch.Tensor], source: torch.Tensor) -> None:
+    copy_serially(next(pieces), source)
+
+
+def _product(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> torch.Tensor:
+    return functional.linear(x, next(weights))

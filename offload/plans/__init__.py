@@ -1,0 +1,1 @@
+"""What a model, a policy and a machine come to: `penstock plan`."""

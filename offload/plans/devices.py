@@ -1,0 +1,237 @@
+"""A machine with several devices: what Penstock runs on them and, apart from that, what
+the formulas of one model over all of them say."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...io.errors import DoesNotFitError
+from ...scheduler.partitioning import (
+    Blocks,
+    Chips,
+    LayoutCost,
+    gather_crossover_tokens,
+    layout_costs,
+)
+from ..machines.machine import Disk, Machine
+from .planner import USABLE, Choice, Planner
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to use the devices."""
+
+    name: str
+    is_run: bool
+    """By Penstock, today; else it is a formula alone."""
+    note: str
+    num_tokens: int
+    """That share a pass, over all devices."""
+    pass_seconds: float | None
+    """None where it does not fit."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of passes alone."""
+        return self.num_tokens / self.pass_seconds if self.pass_seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """All ways, those that run first."""
+
+    num: int
+    ways: tuple[Way, ...]
+    crossover_tokens: float | None
+    """That share a pass, from which on moving weights between devices moves less than
+    moving tokens; None where there is no formula."""
+    note: str
+    """Why there is none, or what it leaves out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Times in seconds."""
+        return {
+            "num_devices": self.num,
+            "crossover_tokens": self.crossover_tokens,
+            "note": self.note,
+            "ways": [
+                {
+                    "name": way.name,
+                    "run_by": "penstock" if way.is_run else "formula",
+                    "note": way.note,
+                    "tokens_in_pass": way.num_tokens,
+                    "pass_seconds": way.pass_seconds,
+                    "tokens_per_second": way.tokens_per_second,
+                }
+                for way in self.ways
+            ],
+        }
+
+
+def devices_of(planner: Planner, choice: Choice) -> Devices | None:
+    """None for machines with one device."""
+    machine = planner.machine
+    num = machine.num_devices
+    if num < 2 or machine.device != "cuda":
+        return None
+    run = [_alone(planner, choice, num), *_peers(planner), _workers(planner)]
+    tokens = max(way.num_tokens for way in run)
+    why_not = _no_formula(planner)
+    if why_not:
+        return Devices(num, tuple(run), None, why_not)
+    blocks, chips = _blocks(planner, choice), _chips(planner, choice, tokens)
+    itemsize = choice.forecast.shape.itemsize
+    costs = layout_costs(
+        tokens,
+        blocks,
+        chips,
+        link_bandwidth=_link(planner, choice, blocks.parameters * itemsize),
+        itemsize=itemsize,
+    )
+    crossover = gather_crossover_tokens(
+        blocks.parameters * itemsize / blocks.layers, blocks.hidden, itemsize
+    )
+    ways = [*run, *(_formula(cost, tokens, chips) for cost in costs)]
+    note = (
+        "formulas (arXiv 2211.05102) leave out attention, keys and values and take "
+        "peak rates: Penstock runs none of these layouts; what it runs is predicted, "
+        "and not measured on several GPUs yet"
+    )
+    return Devices(num, tuple(ways), crossover, note)
+
+
+def _in_flight(planner: Planner, choice: Choice) -> int:
+    policy = choice.policy
+    if planner.task.generates:
+        return policy.sequences_in_flight
+    return policy.tokens_in_flight
+
+
+def _alone(planner: Planner, choice: Choice, num: int) -> Way:
+    idle = f"this plan; {num - 1} idle"
+    note = "this plan" if planner.policy.peer else idle
+    tokens = _in_flight(planner, choice)
+    return Way("one device", True, note, tokens, choice.prediction.pass_seconds)
+
+
+def _peers(planner: Planner) -> Iterator[Way]:
+    """One device computes, the others keep weights for it."""
+    machine = planner.machine
+    if planner.policy.peer or machine.device_memory is None:
+        return
+    nbytes = int(machine.device_memory * USABLE)
+    peer = {f"cuda:{index}": nbytes for index in range(1, machine.num_devices)}
+    name = "others keep weights (peer)"
+    try:
+        found = planner.under(machine, {"device": "cuda:0", "peer": peer}).choose()
+    except DoesNotFitError:
+        yield Way(name, True, "does not fit", 0, None)
+        return
+    kept = found.forecast.bytes_by_tier["peer"]
+    note = f"one computes; {kept / 1e9:,.0f} GB of weights on the others"
+    tokens = _in_flight(planner, found)
+    yield Way(name, True, note, tokens, found.prediction.pass_seconds)
+
+
+def _workers(planner: Planner) -> Way:
+    """A job on each: the drive and the host's memory are shared out; the copy of the
+    weights in host memory is one for all of them, and each has a link of its own."""
+    machine = planner.machine
+    num = machine.num_devices
+    name = f"a job each (--workers {num})"
+    each = planner.under(_shared_out(machine), {})
+    try:
+        found = each.choose()
+    except DoesNotFitError:
+        return Way(name, True, "does not fit", 0, None)
+    found = each.with_shared_host(found, num) or found
+    tokens = num * _in_flight(planner, found)
+    note = f"{found.prediction.binds} binds; the drive is shared, host_shared: true"
+    return Way(name, True, note, tokens, found.prediction.pass_seconds)
+
+
+def _shared_out(machine: Machine) -> Machine:
+    """What one of all devices has, at least."""
+    num, disk = machine.num_devices, machine.disk
+    if disk is not None:
+        rates = {reader: int(rate / num) for reader, rate in disk.bandwidth.items()}
+        disk = Disk(**{**disk.model_dump(), "bandwidth": rates})
+    memory = machine.host_memory // num
+    values = {"host_memory": memory, "disk": disk, "num_devices": 1}
+    return machine.model_copy(update=values)
+
+
+def _no_formula(planner: Planner) -> str:
+    """Why there is none; nothing where there is."""
+    machine, config = planner.machine, _config(planner)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    missing = [s for s in sizes if not isinstance(getattr(config, s, None), int)]
+    if missing:
+        return f"no formulas: the model's config has no {', '.join(missing)}"
+    experts = ("num_local_experts", "num_experts", "n_routed_experts")
+    if any(getattr(config, name, None) for name in experts):
+        return "no formulas: those of the paper are for models without experts"
+    if _network(machine) is None:
+        return f"no formulas: machine {machine.name!r} has no network_bandwidth"
+    return ""
+
+
+def _config(planner: Planner) -> Any:
+    config = getattr(planner.module, "config", None)
+    return config.get_text_config() if config is not None else None
+
+
+def _network(machine: Machine) -> float | None:
+    if machine.network_bandwidth is not None:
+        return float(machine.network_bandwidth)
+    peer = machine.copies.peer if machine.copies is not None else None
+    return None if peer is None else float(peer)
+
+
+def _blocks(planner: Planner, choice: Choice) -> Blocks:
+    config = _config(planner)
+    parameters = choice.forecast.shape.flops_per_token / 2
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return Blocks(
+        parameters,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def _chips(planner: Planner, choice: Choice, tokens: int) -> Chips:
+    machine, rates = planner.machine, choice.forecast.model.rates
+    memory, network = machine.device_memory, _network(machine)
+    assert memory is not None, "it is a GPU"
+    assert network is not None, "there is a formula"
+    return Chips(
+        machine.num_devices,
+        rates.matmul_flops.at(tokens / machine.num_devices),
+        float(memory),
+        rates.device_bytes,
+        network,
+    )
+
+
+def _link(planner: Planner, choice: Choice, weight_bytes: float) -> float:
+    """Bytes a second to each device: its own link where the host's memory holds all
+    weights, else a share of the drive."""
+    machine, links = planner.machine, choice.forecast.model.rates.links
+    drive = links["disk"] / machine.num_devices
+    return links["host"] if weight_bytes <= USABLE * machine.host_memory else drive
+
+
+def _formula(cost: LayoutCost, tokens: int, chips: Chips) -> Way:
+    if cost.chip_bytes > USABLE * chips.memory_bytes:
+        note = f"does not fit: {cost.chip_bytes / 1e9:,.0f} GB of weights on each"
+        return Way(cost.name, False, note, tokens, None)
+    parts = {
+        "compute": cost.compute_seconds,
+        "links": cost.link_seconds,
+        "network": cost.network_seconds,
+    }
+    note = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
+    return Way(cost.name, False, note, tokens, cost.pass_seconds)

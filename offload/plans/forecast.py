@@ -1,0 +1,190 @@
+"""What a model, a policy and a machine come to: the cost model of all three."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ...io.recipe import Recipe
+from ...scheduler.cost import CostModel
+from ...scheduler.packing import pack
+from ...scheduler.shape import MicroBatch, ModelShape, Settings
+from ...scheduler.workload import Generating, Scoring
+from ..machines.machine import Machine
+from ..policy import Policy
+from ..tiers import transfer_of
+from ..units.arrangement import Arrangement, Arranger
+from ..units.describe import describe
+from ..units.division import Division
+from .rates import rates_of
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A model as a policy arranges it, and what its passes would cost."""
+
+    arrangement: Arrangement
+    shape: ModelShape
+    model: CostModel
+    policy: Policy
+
+    @property
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Of weights as they are computed with."""
+        found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+        units = self.arrangement.division.found.units
+        recipes = self.arrangement.recipes
+        placed: set[str] = set()
+        for unit, tier in zip(units, self.arrangement.placement, strict=True):
+            where = "device" if unit.is_resident else tier
+            where = "disk" if not (unit.sites or unit.is_resident) else where
+            nbytes = sum(recipes[name].nbytes for name in unit.tensors)
+            found[where if where in found else "peer"] += nbytes
+            placed.update(unit.tensors)
+        found["disk"] += sum(r.nbytes for n, r in recipes.items() if n not in placed)
+        return found
+
+
+class Forecaster:
+    """Forecasts one model on one machine under many policies: what they have in
+    common is worked out once."""
+
+    def __init__(
+        self,
+        module: Any,
+        recipes: Mapping[str, Recipe],
+        machine: Machine,
+        *,
+        generates: bool = False,
+        embeds: bool = False,
+    ) -> None:
+        self._module = module
+        self._recipes = recipes
+        self._machine = machine
+        self._generates = generates
+        self._embeds = embeds
+        self._arrangers: dict[tuple[Any, ...], Arranger] = {}
+        self._described: dict[Division, tuple[ModelShape, str]] = {}
+
+    def forecast(self, policy: Policy) -> Forecast:
+        """Of the model under `policy`. Raises DoesNotFitError where its budgets are too
+        small, and PolicyError."""
+        is_host = policy.device == "cpu"
+        machine = self._machine
+        free = machine.host_memory if is_host else machine.device_memory
+        arrangement = self._arranger(policy, is_host).arrange(policy, free)
+        division = arrangement.division
+        if division not in self._described:
+            self._described[division] = _described(self._module, arrangement)
+        described = self._described[division]
+        found = _forecast(arrangement, *described, policy, machine, self._generates)
+        settings = replace(found.model.settings, stops_at_hidden=self._embeds)
+        return replace(found, model=replace(found.model, settings=settings))
+
+    def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
+        key = (is_host, policy.gather_rows, policy.resident_below, policy.io.max_gap)
+        if key not in self._arrangers:
+            self._arrangers[key] = Arranger(
+                self._module,
+                self._recipes,
+                policy,
+                partial(transfer_of, is_host, policy),
+                is_host=is_host,
+            )
+        return self._arrangers[key]
+
+
+def forecast(
+    module: Any,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    machine: Machine,
+    *,
+    generates: bool = False,
+) -> Forecast:
+    """The forecast of `module`, which may be on meta. Raises DoesNotFitError where the
+    policy's budgets are too small, and PolicyError."""
+    return Forecaster(module, recipes, machine, generates=generates).forecast(policy)
+
+
+def of_arrangement(
+    module: Any,
+    arrangement: Arrangement,
+    policy: Policy,
+    machine: Machine,
+    *,
+    generates: bool,
+) -> Forecast:
+    """The same of what is arranged already."""
+    described = _described(module, arrangement)
+    return _forecast(arrangement, *described, policy, machine, generates)
+
+
+def _described(module: Any, arrangement: Arrangement) -> tuple[ModelShape, str]:
+    """Its shape, and the dtype that it computes with."""
+    recipes = arrangement.recipes
+    is_gathered = bool(arrangement.gathered)
+    shape = describe(module, arrangement.division, recipes, gathers_rows=is_gathered)
+    return shape, dtype_of(recipes)
+
+
+def _forecast(
+    arrangement: Arrangement,
+    shape: ModelShape,
+    dtype: str,
+    policy: Policy,
+    machine: Machine,
+    generates: bool,
+) -> Forecast:
+    settings = Settings(
+        arrangement.placement,
+        arrangement.capacity,
+        lookahead=policy.lookahead,
+        logits_bytes=policy.logits_memory,
+        kv_tier=policy.kv.tier,
+        kv_itemsize=kv_itemsize(policy),
+        is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
+        activations_move=policy.activations == "host" and policy.device != "cpu",
+    )
+    rates = rates_of(machine, policy, dtype)
+    return Forecast(arrangement, shape, CostModel(shape, rates, settings), policy)
+
+
+def kv_itemsize(policy: Policy) -> float | None:
+    """Bytes of an element of keys and values as they are kept, with its part of a scale
+    (16 bits for 32 of them); None: those of what it computes with."""
+    return None if policy.kv.dtype == "auto" else 1.0 + 2 / 32
+
+
+def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
+    """The work of scoring rows of `lengths` tokens, packed as a job packs them."""
+    groups = pack(lengths, max_tokens=policy.micro_batch_tokens)
+    batches = tuple(
+        MicroBatch(len(group), max(lengths[row] for row in group)) for group in groups
+    )
+    return Scoring(
+        batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+    )
+
+
+def generating_of(
+    policy: Policy, num_rows: int, prompt_tokens: int, new_tokens: int
+) -> Generating:
+    """The work of completing `num_rows` prompts of one length."""
+    in_flight = policy.sequences_in_flight
+    each = min(policy.micro_batch_sequences, in_flight)
+    # A micro-batch of prompts has at most so many tokens, too.
+    each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
+    return Generating(
+        num_rows, prompt_tokens, new_tokens, in_flight // each * each, each
+    )
+
+
+def dtype_of(recipes: Mapping[str, Recipe]) -> str:
+    """That most of the model computes with."""
+    nbytes: dict[str, int] = {}
+    for recipe in recipes.values():
+        name = str(recipe.dtype).removeprefix("torch.")
+        nbytes[name] = nbytes.get(name, 0) + math.prod(recipe.shape)
+    return max(nbytes, key=lambda name: nbytes[name]) if nbytes else "float32"

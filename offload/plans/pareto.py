@@ -1,0 +1,101 @@
+"""Plots latency against throughput over what is in flight, as in figure 1 of
+Efficiently Scaling Transformer Inference (arXiv 2211.05102)."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...io.errors import OutputError, UsageError
+from .plan import Plan
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (seconds, tokens/s), those that none is better than in both; by seconds."""
+    found: list[tuple[float, float]] = []
+    for seconds, rate in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not found or rate > found[-1][1]:
+            found.append((seconds, rate))
+    return found
+
+
+def points_of(plan: Plan) -> list[tuple[float, float, int]]:
+    """(seconds of a pass, tokens a second, in flight) of all that fits."""
+    asked = "sequences_in_flight" if plan.task.generates else "tokens_in_flight"
+    return [
+        (
+            choice.prediction.pass_seconds,
+            choice.rate,
+            int(getattr(choice.policy, asked)),
+        )
+        for choice in plan.planner.choices()
+    ]
+
+
+def check_plot(path: Path) -> None:
+    """Raises UsageError without matplotlib or for another kind of file, OutputError
+    where there is no such folder: before anything is planned."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise UsageError(f"{path}: give a name that ends in .png or .svg")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if find_spec("matplotlib") is None:
+        raise UsageError("plotting needs matplotlib: pip install 'penstock[bench]'")
+
+
+def plot_pareto(plan: Plan, path: Path) -> None:
+    """Writes the plot to `path`, whose ending says what it is. Raises what `check_plot`
+    does, and OutputError where it cannot be written."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _draw(axes, points_of(plan))
+    chosen = plan.choice
+    axes.plot(
+        [chosen.prediction.pass_seconds],
+        [chosen.rate],
+        "D",
+        color="C3",
+        label="the plan",
+    )
+    generates = plan.task.generates
+    what = "sequences" if generates else "tokens"
+    axes.set_xlabel("seconds of a pass" + (", which gives each a token" * generates))
+    axes.set_ylabel("output tokens/s" if generates else "tokens/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(loc="lower right", title=f"numbers: {what} in flight")
+    axes.set_title(f"{plan.model.resolve().name} on {plan.machine.name}", fontsize=11)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _draw(axes: Any, points: list[tuple[float, float, int]]) -> None:
+    """All that was tried, and who is best, with what each has in flight."""
+    axes.scatter(
+        [seconds for seconds, _, _ in points],
+        [rate for _, rate, _ in points],
+        s=14,
+        color="C0",
+        alpha=0.5,
+        label="tried",
+    )
+    best = frontier((seconds, rate) for seconds, rate, _ in points)
+    axes.plot(*zip(*best, strict=True), color="C1", label="none is better in both")
+    labels = {(seconds, rate): count for seconds, rate, count in points}
+    for point in best:
+        axes.annotate(
+            f"{labels[point]:,}",
+            point,
+            xytext=(-4, 5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )

@@ -1,0 +1,102 @@
+"""What a planner is asked for, what it may take, and what it chooses."""
+
+from dataclasses import dataclass
+
+from ...scheduler.memory_need import Need
+from ...scheduler.workload import Prediction
+from ..monitoring.show import human_bytes
+from ..policy import Policy
+from .forecast import Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be done with the model."""
+
+    generates: bool = False
+    prompt_tokens: int = 128
+    """Of a row to complete; of a row to score or embed, all its tokens."""
+    new_tokens: int = 64
+    embeds: bool = False
+    """Rows become vectors, without a head."""
+
+    @property
+    def name(self) -> str:
+        """As the command is called."""
+        if self.embeds:
+            return "embed"
+        return "generate" if self.generates else "score"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be taken."""
+
+    device: int
+    host: int
+    is_shared: bool
+    """Whether the device's memory is the host's: then `device` is all there is."""
+
+    def beside(self, need: Need, kv_tier: str) -> "Budget":
+        """What `need`, with keys and values in `kv_tier`, leaves for weights; less than
+        nothing where it does not fit."""
+        device, host = need.beside_weights(kv_tier, is_shared=self.is_shared)
+        left = self.device - device
+        return Budget(
+            left, left if self.is_shared else self.host - host, self.is_shared
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One policy, and what it would do."""
+
+    policy: Policy
+    forecast: Forecast
+    prediction: Prediction
+    need: Need
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second: those that come out, or those that are scored."""
+        found = self.prediction
+        return found.output_tokens_per_second or found.tokens_per_second
+
+    @property
+    def in_flight(self) -> int:
+        return self.policy.tokens_in_flight * self.policy.sequences_in_flight
+
+
+def why_not(
+    name: str,
+    asked: object,
+    least: int,
+    beside: int,
+    device: int,
+    *,
+    whole_bytes: int,
+) -> str:
+    """Why nothing fits on the machine `name`, and what would. All in bytes: the policy
+    `asked` for that working set, or for none; the largest part and what is always
+    needed take `least`, what is in flight `beside`; the device has `device` to give,
+    and one of `whole_bytes` would do."""
+    parts = (
+        f"its largest part and what is always needed take {human_bytes(least)}, what "
+        f"is in flight {human_bytes(beside)}"
+    )
+    if isinstance(asked, int) and least + beside <= device:
+        over = asked + beside > device
+        most = f"at most {human_bytes(device - beside)} (of {name!r})"
+        return (
+            f"device_memory is {human_bytes(asked)}, which does not do: {parts}; set "
+            f"it to {most if over else f'at least {_mib_up(least)} MiB'}, or to auto"
+        )
+    return (
+        f"{name!r} cannot run it: {parts}, and the device has {human_bytes(device)} to "
+        f"give; a device with {human_bytes(whole_bytes)} of memory, shorter rows, or a "
+        "dtype of fewer bytes would do"
+    )
+
+
+def _mib_up(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))

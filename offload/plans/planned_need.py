@@ -1,0 +1,38 @@
+"""What a task keeps in memory beside the weights, under a policy."""
+
+from ...io.kv_places import PENDING_BYTES
+from ...scheduler.memory_need import Need, generating_need, scoring_need
+from ...scheduler.shape import ModelShape
+from ..policy import Policy
+from .forecast import kv_itemsize
+from .planned import Task
+
+
+def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -> Need:
+    """Of all that is in flight; `is_shared`: the device's memory is the host's."""
+    if not task.generates:
+        return scoring_need(
+            shape,
+            policy.tokens_in_flight,
+            policy.micro_batch_tokens,
+            0 if task.embeds else policy.logits_memory,
+            waits_on_host=policy.activations == "host" and not is_shared,
+        )
+    return generating_need(
+        shape,
+        policy.sequences_in_flight,
+        task.prompt_tokens,
+        task.new_tokens,
+        min(policy.micro_batch_sequences, policy.sequences_in_flight),
+        kv_itemsize=kv_itemsize(policy),
+        is_staged=_is_staged(policy, is_shared=is_shared),
+        pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,
+    )
+
+
+def _is_staged(policy: Policy, *, is_shared: bool) -> bool:
+    """Whether keys and values are brought to where they are attended to."""
+    kv = policy.kv
+    if kv.tier == "host" and not is_shared:
+        return kv.attention != "host"
+    return kv.tier == "disk" or kv.dtype != "auto"

@@ -1,0 +1,289 @@
+"""Chooses what a policy leaves open: what is in flight, and who stays in memory."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from ...io.errors import DoesNotFitError
+from ...io.recipe import Recipe
+from ...scheduler.memory_need import RUNTIME_BYTES, Need
+from ...scheduler.shape import ModelShape
+from ...scheduler.workload import Generating, Scoring, predict
+from ..machines.machine import Machine
+from ..policy import Policy
+from ..settings.contradictions import KV_TIERS
+from .forecast import Forecast, Forecaster, generating_of, scoring_of
+from .planned import Budget, why_not
+from .planned import Choice as Choice
+from .planned import Task as Task
+from .planned_need import need_of
+
+Objective = Literal["throughput", "latency"]
+USABLE = 0.9
+"""Of a memory: the rest is the system's, and what nobody counts."""
+_GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
+_STEP_BYTES = 64 << 20
+_MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
+_MICRO_BATCH_SEQUENCES = (4, 8, 16, 32, 64)
+_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for one model on one machine. `policy` is what the user asks for: what is
+    set there stays."""
+
+    module: Any
+    recipes: Mapping[str, Recipe]
+    machine: Machine
+    policy: Policy
+    task: Task
+    objective: Objective = "throughput"
+    _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
+    _choices: list[Choice] = field(default_factory=list)
+
+    @cached_property
+    def _forecaster(self) -> Forecaster:
+        return Forecaster(
+            self.module,
+            self.recipes,
+            self.machine,
+            generates=self.task.generates,
+            embeds=self.task.embeds,
+        )
+
+    def choose(self) -> Choice:
+        """The best policy. Raises DoesNotFitError, saying what would make it run."""
+        found = self.choices()
+        if not found:
+            raise DoesNotFitError(self._why_not())
+        if self.objective == "latency":
+            return min(found, key=lambda choice: choice.prediction.seconds)
+        best = max(choice.rate for choice in found)
+        good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
+        return self._less_memory(min(good, key=lambda choice: choice.in_flight))
+
+    def choices(self) -> list[Choice]:
+        """All that fit, with as much of the model in memory as there is room for."""
+        if not self._choices:
+            tried = (self._choice(self._with(s)) for s in self._settings())
+            self._choices.extend(choice for choice in tried if choice is not None)
+        return self._choices
+
+    def beside(self, start: Choice, policy: Policy) -> Choice | None:
+        """`policy`, which differs a little from that of `start`, with as much memory;
+        with less where what is in flight leaves no more, None where that is none."""
+        roomy = self._choice(policy)
+        if roomy is None or not self._is_free("device_memory"):
+            return roomy
+        asked = policy.device_memory
+        most = roomy.policy.device_memory
+        assert asked != "auto", "it was chosen"
+        assert most != "auto", "it was chosen"
+        if asked > most and asked != start.policy.device_memory:
+            return None
+        values = {"device_memory": min(asked, most), "host_memory": policy.host_memory}
+        return self._evaluate(_updated(roomy.policy, values), roomy.need)
+
+    def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
+        """The same for another machine, with more settings."""
+        policy = _updated(self.policy, settings)
+        asked = (machine, policy, self.task, self.objective)
+        return Planner(self.module, self.recipes, *asked)
+
+    def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
+        """`choice`, made for one of `num` parts of a machine, where all parts share one
+        copy of the weights in host memory: it may have what each has no need of. None
+        where the user has set its size."""
+        if not self._is_free("host_memory"):
+            return None
+        own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
+        shape = choice.forecast.shape
+        left = num * (self.budget.host - own - 3 * shape.largest_bytes)
+        values = {"host_memory": max(0, min(shape.streamed_bytes, left)) or None}
+        values["host_shared"] = values["host_memory"] is not None
+        return self._evaluate(_updated(choice.policy, values), choice.need)
+
+    def most_in_flight(self) -> int:
+        """Tokens (or sequences) in flight that there is memory for at all."""
+        asked = "sequences_in_flight" if self.task.generates else "tokens_in_flight"
+        values = (getattr(choice.policy, asked) for choice in self.choices())
+        return max(values, default=0)
+
+    @property
+    def budget(self) -> Budget:
+        """What the machine has, less the runtime."""
+        machine = self.machine
+        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
+        if machine.device_memory is None:
+            return Budget(host, host, is_shared=True)
+        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
+
+    def _is_free(self, key: str) -> bool:
+        """Whether the user leaves `key` to the planner."""
+        value = getattr(self.policy, key)
+        return key not in self.policy.model_fields_set or value == "auto"
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """What to try for what is in flight; one micro-batch for the least latency."""
+        names = ("micro_batch_tokens", "tokens_in_flight")
+        sizes: tuple[int, ...] = _MICRO_BATCH_TOKENS
+        if self.task.generates:
+            names = ("micro_batch_sequences", "sequences_in_flight")
+            sizes = _MICRO_BATCH_SEQUENCES
+        each_name, all_name = names
+        if not self._is_free(each_name):
+            sizes = (getattr(self.policy, each_name),)
+        elif self.objective == "latency":
+            sizes = sizes[:1]
+        seen = set()
+        for each in sizes:
+            widths = _WIDTHS if self.objective == "throughput" else (1,)
+            totals = [each * width for width in widths]
+            if not self._is_free(all_name):
+                totals = [getattr(self.policy, all_name)]
+            for total in totals:
+                for where in self._places():
+                    key = (min(each, total), total, str(where))
+                    if key not in seen:
+                        seen.add(key)
+                        yield {each_name: key[0], all_name: total, **where}
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Where what is in flight may be, beside the weights: the fastest first. What
+        generates has little of its own beside keys and values."""
+        is_gpu = self.machine.device_memory is not None
+        if not self.task.generates:
+            moves = is_gpu and self._is_free("activations")
+            return [{}, {"activations": "host"}] if moves else [{}]
+        if self.policy.kv.tier != "auto" or self.policy.compile:
+            return [{}]
+        # A tier that is slower than one with a limit would never reach it.
+        slowest = min(map(KV_TIERS.index, self.policy.kv.limits), default=len(KV_TIERS))
+        tiers = KV_TIERS[0 if is_gpu else 1 : slowest + 1]
+        return [{"kv": {"tier": tier}} for tier in tiers]
+
+    def _with(self, settings: dict[str, Any]) -> Policy:
+        values = self.policy.model_dump(exclude_unset=True)
+        kv = settings.pop("kv", None)
+        if kv is not None:
+            values["kv"] = {**values.get("kv", {}), **kv}
+        if self.machine.device == "cuda" and "device" not in values:
+            values["device"] = "cuda"
+        if self.machine.disk is not None and self.policy.io.reader == "auto":
+            reader = self.machine.disk.best_reader
+            values["io"] = {**values.get("io", {}), "reader": reader}
+        return Policy(**{**values, **settings})
+
+    def _choice(self, policy: Policy) -> Choice | None:
+        """`policy` with as much of the model in memory as fits beside what is in
+        flight; None where that leaves too little."""
+        shape = self._any_shape(policy)
+        need = self._need(shape, policy)
+        budget = self.budget.beside(need, policy.kv.tier)
+        device, host = budget.device, budget.host
+        if host < 0:
+            return None
+        values: dict[str, Any] = {}
+        if self._is_free("device_memory"):
+            whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
+            values["device_memory"] = min(whole, device) // _STEP_BYTES * _STEP_BYTES
+            values["device_memory"] += _STEP_BYTES if device > whole else 0
+        elif policy.device_memory != "auto" and policy.device_memory > device:
+            return None
+        if self._is_free("host_memory") and not budget.is_shared:
+            host -= 3 * shape.largest_bytes  # staging
+            values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
+        if values.get("device_memory", 1) <= 0:
+            return None
+        host -= values.get("host_memory") or 0
+        on_host = policy.kv.tier == "host" and not budget.is_shared
+        size = values.get("device_memory", policy.device_memory)
+        left = host if on_host or size == "auto" else device - size
+        values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
+        return self._evaluate(_updated(policy, values), need)
+
+    def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
+        """All that is left is for keys and values: of their own accord they would stop
+        at half of what is free when the model is loaded, and go on to a slower tier."""
+        kv = policy.kv
+        if kv.tier not in ("device", "host") or self.policy.kv.limits:
+            return {}
+        values = kv.model_dump(exclude_unset=True)
+        return {"kv": {**values, "limits": {kv.tier: nbytes}}}
+
+    def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
+        try:
+            found = self._forecast(policy)
+        except DoesNotFitError:
+            return None
+        work = self.work(policy)
+        return Choice(policy, found, predict(found.model, work), need)
+
+    def work(self, policy: Policy) -> Scoring | Generating:
+        """As much as is in flight at one time, in several passes."""
+        task = self.task
+        if task.generates:
+            num_rows = policy.sequences_in_flight
+            return generating_of(policy, num_rows, task.prompt_tokens, task.new_tokens)
+        times = 8 if self.objective == "throughput" else 1
+        rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
+        return scoring_of(policy, [task.prompt_tokens] * rows)
+
+    def _need(self, shape: ModelShape, policy: Policy) -> Need:
+        return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
+
+    def _any_shape(self, policy: Policy) -> ModelShape:
+        """With a working set that everything fits into."""
+        whole = sum(recipe.nbytes for recipe in self.recipes.values())
+        roomy = {"device_memory": 2 * whole + (64 << 20), "placement": {}}
+        return self._forecast(_updated(policy, roomy)).shape
+
+    def _forecast(self, policy: Policy) -> Forecast:
+        """Divided once for each pair of budgets: what is in flight changes nothing."""
+        memory = (policy.device, policy.device_memory, policy.host_memory)
+        ways = (policy.lookahead, policy.coalesce, policy.activations, policy.io.reader)
+        key = (*memory, *ways)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._forecaster.forecast(policy)
+        settings = replace(known.model.settings, kv_tier=policy.kv.tier)
+        return replace(
+            known, policy=policy, model=replace(known.model, settings=settings)
+        )
+
+    def _less_memory(self, best: Choice) -> Choice:
+        """The same with less of the model in memory, where that is as fast: beside
+        the largest part, room for those that are fetched meanwhile."""
+        if not self._is_free("device_memory"):
+            return best
+        shape = best.forecast.shape
+        least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes
+        least = -(-least // _STEP_BYTES) * _STEP_BYTES
+        asked = best.policy.device_memory
+        assert asked != "auto", "it was chosen"
+        for size in (least, (least + asked) // 2 // _STEP_BYTES * _STEP_BYTES):
+            if size < asked:
+                smaller = _updated(best.policy, {"device_memory": size})
+                choice = self._evaluate(smaller, best.need)
+                if choice is not None and choice.rate >= _GOOD_ENOUGH * best.rate:
+                    return choice
+        return best
+
+    def _why_not(self) -> str:
+        """What is missing, and what would make it run."""
+        smallest = self._with(next(iter(self._settings())))
+        shape = self._any_shape(smallest)
+        need, budget = self._need(shape, smallest), self.budget
+        least = shape.resident_bytes + shape.largest_bytes
+        beside = need.activations + need.kv
+        asked = None if self._is_free("device_memory") else self.policy.device_memory
+        whole = round((least + beside + RUNTIME_BYTES) / USABLE)
+        return why_not(
+            self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
+        )
+
+
+def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:
+    return Policy(**{**policy.model_dump(exclude_unset=True), **values})

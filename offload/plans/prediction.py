@@ -1,0 +1,67 @@
+"""What a job was predicted to do, for its report: measured beside it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...io.errors import PenstockError
+from ...scheduler.shape import MicroBatch
+from ...scheduler.workload import Generating, Scoring, predict
+from ..machines.machine import find_machine
+from ..policy import Policy
+from ..units.arrangement import Arrangement
+from .forecast import of_arrangement
+
+NO_MACHINE = "no machine file, so nothing is predicted: run penstock machine, once"
+
+
+def predicted(
+    model: Any, arrangement: Arrangement, policy: Policy, counts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Seconds, tokens a second and what binds, for the tokens that `counts` says the
+    job had; or `note`, which says why there are none."""
+    try:
+        machine = find_machine(None, policy.io.cache)
+        if machine is None:
+            return {"note": NO_MACHINE}
+        work = work_of(policy, counts)
+        if work is None:
+            return {"note": "no rows to predict for"}
+        generates = isinstance(work, Generating)
+        made = of_arrangement(model, arrangement, policy, machine, generates=generates)
+        found = predict(made.model, work)
+    except PenstockError as error:
+        return {"note": f"nothing is predicted: {error}"}
+    tokens = counts["tokens"]
+    result = {
+        "predicted_seconds": found.seconds,
+        "predicted_tokens_per_second": tokens / found.seconds,
+        "predicted_bound_by": found.binds,
+    }
+    if generates:
+        output = counts["output_tokens"]
+        result["predicted_output_tokens_per_second"] = output / found.seconds
+    return result
+
+
+def work_of(policy: Policy, counts: Mapping[str, Any]) -> Scoring | Generating | None:
+    """The job's work by its counts: micro-batches as the mean of them was. None
+    without any."""
+    num = counts["micro_batches"]
+    if not num:
+        return None
+    rows = max(num, counts["rows"])
+    each = max(1, round(rows / num))
+    if "output_tokens" in counts:
+        prompt = counts["prompt_tokens"] + counts["tokens_padding"]
+        return Generating(
+            rows,
+            max(1, round(prompt / rows)),
+            max(1, round(counts["output_tokens"] / rows)),
+            policy.sequences_in_flight,
+            each,
+        )
+    length = (counts["tokens"] + counts["tokens_padding"]) / (num * each)
+    batches = (MicroBatch(each, max(1, round(length))),) * num
+    return Scoring(
+        batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+    )

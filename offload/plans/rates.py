@@ -1,0 +1,89 @@
+"""From a machine's file and a policy to the rates of the cost model."""
+
+import math
+
+from ...io.errors import PolicyError
+from ...scheduler.rates import CallCosts, Curve, Rates
+from ..machines.machine import Machine
+from ..policy import Policy
+
+_HALF = ("bfloat16", "float16")
+
+
+def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
+    """What `machine` does for weights of `dtype` under `policy`, whose `links` hold
+    some of its links to less."""
+    matmul = Curve.of(matmul_of(machine, dtype))
+    attention = machine.attention.get(dtype)  # type: ignore[call-overload]
+    device = machine.device_bandwidth or machine.host_bandwidth or math.inf
+    is_cpu = machine.device == "cpu"
+    reader = reader_of(machine, policy)
+    disk = machine.disk
+    cpu_seconds = 0.0 if disk is None else disk.cpu_seconds_per_gb.get(reader, 0.0)
+    calls = machine.calls
+    return Rates(
+        matmul_flops=matmul,
+        attention_flops=Curve.of(attention) if attention else matmul,
+        device_bytes=device,
+        pointwise_bytes=machine.pointwise_bandwidth or device,
+        decode_bytes=machine.decode_bandwidth or device,
+        links=_links(machine, policy, reader),
+        cast_bytes=machine.cast_bandwidth or math.inf,
+        num_cores=(machine.num_threads or machine.cores) if is_cpu else 0,
+        read_cpu_seconds_per_byte=cpu_seconds / 1e9,
+        out_bytes=machine.copies.pinned_to_host if machine.copies else math.inf,
+        product_seconds=calls.product,
+        crosses_host=not is_cpu,
+        latency_seconds={t: link.latency for t, link in policy.links.items()},
+        calls=CallCosts(
+            job=calls.job,
+            first_touch=calls.first_touch_per_gb / 1e9,
+            cast=calls.cast_per_gb / 1e9,
+            module=calls.module,
+            batch=calls.batch,
+            joint_module=calls.joint_module,
+            decode_module=calls.decode_module,
+            step=calls.step,
+            row_read=0.0 if disk is None else disk.row_read_seconds,
+        ),
+    )
+
+
+def matmul_of(machine: Machine, dtype: str) -> dict[int, float]:
+    """FLOP/s by rows; of the other half precision where this one is not known. Raises
+    PolicyError where neither is."""
+    found = machine.matmul.get(dtype)  # type: ignore[call-overload]
+    if found is None and dtype in _HALF:
+        found = next((machine.matmul[d] for d in _HALF if d in machine.matmul), None)
+    if found is None:
+        raise PolicyError(
+            f"machine {machine.name!r} has no matmul rates for {dtype}, but for "
+            f"{', '.join(machine.matmul)}: set dtype to one of these"
+        )
+    return dict(found)
+
+
+def reader_of(machine: Machine, policy: Policy) -> str:
+    """The reader that the policy asks for, or the machine's best one."""
+    asked = policy.io.reader
+    if machine.disk is None or asked in machine.disk.bandwidth:
+        return asked
+    return machine.disk.best_reader
+
+
+def _links(machine: Machine, policy: Policy, reader: str) -> dict[str, float]:
+    """Bytes a second from each tier that is not used where it lies."""
+    copies, links = machine.copies, {}
+    if machine.disk is not None:
+        links["disk"] = float(machine.disk.bandwidth[reader])
+    if copies is not None:
+        links["host"] = float(copies.pinned_to_device)
+        links["peer"] = float(copies.peer or copies.pinned_to_device)
+        if "disk" in links and reader != "gds":  # through the host's memory
+            links["disk"] = min(links["disk"], links["host"])
+    for tier, held in policy.links.items():
+        links[tier] = min(links.get(tier, math.inf), float(held.bandwidth))
+    for name in policy.peer:
+        if "peer" in links:
+            links[name] = links["peer"]
+    return links

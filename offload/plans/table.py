@@ -1,0 +1,94 @@
+"""A plan as a table for people."""
+
+from rich.table import Table
+
+from ..monitoring.show import human_bytes
+from .devices import Devices
+from .plan import Plan
+
+_SHOWN = (
+    "device",
+    "dtype",
+    "device_memory",
+    "host_memory",
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+    "activations",
+)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What was chosen, bytes per tier, and what is predicted."""
+    choice, found = plan.choice, plan.choice.prediction
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    if plan.task.generates:
+        table.add_row("output tokens/s", f"{found.output_tokens_per_second:,.1f}")
+    table.add_row("tokens/s", f"{found.tokens_per_second:,.1f}")
+    table.add_row("a pass", f"{found.pass_seconds:.3f} s")
+    table.add_row("  computing", f"{found.compute_seconds:.3f} s")
+    table.add_row("  waiting", f"{found.wait_seconds:.3f} s")
+    table.add_row("binds", found.binds)
+    for tier, nbytes in choice.forecast.bytes_by_tier.items():
+        if nbytes:
+            table.add_row(f"weights in {tier}", human_bytes(nbytes))
+    table.add_row("activations", human_bytes(choice.need.activations))
+    if choice.need.waiting:
+        table.add_row("  waiting in host memory", human_bytes(choice.need.waiting))
+    if choice.need.kv:
+        table.add_row("keys and values", human_bytes(choice.need.kv))
+    chosen = plan.policy.model_fields_set
+    for key in _SHOWN:
+        if key in chosen:
+            value = getattr(plan.policy, key)
+            table.add_row(key, _shown(key, value))
+    if plan.task.generates:
+        table.add_row("kv.tier", plan.policy.kv.tier)
+    table.add_row("io.reader", plan.policy.io.reader)
+    return table
+
+
+def devices_table(devices: Devices) -> Table:
+    """What several devices could do: what Penstock runs first, formulas after it."""
+    crossover = devices.crossover_tokens
+    caption = devices.note
+    if crossover is not None:
+        caption = (
+            f"from {crossover:,.0f} tokens a pass on, moving weights between devices "
+            f"moves less than moving tokens; {devices.note}"
+        )
+    table = Table(
+        title=f"{devices.num} devices",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("way")
+    table.add_column("run by")
+    for title in ("tokens a pass", "a pass", "tokens/s"):
+        table.add_column(title, justify="right")
+    table.add_column("note")
+    is_run = True
+    for way in devices.ways:
+        if is_run and not way.is_run:
+            table.add_section()
+        is_run = way.is_run
+        rate, seconds = way.tokens_per_second, way.pass_seconds
+        table.add_row(
+            way.name,
+            "Penstock" if way.is_run else "formula",
+            f"{way.num_tokens:,}",
+            "-" if seconds is None else f"{seconds:.3f} s",
+            "-" if rate is None else f"{rate:,.0f}",
+            way.note,
+        )
+    return table
+
+
+def _shown(key: str, value: object) -> str:
+    if not isinstance(value, int):
+        return str(value)
+    return human_bytes(value) if key.endswith("_memory") else f"{value:,}"

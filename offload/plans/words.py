@@ -1,0 +1,138 @@
+"""Says in sentences what binds a plan, and what would change it."""
+
+from ...scheduler.workload import Generating
+from ..monitoring.show import human_bytes
+from .forecast import dtype_of
+from .planner import Choice, Planner
+
+_MUCH_FASTER = 1.5
+
+
+def explain(planner: Planner, choice: Choice) -> list[str]:
+    """What binds `choice`, how much more in flight would hide it, what is kept beside
+    the weights and where, what a dtype would do, and what was kept as the user set
+    it."""
+    found = [_binds(planner, choice)]
+    found += _kv(planner, choice)
+    found += _activations(choice)
+    found += _dtype(planner, choice)
+    kept = sorted(planner.policy.model_fields_set)
+    if kept:
+        found.append(f"kept as you set them: {', '.join(kept)}")
+    return found
+
+
+def _binds(planner: Planner, choice: Choice) -> str:
+    prediction = choice.prediction
+    compute = prediction.compute_seconds
+    costs = choice.forecast.model
+    links = costs.rates.links
+    loading = prediction_busy(choice)
+    if prediction.binds == "compute":
+        if not loading:
+            return "computing binds: all weights stay in memory"
+        share = loading / prediction.pass_seconds if prediction.pass_seconds else 0.0
+        return (
+            f"computing binds: weights come in {loading:.2f} s of a pass of "
+            f"{prediction.pass_seconds:.2f} s ({share:.0%})"
+        )
+    tier = prediction.binds
+    loading = weight_seconds(choice).get(tier, 0.0)
+    # What is not weights grows with what is in flight, as computing does.
+    grows = prediction.busy_seconds.get(tier, 0.0) - loading
+    what = "sequences" if planner.task.generates else "tokens"
+    says = f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; "
+    if grows >= compute:
+        beside = "keys and values" if planner.task.generates else "activations"
+        return says + (
+            f"{beside} take {grows:.2f} s of a pass on its link, and computing "
+            f"{compute:.2f} s: more {what} in flight would not hide it"
+        )
+    wanted = in_flight(planner, choice) * loading / (compute - grows)
+    return says + (
+        f"about {wanted:,.0f} {what} in flight would hide it{_room(planner, choice)}"
+    )
+
+
+def _kv(planner: Planner, choice: Choice) -> list[str]:
+    """Where keys and values go that come back over a link."""
+    tier, links = choice.policy.kv.tier, choice.forecast.model.rates.links
+    if not choice.need.kv or tier not in links:
+        return []
+    num, size = choice.policy.sequences_in_flight, human_bytes(choice.need.kv)
+    seconds = choice.prediction.busy_seconds.get(tier, 0.0)
+    seconds -= weight_seconds(choice).get(tier, 0.0)
+    where = "go to disk" if tier == "disk" else "stay in host memory"
+    return [
+        f"keys and values of {num:,} sequences ({size}) {where}: {seconds:.2f} s of "
+        f"each pass on the link of {tier}, beside the weights"
+    ]
+
+
+def _activations(choice: Choice) -> list[str]:
+    """Those that wait elsewhere."""
+    if not choice.need.waiting:
+        return []
+    return [
+        f"activations of waiting micro-batches ({human_bytes(choice.need.waiting)}) "
+        "move out to host memory and back (activations: host), which leaves the device "
+        f"{human_bytes(choice.need.activations)} of them"
+    ]
+
+
+def _room(planner: Planner, choice: Choice) -> str:
+    """Why no more are in flight."""
+    if planner.objective == "latency":
+        return ", which would take longer for each"
+    key = "sequences_in_flight" if planner.task.generates else "tokens_in_flight"
+    asked = getattr(planner.policy, key)
+    if key in planner.policy.model_fields_set and asked != "auto":
+        return f"; you set {key} to {in_flight(planner, choice):,}"
+    return f"; you have memory for {planner.most_in_flight():,}"
+
+
+def in_flight(planner: Planner, choice: Choice) -> int:
+    """Tokens or sequences that share a pass."""
+    policy = choice.policy
+    if planner.task.generates:
+        return policy.sequences_in_flight
+    return policy.tokens_in_flight
+
+
+def prediction_busy(choice: Choice) -> float:
+    """Seconds of a pass that its busiest link needs for weights."""
+    return max(weight_seconds(choice).values(), default=0.0)
+
+
+def weight_seconds(choice: Choice) -> dict[str, float]:
+    """Of a pass, that each link is busy with weights."""
+    model = choice.forecast.model
+    busy: dict[str, float] = {}
+    for unit in model.shape.streamed:
+        tier = model.settings.placement[unit]
+        if tier != "device" and tier in model.rates.links:
+            seconds = model.load_seconds(unit, tier)
+            busy[tier] = busy.get(tier, 0.0) + seconds
+            crossing = model.rates.crossing_seconds(tier, seconds)
+            busy["host"] = busy.get("host", 0.0) + crossing
+    return busy
+
+
+def _dtype(planner: Planner, choice: Choice) -> list[str]:
+    """Another dtype in which this machine computes much faster."""
+    now = dtype_of(planner.recipes)
+    rates = planner.machine.matmul
+    if now not in rates:
+        return []
+    rows = 512 if not isinstance(planner.work(choice.policy), Generating) else 64
+    at = choice.forecast.model.rates.matmul_flops.at(rows)
+    for name, by_rows in rates.items():
+        nearest = by_rows[min(by_rows, key=lambda r: abs(r - rows))]
+        if nearest > _MUCH_FASTER * at:
+            more = human_bytes(sum(r.nbytes for r in planner.recipes.values()))
+            return [
+                f"products in {name} are {nearest / at:.1f} times as fast here as in "
+                f"{now}: try dtype={name} (weights are cast on the way in; in {now} "
+                f"they have {more})"
+            ]
+    return []

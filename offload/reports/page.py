@@ -1,0 +1,211 @@
+"""The report as one page that needs no network: sentences first, then pictures.
+
+The template is filled in with autoescaping, and what the scripts draw comes as JSON in
+which no `<` is left, so that no name of a model or a row can become markup.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ...io.timeline import COMPUTE, MICRO_BATCHES, WAIT, Span, busy_seconds, in_turn
+from ..monitoring.samples import speeds
+from ..monitoring.show import human_bytes, human_rate, human_seconds
+from ..policy import Policy
+from ..settings.reference import policy_text
+from .recorded import Recorded, by_lane, num_passes
+
+_FOLDER = Path(__file__).parent / "template"
+_FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", "disk", "staging", "host")
+_HEADLINES = {
+    "compute": "Computing",
+    "disk": "The disk",
+    "host": "The link from host memory",
+    "peer": "The link from the other GPU",
+    "rows": "Too few rows",
+    "activations": "Room for activations",
+    "padding": "Padding",
+    "width": "Narrow products",
+    "overhead": "What is neither",
+}
+_NONE = "no prediction"
+
+
+def render(report: Mapping[str, Any], recorded: Recorded) -> str:
+    """The whole page. `report` is what stands in report.json."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        speed=_speed(report),
+        bound=_HEADLINES.get(report["bound_by"], report["bound_by"]),
+        shares=_shares(report),
+        predictions=_predictions(report),
+        tiers=_tiers(report),
+        lanes=_lanes_in_numbers(recorded.spans),
+        passes=round(num_passes(recorded.spans)) or 1,
+        asked=_as_yaml(report["asked"]),
+        policy=_as_yaml(report["policy"]),
+        data=picture_data(report, recorded),
+    )
+
+
+def picture_data(report: Mapping[str, Any], recorded: Recorded) -> dict[str, Any]:
+    """What the scripts draw. Times in microseconds since the job began."""
+    names: dict[str, int] = {}
+    lanes = []
+    for lane, spans in _in_order(by_lane(recorded.spans)):
+        rows = [
+            [
+                names.setdefault(span.name, len(names)),
+                round((span.start_seconds - recorded.began_seconds) * 1e6),
+                round(span.seconds * 1e6),
+                span.nbytes,
+            ]
+            for span in in_turn(spans)
+        ]
+        lanes.append({"name": lane, "spans": rows})
+    return {
+        "names": list(names),
+        "lanes": lanes,
+        "memory": [
+            [sample.seconds, sample.resident_bytes, sample.device_bytes]
+            for sample in recorded.samples
+        ],
+        "working_set_bytes": report["device_memory_bytes"],
+        "speeds": [
+            [step.start_seconds, step.end_seconds, step.tokens_per_second]
+            for step in speeds(recorded.samples)
+        ],
+        "mean_speed": report.get(
+            "output_tokens_per_second", report["tokens_per_second"]
+        ),
+        "roofline": report["roofline"],
+    }
+
+
+def _speed(report: Mapping[str, Any]) -> dict[str, str]:
+    if "output_tokens" in report:
+        rate, what = report["output_tokens_per_second"], "output tokens a second"
+        done = (
+            f"{report['output_tokens']:,} tokens were generated for {report['rows']:,} "
+            f"rows (after {report['prompt_tokens']:,} of their prompts)"
+        )
+    else:
+        rate, what = report["tokens_per_second"], "tokens a second"
+        done = f"{report['tokens']:,} tokens of {report['rows']:,} rows went through"
+    number = f"{rate:,.0f}" if rate >= 100 else f"{rate:,.1f}"
+    return {
+        "number": number,
+        "unit": what,
+        "done": f"{done} in {human_seconds(report['seconds'])}, after "
+        f"{human_seconds(report['load_seconds'])} of loading.",
+    }
+
+
+def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How the time divides up; the rest is what is left of it."""
+    computing, waiting = report["compute_seconds"], report["wait_seconds"]
+    rest = max(0.0, report["seconds"] - computing - waiting)
+    total = computing + waiting + rest or 1.0
+    return [
+        {"name": name, "kind": kind, "seconds": seconds, "share": seconds / total}
+        for name, kind, seconds in (
+            ("computing", "compute", computing),
+            ("waiting for weights", "wait", waiting),
+            ("the rest", "rest", rest),
+        )
+    ]
+
+
+def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, predicted, measured); a figure that nobody predicted says so."""
+    plan = report["plan"]
+    speed, seconds = (
+        plan.get(f"predicted_{key}") for key in ("tokens_per_second", "seconds")
+    )
+    return [
+        (
+            "tokens a second",
+            plan.get("note", _NONE) if speed is None else f"{speed:,.1f}",
+            f"{report['tokens_per_second']:,.1f}",
+        ),
+        ("bound by", plan.get("predicted_bound_by") or _NONE, report["bound_by"]),
+        ("passes", _number(plan.get("passes")), _number(report["passes"])),
+        (
+            "micro-batches in flight",
+            _number(plan.get("micro_batches_in_flight")),
+            f"{_number(report['max_in_flight'])} at most",
+        ),
+        (
+            "seconds",
+            _NONE if seconds is None else human_seconds(seconds),
+            human_seconds(report["seconds"]),
+        ),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return _NONE if value is None else f"{value:,}"
+
+
+def _tiers(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    found = []
+    for tier, nbytes in report["bytes_by_tier"].items():
+        read = report["bytes_read"].get(tier, 0)
+        speed = report["link_bytes_per_second"].get(tier)
+        if nbytes or read:
+            found.append(
+                {
+                    "tier": tier,
+                    "weights": human_bytes(nbytes),
+                    "read": human_bytes(read) if read else "–",
+                    "speed": human_rate(speed) if speed and read else "–",
+                }
+            )
+    return found
+
+
+def _lanes_in_numbers(spans: Sequence[Span]) -> list[dict[str, str]]:
+    """The timeline for those who do not see it."""
+    if not spans:
+        return []
+    start = min(span.start_seconds for span in spans)
+    whole = max(span.end_seconds for span in spans) - start or 1.0
+    found = []
+    for lane, of_lane in _in_order(by_lane(spans)):
+        busy = busy_seconds(in_turn(of_lane))
+        nbytes = sum(span.nbytes for span in of_lane)
+        found.append(
+            {
+                "lane": lane,
+                "busy": human_seconds(busy),
+                "share": f"{busy / whole:.0%}",
+                "count": f"{len(of_lane):,}",
+                "bytes": human_bytes(nbytes) if nbytes else "–",
+                "speed": human_rate(nbytes / busy) if nbytes and busy else "–",
+            }
+        )
+    return found
+
+
+def _in_order(lanes: Mapping[str, list[Span]]) -> list[tuple[str, list[Span]]]:
+    def place(lane: str) -> tuple[int, str]:
+        return (_FIRST.index(lane) if lane in _FIRST else len(_FIRST), lane)
+
+    return sorted(lanes.items(), key=lambda item: place(item[0]))
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    if not values:
+        return "# nothing was set: all as by default\n"
+    return policy_text(Policy(**values), is_whole=False)

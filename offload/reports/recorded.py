@@ -1,0 +1,127 @@
+"""What was recorded of a run, and what it says of its links. Pure."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ...io.timeline import COMPUTE, STAGING, WAIT, Span, busy_seconds
+from ..monitoring.samples import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The spans are in the clock in which the job began at `began_seconds`, the samples
+    in seconds since then."""
+
+    began_seconds: float
+    spans: Sequence[Span]
+    """Of the last passes."""
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Tokens a second, of tokens that share a pass: at most what the links bring and
+    what the device computes."""
+
+    tokens_per_pass: float
+    tokens_per_second: float
+    compute_tokens_per_second: float
+    """While it computed."""
+    passes_per_second: float | None
+    """That the slowest link would bring were it busy all the time; None where nothing
+    was streamed."""
+
+    @property
+    def ridge_tokens(self) -> float | None:
+        """As many in a pass, and its links take as long as its computing."""
+        if self.passes_per_second is None:
+            return None
+        return self.compute_tokens_per_second / self.passes_per_second
+
+
+def by_lane(spans: Iterable[Span]) -> dict[str, list[Span]]:
+    found: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        found[span.lane].append(span)
+    return dict(found)
+
+
+def tier_of_lane(lane: str, tiers: Iterable[str]) -> str | None:
+    """The tier at the end of a link; None for a lane that is no link of weights."""
+    if lane in ("disk", STAGING):
+        return "disk"
+    if lane == "host":
+        return "host"
+    is_peer = lane.startswith(("cuda", "cpu", "peer"))
+    return "peer" if is_peer and "peer" in tiers else None
+
+
+def waits_by_tier(
+    spans: Sequence[Span], wait_seconds: float, tiers: Iterable[str]
+) -> dict[str, float]:
+    """The time waited for weights, shared out as that of the last passes was."""
+    tiers = list(tiers)
+    tier_of: dict[str, str] = {}
+    for span in spans:
+        tier = tier_of_lane(span.lane, tiers)
+        if tier is not None:
+            tier_of[span.name] = tier
+    found: dict[str, float] = defaultdict(float)
+    for span in spans:
+        if span.lane == WAIT:
+            found[tier_of.get(span.name, "disk")] += span.seconds
+    total = sum(found.values())
+    if not total:
+        return {"disk": wait_seconds}
+    return {tier: wait_seconds * seconds / total for tier, seconds in found.items()}
+
+
+def link_speeds(spans: Sequence[Span], tiers: Iterable[str]) -> dict[str, float]:
+    """Bytes a second of each tier's link while it was busy: of the slower one where
+    they come over two."""
+    tiers = list(tiers)
+    found: dict[str, float] = {}
+    for lane, of_lane in by_lane(spans).items():
+        tier = tier_of_lane(lane, tiers)
+        busy = busy_seconds(of_lane)
+        if tier is not None and busy:
+            speed = sum(span.nbytes for span in of_lane) / busy
+            found[tier] = min(speed, found.get(tier, speed))
+    return found
+
+
+def roofline(
+    spans: Sequence[Span],
+    *,
+    tokens: int,
+    passes: int,
+    seconds: float,
+    compute_seconds: float,
+    tiers: Iterable[str],
+) -> Roofline | None:
+    """None for a run too short to say. `spans` are of the last passes, all else of the
+    whole run."""
+    if not (tokens and passes and seconds and compute_seconds):
+        return None
+    tiers = list(tiers)
+    busy = max(
+        (
+            busy_seconds(of_lane)
+            for lane, of_lane in by_lane(spans).items()
+            if tier_of_lane(lane, tiers) is not None
+        ),
+        default=0.0,
+    )
+    return Roofline(
+        tokens / passes,
+        tokens / seconds,
+        tokens / compute_seconds,
+        num_passes(spans) / busy if busy else None,
+    )
+
+
+def num_passes(spans: Iterable[Span]) -> float:
+    """Passes, and parts of one, that `spans` are of."""
+    sites = [span.name for span in spans if span.lane == COMPUTE]
+    return len(sites) / max(1, len(set(sites)))

@@ -1,0 +1,1 @@
+"""The keys of a policy: values, files, and what contradicts itself."""

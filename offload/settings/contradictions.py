@@ -1,0 +1,142 @@
+"""What in a policy contradicts itself, and what in it has no effect. Pure."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .counts import PARTS
+from .origin import Problem
+
+if TYPE_CHECKING:
+    from ..policy import Policy
+
+KV_TIERS = ("device", "host", "disk")
+"""From fast to slow, as keys and values move on when a tier is full."""
+
+
+def contradictions(policy: "Policy") -> list[Problem]:
+    """Keys that cannot both be meant: each is a problem, with what to write."""
+    return [
+        *_placement(policy),
+        *_peers(policy),
+        *_kv(policy),
+        *_counts(policy),
+        *_others(policy),
+    ]
+
+
+def without_effect(policy: "Policy") -> list[str]:
+    """What was asked for and changes nothing, in a sentence each."""
+    found = []
+    if policy.device == "cpu":
+        if policy.pinned_memory != "auto":
+            found.append("pinned_memory has no effect: nothing is pinned for a CPU")
+        if policy.activations == "host":
+            found.append(
+                "activations: host saves nothing: the device is the CPU, whose memory "
+                "is the host's"
+            )
+        if policy.staging_memory != "auto" and not (
+            policy.peer or "disk" in policy.links
+        ):
+            found.append(
+                "staging_memory has no effect: on a CPU weights are read straight into "
+                "their slots"
+            )
+    if policy.kv.attention == "host" and policy.kv.tier != "host":
+        found.append(
+            "kv.attention: host has no effect: keys and values are not kept in host "
+            "memory (kv.tier)"
+        )
+    if "peer" in policy.links and not policy.peer:
+        found.append("links.peer has no effect: there is no peer")
+    keeps_kv = policy.kv.tier != "auto" or policy.kv.dtype != "auto"
+    if "host" in policy.links and policy.host_memory is None and not keeps_kv:
+        found.append("links.host has no effect: nothing is kept in host memory")
+    return found
+
+
+def _placement(policy: "Policy") -> Iterator[Problem]:
+    for rule, tier in policy.placement.items():
+        if tier == "host" and policy.host_memory is None:
+            fix = "set host_memory"
+        elif tier == "peer" and not policy.peer:
+            fix = "set peer, such as {cuda:1: 40GiB}"
+        elif tier not in (*KV_TIERS, "peer") and tier not in policy.peer:
+            fix = f"set peer.{tier}"
+        else:
+            continue
+        yield Problem(
+            f"placement puts what matches {rule!r} into {tier!r}, which has room for "
+            f"0: {fix}, or name another tier",
+            (("placement", rule),),
+        )
+
+
+def _peers(policy: "Policy") -> Iterator[Problem]:
+    for name in policy.peer:
+        if policy.device != "cpu" and name == policy.device:
+            yield Problem(
+                f"peer.{name} is the device that computes: what stays there counts as "
+                "device_memory; name another GPU, or take it out",
+                (("peer", name), ("device",)),
+                is_key=True,
+            )
+
+
+def _kv(policy: "Policy") -> Iterator[Problem]:
+    kv = policy.kv
+    is_off = kv.tier == "auto" and kv.dtype == "auto"
+    if is_off:
+        for name in ("limits", "staging_memory"):
+            if name in kv.model_fields_set and getattr(kv, name) not in ({}, "auto"):
+                yield Problem(
+                    f"kv.{name} bounds what nobody keeps: the cache is transformers' "
+                    "own while kv.tier is auto; set kv.tier to device, host or disk",
+                    (("kv", name),),
+                    is_key=True,
+                )
+        return
+    if kv.attention == "host" and kv.dtype != "auto":
+        yield Problem(
+            "kv.attention: host reads keys and values where they lie, but kv.dtype: "
+            f"{kv.dtype} keeps something else: leave one of the two out",
+            (("kv", "attention"), ("kv", "dtype")),
+        )
+    asked = "device" if kv.tier == "auto" else kv.tier
+    for tier in kv.limits:
+        if KV_TIERS.index(tier) < KV_TIERS.index(asked):
+            yield Problem(
+                f"kv.limits.{tier} is never reached: keys and values begin in kv.tier "
+                f"{asked} and move on to slower ones only; take it out, or set kv.tier "
+                f"to {tier}",
+                (("kv", "limits", tier), ("kv", "tier")),
+                is_key=True,
+            )
+
+
+def _counts(policy: "Policy") -> Iterator[Problem]:
+    for part, whole in PARTS.items():
+        least, most = getattr(policy, part), getattr(policy, whole)
+        if least > most:
+            yield Problem(
+                f"{part} is {least} and {whole} is {most}, but a micro-batch is a part "
+                f"of what is in flight: set {part} to at most {most}, or {whole} to at "
+                f"least {least}",
+                ((part,), (whole,)),
+            )
+
+
+def _others(policy: "Policy") -> Iterator[Problem]:
+    if policy.host_shared and policy.host_memory is None:
+        yield Problem(
+            "host_shared shares what stays in host memory, and nothing does: set "
+            "host_memory, or take host_shared out",
+            (("host_shared",),),
+        )
+    if policy.compile and policy.coalesce == "on":
+        yield Problem(
+            "compile: true and coalesce: on exclude each other: micro-batches would "
+            "have to stop inside of compiled blocks; set coalesce: auto, or compile: "
+            "false",
+            (("compile",), ("coalesce",)),
+        )

@@ -1,0 +1,94 @@
+"""Reads policy files, and what they extend."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+from ...io.errors import PolicyError
+from .marked_yaml import read_yaml
+from .origin import Document, Entry, Mark, PolicyProblems, Problem, merge
+from .values import parse_setting
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "policies"
+"""The policies that come with Penstock, named by machine."""
+_KEY = "extends"
+
+
+def read_policy(path: str | Path, settings: Sequence[str] = ()) -> Document:
+    """What the file `path` (or the shipped policy of that name) says, on top of what it
+    `extends`, and `settings` (`key=value`) on top of all. Raises PolicyError."""
+    return apply(_read(_locate(str(path), Path()), ()), settings)
+
+
+def shipped() -> list[str]:
+    """The names of the policies that come with Penstock."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def apply(document: Document, settings: Sequence[str]) -> Document:
+    """`document` with `key=value` settings; nested keys are dotted (`io.threads=4`),
+    values are YAML and take the place of what was there; null takes it out."""
+    values, entries = deepcopy(document.values), document.entries
+    for setting in settings:
+        key, value = parse_setting(setting)
+        mark = Mark(f"--set {setting}")
+        *parents, name = path = tuple(key.split("."))
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise PolicyError(f"{mark}: {key!r}: {parent} has no keys below it")
+        target.pop(name, None)
+        if value is not None:
+            target[name] = value
+        entries = {p: e for p, e in entries.items() if p[: len(path)] != path}
+        entries[path] = Entry(mark, mark)
+        for length in range(1, len(path)):
+            entries.setdefault(path[:length], entries[path])
+    return Document(values, entries)
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PolicyError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path} is no YAML: {error}") from None
+    own = read_yaml(text, str(path))
+    asked = own.values.pop(_KEY, [])
+    entry = own.entries.pop((_KEY,), None)
+    names = asked if isinstance(asked, list) else [asked]
+    found = Document({}, {})
+    chain = (*chain, path.resolve())
+    for name in names:
+        assert entry is not None, "what is extended was written"
+        if not isinstance(name, str) or not name:
+            raise _wrong(entry, f"extends {name!r}: write a file, or one of these: ")
+        found = merge(found, _read_base(name, path.parent, chain, entry))
+    return merge(found, own)
+
+
+def _read_base(
+    name: str, folder: Path, chain: tuple[Path, ...], entry: Entry
+) -> Document:
+    base = _locate(name, folder)
+    if not base.is_file():
+        raise _wrong(entry, f"there is no {base} to extend: write a file, or one of: ")
+    if base.resolve() in chain:
+        round_ = " -> ".join(p.name for p in (*chain, base))
+        message = f"extends goes round ({round_}); take one of them out"
+        raise PolicyProblems([Problem(f"{entry.value}: {message}")])
+    return _read(base, chain)
+
+
+def _wrong(entry: Entry, message: str) -> PolicyError:
+    return PolicyError(f"{entry.value}: {message}{', '.join(shipped())}")
+
+
+def _locate(name: str, folder: Path) -> Path:
+    """A file in `folder`, or the shipped policy: those are called without a suffix."""
+    path = folder / name
+    there = SHIPPED / f"{name}.yaml"
+    is_name = Path(name).suffix not in (".yaml", ".yml") and "/" not in name
+    return there if is_name and not path.is_file() and there.is_file() else path

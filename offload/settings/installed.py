@@ -1,0 +1,127 @@
+"""Whether this machine has what a policy asks for: what is installed, not what is free.
+What is free is asked for later, by whoever takes it."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ...io.errors import MachineError
+from ..monitoring.memory import installed_bytes
+from ..monitoring.show import human_bytes
+from ..policy import Policy, cache_folder
+from .origin import KeyPath, Problem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Installed:
+    """Bytes that there are, whoever uses them."""
+
+    host_bytes: int
+    disk_bytes: int
+    """Of the drive that the cache folder is on."""
+    gpu_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By the names that the policy has for them."""
+
+
+def check_installed(policy: Policy) -> None:
+    """Raises MachineError, a sentence for each budget of `policy` that is more than
+    this machine has, and where it was written."""
+    problems = over_budget(policy, _look(policy))
+    if problems:
+        raise MachineError("\n".join(map(policy.origin.place, problems)))
+
+
+def over_budget(policy: Policy, installed: Installed) -> list[Problem]:
+    """The budgets of `policy` that `installed` does not hold: each alone and, of the
+    host's memory, all together. Pure."""
+    found: list[Problem] = []
+    on_host = dict(_on_host(policy))
+    host_bytes, one = installed.host_bytes, "the memory of this machine"
+    for key, nbytes in [*on_host.items(), *_locked(policy)]:
+        found += _check(key, nbytes, host_bytes, one)
+    together = sum(on_host.values())
+    if not found and together > host_bytes:
+        parts = [f"{_dotted(key)} {human_bytes(n)}" for key, n in on_host.items()]
+        found.append(
+            Problem(
+                f"{' + '.join(parts)} make {human_bytes(together)}, which is more than "
+                f"{one}, {human_bytes(host_bytes)}: lower them by "
+                f"{human_bytes(together - host_bytes)} ({together - host_bytes} bytes)",
+                tuple(on_host),
+            )
+        )
+    for key, name, nbytes in _on_gpus(policy):
+        if name in installed.gpu_bytes:
+            have = installed.gpu_bytes[name]
+            found += _check(key, nbytes, have, f"the memory of {name}")
+    on_disk = policy.kv.limits.get("disk", 0)
+    key = ("kv", "limits", "disk")
+    found += _check(key, on_disk, installed.disk_bytes, "the drive of io.cache")
+    return found
+
+
+def _check(key: KeyPath, nbytes: int, have: int, what: str) -> Iterator[Problem]:
+    if nbytes > have:
+        yield Problem(
+            f"{_dotted(key)} of {human_bytes(nbytes)} is more than {what}, "
+            f"{human_bytes(have)}: set it to less than that ({have} bytes)",
+            (key,),
+        )
+
+
+def _on_host(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
+    """What is taken from the host's memory, as far as it was said how much."""
+    is_cpu = policy.device == "cpu"
+    asked: dict[KeyPath, int | str | None] = {("host_memory",): policy.host_memory}
+    asked["kv", "limits", "host"] = policy.kv.limits.get("host")
+    if not is_cpu:
+        asked["staging_memory",] = policy.staging_memory
+    else:
+        asked["device_memory",] = policy.device_memory
+        asked["kv", "limits", "device"] = policy.kv.limits.get("device")
+    if is_cpu or policy.activations == "host":
+        asked["activation_memory",] = policy.activation_memory
+    asked["peer", "cpu"] = policy.peer.get("cpu")
+    for key, nbytes in asked.items():
+        if isinstance(nbytes, int):
+            yield key, nbytes
+
+
+def _locked(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
+    """A bound on parts of those, not a part itself."""
+    if policy.pinned_memory != "auto":
+        yield ("pinned_memory",), policy.pinned_memory
+
+
+def _on_gpus(policy: Policy) -> Iterator[tuple[KeyPath, str, int]]:
+    if isinstance(policy.device_memory, int):
+        yield ("device_memory",), policy.device, policy.device_memory
+    for name, nbytes in policy.peer.items():
+        yield ("peer", name), name, nbytes
+
+
+def _look(policy: Policy) -> Installed:
+    folder = cache_folder(policy.io).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return Installed(
+        host_bytes=installed_bytes(),
+        disk_bytes=shutil.disk_usage(there).total,
+        gpu_bytes={
+            name: torch.cuda.get_device_properties(name).total_memory
+            for name in {policy.device, *policy.peer}
+            if name != "cpu" and _is_there(name)
+        },
+    )
+
+
+def _is_there(name: str) -> bool:
+    """Who is not is named, with what there is, when it is opened."""
+    if not torch.cuda.is_available():
+        return False
+    return (torch.device(name).index or 0) < torch.cuda.device_count()
+
+
+def _dotted(key: KeyPath) -> str:
+    return ".".join(key)

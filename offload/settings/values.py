@@ -1,0 +1,177 @@
+"""The kinds of values that a policy's keys take: sizes, devices, tiers, expressions."""
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    WithJsonSchema,
+)
+
+from ...io.errors import PolicyError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`"key=value"`: the key, and the value that YAML reads. Raises PolicyError."""
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise PolicyError(f"{setting!r} is no setting: write key=value")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise PolicyError(f"{setting!r}: no YAML: {problem}") from None
+
+
+def parse_bytes(value: int | str) -> int:
+    """`"2GiB"`, `"1.5 GB"` or a number of bytes. GiB is 2**30, GB is 10**9."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
+    if isinstance(value, int):
+        nbytes = value
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in _UNITS:
+            known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
+        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes <= 0:
+        raise ValueError(f"{value!r} must be more than nothing")
+    return nbytes
+
+
+def _bytes_or_auto(value: Any) -> Any:
+    return value if value == "auto" else parse_bytes(value)
+
+
+_NUMBER = {"type": "integer", "minimum": 1}
+_AUTO = {"const": "auto"}
+_SIZE = {
+    "type": "string",
+    "pattern": r"^\s*[0-9]*\.?[0-9]+\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$",
+}
+
+
+def exact_size(nbytes: int) -> int | str:
+    """The shortest that `parse_bytes` makes the same of: 3 << 30 -> "3GiB"."""
+    for text, unit in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes % (1 << unit) == 0:
+            return f"{nbytes >> unit}{text}"
+    for text, power in (("TB", 12), ("GB", 9), ("MB", 6)):
+        if nbytes % 10**power == 0:
+            return f"{nbytes // 10**power}{text}"
+    return nbytes
+
+
+def _shown(value: Any, info: SerializationInfo) -> Any:
+    return exact_size(value) if info.context == AS_TEXT and value != "auto" else value
+
+
+AS_TEXT = "sizes as text"
+"""The context in which a policy is dumped for people."""
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    PlainSerializer(_shown),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE]}),
+]
+AutoBytes = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_bytes_or_auto),
+    PlainSerializer(_shown),
+    WithJsonSchema({"anyOf": [_NUMBER, _SIZE, _AUTO]}),
+]
+AutoCount = Annotated[int, Field(ge=1), WithJsonSchema({"anyOf": [_NUMBER, _AUTO]})]
+AutoLookahead = Annotated[
+    int,
+    Field(ge=0, le=8),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": 8}, _AUTO]}),
+]
+
+
+def _on_or_off(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+AutoOnOff = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(_on_or_off),  # YAML reads `on` as true
+    WithJsonSchema({"enum": ["auto", "on", "off", True, False]}),
+]
+
+_DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
+
+
+def _dtype(text: str) -> str:
+    if re.fullmatch(_DTYPE, text) is None:
+        raise ValueError(
+            f"{text!r} is no floating dtype: write auto, float32, bfloat16 or float16"
+        )
+    return text
+
+
+DtypeName = Annotated[
+    str, AfterValidator(_dtype), WithJsonSchema({"type": "string", "pattern": _DTYPE})
+]
+
+_DEVICE = r"^(cpu|cuda(:\d+)?)$"
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(_DEVICE, text) is None:
+        raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
+    return text
+
+
+def _tier(text: str) -> str:
+    if text not in TIERS and re.fullmatch(_DEVICE, text) is None:
+        raise ValueError(
+            f"{text!r} is no tier: write {', '.join(TIERS)} or a peer's name (cuda:1)"
+        )
+    return text
+
+
+Pooling = Literal["auto", "mean", "cls", "last", "max"]
+"""How one vector is made of those of a text's tokens."""
+TIERS = ("device", "peer", "host", "disk")
+DeviceName = Annotated[
+    str,
+    AfterValidator(_device),
+    WithJsonSchema({"type": "string", "pattern": _DEVICE}),
+]
+
+
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
+TierName = Annotated[
+    str,
+    AfterValidator(_tier),
+    WithJsonSchema(
+        {"type": "string", "pattern": r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$"}
+    ),
+]
+Expression = Annotated[str, AfterValidator(_expression)]

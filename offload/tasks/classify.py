@@ -1,0 +1,194 @@
+"""Tells rows of text apart: which of some labels is the likeliest to come next?"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...io.errors import UsageError
+from ..files.parts import NumberedRows, lazy_parts
+from ..model import engine_of
+from .head import CausalScorer
+from .labels import Label, Labelled, tokenize_labels
+from .packed import LAZY_ROWS, Packed, Piece, Row
+from .shared_prompt import SharedPrompts, can_share
+from .task_progress import ScoreProgress
+from .text import RowError, context_length, load_tokenizer, pad_of
+
+
+@dataclass(slots=True)
+class _Row(Row):
+    labels: tuple[Label, ...] = ()
+    num_tokens: int = 0
+    logprobs: dict[int, float] = field(default_factory=dict)
+    """By the label's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt(Piece[_Row]):
+    """What all labels have in common; or, where they share nothing, one of them."""
+
+    labels: tuple[tuple[int, Label], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) + sum(len(label.ids) for _, label in self.labels)
+
+
+def classify(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    labels: Sequence[str] = (),
+    tokenizer: Any = None,
+    progress: ScoreProgress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields the likeliest label of every row, in order, for a causal language `model`
+    from `penstock.load`.
+
+    A row is `{"id", "prompt"}` (or `"text"`), with `"labels"` of its own or those
+    given here; a result is `{"id", "label", "logprobs", "probabilities", "tokens"}`:
+    the log-probability (nats) of each label as what comes next, its share among the
+    labels, and how many tokens were run; or `{"id", "error"}`. Labels are taken as they
+    are: begin them with a space where the text goes on with one.
+
+    A prompt is run once for all of its labels, with one more pass over the weights
+    where labels have several tokens.
+    """
+    return classify_parts(
+        model,
+        lazy_parts(rows, LAZY_ROWS),
+        labels=labels,
+        tokenizer=tokenizer,
+        progress=progress or ScoreProgress(),
+    )
+
+
+def classify_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    labels: Sequence[str],
+    tokenizer: Any,
+    progress: ScoreProgress,
+) -> Iterator[dict[str, Any]]:
+    """Like `classify`, of rows in parts: no two parts share a micro-batch."""
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"a label is given twice: {', '.join(labels)}")
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    task = _Classifying(model, tokenizer, tuple(labels))
+    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+
+
+class _Classifying:
+    def __init__(self, model: Any, tokenizer: Any, labels: tuple[str, ...]) -> None:
+        engine = engine_of(model)
+        self._model = model
+        self._device = torch.device(engine.policy.device)
+        self._tokenizer = tokenizer
+        self._pad = pad_of(tokenizer)
+        self._labels = labels
+        self._scorer = CausalScorer(model, max_logits_bytes=engine.policy.logits_memory)
+        self._context = context_length(model)
+        self._shares = can_share(model)
+        if not self._shares:
+            engine.note(
+                f"{type(model).__name__} keeps more than keys and values: its prompts "
+                "are run again for each label"
+            )
+
+    def cut(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[_Row, Sequence[_Prompt] | RowError]]:
+        for source in rows:
+            row = _Row(source.get("id"))
+            try:
+                found = tokenize_labels(self._tokenizer, source, self._labels)
+                self._check_length(found)
+            except RowError as error:
+                yield row, error
+                continue
+            row.labels = found.labels
+            row.num_tokens = len(found.prompt) + sum(len(x.ids) for x in found.labels)
+            numbered = tuple(enumerate(found.labels))
+            if self._shares:
+                yield row, [_Prompt(row, found.prompt, numbered)]
+            else:
+                yield row, [_Prompt(row, found.prompt, (pair,)) for pair in numbered]
+
+    def _check_length(self, found: Labelled) -> None:
+        length = len(found.prompt) + max(len(label.ids) for label in found.labels)
+        if self._context is not None and length > self._context:
+            raise RowError(
+                f"the prompt with its longest label has {length} tokens but the "
+                f"model's context is {self._context}: shorten it"
+            )
+
+    def run(
+        self, pieces: Sequence[_Prompt], ids: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        if self._shares:
+            self._run_shared(pieces)
+            return
+        whole = [piece.ids + piece.labels[0][1].ids for piece in pieces]
+        found = self._scorer.log_probabilities(*self._padded(whole, left=False)).cpu()
+        for piece, logprobs in zip(pieces, found, strict=True):
+            ((number, label),) = piece.labels
+            start, end = len(piece.ids) + label.first, len(piece.ids) + len(label.ids)
+            part = logprobs[start - 1 : end - 1]
+            piece.row.logprobs[number] = float(part.double().sum())
+
+    def _run_shared(self, pieces: Sequence[_Prompt]) -> None:
+        prompts = self._padded([piece.ids for piece in pieces], left=True)
+        shared = SharedPrompts(self._model, self._scorer, *prompts)
+        first = shared.logits.log_softmax(-1).cpu()
+        longer: list[tuple[int, int, Label]] = []
+        for index, piece in enumerate(pieces):
+            for number, label in piece.labels:
+                value = float(first[index, label.ids[0]]) if label.first == 0 else 0.0
+                piece.row.logprobs[number] = value
+                if len(label.ids) > 1:
+                    longer.append((index, number, label))
+        if not longer:
+            return
+        tails = self._padded([label.ids for _, _, label in longer], left=False)
+        found = shared.log_probabilities(*tails, [index for index, _, _ in longer])
+        for (index, number, label), logprobs in zip(longer, found.cpu(), strict=True):
+            part = logprobs[max(label.first - 1, 0) : len(label.ids) - 1]
+            pieces[index].row.logprobs[number] += float(part.double().sum())
+
+    def _padded(
+        self, rows: Sequence[tuple[int, ...]], *, left: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            start = longest - len(row) if left else 0
+            ids[index, start : start + len(row)] = torch.tensor(row)
+            mask[index, start : start + len(row)] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    def result(self, row: _Row) -> dict[str, Any]:
+        logprobs = [row.logprobs[number] for number in range(len(row.labels))]
+        most = max(logprobs)
+        if not all(map(math.isfinite, logprobs)):
+            row.error = (
+                f"the model gave log-probabilities of {logprobs}: its weights or its "
+                "dtype overflow on this text"
+            )
+            return {}
+        shares = [math.exp(value - most) for value in logprobs]
+        names = [label.text for label in row.labels]
+        return {
+            "id": row.identity,
+            "label": names[logprobs.index(most)],
+            "logprobs": dict(zip(names, logprobs, strict=True)),
+            "probabilities": {
+                name: share / math.fsum(shares)
+                for name, share in zip(names, shares, strict=True)
+            },
+            "tokens": row.num_tokens,
+        }

@@ -1,0 +1,148 @@
+"""Embeds rows of text: a vector for each, by an encoder or a decoder."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+from ...io.errors import UsageError
+from ..files.parts import NumberedRows, lazy_parts
+from ..model import engine_of
+from ..settings.values import Pooling
+from ..units.hidden import base_of
+from .packed import LAZY_ROWS, Packed, Piece, Row
+from .pooling import pooled
+from .task_progress import ScoreProgress
+from .text import RowError, context_length, load_tokenizer, pad_of, tokenize_texts
+
+
+@dataclass(slots=True)
+class _Row(Row):
+    num_tokens: int = 0
+    vector: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def embed(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: Any = None,
+    pooling: Pooling = "auto",
+    normalize: bool | None = None,
+    truncate: int | None = None,
+    progress: ScoreProgress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields a vector for every row, in order, for a `model` from `penstock.load`.
+
+    A row is `{"id", "text"}`; a result is `{"id", "embedding", "tokens"}` (a list of
+    float32 numbers), or `{"id", "error"}`. `pooling` makes one vector of those of a
+    text's tokens, after the model's last block: their `mean`, the first (`cls`), the
+    `last`, or the `max` of each number. `auto`, and None for `normalize` (to length 1),
+    are as the checkpoint's sentence-transformers files say, else `mean` for an encoder
+    and `last` for a decoder. A text that is longer than the model's context is an
+    error, or cut to its first `truncate` tokens.
+
+    `rows` may be lazy and longer than memory. Raises UsageError for options that do not
+    fit the model.
+    """
+    return embed_parts(
+        model,
+        lazy_parts(rows, LAZY_ROWS),
+        tokenizer=tokenizer,
+        pooling=pooling,
+        normalize=normalize,
+        truncate=truncate,
+        progress=progress or ScoreProgress(),
+    )
+
+
+def embed_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    tokenizer: Any,
+    pooling: str,
+    normalize: bool | None,
+    truncate: int | None,
+    progress: ScoreProgress,
+) -> Iterator[dict[str, Any]]:
+    """Like `embed`, of rows in parts: no two parts share a micro-batch."""
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    task = _Embedding(model, tokenizer, pooling, normalize, truncate)
+    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+
+
+class _Embedding:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        pooling: str,
+        normalize: bool | None,
+        truncate: int | None,
+    ) -> None:
+        self._device = torch.device(engine_of(model).policy.device)
+        self._tokenizer = tokenizer
+        self._base = base_of(model)
+        self._pool = pooled(model, pooling, normalize)
+        context = context_length(model)
+        self._most = context
+        if truncate is not None:
+            if truncate < 1 or truncate > (context or truncate):
+                raise UsageError(
+                    f"texts cannot be cut to {truncate} tokens: 1 to {context}"
+                )
+            self._most = truncate
+        self._cuts = truncate is not None
+
+    def cut(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[_Row, Sequence[Piece[_Row]] | RowError]]:
+        found = tokenize_texts(self._tokenizer, rows)
+        for source, ids in zip(rows, found, strict=True):
+            row = _Row(source.get("id"))
+            if isinstance(ids, RowError):
+                yield row, ids
+                continue
+            if self._cuts:
+                ids = ids[: self._most]
+            if self._most is not None and len(ids) > self._most:
+                yield row, self._too_long(len(ids))
+                continue
+            row.num_tokens = len(ids)
+            yield row, [Piece(row, ids)]
+
+    def _too_long(self, num_tokens: int) -> RowError:
+        return RowError(
+            f"the text has {num_tokens} tokens but the model's context is "
+            f"{self._most}: cut it (--truncate {self._most})"
+        )
+
+    def run(
+        self, pieces: Sequence[Piece[_Row]], ids: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        mask = mask.to(self._device)
+        inputs = {"input_ids": ids.to(self._device), "attention_mask": mask}
+        hidden = self._base(**inputs).last_hidden_state
+        for piece, vector in zip(pieces, self._pool(hidden, mask).cpu(), strict=True):
+            piece.row.vector = vector
+
+    def result(self, row: _Row) -> dict[str, Any]:
+        if not row.vector.isfinite().all():
+            row.error = (
+                "the model gave a vector that is not finite: its weights or its dtype "
+                "overflow on this text"
+            )
+            return {}
+        return {
+            "id": row.identity,
+            "embedding": _numbers(row.vector),
+            "tokens": row.num_tokens,
+        }
+
+
+def _numbers(vector: torch.Tensor) -> list[float]:
+    """As short as says which float32 each is."""
+    return [float(str(value)) for value in vector.numpy().astype(numpy.float32)]

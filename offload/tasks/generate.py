@@ -1,0 +1,280 @@
+"""Completes rows of prompts: many sequences go on together, token by token, and share
+each pass over the streamed weights."""
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ...io.errors import PenstockError, UsageError
+from ...scheduler.packing import chunk_tokens, pack
+from ..files.parts import NumberedRows, lazy_parts
+from ..model import engine_of
+from ..policy import Policy
+from .completions import Completions, Prompt
+from .decoding import keeps_only_keys_and_values
+from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
+from .task_progress import GenerateProgress as GenerateProgress
+from .text import RowError, context_length, load_tokenizer, tokenize_prompt
+
+# Of a micro-batch's prompt tokens, at least so many are no padding.
+_MIN_FILL = 0.875
+
+
+def generate(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    progress: GenerateProgress | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yields a completion for every row, in order, for a `model` from `penstock.load`.
+
+    A row is `{"id", "prompt"}` (or `"text"`), or `{"id", "messages"}` for the
+    tokenizer's chat template; a result is `{"id", "completion", "tokens",
+    "finish_reason"}` or `{"id", "error"}`. `finish_reason` is `stop` where the model
+    ended its text or came to one of the strings `stop`, which is cut off, and `length`
+    after `max_new_tokens`.
+
+    `rows` may be lazy and longer than memory. When a micro-batch of rows has ended, the
+    next ones take its place. `options` are those of transformers' `generate`, such as
+    `temperature` or `num_beams`, on top of the model's generation config. A row is
+    sampled by a generator of its own, seeded by `seed` and its number: what it was
+    batched with does not matter, but for the rounding of products of another width.
+    """
+    return generate_parts(
+        model,
+        lazy_parts(rows, LAZY_ROWS),
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        stop=stop,
+        seed=seed,
+        progress=progress or GenerateProgress(),
+        **options,
+    )
+
+
+def generate_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    max_new_tokens: int,
+    tokenizer: Any,
+    stop: Sequence[str],
+    seed: int,
+    progress: GenerateProgress,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Like `generate`, of numbered rows in parts: no two parts share a micro-batch, and
+    what is drawn for a row depends on its number, so that each part has the same tokens
+    without the others. Only products that micro-batches share (`coalesce`) have other
+    last bits in other company."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
+    check_generates(model)
+    job = _Generating(
+        model,
+        Completions(
+            model,
+            tokenizer or load_tokenizer(model.config.name_or_path),
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop),
+            seed=seed,
+            options=options,
+        ),
+        progress,
+    )
+    return job.run(parts)
+
+
+def check_generates(model: Any) -> None:
+    """Raises UsageError for a model that generates no text."""
+    if not model.can_generate():
+        raise UsageError(f"{type(model).__name__} does not generate text: score it")
+
+
+def prompts_pooled(policy: Policy) -> int:
+    """Rows that are packed together: of many micro-batches, so that lengths match
+    well."""
+    in_flight = policy.sequences_in_flight
+    each = min(policy.micro_batch_sequences, in_flight)
+    return max(each * POOL_MICRO_BATCHES, in_flight)
+
+
+class _Group(NamedTuple):
+    """Rows that go on together, and how much of their prompts comes in with a pass."""
+
+    prompts: list[Prompt]
+    chunk_tokens: int | None
+
+
+class _InFlight:
+    """The rows of one micro-batch that have a place."""
+
+    def __init__(self, progress: GenerateProgress, num: int) -> None:
+        self._progress = progress
+        self.num = num
+        progress.rows_in_flight += num
+
+    def leave(self, num: int) -> None:
+        """Others may come in their place."""
+        self.num -= num
+        self._progress.rows_in_flight -= num
+
+
+class _Generating:
+    def __init__(
+        self, model: Any, completions: Completions, progress: GenerateProgress
+    ) -> None:
+        self._engine = engine_of(model)
+        self._completions = completions
+        self._progress = progress
+        progress.max_new_tokens = completions.max_new_tokens
+        self._context = None
+        if not model.config.is_encoder_decoder:
+            self._context = context_length(model)
+        policy = self._engine.policy
+        self._max_tokens = policy.micro_batch_tokens
+        self._in_flight = policy.sequences_in_flight
+        self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
+        self._pool_rows = prompts_pooled(policy)
+        self._pending: deque[Prompt] = deque()
+        self._groups: deque[_Group] = deque()
+        """Micro-batches that have not started."""
+        self._chunks: int | Literal["auto", "all"] = policy.prompt_tokens
+        keeps_bits = policy.coalesce == "off"
+        is_plain = keeps_only_keys_and_values(model)
+        if not is_plain or (keeps_bits and policy.prompt_tokens == "auto"):
+            self._chunks = "all"
+        self._shrinks = is_plain and not keeps_bits
+
+    def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
+        """Results in the order of rows: a row waits for those before it."""
+        # Compiled blocks cannot stop inside, for others to come.
+        coalesce = None if self._engine.policy.compile else True
+        with self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep:
+            for outcome in sweep.run(self._complete, self._micro_batches(parts)):
+                if outcome.error is not None:
+                    raise outcome.error  # ours: a row's own is in its result
+                yield from self._finished()
+        yield from self._finished()
+
+    def _has_room(self) -> bool:
+        """Whether the next micro-batch, as large as it may be, finds its places."""
+        coming = len(self._groups[0].prompts) if self._groups else self._max_rows
+        return self._progress.rows_in_flight + coming <= self._in_flight
+
+    def _finished(self) -> Iterator[dict[str, Any]]:
+        while self._pending and (result := self._pending[0].result) is not None:
+            self._pending.popleft()
+            self._progress.rows_done += 1
+            self._progress.rows_failed += "error" in result
+            yield result
+
+    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[_Group]:
+        for part in parts:
+            rows = iter(part)
+            while self._fill(rows):
+                yield self._groups.popleft()
+            if self._pending and self._pending[-1].result is not None:
+                yield _Group([], None)  # for its failed rows to be handed on now
+
+    def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
+        """Takes rows as they are needed and groups prompts of similar lengths; False
+        at the end."""
+        while not self._groups and (batch := list(islice(rows, self._pool_rows))):
+            prompts = [self._prompt(number, row) for number, row in batch]
+            pool = [prompt for prompt in prompts if prompt is not None]
+            self._groups += self._packed(pool)
+        return bool(self._groups)
+
+    def _packed(self, pool: list[Prompt]) -> list[_Group]:
+        """What comes in by and by may have more tokens than one call."""
+        is_whole = self._chunks == "all"
+        groups = pack(
+            [len(prompt.ids) for prompt in pool],
+            max_tokens=self._max_tokens if is_whole else sys.maxsize,
+            max_rows=self._max_rows,
+            min_fill=_MIN_FILL,
+        )
+        num_sharing = min(len(groups), self._in_flight // self._max_rows)
+        return [
+            _Group(
+                [pool[index] for index in group],
+                self._chunk_tokens(len(group), max(1, num_sharing)),
+            )
+            for group in groups
+        ]
+
+    def _chunk_tokens(self, num_rows: int, num_groups: int) -> int | None:
+        if self._chunks == "all":
+            return None
+        if self._chunks != "auto":
+            return self._chunks
+        return chunk_tokens(
+            num_rows,
+            num_groups,
+            tokens_in_flight=self._engine.policy.tokens_in_flight,
+            max_tokens=self._max_tokens,
+        )
+
+    def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
+        """Ready to go on from; None for a row that has failed already."""
+        prompt = Prompt(number, row.get("id"))
+        self._pending.append(prompt)
+        try:
+            if "error" in row:
+                raise RowError(str(row["error"]))
+            prompt.ids = tokenize_prompt(self._completions.tokenizer, row)
+            self._check_length(len(prompt.ids))
+        except RowError as error:
+            prompt.fail(str(error))
+            return None
+        return prompt
+
+    def _check_length(self, num_ids: int) -> None:
+        limit = self._completions.max_new_tokens
+        if self._context is not None and num_ids + limit > self._context:
+            raise RowError(
+                f"the prompt has {num_ids} tokens and {limit} may follow, but the "
+                f"model's context is {self._context}: shorten it, or generate at most "
+                f"{max(self._context - num_ids, 0)}"
+            )
+
+    def _complete(self, group: _Group) -> None:
+        """Runs as one micro-batch of the sweep. What the model makes of these rows is
+        their error; what Penstock fails at is the job's."""
+        if not group.prompts:
+            return
+        prompts, progress = group.prompts, self._progress
+        progress.micro_batches_done += 1
+        in_flight = _InFlight(progress, len(prompts))
+        try:
+            with torch.inference_mode():
+                self._completions.run(
+                    prompts,
+                    self._count,
+                    chunk_tokens=group.chunk_tokens,
+                    leave=in_flight.leave if self._shrinks else None,
+                )
+        except PenstockError:
+            raise
+        except Exception as error:
+            for prompt in prompts:
+                prompt.fail(f"the model failed: {type(error).__name__}: {error}")
+        finally:
+            in_flight.leave(in_flight.num)
+            progress.rows_computed += len(prompts)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        progress.prompt_tokens += sum(lengths)
+        progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
+
+    def _count(self, num_rows: int) -> None:
+        self._progress.output_tokens += num_rows

@@ -1,0 +1,156 @@
+"""Log-probabilities of given tokens without ever holding all the logits.
+
+A causal language model is a base that makes hidden states and a tail that makes logits
+of them. The tail is the model's own forward, run on a few positions at a time around a
+base that hands out hidden states made before: scalings and soft caps come along.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...io.errors import UsageError
+
+
+class CausalScorer:
+    """Scores tokens with the causal language model `model` (streamed or not).
+
+    `max_logits_bytes` bounds the logits and their float32 copies that exist at a time.
+    """
+
+    def __init__(self, model: Any, *, max_logits_bytes: int) -> None:
+        check_causal(model)
+        self._model = model
+        self._max_logits_bytes = max_logits_bytes
+        self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self._outputs: ContextVar[Any] = ContextVar("outputs")
+        self._base = _base_of(model)
+        self._tail = None if self._base is None else self._make_tail(self._base)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether head and hidden states could be told apart; else a micro-batch's
+        logits are made all at once."""
+        return self._tail is not None
+
+    def log_probabilities(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
+    ) -> torch.Tensor:
+        """Natural log-probability of every token of `ids` [rows, length] but the first,
+        given those before it: float32 [rows, length - 1]. What stands at padding (on
+        the right, 0 in `attention_mask`) is meaningless. `inputs` are more of the
+        model's, such as a cache of what was before."""
+        logits_of = self._run(ids, attention_mask, {"use_cache": False, **inputs})
+        return _by_chunks(logits_of, ids[:, 1:], self._step(ids))
+
+    def next_logits(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
+    ) -> torch.Tensor:
+        """float32 [rows, vocabulary]: of what comes behind the last of `ids`."""
+        length = ids.shape[1]
+        logits = self._run(ids, attention_mask, inputs)(slice(length - 1, length))
+        return logits[:, -1].float()
+
+    def _run(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        inputs: dict[str, Any],
+    ) -> Callable[[slice], torch.Tensor]:
+        """Runs the model; what is returned makes the logits of some positions."""
+        inputs = {"input_ids": ids, **inputs}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if self._tail is None or self._base is None:
+            logits = self._model(**inputs).logits
+            return lambda part: logits[:, part]
+        outputs = self._base(**inputs)
+        hidden = outputs.last_hidden_state
+        tail = self._tail
+
+        def logits_of(part: slice) -> torch.Tensor:
+            fields = {**outputs, "last_hidden_state": hidden[:, part].contiguous()}
+            self._outputs.set(type(outputs)(**fields))
+            logits = tail(input_ids=ids[:, part]).logits
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+        return logits_of
+
+    def _step(self, ids: torch.Tensor) -> int:
+        """Positions a chunk: logits in the model's dtype, their float32 copy and one
+        temporary of it."""
+        per_position = ids.shape[0] * self._vocabulary * (4 + 4 + 4)
+        return max(1, self._max_logits_bytes // per_position)
+
+    def _make_tail(self, base: nn.Module) -> Any:
+        """The model around a base that hands out what `_outputs` holds. A shallow copy:
+        the model itself stays as it is, its head is the same module, hooks and all."""
+        tail = copy.copy(self._model)
+        tail.__dict__["_modules"] = {
+            **self._model._modules,
+            self._model.base_model_prefix: _Given(self._outputs, base),
+        }
+        tail.__dict__["_forward_pre_hooks"] = {}
+        return tail
+
+
+class _Given(nn.Module):
+    """Stands for the base, and for the decoder in it where the tail calls that one:
+    returns the current micro-batch's outputs. Plain attributes are the base's."""
+
+    def __init__(self, outputs: ContextVar[Any], base: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_base"] = base  # not a child: its sites are none of the tail's
+        self._outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._outputs.get()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_base"], name)
+        return self if isinstance(value, nn.Module) else value
+
+
+def _by_chunks(
+    logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, step: int
+) -> torch.Tensor:
+    rows, length = targets.shape
+    result = torch.empty(rows, length, dtype=torch.float32, device=targets.device)
+    for start in range(0, length, step):
+        part = slice(start, min(start + step, length))
+        logits = logits_of(part).float()
+        chosen = logits.gather(-1, targets[:, part, None]).squeeze(-1)
+        result[:, part] = chosen - torch.logsumexp(logits, dim=-1)
+    return result
+
+
+def check_causal(model: Any) -> None:
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    is_causal = (
+        hasattr(model, "can_generate")
+        and model.can_generate()
+        and not getattr(config, "is_encoder_decoder", False)
+        and model.get_output_embeddings() is not None
+    )
+    if not is_causal:
+        raise UsageError(
+            f"{name} is no causal language model: scoring needs one that predicts the "
+            "next token (a ...ForCausalLM or ...LMHeadModel)"
+        )
+
+
+def _base_of(model: Any) -> Any | None:
+    """The module that makes hidden states, where the tail can be run without it."""
+    base = getattr(model, model.base_model_prefix, None)
+    parameters = inspect.signature(type(model).forward).parameters
+    if base is None or base is model or "logits_to_keep" not in parameters:
+        return None
+    head = model.get_output_embeddings()
+    return None if any(module is head for module in base.modules()) else base

@@ -1,0 +1,191 @@
+"""Rows through a sweep: what each is cut into is packed into micro-batches of similar
+lengths, and results come in the order of rows."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from ...io.errors import PenstockError
+from ...scheduler.packing import pack
+from ..files.parts import NumberedRows
+from ..model import engine_of
+from ..policy import Policy
+from .task_progress import ScoreProgress
+from .text import RowError
+
+POOL_MICRO_BATCHES = 16
+"""What is packed together: so many micro-batches, so that lengths match well."""
+# Rows that are given to the tokenizer in one call.
+_TOKENIZED_ROWS = 16
+LAZY_ROWS = 4096
+"""Rows of a part, of those that nobody has cut; failed ones wait for its end."""
+
+
+@dataclass(slots=True)
+class Row:
+    """A row on its way: its pieces come back one by one, in any order."""
+
+    identity: Any
+    num_pieces: int = 1
+    pieces_left: int = 0
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.error is not None or self.pieces_left == 0
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[R]):
+    """What one call of the model has of a row."""
+
+    row: R
+    ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """That run through the model at most at a time."""
+        return len(self.ids)
+
+
+P = TypeVar("P", bound=Piece[Any])
+
+
+class Task(Protocol[R, P]):
+    """What is done with rows that run through the model once."""
+
+    def cut(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[R, Sequence[P] | RowError]]:
+        """Each of `rows`, and its pieces or why it has none."""
+        ...
+
+    def run(self, pieces: Sequence[P], ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Runs the model on `pieces`, whose ids [rows, tokens] are padded on the right,
+        where `mask` is 0 (both on the CPU), and notes what it finds in their rows."""
+        ...
+
+    def result(self, row: R) -> dict[str, Any]:
+        """What is written for a row that has no error."""
+        ...
+
+
+def tokens_pooled(policy: Policy) -> int:
+    """Tokens of the pieces that are packed together: of many micro-batches, so that
+    lengths match well."""
+    width = micro_batches_in_flight(policy)
+    return policy.micro_batch_tokens * max(POOL_MICRO_BATCHES, 2 * width)
+
+
+def micro_batches_in_flight(policy: Policy) -> int:
+    return max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+
+
+class Packed(Generic[R, P]):
+    """A task's rows, in parts: no two parts share a micro-batch, so that the results of
+    each are, bit for bit, the same without the others."""
+
+    def __init__(
+        self, model: Any, task: Task[R, P], *, pad: int, progress: ScoreProgress
+    ) -> None:
+        self._engine = engine_of(model)
+        policy = self._engine.policy
+        self._task = task
+        self._pad = pad
+        self._max_tokens = policy.micro_batch_tokens
+        self._width = micro_batches_in_flight(policy)
+        self._pool_tokens = tokens_pooled(policy)
+        self._progress = progress
+        self._pending: deque[R] = deque()
+
+    def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
+        """Results in the order of rows: a row waits for those before it."""
+        with self._engine.sweep(self._width, seed=0) as sweep:
+            for outcome in sweep.run(self._compute, self._micro_batches(parts)):
+                if outcome.error is not None:
+                    raise outcome.error  # ours: a row's own is in its result
+                yield from self._finished()
+        yield from self._finished()
+
+    def _finished(self) -> Iterator[dict[str, Any]]:
+        while self._pending and self._pending[0].is_done:
+            row = self._pending.popleft()
+            found = self._task.result(row) if row.error is None else {}
+            if row.error is not None:  # which the result may have found
+                found = {"id": row.identity, "error": row.error}
+            self._progress.rows_done += 1
+            self._progress.rows_failed += "error" in found
+            yield found
+
+    def _micro_batches(self, parts: Iterator[NumberedRows]) -> Iterator[list[P]]:
+        """Takes rows as they are needed and groups pieces of similar lengths."""
+        for part in parts:
+            rows = (row for _, row in part)
+            while pool := self._pool(rows):
+                lengths = [piece.num_tokens for piece in pool]
+                for group in pack(lengths, max_tokens=self._max_tokens):
+                    yield [pool[index] for index in group]
+            if self._pending and self._pending[-1].is_done:
+                yield []  # for its failed rows to be handed on now
+
+    def _pool(self, rows: Iterator[Mapping[str, Any]]) -> list[P]:
+        pool: list[P] = []
+        tokens = 0
+        while tokens < self._pool_tokens:
+            batch = list(islice(rows, _TOKENIZED_ROWS))
+            if not batch:
+                break
+            for row, pieces in self._task.cut(batch):
+                self._pending.append(row)
+                if isinstance(pieces, RowError):
+                    row.error = str(pieces)
+                    continue
+                row.pieces_left = row.num_pieces = len(pieces)
+                pool += pieces
+                tokens += sum(piece.num_tokens for piece in pieces)
+        return pool
+
+    def _compute(self, pieces: list[P]) -> None:
+        """Runs as one micro-batch of the sweep. What the model makes of these rows is
+        their error; what Penstock fails at is the job's."""
+        if not pieces:
+            return
+        progress = self._progress
+        progress.micro_batches_done += 1
+        num_rows = sum(1 / piece.row.num_pieces for piece in pieces)
+        num_tokens = sum(len(piece.ids) for piece in pieces)
+        progress.rows_in_flight += num_rows
+        progress.tokens_in_flight += num_tokens
+        try:
+            ids, mask = self._padded(pieces)
+            self._task.run(pieces, ids, mask)
+        except PenstockError:
+            raise
+        except Exception as error:
+            for piece in pieces:
+                piece.row.error = f"the model failed: {type(error).__name__}: {error}"
+            return
+        finally:
+            progress.rows_in_flight -= num_rows
+            progress.tokens_in_flight -= num_tokens
+            progress.rows_computed += num_rows
+        for piece in pieces:
+            piece.row.pieces_left -= 1
+        progress.tokens_done += num_tokens
+        progress.tokens_padding += mask.numel() - num_tokens
+
+    def _padded(self, pieces: Sequence[P]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(piece.ids) for piece in pieces)
+        ids = torch.full((len(pieces), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for index, piece in enumerate(pieces):
+            ids[index, : len(piece.ids)] = torch.tensor(piece.ids)
+            mask[index, : len(piece.ids)] = 1
+        return ids, mask

@@ -1,0 +1,96 @@
+"""One vector for a text, of those of its tokens: which way is the model's own?"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ...io.errors import CheckpointError, UsageError
+from ..settings.values import Pooling
+
+_SENTENCE_KEYS: dict[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """How vectors are made."""
+
+    pooling: Pooling
+    normalize: bool
+    """To length 1."""
+
+    def __call__(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Of `hidden` [rows, tokens, dim], padded where `mask` [rows, tokens] is 0:
+        float32 [rows, dim]."""
+        found = _POOLINGS[self.pooling](hidden.float(), mask)
+        return torch.nn.functional.normalize(found, dim=-1) if self.normalize else found
+
+
+def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
+    """What is asked for; `auto` and None are as the checkpoint's sentence-transformers
+    files say, else the mean of an encoder's tokens and the last token of a decoder,
+    which alone has seen all of the text, and no change of length.
+
+    Raises UsageError for an unknown pooling, CheckpointError for one in the files that
+    Penstock has not.
+    """
+    if pooling not in get_args(Pooling):
+        known = ", ".join(get_args(Pooling))
+        raise UsageError(f"there is no pooling {pooling!r}: {known}")
+    own = _own(Path(model.config.name_or_path))
+    if own is None:
+        is_decoder = model.can_generate() and not model.config.is_encoder_decoder
+        own = Pooled("last" if is_decoder else "mean", normalize=False)
+    return Pooled(
+        own.pooling if pooling == "auto" else pooling,  # type: ignore[arg-type]
+        own.normalize if normalize is None else normalize,
+    )
+
+
+def _own(folder: Path) -> Pooled | None:
+    """As sentence-transformers keeps it beside a checkpoint."""
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        kinds = {module["type"].rpartition(".")[2]: module for module in modules}
+        if "Pooling" not in kinds:
+            return None
+        path = folder / kinds["Pooling"]["path"] / "config.json"
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    modes = [key for key, value in config.items() if "_mode_" in key and value is True]
+    if len(modes) != 1 or modes[0] not in _SENTENCE_KEYS:
+        raise CheckpointError(
+            f"{path} asks for {', '.join(modes) or 'no pooling'}: name one of "
+            f"{', '.join(get_args(Pooling))} (--pooling mean)"
+        )
+    return Pooled(_SENTENCE_KEYS[modes[0]], "Normalize" in kinds)
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _max(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(1)
+
+
+def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return hidden[torch.arange(len(mask)), mask.sum(1) - 1]
+
+
+_POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cls": lambda hidden, mask: hidden[:, 0],
+    "last": _last,
+    "max": _max,
+    "mean": _mean,
+}

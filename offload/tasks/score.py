@@ -1,0 +1,178 @@
+"""Scores rows of text: how likely is each under the model? Many rows share one pass
+over the streamed weights."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...io.errors import UsageError
+from ...scheduler.packing import spans
+from ..files.parts import NumberedRows, lazy_parts
+from ..model import engine_of
+from .head import CausalScorer
+from .packed import LAZY_ROWS, Packed, Piece, Row
+from .task_progress import ScoreProgress as ScoreProgress
+from .text import (
+    RowError,
+    TokenRow,
+    context_length,
+    load_tokenizer,
+    pad_of,
+    tokenize_all,
+)
+
+
+@dataclass(slots=True)
+class _Row(Row):
+    num_tokens: int = 0
+    logprobs: dict[int, float] = field(default_factory=dict)
+    """Of each window, by where it starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window(Piece[_Row]):
+    scored: int
+    """Index in `ids` of the first token to score."""
+    start: int
+    """Of this window in its row; orders the row's sums."""
+
+
+def score(
+    model: Any,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    tokenizer: Any = None,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: ScoreProgress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields a result for every row, in order, for a `model` from `penstock.load`.
+
+    A row is `{"id", "text"}` or `{"id", "prompt", "completion"}`; a result is `{"id",
+    "logprob", "tokens", "perplexity"}` (nats; of the completion, or of the whole text
+    after its first token), or `{"id", "error"}` for a row that cannot be scored.
+
+    `rows` may be lazy and longer than memory. `window` scores texts longer than the
+    model's context in windows of that many tokens that advance by `stride` (default:
+    half a window); without it such a row is an error.
+    """
+    return score_parts(
+        model,
+        lazy_parts(rows, LAZY_ROWS),
+        tokenizer=tokenizer,
+        window=window,
+        stride=stride,
+        progress=progress or ScoreProgress(),
+    )
+
+
+def score_parts(
+    model: Any,
+    parts: Iterator[NumberedRows],
+    *,
+    tokenizer: Any,
+    window: int | None,
+    stride: int | None,
+    progress: ScoreProgress,
+) -> Iterator[dict[str, Any]]:
+    """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
+    results of each are, bit for bit, the same without the others."""
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    task = _Scoring(model, tokenizer, window, stride)
+    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+
+
+class _Scoring:
+    def __init__(
+        self, model: Any, tokenizer: Any, window: int | None, stride: int | None
+    ) -> None:
+        engine = engine_of(model)
+        policy = engine.policy
+        self._device = torch.device(policy.device)
+        self._tokenizer = tokenizer
+        self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
+        if not self._scorer.is_chunked:
+            engine.note(
+                f"{type(model).__name__} gives its logits only as a whole: up to "
+                f"{policy.micro_batch_tokens} tokens' at a time are in memory"
+            )
+        self._context = context_length(model)
+        self._window, self._stride = _window(window, stride, self._context)
+
+    def cut(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[_Row, Sequence[_Window] | RowError]]:
+        found = tokenize_all(self._tokenizer, rows)
+        for source, tokens in zip(rows, found, strict=True):
+            row = _Row(source.get("id"))
+            if isinstance(tokens, RowError):
+                yield row, tokens
+                continue
+            row.num_tokens = len(tokens.ids) - tokens.first
+            try:
+                yield row, self._windows(row, tokens)
+            except RowError as error:
+                yield row, error
+
+    def _windows(self, row: _Row, tokens: TokenRow) -> list[_Window]:
+        length = len(tokens.ids)
+        if self._window is None:
+            if self._context is not None and length > self._context:
+                raise RowError(
+                    f"the text has {length} tokens but the model's context is "
+                    f"{self._context}: score it in windows (--window {self._context})"
+                )
+            return [_Window(row, tokens.ids, tokens.first, 0)]
+        cuts = spans(length, tokens.first, window=self._window, stride=self._stride)
+        return [
+            _Window(row, tokens.ids[start:end], scored - start, start)
+            for start, end, scored in cuts
+        ]
+
+    def run(
+        self, pieces: Sequence[_Window], ids: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        found = self._scorer.log_probabilities(
+            ids.to(self._device), None if mask.all() else mask.to(self._device)
+        ).cpu()
+        for window, logprobs in zip(pieces, found, strict=True):
+            part = logprobs[window.scored - 1 : len(window.ids) - 1]
+            window.row.logprobs[window.start] = float(part.double().sum())
+
+    def result(self, row: _Row) -> dict[str, Any]:
+        """Windows are added up in their order, so that the sum does not depend on which
+        was finished first."""
+        total = math.fsum(row.logprobs[start] for start in sorted(row.logprobs))
+        if not math.isfinite(total):
+            row.error = (
+                f"the model gave a log-probability of {total}: its weights or its "
+                "dtype overflow on this text"
+            )
+            return {}
+        return {
+            "id": row.identity,
+            "logprob": total,
+            "tokens": row.num_tokens,
+            "perplexity": math.exp(min(-total / row.num_tokens, 709.0)),
+        }
+
+
+def _window(
+    window: int | None, stride: int | None, context: int | None
+) -> tuple[int | None, int]:
+    if window is None:
+        if stride is not None:
+            raise UsageError("a stride needs a window")
+        return None, 0
+    limit = context if context is not None else window
+    if not 2 <= window <= limit:
+        raise UsageError(
+            f"a window of {window} tokens is not between 2 and the context of {limit}"
+        )
+    stride = max(1, window // 2) if stride is None else stride
+    if not 0 < stride < window:
+        raise UsageError(f"a stride of {stride} is not between 1 and {window - 1}")
+    return window, stride

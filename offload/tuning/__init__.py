@@ -1,0 +1,1 @@
+"""The measured search around a plan: `penstock tune`."""

@@ -1,0 +1,168 @@
+"""The measured search around a plan: `penstock tune`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...io.errors import DoesNotFitError, MachineError, PolicyError
+from ..jobs.identity import model_digests
+from ..plans.plan import Plan
+from ..plans.planner import Choice
+from ..policy import Policy
+from .candidates import Around, candidates, widest
+from .log import TuneLog
+from .race import START, Heat, Settings, Timing, Verdict, heats_left, next_heat
+from .slices import Sample, Slice, measured_rate, predicted_rate
+
+Measure = Callable[[Path, Policy, Slice], float]
+"""Tokens a second of a checkpoint under a policy, for so much work."""
+_OUT = (DoesNotFitError, MachineError, PolicyError, MemoryError, torch.OutOfMemoryError)
+"""What takes a candidate out of the race instead of ending it."""
+_KEYS = (
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+    "device_memory",
+    "host_memory",
+    "lookahead",
+    "coalesce",
+    "io.reader",
+    "io.threads",
+    "io.depth",
+)
+
+
+@dataclass
+class Tuning:
+    """A search around `plan`, measured on slices of `sample`."""
+
+    plan: Plan
+    sample: Sample
+    measure: Measure = measured_rate
+    tried: list[Settings] = field(init=False)
+    """What is tried beside the start."""
+
+    def __post_init__(self) -> None:
+        self._around = around(self.plan)
+        self.tried = candidates(self._around)
+        self._widest = widest(self._around, self.tried)
+        self._choices: dict[Settings, Choice] = {START: self.plan.choice}
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What tells this search from others, as JSON has it."""
+        task = self.plan.task
+        return {
+            "model": model_digests(self.plan.model),
+            "policy": _dumped(self.plan.planner.policy),
+            "start": _dumped(self.plan.policy),
+            "task": {
+                "generates": task.generates,
+                "prompt_tokens": task.prompt_tokens,
+                "new_tokens": task.new_tokens if task.generates else 0,
+            },
+            "input": dict(self.sample.identity),
+        }
+
+    def slice_of(self, slices: int) -> Slice:
+        """The same rows for everyone: of a whole pass, for the widest."""
+        return self.sample.cut(self.plan.task, self._widest, slices)
+
+    def choice(self, settings: Settings) -> Choice:
+        """The plan with `settings` instead of the start's. Raises DoesNotFitError and
+        PolicyError."""
+        if settings not in self._choices:
+            policy = with_settings(self.plan.policy, settings)
+            found = self.plan.planner.beside(self.plan.choice, policy)
+            if found is None:
+                raise DoesNotFitError(
+                    "there is no memory for it beside what is in flight, by the plan "
+                    f"for {self.plan.machine.name}"
+                )
+            self._choices[settings] = found
+        return self._choices[settings]
+
+    def run(self, log: TuneLog) -> Iterator[Timing | Verdict]:
+        """Measures what is not in `log` yet, and yields each timing once it is kept
+        there; the verdict comes last. Raises what the start fails with."""
+        while isinstance(step := next_heat(self.tried, log.timings), Heat):
+            timing = self._timing(step)
+            log.add(timing)
+            yield timing
+        yield step
+
+    def _timing(self, heat: Heat) -> Timing:
+        work = self.slice_of(heat.slices)
+        try:
+            policy = self.choice(heat.settings).policy
+            rate = self.measure(self.plan.model, policy, work)
+        except _OUT as error:
+            if heat.settings == START:
+                raise
+            text = f"{error}" or type(error).__name__
+            return Timing(heat.settings, heat.rung, heat.lap, None, text)
+        return Timing(heat.settings, heat.rung, heat.lap, rate)
+
+    def predicted_seconds(self, timings: list[Timing]) -> float | None:
+        """What is left would take, without loading, if all were as fast as the start
+        by its plan; None where that says nothing."""
+        work = self.slice_of(1)
+        rate = predicted_rate(self.plan.choice, work)
+        each = len(work.rows) * work.new_tokens if work.generates else sum(work.lengths)
+        return self.slices_left(timings) * each / rate if rate else None
+
+    def slices_left(self, timings: list[Timing]) -> int:
+        """What there is to measure, in the shortest slices."""
+        return sum(heat.slices for heat in heats_left(self.tried, timings))
+
+
+def around(plan: Plan) -> Around:
+    """What the search may change of `plan`."""
+    policy, asked = plan.policy, plan.planner.policy
+    costs = plan.choice.forecast.model
+    shape, placement = costs.shape, costs.settings.placement
+    disk = plan.machine.disk
+    return Around(
+        values={key: _value(policy, key) for key in _KEYS},
+        is_open=frozenset(key for key in _KEYS if _is_open(asked, key)),
+        generates=plan.task.generates,
+        is_streamed=any(placement[unit] != "device" for unit in shape.streamed),
+        is_compiled=policy.compile,
+        readers={} if disk is None else dict(disk.bandwidth),
+        least_bytes=shape.resident_bytes + 2 * shape.largest_bytes,
+    )
+
+
+def with_settings(policy: Policy, settings: Settings) -> Policy:
+    """`policy` with other values for dotted keys. Raises PolicyError."""
+    values = policy.model_dump(exclude_unset=True)
+    for key, value in settings:
+        section, _, inner = key.rpartition(".")
+        if section:
+            values[section] = {**values.get(section, {}), inner: value}
+        else:
+            values[key] = value
+    return Policy(**values)
+
+
+def _value(policy: Policy, key: str) -> Any:
+    found: Any = policy
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _is_open(policy: Policy, key: str) -> bool:
+    """Whether the user left `key` alone, or to Penstock."""
+    section, _, inner = key.rpartition(".")
+    owner = policy.io if section == "io" else policy
+    is_set = inner in owner.model_fields_set
+    return not is_set or _value(policy, key) == "auto"
+
+
+def _dumped(policy: Policy) -> dict[str, Any]:
+    return policy.model_dump(mode="json", exclude_unset=True)

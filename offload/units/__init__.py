@@ -1,0 +1,1 @@
+"""What a model is divided into, and where each part of it stays."""

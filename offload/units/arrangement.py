@@ -1,0 +1,184 @@
+"""Which units a model is divided into and where each of them stays: what a policy comes
+to for one model, before anything of it is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...io.files import ALIGNMENT
+from ...io.layout import Layout
+from ...io.recipe import Recipe
+from ...io.transfer import Transfer
+from ...scheduler.placement import place
+from ..policy import Policy
+from .division import Divider, Division, capacity_of, check_least
+from .sites import Place
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The units of a model, their places, and the working set that they go through."""
+
+    places: Mapping[str, list[Place]]
+    recipes: Mapping[str, Recipe]
+    """Of each distinct tensor, by the one name that it has."""
+    gathered: frozenset[str]
+    """Embedding tables that are never loaded: their rows are looked up."""
+    capacity: int
+    """Bytes of the working set."""
+    division: Division
+    placement: tuple[str, ...]
+    """The tier of each unit."""
+
+
+class Arranger:
+    """Arranges one model under policies that differ in their budgets."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipes: Mapping[str, Recipe],
+        policy: Policy,
+        transfer_of: Callable[[Layout], Transfer],
+        *,
+        is_host: bool,
+    ) -> None:
+        self._places, self._recipes = _places(model, recipes)
+        self._gathered = _gathered(
+            model, self._places, self._recipes, policy.gather_rows, is_host
+        )
+        self._divider = Divider(
+            model,
+            self._places,
+            self._recipes,
+            self._gathered,
+            transfer_of,
+            policy.resident_below,
+            policy.io.max_gap,
+            ALIGNMENT,
+        )
+        self._is_host = is_host
+
+    def arrange(self, policy: Policy, free_bytes: int | None) -> Arrangement:
+        """For a device whose memory is the host's or has `free_bytes`. Raises
+        DoesNotFitError, saying the least that works."""
+        divider = self._divider
+        capacity = capacity_of(
+            policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=free_bytes
+        )
+        division = divider.divide(capacity)
+        check_least(divider.divide, capacity)
+        placement = _placement(division, capacity, policy, is_host=self._is_host)
+        return Arrangement(
+            self._places, self._recipes, self._gathered, capacity, division, placement
+        )
+
+
+def arrange(
+    model: nn.Module,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    transfer_of: Callable[[Layout], Transfer],
+    *,
+    is_host: bool,
+    free_bytes: int | None,
+) -> Arrangement:
+    """Divides `model` for a device whose memory is the host's (`is_host`) or has
+    `free_bytes`. Raises DoesNotFitError, saying the least that works."""
+    arranger = Arranger(model, recipes, policy, transfer_of, is_host=is_host)
+    return arranger.arrange(policy, free_bytes)
+
+
+def _placement(
+    division: Division, capacity: int, policy: Policy, *, is_host: bool
+) -> tuple[str, ...]:
+    """The tier of each unit. What is always needed is loaded from disk, once."""
+    found, transfers = division.found, division.transfers
+    streamed = [
+        index
+        for index, unit in enumerate(found.units)
+        if unit.sites and not unit.is_resident
+    ]
+    first_peer = next(iter(policy.peer), "peer")
+    tiers = place(
+        [transfers[unit].nbytes for unit in streamed],
+        [found.units[unit].name for unit in streamed],
+        budgets=_budgets(division, capacity, policy, is_host=is_host),
+        rules={
+            rule: first_peer if tier == "peer" else tier
+            for rule, tier in policy.placement.items()
+        },
+    )
+    where = dict(zip(streamed, tiers, strict=True))
+    return tuple(where.get(unit, "disk") for unit in range(len(found.units)))
+
+
+def _budgets(
+    division: Division, capacity: int, policy: Policy, *, is_host: bool
+) -> dict[str, int]:
+    """Bytes of each tier, the fastest first."""
+    host = {"host": policy.host_memory or 0}
+    room = _room_to_stay(division, capacity, policy.lookahead)
+    rest = {"device": room, **policy.peer}
+    is_in_place = is_host and "host" not in policy.links
+    return {**host, **rest} if is_in_place else {**rest, **host}
+
+
+def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
+    """Bytes of the working set that units may keep for good: all of them if the model
+    fits; else beside the largest part, each part that is fetched meanwhile has room."""
+    resident, by_site = division.needs()
+    streamed = sum(
+        plan.nbytes
+        for unit, plan in zip(division.found.units, division.transfers, strict=True)
+        if unit.sites and not unit.is_resident
+    )
+    if resident + streamed <= capacity:
+        return streamed
+    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
+
+
+def _places(
+    model: nn.Module, recipes: Mapping[str, Recipe]
+) -> tuple[dict[str, list[Place]], dict[str, Recipe]]:
+    """Where each distinct tensor is used, under the one name that has a recipe."""
+    by_tensor: dict[int, str] = {}
+    places: dict[str, list[Place]] = {}
+    for module_name, module in model.named_modules():
+        for store, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                name = f"{module_name}.{key}" if module_name else key
+                if name in recipes:
+                    by_tensor.setdefault(id(tensor), name)
+                places.setdefault(str(id(tensor)), []).append(
+                    Place(module, key, is_buffer)
+                )
+    named = {
+        by_tensor[int(tensor)]: where
+        for tensor, where in places.items()
+        if int(tensor) in by_tensor
+    }
+    return named, {name: recipes[name] for name in named}
+
+
+def _gathered(
+    model: nn.Module,
+    places: Mapping[str, list[Place]],
+    recipes: Mapping[str, Recipe],
+    min_bytes: int,
+    is_host: bool,
+) -> frozenset[str]:
+    """Tables that are large enough, lie in one byte range, and are an embedding's. None
+    on a GPU: that would have to wait until the host has seen the ids."""
+    return frozenset(
+        name
+        for name, recipe in recipes.items()
+        if is_host
+        and recipe.nbytes >= min_bytes
+        and recipe.stored_rows is not None
+        and len(recipe.shape) == 2
+        and any(isinstance(place.module, nn.Embedding) for place in places[name])
+    )

@@ -1,0 +1,182 @@
+"""Knows transformers from the inside: building a model without weights.
+
+Private calls of transformers (>= 5.17, < 6) stand here, in `hf_names`, `kv/cache` and
+`tasks/decoding` alone, each of them under a test.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from ...io.checkpoint import Checkpoint
+from ...io.errors import CheckpointError, UsageError
+from ...io.recipe import Recipe
+from .hf_names import make_recipes
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose streamed tensors are on meta, and how each is made."""
+
+    model: PreTrainedModel
+    recipes: Mapping[str, Recipe]
+    """By the name of the parameter or persistent buffer in the model."""
+
+
+def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
+    """The model that `checkpoint`'s config.json describes, ready but for the weights
+    in `recipes`; everything that no checkpoint holds (rotary tables, masks, ALiBi
+    slopes) is initialised as transformers does it.
+
+    Raises CheckpointError for missing tensors, UsageError for what is unsupported.
+    """
+    config = _read_config(checkpoint.folder)
+    model_class = _model_class(config, checkpoint.folder)
+    model_dtype = _choose_dtype(config, checkpoint, dtype)
+    _set_dtype(config, model_dtype)
+    config.name_or_path = str(checkpoint.folder)
+    model = _on_meta(model_class, config, model_dtype)
+    recipes = make_recipes(model, checkpoint, model_dtype)
+    _finish(model, recipes, checkpoint)
+    if model.can_generate() and (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model.train(False)
+    return Skeleton(model, recipes)
+
+
+def state_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Names, shapes and dtypes of what the model of config.json keeps, tied tensors
+    once. Raises as `build` does."""
+    config = _read_config(folder)
+    model_class = _model_class(config, folder)
+    _set_dtype(config, dtype)
+    model = _on_meta(model_class, config, dtype)
+    tied = set(model.all_tied_weights_keys)
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def _read_config(folder: Path) -> Any:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json: no Hugging Face checkpoint"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        # What follows the first paragraph is advice on how to install transformers.
+        first = " ".join(str(error).partition("\n\n")[0].split())
+        raise CheckpointError(f"{folder}/config.json: {first}") from error
+
+
+def _model_class(config: Any, folder: Path) -> type[PreTrainedModel]:
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"{folder} is quantised ({config.quantization_config}); this version "
+            "streams unquantised checkpoints only"
+        )
+    names = config.architectures or []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, PreTrainedModel):
+            return found
+    raise UsageError(
+        f"{folder}/config.json names the architectures {names}, none of which "
+        f"transformers {transformers.__version__} has; models with code of their own "
+        "can be built by you and given to penstock.wrap"
+    )
+
+
+def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtype:
+    if asked != "auto":
+        found = getattr(torch, asked, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise UsageError(f"dtype {asked!r} is no floating dtype of torch")
+        return found
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    floating = (
+        e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point
+    )
+    return next(floating, torch.float32)
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = dtype
+
+
+def _on_meta(
+    model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
+) -> PreTrainedModel:
+    wanted: dict[str, Any] = {
+        "dtype": dtype,
+        "is_quantized": False,
+        "_is_ds_init_called": False,
+        "allow_all_kernels": None,
+    }
+    known = inspect.signature(model_class.get_init_context).parameters
+    contexts = model_class.get_init_context(
+        **{key: value for key, value in wanted.items() if key in known}
+    )
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        model = model_class(copy.deepcopy(config))
+        patch = getattr(transformers.modeling_utils, "patch_output_recorders", None)
+        if patch is not None:
+            patch(model)
+    return model
+
+
+# Everything that the checkpoint does not hold.
+
+
+def _finish(
+    model: PreTrainedModel, recipes: Mapping[str, Recipe], checkpoint: Checkpoint
+) -> None:
+    """Ties weights and initialises buffers by transformers' own steps. The streamed
+    tensors count as initialised; an untied one without a recipe is an error."""
+    missing = set(model.state_dict()) - set(recipes)
+    for name in recipes:
+        model.get_parameter_or_buffer(name)._is_hf_initialized = True
+    info = _loading_info(missing)
+    model.mark_tied_weights_as_initialized(info)  # type: ignore[no-untyped-call]
+    model._move_missing_keys_from_meta_to_device(
+        info.missing_and_mismatched(), None, None, None
+    )
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    if info.missing_keys:
+        names = sorted(info.missing_keys)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {', '.join(names[:3])}{more}, which "
+            f"{type(model).__name__} needs: the checkpoint is incomplete or of another "
+            "architecture than config.json says"
+        )
+
+
+def _loading_info(missing: set[str]) -> Any:
+    info_class: Any = vars(transformers.modeling_utils)["LoadStateDictInfo"]
+    wanted = {
+        "missing_keys": missing,
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+        "conversion_errors": {},
+        "skipped_pp_keys": set(),
+    }
+    known = inspect.signature(info_class).parameters
+    return info_class(**{k: v for k, v in wanted.items() if k in known})

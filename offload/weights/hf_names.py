@@ -1,0 +1,283 @@
+"""Which stored tensors make which tensor of a transformers model, and how.
+
+transformers renames, merges and cuts tensors as it loads them; its own mapping is
+asked, so that every checkpoint it can load lands where it would put it.
+"""
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ...io.checkpoint import Checkpoint
+from ...io.errors import CheckpointError
+from ...io.header import TensorEntry
+from ...io.recipe import Piece, Recipe, View, plain
+
+
+@dataclass
+class _Target:
+    """A group of tensors of the model made from a group of stored ones."""
+
+    converter: Any
+    sources: dict[str, list[TensorEntry]]
+    """Stored tensors by the converter's source pattern, in transformers' order."""
+
+
+def make_recipes(
+    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype
+) -> dict[str, Recipe]:
+    """How each parameter and persistent buffer of `model` is made from `checkpoint`, by
+    its name in the model. What the checkpoint does not hold is not in it."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    dtypes = _Dtypes(model, dtype)
+    recipes: dict[str, Recipe] = {}
+    targets: dict[str, _Target] = {}
+    for stored in sorted(checkpoint.entries, key=dot_natural_key):
+        entry = checkpoint.entries[stored]
+        prefix = model.base_model_prefix
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, state)
+        if name not in state and stored in state:
+            name, pattern = rename_source_key(stored, [], [], prefix, state)
+        if name not in state:
+            continue  # transformers ignores what the model has no place for
+        if pattern is None:
+            recipes[name] = plain(entry, name=name, dtype=dtypes.of(name, state[name]))
+            _check_shape(recipes[name], state[name], entry)
+        else:
+            target = targets.setdefault(
+                name, _Target(by_pattern[pattern], defaultdict(list))
+            )
+            target.sources[pattern].append(entry)
+    for name, target in targets.items():
+        for recipe in _converted(model, name, target, state, dtypes):
+            recipes[recipe.name] = recipe
+    return recipes
+
+
+class _Dtypes:
+    """The dtype each tensor ends up with: the model's, the plan's, or its own."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._plan = model._get_dtype_plan(dtype)
+        self._search: Any = None
+        if self._plan:
+            self._search, self._groups, _ = build_glob_alternation(list(self._plan))
+
+    def of(self, name: str, meta: torch.Tensor) -> torch.dtype:
+        match = self._search.search(name) if self._search is not None else None
+        if match is not None:
+            planned = self._plan[self._groups[match.lastgroup]]
+            assert isinstance(planned, torch.dtype)
+            return planned
+        return meta.dtype
+
+
+def _check_shape(recipe: Recipe, meta: torch.Tensor, entry: TensorEntry) -> None:
+    if recipe.shape != tuple(meta.shape):
+        raise CheckpointError(
+            f"{entry.path}, tensor {entry.name!r} has shape {list(entry.shape)}, but "
+            f"the model's {recipe.name!r} has {list(meta.shape)}: config.json is of "
+            "another model"
+        )
+
+
+# Conversions: where views suffice, bytes land in place; else transformers converts.
+
+
+class _Meta(torch.Tensor):
+    """A meta tensor that calls itself contiguous, so that transformers' operations
+    give views of it and their strides tell where every element goes."""
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> "_Meta":
+        return self
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(_Meta)
+
+
+def _converted(
+    model: PreTrainedModel,
+    name: str,
+    target: _Target,
+    state: Mapping[str, torch.Tensor],
+    dtypes: _Dtypes,
+) -> list[Recipe]:
+    """The recipes of all tensors of the model that `target`'s converter makes."""
+    for attempt in (_merged, _cut):
+        # Operations that are no views fail in their own ways; the last way is general.
+        with contextlib.suppress(Exception):
+            pieces = attempt(model, name, target, state)
+            return [
+                Recipe(
+                    made,
+                    tuple(state[made].shape),
+                    dtypes.of(made, state[made]),
+                    tuple(parts),
+                )
+                for made, parts in pieces.items()
+            ]
+    return list(_by_function(model, name, target, state, dtypes))
+
+
+def _run(
+    operations: list[Any],
+    tensors: dict[str, Any],
+    converter: Any,
+    model: PreTrainedModel,
+    name: str,
+) -> dict[str, Any]:
+    for operation in operations:
+        tensors = operation.convert(
+            tensors,
+            source_patterns=converter.source_patterns,
+            target_patterns=converter.target_patterns,
+            full_layer_name=name,
+            model=model,
+            config=model.config,
+            missing_keys=None,
+        )
+    return tensors
+
+
+def _merged(
+    model: PreTrainedModel,
+    name: str,
+    target: _Target,
+    state: Mapping[str, torch.Tensor],
+) -> dict[str, list[Piece]]:
+    """Many stored tensors into one: the reverse operations, run on a meta parameter,
+    give the view of it that each stored tensor fills."""
+    meta = state[name]
+    whole = _meta(tuple(meta.shape), meta.dtype)
+    reverse = target.converter.reverse_transform()
+    views = _run(
+        reverse.operations, {reverse.source_patterns[0]: [whole]}, reverse, model, name
+    )
+    pieces: list[Piece] = []
+    for pattern, entries in target.sources.items():
+        found = [
+            (int(match[1]) if match.groups() else 0, view)
+            for key, view in views.items()
+            if (match := re.fullmatch(_numbered(pattern), key.replace("\\.", ".")))
+        ]
+        found.sort(key=lambda item: item[0])
+        for entry, (_, view) in zip(entries, found, strict=True):
+            view = view[0] if isinstance(view, list) else view
+            pieces.append(Piece(entry, View.whole(entry.shape), _view_of(view, whole)))
+            _check_piece(pieces[-1])
+    if sum(piece.target.numel for piece in pieces) != meta.numel():
+        raise ValueError(f"{name} is not filled")
+    return {name: pieces}
+
+
+def _numbered(pattern: str) -> str:
+    """A regex for the full names of a pattern of transformers, which may write its dots
+    as "." or as "\\."."""
+    plain_dots = pattern.replace("\\.", ".")
+    return re.escape(plain_dots).replace(r"\*", r"(\d+)")
+
+
+def _cut(
+    model: PreTrainedModel,
+    name: str,
+    target: _Target,
+    state: Mapping[str, torch.Tensor],
+) -> dict[str, list[Piece]]:
+    """One stored tensor into many: the operations give views of the stored one."""
+    ((pattern, (entry,)),) = target.sources.items()
+    whole = _meta(entry.shape, entry.dtype)
+    converter = target.converter
+    views = _run(converter.operations, {pattern: [whole]}, converter, model, name)
+    pieces = {}
+    for key, view in _full_names(name, views).items():
+        view = view[0] if isinstance(view, list) else view
+        shape = tuple(state[key].shape)
+        pieces[key] = [Piece(entry, _view_of(view, whole), View.whole(shape))]
+        _check_piece(pieces[key][0])
+    return pieces
+
+
+def _by_function(
+    model: PreTrainedModel,
+    name: str,
+    target: _Target,
+    state: Mapping[str, torch.Tensor],
+    dtypes: _Dtypes,
+) -> Iterator[Recipe]:
+    """The general way: transformers' own conversion, run at each load on the tensors
+    as they are stored (cast first, as transformers does)."""
+    entries = tuple(e for group in target.sources.values() for e in group)
+    first = dtypes.of(name, state[name])
+    metas = {
+        pattern: [_plain_meta(e, first) for e in group]
+        for pattern, group in target.sources.items()
+    }
+    converter = target.converter
+    made = _full_names(name, _run(converter.operations, metas, converter, model, name))
+    for key in made:
+        if key not in state:
+            raise CheckpointError(f"{name}: transformers converts it to unknown {key}")
+
+        def convert(stored: Mapping[str, torch.Tensor], key: str = key) -> torch.Tensor:
+            tensors = {
+                pattern: [stored[e.name].to(first) for e in group]
+                for pattern, group in target.sources.items()
+            }
+            results = _run(converter.operations, tensors, converter, model, name)
+            result = _full_names(name, results)[key]
+            tensor = result[0] if isinstance(result, list) else result
+            assert isinstance(tensor, torch.Tensor)
+            return tensor
+
+        yield Recipe(
+            key,
+            tuple(state[key].shape),
+            dtypes.of(key, state[key]),
+            convert=convert,
+            entries=entries,
+        )
+
+
+def _plain_meta(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=dtype, device="meta")
+
+
+def _full_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What operations return is named by pattern: `name` gives prefix and suffix."""
+    full = name.replace("*.", "0.")
+    for key in tensors:
+        if key in full:
+            prefix, _, suffix = full.partition(key)
+            return {prefix + k + suffix: v for k, v in tensors.items()}
+    return dict(tensors)
+
+
+def _view_of(view: torch.Tensor, whole: torch.Tensor) -> View:
+    if view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        raise ValueError("no view")
+    return View.of(view)
+
+
+def _check_piece(piece: Piece) -> None:
+    if piece.source.shape != piece.target.shape:
+        raise ValueError(f"{piece.entry.name}: {piece.source} does not fill its place")

@@ -1,0 +1,96 @@
+"""Rows of an embedding table, read from the file without loading the table."""
+
+import mmap
+
+import torch
+
+from ...io.extent import Extent, windows
+from ...io.reader import Reader
+from ...io.recipe import Recipe
+
+
+class RowGatherer:
+    """Looks up rows of the table that `recipe` describes (one byte range of a file).
+
+    Each distinct row is read once a call, rows that lie close together in one read, at
+    most `buffer_bytes` at a time. Called by the thread that runs the model.
+    """
+
+    def __init__(
+        self, recipe: Recipe, reader: Reader, *, buffer_bytes: int, max_gap_bytes: int
+    ) -> None:
+        stored = recipe.stored_rows
+        assert stored is not None, "a table that is no byte range cannot be gathered"
+        self._table = stored
+        self._dtype = recipe.dtype
+        self._stored_dtype = recipe.pieces[0].entry.dtype
+        self._num_rows, *row_shape = recipe.shape
+        self._row_shape = tuple(row_shape)
+        self._row_bytes = stored.nbytes // max(self._num_rows, 1)
+        self._reader = reader
+        self._buffer_bytes = buffer_bytes
+        self._max_gap_bytes = max_gap_bytes
+        self._buffer = memoryview(b"")
+        self.bytes_gathered = 0
+        """Bytes of the rows handed out, each distinct row of a call counted once."""
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows `ids` (any shape), as `torch.embedding` would give them."""
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        if len(distinct) and not 0 <= int(distinct[0]) <= int(distinct[-1]) < (
+            self._num_rows
+        ):
+            raise IndexError(
+                f"token ids {int(distinct[0])}..{int(distinct[-1])} reach outside of "
+                f"the table's {self._num_rows} rows"
+            )
+        rows = torch.empty((len(distinct), *self._row_shape), dtype=self._dtype)
+        step = max(1, self._buffer_bytes // (self._row_bytes + 2 * self._gap))
+        for start in range(0, len(distinct), step):
+            part = slice(start, start + step)
+            self._read(distinct[part].tolist(), rows[part])
+        self.bytes_gathered += len(distinct) * self._row_bytes
+        return torch.embedding(rows, inverse)
+
+    def close(self) -> None:
+        """Gives the buffer back; stand-ins still refer to this."""
+        self._buffer = memoryview(b"")
+
+    @property
+    def _gap(self) -> int:
+        return max(self._max_gap_bytes, self._reader.alignment)
+
+    def _read(self, ids: list[int], rows: torch.Tensor) -> None:
+        extents = [
+            Extent(
+                self._table.path,
+                self._table.offset + row * self._row_bytes,
+                self._row_bytes,
+            )
+            for row in ids
+        ]
+        reads = windows(
+            extents, alignment=self._reader.alignment, max_gap_bytes=self._max_gap_bytes
+        )
+        total = sum(window.nbytes for window in reads)
+        if len(self._buffer) < total:
+            self._buffer = memoryview(mmap.mmap(-1, total))
+        starts, handles, position = [], [], 0
+        for window in reads:
+            part = self._buffer[position : position + window.nbytes]
+            handles.append(self._reader.submit(window, part, urgent=True))
+            starts.append(position)
+            position += window.nbytes
+        for handle in handles:
+            handle.wait_quietly()  # nobody may write into the buffer after this
+        for handle in handles:
+            handle.wait()
+        at = 0
+        for row, extent in zip(rows, extents, strict=True):
+            while extent.end > reads[at].end:
+                at += 1
+            start = starts[at] + extent.offset - reads[at].offset
+            stored = self._buffer[start : start + self._row_bytes]
+            row.copy_(
+                torch.frombuffer(stored, dtype=self._stored_dtype).view(row.shape)
+            )
