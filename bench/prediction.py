@@ -40,7 +40,7 @@ from penstock.offload.machines.machine import Machine
 from penstock.offload.machines.measure_calls import CountingTokenizer
 from penstock.offload.machines.measuring import measure_machine
 from penstock.offload.plans.forecast import forecast, generating_of, scoring_of
-from penstock.offload.policy import IO
+from penstock.offload.policy import IO, parse_bytes
 from penstock.offload.tasks.generate import generate
 from penstock.offload.tasks.score import score
 from penstock.offload.weights.blueprint import blueprint
@@ -98,9 +98,10 @@ def cases(num: int, seed: int) -> list[Case]:
 
 
 def _case(chosen: random.Random, generates: bool) -> Case:
+    shape = chosen.randrange(len(SHAPES))
     settings: dict[str, Any] = {
         "dtype": "float32",
-        "device_memory": chosen.choice(("192MiB", "256MiB", "512MiB")),
+        "device_memory": chosen.choice(_fitting(SHAPES[shape])),
         "lookahead": chosen.choice((1, 2, 3)),
         "gather_rows": chosen.choice(("1MiB", "1GiB")),
     }
@@ -110,7 +111,6 @@ def _case(chosen: random.Random, generates: bool) -> Case:
     if way.startswith("slow"):
         speed = chosen.choice(("100MB", "200MB", "400MB"))
         settings["links"] = {way.removeprefix("slow "): {"bandwidth": speed}}
-    shape = chosen.randrange(len(SHAPES))
     most_tokens = FLOPS_OF_A_RUN / flops_of_token(SHAPES[shape])
     if not generates:
         length = chosen.choice((32, 64, 128, 256))
@@ -129,6 +129,14 @@ def _case(chosen: random.Random, generates: bool) -> Case:
     # Products of few rows have about a third of the rate of those of many.
     new = round((most_tokens / num_rows - length) / 3)
     return Case(shape, True, num_rows, length, min(max(new, 6), 24), settings)
+
+
+def _fitting(shape: tuple[int, ...]) -> list[str]:
+    """Working sets that the largest part goes into: the head, in float32."""
+    hidden, *_, vocabulary = shape
+    least = 4 * hidden * vocabulary + (1 << 20)
+    sizes = ("192MiB", "256MiB", "512MiB")
+    return [size for size in sizes if parse_bytes(size) >= least]
 
 
 def flops_of_token(shape: tuple[int, ...]) -> float:
@@ -319,6 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
             machine = Machine.from_yaml(args.machine)
         else:
             machine = measure_machine(folder, IO(), console.print)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "machine.yaml").write_text(machine.to_yaml())
         probe = Probe(machine, largest)
         measured(folder / str(made[0].shape), made[0])  # warms up
         results = []
@@ -341,10 +352,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{found['worst_adjusted_error']:.1%}"
     )
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "prediction.md").write_text(markdown(results))
         (args.out / "prediction.json").write_text(json.dumps(found, indent=1))
-        (args.out / "machine.yaml").write_text(machine.to_yaml())
     print(json.dumps(found))
     return 0
 

@@ -18,7 +18,7 @@ from ...io.loader import copy_serially
 _SHAPE = (2048, 5632)
 _ROWS = 64
 _ROUND_SECONDS = 0.4
-_ROUNDS = 3
+_ROUNDS = 5
 _REST = 1.5
 """Of a cast's time, after each: weights that stream are not cast all the time."""
 
@@ -57,11 +57,12 @@ def cast_beside() -> float:
     _rate(x, weights)
     found = []
     for _ in range(_ROUNDS):
-        alone = _rate(x, weights)
+        before = _rate(x, weights)
         start = time.perf_counter()
         with _Caster() as caster:
             beside = _rate(x, weights)
         seconds = time.perf_counter() - start
+        alone = max(before, _rate(x, weights))  # what disturbs makes it only slower
         found.append(max(0.0, 1.0 - beside / alone) * seconds / caster.num_bytes)
     return statistics.median(found)
 
