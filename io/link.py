@@ -182,7 +182,9 @@ class Link(Closing):
             job.load.ready = self._stream.record()
         nbytes = sum(run.nbytes for run in transfer.runs)
         if self._pace is not None:
-            end = self._pace.end_of(nbytes, job.given)
+            # What a drive reads is what is stored, whatever is made of it.
+            paced = transfer.stored_bytes if self.tier == "disk" else nbytes
+            end = self._pace.end_of(paced, job.given)
             self._sleep(max(0.0, end - self._clock()))
         self._statistics = LinkStatistics(
             self._statistics.bytes_moved + nbytes,

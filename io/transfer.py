@@ -35,12 +35,14 @@ class Transfer:
     runs: tuple[Run, ...]
     tensors: tuple[Placed, ...]
     """Where each parameter stands in the slot."""
+    stored_bytes: int
+    """Of the checkpoint that make it."""
 
 
 def as_it_lies(plan: Layout) -> Transfer:
     """The slot is a copy of what was read."""
     runs = (Run(0, 0, plan.nbytes),)
-    return Transfer(plan.name, plan.nbytes, runs, plan.tensors)
+    return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
 
 
 def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
@@ -69,6 +71,7 @@ def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
         max(align_up(end, alignment), alignment),
         tuple(runs),
         tuple(placed[tensor.name] for tensor in plan.tensors),
+        plan.stored_bytes,
     )
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +422,24 @@ def test_a_held_link_is_late_by_its_bandwidth_and_its_latency_once(
         time.pass_by(100.0)
         link.load(1, 0, ()).wait()
         assert time.slept[3:] == [2.5]  # an idle link saves nothing up
+
+
+def test_a_drive_is_held_by_what_it_reads_not_by_what_is_made_of_it(
+    tmp_path: Path, preadv: Faulty
+) -> None:
+    """As where half as many bytes are stored, and cast on the way in."""
+    units = Units(tmp_path / "weights", [2])
+    units.layouts = [replace(one, stored_bytes=PAGE) for one in units.layouts]
+    time, held = Time(), Pace(bytes_per_second=PAGE, latency_seconds=0.0)
+    clocks: Any = {"sleep": time.sleep, "clock": time.clock}
+    preadv.go.set()
+    with opened(units, staging_pages=2, target_pages=2, pace=held, **clocks) as (
+        link,
+        _,
+    ):
+        link.load(0, 0, ()).wait()
+        assert link.statistics().bytes_moved == 2 * PAGE
+    assert time.slept == [1.0]
 
 
 def test_a_unit_is_not_there_before_the_held_link_says_so(tmp_path: Path) -> None:
