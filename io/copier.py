@@ -2,11 +2,13 @@
 
 import mmap
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .closing import Closing
+from .errors import ClosedError
 from .extent import Extent, aligned
 from .handle import Handle, forget_frames
 
@@ -50,11 +52,15 @@ class Copier(Closing):
         self._is_closed = False
 
     def put(self, pieces: Iterable[Piece]) -> None:
-        """Returns at once."""
+        """Returns at once. Raises ClosedError when it is closed, RuntimeError where no
+        thread can be started; then nothing is under way."""
+        found = list(pieces)
         with self._changed:
-            self._pieces.extend(pieces)
-            if not self._threads and self._pieces:
+            if self._is_closed:
+                raise ClosedError("this loader is closed; load the model again")
+            if found and not self._threads:
                 self._start()
+            self._pieces.extend(found)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -69,8 +75,13 @@ class Copier(Closing):
         for number in range(self._num_threads):
             name = f"penstock-copy_{number}"
             thread = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # one does as well, slower
+                if not self._threads:
+                    raise
+                return
             self._threads.append(thread)
-            thread.start()
 
     def _next(self, *, wait: bool) -> Piece | None:
         """None if there is nothing now, or, after waiting, nothing any more."""
@@ -94,16 +105,17 @@ class Copier(Closing):
 
     def _begin(self, piece: Piece, buffer: memoryview | None) -> "_Read":
         window = aligned(piece.extent, self._alignment)
-        if buffer is None or len(buffer) < window.nbytes:
-            nbytes = max(window.nbytes, self._buffer_bytes)
-            buffer = memoryview(mmap.mmap(-1, nbytes))
-        read = _Read(piece, window.offset, buffer)
-        if window.nbytes:
-            try:
+        read = _Read(piece, window.offset)
+        try:
+            if buffer is None or len(buffer) < window.nbytes:
+                nbytes = max(window.nbytes, self._buffer_bytes)
+                buffer = memoryview(mmap.mmap(-1, nbytes))
+            read.buffer = buffer
+            if window.nbytes:
                 view = buffer[: window.nbytes]
                 read.handle = self._submit(piece.unit, window, view)
-            except BaseException as error:
-                read.error = error
+        except BaseException as error:
+            read.error = error
         return read
 
     def _end(self, read: "_Read") -> memoryview | None:
@@ -111,9 +123,11 @@ class Copier(Closing):
         error = read.error or _place(read)
         if error is not None:
             forget_frames(error)
-            error = error.with_traceback(None)  # or it would keep this thread's frames
+            _drop_tracebacks(error)  # or it would keep this thread's frames
         read.piece.handle.done(error)
-        return read.buffer if len(read.buffer) <= self._buffer_bytes else None
+        buffer = read.buffer
+        is_usual = buffer is not None and len(buffer) <= self._buffer_bytes
+        return buffer if is_usual else None
 
 
 @dataclass(slots=True)
@@ -122,7 +136,7 @@ class _Read:
 
     piece: Piece
     offset: int
-    buffer: memoryview
+    buffer: memoryview | None = None
     handle: Handle | None = None
     error: BaseException | None = None
 
@@ -132,8 +146,22 @@ def _place(read: _Read) -> BaseException | None:
     try:
         if read.handle is not None:
             read.handle.wait()
+        assert read.buffer is not None, "what has none has failed"
         start = read.piece.extent.offset - read.offset
         read.piece.place(read.buffer[start : start + read.piece.extent.nbytes])
     except BaseException as error:  # raised by whoever waits for the unit
         return error
     return None
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Of `error` and of what it came from; where it was raised is told in a note."""
+    if error.__traceback__ is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        error.add_note(f"raised in {place.name} ({place.filename}:{place.lineno})")
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__

@@ -1,8 +1,11 @@
 """The completion of work that other threads do: wait for it, once it is needed."""
 
+import contextlib
+import inspect
 import threading
-import traceback
 from collections.abc import Callable
+
+_SUSPENDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 class Handle:
@@ -65,5 +68,11 @@ def forget_frames(error: BaseException) -> None:
     seen: set[int] = set()
     while found is not None and id(found) not in seen:
         seen.add(id(found))
-        traceback.clear_frames(found.__traceback__)
+        step = found.__traceback__
+        while step is not None:
+            # A coroutine that waits has more to do: clearing its frame would end it.
+            if not step.tb_frame.f_code.co_flags & _SUSPENDS:
+                with contextlib.suppress(RuntimeError):  # it runs just now
+                    step.tb_frame.clear()
+            step = step.tb_next
         found = found.__cause__ or found.__context__

@@ -182,10 +182,7 @@ class Loader:
         stored: memoryview,
     ) -> None:
         start = self._clock()
-        flat = torch.empty(0, dtype=dtype)
-        if stored:
-            flat = torch.frombuffer(stored, dtype=dtype)
-        copy_serially(target, source.on(flat))
+        copy_serially(target, source.on(torch.frombuffer(stored, dtype=dtype)))
         self._record(CAST, unit, start, self._clock(), len(stored))
         self._count(copied=len(stored))
 
@@ -249,7 +246,7 @@ def _parts(
         shape = source.shape
     row = View.whole(shape[1:]).numel
     num = -(-shape[0] // max(1, max_bytes // (row * size)))
-    step = -(-shape[0] // num)  # of nearly one size: the last is as long as the others
+    step = -(-shape[0] // num)  # of nearly one size
     for start in range(0, shape[0], step):
         count = min(step, shape[0] - start)
         extent = Extent(

@@ -46,7 +46,7 @@ class IO(Section):
     max_gap: Bytes = 32 << 10
     """Tensors with at most so many foreign bytes between them are read as one."""
     bounce: Bytes = 4 << 20
-    """Buffer, one each for two threads, of what is cast or assembled on its way in."""
+    """Buffer, two each for two threads, of what is cast or assembled on its way in."""
     direct: bool = True
     """Read past the page cache (O_DIRECT) where the file system can."""
     cache: Path | None = None

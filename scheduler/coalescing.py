@@ -3,7 +3,7 @@
 In decode each micro-batch has a few rows, and a product of few rows takes almost as
 long as one of many. So whoever comes to such a module inside of an open site is parked
 there; once nobody else is on the way, one of them takes the rows of all through it.
-Python of the model stays as it is: only products are shared.
+Python of the model stays as it is: products are shared, and MLPs that keep rows apart.
 """
 
 import functools
@@ -33,7 +33,8 @@ _log = logging.getLogger("penstock")
 WIDE_ROWS = 256
 # and more than so many at once gain nothing: the rest of them come after those.
 MAX_ROWS = 512
-# The rows of all are copied together, and their outputs apart.
+# The rows of all are copied together, and their outputs apart; what a whole MLP makes
+# in between is a few times as wide.
 MAX_OUTPUT_BYTES = 64 << 20
 
 
@@ -49,12 +50,22 @@ class RowWise:
     """Modules in it that are called with the rows of all when it is."""
 
     @property
-    def is_watched(self) -> bool:
-        """Whether hooks would be shown the rows of all in place of each one's own."""
-        return bool(self.parts) and (
-            bool(_global_hooks or _global_pre_hooks)
-            or any(
-                part._forward_hooks or part._forward_pre_hooks for part in self.parts
+    def is_as_found(self) -> bool:
+        """Whether nobody has come who would see, or draw for, the rows of all in place
+        of each one's own: hooks, another forward, another part, the training mode."""
+        if "forward" in vars(self.module):
+            return False
+        if not self.parts:
+            return True
+        return (
+            not (_global_hooks or _global_pre_hooks or self.module.training)
+            and tuple(self.module.modules())[1:] == self.parts
+            and not any(
+                part._forward_hooks
+                or part._forward_pre_hooks
+                or part.training
+                or "forward" in vars(part)
+                for part in self.parts
             )
         )
 
@@ -97,12 +108,12 @@ class Coalescing:
     def start(self, hub: "Hub") -> None:
         """`hub` begins to run micro-batches."""
         self._hub = hub
+        # Before any is replaced: ours are nobody else's.
+        wanted = [found.is_as_found for found in self._modules]
         for index, found in enumerate(self._modules):
+            if not wanted[index]:
+                continue
             module = found.module
-            if "forward" in vars(module):  # somebody else's, who may not be row-wise
-                continue
-            if found.is_watched:
-                continue
             forward = self._forward(index, module.forward, found.num_args)
             self._replaced.append((module, forward))
             module.forward = forward

@@ -305,6 +305,11 @@ class Residual(nn.Module):
         return x + self.mlp(x) + shift  # type: ignore[no-any-return]
 
 
+def swept_as_is(net: Any, items: list[Any]) -> list[Any]:
+    with penstock.sweep(net, coalesce=True, width=len(items)) as sweep:
+        return sweep.map(net, items)
+
+
 def test_an_mlp_is_called_as_a_whole() -> None:
     net = whole_net(2)
     net.blocks = nn.ModuleList(Residual() for _ in range(2))
@@ -327,6 +332,16 @@ def test_an_mlp_is_called_as_a_whole() -> None:
         now = penstock.statistics(net)
         assert now.num_joint_calls - before.num_joint_calls == 1 + 2
         hook.remove()
+
+        before = penstock.statistics(net)
+        up.forward = lambda x: nn.functional.linear(x, up.weight, up.bias)  # somebody's
+        assert same(swept_as_is(net, items), expected)
+        del up.forward
+        net.train()  # randomness is each micro-batch's own
+        assert same(swept(net, net, items), expected)
+        net.eval()
+        now = penstock.statistics(net)
+        assert now.num_joint_calls - before.num_joint_calls == (1 + 1) + (2 + 2)
 
 
 def test_who_takes_another_way_is_caught_up_with() -> None:

@@ -2,10 +2,13 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from penstock.io import copier as copying
 from penstock.io.copier import Copier, Piece
+from penstock.io.errors import ClosedError
 from penstock.io.extent import Extent
 from penstock.io.handle import Handle
 
@@ -121,4 +124,41 @@ def test_closing_does_what_was_put_and_may_be_repeated() -> None:
     closing.join()
     threads.close()
     assert len(found) == 2
-    assert threading.active_count() == 1
+    assert not any(t.name.startswith("penstock-copy") for t in threading.enumerate())
+    with pytest.raises(ClosedError, match="load the model again"):
+        threads.put(pieces(1, found))
+
+
+def test_what_cannot_be_mapped_is_the_pieces_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(copying, "mmap", SimpleNamespace(mmap=fails))
+    drive, found = Drive(), list[tuple[int, bytes]]()
+    work = pieces(3, found)
+    with copier(drive) as threads:
+        threads.put(work)
+    for piece in work:
+        with pytest.raises(OSError, match="no memory"):
+            piece.handle.wait()
+
+
+def test_without_a_thread_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    drive, found = Drive(), list[tuple[int, bytes]]()
+    threads = copier(drive)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fails)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threads.put(pieces(1, found))
+    with threads:
+        work = pieces(2, found)
+        threads.put(work)
+        drive.wait_for(2)
+        drive.bring(0)
+        drive.bring(1)
+    assert len(found) == 2

@@ -50,6 +50,9 @@ MIXED = {
     "contents": lambda x: x if float(x.max()) > 0 else -x,
     "rows counted": lambda x: x * len(x) if len(x) > 5 else x,
     "even and odd": lambda x: x.relu() if x.shape[0] % 2 else x,
+    "rows in a list": lambda x: x / torch.stack([x, x]).sum(),
+    "rows counted by a tensor": lambda x: x / torch.tensor(x.shape[0]),
+    "random beside": lambda x: x * torch.rand(()),
     "another shape": lambda x: x[..., :4].repeat_interleave(2, -1),
 }
 
@@ -62,6 +65,17 @@ def test_rows_stay_apart(name: str) -> None:
 @pytest.mark.parametrize("name", MIXED)
 def test_rows_are_mixed_or_nobody_can_tell(name: str) -> None:
     assert not takes_rows_to_rows(Block(MIXED[name]).eval())
+
+
+def test_which_weight_is_taken_must_not_depend_on_the_rows() -> None:
+    block = Block(lambda x: (block.into if len(x) % 2 else block.out)(x)).eval()
+    assert not takes_rows_to_rows(block)
+
+
+def test_a_module_that_somebody_watches_is_not_run() -> None:
+    block = Block(lambda x: x).eval()
+    block.into.register_forward_hook(lambda m, args, out: None)
+    assert not takes_rows_to_rows(block)
 
 
 def test_halves_of_a_row_are_of_that_row() -> None:

@@ -8,7 +8,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional
@@ -26,7 +26,9 @@ _REST = 1.5
 class _Caster:
     """A thread that casts and rests, over and over, within its block."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+        self._source = source
+        self._pieces = pieces
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work)
         self.num_bytes = 0
@@ -40,12 +42,10 @@ class _Caster:
         self._thread.join()
 
     def _work(self) -> None:
-        source = torch.zeros(2 << 20, dtype=torch.bfloat16)
-        pieces = torch.split(torch.zeros(32 << 20), len(source))
-        for piece in itertools.cycle(pieces):
+        for piece in itertools.cycle(self._pieces):
             start = time.perf_counter()
-            copy_serially(piece, source)
-            self.num_bytes += source.nbytes
+            copy_serially(piece, self._source)
+            self.num_bytes += self._source.nbytes
             if self._stop.wait(_REST * (time.perf_counter() - start)):
                 return
 
@@ -54,12 +54,14 @@ def cast_beside() -> float:
     """Seconds that products lose for each stored byte of bfloat16 cast beside them."""
     x = torch.randn(_ROWS, _SHAPE[0])
     weights = itertools.cycle([torch.randn(_SHAPE[::-1]) for _ in range(4)])
+    source = torch.zeros(2 << 20, dtype=torch.bfloat16)
+    pieces = torch.split(torch.zeros(32 << 20), len(source))
     _rate(x, weights)
     found = []
     for _ in range(_ROUNDS):
         before = _rate(x, weights)
         start = time.perf_counter()
-        with _Caster() as caster:
+        with _Caster(source, pieces) as caster:
             beside = _rate(x, weights)
         seconds = time.perf_counter() - start
         alone = max(before, _rate(x, weights))  # what disturbs makes it only slower

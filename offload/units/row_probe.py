@@ -6,7 +6,7 @@ and in no memory.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _BATCH, _LIST = (6, 5), (35,)
 """Rows as a batch of sequences and as one list, even and odd: what depends on how many
 there are is likely to do something else with the other."""
+_FEW = 64
+"""Elements of a tensor that are compared one by one."""
 _aten = torch.ops.aten
 _VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.expand)
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0}
@@ -40,8 +43,11 @@ def takes_rows_to_rows(module: nn.Module) -> bool:
     """Whether each row (all dimensions but the last) of the output of `module` depends
     on the same row of its only argument alone, by products of rows with its weights and
     what is pointwise. False also where that cannot be told."""
+    parts = list(module.modules())
+    if any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts):
+        return False
     width = _width(module)
-    if width is None or module.training:
+    if width is None:
         return False
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     meta = {
@@ -52,7 +58,7 @@ def takes_rows_to_rows(module: nn.Module) -> bool:
     for shape in (_BATCH, _LIST):
         rows = torch.empty((*shape, width), dtype=dtype, device="meta")
         try:
-            with _left_as_it_was(module), torch.no_grad(), _Watch(rows) as watch:
+            with _left_as_it_was(module), torch.no_grad(), _Watch(rows, meta) as watch:
                 output = functional_call(module, meta, (rows,))
             watch.check_rows(output)
         except Exception:  # what cannot be run without contents cannot be told
@@ -64,7 +70,10 @@ def takes_rows_to_rows(module: nn.Module) -> bool:
 
 def _width(module: nn.Module) -> int | None:
     """Of the rows of the only argument, by the first product in it."""
-    arguments = inspect.signature(module.forward).parameters.values()
+    try:
+        arguments = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled, or C's own
+        return None
     if [a.kind for a in arguments] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
         return None
     for part in module.modules():
@@ -102,17 +111,19 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 def _attributes(part: nn.Module) -> dict[str, dict[str, Any]]:
     """What a forward may set: attributes, and the tensors and modules among them."""
-    found = {name: dict(vars(part)[name]) for name in ("_parameters", "_buffers")}
+    spaces = ("_parameters", "_buffers", "_modules")
+    found = {name: dict(vars(part)[name]) for name in spaces}
     return {**found, "": dict(vars(part))}
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets pass what keeps rows apart; knows which tensors are rows."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor, known: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[Any, ...]] = []
-        """What was done to rows, and with which numbers."""
+        """What was done, and with which numbers and weights."""
+        self._names = {id(tensor): name for name, tensor in known.items()}
         self._shape = rows.shape[:-1]
         self._num_rows = rows.shape[:-1].numel()
         self._rows: dict[int, torch.Tensor] = {id(rows): rows}
@@ -128,19 +139,37 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if not any(self._is_rows(value) for value in (*args, *kwargs.values())):
+        values = tree_leaves((args, kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _NotRowWise(str(func))
+        if not any(self._is_rows(value) for value in values):
+            # Which weight, and numbers that a number of rows may have been made of.
+            self._note(func, values)
             return output
-        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+        if not any(self._is_rows(value) for value in (*args, *kwargs.values())):
+            raise _NotRowWise(str(func))  # rows in a list
+        if func._schema.is_mutable:
             raise _NotRowWise(str(func))
         self._check(func, args)
         if func.overloadpacket not in _VIEWS:
-            self.seen.append(_numbers(func.overloadpacket, args, kwargs))
+            self._note(func, values)
         made = output if isinstance(output, list | tuple) else [output]
         for tensor in made:
             if not self._keeps_rows(tensor):
                 raise _NotRowWise(str(func))
             self._rows[id(tensor)] = tensor
         return output
+
+    def _note(self, func: Any, values: list[Any]) -> None:
+        self.seen.append((func.overloadpacket, *map(self._number, values)))
+
+    def _number(self, value: Any) -> Any:
+        """What tells `value` from another, whatever the number of rows."""
+        if not isinstance(value, torch.Tensor):
+            return str(value)
+        if value.is_meta:  # one of the module's own, or made of such and of rows
+            return self._names.get(id(value))
+        return value.tolist() if value.numel() < _FEW else id(value)
 
     def _check(self, func: Any, args: Any) -> None:
         kind = func.overloadpacket
@@ -176,9 +205,3 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         leading = tensor.shape[:-1]
         return leading in (self._shape, torch.Size([self._num_rows]))
-
-
-def _numbers(kind: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Of a call, what are no tensors."""
-    values = (*args, *kwargs.values())
-    return (kind, *(str(v) for v in values if not isinstance(v, torch.Tensor)))
