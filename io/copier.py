@@ -2,7 +2,6 @@
 
 import mmap
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from .closing import Closing
 from .errors import ClosedError
 from .extent import Extent, aligned
-from .handle import Handle, forget_frames
+from .handle import Handle, forget_way
 
 _UNDER_WAY = 2
 """Pieces of each thread that are read, or cast. A drive that waits for the cast of what
@@ -122,8 +121,7 @@ class Copier(Closing):
         """Returns the buffer, if it is of the usual size."""
         error = read.error or _place(read)
         if error is not None:
-            forget_frames(error)
-            _drop_tracebacks(error)  # or it would keep this thread's frames
+            forget_way(error)  # this thread's frames have buffers in hand
         read.piece.handle.done(error)
         buffer = read.buffer
         is_usual = buffer is not None and len(buffer) <= self._buffer_bytes
@@ -152,16 +150,3 @@ def _place(read: _Read) -> BaseException | None:
     except BaseException as error:  # raised by whoever waits for the unit
         return error
     return None
-
-
-def _drop_tracebacks(error: BaseException) -> None:
-    """Of `error` and of what it came from; where it was raised is told in a note."""
-    if error.__traceback__ is not None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        error.add_note(f"raised in {place.name} ({place.filename}:{place.lineno})")
-    found: BaseException | None = error
-    seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        found.__traceback__ = None
-        found = found.__cause__ or found.__context__

@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 _SUSPENDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -64,15 +65,29 @@ class Handle:
 def forget_frames(error: BaseException) -> None:
     """Whoever keeps `error`, or what caused it, must not keep the memory that the
     functions it came through had in hand: a mapping lives as long as its views."""
+    for found in _with_causes(error):
+        for frame, _ in traceback.walk_tb(found.__traceback__):
+            # A coroutine that waits has more to do: clearing its frame would end it.
+            if not frame.f_code.co_flags & _SUSPENDS:
+                with contextlib.suppress(RuntimeError):  # it runs just now
+                    frame.clear()
+
+
+def forget_way(error: BaseException) -> None:
+    """Nor even the frames, where those that called them and go on have memory in hand.
+    Where `error` was raised is told in a note."""
+    if error.__traceback__ is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        error.add_note(f"raised in {place.name} ({place.filename}:{place.lineno})")
+    for found in list(_with_causes(error)):
+        found.__traceback__ = None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it came from, each once."""
     found: BaseException | None = error
     seen: set[int] = set()
     while found is not None and id(found) not in seen:
         seen.add(id(found))
-        step = found.__traceback__
-        while step is not None:
-            # A coroutine that waits has more to do: clearing its frame would end it.
-            if not step.tb_frame.f_code.co_flags & _SUSPENDS:
-                with contextlib.suppress(RuntimeError):  # it runs just now
-                    step.tb_frame.clear()
-            step = step.tb_next
+        yield found
         found = found.__cause__ or found.__context__

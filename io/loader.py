@@ -74,9 +74,9 @@ class UnitLoad:
 class Loader:
     """Loads units into an arena with a reader.
 
-    `load` returns at once; windows are filled by the reader's threads and copies by
-    two threads here, started when first needed.
-    What is read is recorded in the lane `disk`, from when it was asked for.
+    `load` returns at once; windows are filled by the reader's threads, copies by two
+    threads of its own, started when first needed. What is read is recorded in the lane
+    `disk`, from when it was asked for.
     """
 
     _COPY_THREADS = 2

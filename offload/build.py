@@ -95,7 +95,8 @@ def build(
         kv = open_kv(model, device, policy, tiers.pin, record)
         if kv is not None:
             opened.callback(kv.close)
-        row_wise = find_row_wise(found)
+        joins = policy.coalesce != "off" and not policy.compile
+        row_wise = find_row_wise(found) if joins else ()
         engine = Engine(
             model,
             policy,

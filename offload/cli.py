@@ -37,7 +37,7 @@ Ctrl-C or SIGTERM (run it again to go on).""",
 def _callback() -> None:
     """What has to be said before torch and transformers are imported."""
     # A team of threads that spins between two products takes the cores from those who
-    # read and cast the next weights: 10 to 17 % of a pass of few tokens, on two cores.
+    # read and cast the next weights: 8 to 17 % of a pass of few tokens, on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

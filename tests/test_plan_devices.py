@@ -126,6 +126,7 @@ def test_what_is_too_large_to_stay_is_said(tmp_path: Path) -> None:
     [
         (MIXTRAL, {}, "without experts"),
         (LLAMA, {"network_bandwidth": None, "copies": None}, "no network_bandwidth"),
+        (LLAMA, {"copies": None, "network_bandwidth": 10**11}, "no copies"),
     ],
 )
 def test_where_there_is_no_formula_it_says_why(

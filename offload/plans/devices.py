@@ -100,17 +100,10 @@ def devices_of(planner: Planner, choice: Choice) -> Devices | None:
     return Devices(num, tuple(ways), crossover, note)
 
 
-def _in_flight(planner: Planner, choice: Choice) -> int:
-    policy = choice.policy
-    if planner.task.generates:
-        return policy.sequences_in_flight
-    return policy.tokens_in_flight
-
-
 def _alone(planner: Planner, choice: Choice, num: int) -> Way:
     idle = f"this plan; {num - 1} idle"
     note = "this plan" if planner.policy.peer else idle
-    tokens = _in_flight(planner, choice)
+    tokens = planner.task.in_flight(choice.policy)
     return Way("one device", True, note, tokens, choice.prediction.pass_seconds)
 
 
@@ -129,7 +122,7 @@ def _peers(planner: Planner) -> Iterator[Way]:
         return
     kept = found.forecast.bytes_by_tier["peer"]
     note = f"one computes; {kept / 1e9:,.0f} GB of weights on the others"
-    tokens = _in_flight(planner, found)
+    tokens = planner.task.in_flight(found.policy)
     yield Way(name, True, note, tokens, found.prediction.pass_seconds)
 
 
@@ -145,7 +138,7 @@ def _workers(planner: Planner) -> Way:
     except DoesNotFitError:
         return Way(name, True, "does not fit", 0, None)
     found = each.with_shared_host(found, num) or found
-    tokens = num * _in_flight(planner, found)
+    tokens = num * planner.task.in_flight(found.policy)
     note = f"{found.prediction.binds} binds; the drive is shared, host_shared: true"
     return Way(name, True, note, tokens, found.prediction.pass_seconds)
 
@@ -171,6 +164,8 @@ def _no_formula(planner: Planner) -> str:
     experts = ("num_local_experts", "num_experts", "n_routed_experts")
     if any(getattr(config, name, None) for name in experts):
         return "no formulas: those of the paper are for models without experts"
+    if machine.copies is None and machine.network_bandwidth is not None:
+        return f"no formulas: machine {machine.name!r} has no copies"
     if _network(machine) is None:
         return f"no formulas: machine {machine.name!r} has no network_bandwidth"
     return ""
@@ -220,8 +215,9 @@ def _link(planner: Planner, choice: Choice, weight_bytes: float) -> float:
     """Bytes a second to each device: its own link where the host's memory holds all
     weights, else a share of the drive."""
     machine, links = planner.machine, choice.forecast.model.rates.links
-    drive = links["disk"] / machine.num_devices
-    return links["host"] if weight_bytes <= USABLE * machine.host_memory else drive
+    if weight_bytes <= USABLE * machine.host_memory or "disk" not in links:
+        return links["host"]
+    return links["disk"] / machine.num_devices
 
 
 def _formula(cost: LayoutCost, tokens: int, chips: Chips) -> Way:

@@ -27,6 +27,15 @@ class Task:
             return "embed"
         return "generate" if self.generates else "score"
 
+    @property
+    def in_flight_key(self) -> str:
+        """Of a policy: how many tokens, or sequences, share a pass."""
+        return "sequences_in_flight" if self.generates else "tokens_in_flight"
+
+    def in_flight(self, policy: Policy) -> int:
+        """Tokens, or sequences, that share a pass under `policy`."""
+        return int(getattr(policy, self.in_flight_key))
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:

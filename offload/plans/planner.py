@@ -107,8 +107,7 @@ class Planner:
 
     def most_in_flight(self) -> int:
         """Tokens (or sequences) in flight that there is memory for at all."""
-        asked = "sequences_in_flight" if self.task.generates else "tokens_in_flight"
-        values = (getattr(choice.policy, asked) for choice in self.choices())
+        values = (self.task.in_flight(choice.policy) for choice in self.choices())
         return max(values, default=0)
 
     @property

@@ -48,7 +48,7 @@ def _binds(planner: Planner, choice: Choice) -> str:
             f"{beside} take {grows:.2f} s of a pass on its link, and computing "
             f"{compute:.2f} s: more {what} in flight would not hide it"
         )
-    wanted = in_flight(planner, choice) * loading / (compute - grows)
+    wanted = planner.task.in_flight(choice.policy) * loading / (compute - grows)
     return says + (
         f"about {wanted:,.0f} {what} in flight would hide it{_room(planner, choice)}"
     )
@@ -84,19 +84,11 @@ def _room(planner: Planner, choice: Choice) -> str:
     """Why no more are in flight."""
     if planner.objective == "latency":
         return ", which would take longer for each"
-    key = "sequences_in_flight" if planner.task.generates else "tokens_in_flight"
+    key = planner.task.in_flight_key
     asked = getattr(planner.policy, key)
     if key in planner.policy.model_fields_set and asked != "auto":
-        return f"; you set {key} to {in_flight(planner, choice):,}"
+        return f"; you set {key} to {planner.task.in_flight(choice.policy):,}"
     return f"; you have memory for {planner.most_in_flight():,}"
-
-
-def in_flight(planner: Planner, choice: Choice) -> int:
-    """Tokens or sequences that share a pass."""
-    policy = choice.policy
-    if planner.task.generates:
-        return policy.sequences_in_flight
-    return policy.tokens_in_flight
 
 
 def prediction_busy(choice: Choice) -> float:
