@@ -4,8 +4,10 @@ accelerate's disk offload, on one checkpoint in one run.
 Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences` in
 flight. The ceiling is the sum over all passes of what the matrix products of its tokens
 need at the measured rate, or what reading the weights once needs at the measured
-O_DIRECT rate, whichever is more. Output tokens and all tokens a second are shown apart,
-beside counts that noise cannot move: passes, and weight bytes for each output token.
+O_DIRECT rate, whichever is more; rates are measured before all runs and after them,
+since machines drift, and the mean of both is the ceiling. Output tokens and all tokens
+a second are shown apart, beside counts that noise cannot move: passes, and weight bytes
+for each output token.
 
 Every run is a process of its own, the checkpoint thrown out of the page cache before
 it; contenders take turns, medians are shown. Greedy completions are compared with the
@@ -215,8 +217,8 @@ def main() -> None:
         work = make_work(args, config["vocab_size"])
         path = Path(folder) / "work.json"
         path.write_text(json.dumps(work))
-        best = ceiling(args, work)
-        print(f"ceiling: {json.dumps(best)}", flush=True)
+        before = ceiling(args, work)
+        print(f"ceiling before: {json.dumps(before)}", flush=True)
         contenders = commands(args, path)
         limits_of = {name: None if name == "resident" else limit for name in contenders}
         runs = in_turns(
@@ -226,6 +228,9 @@ def main() -> None:
             args.rounds,
             rate="output_tokens_per_second",
         )
+        after = ceiling(args, work)
+        print(f"ceiling after: {json.dumps(after)}")
+    best = {key: (before[key] + after[key]) / 2 for key in before}
     rows = [summarise(name, found) for name, found in runs.items()]
     show(rows, None if args.tail else best["seconds"])  # of completions that end early
     shares = equal(runs)
