@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
+from .joint_rows import MAX_ROWS, WIDE_ROWS
 from .micro_batch import MicroBatch
 from .order import Order
 from .parked import Parked
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("penstock")
 
-# float32, 2048 x 5632, two cores: 22 GFLOP/s at 4 rows, 29 at 8, 49 at 16, 81 at 32,
-# 116 at 64, 168 at 128, 200 at 256, 232 at 512, 218 at 1024. Who has so many rows has
-# little to gain by waiting for others,
-WIDE_ROWS = 256
-# and more than so many at once gain nothing: the rest of them come after those.
-MAX_ROWS = 512
 # The rows of all are copied together, and their outputs apart; what a whole MLP makes
 # in between is a few times as wide.
 MAX_OUTPUT_BYTES = 64 << 20

@@ -9,15 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .joint_rows import MAX_ROWS, WIDE_ROWS
+from .load_cost import load_seconds, stolen_seconds
 from .pipeline import Load, PassCost, run_passes
 from .rates import Rates
 from .shape import MicroBatch, ModelShape, Settings, SiteCost, total_tokens
 from .traffic import Moved, activations_moved, kv_moved
 
-MAX_JOINT_ROWS = 512
-"""Of one product that several micro-batches share (as in `coalescing`)."""
-WIDE_ROWS = 256
-"""A micro-batch with so many rows makes its own."""
 _HEAD_BYTES_PER_LOGIT = 12
 """What scoring takes for each: the logit, its float32 copy, a temporary."""
 _HEAD_TOUCHES = 4
@@ -42,21 +40,31 @@ class CostModel:
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         return self._pass(compute, outside, moved)
 
-    def prefill(self, batches: Sequence[MicroBatch]) -> PassCost:
-        """The pass that takes in prompts and makes the first token of each."""
+    def prefill(self, batches: Sequence[MicroBatch], context: float = 0.0) -> PassCost:
+        """The pass that takes in prompts and makes the first token of each, or a part
+        of each prompt, of which `context` tokens have come in before."""
         num_rows = sum(batch.rows for batch in batches)
         alike = Counter(batches)
         compute = self._by_site(
             lambda site: (
                 self._joint_head(site, batches, num_rows)
                 if site.vocabulary
-                else sum(n * self._prompted(site, b, batches) for b, n in alike.items())
+                else sum(
+                    n * self._prompted(site, batch, batches, context)
+                    for batch, n in alike.items()
+                )
             )
         )
         outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
-        tokens = total_tokens(batches)
-        moved += kv_moved(self.shape, self.rates, self.settings, num_new=tokens)
+        moved += kv_moved(
+            self.shape,
+            self.rates,
+            self.settings,
+            num_new=total_tokens(batches),
+            num_rows=num_rows if context else 0,
+            context=context,
+        )
         return self._pass(compute, outside, moved)
 
     def decode(self, batches: Sequence[MicroBatch], context: float) -> PassCost:
@@ -98,18 +106,27 @@ class CostModel:
         return self._block(site, batch, batch.tokens, self.rates.calls.module)
 
     def _prompted(
-        self, site: SiteCost, batch: MicroBatch, batches: Sequence[MicroBatch]
+        self,
+        site: SiteCost,
+        batch: MicroBatch,
+        batches: Sequence[MicroBatch],
+        context: float,
     ) -> float:
         joint = batch.tokens
         is_joint = self.settings.is_coalesced and batch.tokens < WIDE_ROWS
         if is_joint:
-            joint = min(MAX_JOINT_ROWS, sum(b.tokens for b in batches))
+            joint = min(MAX_ROWS, sum(b.tokens for b in batches))
         calls = self.rates.calls
         each = calls.joint_module if is_joint else calls.decode_module
-        return self._block(site, batch, joint, each)
+        return self._block(site, batch, joint, each, context)
 
     def _block(
-        self, site: SiteCost, batch: MicroBatch, joint_rows: int, call_seconds: float
+        self,
+        site: SiteCost,
+        batch: MicroBatch,
+        joint_rows: int,
+        call_seconds: float,
+        context: float = 0.0,
     ) -> float:
         """All of one site for a micro-batch whose products have `joint_rows` rows,
         with those of others."""
@@ -117,7 +134,8 @@ class CostModel:
         share = tokens / max(joint_rows, tokens)
         flops = site.flops_per_token * tokens
         products = rates.matmul_seconds(flops, joint_rows, site.weight_bytes * share)
-        attention = 4.0 * site.attention_width * tokens * site.context(batch.length)
+        seen = site.context(context + batch.length)
+        attention = 4.0 * site.attention_width * tokens * seen
         return (
             site.num_modules * call_seconds
             + site.num_products * rates.product_seconds * share
@@ -136,7 +154,7 @@ class CostModel:
         rates, calls = self.rates, self.rates.calls
         each = max(batch.rows for batch in batches)
         is_joint = self.settings.is_coalesced and each < WIDE_ROWS and len(batches) > 1
-        width = min(MAX_JOINT_ROWS, num_rows) if is_joint else each
+        width = min(MAX_ROWS, num_rows) if is_joint else each
         times = num_rows / width
         flops = site.flops_per_token * num_rows
         products = rates.matmul_seconds(flops, width, site.weight_bytes * times)
@@ -177,7 +195,7 @@ class CostModel:
         """The last token's logits of every row."""
         each = max(batch.rows for batch in batches)
         width = num_rows if self.settings.is_coalesced else each
-        width = min(width, MAX_JOINT_ROWS)
+        width = min(width, MAX_ROWS)
         times = num_rows / width
         flops = site.flops_per_token * num_rows
         products = self.rates.matmul_seconds(flops, width, site.weight_bytes * times)
@@ -239,28 +257,10 @@ class CostModel:
             for site in unit.sites:
                 if not self._runs(self.shape.sites[site]):
                     continue
-                seconds = self.load_seconds(index, tier)
+                seconds = load_seconds(unit, tier, self.rates)
                 loads[site].append(Load(tier, unit.nbytes, seconds))
-                stolen[site] += self._stolen_seconds(index, tier)
+                stolen[site] += stolen_seconds(unit, tier, self.rates)
         return loads, stolen
-
-    def load_seconds(self, unit: int, tier: str) -> float:
-        """Of one unit over its link alone, nobody computing."""
-        cost, rates = self.shape.units[unit], self.rates
-        nbytes = cost.stored_bytes if tier == "disk" else cost.nbytes
-        seconds = nbytes / rates.links[tier]
-        if tier == "disk":
-            casting = cost.cast_bytes / (rates.cast_bytes * rates.num_cast_threads)
-            seconds = max(seconds, casting)
-        return seconds + rates.latency_seconds.get(tier, 0.0)
-
-    def _stolen_seconds(self, unit: int, tier: str) -> float:
-        cost, rates = self.shape.units[unit], self.rates
-        if not rates.num_cores or tier != "disk":
-            return 0.0
-        cast = rates.calls.cast or 1.0 / (rates.cast_bytes * rates.num_cores)
-        read = rates.read_cpu_seconds_per_byte / rates.num_cores
-        return cost.cast_bytes * cast + cost.stored_bytes * read
 
     def _first_compute(self, compute: list[float]) -> list[float]:
         """The working set is filled for the first time, as far as it goes."""
@@ -282,6 +282,6 @@ class CostModel:
         for index in self.shape.streamed:
             unit = self.shape.units[index]
             if self.settings.placement[index] == "device":
-                seconds = self.load_seconds(index, "disk")
+                seconds = load_seconds(unit, "disk", self.rates)
                 found[unit.sites[0]].append(Load("disk", 0, seconds))
         return found

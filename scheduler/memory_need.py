@@ -73,14 +73,17 @@ def generating_need(
     new_tokens: int,
     each: int,
     *,
+    chunk_tokens: int | None = None,
     kv_itemsize: float | None = None,
     is_staged: bool = False,
     pending: int = 0,
 ) -> Need:
-    """Of completing so many sequences at a time, `each` in a micro-batch, whose keys
-    and values have elements of `kv_itemsize` bytes (None: of what it computes with) and
-    are brought to where they are attended to (`is_staged`)."""
-    held = sequences * prompt_tokens * shape.hidden * shape.itemsize
+    """Of completing so many sequences at a time, `each` in a micro-batch, of whose
+    prompts `chunk_tokens` (None: all) come in with one pass. Keys and values have
+    elements of `kv_itemsize` bytes (None: of what it computes with) and are brought to
+    where they are attended to (`is_staged`)."""
+    chunk = min(chunk_tokens or prompt_tokens, prompt_tokens)
+    held = sequences * chunk * shape.hidden * shape.itemsize
     held += sequences * _ROW_BYTES + sequences * shape.vocabulary * 4
     scale = 1.0 if kv_itemsize is None else kv_itemsize / shape.itemsize
     length = prompt_tokens + new_tokens
@@ -90,7 +93,7 @@ def generating_need(
         widest = max((site.kv_per_token for site in shape.sites), default=0)
         strip = each * length * widest * shape.itemsize * scale
         staging = int(_STAGED_LAYERS * strip * 9 / 8)
-    workspace = _workspace(shape, each * prompt_tokens)
+    workspace = _workspace(shape, each * chunk)
     return Need(held + workspace, kv, 0, staging, pending)
 
 

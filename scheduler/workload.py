@@ -26,6 +26,15 @@ class Generating:
     in_flight: int
     each: int
     """Rows of a micro-batch."""
+    chunk_tokens: int | None = None
+    """Of each prompt, that come in with one pass; None: all."""
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Tokens of each prompt by pass: all alike, what is left comes last."""
+        chunk = min(self.chunk_tokens or self.prompt_tokens, self.prompt_tokens)
+        whole, rest = divmod(self.prompt_tokens, max(1, chunk))
+        return (chunk,) * whole + (rest,) * bool(rest) or (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +91,37 @@ def _scoring(model: CostModel, work: Scoring) -> Prediction:
 def _generating(model: CostModel, work: Generating) -> Prediction:
     seconds, passes = model.rates.calls.job, 0
     typical: PassCost | None = None
-    known: dict[int, tuple[PassCost, PassCost]] = {}
+    known: dict[int, tuple[PassCost, PassCost, PassCost]] = {}
     for start in range(0, work.num_rows, work.in_flight):
         num_rows = min(work.in_flight, work.num_rows - start)
         if num_rows not in known:
-            batches = split_rows(num_rows, work.each, work.prompt_tokens)
-            middle = work.prompt_tokens + work.new_tokens / 2
-            known[num_rows] = model.prefill(batches), model.decode(batches, middle)
-        prefill, decode = known[num_rows]
-        seconds += prefill.steady if passes else prefill.first
+            known[num_rows] = _phases(model, work, num_rows)
+        first, others, decode = known[num_rows]
+        seconds += first.steady if passes else first.first
+        seconds += others.steady * (len(work.chunks) - 1)
         seconds += decode.steady * (work.new_tokens - 1)
-        passes += work.new_tokens
+        passes += len(work.chunks) + work.new_tokens - 1
         typical = typical or decode
     assert typical is not None, "there are rows"
     output = work.num_rows * work.new_tokens
     tokens = work.num_rows * work.prompt_tokens + output
     return _prediction(seconds, passes, tokens, output, typical)
+
+
+def _phases(
+    model: CostModel, work: Generating, num_rows: int
+) -> tuple[PassCost, PassCost, PassCost]:
+    """The first pass of `num_rows` rows, one of the others that prompts come in with,
+    halfway, and one that decodes."""
+    first_tokens, *others_tokens = work.chunks
+    batches = split_rows(num_rows, work.each, first_tokens)
+    first = others = model.prefill(batches)
+    if others_tokens:
+        tokens = max(1, round(sum(others_tokens) / len(others_tokens)))
+        batches = split_rows(num_rows, work.each, tokens)
+        others = model.prefill(batches, (first_tokens + work.prompt_tokens) / 2)
+    middle = work.prompt_tokens + work.new_tokens / 2
+    return first, others, model.decode(batches, middle)
 
 
 def _prediction(

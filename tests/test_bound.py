@@ -128,19 +128,27 @@ WAITING: dict[str, Any] = {"compute_seconds": 59.0, "wait_seconds": {"disk": 41.
             replace(GENERATING, rows_per_product=8.0, is_coalesced=False),
             "width",
             "8 rows on average",
-            ["coalesce: auto"],
+            ["coalesce: auto", "micro_batch_sequences: 64"],
         ),
         (
             replace(GENERATING, in_flight=64, rows_per_product=64.0),
             "width",
             "64 rows on average",
-            ["sequences_in_flight: 264"],
+            ["sequences_in_flight: 264", "micro_batch_sequences: 16"],
         ),
         (
             replace(GENERATING, in_flight=64, rows=64, rows_per_product=64.0),
             "width",
             "64 rows on average",
-            [],
+            ["micro_batch_sequences: 16"],
+        ),
+        (GENERATING, "compute", "in time", ["micro_batch_sequences: 64"]),
+        (replace(GENERATING, micro_batch=64), "compute", "in time", []),
+        (
+            replace(GENERATING, micro_batch=64, is_coalesced=False),
+            "compute",
+            "in time",
+            ["compile: true"],
         ),
         (
             replace(SCORING, compute_seconds=60.0, wait_seconds={"disk": 2.0}),
@@ -193,7 +201,9 @@ def test_no_more_in_flight_is_asked_for_than_the_job_has() -> None:
     (advice,) = what_bound(short).advice
     assert advice.setting == "tokens_in_flight: 5120"
     assert "only more of them in one job (7,000) would hide it" in advice.effect
-    few = replace(GENERATING, in_flight=64, rows=72, rows_per_product=46.0)
+    few = replace(
+        GENERATING, in_flight=64, rows=72, rows_per_product=46.0, micro_batch=12
+    )
     (advice,) = (a for a in what_bound(few).advice if a.setting is not None)
     assert advice.setting == "sequences_in_flight: 72"
     assert "1.1x wider" in advice.effect

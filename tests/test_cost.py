@@ -224,6 +224,29 @@ def test_completions_are_a_pass_a_token_and_wave() -> None:
     assert found.tokens == 100 * 16 + 800
 
 
+def test_prompts_that_come_in_by_and_by_take_passes() -> None:
+    """As many as there are parts; a later part reads what came before."""
+    whole = predict(model_of(), Generating(40, 64, 8, in_flight=40, each=8))
+    parts = predict(model_of(), Generating(40, 64, 8, 40, 8, chunk_tokens=24))
+    assert Generating(40, 64, 8, 40, 8, chunk_tokens=24).chunks == (24, 24, 16)
+    assert (whole.passes, parts.passes) == (8, 10)
+    assert (whole.tokens, parts.tokens) == (40 * 72, 40 * 72)
+    assert parts.seconds > whole.seconds
+    one = Generating(40, 64, 8, 40, 8, chunk_tokens=64)
+    assert predict(model_of(), one) == whole
+
+
+def test_what_came_in_before_is_attended_to_and_read() -> None:
+    model, batches = model_of(), [MicroBatch(8, 16)] * 4
+    first, later = model.prefill(batches), model.prefill(batches, 512.0)
+    assert later.compute_seconds > first.compute_seconds
+    settings = replace(model.settings, kv_tier="disk")
+    model = replace(model, settings=settings)
+    read = [model.prefill(batches, c).time.busy["disk"] for c in (0.0, 512.0)]
+    per_site = 4 * 8 * 512 * model.shape.kv_bytes_per_token / model.rates.links["disk"]
+    assert read[1] - read[0] == pytest.approx(per_site)
+
+
 def test_windows_bound_what_is_attended_to() -> None:
     assert SiteCost("a", attention_window=128).context(4096) == 128
     assert SiteCost("a").context(4096) == 4096

@@ -22,6 +22,7 @@ import zoo
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import UsageError
+from penstock.offload.plans.forecast import generating_of
 from penstock.offload.tasks.decoding import RowSampler
 from penstock.offload.tasks.generate import GenerateProgress
 from test_score import read, run, settings
@@ -443,6 +444,34 @@ def test_long_prompts_come_in_beside_the_others_decode(
             resident, tokenizer, row["prompt"], max_new_tokens=4, do_sample=False
         )
         assert result["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"micro_batch_sequences": 4},
+        {"micro_batch_sequences": 1},
+        {"coalesce": "off"},
+        {"prompt_tokens": 7},
+        {"prompt_tokens": "all"},
+    ],
+)
+def test_a_plan_has_as_many_passes_as_the_job(
+    values: dict[str, Any], folder: Path
+) -> None:
+    values = {"tokens_in_flight": 32, "micro_batch_tokens": 16, **values}
+    asked = policy(sequences_in_flight=8, **values)
+    rows = [{"prompt": " ".join(["7"] * 24)}] * 8
+    with penstock.load(folder, asked) as model:
+        model.generation_config.eos_token_id = None
+        found = list(
+            penstock.generate(model, rows, max_new_tokens=3, tokenizer=Numbers())
+        )
+        made = penstock.statistics(model).passes
+    assert not any("error" in result for result in found)
+    work = generating_of(asked, 8, 24, 3)
+    assert made == len(work.chunks) + work.new_tokens - 1
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -21,6 +21,7 @@ from penstock.io.errors import (
 )
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine, own_machine_path
+from penstock.offload.plans.forecast import generating_of
 from penstock.offload.plans.pareto import frontier
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planner import Task
@@ -145,6 +146,18 @@ def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
     assert found.policy.kv.tier == "host"
     assert found.choice.prediction.output_tokens_per_second > 0
     assert found.policy.sequences_in_flight >= found.policy.micro_batch_sequences
+
+
+def test_a_plan_has_the_parts_of_prompts_that_a_job_takes() -> None:
+    """256 rows of 64 tokens: one pass, four, and whole prompts in smaller calls."""
+    work = generating_of(Policy(), 256, 64, 16)
+    assert (work.each, work.chunks) == (8, (64,))
+    work = generating_of(Policy(micro_batch_sequences=64), 256, 64, 16)
+    assert (work.each, work.chunks) == (64, (16,) * 4)
+    whole = Policy(micro_batch_sequences=64, prompt_tokens="all")
+    work = generating_of(whole, 256, 64, 16)
+    assert (work.each, work.chunks) == (8, (64,))
+    assert generating_of(Policy(prompt_tokens=24), 256, 64, 16).chunks == (24, 24, 16)
 
 
 def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:

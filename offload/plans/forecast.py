@@ -13,6 +13,7 @@ from ...scheduler.shape import MicroBatch, ModelShape, Settings
 from ...scheduler.workload import Generating, Scoring
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..tasks.prompt_chunk import prompt_chunk
 from ..tiers import transfer_of
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
@@ -174,11 +175,12 @@ def generating_of(
     """The work of completing `num_rows` prompts of one length."""
     in_flight = policy.sequences_in_flight
     each = min(policy.micro_batch_sequences, in_flight)
-    # A micro-batch of prompts has at most so many tokens, too.
-    each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
-    return Generating(
-        num_rows, prompt_tokens, new_tokens, in_flight // each * each, each
-    )
+    num_sharing = max(1, min(-(-num_rows // each), in_flight // each))
+    chunk = prompt_chunk(policy, min(each, max(1, num_rows)), num_sharing)
+    if chunk is None:  # then a call has at most so many tokens, too
+        each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
+    in_flight = in_flight // each * each
+    return Generating(num_rows, prompt_tokens, new_tokens, in_flight, each, chunk)
 
 
 def dtype_of(recipes: Mapping[str, Recipe]) -> str:

@@ -4,7 +4,7 @@ from ...io.kv_places import PENDING_BYTES
 from ...scheduler.memory_need import Need, generating_need, scoring_need
 from ...scheduler.shape import ModelShape
 from ..policy import Policy
-from .forecast import kv_itemsize
+from .forecast import generating_of, kv_itemsize
 from .planned import Task
 
 
@@ -18,12 +18,15 @@ def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -
             0 if task.embeds else policy.logits_memory,
             waits_on_host=policy.activations == "host" and not is_shared,
         )
+    in_flight = policy.sequences_in_flight
+    work = generating_of(policy, in_flight, task.prompt_tokens, task.new_tokens)
     return generating_need(
         shape,
-        policy.sequences_in_flight,
+        in_flight,
         task.prompt_tokens,
         task.new_tokens,
-        min(policy.micro_batch_sequences, policy.sequences_in_flight),
+        work.each,
+        chunk_tokens=work.chunk_tokens,
         kv_itemsize=kv_itemsize(policy),
         is_staged=_is_staged(policy, is_shared=is_shared),
         pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,

@@ -8,6 +8,7 @@ from ...scheduler.shape import MicroBatch
 from ...scheduler.workload import Generating, Scoring, predict
 from ..machines.machine import find_machine
 from ..policy import Policy
+from ..tasks.prompt_chunk import prompt_chunk
 from ..units.arrangement import Arrangement
 from .forecast import of_arrangement
 
@@ -53,12 +54,14 @@ def work_of(policy: Policy, counts: Mapping[str, Any]) -> Scoring | Generating |
     each = max(1, round(rows / num))
     if "output_tokens" in counts:
         prompt = counts["prompt_tokens"] + counts["tokens_padding"]
+        num_sharing = min(num, max(1, policy.sequences_in_flight // each))
         return Generating(
             rows,
             max(1, round(prompt / rows)),
             max(1, round(counts["output_tokens"] / rows)),
             policy.sequences_in_flight,
             each,
+            prompt_chunk(policy, each, num_sharing),
         )
     length = (counts["tokens"] + counts["tokens_padding"]) / (num * each)
     batches = (MicroBatch(each, max(1, round(length))),) * num

@@ -1,5 +1,6 @@
 """Says in sentences what binds a plan, and what would change it."""
 
+from ...scheduler.load_cost import load_seconds
 from ...scheduler.workload import Generating
 from ..monitoring.show import human_bytes
 from .forecast import dtype_of
@@ -103,7 +104,8 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
     for unit in model.shape.streamed:
         tier = model.settings.placement[unit]
         if tier != "device" and tier in model.rates.links:
-            seconds = model.load_seconds(unit, tier)
+            cost = model.shape.units[unit]
+            seconds = load_seconds(cost, tier, model.rates)
             busy[tier] = busy.get(tier, 0.0) + seconds
             crossing = model.rates.crossing_seconds(tier, seconds)
             busy["host"] = busy.get("host", 0.0) + crossing

@@ -4,19 +4,21 @@ each pass over the streamed weights."""
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...io.errors import PenstockError, UsageError
-from ...scheduler.packing import chunk_tokens, pack
+from ...scheduler.packing import pack
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..policy import Policy
 from .completions import Completions, Prompt
 from .decoding import keeps_only_keys_and_values
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
+from .prompt_chunk import prompt_chunk
 from .task_progress import GenerateProgress as GenerateProgress
 from .text import RowError, context_length, load_tokenizer, tokenize_prompt
 
@@ -148,12 +150,9 @@ class _Generating:
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
-        self._chunks: int | Literal["auto", "all"] = policy.prompt_tokens
-        keeps_bits = policy.coalesce == "off"
         is_plain = keeps_only_keys_and_values(model)
-        if not is_plain or (keeps_bits and policy.prompt_tokens == "auto"):
-            self._chunks = "all"
-        self._shrinks = is_plain and not keeps_bits
+        self._chunk = partial(prompt_chunk, policy, is_plain=is_plain)
+        self._shrinks = is_plain and policy.coalesce != "off"
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
@@ -197,7 +196,7 @@ class _Generating:
 
     def _packed(self, pool: list[Prompt]) -> list[_Group]:
         """What comes in by and by may have more tokens than one call."""
-        is_whole = self._chunks == "all"
+        is_whole = self._chunk(1, 1) is None
         groups = pack(
             [len(prompt.ids) for prompt in pool],
             max_tokens=self._max_tokens if is_whole else sys.maxsize,
@@ -208,22 +207,10 @@ class _Generating:
         return [
             _Group(
                 [pool[index] for index in group],
-                self._chunk_tokens(len(group), max(1, num_sharing)),
+                self._chunk(len(group), max(1, num_sharing)),
             )
             for group in groups
         ]
-
-    def _chunk_tokens(self, num_rows: int, num_groups: int) -> int | None:
-        if self._chunks == "all":
-            return None
-        if self._chunks != "auto":
-            return self._chunks
-        return chunk_tokens(
-            num_rows,
-            num_groups,
-            tokens_in_flight=self._engine.policy.tokens_in_flight,
-            max_tokens=self._max_tokens,
-        )
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""
