@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import weakref
@@ -29,6 +30,9 @@ from checkpoints import random_tensor, write_checkpoint
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
+# Of who runs the tests in a shell's background; those that stop a job by it would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "default",
