@@ -84,11 +84,13 @@ class CopiedStrip(Strip):
         low, end, staged = self._rows(start)
         return self._codec.decode(staged.buffer[low:end])
 
-    def prefetch(self) -> None:
+    def prefetch(self) -> bool:
         staged = self._staged
         is_there = staged is not None and not staged.is_dropped
-        if self._region is not None and not is_there and self.first < self.length:
-            self._staged = self._fetch(self.first, self._last_num, ahead=True)
+        if self._region is None or is_there or self.first >= self.length:
+            return True
+        self._staged = self._fetch(self.first, self._last_num, ahead=True)
+        return self._staged is not None
 
     def skip(self, num: int) -> None:
         super().skip(num)

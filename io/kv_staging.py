@@ -11,8 +11,12 @@ from .files import ALIGNMENT
 from .kv_region import Arrival
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_MOST = 3
-"""Strips: of who computes, of who follows, and of who was before."""
+FEW_STRIPS = 3
+"""Of who computes, of who follows, and of who was before: there is always room for so
+many,"""
+FEW_BYTES = 256 << 20
+"""and for more in so many bytes, since micro-batches that share their products attend
+one right after the other: all should be there by then."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +37,7 @@ class Staged:
 
 class Staging(Closing):
     """Lends out buffers, at most `max_bytes` of them unless who computes needs more;
-    None: at most three.
+    None: for a few strips, or `FEW_BYTES`.
 
     A buffer that is dropped is used again when nobody views it any more: a model may
     keep what one layer saw for another one.
@@ -56,14 +60,14 @@ class Staging(Closing):
 
     def lend(self, nbytes: int, lead: int, first: int, *, ahead: bool) -> Staged | None:
         """A buffer for `nbytes`, `lead` included. None where it is for later (`ahead`)
-        and there is no room without what is still to be used."""
+        and there is no room without what is still to be used, or is looked at."""
         while self._is_full(nbytes):
-            used = [staged for staged in self._staged if staged.is_used]
-            if ahead and not used:
-                return None
-            if not self._staged:
+            worst = self._free_of_use() if ahead else self._least_wanted()
+            if worst is None:
+                if ahead:
+                    return None
                 break
-            self.drop((used or self._staged)[0])
+            self.drop(worst)
         staged = Staged(self._buffer(nbytes), lead, first)
         self._staged.append(staged)
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
@@ -103,22 +107,40 @@ class Staging(Closing):
             self._forget(staged)
         self._free.clear()
 
+    def _free_of_use(self) -> Staged | None:
+        """What may be dropped for somebody's later use: it was read, and who read it
+        keeps no view, so that its memory is free at once."""
+        return next(
+            (s for s in self._staged if s.is_used and _num_views(s.buffer) == 1), None
+        )
+
+    def _least_wanted(self) -> Staged | None:
+        """What was read, else what was brought last: it is used after the others."""
+        used = (staged for staged in self._staged if staged.is_used)
+        return next(used, self._staged[-1] if self._staged else None)
+
     def _is_full(self, nbytes: int) -> bool:
-        if self._max_bytes is None:
-            return len(self._staged) >= _MOST
         held = sum(staged.buffer.nbytes for staged in self._staged)
-        return held + nbytes > self._max_bytes
+        return self._is_too_much(len(self._staged) + 1, held + nbytes)
+
+    def _is_too_much(self, num: int, nbytes: int) -> bool:
+        if self._max_bytes is None:
+            return num > FEW_STRIPS and nbytes > FEW_BYTES
+        return nbytes > self._max_bytes
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         free, self._free = self._free, []
+        num, held = 1 + len(self._staged), nbytes
+        held += sum(staged.buffer.nbytes for staged in self._staged)
         best: Staged | None = None
         for staged in sorted(free, key=lambda staged: staged.buffer.nbytes):
             if _num_views(staged.buffer) > 1:  # it goes with who views it
                 self._forget(staged)
             elif best is None and staged.buffer.nbytes >= nbytes:
                 best = staged
-            elif len(self._staged) + len(self._free) < _MOST - 1:
+            elif not self._is_too_much(num + 1, held + staged.buffer.nbytes):
                 self._free.append(staged)
+                num, held = num + 1, held + staged.buffer.nbytes
             else:
                 self._forget(staged)
         return self._allocate(nbytes) if best is None else self._forget(best)
@@ -138,8 +160,11 @@ class Staging(Closing):
             whole = torch.empty(
                 size + ALIGNMENT, dtype=torch.uint8, device=self._device_of_torch()
             )
-        start = -whole.data_ptr() % ALIGNMENT
-        return whole[start : start + size]
+            # Not a slice: that would keep `whole`, and so seem to be viewed for ever.
+            start = -whole.data_ptr() % ALIGNMENT
+            buffer = whole.new_empty(0)
+            buffer.set_(whole.untyped_storage(), start, (size,), (1,))
+        return buffer
 
     def _device_of_torch(self) -> torch.device:
         name = self._device.name

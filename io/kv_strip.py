@@ -42,8 +42,9 @@ class Strip(Closing):
         """Bytes of the device's own budget that it takes while its micro-batch
         waits."""
 
-    def prefetch(self) -> None:
-        """It will probably be used soon."""
+    def prefetch(self) -> bool:
+        """It will probably be used soon. False if there is no room for it now."""
+        return True
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:

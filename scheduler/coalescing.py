@@ -176,12 +176,12 @@ class Coalescing:
         return call.output
 
     def _choose(self, caller: RowCall | None = None) -> None:
-        """Whose rows are next, and who is to take them through the module: `caller` if
-        it is one of them, which spares a switch."""
+        """Whose rows are next. Who came first takes them through the module, and all go
+        on in the order in which they came: what they will need is fetched in it."""
         key = self._parked.earliest()
         assert key is not None, "only who is parked can be chosen"
         calls = self._parked.take(key, self._max_rows.get(key[0], MAX_ROWS))
-        leader = caller if caller is not None and caller in calls else calls[0]
+        leader = calls[0]
         leader.together = calls
         if leader is not caller:
             self._parked.make_ready(leader.me)

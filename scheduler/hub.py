@@ -236,7 +236,7 @@ class Hub:
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
-        self._moves.begin_turn(me.index, self._following)
+        self._moves.begin_turn(me.index, self._upcoming)
         was_parked, start = me.is_parked, time.perf_counter()
         self._running = me
         try:
@@ -265,14 +265,14 @@ class Hub:
             raise me.error  # an interrupt is the caller's, not the micro-batch's
         self.finished.append(me)
 
-    def _following(self) -> int | None:
-        """Whose turn it is, as far as is known, after that of who runs."""
-        if not self._waiting:
-            return None
-        site = self._gate.position
-        if site is None or not self._waiting.at(site):
-            site = self._gate.next_of(self._waiting.candidates())
-        return self._waiting.first(site).index
+    def _upcoming(self) -> list[int]:
+        """Whose turn it is, as far as is known, around that of who runs: those that
+        wait at the site that is served and at the next one, those inside of a site."""
+        found = list(self._waiting.all_at(self._gate.position))
+        if elsewhere := self._waiting.candidates() - {self._gate.position}:
+            found += self._waiting.all_at(self._gate.next_of(elsewhere))
+        found += (me for me in self._in_flight.values() if me.inside)
+        return [me.index for me in found]
 
     def _move_out(self, me: MicroBatch) -> None:
         """Who waits leaves the device, unless those two would soon take turns there."""

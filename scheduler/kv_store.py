@@ -4,7 +4,7 @@ to."""
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet, WeakValueDictionary
@@ -57,6 +57,8 @@ class Series:
         self.index = index
         self.last: Key | None = None
         """What was touched last."""
+        self.touched_at = 0
+        """When that was, in touches of the store."""
         self.strips: WeakValueDictionary[Key, Strip] = WeakValueDictionary()
 
 
@@ -73,6 +75,7 @@ class KvStore(Closing):
         self._series: WeakSet[Series] = WeakSet()
         self._of: dict[int, WeakSet[Series]] = {}
         self._successor: dict[Key, Key] = {}
+        self._num_touches = 0
         self._running: int | None = None
         self._thread = 0
         """That of `_running`."""
@@ -118,6 +121,8 @@ class KvStore(Closing):
         if series.last is not None and series.last != key:
             self._successor[series.last] = key
         series.last = key
+        self._num_touches += 1
+        series.touched_at = self._num_touches
         if series.index is None:
             self._prefetch(series)
 
@@ -129,12 +134,15 @@ class KvStore(Closing):
 
     # What the hub calls.
 
-    def begin_turn(self, index: int, following: int | None) -> None:
-        """Micro-batch `index` is about to compute, and then, probably, `following`."""
+    def begin_turn(self, index: int, soon: Iterable[int]) -> None:
+        """Micro-batch `index` is about to compute, and others `soon`: who used its keys
+        and values longest ago will probably use the next ones first."""
         self._running, self._thread = index, threading.get_ident()
-        if following is not None and following != index:
-            for series in self._of.get(following, ()):
-                self._prefetch(series)
+        turns = dict.fromkeys((index, *soon))
+        coming = [series for each in turns for series in self._of.get(each, ())]
+        for series in sorted(coming, key=lambda series: series.touched_at):
+            if not self._prefetch(series):
+                break
 
     def end(self, index: int, *, failed: bool) -> None:
         """Micro-batch `index` has ended. What it made lives on only if it returned
@@ -166,13 +174,15 @@ class KvStore(Closing):
         for series in list(self._series):
             _close(series)
 
-    def _prefetch(self, series: Series) -> None:
-        """What `series` will use next, as far as is known."""
+    def _prefetch(self, series: Series) -> bool:
+        """What `series` will use next, as far as is known. False if there is no room
+        for it now."""
         key = None if series.last is None else self._successor.get(series.last)
         strip = None if key is None else series.strips.get(key)
         if strip is not None:
             with suppress(Exception):  # raised again to who needs it
-                strip.prefetch()
+                return strip.prefetch()
+        return True
 
 
 def _close(series: Series) -> None:

@@ -17,8 +17,9 @@ _ROW_BYTES = 64 << 10
 _WITH_IT = 3
 """Micro-batches that the device holds where those that wait are in host memory: the one
 that computes, the one before it and the one after it (as in `evacuation`)."""
-_STAGED_LAYERS = 3
-"""Of a micro-batch, that keys and values from a slower tier have room for (as in
+STAGED_STRIPS, STAGED_BYTES = 3, 256 << 20
+"""Layers of a micro-batch that keys and values from a slower tier have room for at
+least, and bytes that there is room for at least (`FEW_STRIPS`, `FEW_BYTES` of
 `kv_staging`), each with an eighth more, since they grow."""
 
 
@@ -76,12 +77,14 @@ def generating_need(
     chunk_tokens: int | None = None,
     kv_itemsize: float | None = None,
     is_staged: bool = False,
+    staging_bytes: int | None = None,
     pending: int = 0,
 ) -> Need:
     """Of completing so many sequences at a time, `each` in a micro-batch, of whose
     prompts `chunk_tokens` (None: all) come in with one pass. Keys and values have
     elements of `kv_itemsize` bytes (None: of what it computes with) and are brought to
-    where they are attended to (`is_staged`)."""
+    where they are attended to (`is_staged`), through `staging_bytes` there (None: as
+    many as are taken unless somebody says how many)."""
     chunk = min(chunk_tokens or prompt_tokens, prompt_tokens)
     held = sequences * chunk * shape.hidden * shape.itemsize
     held += sequences * _ROW_BYTES + sequences * shape.vocabulary * 4
@@ -91,8 +94,10 @@ def generating_need(
     staging = 0
     if is_staged:
         widest = max((site.kv_per_token for site in shape.sites), default=0)
-        strip = each * length * widest * shape.itemsize * scale
-        staging = int(_STAGED_LAYERS * strip * 9 / 8)
+        strip = each * length * widest * shape.itemsize * scale * 9 / 8
+        most = STAGED_BYTES if staging_bytes is None else staging_bytes
+        least = STAGED_STRIPS if staging_bytes is None else 1
+        staging = int(max(least * strip, min(sequences / each * strip, most)))
     workspace = _workspace(shape, each * chunk)
     return Need(held + workspace, kv, 0, staging, pending)
 

@@ -1,6 +1,6 @@
 """What moves beside the micro-batches of a sweep: their activations, their caches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .evacuation import Evacuation
 from .kv_store import KvStore
@@ -14,15 +14,16 @@ class Moves:
         self._evacuation = evacuation
         self._kv = kv
 
-    def begin_turn(self, index: int, following: Callable[[], int | None]) -> None:
-        """Micro-batch `index` is about to compute, and then, probably, `following`."""
+    def begin_turn(self, index: int, upcoming: Callable[[], Sequence[int]]) -> None:
+        """Micro-batch `index` is about to compute, and then, probably, those that are
+        `upcoming`, the first of those that wait before the others."""
         if self._evacuation is None and self._kv is None:
             return
-        then = following()
+        soon = upcoming()
         if self._evacuation is not None:
-            self._evacuation.begin_turn(index, then)
+            self._evacuation.begin_turn(index, soon[0] if soon else None)
         if self._kv is not None:
-            self._kv.begin_turn(index, then)
+            self._kv.begin_turn(index, soon)
 
     def move_out(self, me: MicroBatch) -> None:
         """`me` waits for long."""

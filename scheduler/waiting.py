@@ -1,6 +1,7 @@
 """Who waits at which site, first come first served."""
 
 from collections import deque
+from collections.abc import Iterable
 
 from .micro_batch import MicroBatch
 
@@ -20,6 +21,10 @@ class Waiting:
 
     def add(self, site: int, me: MicroBatch) -> None:
         self._queues.setdefault(site, deque()).append(me)
+
+    def all_at(self, site: int | None) -> Iterable[MicroBatch]:
+        """Those that wait at `site`, in the order of their turns."""
+        return () if site is None else self._queues.get(site, ())
 
     def first(self, site: int) -> MicroBatch:
         """Whose turn it is at `site`, where somebody waits."""

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.io.kv_staging import FEW_BYTES, FEW_STRIPS
 from penstock.scheduler.cost import CostModel
-from penstock.scheduler.memory_need import generating_need, scoring_need
+from penstock.scheduler.memory_need import (
+    STAGED_BYTES,
+    STAGED_STRIPS,
+    generating_need,
+    scoring_need,
+)
 from penstock.scheduler.pipeline import Load, run_passes
 from penstock.scheduler.rates import CallCosts, Curve, Rates
 from penstock.scheduler.shape import (
@@ -304,15 +310,31 @@ def test_what_waits_on_the_host_is_off_the_device() -> None:
 def test_keys_and_values_count_where_they_are() -> None:
     need = generating_need(shape_of(), 64, 100, 28, 8, is_staged=True, pending=7)
     other = need.activations + need.staging
-    assert need.staging == 3 * 8 * 128 * 512 * 4 * 9 // 8
-    for tier, expected in (
+    strip = 8 * 128 * 512 * 4 * 9 // 8
+    assert need.staging == 8 * strip  # of all eight groups
+    for asked, least in (
+        (None, 256 << 20),
+        (1 << 20, strip),
+        (5 * strip, 5 * strip),
+    ):
+        many = generating_need(
+            shape_of(), 8000, 100, 28, 8, is_staged=True, staging_bytes=asked
+        )
+        assert many.staging == least
+    wide = generating_need(shape_of(), 8000, 100, 28, 400, is_staged=True)
+    assert wide.staging == 3 * 50 * strip
+    for tier, wanted in (
         ("auto", (other + need.kv, 7)),
         ("device", (other + need.kv, 7)),
         ("host", (other, 7 + need.kv)),
         ("disk", (other, 7)),
     ):
-        assert need.beside_weights(tier, is_shared=False) == expected
-        assert need.beside_weights(tier, is_shared=True) == (sum(expected), 0)
+        assert need.beside_weights(tier, is_shared=False) == wanted
+        assert need.beside_weights(tier, is_shared=True) == (sum(wanted), 0)
+
+
+def test_as_much_is_planned_to_be_staged_as_is() -> None:
+    assert (STAGED_STRIPS, STAGED_BYTES) == (FEW_STRIPS, FEW_BYTES)
 
 
 def test_what_comes_from_disk_crosses_a_gpus_link_to_host_memory() -> None:

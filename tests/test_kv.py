@@ -18,6 +18,7 @@ import penstock
 import zoo
 from nets import same
 from penstock import Policy
+from penstock.io import kv_staging
 from penstock.io.errors import ClosedError, DoesNotFitError, PenstockError
 from penstock.io.kv_pages import PAGE_BYTES
 from penstock.io.kv_staging import Staging
@@ -25,6 +26,13 @@ from penstock.offload.kv.cache import replace_layers
 from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(autouse=True)
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models' keys and values would all stay staged."""
+    monkeypatch.setattr(kv_staging, "FEW_BYTES", 0)
+
 
 TIERS = ["device", "host", "link", "disk"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}

@@ -19,7 +19,7 @@ import penstock
 import zoo
 from nets import same
 from penstock import Policy
-from penstock.io import kv_file
+from penstock.io import kv_file, kv_staging
 from penstock.io.courier import Courier
 from penstock.io.device import CpuDevice
 from penstock.io.errors import ClosedError, OutputError, ReadError
@@ -36,6 +36,13 @@ from penstock.scheduler.kv_budget import KvBudget
 from penstock.scheduler.kv_store import KvLease, KvStore, Place
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(autouse=True)
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models' keys and values would all stay staged."""
+    monkeypatch.setattr(kv_staging, "FEW_BYTES", 0)
+
 
 KINDS = ["in place", "copied", "disk"]
 
@@ -185,11 +192,43 @@ def test_a_buffer_that_was_viewed_when_it_was_dropped_goes_with_who_views_it() -
         for _ in range(50):
             staged = staging.lend(5_000, 0, 0, ahead=False)
             assert staged is not None
+            staging.use(staged)
             known.append(staged)
             views.append(staged.buffer[:8])
         kept = [staged for staged in known if staged.buffer.nbytes]
         assert len(kept) <= 4
         assert all(staged.is_dropped for staged in known[:-3])
+
+
+def test_the_memory_of_what_was_read_is_used_again_unless_somebody_looks_at_it() -> (
+    None
+):
+    with Staging(CpuDevice(), 1000) as staging:
+        one = staging.lend(800, 0, 0, ahead=False)
+        assert one is not None
+        staging.use(one)
+        view, address = one.buffer[:8], one.buffer.data_ptr()
+        assert staging.lend(800, 0, 0, ahead=True) is None  # it can wait
+        del view
+        two = staging.lend(800, 0, 0, ahead=True)
+        assert two is not None
+        assert two.buffer.data_ptr() == address
+
+
+def test_more_than_a_few_strips_have_room_in_a_few_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_staging, "FEW_BYTES", 5 * 900)
+    with Staging(CpuDevice(), None) as staging:
+        lent = [staging.lend(800, 0, 0, ahead=True) for _ in range(6)]
+        assert [staged is not None for staged in lent] == [True] * 5 + [False]
+
+
+def test_what_is_needed_now_takes_the_place_of_what_came_last() -> None:
+    with Staging(CpuDevice(), None) as staging:
+        lent = [staging.lend(8, 0, 0, ahead=True) for _ in range(3)]
+        assert staging.lend(8, 0, 0, ahead=False) is not None
+        assert [staged and staged.is_dropped for staged in lent] == [False, False, True]
 
 
 def test_no_more_is_staged_than_was_said(tmp_path: Path) -> None:
@@ -335,6 +374,32 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 # The store.
 
 
+def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
+    tmp_path: Path,
+) -> None:
+    with place_of("copied", tmp_path) as (place, _, _):
+        places: dict[str, Place] = {"host": place}
+        with KvStore(
+            KvBudget(("host",), {"host": 1 << 20}), places, KvCount()
+        ) as store:
+            shape = KvShape(1, 1, 4, 1, 4, torch.float32)
+            new = torch.ones(1, 1, 1, 4)
+            series, strips = [], dict[tuple[int, int], Any]()
+            for index in range(5):
+                store.begin_turn(index, ())
+                series.append(store.begin())
+                for layer in (0, 1):
+                    key = ("self", layer)
+                    strips[index, layer] = store.open(series[index], key, shape, 8)
+                    store.touch(series[index], key)
+                    strips[index, layer].append(new, new, 0)
+            for index in (3, 1, 4, 0, 2):
+                store.touch(series[index], ("self", 0))
+            store.begin_turn(2, [0, 1, 3, 4])
+            there = [index for index in range(5) if strips[index, 1]._staged]
+            assert there == [1, 3, 4]  # there is room for three
+
+
 def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
     with place_of("copied", tmp_path) as (place, count, _):
         places: dict[str, Place] = {"host": place}
@@ -344,7 +409,7 @@ def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
         strips: dict[tuple[int, int], Any] = {}
         series = {}
         for index in (0, 1):
-            store.begin_turn(index, None)
+            store.begin_turn(index, ())
             series[index] = store.begin()
             for layer in (0, 1):
                 key = ("self", layer)
@@ -353,12 +418,12 @@ def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
                 store.touch(series[index], key)
                 strip.append(new, new, 0)
         for index in (0, 1):  # a second step, so what follows what is known
-            store.begin_turn(index, None)
+            store.begin_turn(index, ())
             store.touch(series[index], ("self", 0))
             strips[index, 0].append(new, new, 0)
         before = count.read["host"]
-        store.begin_turn(0, 1)  # 1 will use its layer 1
-        assert count.read["host"] == before + shape.row_bytes
+        store.begin_turn(0, [1])  # both will use their layer 1
+        assert count.read["host"] == before + 2 * shape.row_bytes
         assert strips[1, 1]._staged is not None
         strips[0, 1].append(new, new, 0)
         strips[1, 1].append(new, new, 0)

@@ -18,7 +18,7 @@ def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -
             0 if task.embeds else policy.logits_memory,
             waits_on_host=policy.activations == "host" and not is_shared,
         )
-    in_flight = policy.sequences_in_flight
+    in_flight, staging = policy.sequences_in_flight, policy.kv.staging_memory
     work = generating_of(policy, in_flight, task.prompt_tokens, task.new_tokens)
     return generating_need(
         shape,
@@ -29,6 +29,7 @@ def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -
         chunk_tokens=work.chunk_tokens,
         kv_itemsize=kv_itemsize(policy),
         is_staged=_is_staged(policy, is_shared=is_shared),
+        staging_bytes=None if staging == "auto" else staging,
         pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,
     )
 

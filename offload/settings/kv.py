@@ -32,5 +32,5 @@ class KvPolicy(Section):
     (what has another is announced), and `dtype: auto`."""
     staging_memory: AutoBytes = "auto"
     """Bytes of the device's memory that they pass through on their way from a slower
-    tier. `auto` is what three layers of a micro-batch take; what computes always has
-    room."""
+    tier. `auto` is what three layers of a micro-batch take, or 256 MiB if that is
+    more; what computes always has room."""
