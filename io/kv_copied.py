@@ -1,5 +1,6 @@
 """A strip that is kept elsewhere and brought where attention reads it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -174,7 +175,9 @@ class CopiedStrip(Strip):
         if self._staged is None or self._staged.is_dropped:
             self._staged = self._fetch(start, num, ahead=False)
         assert self._staged is not None, "who computes always gets a buffer"
+        began = time.perf_counter()
         self._staging.use(self._staged)
+        self._count.wait_seconds += time.perf_counter() - began
         return self._staged
 
     def _fetch(self, start: int, num: int, *, ahead: bool) -> Staged | None:

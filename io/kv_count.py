@@ -22,6 +22,9 @@ class KvStatistics:
     bytes_held: Mapping[str, int] = field(default_factory=dict)
     """Taken from each tier's budget now."""
     peak_bytes_held: Mapping[str, int] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    """That the computing thread stood still for them; a GPU's own waiting for copies
+    that are queued is not seen."""
 
 
 class KvCount:
@@ -32,6 +35,7 @@ class KvCount:
         self.written: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
         self.moved = 0
+        self.wait_seconds = 0.0
 
     def append(self, tier: str, num_tokens: int, nbytes: int) -> None:
         self.num_appended += num_tokens
@@ -47,4 +51,5 @@ class KvCount:
             self.moved,
             dict(held),
             dict(peak),
+            self.wait_seconds,
         )

@@ -111,6 +111,7 @@ def report(**values: Any) -> dict[str, Any]:
         "peak_device_bytes": 1 << 29,
         "peak_host_bytes": 1_180 << 20,
         "max_in_flight": 4,
+        "kv": {"wait_seconds": 0.0},
         "plan": {
             "micro_batches_in_flight": 4,
             "passes": 3,

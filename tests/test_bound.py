@@ -9,13 +9,17 @@ import pytest
 import yaml
 
 from penstock import Policy
-from penstock.offload.reports.bound import Counts, what_bound
+from penstock.offload.reports.bound import what_bound
+from penstock.offload.reports.counts import Counts
 
 GIB = 1 << 30
 SCORING = Counts(
     seconds=100.0,
     compute_seconds=99.0,
     wait_seconds={"disk": 1.0},
+    kv_wait_seconds=0.0,
+    kv_bytes={},
+    has_lossy_kv=False,
     tokens=40_000,
     tokens_padding=0,
     rows=500,
@@ -43,6 +47,7 @@ GENERATING = replace(
     is_coalesced=True,
     rows_per_product=256.0,
 )
+WAITING_FOR_KV: dict[str, Any] = {"kv_wait_seconds": 30.0, "compute_seconds": 99.0}
 WAITING: dict[str, Any] = {"compute_seconds": 59.0, "wait_seconds": {"disk": 41.0}}
 
 
@@ -111,6 +116,29 @@ WAITING: dict[str, Any] = {"compute_seconds": 59.0, "wait_seconds": {"disk": 41.
             "disk",
             "41%",
             ["tokens_in_flight: 7168", "host_memory: 1.7GiB"],
+        ),
+        (
+            replace(GENERATING, **WAITING_FOR_KV, kv_bytes={"disk": 40 * GIB}),
+            "kv",
+            "waited 30% of the time for keys and values from disk",
+            ["kv: {tier: host, limits: {host: 8GiB}}", "kv: {dtype: int8}"],
+        ),
+        (
+            replace(
+                GENERATING,
+                **WAITING_FOR_KV,
+                kv_bytes={"host": 4 * GIB},
+                has_lossy_kv=True,
+            ),
+            "kv",
+            "from host memory",
+            [],
+        ),
+        (
+            replace(GENERATING, kv_wait_seconds=9.0, kv_bytes={"disk": GIB}),
+            "compute",
+            "in time",
+            ["micro_batch_sequences: 64"],
         ),
         (
             replace(SCORING, tokens_padding=20_000),

@@ -237,6 +237,20 @@ def test_in_a_sweep_it_is_brought_before_it_is_needed(
         assert sum(lent.values()) <= 5 * (steps + 1) * layers + 5
 
 
+def test_waiting_for_keys_and_values_is_counted(tmp_path: Path) -> None:
+    items = batches_of("llama", 2)
+    expected_of("llama", tmp_path, items)
+    slow = {"bandwidth": "200kB"}
+    with loaded(tmp_path, {"tier": "host"}, links={"host": slow}) as model:
+        swept(model, items)
+        kv = penstock.statistics(model).kv
+        link = sum(kv.bytes_read.values()) / 200e3
+        assert kv.wait_seconds > link / 2
+    with loaded(tmp_path, {"tier": "device"}) as model:
+        swept(model, items)
+        assert penstock.statistics(model).kv.wait_seconds == 0
+
+
 def test_what_is_staged_still_is_not_read_again(tmp_path: Path) -> None:
     items = batches_of("llama", 1, tokens=9)
     expected = expected_of("llama", tmp_path, items)

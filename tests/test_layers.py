@@ -44,6 +44,7 @@ PURE = {
     "offload/jobs/manifest.py",
     "offload/monitoring/samples.py",
     "offload/reports/bound.py",
+    "offload/reports/counts.py",
     "offload/reports/perfetto.py",
     "offload/reports/recorded.py",
     "offload/tuning/candidates.py",

@@ -103,12 +103,12 @@ def together(found: Sequence[Statistics], num_workers: int) -> Statistics:
         bytes_read=_sums(one.bytes_read for one in found),
         faults=_sums(one.faults for one in found),
         fallbacks=tuple(dict.fromkeys(f for one in found for f in one.fallbacks)),
-        kv=_kv([one.kv for one in found]),
+        kv=_kv([one.kv for one in found], num_workers),
         **changed,
     )
 
 
-def _kv(found: Sequence[KvStatistics]) -> KvStatistics:
+def _kv(found: Sequence[KvStatistics], num_workers: int) -> KvStatistics:
     return KvStatistics(
         sum(one.num_appended for one in found),
         _sums(one.bytes_written for one in found),
@@ -116,6 +116,7 @@ def _kv(found: Sequence[KvStatistics]) -> KvStatistics:
         sum(one.bytes_moved for one in found),
         _sums(one.bytes_held for one in found),
         _sums(one.peak_bytes_held for one in found),
+        sum(one.wait_seconds for one in found) / num_workers,
     )
 
 

@@ -63,6 +63,8 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))
     table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")
+    if waited := report["kv"]["wait_seconds"]:
+        table.add_row("  for keys and values", f"{waited:.2f} s")
     table.add_row("bound by", report["bound_by"])
     for advice in report["bound"]["advice"]:
         if advice["setting"] is not None:

@@ -2,10 +2,9 @@
 run has counted. Pure."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ...scheduler.joint_rows import WIDE_ROWS
+from .counts import Advice, Bound, Counts
 
 _WAITING_BINDS = 0.1
 """Below this share of waiting, faster storage would not be felt."""
@@ -20,76 +19,16 @@ the products that it shares) takes little beside products. Four blocks of a 3B m
 _GIB = 1 << 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What a job has counted, and what it was asked for."""
-
-    seconds: float
-    compute_seconds: float
-    wait_seconds: Mapping[str, float]
-    """Computing stood still for weights of this tier."""
-    tokens: int
-    tokens_padding: int
-    rows: int
-    micro_batches: int
-    max_in_flight: int
-    """Micro-batches that were under way at one time, at most,"""
-    width: int
-    """and that the policy lets in."""
-    is_generating: bool
-    in_flight: int
-    """tokens_in_flight or, when generating, sequences_in_flight."""
-    micro_batch: int
-    """micro_batch_tokens or, when generating, micro_batch_sequences."""
-    rows_per_product: float
-    """Mean rows of a matrix product: a token each."""
-    is_coalesced: bool
-    is_compiled: bool
-    has_slow_dtype: bool
-    """The processor has no instructions for the dtype that it computes in."""
-    streamed_bytes: int
-    """That come over the link in each pass."""
-    host_memory: int
-    """Bytes of weights that stay in it already."""
-    free_host_bytes: int
-
-    @property
-    def work(self) -> int:
-        """All that could be in flight at one time: tokens or, when generating, rows."""
-        return self.rows if self.is_generating else self.tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """One thing to change."""
-
-    setting: str | None
-    """As a line of a policy file; None where no setting does it."""
-    effect: str
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What bound a run."""
-
-    by: str
-    """`compute`; the tier waited for (`disk`, `host`, `peer`); `rows` (too few of
-    them), `activations` (no room for more of them in flight), `padding`, `width` (of
-    the products), `overhead` (what is neither computing nor waiting for weights)."""
-    share: float
-    """Of the time (of `padding`: of the positions computed)."""
-    why: str
-    """One sentence."""
-    advice: tuple[Advice, ...]
-
-
 def what_bound(counts: Counts) -> Bound:
-    """The first of: overhead, a link, padding, narrow products, computing itself."""
+    """The first of: overhead, keys and values, a link, padding, narrow products,
+    computing itself."""
     waited = sum(counts.wait_seconds.values())
     busy = waited + counts.compute_seconds
     overhead = max(0.0, counts.seconds - busy)
     if counts.seconds and overhead / counts.seconds > _OVERHEAD_BINDS:
         return _overhead(overhead, counts.seconds)
+    if busy and counts.kv_wait_seconds > max(waited, _WAITING_BINDS * busy):
+        return _waiting_for_kv(counts, counts.kv_wait_seconds / busy)
     if busy and waited / busy > _WAITING_BINDS:
         return _waiting(counts, waited / busy)
     positions = counts.tokens + counts.tokens_padding
@@ -98,11 +37,6 @@ def what_bound(counts: Counts) -> Bound:
     if 0 < counts.rows_per_product < WIDE_ROWS:
         return _narrow(counts, waited / busy if busy else 0.0)
     return _computing(counts, waited / busy if busy else 0.0)
-
-
-def label(counts: Counts) -> str:
-    """What binds so far, in one word."""
-    return what_bound(counts).by
 
 
 def _overhead(overhead: float, seconds: float) -> Bound:
@@ -140,6 +74,27 @@ def _waiting(counts: Counts, share: float) -> Bound:
         return Bound("rows", share, why, (_more_rows(work, what, factor), *stay))
     more = _more_in_flight(counts, factor)
     return Bound(tier, share, f"{waited}.", (more, *stay))
+
+
+def _waiting_for_kv(counts: Counts, share: float) -> Bound:
+    tier = max(counts.kv_bytes, key=lambda name: counts.kv_bytes[name])
+    advice = []
+    nearer = min(counts.kv_bytes[tier], counts.free_host_bytes // 2)
+    if tier == "disk" and (gib := math.floor(nearer / _GIB * 10) / 10):
+        part = min(1.0, gib * _GIB / counts.kv_bytes[tier])
+        effect = f"{part:.0%} of them would stay in host memory, the rest on disk."
+        setting = f"kv: {{tier: host, limits: {{host: {gib:g}GiB}}}}"
+        advice.append(Advice(setting, effect))
+    if not counts.has_lossy_kv:
+        effect = "moves half of the bytes or less, but may change what is generated."
+        advice.append(Advice("kv: {dtype: int8}", effect))
+    if not advice:
+        advice.append(Advice(None, "Only a faster link, or shorter rows, would help."))
+    why = (
+        f"Computing waited {share:.0%} of the time for keys and values from "
+        f"{_name(tier)}."
+    )
+    return Bound("kv", share, why, tuple(advice))
 
 
 def _more_rows(work: int, what: str, factor: float) -> Advice:

@@ -24,6 +24,7 @@ _HEADLINES = {
     "disk": "The disk",
     "host": "The link from host memory",
     "peer": "The link from the other GPU",
+    "kv": "Keys and values on their way",
     "rows": "Too few rows",
     "activations": "Room for activations",
     "padding": "Padding",
@@ -114,14 +115,16 @@ def _speed(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How the time divides up; the rest is what is left of it."""
-    computing, waiting = report["compute_seconds"], report["wait_seconds"]
-    rest = max(0.0, report["seconds"] - computing - waiting)
-    total = computing + waiting + rest or 1.0
+    waiting, for_kv = report["wait_seconds"], report["kv"]["wait_seconds"]
+    rest = max(0.0, report["seconds"] - report["compute_seconds"] - waiting)
+    computing = report["compute_seconds"] - for_kv
+    total = computing + for_kv + waiting + rest or 1.0
     return [
         {"name": name, "kind": kind, "seconds": seconds, "share": seconds / total}
         for name, kind, seconds in (
             ("computing", "compute", computing),
             ("waiting for weights", "wait", waiting),
+            ("waiting for keys and values", "wait", for_kv),
             ("the rest", "rest", rest),
         )
     ]

@@ -13,7 +13,8 @@ from ..counters import Statistics
 from ..machines.computer import computer, has_bfloat16, versions
 from ..monitoring.memory import available_bytes
 from ..policy import Policy
-from .bound import Bound, Counts, what_bound
+from .bound import what_bound
+from .counts import Bound, Counts
 from .page import render
 from .perfetto import trace
 from .recorded import Recorded, link_speeds, roofline, waits_by_tier
@@ -61,6 +62,9 @@ def judge(
             seconds=figures.seconds,
             compute_seconds=statistics.compute_seconds,
             wait_seconds=waits,
+            kv_wait_seconds=statistics.kv.wait_seconds,
+            kv_bytes=statistics.kv.peak_bytes_held,
+            has_lossy_kv=policy.kv.dtype != "auto",
             tokens=counts["tokens"],
             tokens_padding=counts["tokens_padding"],
             rows=figures.rows,
