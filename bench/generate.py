@@ -4,10 +4,11 @@ accelerate's disk offload, on one checkpoint in one run.
 Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences` in
 flight. The ceiling is the sum over all passes of what the matrix products of its tokens
 need at the measured rate, or what reading the weights once needs at the measured
-O_DIRECT rate, whichever is more; rates are measured before all runs and after them,
-since machines drift, and the mean of both is the ceiling. Output tokens and all tokens
-a second are shown apart, beside counts that noise cannot move: passes, and weight bytes
-for each output token.
+O_DIRECT rate, whichever is more. Machines drift: rates are measured before all runs and
+after them, and those of products also beside each run, which stands still for a second
+of every thirty (and of its clock) meanwhile; a run that was long enough for that has
+the ceiling of its own minutes. Output tokens and all tokens a second are shown apart,
+beside counts that noise cannot move: passes, and weight bytes for each output token.
 
 Every run is a process of its own, the checkpoint thrown out of the page cache before
 it; contenders take turns, medians are shown. Greedy completions are compared with the
@@ -34,9 +35,11 @@ import torch
 
 import limits
 import machine
+from beside import Beside
 from penstock.io.checkpoint import open_checkpoint
 from penstock.offload.policy import parse_bytes
-from stream import disk_bytes_per_second, in_turns
+from stream import disk_bytes_per_second
+from turns import in_turns
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -83,19 +86,29 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     return found
 
 
-def ceiling(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, float]:
-    """Seconds that this work takes at the machine's measured rates, if every place is
-    taken in every pass."""
+def rates(args: argparse.Namespace, work: dict[str, Any]) -> tuple[float, float]:
+    """FLOP/s of products as prompts and as steps make them."""
+    dtype = getattr(torch, args.dtype)
+    rows = min(args.sequences, len(work["prompts"]))
+    wide = machine.matmul_flops_per_second(512, dtype)
+    return wide, machine.matmul_flops_per_second(rows, dtype)
+
+
+def ceiling(
+    args: argparse.Namespace,
+    work: dict[str, Any],
+    products: tuple[float, ...],
+    disk: float,
+) -> dict[str, float]:
+    """Seconds that this work takes at these rates, if every place is taken in every
+    pass."""
     checkpoint = open_checkpoint(args.model)
     embedding = checkpoint.entries["model.embed_tokens.weight"]
     streamed = checkpoint.num_bytes - embedding.nbytes  # rows of it are looked up
     parameters = streamed / embedding.dtype.itemsize
-    dtype = getattr(torch, args.dtype)
     rows = len(work["prompts"])
     num_groups = -(-rows // args.sequences)
-    wide = machine.matmul_flops_per_second(512, dtype)
-    narrow = machine.matmul_flops_per_second(min(args.sequences, rows), dtype)
-    disk = disk_bytes_per_second(args.model)
+    wide, narrow = products
     read = streamed / disk
     prefill = 2 * parameters * sum(map(len, work["prompts"])) / wide / num_groups
     step = 2 * parameters * min(args.sequences, rows) / narrow
@@ -123,10 +136,12 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second",
         "seconds",
         "cpu_seconds",
+        "stopped_seconds",
         "load_seconds",
         "passes",
         "bytes_loaded",
         "wait_seconds",
+        "kv_wait_seconds",
         "peak_rss_bytes",
     )
     for key in keys:
@@ -137,7 +152,7 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def show(rows: list[dict[str, Any]], best_seconds: float | None) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     print(
         f"\n{'':34}{'out tok/s':>10}{'tok/s':>9}{'seconds':>9}{'ceiling':>9}"
         f"{'CPU s':>8}{'passes':>8}{'MB/token':>10}{'peak MiB':>10}"
@@ -147,7 +162,8 @@ def show(rows: list[dict[str, Any]], best_seconds: float | None) -> None:
             print(f"{row['name']:34}{row['error']}")
             continue
         each = row.get("bytes_per_token")
-        share = "-" if best_seconds is None else f"{best_seconds / row['seconds']:.1%}"
+        best = row["ceiling_seconds"]
+        share = "-" if best is None else f"{best / row['seconds']:.1%}"
         print(
             f"{row['name']:34}{row['output_tokens_per_second']:10.2f}"
             f"{row['tokens_per_second']:9.1f}{row['seconds']:9.1f}"
@@ -217,29 +233,40 @@ def main() -> None:
         work = make_work(args, config["vocab_size"])
         path = Path(folder) / "work.json"
         path.write_text(json.dumps(work))
-        before = ceiling(args, work)
-        print(f"ceiling before: {json.dumps(before)}", flush=True)
+        around = [(rates(args, work), disk_bytes_per_second(args.model))]
+        print(f"before: {json.dumps(ceiling(args, work, *around[0]))}", flush=True)
         contenders = commands(args, path)
         limits_of = {name: None if name == "resident" else limit for name in contenders}
+        beside = {name: Beside(lambda: rates(args, work)) for name in contenders}
         runs = in_turns(
             contenders,
             args.model,
             limits_of,
             args.rounds,
             rate="output_tokens_per_second",
+            beside=beside,
         )
-        after = ceiling(args, work)
-        print(f"ceiling after: {json.dumps(after)}")
-    best = {key: (before[key] + after[key]) / 2 for key in before}
+        around.append((rates(args, work), disk_bytes_per_second(args.model)))
+        print(f"after: {json.dumps(ceiling(args, work, *around[1]))}")
+    usual = tuple(map(statistics.mean, zip(around[0][0], around[1][0], strict=True)))
+    disk = statistics.mean(disk for _, disk in around)
+    ceilings = {
+        name: ceiling(args, work, found.mean() if found.samples else usual, disk)
+        for name, found in beside.items()
+    }
     rows = [summarise(name, found) for name, found in runs.items()]
-    show(rows, None if args.tail else best["seconds"])  # of completions that end early
+    for row in rows:  # no ceiling for completions that end early
+        best = ceilings[row["name"]]
+        row["ceiling_seconds"] = None if args.tail else best["seconds"]
+    show(rows)
     shares = equal(runs)
     if shares is not None:
         print(f"share of completions that are the resident model's: {shares}")
     result = {
         "machine": facts,
         "settings": {k: str(v) for k, v in vars(args).items()},
-        "ceiling": best,
+        "ceilings": ceilings,
+        "beside": {name: found.samples for name, found in beside.items()},
         "results": rows,
         "equal": shares,
     }

@@ -71,12 +71,14 @@ def streamed(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
         statistics = penstock.statistics(model)
     return {
         "load_seconds": loaded - start,
+        "loaded_at": loaded,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "output_tokens": progress.output_tokens,
         "passes": statistics.passes,
         "bytes_loaded": statistics.bytes_loaded,
         "wait_seconds": statistics.wait_seconds,
+        "kv_wait_seconds": statistics.kv.wait_seconds,
         "fallbacks": list(statistics.fallbacks),
         "completions": [result["completion"] for result in found],
     }
@@ -105,6 +107,7 @@ def resident(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     )[:, longest:]
     return {
         "load_seconds": loaded - start,
+        "loaded_at": loaded,
         "seconds": time.perf_counter() - loaded,
         "cpu_seconds": time.process_time() - used,
         "output_tokens": found.numel(),

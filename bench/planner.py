@@ -38,7 +38,7 @@ from penstock.offload.policy import IO, Policy
 from penstock.offload.settings.values import parse_bytes
 from penstock.offload.tuning.slices import Slice, made_up, measured_rate, predicted_rate
 from penstock.scheduler.memory_need import RUNTIME_BYTES
-from prediction import SHAPES, make_model
+from prediction_cases import SHAPES, make_model
 
 GOAL = 0.97
 SHAPE = 2

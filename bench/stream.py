@@ -18,7 +18,6 @@ import argparse
 import json
 import mmap
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from penstock.io.checkpoint import open_checkpoint
 from penstock.io.extent import Extent, align_up
 from penstock.io.threads import ThreadReader
 from penstock.offload.policy import parse_bytes
+from turns import in_turns
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -64,42 +64,6 @@ def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
                 if read >= limit_bytes:
                     return read / (time.perf_counter() - start)
     return read / (time.perf_counter() - start)
-
-
-def run(command: list[str], model: Path, limit_bytes: int | None) -> dict[str, Any]:
-    """Runs `command` on a checkpoint that is in no cache and returns the JSON object of
-    its last line."""
-    machine.evict(model)
-    with limits.memory_limit(limit_bytes) as join:
-        done = subprocess.run(
-            command, capture_output=True, text=True, preexec_fn=join, check=False
-        )
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        assert isinstance(found, dict), "a worker prints an object"
-    except (IndexError, ValueError, AssertionError):
-        tail = done.stderr.strip().splitlines()[-3:]
-        return {"error": f"exit {done.returncode}: {' | '.join(tail)}"}
-    return found
-
-
-def in_turns(
-    contenders: dict[str, list[str]],
-    model: Path,
-    limits_of: dict[str, int | None],
-    rounds: int,
-    *,
-    rate: str,
-) -> dict[str, list[dict[str, Any]]]:
-    """Runs all `contenders`, round by round; says at what `rate` each went."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        for name, command in contenders.items():
-            found = run(command, model, limits_of[name])
-            runs[name].append(found)
-            speed, cpu = found.get(rate, found.get("error")), found.get("cpu_seconds")
-            print(f"round {number}: {name}: {speed} CPU s: {cpu}", flush=True)
-    return runs
 
 
 def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:

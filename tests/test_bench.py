@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import beside
 from checkpoint import make_checkpoint
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -121,3 +123,38 @@ def test_the_benchmark_of_rows_compares_with_a_larger_model(tmp_path: Path) -> N
     assert found["rows"] == 2000
     assert found["resident_spread"] < 0.1
     assert found["overhead"] > 0
+
+
+def test_what_is_probed_beside_a_process_is_not_on_its_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(beside, "EVERY_SECONDS", 0.7)
+    code = (
+        "import time\n"
+        "start = time.perf_counter()\n"
+        "steps = 0\n"
+        "while steps < 400: time.sleep(0.005); steps += 1\n"
+        "print(start, time.perf_counter() - start)\n"
+    )
+    command = [sys.executable, "-c", code]
+
+    def probe() -> tuple[float, ...]:
+        time.sleep(0.5)
+        return 1.0, 3.0
+
+    watch = beside.Beside(probe)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        out, _ = watch.communicate(process)
+    assert 1 <= len(watch.samples) == len(watch.stops)
+    assert watch.mean() == (1.0, 3.0)
+    start, seconds = map(float, out.split())
+    found = {
+        "loaded_at": start,
+        "seconds": seconds,
+        "tokens_per_second": 8.0,
+        "output_tokens_per_second": 4.0,
+    }
+    watch.correct(found)
+    assert found["stopped_seconds"] >= 0.5
+    assert found["seconds"] == seconds - found["stopped_seconds"] >= 1.9
+    assert found["tokens_per_second"] == 2 * found["output_tokens_per_second"] > 8.0

@@ -64,6 +64,7 @@ def main() -> None:
         json.dumps(
             {
                 "load_seconds": loaded - start,
+                "loaded_at": loaded,
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
                 "output_tokens": tokens,

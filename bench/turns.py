@@ -1,0 +1,64 @@
+"""Processes of workers, in turns: what is compared is interleaved."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import limits
+import machine
+from beside import Beside
+
+
+def run(
+    command: list[str],
+    model: Path,
+    limit_bytes: int | None,
+    beside: Beside | None = None,
+) -> dict[str, Any]:
+    """Runs `command` on a checkpoint that is in no cache and returns the JSON object of
+    its last line."""
+    machine.evict(model)
+    with (
+        limits.memory_limit(limit_bytes) as join,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=join,
+        ) as process,
+    ):
+        communicate = process.communicate
+        out, err = communicate() if beside is None else beside.communicate(process)
+    try:
+        found = json.loads(out.strip().splitlines()[-1])
+        assert isinstance(found, dict), "a worker prints an object"
+    except (IndexError, ValueError, AssertionError):
+        tail = err.strip().splitlines()[-3:]
+        return {"error": f"exit {process.returncode}: {' | '.join(tail)}"}
+    if beside is not None:
+        beside.correct(found)
+    return found
+
+
+def in_turns(
+    contenders: dict[str, list[str]],
+    model: Path,
+    limits_of: dict[str, int | None],
+    rounds: int,
+    *,
+    rate: str,
+    beside: Mapping[str, Beside] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Runs all `contenders`, round by round; says at what `rate` each went."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, command in contenders.items():
+            watch = None if beside is None else beside[name]
+            found = run(command, model, limits_of[name], watch)
+            runs[name].append(found)
+            speed, cpu = found.get(rate, found.get("error")), found.get("cpu_seconds")
+            print(f"round {number}: {name}: {speed} CPU s: {cpu}", flush=True)
+    return runs
