@@ -51,6 +51,20 @@ def matmul_flops_per_second(rows: int, dtype: torch.dtype) -> float:
     return 2.0 * rows * 3072 * 8192 / best
 
 
+def sustained_flops_per_second(
+    rows: int, dtype: torch.dtype, seconds: float = 1.0
+) -> float:
+    """The same products one after the other for so long: what a shared machine gives,
+    not what it could."""
+    a, w = torch.randn(rows, 3072).to(dtype), torch.randn(8192, 3072).to(dtype)
+    torch.nn.functional.linear(a, w)
+    start, num = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        torch.nn.functional.linear(a, w)
+        num += 1
+    return num * 2.0 * rows * 3072 * 8192 / spent
+
+
 def evict(folder: Path) -> None:
     """Throws `folder`'s files (or that one file) out of the page cache, so that they
     are read from the disk; programs and libraries stay warm."""

@@ -1,7 +1,6 @@
 """Measures what this computer's processor, memory and drive do, once, in a minute."""
 
 import itertools
-import math
 import os
 import platform
 import tempfile
@@ -27,10 +26,6 @@ from ..policy import IO
 from ..readers import makers_of
 from .machine import Disk
 
-ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
-LENGTHS = (32, 128, 512, 1024)
-_IN, _OUT = 2048, 5632
-_NUM_WEIGHTS = 4  # in turns: none of them is in a cache
 _MOST_SECONDS = 0.3
 _SCRATCH_BYTES = 1 << 30
 _NUM_ROW_READS = 512
@@ -60,42 +55,10 @@ def seconds_of(
     return sorted(found)[len(found) // 4]
 
 
-def matmul(dtype: torch.dtype, device: str, wait: Callable[[], None]) -> dict[int, int]:
-    """FLOP/s of products with matrices of 2048 x 5632, by rows: never fewer than with
-    fewer rows, which only a disturbed run would show."""
-    weights = [
-        torch.randn(_OUT, _IN, device=device).to(dtype) for _ in range(_NUM_WEIGHTS)
-    ]
-    found: dict[int, int] = {}
-    for rows in ROWS:
-        x = torch.randn(rows, _IN, device=device).to(dtype)
-        product = partial(_product, x, itertools.cycle(weights))
-        seconds = seconds_of(product, wait=wait)
-        rate = round(2 * rows * _IN * _OUT / seconds)
-        found[rows] = max([rate, *found.values()])
-    return found
-
-
 def product_seconds(device: str, wait: Callable[[], None]) -> float:
     """What a product takes that has next to nothing to compute."""
     x, w = torch.randn(8, 64, device=device), torch.randn(64, 64, device=device)
     return seconds_of(lambda: functional.linear(x, w), wait=wait, least=50, most=500)
-
-
-def attention(
-    dtype: torch.dtype, device: str, wait: Callable[[], None]
-) -> dict[int, int]:
-    """FLOP/s of causal attention in 16 heads of 64, masked products counted, by
-    length; 2,048 tokens at least."""
-    found = {}
-    for length in LENGTHS:
-        batch = max(1, 1024 // length)
-        shape = (batch, 16, length, 64)
-        q, k, v = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-        attend = partial(functional.scaled_dot_product_attention, is_causal=True)
-        seconds = seconds_of(partial(attend, q, k, v), wait=wait)
-        found[length] = round(4 * math.prod(shape) * length / seconds)
-    return found
 
 
 def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
@@ -206,7 +169,3 @@ def drive_name(path: Path) -> str:
 
 def _cast(pieces: Iterator[torch.Tensor], source: torch.Tensor) -> None:
     copy_serially(next(pieces), source)
-
-
-def _product(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> torch.Tensor:
-    return functional.linear(x, next(weights))

@@ -25,7 +25,11 @@ from .measure_calls import (
     decode_block_seconds,
 )
 from .measure_gpu import gpu_facts, measure_copies
+from .measure_products import Products, Rates
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LONG_LOOK = 3.0
+"""Seconds: a look that takes longer has seen several moments by itself."""
 _ROWS, _LENGTH = 4, 128
 _FLOPS = 2.0 * LARGE.hidden * (4 * LARGE.hidden + 3 * LARGE.intermediate)
 """Of a token in a block of it."""
@@ -39,37 +43,47 @@ def measure_machine(
     OSError where the scratch file cannot be written."""
     is_gpu = device != "cpu"
     wait = torch.cuda.synchronize if is_gpu else _no_wait
+    progress("products and attention, now and between all that follows")
+    products = {name: Products(dtype, device, wait) for name, dtype in _DTYPES.items()}
+    took = {name: each.look() for name, each in products.items()}
+    computing = products["float32"]
     progress("reading the drive")
     disk = measure.disk(place, io, progress)
+    computing.look()
     progress("the memory")
     host = measure.memory_bandwidth("cpu", _no_wait)
     cast = measure.cast_bandwidth()
-    matmul, attention = {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        progress(f"products in {name}")
-        matmul[name] = measure.matmul(dtype, device, wait)
-        progress(f"attention in {name}")
-        attention[name] = measure.attention(dtype, device, wait)
     product = measure.product_seconds(device, wait)
     cache = cache_folder(io)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="measure-") as folder:
         progress("small models, for what calls take")
         found = calls(device, Path(folder), product)
+        computing.look()
         progress("a larger model, for what is between products")
         block, touch = block_seconds(LARGE, _ROWS, _LENGTH, device, Path(folder))
         beside = cast_beside() if device == "cpu" else 0.0
-        found = found.model_copy(
-            update={"first_touch_per_gb": touch * 1e9, "cast_per_gb": beside * 1e9}
-        )
+        computing.look()
         decode = decode_block_seconds(LARGE, device, Path(folder))
-    rates = Curve.of(matmul["float32"])
-    pointwise = pointwise_bandwidth(block, rates, Curve.of(attention["float32"]), found)
+        for name, each in products.items():
+            if took[name] < _LONG_LOOK:
+                each.look()
+    # Models are measured at their best, so what is between products is told by the best
+    # of these; all of it is as much slower usually as they are.
+    slowdown = computing.slowdown
+    rates, attention = map(Curve.of, computing.best())
+    pointwise = pointwise_bandwidth(block, rates, attention, found)
     few_rows = decode_bandwidth(decode, rates, found)
+    found = Calls(
+        **{name: value * slowdown for name, value in found.model_dump().items()}
+        | {
+            "first_touch_per_gb": touch * 1e9 * slowdown,
+            "cast_per_gb": beside * 1e9,
+        }
+    )
     between = {
-        "pointwise_bandwidth": pointwise,
-        "decode_bandwidth": few_rows,
+        "pointwise_bandwidth": _slower(pointwise, slowdown),
+        "decode_bandwidth": _slower(few_rows, slowdown),
         "cast_bandwidth": cast,
     }
     copies = None
@@ -79,7 +93,12 @@ def measure_machine(
         gpu = dict(gpu_facts(device))
         gpu["device_bandwidth"] = measure.memory_bandwidth(device, wait)
         copies = measure_copies(device)
-    return _machine(disk, host, matmul, attention, found, copies, gpu, between)
+    usual = {name: each.usual() for name, each in products.items()}
+    return _machine(disk, host, usual, found, copies, gpu, between)
+
+
+def _slower(rate: int | None, slowdown: float) -> int | None:
+    return None if rate is None else round(rate / slowdown)
 
 
 def check_measurable(place: Path, device: str) -> None:
@@ -128,8 +147,7 @@ def pointwise_elements(hidden: int, intermediate: int) -> float:
 def _machine(
     disk: object,
     host: int,
-    matmul: dict[str, dict[int, int]],
-    attention: dict[str, dict[int, int]],
+    usual: dict[str, tuple[Rates, Rates]],
     found: Calls,
     copies: Copies | None,
     gpu: dict[str, object],
@@ -143,8 +161,8 @@ def _machine(
         "source": f"measured by penstock machine on {date}, {versions}",
         **facts,
         "host_bandwidth": host,
-        "matmul": matmul,
-        "attention": attention,
+        "matmul": {name: products for name, (products, _) in usual.items()},
+        "attention": {name: attention for name, (_, attention) in usual.items()},
         **between,
         "disk": disk,
         "copies": copies,

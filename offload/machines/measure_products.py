@@ -1,0 +1,100 @@
+"""Measures what this computer computes: not at once, but again and again while other
+things are measured. On a host that is shared no moment is like the next; a job sees the
+mean of many."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from .measure import seconds_of
+
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
+LENGTHS = (32, 128, 512, 1024)
+_IN, _OUT = 2048, 5632
+_NUM_WEIGHTS = 4  # in turns: none of them is in a cache
+
+Rates = dict[int, int]
+"""FLOP/s by rows, or by length."""
+
+
+class Products:
+    """Products with matrices of 2048 x 5632, by rows, and causal attention in 16 heads
+    of 64 (masked products counted), by length, in one dtype."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: str, wait: Callable[[], None]
+    ) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._wait = wait
+        self._weights = [self._random(_OUT, _IN) for _ in range(_NUM_WEIGHTS)]
+        self._products: dict[int, list[float]] = {rows: [] for rows in ROWS}
+        self._attention: dict[int, list[float]] = {length: [] for length in LENGTHS}
+
+    def look(self) -> float:
+        """At each of them, for a moment. Returns what that took."""
+        start = time.perf_counter()
+        for rows, seconds in self._products.items():
+            x, weights = self._random(rows, _IN), itertools.cycle(self._weights)
+            seconds.append(self._seconds_of(partial(_product, x, weights)))
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True)
+        for length, seconds in self._attention.items():
+            q, k, v = (self._random(*_shape(length)) for _ in range(3))
+            seconds.append(self._seconds_of(partial(attend, q, k, v)))
+        return time.perf_counter() - start
+
+    def usual(self) -> tuple[Rates, Rates]:
+        """Of products and of attention, in the mean of all looks."""
+        return self._rates(statistics.mean)
+
+    def best(self) -> tuple[Rates, Rates]:
+        """In the fastest one."""
+        return self._rates(min)
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer all of it takes usually than at best."""
+        found = list(self._products.values())
+        return sum(map(statistics.mean, found)) / sum(map(min, found))
+
+    def _rates(self, pick: Callable[[Sequence[float]], float]) -> tuple[Rates, Rates]:
+        return (
+            _rising(self._products, lambda rows: 2 * rows * _IN * _OUT, pick),
+            {
+                length: round(4 * math.prod(_shape(length)) * length / pick(seconds))
+                for length, seconds in self._attention.items()
+            },
+        )
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self._device).to(self._dtype)
+
+    def _seconds_of(self, act: Callable[[], torch.Tensor]) -> float:
+        return seconds_of(act, wait=self._wait, least=1, most=2)
+
+
+def _rising(
+    seconds: Mapping[int, Sequence[float]],
+    flops: Callable[[int], int],
+    pick: Callable[[Sequence[float]], float],
+) -> Rates:
+    """Never fewer than with fewer rows, which only a disturbed run would show."""
+    found: Rates = {}
+    for rows, looks in seconds.items():
+        found[rows] = max([round(flops(rows) / pick(looks)), *found.values()])
+    return found
+
+
+def _shape(length: int) -> tuple[int, int, int, int]:
+    """1,024 tokens at least."""
+    return max(1, 1024 // length), 16, length, 64
+
+
+def _product(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> torch.Tensor:
+    return functional.linear(x, next(weights))
