@@ -11,17 +11,20 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 EVERY_SECONDS = 30.0
 
 
+T = TypeVar("T")
+
+
 @dataclass
-class Beside:
+class Beside(Generic[T]):
     """Probes taken while one process runs."""
 
-    probe: Callable[[], tuple[float, ...]]
-    samples: list[tuple[float, ...]] = field(default_factory=list)
+    probe: Callable[[], T]
+    samples: list[T] = field(default_factory=list)
     stops: list[tuple[float, float]] = field(default_factory=list)
     """When each began and ended, by the clock that all processes share."""
 
@@ -32,12 +35,6 @@ class Beside:
                 return process.communicate(timeout=EVERY_SECONDS)
             except subprocess.TimeoutExpired:
                 self._look(process)
-
-    def mean(self) -> tuple[float, ...]:
-        """Of each figure of the probe. Raises ValueError without any."""
-        if not self.samples:
-            raise ValueError(f"nothing ran for {EVERY_SECONDS:g} s")
-        return tuple(sum(each) / len(each) for each in zip(*self.samples, strict=True))
 
     def correct(self, found: dict[str, Any]) -> None:
         """Takes the stops between `loaded_at` and its end out of a worker's `seconds`,

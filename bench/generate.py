@@ -4,12 +4,12 @@ accelerate's disk offload, on one checkpoint in one run.
 Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences` in
 flight. The ceiling is the sum over all passes of what the matrix products of its tokens
 need at the measured rate, or what reading the weights once needs at the measured
-O_DIRECT rate, whichever is more. Machines drift: rates are measured before all runs and
-after them, and those of products also beside each run, which stands still for two
-seconds of every thirty (and of its clock) meanwhile; a run that was long enough for
-that has the ceiling of its own minutes. Output tokens and all tokens a second are shown
-apart, beside counts that noise cannot move: passes, and weight bytes for each output
-token.
+O_DIRECT rate, whichever is more; keys and values on disk share its drive ("alone" is
+the ceiling without them). Machines drift: rates are measured before all runs and after
+them, and beside each run, which stands still for three seconds of every thirty (and of
+its clock) meanwhile; a run that was long enough for that has the ceiling of its own
+minutes. Output tokens and all tokens a second are shown apart, beside counts that noise
+cannot move: passes, and weight bytes for each output token.
 
 Every run is a process of its own, the checkpoint thrown out of the page cache before
 it; contenders take turns, medians are shown. Greedy completions are compared with the
@@ -28,6 +28,8 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,12 +39,14 @@ import torch
 import limits
 import machine
 from beside import Beside
-from penstock.io.checkpoint import open_checkpoint
+from generate_ceiling import Rates, Size, ceiling
 from penstock.offload.policy import parse_bytes
 from stream import disk_bytes_per_second
 from turns import in_turns
 
 HERE = Path(__file__).parent
+AROUND_BYTES, BESIDE_BYTES = 2 << 30, 768 << 20
+"""Read from the drive by a probe."""
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 
@@ -87,42 +91,14 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     return found
 
 
-def rates(args: argparse.Namespace, work: dict[str, Any]) -> tuple[float, float]:
-    """FLOP/s of products as prompts and as steps make them."""
+def rates(args: argparse.Namespace, work: dict[str, Any], read_bytes: int) -> Rates:
     dtype = getattr(torch, args.dtype)
     rows = min(args.sequences, len(work["prompts"]))
-    wide = machine.sustained_flops_per_second(512, dtype)
-    return wide, machine.sustained_flops_per_second(rows, dtype)
-
-
-def ceiling(
-    args: argparse.Namespace,
-    work: dict[str, Any],
-    products: tuple[float, ...],
-    disk: float,
-) -> dict[str, float]:
-    """Seconds that this work takes at these rates, if every place is taken in every
-    pass."""
-    checkpoint = open_checkpoint(args.model)
-    embedding = checkpoint.entries["model.embed_tokens.weight"]
-    streamed = checkpoint.num_bytes - embedding.nbytes  # rows of it are looked up
-    parameters = streamed / embedding.dtype.itemsize
-    rows = len(work["prompts"])
-    num_groups = -(-rows // args.sequences)
-    wide, narrow = products
-    read = streamed / disk
-    prefill = 2 * parameters * sum(map(len, work["prompts"])) / wide / num_groups
-    step = 2 * parameters * min(args.sequences, rows) / narrow
-    seconds = num_groups * (max(prefill, read) + (args.new - 1) * max(step, read))
-    return {
-        "matmul_flops_per_second": wide,
-        "matmul_flops_per_second_of_a_step": narrow,
-        "disk_bytes_per_second": disk,
-        "read_seconds": read,
-        "prefill_seconds": prefill,
-        "step_seconds": step,
-        "seconds": seconds,
-    }
+    return Rates(
+        machine.sustained_flops_per_second(512, dtype),
+        machine.sustained_flops_per_second(rows, dtype),
+        disk_bytes_per_second(args.model, read_bytes),
+    )
 
 
 def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,19 +132,21 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     print(
         f"\n{'':34}{'out tok/s':>10}{'tok/s':>9}{'seconds':>9}{'ceiling':>9}"
-        f"{'CPU s':>8}{'passes':>8}{'MB/token':>10}{'peak MiB':>10}"
+        f"{'alone':>7}{'CPU s':>8}{'passes':>8}{'MB/token':>10}{'peak MiB':>10}"
     )
     for row in rows:
         if "error" in row:
             print(f"{row['name']:34}{row['error']}")
             continue
         each = row.get("bytes_per_token")
-        best = row["ceiling_seconds"]
-        share = "-" if best is None else f"{best / row['seconds']:.1%}"
+        share, alone = (
+            "-" if best is None else f"{best / row['seconds']:.1%}"
+            for best in (row["ceiling_seconds"], row["ceiling_seconds_apart"])
+        )
         print(
             f"{row['name']:34}{row['output_tokens_per_second']:10.2f}"
             f"{row['tokens_per_second']:9.1f}{row['seconds']:9.1f}"
-            f"{share:>9}{row['cpu_seconds']:8.1f}"
+            f"{share:>9}{alone:>7}{row['cpu_seconds']:8.1f}"
             f"{'-' if row['passes'] is None else row['passes']:>8}"
             f"{'-' if each is None else format(each / 1e6, '.2f'):>10}"
             f"{row['peak_rss_bytes'] / 2**20:10.0f}"
@@ -234,11 +212,16 @@ def main() -> None:
         work = make_work(args, config["vocab_size"])
         path = Path(folder) / "work.json"
         path.write_text(json.dumps(work))
-        around = [(rates(args, work), disk_bytes_per_second(args.model))]
-        print(f"before: {json.dumps(ceiling(args, work, *around[0]))}", flush=True)
+        size = Size.of(args.model, getattr(torch, args.dtype))
+        lengths = list(map(len, work["prompts"]))
+        of_rates = partial(ceiling, size, lengths, args.new, args.sequences)
+        around = [rates(args, work, AROUND_BYTES)]
+        before = of_rates(around[0], kv_on_disk=False)
+        print(f"before: {json.dumps(before)}", flush=True)
         contenders = commands(args, path)
         limits_of = {name: None if name == "resident" else limit for name in contenders}
-        beside = {name: Beside(lambda: rates(args, work)) for name in contenders}
+        probe = partial(rates, args, work, BESIDE_BYTES)
+        beside = {name: Beside(probe) for name in contenders}
         runs = in_turns(
             contenders,
             args.model,
@@ -247,18 +230,20 @@ def main() -> None:
             rate="output_tokens_per_second",
             beside=beside,
         )
-        around.append((rates(args, work), disk_bytes_per_second(args.model)))
-        print(f"after: {json.dumps(ceiling(args, work, *around[1]))}")
-    usual = tuple(map(statistics.mean, zip(around[0][0], around[1][0], strict=True)))
-    disk = statistics.mean(disk for _, disk in around)
+        around.append(rates(args, work, AROUND_BYTES))
+        print(f"after: {json.dumps(of_rates(around[1], kv_on_disk=False))}")
     ceilings = {
-        name: ceiling(args, work, found.mean() if found.samples else usual, disk)
+        name: of_rates(
+            Rates.mean(found.samples or around),
+            kv_on_disk="kv.tier=disk" in [*args.set, *name.split(":")],
+        )
         for name, found in beside.items()
     }
     rows = [summarise(name, found) for name, found in runs.items()]
     for row in rows:  # no ceiling for completions that end early
         best = ceilings[row["name"]]
         row["ceiling_seconds"] = None if args.tail else best["seconds"]
+        row["ceiling_seconds_apart"] = None if args.tail else best["seconds_apart"]
     show(rows)
     shares = equal(runs)
     if shares is not None:
@@ -267,7 +252,7 @@ def main() -> None:
         "machine": facts,
         "settings": {k: str(v) for k, v in vars(args).items()},
         "ceilings": ceilings,
-        "beside": {name: found.samples for name, found in beside.items()},
+        "beside": {n: [asdict(r) for r in b.samples] for n, b in beside.items()},
         "results": rows,
         "equal": shares,
     }

@@ -15,7 +15,7 @@ def run(
     command: list[str],
     model: Path,
     limit_bytes: int | None,
-    beside: Beside | None = None,
+    beside: Beside[Any] | None = None,
 ) -> dict[str, Any]:
     """Runs `command` on a checkpoint that is in no cache and returns the JSON object of
     its last line."""
@@ -50,7 +50,7 @@ def in_turns(
     rounds: int,
     *,
     rate: str,
-    beside: Mapping[str, Beside] | None = None,
+    beside: Mapping[str, Beside[Any]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs all `contenders`, round by round; says at what `rate` each went."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}

@@ -13,6 +13,7 @@ import pytest
 
 import beside
 from checkpoint import make_checkpoint
+from generate_ceiling import Rates, Size, ceiling
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -146,7 +147,7 @@ def test_what_is_probed_beside_a_process_is_not_on_its_clock(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         out, _ = watch.communicate(process)
     assert 1 <= len(watch.samples) == len(watch.stops)
-    assert watch.mean() == (1.0, 3.0)
+    assert set(watch.samples) == {(1.0, 3.0)}
     start, seconds = map(float, out.split())
     found = {
         "loaded_at": start,
@@ -158,3 +159,27 @@ def test_what_is_probed_beside_a_process_is_not_on_its_clock(
     assert found["stopped_seconds"] >= 0.5
     assert found["seconds"] == seconds - found["stopped_seconds"] >= 1.9
     assert found["tokens_per_second"] == 2 * found["output_tokens_per_second"] > 8.0
+
+
+@pytest.mark.parametrize(
+    ("rates", "seconds", "apart"),
+    [
+        # Products bind: 2 * (90 * 30 + 10 * 2 * 4), of which three are steps of two.
+        (Rates(2.0, 2.0, 1e9), 2700.0 + 20.0 + 3 * 200.0, 3320.0),
+        # Narrow ones are slower.
+        (Rates(2.0, 1.0, 1e9), 2700.0 + 40.0 + 3 * 400.0, 3940.0),
+        # The drive binds: 200 bytes of weights a pass, 5 for each of 2 * (15 + n) more.
+        (Rates(1e9, 1e9, 1.0), 200 + 150 + 3 * 200 + 160 + 170 + 180, 800.0),
+        # The drive binds steps only.
+        (Rates(2.0, 1e9, 1.0), 2700.0 + 3 * 200 + 160 + 170 + 180, 3300.0),
+    ],
+)
+def test_the_ceiling_of_completions(rates: Rates, seconds: float, apart: float) -> None:
+    size = Size(90, 10, 200, 5)
+    found = ceiling(size, [10, 20], 4, 2, rates, kv_on_disk=True)
+    assert found["seconds"] == pytest.approx(seconds)
+    assert found["seconds_apart"] == pytest.approx(apart)
+    elsewhere = ceiling(size, [10, 20], 4, 2, rates, kv_on_disk=False)
+    assert elsewhere["seconds"] == found["seconds_apart"]
+    twice = ceiling(size, [10, 20] * 2, 4, 2, rates, kv_on_disk=True)
+    assert twice["seconds"] == pytest.approx(2 * seconds)
