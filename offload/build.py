@@ -20,7 +20,7 @@ from ..scheduler.order import Order
 from ..scheduler.working_set import WorkingSet
 from .engine import Engine
 from .kv.tiers import open_kv
-from .monitoring.memory import HeapTrimmer
+from .monitoring.heap import Heap
 from .policy import Policy
 from .settings.contradictions import without_effect
 from .tiers import Tiers, open_device, transfer_of
@@ -185,10 +185,10 @@ def _working_set(
 
 
 def _doors(found: Found, working_set: WorkingSet, binding: Binding) -> Doors:
-    trim = HeapTrimmer()
+    heap = Heap()
 
     def bind(site: int, offsets: tuple[int, ...]) -> None:
-        trim()  # the site before this one has freed its activations
+        heap.trim()  # the site before this one has freed its activations
         binding.bind(site, offsets)
 
     sites = [

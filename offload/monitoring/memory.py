@@ -1,6 +1,5 @@
 """How much memory there is and was used, by psutil and the kernel's own counters."""
 
-import ctypes
 from pathlib import Path
 
 import psutil
@@ -43,35 +42,6 @@ def peak_resident_bytes() -> int:
     except OSError:
         pass
     return int(psutil.Process().memory_info().rss)
-
-
-class HeapTrimmer:
-    """Gives freed activations back to the system whenever `slack_bytes` more than after
-    the last time are resident.
-
-    Without it glibc keeps them in ever more broken pieces: 400 MiB after twenty layers
-    of a 1.1B model. Pages given back too eagerly are faulted in anew: the slack holds
-    what one block frees and the next takes again. Does nothing on other C libraries.
-    """
-
-    def __init__(self, slack_bytes: int = 176 << 20) -> None:
-        self._slack_bytes = slack_bytes
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._process = psutil.Process()
-        self._least_bytes = self._resident_bytes()
-
-    def __call__(self) -> None:
-        if self._trim is None:
-            return
-        now = self._resident_bytes()
-        if now > self._least_bytes + self._slack_bytes:
-            self._trim(0)
-            self._least_bytes = self._resident_bytes()
-        else:
-            self._least_bytes = min(self._least_bytes, now)
-
-    def _resident_bytes(self) -> int:
-        return int(self._process.memory_info().rss)
 
 
 def _number(path: str) -> int | None:

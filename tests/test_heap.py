@@ -1,0 +1,57 @@
+"""Freed activations go back to the system when there are many, and not before."""
+
+import ctypes
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from penstock.offload.monitoring.heap import Heap
+
+has_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) is not None
+only_glibc = pytest.mark.skipif(not has_trim, reason="only glibc's heap is trimmed")
+
+
+@only_glibc
+@pytest.mark.parametrize("slack_mib", [16, 1024])
+def test_heap_is_trimmed_once_the_slack_is_exceeded(slack_mib: int) -> None:
+    process = psutil.Process()
+    heap = Heap(slack_bytes=slack_mib << 20)
+    blocks = [bytes(60_000) for _ in range(2_000)]  # 114 MiB, too small to be mapped
+    kept = [bytes(60_000)]  # above them, so that freeing alone gives nothing back
+    full = process.memory_info().rss
+    blocks.clear()
+    heap.trim()
+    given_back = full - process.memory_info().rss
+    assert (given_back > 80 << 20) == (slack_mib == 16)
+    assert kept
+
+
+CODE = """
+import resource, sys, torch
+from penstock.offload.monitoring.heap import Heap
+
+heap = Heap() if sys.argv[1] == "kept" else None
+size = int(sys.argv[2]) << 18  # float32
+for num in range(20):  # aligned memory fits where there was a little more
+    if num == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str, mib: int) -> float:
+    """Pages faulted in by ten tensors of `mib` MiB, one after the other, over the pages
+    of one."""
+    command = [sys.executable, "-c", CODE, how, str(mib)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) / (mib * 256)
+
+
+@only_glibc
+def test_large_activations_take_the_memory_of_those_that_were_freed() -> None:
+    assert faults("kept", 48) < 2
+    assert faults("as it is", 48) > 8
+    assert faults("kept", 96) > 8  # they would leave holes
