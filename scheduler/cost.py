@@ -118,7 +118,8 @@ class CostModel:
             joint = min(MAX_ROWS, sum(b.tokens for b in batches))
         calls = self.rates.calls
         each = calls.joint_module if is_joint else calls.decode_module
-        return self._block(site, batch, joint, each, context)
+        block = self._block(site, batch, joint, each, context)
+        return block + self._kv_call(site)
 
     def _block(
         self,
@@ -166,7 +167,12 @@ class CostModel:
             + products
             + pointwise * self.shape.itemsize / rates.decode_bytes
             + self._kv_seconds(site, num_rows, context)
+            + self._kv_call(site) * len(batches)
         )
+
+    def _kv_call(self, site: SiteCost) -> float:
+        is_kept = site.kv_per_token and self.settings.kv_tier != "auto"
+        return self.rates.calls.kv_layer if is_kept else 0.0
 
     def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
         """Reading keys and values; where the cache is transformers' own, each token

@@ -54,6 +54,8 @@ class CallCosts:
     made once for all micro-batches."""
     decode_module: float = 0.0
     """The same when each micro-batch makes its own."""
+    kv_layer: float = 0.0
+    """Of one layer's keys and values of a micro-batch, where a tier keeps them."""
     step: float = 0.0
     """Of one micro-batch and one token of its rows, outside of all modules."""
     row_read: float = 0.0

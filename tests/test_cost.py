@@ -203,6 +203,17 @@ def test_calls_cost_by_module_micro_batch_and_job() -> None:
     assert dear.passes == 2
 
 
+@pytest.mark.parametrize(("tier", "more"), [("auto", 0.0), ("host", 0.25)])
+def test_a_tier_of_keys_and_values_costs_calls(tier: str, more: float) -> None:
+    """For each micro-batch and layer, whenever tokens come."""
+    batches = (MicroBatch(2, 8),) * 3
+    plain = model_of(tier="device", kv_tier=tier)
+    dear = model_of(tier="device", kv_tier=tier, calls=CallCosts(kv_layer=0.25))
+    for act in ("prefill", "decode"):
+        seconds = [getattr(model, act)(batches, 8.0).steady for model in (plain, dear)]
+        assert seconds[1] - seconds[0] == pytest.approx(NUM * 3 * more)
+
+
 @pytest.mark.parametrize(
     ("measured", "lost"), [(0.0, 0.5 / (1e9 * 2)), (3e-9, 0.5 * 3e-9)]
 )

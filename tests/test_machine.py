@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from penstock.io.errors import PolicyError, UsageError
 from penstock.offload.cli import app
-from penstock.offload.machines import measure, measure_beside, measure_products
+from penstock.offload.machines import (
+    measure,
+    measure_beside,
+    measure_between,
+    measure_products,
+)
 from penstock.offload.machines.machine import (
     Calls,
     Machine,
@@ -20,7 +27,7 @@ from penstock.offload.machines.machine import (
     own_machine_path,
     shipped_machines,
 )
-from penstock.offload.machines.measure_calls import least_seconds
+from penstock.offload.machines.measure_calls import Block, TwoDepths, calls
 from penstock.offload.machines.measure_gpu import copies_of
 from penstock.offload.machines.measuring import measure_machine
 from penstock.offload.plans.rates import rates_of
@@ -159,11 +166,8 @@ def test_what_is_computed_is_looked_at_again_and_again(
     products = measure_products.Products(torch.float32, "cpu", lambda: None)
     for _ in range(3):
         products.look()
-    best = {1: flops, 8: 4 * flops, 16: 4 * flops}  # never fewer than with fewer rows
-    assert products.best() == (best, {32: round(attention / 5)})
     usual = {1: flops // 2, 8: round(8 * flops / 3), 16: round(8 * flops / 3)}
-    assert products.usual() == (usual, {32: round(attention / 6)})
-    assert products.slowdown == pytest.approx((2 + 3 + 16) / (1 + 2 + 8))
+    assert products.usual() == (usual, {32: round(attention / 6)})  # never fewer
 
 
 def test_what_disturbs_a_run_is_not_counted() -> None:
@@ -172,13 +176,52 @@ def test_what_disturbs_a_run_is_not_counted() -> None:
     assert found == pytest.approx(0.1)
 
 
-def test_long_runs_are_measured_less_often() -> None:
-    short = iter([0.3, 0.2, 0.4, 9.0])
-    assert least_seconds(lambda: next(short), most=3) == 0.2
-    assert next(short) == 9.0
-    long = iter([2.5, 1.0])
-    assert least_seconds(lambda: next(long), most=3) == 2.5
-    assert next(long) == 1.0
+def test_what_a_block_takes_is_the_median_of_moments() -> None:
+    seconds = {"shallow": iter([1.0, 5.0, 2.0]), "deep": iter([2.0, 8.0, 2.5])}
+    models = TwoDepths("shallow", "deep", num_more=2)
+    assert models.per_block(lambda model: next(seconds[model])) == 0.5
+    backwards = {"shallow": 2.0, "deep": 1.0}
+    assert models.per_block(lambda model: backwards[model]) == 0.0
+    assert models.once(lambda model: backwards[model]) == -0.5
+
+
+def test_the_clock_leaves_out_what_it_is_told_to() -> None:
+    x, own = torch.ones(3, 3), functional.linear
+    waits: list[None] = []
+    with measure_between.rest_clock(lambda: waits.append(None), "linear") as clock:
+        begin = time.perf_counter()
+        time.sleep(0.02)
+        clock.leave_out(time.sleep, 0.2)
+        assert torch.nn.Linear(3, 2)(x).shape == (3, 2)
+        spent = time.perf_counter() - begin
+        assert 0.02 <= clock.seconds < spent - 0.19
+    assert len(waits) == 4  # before and after each
+    assert functional.linear is own
+    with (
+        pytest.raises(ZeroDivisionError),
+        measure_between.rest_clock(lambda: None, "linear"),
+    ):
+        1 / 0  # noqa: B018
+    assert functional.linear is own
+
+
+@pytest.mark.slow
+def test_what_is_between_products_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    small = Block(hidden=64, intermediate=128, heads=4)
+    monkeypatch.setattr(measure_between, "_LARGE", small)
+    monkeypatch.setattr(measure_between, "_MIDDLE", small)
+    found = measure_between.measure_between("cpu", tmp_path, 0.0, lambda: None)
+    assert found.pointwise is not None
+    assert 1e6 < found.pointwise < 1e12
+    assert 1e-6 < found.joint_module < 1e-2
+    assert found.first_touch >= 0.0
+    own = calls("cpu", tmp_path, 1e-9)
+    assert 1e-6 < own.module < 1e-2
+    assert 1e-6 < own.decode_module < 1e-2
+    assert own.joint_module == 0.0  # measured with what is between
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -211,23 +254,25 @@ def test_this_computer_is_measured(
     """Everything but the models, which take long: at toy size."""
     monkeypatch.setattr(measure_products, "ROWS", (1, 8))
     monkeypatch.setattr(measure_products, "LENGTHS", (32,))
-    monkeypatch.setattr(measure_products.Products, "slowdown", 2.0)
     monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
     monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
-    monkeypatch.setattr(measure_beside, "_ROUND_SECONDS", 0.05)
+    monkeypatch.setattr(measure_beside, "_BLOCKS", 3)
     module = "penstock.offload.machines.measuring"
     monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
-    monkeypatch.setattr(f"{module}.block_seconds", lambda *_: (10.0, 1e-9))
-    monkeypatch.setattr(f"{module}.decode_block_seconds", lambda *_: 10.0)
+    between = measure_between.Between(int(7e9), int(3e9), 1e-4, 3e-4, 2e-9)
+    monkeypatch.setattr(f"{module}.measure_between", lambda *_: between)
     parts: list[str] = []
     machine = measure_machine(tmp_path, IO(cache=tmp_path), parts.append)
     assert machine.num_threads == torch.get_num_threads()
     assert set(machine.matmul) == {"float32", "bfloat16"}
     assert machine.disk is not None
     assert machine.disk.bandwidth["threads"] > 0
-    assert machine.calls.first_touch_per_gb == pytest.approx(2.0)  # twice its best
-    assert 0.0 < machine.calls.cast_per_gb < 60.0
-    assert machine.pointwise_bandwidth is not None
+    assert machine.calls.first_touch_per_gb == pytest.approx(2.0)
+    assert (machine.calls.product, machine.calls.joint_module) == (1e-6, 1e-4)
+    assert machine.calls.kv_layer == 3e-4
+    assert 0.0 <= machine.calls.cast_per_gb < 60.0  # noise, in so small a model
+    rates = machine.pointwise_bandwidth, machine.decode_bandwidth
+    assert rates == (int(7e9), int(3e9))
     assert parts
     assert not list(tmp_path.glob("penstock-scratch-*"))
     path = tmp_path / "machine.yaml"

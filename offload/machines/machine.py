@@ -67,6 +67,9 @@ class Calls(Section):
     """Of one module for a micro-batch in decode, whose products are shared."""
     decode_module: float = 0.0
     """The same where they are not shared."""
+    kv_layer: float = 0.0
+    """Of one layer's keys and values of a micro-batch, where a tier (`kv.tier`) keeps
+    them: putting them there and getting them."""
     step: float = 0.0
     """Of one micro-batch and one token of its rows, outside of its modules."""
 

@@ -1,80 +1,83 @@
-"""Measures what casting takes from computing where both have the same cores.
+"""Measures what weights on their way in take from computing where both have the same
+cores.
 
 More than the cores' share of it: a product is divided evenly among threads, so it waits
-for the one whose core casts, and both want the same caches and memory.
+for the one whose core casts, both want the same caches and memory, and both run Python.
+So a small checkpoint is scored with all of its weights there, and streamed.
 """
 
-import itertools
-import statistics
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
 
 import torch
-from torch.nn import functional
+from safetensors.torch import save_file
+from torch import nn
 
-from ...io.loader import copy_serially
+from ..model import engine_of, load
+from .measure_calls import ROUNDS, jobs_policy, score_seconds
 
-_SHAPE = (2048, 5632)
-_ROWS = 64
-_ROUND_SECONDS = 0.4
-_ROUNDS = 5
-_REST = 1.5
-"""Of a cast's time, after each: weights that stream are not cast all the time."""
-
-
-class _Caster:
-    """A thread that casts and rests, over and over, within its block."""
-
-    def __init__(self, source: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
-        self._source = source
-        self._pieces = pieces
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work)
-        self.num_bytes = 0
-
-    def __enter__(self) -> "_Caster":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        for piece in itertools.cycle(self._pieces):
-            start = time.perf_counter()
-            copy_serially(piece, self._source)
-            self.num_bytes += self._source.nbytes
-            if self._stop.wait(_REST * (time.perf_counter() - start)):
-                return
+_HIDDEN, _INTERMEDIATE, _BLOCKS = 1024, 2816, 4
+_TOKENS, _BATCHES, _PASSES = 64, 4, 3
+_PREFIX_BYTES = 16 << 20
 
 
-def cast_beside() -> float:
-    """Seconds that products lose for each stored byte of bfloat16 cast beside them."""
-    x = torch.randn(_ROWS, _SHAPE[0])
-    weights = itertools.cycle([torch.randn(_SHAPE[::-1]) for _ in range(4)])
-    source = torch.zeros(2 << 20, dtype=torch.bfloat16)
-    pieces = torch.split(torch.zeros(32 << 20), len(source))
-    _rate(x, weights)
-    found = []
-    for _ in range(_ROUNDS):
-        before = _rate(x, weights)
-        start = time.perf_counter()
-        with _Caster(source, pieces) as caster:
-            beside = _rate(x, weights)
-        seconds = time.perf_counter() - start
-        alone = max(before, _rate(x, weights))  # what disturbs makes it only slower
-        found.append(max(0.0, 1.0 - beside / alone) * seconds / caster.num_bytes)
-    return statistics.median(found)
+def cast_beside(cache: Path) -> float:
+    """Seconds that computing loses for each stored byte that is read and cast beside
+    it. Writes a checkpoint into the folder `cache`."""
+    folder = cache / "beside"
+    block = _save(folder)
+    num_rows = _BATCHES * _PASSES
+    with ExitStack() as opened:
+        there, streamed = (
+            opened.enter_context(
+                load(
+                    folder,
+                    jobs_policy(
+                        "cpu",
+                        cache,
+                        dtype="float32",
+                        device_memory=room,
+                        micro_batch_tokens=_TOKENS,
+                        tokens_in_flight=_TOKENS * _BATCHES,
+                    ),
+                )
+            )
+            for room in ((_BLOCKS + 2) * block, 2 * block + _PREFIX_BYTES)
+        )
+        found = []
+        engine = engine_of(streamed)
+        assert engine is not None, "it was loaded"
+        for number in range(ROUNDS + 1):
+            before = engine.statistics()
+            seconds = score_seconds(streamed, num_rows, _TOKENS)
+            after = engine.statistics()
+            seconds -= after.wait_seconds - before.wait_seconds
+            seconds -= score_seconds(there, num_rows, _TOKENS)
+            nbytes = after.bytes_loaded - before.bytes_loaded
+            if number:  # the first touches memory
+                found.append(seconds / nbytes)
+    return max(0.0, median(found))
 
 
-def _rate(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> float:
-    """Products a second."""
-    start = now = time.perf_counter()
-    num = 0
-    while now < start + _ROUND_SECONDS:
-        functional.linear(x, next(weights))
-        num += 1
-        now = time.perf_counter()
-    return num / (now - start)
+def _save(folder: Path) -> int:
+    """A Llama in bfloat16. Returns the bytes of a block in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=_HIDDEN,
+        intermediate_size=_INTERMEDIATE,
+        num_hidden_layers=_BLOCKS,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        architectures=["LlamaForCausalLM"],
+        vocab_size=512,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    made = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    config.save_pretrained(folder)
+    save_file(made.state_dict(), folder / "model.safetensors")
+    block: nn.Module = made.model.layers[0]
+    numbers = sum(p.numel() for p in block.parameters())
+    return 4 * numbers

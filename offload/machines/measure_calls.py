@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,14 +19,11 @@ from .machine import Calls
 
 MODULES_OF_BLOCK = 9
 """With weights, in a block of Llama: seven products, two norms."""
-_SHALLOW, _DEEP = 1, 5
 _NUM_BATCHES = 16
 _LENGTH = 16
-_FEW_TOKENS, _NUM_STEPS = 2, 6
-_ENOUGH_SECONDS = 2.0
-"""That are measured: what disturbs a run of a second or two is little beside it."""
-DECODE_ROWS_EACH = 4
-DECODE_ROWS = _NUM_BATCHES * DECODE_ROWS_EACH
+_ROWS_EACH = 4
+_NUM_STEPS = 8
+ROUNDS = 3
 
 
 class CountingTokenizer:
@@ -59,118 +56,82 @@ class Block:
 
 
 _TINY = Block(hidden=64, intermediate=128, heads=4)
-LARGE = Block(hidden=1024, intermediate=2816, heads=16)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoDepths:
+    """The same model with fewer and more blocks."""
+
+    shallow: Any
+    deep: Any
+    num_more: int
+    """Blocks of the deep one that the shallow one lacks."""
+
+    def per_block(self, run: Callable[[Any], float]) -> float:
+        """What a block adds to `run`: the median of rounds in which both depths have
+        their turn, or a busy moment would count as a block's."""
+        return max(0.0, median(self.once(run) for _ in range(ROUNDS)))
+
+    def once(self, run: Callable[[Any], float]) -> float:
+        """The same in one round."""
+        shallow = run(self.shallow)
+        return (run(self.deep) - shallow) / self.num_more
 
 
 def calls(device: str, cache: Path, product: float) -> Calls:
-    """Of this computer; `product` is what one product takes. Writes small models into
-    the folder `cache`, which go."""
-    scored = {n: _score_seconds(_TINY, n, device, cache) for n in (_SHALLOW, _DEEP)}
-    module, batch = _line({n: seconds for n, (seconds, _) in scored.items()})
-    job = min(first for _, first in scored.values())
-    found = {}
-    for coalesce in ("auto", "off"):
-        policy = _policy(device, cache, coalesce=coalesce)
-        found[coalesce] = _line(
-            {n: _step_seconds(_TINY, n, policy) for n in (_SHALLOW, _DEEP)}
+    """Of this computer, those in joint decode apart; `product` is what one product
+    takes. Writes small models into the folder `cache`, which go."""
+    tokens = {"micro_batch_tokens": _LENGTH, "tokens_in_flight": 8 * _LENGTH}
+    with two_depths(_TINY, jobs_policy(device, cache, **tokens)) as models:
+
+        def scored(model: Any) -> float:
+            return score_seconds(model, _NUM_BATCHES, _LENGTH) / _NUM_BATCHES
+
+        first = _NUM_BATCHES * scored(models.shallow)
+        scored(models.deep)
+        module = models.per_block(scored)
+        usual = median(scored(models.shallow) for _ in range(ROUNDS))
+    with two_depths(_TINY, jobs_policy(device, cache, coalesce="off")) as models:
+
+        def completed(model: Any, steps: int = _NUM_STEPS) -> float:
+            num_rows = _NUM_BATCHES * _ROWS_EACH
+            return generate_seconds(model, num_rows, steps) / _NUM_BATCHES
+
+        completed(models.deep)
+        alone = models.per_block(completed) / _NUM_STEPS
+        more = median(
+            completed(models.shallow, 2 * _NUM_STEPS) - completed(models.shallow)
+            for _ in range(ROUNDS)
         )
-    joint, step = found["auto"]
-    alone, other_step = found["off"]
     # What the products themselves take is counted apart, once for all who share it.
-    seven = 7 * product / MODULES_OF_BLOCK
+    seven = 7 * product
     return Calls(
-        job=job,
+        job=max(0.0, first - _NUM_BATCHES * usual),
         product=product,
-        module=max(0.0, module - seven),
-        batch=batch,
-        joint_module=max(0.0, joint - seven / _NUM_BATCHES),
-        decode_module=max(0.0, alone - seven),
-        step=min(step, other_step),
+        module=max(0.0, module - seven) / MODULES_OF_BLOCK,
+        batch=max(0.0, usual - module),
+        decode_module=max(0.0, alone - seven) / MODULES_OF_BLOCK,
+        step=max(0.0, more / _NUM_STEPS - alone),
     )
 
 
-def block_seconds(
-    block: Block, rows: int, length: int, device: str, cache: Path
-) -> tuple[float, float]:
-    """Of one block for one micro-batch that is scored, its weights there; and what
-    filling a byte of the working set for the first time takes beside reading it."""
-    size = {"rows": rows, "length": length, "num_batches": 2}
-    shallow, first = _score_seconds(block, 1, device, cache, **size)
-    deep, other_first = _score_seconds(block, 5, device, cache, **size)
-    nbytes = 4 * 4 * block.hidden * (4 * block.hidden + 3 * block.intermediate)
-    touch = max(0.0, other_first - first) / nbytes
-    return max(0.0, (deep - shallow) / 4), touch
+def score_seconds(model: Any, num_rows: int, length: int) -> float:
+    """Of a job with texts of so many tokens."""
+    texts = [{"id": i, "text": str(length)} for i in range(num_rows)]
+    return _timed(score(model, texts, tokenizer=CountingTokenizer(512)))
 
 
-def decode_block_seconds(block: Block, device: str, cache: Path) -> float:
-    """Of one block for one more token of `DECODE_ROWS` rows in micro-batches that
-    share products, for each of these micro-batches."""
-    policy = _policy(device, cache)
-    shallow, deep = (_step_seconds(block, n, policy) for n in (1, 3))
-    return max(0.0, (deep - shallow) / 2)
-
-
-def _line(seconds: dict[int, float]) -> tuple[float, float]:
-    """(seconds of a module, seconds of the rest) where `seconds` is by blocks."""
-    slope = (seconds[_DEEP] - seconds[_SHALLOW]) / (_DEEP - _SHALLOW)
-    rest = seconds[_SHALLOW] - _SHALLOW * slope
-    return max(0.0, slope) / MODULES_OF_BLOCK, max(0.0, rest)
-
-
-def _score_seconds(
-    block: Block,
-    num_layers: int,
-    device: str,
-    cache: Path,
-    *,
-    rows: int = 1,
-    length: int = _LENGTH,
-    num_batches: int = _NUM_BATCHES,
-) -> tuple[float, float]:
-    """Of one micro-batch of `rows` x `length`, all weights there; and what the first
-    job takes more than those after it."""
-    tokens = rows * length
-    policy = _policy(
-        device, cache, micro_batch_tokens=tokens, tokens_in_flight=tokens * 8
-    )
-    texts = [{"id": i, "text": str(length)} for i in range(num_batches * rows)]
-    with _model(block, num_layers, policy) as model:
-        tokenizer = CountingTokenizer(512)
-        run = partial(score, model, texts, tokenizer=tokenizer)
-        first = _timed(run())
-        best = least_seconds(lambda: _timed(run()), most=3)
-        return best / num_batches, max(0.0, first - best)
-
-
-def _step_seconds(block: Block, num_layers: int, policy: Policy) -> float:
-    """Of one micro-batch and one more token of its rows."""
-    texts = [{"id": i, "prompt": "8"} for i in range(_NUM_BATCHES * DECODE_ROWS_EACH)]
-    with _model(block, num_layers, policy) as model:
-        _generate_seconds(model, texts[:DECODE_ROWS_EACH], 2)
-        few, many = (
-            least_seconds(partial(_generate_seconds, model, texts, tokens), most=2)
-            for tokens in (_FEW_TOKENS, _FEW_TOKENS + _NUM_STEPS)
-        )
-    return max(0.0, many - few) / _NUM_STEPS / _NUM_BATCHES
-
-
-def _generate_seconds(model: Any, rows: list[dict[str, Any]], tokens: int) -> float:
+def generate_seconds(model: Any, num_rows: int, tokens: int) -> float:
+    """Of a job that completes prompts of one token by so many: as many passes, and no
+    prompt that takes longer than a step."""
     results = generate(
         model,
-        rows,
+        [{"id": i, "prompt": "1"} for i in range(num_rows)],
         max_new_tokens=tokens,
         tokenizer=CountingTokenizer(512),
         do_sample=False,
     )
     return _timed(results)
-
-
-def least_seconds(run: Callable[[], float], *, most: int) -> float:
-    """Of `most` runs, which say how long they took; of fewer where that is enough."""
-    found: list[float] = []
-    while len(found) < most and sum(found) < _ENOUGH_SECONDS:
-        found.append(run())
-    return min(found)
 
 
 def _timed(results: Iterable[Any]) -> float:
@@ -180,15 +141,27 @@ def _timed(results: Iterable[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _policy(device: str, cache: Path, **settings: Any) -> Policy:
+def jobs_policy(device: str, cache: Path, **settings: Any) -> Policy:
+    """Of jobs whose weights are all there after the first."""
     return Policy(
         device=device,
-        device_memory="1GiB",
-        micro_batch_sequences=DECODE_ROWS_EACH,
-        sequences_in_flight=_NUM_BATCHES * DECODE_ROWS_EACH,
         io={"cache": cache},
-        **settings,
+        **{
+            "device_memory": "1GiB",
+            "micro_batch_sequences": _ROWS_EACH,
+            "sequences_in_flight": _NUM_BATCHES * _ROWS_EACH,
+            **settings,
+        },
     )
+
+
+@contextmanager
+def two_depths(
+    block: Block, policy: Policy, *, shallow: int = 1, deep: int = 5
+) -> Iterator[TwoDepths]:
+    """Streamed models of so many blocks."""
+    with _model(block, shallow, policy) as few, _model(block, deep, policy) as many:
+        yield TwoDepths(few, many, deep - shallow)
 
 
 @contextmanager

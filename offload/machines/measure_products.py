@@ -51,23 +51,12 @@ class Products:
 
     def usual(self) -> tuple[Rates, Rates]:
         """Of products and of attention, in the mean of all looks."""
-        return self._rates(statistics.mean)
-
-    def best(self) -> tuple[Rates, Rates]:
-        """In the fastest one."""
-        return self._rates(min)
-
-    @property
-    def slowdown(self) -> float:
-        """How much longer all of it takes usually than at best."""
-        found = list(self._products.values())
-        return sum(map(statistics.mean, found)) / sum(map(min, found))
-
-    def _rates(self, pick: Callable[[Sequence[float]], float]) -> tuple[Rates, Rates]:
         return (
-            _rising(self._products, lambda rows: 2 * rows * _IN * _OUT, pick),
+            _rising(self._products, lambda rows: 2 * rows * _IN * _OUT),
             {
-                length: round(4 * math.prod(_shape(length)) * length / pick(seconds))
+                length: round(
+                    4 * math.prod(_shape(length)) * length / statistics.mean(seconds)
+                )
                 for length, seconds in self._attention.items()
             },
         )
@@ -80,14 +69,14 @@ class Products:
 
 
 def _rising(
-    seconds: Mapping[int, Sequence[float]],
-    flops: Callable[[int], int],
-    pick: Callable[[Sequence[float]], float],
+    seconds: Mapping[int, Sequence[float]], flops: Callable[[int], int]
 ) -> Rates:
     """Never fewer than with fewer rows, which only a disturbed run would show."""
     found: Rates = {}
     for rows, looks in seconds.items():
-        found[rows] = max([round(flops(rows) / pick(looks)), *found.values()])
+        found[rows] = max(
+            [round(flops(rows) / statistics.mean(looks)), *found.values()]
+        )
     return found
 
 

@@ -43,6 +43,7 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
             batch=calls.batch,
             joint_module=calls.joint_module,
             decode_module=calls.decode_module,
+            kv_layer=calls.kv_layer,
             step=calls.step,
             row_read=0.0 if disk is None else disk.row_read_seconds,
         ),
