@@ -4,28 +4,39 @@ import ctypes
 import subprocess
 import sys
 
-import psutil
 import pytest
-
-from penstock.offload.monitoring.heap import Heap
 
 has_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) is not None
 only_glibc = pytest.mark.skipif(not has_trim, reason="only glibc's heap is trimmed")
 
 
+TRIMMED = """
+import sys, psutil
+from penstock.offload.monitoring.heap import Heap
+
+process = psutil.Process()
+heap = Heap(slack_bytes=int(sys.argv[1]) << 20)
+blocks = [bytes(60_000) for _ in range(2_000)]  # 114 MiB, too small to be mapped
+kept = [bytes(60_000)]  # above them, so that freeing alone gives nothing back
+full = process.memory_info().rss
+blocks.clear()
+heap.trim()
+print(full - process.memory_info().rss)
+"""
+
+
+def printed(code: str, *arguments: object) -> int:
+    """By a process with a heap of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 @only_glibc
 @pytest.mark.parametrize("slack_mib", [16, 1024])
 def test_heap_is_trimmed_once_the_slack_is_exceeded(slack_mib: int) -> None:
-    process = psutil.Process()
-    heap = Heap(slack_bytes=slack_mib << 20)
-    blocks = [bytes(60_000) for _ in range(2_000)]  # 114 MiB, too small to be mapped
-    kept = [bytes(60_000)]  # above them, so that freeing alone gives nothing back
-    full = process.memory_info().rss
-    blocks.clear()
-    heap.trim()
-    given_back = full - process.memory_info().rss
+    given_back = printed(TRIMMED, slack_mib)
     assert (given_back > 80 << 20) == (slack_mib == 16)
-    assert kept
 
 
 CODE = """
@@ -45,9 +56,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def faults(how: str, mib: int) -> float:
     """Pages faulted in by ten tensors of `mib` MiB, one after the other, over the pages
     of one."""
-    command = [sys.executable, "-c", CODE, how, str(mib)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout) / (mib * 256)
+    return printed(CODE, how, mib) / (mib * 256)
 
 
 @only_glibc
