@@ -71,7 +71,8 @@ def ceiling(
     """Seconds for prompts of so many tokens, if every place of `in_flight` is taken in
     every pass: the sum over passes of what its products need or what its bytes need,
     whichever is more. With `kv_on_disk` keys and values pass through the drive, too:
-    those that a pass adds, and all before them. `seconds_apart` is without them."""
+    those that a pass adds, and all before them; `seconds_apart` is what binds if they
+    had a drive of their own."""
     rows = len(prompts)
     num_groups = -(-rows // in_flight)
     width = min(in_flight, rows)
@@ -84,7 +85,9 @@ def ceiling(
     kv = width * size.kv_bytes_per_token / rates.disk if kv_on_disk else 0.0
     steps = [max(step, read + kv * (prompt + done)) for done in range(1, new_tokens)]
     first = max(prefill, read + kv * prompt)
-    apart = max(prefill, read) + (new_tokens - 1) * max(step, read)
+    apart = max(prefill, read, kv * prompt) + sum(
+        max(step, read, kv * (prompt + done)) for done in range(1, new_tokens)
+    )
     return {
         "matmul_flops_per_second": rates.wide,
         "matmul_flops_per_second_of_a_step": rates.narrow,
