@@ -5,11 +5,11 @@ Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences
 flight. The ceiling is the sum over all passes of what the matrix products of its tokens
 need at the measured rate, or what reading the weights once needs at the measured
 O_DIRECT rate, whichever is more; keys and values on disk share its drive ("alone" is
-the ceiling if they had one of their own). Machines drift: rates are measured before all runs and after
-them, and beside each run, which stands still for three seconds of every thirty (and of
-its clock) meanwhile; a run that was long enough for that has the ceiling of its own
-minutes. Output tokens and all tokens a second are shown apart, beside counts that noise
-cannot move: passes, and weight bytes for each output token.
+the ceiling if they had one of their own). Machines drift: rates are measured before all
+runs and after them, and beside each run, which stands still for three seconds of every
+thirty (and of its clock) meanwhile; a run that was long enough for that has the ceiling
+of its own minutes. Output tokens and all tokens a second are shown apart, beside counts
+that noise cannot move: passes, and weight bytes for each output token.
 
 Every run is a process of its own, the checkpoint thrown out of the page cache before
 it; contenders take turns, medians are shown. Greedy completions are compared with the
