@@ -78,13 +78,15 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     ]
     found = {}
     for name in args.contenders:
-        if name == "accelerate":
-            python = HERE / "peers" / ".envs" / name / "bin" / "python"
-            script = HERE / "peers" / f"generate_{name}.py"
-            memory = str(parse_bytes(args.device_memory))
-            found[name] = [str(python), str(script), *common, "--cpu-memory", memory]
-            continue
         mode, _, setting = name.partition(":")
+        if mode == "accelerate":
+            python = HERE / "peers" / ".envs" / mode / "bin" / "python"
+            script = HERE / "peers" / f"generate_{mode}.py"
+            given = {"cpu-memory": args.device_memory}
+            given |= dict(part.split("=", 1) for part in setting.split(":") if part)
+            flags = [f"--{key}={value}" for key, value in given.items()]
+            found[name] = [str(python), str(script), *common, *flags]
+            continue
         worker = [sys.executable, str(HERE / "generate_worker.py"), mode, *common]
         extra = [setting] if setting else []
         found[name] = [*worker, "--set", *settings, *extra]
@@ -180,7 +182,8 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=["streamed", "resident"],
         help="streamed, fixed (batch after batch), resident, accelerate; "
-        "streamed:key=value is streamed with one more setting",
+        "streamed:key=value is streamed with one more setting; "
+        "accelerate:batch=64:cpu-memory=512MiB gives it these instead",
     )
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens of a completion")
