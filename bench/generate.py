@@ -88,7 +88,7 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
             found[name] = [str(python), str(script), *common, *flags]
             continue
         worker = [sys.executable, str(HERE / "generate_worker.py"), mode, *common]
-        extra = [setting] if setting else []
+        extra = setting.split(":") if setting else []
         found[name] = [*worker, "--set", *settings, *extra]
     return found
 
@@ -182,8 +182,8 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=["streamed", "resident"],
         help="streamed, fixed (batch after batch), resident, accelerate; "
-        "streamed:key=value is streamed with one more setting; "
-        "accelerate:batch=64:cpu-memory=512MiB gives it these instead",
+        "streamed:key=value:key=value has these settings, too; "
+        "accelerate:batch=64:cpu-memory=512MiB these instead of its own",
     )
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=16, help="tokens of a completion")

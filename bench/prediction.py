@@ -76,7 +76,13 @@ def predicted(folder: Path, case: Case, machine: Machine) -> Prediction:
     )
     work: Scoring | Generating = scoring_of(policy, [case.length] * case.num_rows)
     if case.generates:
-        work = generating_of(policy, case.num_rows, case.length, case.new_tokens)
+        work = generating_of(
+            policy,
+            case.num_rows,
+            case.length,
+            case.new_tokens,
+            in_parts=made.shape.prompts_in_parts,
+        )
     return predict(made.model, work)
 
 

@@ -65,6 +65,8 @@ class ModelShape:
     gathers_rows: bool = False
     """Whether the embedding's rows are read from its file."""
     vocabulary: int = 0
+    prompts_in_parts: bool = True
+    """Whether a prompt may come in with several calls."""
 
     @property
     def streamed(self) -> tuple[int, ...]:

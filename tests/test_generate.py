@@ -22,9 +22,11 @@ import zoo
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import UsageError
-from penstock.offload.plans.forecast import generating_of
+from penstock.offload.plans.forecast import forecast, generating_of
 from penstock.offload.tasks.decoding import RowSampler
 from penstock.offload.tasks.generate import GenerateProgress
+from penstock.offload.weights.blueprint import blueprint
+from test_planner import machine_of
 from test_score import read, run, settings
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -470,7 +472,34 @@ def test_a_plan_has_as_many_passes_as_the_job(
         )
         made = penstock.statistics(model).passes
     assert not any("error" in result for result in found)
-    work = generating_of(asked, 8, 24, 3)
+    work = generating_of(asked, 8, 24, 3, in_parts=True)
+    assert made == len(work.chunks) + work.new_tokens - 1
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "t5", "gpt2"])
+def test_a_plan_knows_whose_prompts_come_whole(name: str, tmp_path: Path) -> None:
+    zoo.save_checkpoint(name, tmp_path)
+    asked = Policy(
+        device_memory="1MiB",
+        prompt_tokens=4,
+        sequences_in_flight=2,
+        micro_batch_sequences=1,
+    )
+    skeleton, _ = blueprint(tmp_path, asked.dtype)
+    planned = forecast(
+        skeleton.model, skeleton.recipes, asked, machine_of(), generates=True
+    )
+    work = generating_of(asked, 2, 11, 3, in_parts=planned.shape.prompts_in_parts)
+    assert work.chunks == ((4, 4, 3) if name == "gpt2" else (11,))
+    ids = zoo.inputs(name, rows=1, tokens=11)["input_ids"][0].tolist()
+    rows = [{"prompt": " ".join(map(str, ids))}] * 2
+    with penstock.load(tmp_path, asked) as model:
+        model.generation_config.eos_token_id = None
+        found = list(
+            penstock.generate(model, rows, max_new_tokens=3, tokenizer=Numbers())
+        )
+        made = penstock.statistics(model).passes
+    assert not any("error" in result for result in found)
     assert made == len(work.chunks) + work.new_tokens - 1
 
 

@@ -150,14 +150,16 @@ def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
 
 def test_a_plan_has_the_parts_of_prompts_that_a_job_takes() -> None:
     """256 rows of 64 tokens: one pass, four, and whole prompts in smaller calls."""
-    work = generating_of(Policy(), 256, 64, 16)
+    work = generating_of(Policy(), 256, 64, 16, in_parts=True)
     assert (work.each, work.chunks) == (8, (64,))
-    work = generating_of(Policy(micro_batch_sequences=64), 256, 64, 16)
+    work = generating_of(Policy(micro_batch_sequences=64), 256, 64, 16, in_parts=True)
     assert (work.each, work.chunks) == (64, (16,) * 4)
     whole = Policy(micro_batch_sequences=64, prompt_tokens="all")
-    work = generating_of(whole, 256, 64, 16)
+    work = generating_of(whole, 256, 64, 16, in_parts=True)
     assert (work.each, work.chunks) == (8, (64,))
-    assert generating_of(Policy(prompt_tokens=24), 256, 64, 16).chunks == (24, 24, 16)
+    assert generating_of(
+        Policy(prompt_tokens=24), 256, 64, 16, in_parts=True
+    ).chunks == (24, 24, 16)
 
 
 def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:

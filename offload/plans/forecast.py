@@ -170,13 +170,20 @@ def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
 
 
 def generating_of(
-    policy: Policy, num_rows: int, prompt_tokens: int, new_tokens: int
+    policy: Policy,
+    num_rows: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    in_parts: bool,
 ) -> Generating:
-    """The work of completing `num_rows` prompts of one length."""
+    """The work of completing `num_rows` prompts of one length. `in_parts`: whether
+    each may come in with several calls, as the model's shape says."""
     in_flight = policy.sequences_in_flight
     each = min(policy.micro_batch_sequences, in_flight)
     num_sharing = max(1, min(-(-num_rows // each), in_flight // each))
-    chunk = prompt_chunk(policy, min(each, max(1, num_rows)), num_sharing)
+    rows = min(each, max(1, num_rows))
+    chunk = prompt_chunk(policy, rows, num_sharing, in_parts=in_parts)
     if chunk is None:  # then a call has at most so many tokens, too
         each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
     in_flight = in_flight // each * each

@@ -19,7 +19,13 @@ def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -
             waits_on_host=policy.activations == "host" and not is_shared,
         )
     in_flight, staging = policy.sequences_in_flight, policy.kv.staging_memory
-    work = generating_of(policy, in_flight, task.prompt_tokens, task.new_tokens)
+    work = generating_of(
+        policy,
+        in_flight,
+        task.prompt_tokens,
+        task.new_tokens,
+        in_parts=shape.prompts_in_parts,
+    )
     return generating_need(
         shape,
         in_flight,

@@ -217,15 +217,21 @@ class Planner:
             found = self._forecast(policy)
         except DoesNotFitError:
             return None
-        work = self.work(policy)
+        work = self._work(policy, found.shape)
         return Choice(policy, found, predict(found.model, work), need)
 
-    def work(self, policy: Policy) -> Scoring | Generating:
+    def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
         """As much as is in flight at one time, in several passes."""
         task = self.task
         if task.generates:
             num_rows = policy.sequences_in_flight
-            return generating_of(policy, num_rows, task.prompt_tokens, task.new_tokens)
+            return generating_of(
+                policy,
+                num_rows,
+                task.prompt_tokens,
+                task.new_tokens,
+                in_parts=shape.prompts_in_parts,
+            )
         times = 8 if self.objective == "throughput" else 1
         rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
         return scoring_of(policy, [task.prompt_tokens] * rows)

@@ -24,11 +24,11 @@ def predicted(
         machine = find_machine(None, policy.io.cache)
         if machine is None:
             return {"note": NO_MACHINE}
-        work = work_of(policy, counts)
+        generates = "output_tokens" in counts
+        made = of_arrangement(model, arrangement, policy, machine, generates=generates)
+        work = work_of(policy, counts, in_parts=made.shape.prompts_in_parts)
         if work is None:
             return {"note": "no rows to predict for"}
-        generates = isinstance(work, Generating)
-        made = of_arrangement(model, arrangement, policy, machine, generates=generates)
         found = predict(made.model, work)
     except PenstockError as error:
         return {"note": f"nothing is predicted: {error}"}
@@ -44,7 +44,9 @@ def predicted(
     return result
 
 
-def work_of(policy: Policy, counts: Mapping[str, Any]) -> Scoring | Generating | None:
+def work_of(
+    policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
+) -> Scoring | Generating | None:
     """The job's work by its counts: micro-batches as the mean of them was. None
     without any."""
     num = counts["micro_batches"]
@@ -61,7 +63,7 @@ def work_of(policy: Policy, counts: Mapping[str, Any]) -> Scoring | Generating |
             max(1, round(counts["output_tokens"] / rows)),
             policy.sequences_in_flight,
             each,
-            prompt_chunk(policy, each, num_sharing),
+            prompt_chunk(policy, each, num_sharing, in_parts=in_parts),
         )
     length = (counts["tokens"] + counts["tokens_padding"]) / (num * each)
     batches = (MicroBatch(each, max(1, round(length))),) * num

@@ -1,7 +1,6 @@
 """Says in sentences what binds a plan, and what would change it."""
 
 from ...scheduler.load_cost import load_seconds
-from ...scheduler.workload import Generating
 from ..monitoring.show import human_bytes
 from .forecast import dtype_of
 from .planner import Choice, Planner
@@ -118,7 +117,7 @@ def _dtype(planner: Planner, choice: Choice) -> list[str]:
     rates = planner.machine.matmul
     if now not in rates:
         return []
-    rows = 512 if not isinstance(planner.work(choice.policy), Generating) else 64
+    rows = 64 if planner.task.generates else 512
     at = choice.forecast.model.rates.matmul_flops.at(rows)
     for name, by_rows in rates.items():
         nearest = by_rows[min(by_rows, key=lambda r: abs(r - rows))]

@@ -2,7 +2,6 @@
 record of where each ended and why, and no more work for those that have."""
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, MaxLengthCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
+from transformers import MaxLengthCriteria, StoppingCriteriaList
 
+from ..units.cache_kind import is_plain
 from .shrinking import may_shrink, shrunk
 
 
@@ -107,25 +106,6 @@ def row_seed(seed: int, row: int, number: int) -> int:
     return int(mixed.generate_state(1)[0])
 
 
-def keeps_only_keys_and_values(model: Any) -> bool:
-    """Whether a prompt may come in with several calls, and a row may leave. Layers with
-    a state of another kind may begin it anew at every call of more than one token, and
-    say nothing."""
-    config = model.config.get_text_config(decoder=True)
-    return (
-        not model.config.is_encoder_decoder
-        and not getattr(model, "_is_stateful", False)
-        and "past_key_values" in inspect.signature(model.forward).parameters
-        and _is_plain(DynamicCache(config=config))
-    )
-
-
-def _is_plain(cache: Any) -> bool:
-    return type(cache) is DynamicCache and all(
-        isinstance(layer, DynamicLayer) for layer in cache.layers
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """A `custom_generate` for greedy decoding and sampling: transformers' own loop.
@@ -158,14 +138,14 @@ class Decoder:
         """[rows, tokens], padded behind a row's end."""
         self.ends.start = input_ids.shape[1]
         config = copy.copy(generation_config)
-        is_plain = _is_plain(kwargs.get("past_key_values"))
+        keeps_plain = is_plain(kwargs.get("past_key_values"))
         shrinks = (
-            is_plain
+            keeps_plain
             and self.leave is not None
             and not config.return_dict_in_generate
             and may_shrink(logits_processor, kwargs, len(input_ids))
         )
-        if is_plain and config.prefill_chunk_size is None:
+        if keeps_plain and config.prefill_chunk_size is None:
             config.prefill_chunk_size = self.chunk_tokens
         sampler = RowSampler(self._seeds(len(input_ids)))
         if config.do_sample:

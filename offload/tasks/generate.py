@@ -15,8 +15,8 @@ from ...scheduler.packing import pack
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..policy import Policy
+from ..units.cache_kind import keeps_only_keys_and_values
 from .completions import Completions, Prompt
-from .decoding import keeps_only_keys_and_values
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
 from .task_progress import GenerateProgress as GenerateProgress
@@ -150,9 +150,9 @@ class _Generating:
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """Micro-batches that have not started."""
-        is_plain = keeps_only_keys_and_values(model)
-        self._chunk = partial(prompt_chunk, policy, is_plain=is_plain)
-        self._shrinks = is_plain and policy.coalesce != "off"
+        in_parts = keeps_only_keys_and_values(model)
+        self._chunk = partial(prompt_chunk, policy, in_parts=in_parts)
+        self._shrinks = in_parts and policy.coalesce != "off"
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""

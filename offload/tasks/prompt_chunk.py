@@ -5,13 +5,13 @@ from ..policy import Policy
 
 
 def prompt_chunk(
-    policy: Policy, num_rows: int, num_groups: int, *, is_plain: bool = True
+    policy: Policy, num_rows: int, num_groups: int, *, in_parts: bool
 ) -> int | None:
     """Tokens of each prompt in a micro-batch of `num_rows` that come in with one pass,
     which `num_groups` micro-batches share. None: all of them at once, as for models
-    that keep other states than keys and values (not `is_plain`)."""
+    whose prompts cannot come `in_parts`."""
     asked, keeps_bits = policy.prompt_tokens, policy.coalesce == "off"
-    if not is_plain or asked == "all" or (keeps_bits and asked == "auto"):
+    if not in_parts or asked == "all" or (keeps_bits and asked == "auto"):
         return None
     if asked != "auto":
         return asked

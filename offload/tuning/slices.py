@@ -203,7 +203,13 @@ def predicted_rate(choice: Choice, work: Slice) -> float | None:
         if work.generates:
             mean = max(1, round(sum(work.lengths) / len(work.lengths)))
             num = len(work.rows)
-            job = generating_of(policy, num, mean, work.new_tokens)
+            job = generating_of(
+                policy,
+                num,
+                mean,
+                work.new_tokens,
+                in_parts=choice.forecast.shape.prompts_in_parts,
+            )
             found = predict(costs, job)
             tokens = num * work.new_tokens
         else:

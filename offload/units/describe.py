@@ -12,6 +12,7 @@ from ...io.errors import UsageError
 from ...io.layout import Layout
 from ...io.recipe import Recipe
 from ...scheduler.shape import ModelShape, SiteCost, UnitCost
+from .cache_kind import keeps_only_keys_and_values
 from .division import Division
 from .hidden import base_of
 from .sites import Found
@@ -61,7 +62,13 @@ def describe(
         hidden=int(getattr(config, "hidden_size", 0) or 0),
         gathers_rows=gathers_rows,
         vocabulary=int(getattr(config, "vocab_size", 0) or 0),
+        prompts_in_parts=_completes(model) and keeps_only_keys_and_values(model),
     )
+
+
+def _completes(model: Any) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate())
 
 
 def _site(
