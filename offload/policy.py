@@ -120,9 +120,9 @@ class Policy(Section):
     tokens_in_flight: AutoCount = 4096
     """Tokens that share one pass over the weights, when scoring: enough of them make
     streaming free."""
-    micro_batch_sequences: AutoCount = 8
+    micro_batch_sequences: AutoCount = 32
     """Rows that run through a unit in one call, when generating; at most all that are
-    in flight."""
+    in flight. Left open and more than 8: at most a quarter of those."""
     sequences_in_flight: AutoCount = 256
     """Rows that share one pass over the weights for each token they get."""
     prompt_tokens: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"

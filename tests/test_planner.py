@@ -150,8 +150,10 @@ def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
 
 def test_a_plan_has_the_parts_of_prompts_that_a_job_takes() -> None:
     """256 rows of 64 tokens: one pass, four, and whole prompts in smaller calls."""
-    work = generating_of(Policy(), 256, 64, 16, in_parts=True)
+    work = generating_of(Policy(micro_batch_sequences=8), 256, 64, 16, in_parts=True)
     assert (work.each, work.chunks) == (8, (64,))
+    work = generating_of(Policy(), 256, 64, 16, in_parts=True)
+    assert (work.each, work.chunks) == (32, (16,) * 4)
     work = generating_of(Policy(micro_batch_sequences=64), 256, 64, 16, in_parts=True)
     assert (work.each, work.chunks) == (64, (16,) * 4)
     whole = Policy(micro_batch_sequences=64, prompt_tokens="all")

@@ -163,6 +163,10 @@ def test_the_reference_names_every_key_and_its_default() -> None:
 def test_a_count_left_open_follows_from_the_one_that_was_said() -> None:
     assert Policy(tokens_in_flight=100).micro_batch_tokens == 100
     assert Policy(micro_batch_tokens=5000).tokens_in_flight == 5000
-    assert Policy(sequences_in_flight=3).micro_batch_sequences == 3
+    for in_flight, each in ((3, 3), (16, 8), (64, 16), (100, 25), (999, 32)):
+        assert Policy(sequences_in_flight=in_flight).micro_batch_sequences == each
+    said = Policy(sequences_in_flight=64, micro_batch_sequences=64)
+    assert said.micro_batch_sequences == 64
+    assert Policy(micro_batch_sequences=300).sequences_in_flight == 300
     assert Policy(tokens_in_flight=9000).micro_batch_tokens == 512
     assert Policy(tokens_in_flight=100).model_fields_set == {"tokens_in_flight"}

@@ -11,6 +11,7 @@ PARTS = {
     "micro_batch_sequences": "sequences_in_flight",
 }
 """What a micro-batch has, and what it is a part of."""
+FEW_SEQUENCES = 8
 COUNTS = frozenset({"lookahead", *PARTS, *PARTS.values()})
 
 
@@ -26,12 +27,15 @@ def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_counts(policy: "Policy") -> dict[str, int]:
     """Counts that were left open follow from those that were said: a micro-batch is
-    at most what is in flight."""
+    at most what is in flight; of more than a few sequences, a quarter. (Others come
+    when there are as many places as they need.)"""
     found = {}
     for part, whole in PARTS.items():
-        least, most = getattr(policy, part), getattr(policy, whole)
-        if least > most and part not in policy.model_fields_set:
-            found[part] = most
-        elif least > most and whole not in policy.model_fields_set:
-            found[whole] = least
+        own, most = getattr(policy, part), getattr(policy, whole)
+        if part not in policy.model_fields_set:
+            is_tokens = part == "micro_batch_tokens"
+            share = most if is_tokens else min(most, max(FEW_SEQUENCES, most // 4))
+            found[part] = min(own, share)
+        elif own > most and whole not in policy.model_fields_set:
+            found[whole] = own
     return found
