@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 NUM_UNITS = 5
 NUM_SCHEDULES = 1000
 """Shared out among the readers."""
+STALL_SECONDS = 10.0
+"""No visit waits as long by itself; a busy host takes a second away now and then."""
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_no_schedule_of_faults_hangs_or_gives_a_wrong_byte(
     assert seen.num_interrupted > 100
     assert bool(seen.broken) == bool(errors)
     assert bool(num_errors) == bool(errors)
-    assert slowest < 1.0
+    assert slowest < STALL_SECONDS
 
 
 @pytest.mark.parametrize("name", READERS)
