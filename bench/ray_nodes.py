@@ -70,6 +70,8 @@ def run_job(address: str, model: Path, source: Path, output: Path, nodes: int) -
     import ray
     import ray.data
 
+    from ray_cluster import COMPUTES
+
     ray.init(address=address, log_to_driver=False, _node_ip_address="127.0.0.1")
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = ray.data.read_json(str(source))
@@ -79,6 +81,7 @@ def run_job(address: str, model: Path, source: Path, output: Path, nodes: int) -
         batch_format="pyarrow",
         batch_size=BATCH_ROWS,
         num_cpus=1,
+        resources={COMPUTES: 1},
         compute=ray.data.ActorPoolStrategy(size=nodes),
     )
     output.write_text(json.dumps(found.take_all()))

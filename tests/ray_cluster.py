@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 """Of all processes of the cluster, those that connect to it, too."""
+COMPUTES = "computes"
+"""A resource of which each node has one: for actors that must not share a node."""
 
 
 @contextlib.contextmanager
@@ -58,6 +61,7 @@ def _start(arguments: list[str], core: int) -> subprocess.Popen[str]:
             *("taskset", "-c", str(core), str(ray), "start", *arguments),
             f"--node-ip-address={HOST}",
             "--num-cpus=2",  # one that computes, and one for reading and writing
+            f"--resources={json.dumps({COMPUTES: 1})}",
             "--object-store-memory=80000000",
             "--disable-usage-stats",
             "--block",
@@ -67,16 +71,6 @@ def _start(arguments: list[str], core: int) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, **ENVIRONMENT},
     )
-
-
-def _wait_for(node: subprocess.Popen[str]) -> None:
-    assert node.stdout is not None
-    said = []
-    for line in node.stdout:
-        if "Ray runtime started" in line:
-            return
-        said.append(line)
-    raise RuntimeError(f"a Ray node did not start: {''.join(said)}")
 
 
 def _stop(node: subprocess.Popen[str]) -> None:

@@ -1,5 +1,5 @@
-"""Run by test_ray in its own process: scores rows on a Ray cluster, with one worker
-that dies in the middle."""
+"""Run by test_ray in its own process: scores rows on a Ray cluster of two nodes, with
+one worker that dies in the middle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import ray
 import ray.data
 
 from penstock import Mapper
+from ray_cluster import COMPUTES
 
+NUM_NODES = 2
+WAIT_SECONDS = 120.0
 POLICY = {"device_memory": "220KiB", "gather_rows": 1000, "resident_below": 10}
 
 
@@ -37,8 +40,19 @@ class Mortal(Mapper):
                 os._exit(1)
         node = ray.get_runtime_context().get_node_id()
         found = super().__call__(table)
-        time.sleep(0.3)  # so that both nodes get some
+        self._wait_for_all(node)
         return found.append_column("node", [[node] * len(found)])
+
+    def _wait_for_all(self, node: str) -> None:
+        """Until each node has a batch: else one that starts first might take all."""
+        folder = self._grave.with_suffix(".nodes")
+        folder.mkdir(exist_ok=True)
+        (folder / node).touch()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(list(folder.iterdir())) < NUM_NODES:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no batch came to another node than {node}")
+            time.sleep(0.05)
 
 
 def main() -> None:
@@ -52,7 +66,8 @@ def main() -> None:
         batch_format="pyarrow",
         batch_size=5,
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=2),
+        resources={COMPUTES: 1},
+        compute=ray.data.ActorPoolStrategy(size=NUM_NODES),
     )
     results = found.take_all()
     Path(output).write_text(json.dumps(results))
