@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from random import Random
+from statistics import quantiles
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 NUM_UNITS = 5
 NUM_SCHEDULES = 1000
 """Shared out among the readers."""
-STALL_SECONDS = 10.0
-"""No visit waits as long by itself; a busy host takes a second away now and then."""
+VISIT_SECONDS, STALL_SECONDS = 1.0, 10.0
+"""Of all visits but one in a hundred, and of any: those that have a fault are more
+than one in a hundred, and a busy host takes a second away now and then."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ class Visits:
         )
         self.errors: list[ReadError] = []
         self.failed_units: list[int] = []
-        self.slowest_seconds = 0.0
+        self.seconds: list[float] = []
 
     def run(self, random: Random, num: int) -> None:
         order = [random.randrange(NUM_UNITS) for _ in range(num)]
@@ -89,9 +91,7 @@ class Visits:
                 self.failed_units.append(unit)
                 continue
             finally:
-                self.slowest_seconds = max(
-                    self.slowest_seconds, time.perf_counter() - start
-                )
+                self.seconds.append(time.perf_counter() - start)
             self.working_set.prefetch([following])
             self.check(unit, offset)
             self.working_set.release(unit)
@@ -119,10 +119,10 @@ def test_no_schedule_of_faults_hangs_or_gives_a_wrong_byte(
 ) -> None:
     seen = Faults(0, errors=0.0)
     num_errors = 0
-    slowest = 0.0
+    seconds: list[float] = []
 
     def run(seed: int) -> None:
-        nonlocal num_errors, slowest
+        nonlocal num_errors
         faults = Faults(seed, errors=errors)
         with (
             Arena(12 * PAGE) as arena,
@@ -140,7 +140,7 @@ def test_no_schedule_of_faults_hangs_or_gives_a_wrong_byte(
             assert "Input/output error" in str(error)
             assert any(str(path) in str(error) for path in checkpoint.stamps)
         num_errors += len(visits.errors)
-        slowest = max(slowest, visits.slowest_seconds)
+        seconds.extend(visits.seconds)
         seen.num_short += faults.num_short
         seen.num_interrupted += faults.num_interrupted
         seen.broken += faults.broken
@@ -164,7 +164,8 @@ def test_no_schedule_of_faults_hangs_or_gives_a_wrong_byte(
     assert seen.num_interrupted > 100
     assert bool(seen.broken) == bool(errors)
     assert bool(num_errors) == bool(errors)
-    assert slowest < STALL_SECONDS
+    assert max(seconds) < STALL_SECONDS
+    assert quantiles(seconds, n=100)[-1] < VISIT_SECONDS
 
 
 @pytest.mark.parametrize("name", READERS)

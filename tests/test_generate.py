@@ -448,6 +448,17 @@ def test_long_prompts_come_in_beside_the_others_decode(
         assert result["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def passes_of(folder: Path, asked: Policy, rows: list[dict[str, Any]]) -> int:
+    """Of a job of three new tokens a row, none of which ends early."""
+    with penstock.load(folder, asked) as model:
+        model.generation_config.eos_token_id = None
+        how: dict[str, Any] = {"max_new_tokens": 3, "tokenizer": Numbers()}
+        found = list(penstock.generate(model, rows, **how))
+        made = penstock.statistics(model).passes
+    assert not any("error" in result for result in found)
+    return made
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -465,15 +476,8 @@ def test_a_plan_has_as_many_passes_as_the_job(
     values = {"tokens_in_flight": 32, "micro_batch_tokens": 16, **values}
     asked = policy(sequences_in_flight=8, **values)
     rows = [{"prompt": " ".join(["7"] * 24)}] * 8
-    with penstock.load(folder, asked) as model:
-        model.generation_config.eos_token_id = None
-        found = list(
-            penstock.generate(model, rows, max_new_tokens=3, tokenizer=Numbers())
-        )
-        made = penstock.statistics(model).passes
-    assert not any("error" in result for result in found)
     work = generating_of(asked, 8, 24, 3, in_parts=True)
-    assert made == len(work.chunks) + work.new_tokens - 1
+    assert passes_of(folder, asked, rows) == len(work.chunks) + work.new_tokens - 1
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "t5", "gpt2"])
@@ -493,14 +497,7 @@ def test_a_plan_knows_whose_prompts_come_whole(name: str, tmp_path: Path) -> Non
     assert work.chunks == ((4, 4, 3) if name == "gpt2" else (11,))
     ids = zoo.inputs(name, rows=1, tokens=11)["input_ids"][0].tolist()
     rows = [{"prompt": " ".join(map(str, ids))}] * 2
-    with penstock.load(tmp_path, asked) as model:
-        model.generation_config.eos_token_id = None
-        found = list(
-            penstock.generate(model, rows, max_new_tokens=3, tokenizer=Numbers())
-        )
-        made = penstock.statistics(model).passes
-    assert not any("error" in result for result in found)
-    assert made == len(work.chunks) + work.new_tokens - 1
+    assert passes_of(tmp_path, asked, rows) == len(work.chunks) + work.new_tokens - 1
 
 
 @pytest.mark.parametrize("tier", TIERS)

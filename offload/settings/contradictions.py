@@ -115,7 +115,7 @@ def _kv(policy: "Policy") -> Iterator[Problem]:
 
 
 def _counts(policy: "Policy") -> Iterator[Problem]:
-    for part, whole in PARTS.items():
+    for part, (whole, _, _) in PARTS.items():
         least, most = getattr(policy, part), getattr(policy, whole)
         if least > most:
             yield Problem(

@@ -1,18 +1,28 @@
 """The counts of a policy that nobody has said. Pure."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..policy import Policy
 
+
+class Part(NamedTuple):
+    """What a micro-batch may have of all that is in flight, unless told."""
+
+    whole: str
+    divisor: int
+    """Of what is in flight, at most this part ..."""
+    enough: int
+    """... but so many are no matter what part they are."""
+
+
 PARTS = {
-    "micro_batch_tokens": "tokens_in_flight",
-    "micro_batch_sequences": "sequences_in_flight",
+    "micro_batch_tokens": Part("tokens_in_flight", divisor=1, enough=0),
+    # Others come when there are as many places as they need: in quarters.
+    "micro_batch_sequences": Part("sequences_in_flight", divisor=4, enough=8),
 }
-"""What a micro-batch has, and what it is a part of."""
-FEW_SEQUENCES = 8
-COUNTS = frozenset({"lookahead", *PARTS, *PARTS.values()})
+COUNTS = frozenset({"lookahead", *PARTS, *(part.whole for part in PARTS.values())})
 
 
 def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,16 +36,13 @@ def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_counts(policy: "Policy") -> dict[str, int]:
-    """Counts that were left open follow from those that were said: a micro-batch is
-    at most what is in flight; of more than a few sequences, a quarter. (Others come
-    when there are as many places as they need.)"""
+    """Counts that were left open follow from those that were said: a micro-batch is no
+    more than its part of what is in flight."""
     found = {}
-    for part, whole in PARTS.items():
-        own, most = getattr(policy, part), getattr(policy, whole)
-        if part not in policy.model_fields_set:
-            is_tokens = part == "micro_batch_tokens"
-            share = most if is_tokens else min(most, max(FEW_SEQUENCES, most // 4))
-            found[part] = min(own, share)
+    for name, (whole, divisor, enough) in PARTS.items():
+        own, most = getattr(policy, name), getattr(policy, whole)
+        if name not in policy.model_fields_set:
+            found[name] = min(own, most, max(enough, most // divisor))
         elif own > most and whole not in policy.model_fields_set:
             found[whole] = own
     return found
