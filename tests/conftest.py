@@ -86,9 +86,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _place(item: pytest.Item) -> int:
+    """Of a test among all, where several processes share them."""
+    if item.get_closest_marker("looks_at_all_objects"):
+        return 0
+    return 1 if item.get_closest_marker("slow") else 2
+
+
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Short ones last, which can be shared out evenly when others have ended; who
+        # looks at all objects first, before models and tests have made many.
+        items.sort(key=_place)
     if config.getoption("--whole"):
         return
     left_out = [item for item in items if item.get_closest_marker("whole")]

@@ -30,8 +30,11 @@ from nets import (
 from penstock import Policy
 from penstock.offload import tiers
 
-# Slow: with transformers loaded, a look at all objects takes a third of a second.
-pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.slow,
+    pytest.mark.looks_at_all_objects,
+]
 
 
 @pytest.fixture(autouse=True)

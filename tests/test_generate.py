@@ -529,7 +529,7 @@ def in_flight(folder: Path, tier: str, cache: Path) -> tuple[int, torch.Tensor]:
         io={"cache": str(cache)},
     )
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(5, 64, (2, 96), generator=generator) for _ in range(64)]
+    batches = [torch.randint(5, 64, (2, 96), generator=generator) for _ in range(32)]
 
     def fn(ids: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = model.generate(

@@ -338,6 +338,7 @@ def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.looks_at_all_objects
 @pytest.mark.parametrize(
     ("file", "every"),
     [("evacuation.py", 2), ("ownership.py", 67), ("referrers.py", 37)],
