@@ -13,6 +13,7 @@ import torch
 import penstock
 import zoo
 from checkpoint import make_checkpoint
+from id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 from test_score import read, run, settings
@@ -98,16 +99,6 @@ def test_a_prompt_is_run_once_for_all_of_its_labels(folder: Path) -> None:
 
 
 NAMES = ["gpt2", "bloom", "mistral", "gemma3_text", "mixtral", "opt", "mamba", "jamba"]
-
-
-class Numbers:
-    """Plays the tokenizer: a text is written as its ids."""
-
-    is_fast = False
-    pad_token_id = 0
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
 
 
 @pytest.mark.slow

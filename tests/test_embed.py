@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 import penstock
 import zoo
 from checkpoint import make_checkpoint
+from id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import CheckpointError, UsageError
 from test_score import read, run
@@ -129,12 +130,6 @@ def test_models_of_every_kind_embed(name: str, tmp_path: Path) -> None:
         base = resident.get_encoder()
     with torch.inference_mode():
         expected = base(ids).last_hidden_state[0].mean(0)
-
-    class Numbers:
-        pad_token_id = 1
-
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [int(word) for word in text.split()]}
 
     rows = [{"text": " ".join(map(str, ids[0].tolist()))}]
     (row,) = embedded(tmp_path, rows, tokenizer=Numbers(), pooling="mean")

@@ -20,6 +20,7 @@ from transformers import (
 import penstock
 import zoo
 from checkpoint import make_checkpoint
+from id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 from penstock.offload.plans.forecast import forecast, generating_of
@@ -199,19 +200,6 @@ COMPLETES = [
     if zoo.ARCHITECTURES[name].kind in ("causal", "seq2seq")
     and name != "rwkv_rescaled"  # it writes to its weights, which is refused
 ]
-
-
-class Numbers:
-    """Plays the tokenizer: a prompt is written as its ids."""
-
-    eos_token_id = None
-    pad_token_id = 0
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids))
 
 
 TIERS = ("auto", "device", "host", "disk")
