@@ -256,7 +256,7 @@ def test_this_computer_is_measured(
     monkeypatch.setattr(measure_products, "LENGTHS", (32,))
     monkeypatch.setattr(measure, "_MOST_SECONDS", 0.01)
     monkeypatch.setattr(measure, "_SCRATCH_BYTES", 192 << 20)
-    monkeypatch.setattr(measure_beside, "_BLOCKS", 3)
+    monkeypatch.setattr(measure_beside, "_NUM_BLOCKS", 3)
     module = "penstock.offload.machines.measuring"
     monkeypatch.setattr(f"{module}.calls", lambda *_: Calls(product=1e-6))
     between = measure_between.Between(int(7e9), int(3e9), 1e-4, 3e-4, 2e-9)

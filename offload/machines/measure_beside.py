@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import engine_of, load
-from .measure_calls import ROUNDS, jobs_policy, score_seconds
+from .measure_calls import ROUNDS, Block, jobs_policy, score_seconds
 
-_HIDDEN, _INTERMEDIATE, _BLOCKS = 1024, 2816, 4
+_BLOCK = Block(hidden=1024, intermediate=2816, heads=16)
+_NUM_BLOCKS = 4
 _TOKENS, _BATCHES, _PASSES = 64, 4, 3
 _PREFIX_BYTES = 16 << 20
 
@@ -43,7 +44,7 @@ def cast_beside(cache: Path) -> float:
                     ),
                 )
             )
-            for room in ((_BLOCKS + 2) * block, 2 * block + _PREFIX_BYTES)
+            for room in ((_NUM_BLOCKS + 2) * block, 2 * block + _PREFIX_BYTES)
         )
         found = []
         engine = engine_of(streamed)
@@ -61,23 +62,9 @@ def cast_beside(cache: Path) -> float:
 
 
 def _save(folder: Path) -> int:
-    """A Llama in bfloat16. Returns the bytes of a block in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=_HIDDEN,
-        intermediate_size=_INTERMEDIATE,
-        num_hidden_layers=_BLOCKS,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        architectures=["LlamaForCausalLM"],
-        vocab_size=512,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    made = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
-    config.save_pretrained(folder)
+    """A model in bfloat16. Returns the bytes of a block in float32."""
+    made = _BLOCK.model(_NUM_BLOCKS).to(torch.bfloat16)
+    made.config.save_pretrained(folder)
     save_file(made.state_dict(), folder / "model.safetensors")
     block: nn.Module = made.model.layers[0]
-    numbers = sum(p.numel() for p in block.parameters())
-    return 4 * numbers
+    return 4 * sum(p.numel() for p in block.parameters())

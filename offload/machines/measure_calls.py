@@ -19,6 +19,7 @@ from .machine import Calls
 
 MODULES_OF_BLOCK = 9
 """With weights, in a block of Llama: seven products, two norms."""
+VOCABULARY = 512
 _NUM_BATCHES = 16
 _LENGTH = 16
 _ROWS_EACH = 4
@@ -53,6 +54,26 @@ class Block:
     hidden: int
     intermediate: int
     heads: int
+
+    def model(self, num_layers: int) -> Any:
+        """A Llama of such blocks with random weights, which no token ends."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=num_layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            vocab_size=VOCABULARY,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        made = LlamaForCausalLM(config)
+        made.train(False)
+        made.generation_config.pad_token_id = 0
+        return made
 
 
 _TINY = Block(hidden=64, intermediate=128, heads=4)
@@ -118,7 +139,7 @@ def calls(device: str, cache: Path, product: float) -> Calls:
 def score_seconds(model: Any, num_rows: int, length: int) -> float:
     """Of a job with texts of so many tokens."""
     texts = [{"id": i, "text": str(length)} for i in range(num_rows)]
-    return _timed(score(model, texts, tokenizer=CountingTokenizer(512)))
+    return _timed(score(model, texts, tokenizer=CountingTokenizer(VOCABULARY)))
 
 
 def generate_seconds(model: Any, num_rows: int, tokens: int) -> float:
@@ -128,7 +149,7 @@ def generate_seconds(model: Any, num_rows: int, tokens: int) -> float:
         model,
         [{"id": i, "prompt": "1"} for i in range(num_rows)],
         max_new_tokens=tokens,
-        tokenizer=CountingTokenizer(512),
+        tokenizer=CountingTokenizer(VOCABULARY),
         do_sample=False,
     )
     return _timed(results)
@@ -166,23 +187,8 @@ def two_depths(
 
 @contextmanager
 def _model(block: Block, num_layers: int, policy: Policy) -> Iterator[Any]:
-    """A streamed Llama of such blocks with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=block.hidden,
-        intermediate_size=block.intermediate,
-        num_hidden_layers=num_layers,
-        num_attention_heads=block.heads,
-        num_key_value_heads=block.heads,
-        vocab_size=512,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    made = LlamaForCausalLM(config)
-    made.train(False)
-    made.generation_config.pad_token_id = 0
-    model = wrap(made, policy)
+    """Streamed, and put back at the end."""
+    model = wrap(block.model(num_layers), policy)
     try:
         assert engine_of(model) is not None
         yield model
