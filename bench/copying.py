@@ -15,7 +15,7 @@ from penstock.io.arena import Arena, HostMemory
 from penstock.io.files import ALIGNMENT
 from penstock.io.header import FileStamp, TensorEntry
 from penstock.io.host import HostTier
-from penstock.io.layout import Layout, layout
+from penstock.io.layout import TENSOR_ALIGNMENT, Layout, layout
 from penstock.io.recipe import plain
 from penstock.io.threads import ThreadReader
 
@@ -49,6 +49,8 @@ def units_of(path: Path) -> list[Layout]:
             entry.name,
             [plain(entry, name=entry.name, dtype=entry.dtype)],
             alignment=ALIGNMENT,
+            memory_alignment=ALIGNMENT,
+            tensor_alignment=TENSOR_ALIGNMENT,
             max_gap_bytes=0,
         )
         for entry in entries

@@ -94,7 +94,8 @@ def choose(
 
     `makers` opens each reader there is, but those `missing` (why) cannot be had.
     `asked` is a name or "auto": the best for the files in `stamps` by a brief measure,
-    which is `remembered` by drive and `settings`.
+    which is `remembered` by drive and `settings`. What "auto" cannot choose from is no
+    fallback: nobody asked for it.
     """
     fallbacks: list[str] = []
 
@@ -112,8 +113,6 @@ def choose(
     if not reads_directly(path):
         fall_back(f"no O_DIRECT on {path.parent}: reading through the page cache")
         return "aiofiles", tuple(fallbacks)
-    if asked == "auto" and "libaio" in missing:
-        fall_back(f"no reader 'libaio': {missing['libaio']}; reading by threads")
     able = {n: makers[n] for n in ("libaio", "threads") if n not in missing}
     if len(able) == 1:
         return next(iter(able)), tuple(fallbacks)

@@ -21,7 +21,7 @@ class Handle:
         self._left = parts
         self._finished = threading.Event()
         self._error: BaseException | None = None
-        self._then: Callable[[], None] | None = None
+        self._then: list[Callable[[], None]] = []
         if parts == 0:
             self._finished.set()
 
@@ -34,17 +34,17 @@ class Handle:
             is_last = self._left == 0
         if is_last:
             # Before anybody goes on, who may close what it writes to.
-            if self._then is not None:
-                self._then()
+            for then in self._then:
+                then()
             self._finished.set()
 
     def when_done(self, then: Callable[[], None]) -> None:
         """Calls `then`, which must not raise, once all parts are finished: on the
-        thread of the last one, or at once. For one caller."""
+        thread of the last one, after those given before, or at once."""
         with self._lock:
             is_done = self._left == 0
             if not is_done:
-                self._then = then
+                self._then.append(then)
         if is_done:
             then()
 

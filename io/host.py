@@ -86,7 +86,7 @@ class HostTier(Closing):
         """All that determines what lies where, but the code that puts it there."""
         files = sorted((str(path.resolve()), stamps[path]) for path in stamps)
         units = [
-            (plan.name, plan.nbytes, plan.tensors, plan.reads, plan.copies)
+            (plan.name, plan.nbytes, plan.tensors, plan.reads, plan.copies, plan.moves)
             for plan in (self._layouts[unit] for unit in self.offsets)
         ]
         return f"{files} {units}"

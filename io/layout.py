@@ -4,6 +4,12 @@ Parameters that are one byte range of a file keep their place relative to the al
 window they are read with, so O_DIRECT reads go straight into the slot and parameters
 are views of it. Everything else is assembled behind the windows: interior blocks of a
 stacked piece are read in place where file and slot are congruent, the rest is copied.
+
+On a CPU the last bits of a matrix product depend on the address of the weight, modulo
+the width of a vector register. So a parameter lies, modulo 64 bytes, where it would lie
+in the resident model: transformers maps a file into memory and leaves a tensor that is
+used as stored where it is, at its offset in the file; whatever it makes (a stack of
+experts, a cast) comes from torch's allocator, at a multiple of 64.
 """
 
 from collections.abc import Iterable
@@ -13,6 +19,9 @@ import torch
 
 from .extent import Extent, align_down, align_up, windows
 from .recipe import Piece, Recipe, View
+
+TENSOR_ALIGNMENT = 64
+"""Bytes. What torch's allocator aligns to (c10::gAlignment), and the widest vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,16 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes of the slot that could not be read to where they belong: the last step."""
+
+    source_offset: int
+    target_offset: int
+    """Less than 64 bytes before `source_offset`: the two ranges overlap."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A finished parameter inside the slot."""
 
@@ -65,15 +84,30 @@ class Layout:
     reads: tuple[Read, ...]
     copies: tuple[Copy, ...]
     conversions: tuple[Conversion, ...]
+    moves: tuple[Move, ...]
+    """After all of the above, in any order."""
     tensors: tuple[Placed, ...]
     stored_bytes: int
     """Bytes of the checkpoint that make this unit, each counted once."""
 
 
 def layout(
-    name: str, recipes: Iterable[Recipe], *, alignment: int, max_gap_bytes: int
+    name: str,
+    recipes: Iterable[Recipe],
+    *,
+    alignment: int,
+    memory_alignment: int,
+    tensor_alignment: int,
+    max_gap_bytes: int,
 ) -> Layout:
-    """Lays out the unit `name`, made of `recipes`, in a slot that starts aligned."""
+    """Lays out the unit `name`, made of `recipes`, in a slot that starts at a multiple
+    of `alignment`.
+
+    Extents of reads are aligned to `alignment` bytes, the addresses they are read to
+    only to `memory_alignment`, which divides it: 1 for reads through the page cache.
+    Assembled parameters lie at multiples of `tensor_alignment`: 64 where they are used
+    in place, 1 where each of them is copied on.
+    """
     recipes = list(recipes)
     direct = {r.name: extent for r in recipes if (extent := _in_place(r)) is not None}
     reads: list[Read] = []
@@ -90,16 +124,22 @@ def layout(
     }
     copies: list[Copy] = []
     conversions: list[Conversion] = []
+    moves: list[Move] = []
     for recipe in recipes:
         if recipe.name in direct:
             continue
-        base = _congruent(position, recipe, alignment)
+        base = _congruent(position, recipe, memory_alignment)
+        final = align_down(base, tensor_alignment)
+        if final != base and recipe.nbytes:
+            moves.append(Move(base, final, recipe.nbytes))
         position = align_up(base + recipe.nbytes, alignment)
-        placed[recipe.name] = Placed(recipe.name, base, recipe.dtype, recipe.shape)
+        placed[recipe.name] = Placed(recipe.name, final, recipe.dtype, recipe.shape)
         if recipe.convert is not None:
             conversions.append(Conversion(recipe, base))
         for piece in recipe.pieces:
-            more_reads, more_copies = _assemble(recipe, piece, base, alignment)
+            more_reads, more_copies = _assemble(
+                recipe, piece, base, alignment, memory_alignment
+            )
             reads += more_reads
             copies += more_copies
     return Layout(
@@ -108,6 +148,7 @@ def layout(
         tuple(reads),
         tuple(copies),
         tuple(conversions),
+        tuple(moves),
         tuple(placed[r.name] for r in recipes),
         sum(r.stored_bytes for r in recipes),
     )
@@ -134,16 +175,17 @@ def _slot_offset(extent: Extent, reads: list[Read]) -> int:
     raise AssertionError(f"{extent} is in no window")
 
 
-def _congruent(position: int, recipe: Recipe, alignment: int) -> int:
-    """The first offset from `position` on at which file and slot agree modulo the
-    alignment for the first piece, so that its interior can be read in place."""
+def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
+    """The first offset from `position` on at which file and slot agree modulo
+    `memory_alignment` for the first piece, so that its interior can be read in place.
+    """
     if not recipe.pieces or not _is_raw(recipe, recipe.pieces[0]):
         return position
     piece = recipe.pieces[0]
     extent = piece.source_extent
     assert extent is not None, "a raw piece is contiguous"
     target = piece.target.offset * recipe.dtype.itemsize
-    return position + (extent.offset - target - position) % alignment
+    return position + (extent.offset - target - position) % memory_alignment
 
 
 def _is_raw(recipe: Recipe, piece: Piece) -> bool:
@@ -158,7 +200,7 @@ def _is_raw(recipe: Recipe, piece: Piece) -> bool:
 
 
 def _assemble(
-    recipe: Recipe, piece: Piece, base: int, alignment: int
+    recipe: Recipe, piece: Piece, base: int, alignment: int, memory_alignment: int
 ) -> tuple[list[Read], list[Copy]]:
     if not piece.source.numel:
         return [], []
@@ -169,7 +211,7 @@ def _assemble(
     slot = base + piece.target.offset * recipe.dtype.itemsize
     start = align_up(extent.offset, alignment)
     end = align_down(extent.end, alignment)
-    if (slot - extent.offset) % alignment or end <= start:
+    if (slot - extent.offset) % memory_alignment or end <= start:
         return [], [_byte_copy(extent, slot)]
     inside = Extent(extent.path, start, end - start)
     head = Extent(extent.path, extent.offset, start - extent.offset)

@@ -1,5 +1,6 @@
 """Fills a slot with a unit: aligned windows straight into place, the rest by bounce."""
 
+import ctypes
 import mmap
 import threading
 import time
@@ -34,7 +35,8 @@ class LoaderStatistics:
     """Checkpoint bytes of all loads, each unit's counted once a load."""
     num_loads: int
     bytes_copied: int
-    """Bytes that passed through a bounce buffer: casts, strided parts, edge blocks."""
+    """Bytes that passed through a bounce buffer (casts, strided parts, edge blocks) or
+    were moved within their slot."""
     bytes_converted: int
     """Bytes made by a conversion of whole tensors."""
 
@@ -118,6 +120,8 @@ class Loader:
                 view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
                 handles.append(self._submit(plan.name, read.extent, view))
             handles.append(self._copy(plan, offset))
+            if plan.moves:
+                handles.append(self._move_after(handles, plan, offset))
         except BaseException:  # nothing is under way into a slot that nobody holds
             for handle in handles:
                 handle.wait_quietly()
@@ -172,6 +176,39 @@ class Loader:
         handle = Handle(len(acts))
         self._copier.put(Piece(plan.name, *act, handle) for act in acts)
         return handle
+
+    def _move_after(
+        self, handles: Sequence[Handle], plan: Layout, offset: int
+    ) -> Handle:
+        """Starts the moves of `plan` when all of `handles` are done."""
+        moved, before = Handle(1), Handle(len(handles))
+
+        def start() -> None:
+            move = partial(self._move, plan, offset)
+            try:
+                self._copier.put([Piece(plan.name, _NOTHING, move, moved)])
+            except Exception as error:  # closed meanwhile
+                moved.done(error)
+
+        before.when_done(start)
+        for handle in handles:
+            handle.when_done(before.done)
+        return moved
+
+    def _move(self, plan: Layout, offset: int, _: memoryview) -> None:
+        start = self._clock()
+        for move in plan.moves:
+            first = offset + move.target_offset
+            nbytes = move.source_offset - move.target_offset + move.nbytes
+            region = self._arena.tensor(first, nbytes)
+            target = region.data_ptr()
+            source = target + move.source_offset - move.target_offset
+            ctypes.memmove(
+                target, source, move.nbytes
+            )  # without the interpreter's lock
+        nbytes = sum(move.nbytes for move in plan.moves)
+        self._record(CAST, plan.name, start, self._clock(), nbytes)
+        self._count(copied=nbytes)
 
     def _cast(
         self,

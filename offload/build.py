@@ -22,6 +22,7 @@ from .engine import Engine
 from .kv.tiers import open_kv
 from .monitoring.heap import Heap
 from .policy import Policy
+from .readers import memory_alignment_of
 from .settings.contradictions import without_effect
 from .tiers import Tiers, open_device, transfer_of
 from .units.arrangement import arrange
@@ -57,6 +58,7 @@ def build(
         policy,
         partial(transfer_of, device.is_host, policy),
         is_host=device.is_host,
+        memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
         free_bytes=device.free_bytes(),
     )
     places, recipes = arranged.places, arranged.recipes

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..io.errors import FaultError, PenstockError
 from ..io.kv_count import KvStatistics
+from ..io.residue import clone_like
 from ..io.timeline import Timeline
 from ..scheduler.admission import Width
 from ..scheduler.coalescing import Coalescing, RowWise
@@ -132,7 +133,7 @@ class Engine:
                     return tensor
                 # What comes of the touch may be a view that outlives the slot.
                 with torch.inference_mode(False):
-                    return tensor.detach().clone()
+                    return clone_like(tensor.detach())
             finally:
                 self._working_set.release(unit)
 

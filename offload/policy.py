@@ -35,7 +35,8 @@ class IO(Section):
     reader: Literal["auto", "libaio", "threads", "aiofiles", "gds"] = "auto"
     """How files are read: `libaio` (the kernel's queue) and `threads` read past the
     page cache, `aiofiles` through it, `gds` straight into a GPU. `auto` measures once
-    for each drive and remembers; what cannot be had is announced and replaced."""
+    for each drive and remembers. A reader that was asked for by name and cannot be had
+    is announced and replaced."""
     threads: Annotated[int, Field(ge=1, le=64)] = 2
     """Reads under way at once, of `threads` and `aiofiles`. Two keep one NVMe drive
     busy in large chunks."""

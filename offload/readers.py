@@ -1,5 +1,6 @@
 """Opens the reader that a policy asks for."""
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from ..io import aio
 from ..io.aio import LibaioReader
 from ..io.buffered import AiofilesReader
 from ..io.choice import Remembered, choose
+from ..io.files import memory_alignment
 from ..io.header import FileStamp
 from ..io.reader import Reader
 from ..io.threads import ThreadReader
@@ -30,6 +32,14 @@ def open_reader(
         remembered=Remembered(cache_folder(io) / "readers.json"),
     )
     return makers[name](), fallbacks
+
+
+def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
+    """Bytes: addresses that `io` reads these files to must be multiples of it."""
+    if io.reader == "aiofiles" or not io.direct:
+        return 1
+    one_of_each_drive = {os.stat(path).st_dev: path for path in stamps}
+    return max(map(memory_alignment, one_of_each_drive.values()), default=1)
 
 
 def makers_of(

@@ -115,3 +115,16 @@ def write_raw(
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def shift_tensors(folder: Path, offset: int) -> None:
+    """Makes the tensors of each safetensors file in `folder` start at `offset` modulo
+    64 (a multiple of 8), by spaces at the end of the header, which the format allows.
+    """
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        nbytes = int.from_bytes(content[:8], "little")
+        header, data = content[8 : 8 + nbytes], content[8 + nbytes :]
+        header = header.rstrip()
+        header += b" " * ((offset - 8 - len(header)) % 64)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data)

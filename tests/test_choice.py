@@ -128,8 +128,10 @@ def test_a_choice_is_measured_once_for_each_drive_and_setting(
     assert len(opened) == 8
 
 
-def test_a_reader_that_was_best_but_is_gone_is_not_chosen(
-    stamps: dict[Path, FileStamp], remembered: Remembered
+def test_a_reader_that_was_best_but_is_gone_is_not_chosen_and_no_fallback(
+    stamps: dict[Path, FileStamp],
+    remembered: Remembered,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     opened: list[str] = []
     drive = f"{drive_of(next(iter(stamps)))}, "
@@ -139,7 +141,8 @@ def test_a_reader_that_was_best_but_is_gone_is_not_chosen(
         stamps, remembered, opened, missing={"libaio": "not there"}
     )
     assert name == "threads"
-    assert len(fallbacks) == 1
+    assert fallbacks == ()
+    assert caplog.records == []
     assert opened == []
 
 

@@ -15,7 +15,7 @@ from faults import PAGE, READERS, Faults, faulty_reader
 from penstock.io.arena import Arena
 from penstock.io.checkpoint import Checkpoint, open_checkpoint
 from penstock.io.errors import ReadError
-from penstock.io.layout import layout
+from penstock.io.layout import TENSOR_ALIGNMENT, layout
 from penstock.io.loader import Loader
 from penstock.io.reader import Reader
 from penstock.io.recipe import plain
@@ -62,6 +62,8 @@ class Visits:
                 f"unit{unit}",
                 [plain(e, name=e.name, dtype=e.dtype) for e in entries],
                 alignment=PAGE,
+                memory_alignment=PAGE,
+                tensor_alignment=TENSOR_ALIGNMENT,
                 max_gap_bytes=0,
             )
             for unit, entries in self._entries.items()

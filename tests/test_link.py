@@ -55,6 +55,7 @@ class Units:
                 reads=(Read(Extent(self.path, self.starts[unit], n * PAGE), 0),),
                 copies=(),
                 conversions=(),
+                moves=(),
                 tensors=(Placed(f"{unit}.weight", 0, torch.uint8, (n * PAGE,)),),
                 stored_bytes=n * PAGE,
             )

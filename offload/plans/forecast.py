@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ...io.files import ALIGNMENT
 from ...io.recipe import Recipe
 from ...scheduler.cost import CostModel
 from ...scheduler.packing import pack
@@ -92,6 +93,7 @@ class Forecaster:
                 policy,
                 partial(transfer_of, is_host, policy),
                 is_host=is_host,
+                memory_alignment=ALIGNMENT,  # fits any drive
             )
         return self._arrangers[key]
 

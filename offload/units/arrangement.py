@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...io.files import ALIGNMENT
-from ...io.layout import Layout
+from ...io.layout import TENSOR_ALIGNMENT, Layout
 from ...io.recipe import Recipe
 from ...io.transfer import Transfer
 from ...scheduler.placement import place
@@ -43,6 +43,7 @@ class Arranger:
         transfer_of: Callable[[Layout], Transfer],
         *,
         is_host: bool,
+        memory_alignment: int,
     ) -> None:
         self._places, self._recipes = _places(model, recipes)
         self._gathered = _gathered(
@@ -57,6 +58,8 @@ class Arranger:
             policy.resident_below,
             policy.io.max_gap,
             ALIGNMENT,
+            memory_alignment,
+            TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
         )
         self._is_host = is_host
 
@@ -82,11 +85,20 @@ def arrange(
     transfer_of: Callable[[Layout], Transfer],
     *,
     is_host: bool,
+    memory_alignment: int,
     free_bytes: int | None,
 ) -> Arrangement:
     """Divides `model` for a device whose memory is the host's (`is_host`) or has
-    `free_bytes`. Raises DoesNotFitError, saying the least that works."""
-    arranger = Arranger(model, recipes, policy, transfer_of, is_host=is_host)
+    `free_bytes`. Addresses that weights are read to are multiples of
+    `memory_alignment`. Raises DoesNotFitError, saying the least that works."""
+    arranger = Arranger(
+        model,
+        recipes,
+        policy,
+        transfer_of,
+        is_host=is_host,
+        memory_alignment=memory_alignment,
+    )
     return arranger.arrange(policy, free_bytes)
 
 

@@ -68,6 +68,11 @@ class Divider:
     """Bytes; as the policy says."""
     max_gap: int
     alignment: int
+    """Of offsets and sizes of reads, and of slots."""
+    memory_alignment: int
+    """Of addresses that are read to."""
+    tensor_alignment: int
+    """Of assembled tensors in memory that units are read to."""
     _known: dict[tuple[int, int], Division] = field(default_factory=dict)
     """By how many modules are at most as large as a site may be, and below the size
     from which they are streamed: no more of the two limits is asked."""
@@ -114,6 +119,8 @@ class Divider:
                 unit.name,
                 [self.recipes[name] for name in unit.tensors],
                 alignment=self.alignment,
+                memory_alignment=self.memory_alignment,
+                tensor_alignment=self.tensor_alignment,
                 # What is read once may take more reads; what stays, no gaps.
                 max_gap_bytes=0 if unit.is_resident else self.max_gap,
             )

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 
 from ...io.checkpoint import SINGLE_FILE, Checkpoint, open_files
 from ...io.errors import OutputError, UsageError
 from ...io.recipe import Recipe, plain
+from ...io.residue import clone_at, residue_of
+from ...io.tensor_file import write_tensors
 
 _PREFIX = "wrapped-"
 _LOCK = "in-use"
@@ -30,19 +32,21 @@ class Spilled:
     names: dict[str, list[str]]
     """All names of each tied parameter, by the name it is stored under."""
     gradients: dict[str, bool]
-    dtypes: dict[str, torch.dtype]
+    residues: dict[str, int]
+    """Addresses of the parameters modulo 64 bytes, in the module and in the file."""
 
     def restore(self, module: nn.Module) -> None:
-        """Puts the parameters back, bit for bit, and removes the folder."""
-        stored = load_file(self.folder.path / SINGLE_FILE)
-        for first, names in self.names.items():
-            parameter = nn.Parameter(
-                stored[first].to(self.dtypes[first]),
-                requires_grad=self.gradients[first],
-            )
-            for name in names:
-                owner, _, key = name.rpartition(".")
-                module.get_submodule(owner)._parameters[key] = parameter
+        """Puts the parameters back, bit for bit and aligned as they were, and removes
+        the folder."""
+        with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
+            for first, names in self.names.items():
+                parameter = nn.Parameter(
+                    clone_at(stored.get_tensor(first), self.residues[first]),
+                    requires_grad=self.gradients[first],
+                )
+                for name in names:
+                    owner, _, key = name.rpartition(".")
+                    module.get_submodule(owner)._parameters[key] = parameter
         self.folder.cleanup()
 
 
@@ -92,14 +96,15 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
             raise UsageError(f"{name!r} is on meta: there are no values to stream")
         first = first_of.setdefault(id(parameter), name)
         names.setdefault(first, []).append(name)
-        tensors[first] = parameter.detach().cpu().contiguous()
+        tensors[first] = parameter.detach()
     if not tensors:
         raise UsageError(f"{type(module).__name__} has no parameters to stream")
+    residues = {name: residue_of(tensor) for name, tensor in tensors.items()}
     folder = SpillFolder(cache)
     try:
         # Under another name first: what has the final one is whole.
         partial = folder.path / f"{SINGLE_FILE}.partial"
-        save_file(tensors, partial)
+        write_tensors(partial, tensors, residues)
         partial.rename(partial.with_suffix(""))
     except Exception as error:
         folder.cleanup()
@@ -111,7 +116,8 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
     checkpoint = open_files(folder.path, [SINGLE_FILE])
     wanted = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     recipes = {}
-    for name, entry in checkpoint.entries.items():
+    for name in tensors:
+        entry = checkpoint.entries[name]
         is_floating = entry.dtype.is_floating_point
         kind = wanted if wanted is not None and is_floating else entry.dtype
         recipes[name] = plain(entry, name=name, dtype=kind)
@@ -122,5 +128,5 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
         recipes,
         names,
         {name: parameters[name].requires_grad for name in tensors},
-        {name: parameters[name].dtype for name in tensors},
+        residues,
     )
