@@ -134,8 +134,8 @@ def read_by(engine: Engine, loads: Counter[int]) -> int:
 def test_on_all_tiers_at_once_outputs_are_the_resident_models(
     name: str, tmp_path: Path, loads: Counter[int]
 ) -> None:
-    resident = zoo.build(name)
-    resident.save_pretrained(tmp_path, max_shard_size="100KB")
+    zoo.save_checkpoint(name, tmp_path)
+    resident = zoo.load(name, tmp_path)
     batch = zoo.inputs(name)
     generates = zoo.ARCHITECTURES[name].generates
     policy = mixed_policy(name, tmp_path)
