@@ -28,6 +28,13 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 CHECKED = ("llama", "gpt2", "mixtral", "qwen3_next", "granitemoeshared", "t5", "bert")
 """Weights as stored, transposed, stacked, split, tied."""
 
+FLOAT32_ONLY = {"xlnet", "deberta", "fnet"}
+"""Resident, too: their code mixes dtypes, or transforms what bfloat16 cannot."""
+LEAST_TOKENS = {"funnel": 9}
+"""It pools tokens. Others run with one, where every product has one row."""
+ROOMIER = {"resnet"}
+"""Many small weights, each in pages of its own."""
+
 
 @pytest.mark.parametrize("residue", [0, 2, 8, 40, 62])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
@@ -90,15 +97,21 @@ def inputs(name: str, dtype: torch.dtype, tokens: int) -> dict[str, torch.Tensor
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
+def load_small(name: str, path: Path) -> Any:
+    if name in ROOMIER:
+        return penstock.load(path, Policy(device_memory="512KiB", resident_below=256))
+    return load_tight(name, path)
+
+
 def check_lies_like_from_pretrained(name: str, dtype: torch.dtype, path: Path) -> None:
     zoo.save_checkpoint(name, path, dtype)
     shift_tensors(path, 8)
     resident = zoo.load(name, path, dtype=dtype)
-    batches = [inputs(name, dtype, 1), inputs(name, dtype, 9)]
+    batches = [inputs(name, dtype, n) for n in (LEAST_TOKENS.get(name, 1), 9)]
     with torch.inference_mode(), lying(resident) as wanted:
         expected = [outputs_of(resident, batch) for batch in batches]
     with (
-        load_tight(name, path) as model,
+        load_small(name, path) as model,
         torch.inference_mode(),
         lying(model) as found,
     ):
@@ -114,9 +127,15 @@ def test_weights_lie_like_those_of_from_pretrained(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", [name for name, a in zoo.ARCHITECTURES.items() if not a.mutates]
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name, architecture in zoo.ARCHITECTURES.items()
+        for dtype in (torch.float32, torch.bfloat16)
+        if not architecture.mutates
+        and not (dtype is torch.bfloat16 and name in FLOAT32_ONLY)
+    ],
 )
 def test_all_weights_lie_like_those_of_from_pretrained(
     name: str, dtype: torch.dtype, tmp_path: Path
