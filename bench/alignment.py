@@ -1,0 +1,93 @@
+"""Are products faster when weights are aligned? And what does moving cost that aligns?
+
+Compute-bound products (many rows) and bandwidth-bound ones (one row) of a weight that
+starts at a multiple of 64 bytes, as torch's allocator places it, and of the same weight
+8 and 32 bytes further, as tensors lie in a mapped file. Interleaved; the ratio of
+medians is what counts. Beside them, the rate at which a slot's bytes are moved within
+it, as the loader does where a drive does not take any address.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from machine import card
+from penstock.io.residue import clone_at
+
+RESIDUES = (0, 8, 32)
+
+
+def seconds(act: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def product_ratios(
+    dtype: torch.dtype, rows: int, size: int, rounds: int
+) -> tuple[dict[int, float], bool]:
+    """Seconds at each residue over those at 0, and whether all bits were equal."""
+    weight = torch.randn(size, size).to(dtype)
+    weights = {residue: clone_at(weight, residue) for residue in RESIDUES}
+    x = torch.randn(rows, size).to(dtype)
+    results = {r: torch.nn.functional.linear(x, w) for r, w in weights.items()}
+    found: dict[int, list[float]] = defaultdict(list)
+    for round_ in range(rounds):
+        order = RESIDUES if round_ % 2 else RESIDUES[::-1]
+        for residue in order:
+            act = partial(torch.nn.functional.linear, x, weights[residue])
+            found[residue].append(seconds(act))
+    medians = {residue: median(found[residue]) for residue in RESIDUES}
+    is_equal = all(torch.equal(results[0], result) for result in results.values())
+    return {r: medians[r] / medians[0] for r in RESIDUES}, is_equal
+
+
+def move_bytes_per_second(nbytes: int, rounds: int) -> float:
+    memory = torch.zeros(nbytes + 64, dtype=torch.uint8).data_ptr()
+    times = [
+        seconds(lambda: ctypes.memmove(memory, memory + 8, nbytes))
+        for _ in range(rounds)
+    ]
+    return nbytes / median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048, help="rows of the weight")
+    parser.add_argument("--rounds", type=int, default=21)
+    args = parser.parse_args()
+    machine = card(Path.cwd())
+    print(json.dumps(machine))
+    report = []
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (1, 8, 64, 512):
+                ratios, is_equal = product_ratios(dtype, rows, args.size, args.rounds)
+                bits = "the same bits" if is_equal else "OTHER BITS"
+                shown = ", ".join(f"+{r}: {ratios[r]:.3f}" for r in RESIDUES[1:])
+                print(f"{dtype}, {rows} rows: time beside aligned {shown}; {bits}")
+                report.append(
+                    {
+                        "dtype": str(dtype),
+                        "rows": rows,
+                        "time_ratio_by_residue": ratios,
+                        "is_bit_equal": is_equal,
+                    }
+                )
+    rate = move_bytes_per_second(64 << 20, args.rounds)
+    print(f"moved within a slot, one thread: {rate / 1e9:.1f} GB/s")
+    print(
+        json.dumps({"machine": machine, "products": report, "move_bytes_per_sec": rate})
+    )
+
+
+if __name__ == "__main__":
+    main()
