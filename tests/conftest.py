@@ -26,6 +26,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import kernel_aio
 from checkpoints import random_tensor, write_checkpoint
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -84,6 +85,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run whole products (every model on every tier), not a share of them",
     )
+    parser.addoption(
+        "--libaio",
+        choices=kernel_aio.CHOICES,
+        default="auto",
+        help="what `import libaio` finds: the installed package, the kernel's own calls "
+        "behind its interface, or nothing (auto: the first of these that works)",
+    )
+
+
+_LIBAIO = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before modules of tests look which readers there are.
+    config.stash[_LIBAIO] = kernel_aio.install(config.getoption("--libaio"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"libaio: {config.stash[_LIBAIO]}"
 
 
 def _place(item: pytest.Item) -> int:
