@@ -101,8 +101,8 @@ class AIOBlock:
         self._iocb.num_buffers = len(places)
 
     def begin(self) -> tuple[int, Any]:
-        """The address of what the kernel is given, and what has to live till it ends."""
-        assert self.target_file is not None, "a block has a file before it is submitted"
+        """The address of what the kernel gets, and what has to live until it ends."""
+        assert self.target_file is not None, "what is submitted has a file"
         self._iocb.descriptor = self.target_file
         return ctypes.addressof(self._iocb), (self._buffers, self._iovecs)
 
@@ -137,7 +137,7 @@ class AIOContext:
         return num
 
     def getEvents(self, min_nr: int) -> list[tuple[AIOBlock, int, int]]:
-        """Waits for at least `min_nr` reads; each with its bytes, or minus its errno."""
+        """Waits for at least `min_nr` reads: of each its bytes, or minus its errno."""
         events = (_Event * self._maxevents)()
         num = _call(
             2,

@@ -21,7 +21,7 @@ from penstock.offload.tasks.head import CausalScorer
 NAMES = [name for name, a in zoo.ARCHITECTURES.items() if not a.mutates]
 # Reads the weights of a child that never runs, inside a forward that needs room, too.
 ROOMIER = {"dbrx"}
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 def load_tight(name: str, folder: Path) -> Any:
@@ -57,7 +57,7 @@ def outputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_streamed_equals_resident_bit_for_bit(name: str, tmp_path: Path) -> None:
     zoo.save_checkpoint(name, tmp_path)
     resident = zoo.load(name, tmp_path).train(False)
-    batches = [zoo.inputs(name, seed=seed) for seed in range(3)]
+    batches = [zoo.inputs(name, seed=seed) for seed in range(2)]
     with torch.inference_mode():
         expected = [outputs_of(resident, batch) for batch in batches]
     with load_tight(name, tmp_path) as model:

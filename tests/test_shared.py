@@ -6,8 +6,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -16,11 +14,12 @@ from typing import Any
 
 import pytest
 
+import processes
 from penstock.io.errors import ClosedError, DoesNotFitError
 from penstock.io.shared import FOLDER, SharedArena
 
 pytestmark = [
-    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.usefixtures("own_processes", "no_leaks"),
     pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm"),
 ]
 
@@ -123,9 +122,7 @@ def test_what_a_killed_process_left_is_used_or_removed(folder: Path) -> None:
             arena = SharedArena("same", {MIB}, fill, folder=Path({str(folder)!r}))
             os.kill(os.getpid(), signal.SIGKILL)
         """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], check=False
-        )
+        done = processes.run("-c", textwrap.dedent(code))
         assert done.returncode == -signal.SIGKILL
         assert len(files(folder)) == 1
         fill = never if key == "same" else fill_with(1)
@@ -145,7 +142,7 @@ def test_one_that_was_killed_while_filling_is_filled_again(folder: Path) -> None
             os.kill(os.getpid(), signal.SIGKILL)
         SharedArena("key", {MIB}, fill, folder=Path({str(folder)!r}))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    processes.run("-c", textwrap.dedent(code))
     assert len(files(folder)) == 1
     with SharedArena("key", MIB, fill_with(9), folder=folder) as arena:
         assert arena.was_filled_here
