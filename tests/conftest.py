@@ -26,8 +26,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import forked_python
 import kernel_aio
-import processes
 from checkpoints import random_tensor, write_checkpoint
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -197,8 +197,8 @@ def no_leaks(
 
 @pytest.fixture(scope="session")
 def own_processes() -> None:
-    """What `processes.run` needs is there: nothing that a test has left behind."""
-    processes.ensure_running()
+    """What `forked_python.run` needs is there: nothing that a test has left behind."""
+    forked_python.ensure_running()
 
 
 class TinyCheckpoint(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import beside
-import processes
+import forked_python
 import turns
 from checkpoint import make_checkpoint
 from generate_ceiling import Rates, Size, ceiling
@@ -24,7 +24,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 def run_worker(command: list[str], *rest: Any) -> dict[str, Any]:
     """As `turns.run`, in a process that begins at once."""
-    done = processes.run(*command[1:])
+    done = forked_python.run(*command[1:])
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -34,7 +34,7 @@ def run_worker(command: list[str], *rest: Any) -> dict[str, Any]:
 def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = "--size 8MiB --rounds 1 --chunks 1MiB --depths 2"
-    done = processes.run(BENCH / "tiers.py", *options.split(), "--out", tmp_path)
+    done = forked_python.run(BENCH / "tiers.py", *options.split(), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     ceilings = {"plain loop", *(["fio"] if shutil.which("fio") else [])}
@@ -72,7 +72,7 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
 @pytest.mark.slow
 def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
     options = "--layers 2 --hidden 64 --groups 3 --tokens 4 --rounds 1"
-    done = processes.run(BENCH / "coalescing.py", *options.split())
+    done = forked_python.run(BENCH / "coalescing.py", *options.split())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["tokens_per_second"]) == {"wide", "apart", "coalesced"}
@@ -84,7 +84,7 @@ def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_simulations_runs_every_case() -> None:
     options = "--units 6 --micro-batches 3 --passes 32 --devices 2"
-    done = processes.run(BENCH / "simulation.py", *options.split())
+    done = forked_python.run(BENCH / "simulation.py", *options.split())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     shapes = {(r["units"], r["passes"], r["devices"]) for r in found["results"]}
@@ -93,7 +93,7 @@ def test_the_benchmark_of_simulations_runs_every_case() -> None:
 
 
 def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
-    done = processes.run(BENCH / "kills.py", "--kills", 5, "--rows", 400)
+    done = forked_python.run(BENCH / "kills.py", "--kills", 5, "--rows", 400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == 5
@@ -104,7 +104,7 @@ def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
 def test_the_benchmark_of_rows_compares_with_a_larger_model(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
     options = ("--rows", 2000, "--slice", 5, "--model", tmp_path / "tiny")
-    done = processes.run(BENCH / "rows.py", *options)
+    done = forked_python.run(BENCH / "rows.py", *options)
     assert done.returncode in (0, 1), done.stderr  # the model is no larger
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"] == 2000

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 
-import processes
+import forked_python
 
 SUITE = Path(__file__).parent.parent / "bench" / "gpu_suite.py"
 
@@ -28,7 +28,9 @@ def supervise_forked(
     stderr: IO[str],
 ) -> int:
     """As the suite's own `supervise`, in a process that begins at once."""
-    done = processes.run(*command[1:], env=env, first=partial(os.chdir, SUITE.parent))
+    done = forked_python.run(
+        *command[1:], env=env, first=partial(os.chdir, SUITE.parent)
+    )
     stdout.write(done.stdout)
     stderr.write(done.stderr)
     return done.returncode

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import processes
+import forked_python
 from checkpoint import make_checkpoint
 from jobs import Killed, read_lines
 from penstock import Policy
@@ -341,8 +341,8 @@ def one_thread() -> None:
 def test_rows_come_from_standard_input_and_go_to_standard_output(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    done = processes.run(
-        *processes.COMMAND,
+    done = forked_python.run(
+        *forked_python.COMMAND,
         *("score", folder, "-", "-o", "-"),
         stdin=source.read_bytes(),
         first=one_thread,

@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked_python
 import penstock
-import processes
 import zoo
 from checkpoint import make_checkpoint
 from penstock import Policy
@@ -243,8 +243,8 @@ def test_the_command_scores_a_file_and_reports(
     folder: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     output, report = tmp_path / "out.jsonl", tmp_path / "report"
-    done = processes.run(
-        *processes.COMMAND,
+    done = forked_python.run(
+        *forked_python.COMMAND,
         *("score", folder, write(*ROWS), "-o", output),
         *("--report", report, *settings()),
     )
@@ -333,7 +333,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(
 ) -> None:
     output = tmp_path / "out.jsonl"
     arguments = ("score", folder, write(*ROWS), "-o", output)
-    done = processes.run(*processes.COMMAND, *arguments, first=small_files_only)
+    done = forked_python.run(*forked_python.COMMAND, *arguments, first=small_files_only)
     assert done.returncode == 3, done.stderr
     assert "out.jsonl.parts: File too large" in done.stderr
     assert "Traceback" not in done.stderr

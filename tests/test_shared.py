@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import processes
+import forked_python
 from penstock.io.errors import ClosedError, DoesNotFitError
 from penstock.io.shared import FOLDER, SharedArena
 
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_is_used_or_removed(folder: Path) -> None:
             arena = SharedArena("same", {MIB}, fill, folder=Path({str(folder)!r}))
             os.kill(os.getpid(), signal.SIGKILL)
         """
-        done = processes.run("-c", textwrap.dedent(code))
+        done = forked_python.run("-c", textwrap.dedent(code))
         assert done.returncode == -signal.SIGKILL
         assert len(files(folder)) == 1
         fill = never if key == "same" else fill_with(1)
@@ -142,7 +142,7 @@ def test_one_that_was_killed_while_filling_is_filled_again(folder: Path) -> None
             os.kill(os.getpid(), signal.SIGKILL)
         SharedArena("key", {MIB}, fill, folder=Path({str(folder)!r}))
     """
-    processes.run("-c", textwrap.dedent(code))
+    forked_python.run("-c", textwrap.dedent(code))
     assert len(files(folder)) == 1
     with SharedArena("key", MIB, fill_with(9), folder=folder) as arena:
         assert arena.was_filled_here

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-import processes
+import forked_python
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import StoppedError, UsageError
@@ -62,7 +62,7 @@ def leaves_nothing(
     request: pytest.FixtureRequest, own_processes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers that begin at once; those of others import torch first."""
-    monkeypatch.setattr(worker_pool, "_SPAWN", processes.context)
+    monkeypatch.setattr(worker_pool, "_SPAWN", forked_python.context)
     request.getfixturevalue("no_leaks")
 
 
@@ -132,7 +132,7 @@ def test_no_worker_outlives_who_began_it(
     marker = tmp_path / "worker"
     arguments = (folder, source, tmp_path / "out.jsonl", marker)
     env = {"PYTHONPATH": os.pathsep.join(sys.path), FOLDER: f"{tmp_path}"}
-    done = processes.run("-c", KILLED, *arguments, env=env)
+    done = forked_python.run("-c", KILLED, *arguments, env=env)
     assert done.returncode == -signal.SIGKILL
     assert marker.exists(), "a worker was computing"
     ours = [process for process in psutil.process_iter() if _is_of(process, tmp_path)]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import forked_python
 import penstock
-import processes
 from nets import Net, batches, make, same, serially
 from penstock import Policy
 from penstock.io.checkpoint import SINGLE_FILE
@@ -82,7 +82,7 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
         penstock.wrap(net, policy)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = processes.run("-c", textwrap.dedent(code))
+    done = forked_python.run("-c", textwrap.dedent(code))
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.glob("wrapped-*")
     one, other = make(Net), make(Net)
