@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 import textwrap
@@ -179,7 +178,7 @@ def _many(folder: str, seed: int, queue: Any) -> None:
 
 @pytest.mark.slow
 def test_processes_that_come_and_go_never_see_it_half_filled(folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forked_python.context
     queue = context.Queue()
     folder.with_name("ready").mkdir()
     processes = [
