@@ -7,11 +7,12 @@ LINKS := build/types
 PATHS := penstock/tests:penstock/bench:penstock/bench/peers:penstock/examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check bench clean
+.PHONY: help demo test test-kinds lint types check bench clean
 
 help:
 	@echo "make demo    make a small checkpoint and stream it (examples/demo.py)"
 	@echo "make test    run the tests"
+	@echo "make test-kinds  run a part of them as on other machines"
 	@echo "make check   everything a change must pass: lint, types, test"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy, strict"
@@ -30,6 +31,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
 		--dist worksteal
+
+# What depends on the machine, as on others: CPUs without AVX-512, or without AVX; no
+# libaio; no compiler. (The tests themselves run the reader of libaio everywhere.)
+test-kinds: export OMP_WAIT_POLICY = passive
+test-kinds: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py
+	CC=/nonexistent/cc CXX=/nonexistent/c++ $(BIN)/python -m pytest -q --libaio=missing \
+		tests/test_choice.py tests/test_readers.py tests/test_compilation.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

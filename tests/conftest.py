@@ -26,6 +26,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import forked_python
+import kernel_aio
 from checkpoints import random_tensor, write_checkpoint
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -84,11 +86,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run whole products (every model on every tier), not a share of them",
     )
+    parser.addoption(
+        "--libaio",
+        choices=kernel_aio.CHOICES,
+        default="auto",
+        help="what `import libaio` finds: the installed package, the kernel's calls "
+        "behind its interface, or nothing (auto: the first of these that works)",
+    )
+
+
+_LIBAIO = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before modules of tests look which readers there are.
+    config.stash[_LIBAIO] = kernel_aio.install(config.getoption("--libaio"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"libaio: {config.stash[_LIBAIO]}"
 
 
 def _place(item: pytest.Item) -> int:
     """Of a test among all, where several processes share them."""
-    if item.get_closest_marker("looks_at_all_objects"):
+    if "all_objects" in getattr(item, "fixturenames", ()):
         return 0
     return 1 if item.get_closest_marker("slow") else 2
 
@@ -98,7 +119,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Short ones last, which can be shared out evenly when others have ended; who
-        # looks at all objects first, before models and tests have made many.
+        # looks at all objects first, before models have made many.
         items.sort(key=_place)
     if config.getoption("--whole"):
         return
@@ -106,6 +127,29 @@ def pytest_collection_modifyitems(
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("whole")]
+
+
+def pytest_collection_finish() -> None:
+    # What is there now stays. The collector need not walk it in each test.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def few_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a micro-batch's tensors leave the device, for which the library asks the
+    collector who refers to them, and does not believe it where anything is frozen. Here
+    that is right: torch, pytest and modules of tests refer to nothing of the test."""
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
+
+
+@pytest.fixture
+def all_objects() -> Iterator[None]:
+    """As `few_objects`, but the collector walks all there are, which takes long."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 _HAS_FAILED = pytest.StashKey[bool]()
@@ -149,6 +193,12 @@ def no_leaks(
             gc.collect(generation)
     found = {what: value for what, value in left().items() if value}
     assert not found, f"left behind: {found}"
+
+
+@pytest.fixture(scope="session")
+def own_processes() -> None:
+    """What `forked_python.run` needs is there: nothing that a test has left behind."""
+    forked_python.ensure_running()
 
 
 class TinyCheckpoint(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -47,7 +48,10 @@ class Eventful:
             os.kill(os.getpid(), self.number)
             return
         marker.write_text(f"{os.getpid()}")
-        os.kill(os.getppid(), self.number)
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "a worker has one"
+        assert parent.pid is not None, "which has begun"
+        os.kill(parent.pid, self.number)
         if self.number == signal.SIGKILL:
             threading.Event().wait()  # what it does at that time does not matter
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import kernel_aio
 from penstock.io import aio
 from penstock.io.aio import LibaioReader
 from penstock.io.backlog import Backlog
@@ -22,7 +23,7 @@ from penstock.io.header import FileStamp
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
-    pytest.mark.skipif(aio.why_not() is not None, reason=str(aio.why_not())),
+    pytest.mark.skipif(aio.why_not() is not None, reason=kernel_aio.why_skipped()),
 ]
 
 PAGE = 4096

@@ -14,6 +14,7 @@ from nets import WIDTH, batches, make, same, serially
 from penstock import Policy
 from penstock.io.errors import PolicyError
 from penstock.offload.model import engine_of
+from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -100,7 +101,9 @@ def wrapped(module: Any, values: dict[str, Any]) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("seed", range(NUM_POLICIES))
+@pytest.mark.parametrize(
+    "seed", shared(range(NUM_POLICIES), lambda seed, _: seed % 4 == 0)
+)
 def test_whatever_is_asked_for_outputs_are_equal_and_budgets_are_kept(
     seed: int,
 ) -> None:

@@ -19,9 +19,12 @@ from penstock.offload.tasks.head import CausalScorer
 
 # The first forward of these writes to the weights, which streaming must refuse.
 NAMES = [name for name, a in zoo.ARCHITECTURES.items() if not a.mutates]
+# Dense, gated, of experts, recurrent; one that reads and one that writes: these are run
+# with the instructions of other CPUs, too.
+OF_EACH_KIND = {"llama", "gpt2", "mixtral", "qwen2_moe", "jamba", "t5", "bert"}
 # Reads the weights of a child that never runs, inside a forward that needs room, too.
 ROOMIER = {"dbrx"}
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 def load_tight(name: str, folder: Path) -> Any:
@@ -52,12 +55,18 @@ def outputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     raise AssertionError(f"{type(model).__name__} returns neither logits nor states")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.kinds if name in OF_EACH_KIND else [])
+        for name in NAMES
+    ],
+)
 @pytest.mark.usefixtures("no_leaks")
 def test_streamed_equals_resident_bit_for_bit(name: str, tmp_path: Path) -> None:
     zoo.save_checkpoint(name, tmp_path)
     resident = zoo.load(name, tmp_path).train(False)
-    batches = [zoo.inputs(name, seed=seed) for seed in range(3)]
+    batches = [zoo.inputs(name, seed=seed) for seed in range(2)]
     with torch.inference_mode():
         expected = [outputs_of(resident, batch) for batch in batches]
     with load_tight(name, tmp_path) as model:

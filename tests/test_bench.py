@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import beside
+import forked_python
+import turns
 from checkpoint import make_checkpoint
 from generate_ceiling import Rates, Size, ceiling
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
+def run_worker(command: list[str], *rest: Any) -> dict[str, Any]:
+    """As `turns.run`, in a process that begins at once."""
+    done = forked_python.run(*command[1:])
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(BENCH / "tiers.py"), "--size", "8MiB", "--rounds"]
-    options = ["1", "--chunks", "1MiB", "--depths", "2", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, check=False
-    )
+    options = "--size 8MiB --rounds 1 --chunks 1MiB --depths 2"
+    done = forked_python.run(BENCH / "tiers.py", *options.split(), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     ceilings = {"plain loop", *(["fio"] if shutil.which("fio") else [])}
@@ -42,26 +51,17 @@ def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_completions_compares_all_its_contenders(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
-    command = [sys.executable, str(BENCH / "generate.py"), "--model"]
     options = "--prompt 6 --new 4 --sequences 8 --rows 16 --device-memory 1MiB"
     contenders = ["streamed", "fixed", "resident", "streamed:micro_batch_sequences=1"]
-    done = subprocess.run(
-        [
-            *command,
-            str(tmp_path / "tiny"),
-            *options.split(),
-            "--contenders",
-            *contenders,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    script = str(BENCH / "generate.py")
+    model = ["--model", str(tmp_path / "tiny"), "--contenders", *contenders]
+    monkeypatch.setattr(sys, "argv", [script, *options.split(), *model])
+    monkeypatch.setattr(turns, "run", run_worker)
+    runpy.run_path(script, run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["name"]: row for row in found["results"]}
     assert set(rows) == set(contenders)
     assert all(row["output_tokens"] == 16 * 4 for row in rows.values())
@@ -71,11 +71,8 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
 
 @pytest.mark.slow
 def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
-    command = [sys.executable, str(BENCH / "coalescing.py"), "--layers", "2"]
-    options = ["--hidden", "64", "--groups", "3", "--tokens", "4", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, check=False
-    )
+    options = "--layers 2 --hidden 64 --groups 3 --tokens 4 --rounds 1"
+    done = forked_python.run(BENCH / "coalescing.py", *options.split())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["tokens_per_second"]) == {"wide", "apart", "coalesced"}
@@ -86,11 +83,8 @@ def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_simulations_runs_every_case() -> None:
-    command = [sys.executable, str(BENCH / "simulation.py"), "--units", "6"]
-    options = ["--micro-batches", "3", "--passes", "32", "--devices", "2"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, check=False
-    )
+    options = "--units 6 --micro-batches 3 --passes 32 --devices 2"
+    done = forked_python.run(BENCH / "simulation.py", *options.split())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     shapes = {(r["units"], r["passes"], r["devices"]) for r in found["results"]}
@@ -99,10 +93,7 @@ def test_the_benchmark_of_simulations_runs_every_case() -> None:
 
 
 def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
-    command = [sys.executable, str(BENCH / "kills.py"), "--kills", "5"]
-    done = subprocess.run(
-        [*command, "--rows", "400"], capture_output=True, text=True, check=False
-    )
+    done = forked_python.run(BENCH / "kills.py", "--kills", 5, "--rows", 400)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == 5
@@ -112,13 +103,8 @@ def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_rows_compares_with_a_larger_model(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
-    command = [sys.executable, str(BENCH / "rows.py"), "--rows", "2000", "--slice", "5"]
-    done = subprocess.run(
-        [*command, "--model", str(tmp_path / "tiny")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ("--rows", 2000, "--slice", 5, "--model", tmp_path / "tiny")
+    done = forked_python.run(BENCH / "rows.py", *options)
     assert done.returncode in (0, 1), done.stderr  # the model is no larger
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"] == 2000

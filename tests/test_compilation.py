@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from penstock import Policy
 from penstock.offload.model import engine_of
 
 dynamo = pytest.importorskip("torch._dynamo")
+inductor = pytest.importorskip("torch._inductor")
 # A module of its own, imported once a policy asks for it.
 from penstock.offload import compilation  # noqa: E402
 
@@ -495,6 +495,17 @@ def test_calls_that_record_gradients_run_eagerly_and_say_so(graphs: Graphs) -> N
 # Bits.
 
 
+def why_no_compiler() -> str | None:
+    """Why inductor cannot compile for this CPU; None where it can."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "no C++ compiler that works (apt install g++, or set CXX)"
+    return None
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_results_of_torchs_own_compilers(
@@ -502,8 +513,8 @@ def test_results_of_torchs_own_compilers(
 ) -> None:
     """aot_eager runs the same kernels, so it is exact; inductor fuses, so that the last
     bits may differ."""
-    if backend == "inductor" and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
+    if backend == "inductor" and (reason := why_no_compiler()):
+        pytest.skip(reason)
     num = []
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -524,6 +535,24 @@ def test_results_of_torchs_own_compilers(
             torch.testing.assert_close(found, expected)
         assert penstock.statistics(net).fallbacks == ()
     assert len(num) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_without_a_compiler_blocks_run_eagerly_and_say_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilation, "compile_graph", torchs_compiler)
+    net = make(Stack)
+    items = hidden(4)
+    expected = serially(net, items)
+    nothing = {"cpp.cxx": (None, "/nonexistent/c++"), "force_disable_caches": True}
+    with inductor.config.patch(nothing), streamed(net, slots=4):
+        for _ in range(2):
+            with penstock.sweep(net) as sweep:
+                assert same(sweep.map(net, items), expected)
+        (said,) = penstock.statistics(net).fallbacks
+    assert said.startswith("Block is not compiled and runs eagerly: ")
+    assert "compiler" in said.lower()
 
 
 def assert_usable_hidden(

@@ -29,17 +29,18 @@ from nets import (
 )
 from penstock import Policy
 from penstock.offload import tiers
+from shares import shared
 
-pytestmark = [
-    pytest.mark.usefixtures("no_leaks"),
-    pytest.mark.slow,
-    pytest.mark.looks_at_all_objects,
-]
+pytestmark = [pytest.mark.usefixtures("no_leaks"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
-def everything_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def everything_is_worth_it(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiers, "MIN_BYTES", 1)
+    if "all_objects" not in request.fixturenames:
+        request.getfixturevalue("few_objects")
 
 
 def out_and_in(model: Any) -> tuple[int, int]:
@@ -47,9 +48,14 @@ def out_and_in(model: Any) -> tuple[int, int]:
     return found.activation_bytes_out, found.activation_bytes_in
 
 
-@pytest.mark.parametrize("width", [None, 1, 2, 3])
-@pytest.mark.parametrize("num_batches", [1, 2, 7])
-def test_results_are_bit_identical(width: int | None, num_batches: int) -> None:
+@pytest.mark.parametrize(
+    ("num_batches", "width"),
+    shared(
+        [(num, width) for num in (1, 2, 7) for width in (None, 1, 2, 3)],
+        lambda _, case: case in ((1, 3), (2, None), (7, None), (7, 2), (7, 3)),
+    ),
+)
+def test_results_are_bit_identical(num_batches: int, width: int | None) -> None:
     net = make(Net)
     items = batches(num_batches)
     expected = serially(net, items)
@@ -87,7 +93,10 @@ def generated(name: str, folder: Path, num: int, **policy: Any) -> tuple[Any, An
         return found, expected, penstock.statistics(model)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5", "mamba"])
+@pytest.mark.parametrize(
+    "name",
+    shared(["llama", "gpt2", "mixtral", "t5", "mamba"], lambda n, _: n in (0, 3, 4)),
+)
 def test_generate_with_its_caches_is_bit_identical(name: str, tmp_path: Path) -> None:
     found, expected, statistics = generated(name, tmp_path, 4, activations="host")
     assert same(found, expected)
@@ -209,8 +218,13 @@ KEEPERS = [
 ]
 
 
-@pytest.mark.parametrize("keep", KEEPERS)
-@pytest.mark.parametrize("is_first_time", [True, False])
+@pytest.mark.parametrize(
+    ("keep", "is_first_time"),
+    shared(
+        [(keep, is_first) for keep in KEEPERS for is_first in (True, False)],
+        lambda _, case: not case[1] or case[0] in (keep_in_a_list, keep_for_autograd),
+    ),
+)
 def test_what_others_refer_to_stays(
     keep: Callable[..., Any], is_first_time: bool
 ) -> None:
@@ -272,6 +286,7 @@ def tensors_of(kept: Any) -> Iterator[torch.Tensor]:
         yield kept()
 
 
+@pytest.mark.usefixtures("all_objects")
 @pytest.mark.parametrize("how", ["batch", "closure", "global", "argument"])
 def test_what_all_share_stays(how: str) -> None:
     """Such as the cache of a common prefix."""

@@ -27,6 +27,7 @@ from penstock.offload.plans.forecast import forecast, generating_of
 from penstock.offload.tasks.decoding import RowSampler
 from penstock.offload.tasks.generate import GenerateProgress
 from penstock.offload.weights.blueprint import blueprint
+from shares import in_turns, shared
 from test_planner import machine_of
 from test_score import read, run, settings
 
@@ -79,7 +80,11 @@ def completions(folder: Path, rows: Any = ROWS, **options: Any) -> list[dict[str
 
 
 @pytest.mark.parametrize(
-    ("rows", "in_flight"), [(1, 1), (1, 4), (3, 4), (1, 256), (3, 256), (8, 256)]
+    ("rows", "in_flight"),
+    shared(
+        [(1, 1), (1, 4), (3, 4), (1, 256), (3, 256), (8, 256)],
+        lambda _, case: case in ((1, 4), (3, 4), (8, 256)),
+    ),
 )
 def test_completions_are_the_resident_models(
     rows: int, in_flight: int, folder: Path, resident: Any, tokenizer: Any
@@ -216,7 +221,9 @@ WAYS = [
     ("name", "tier", "refilled", "coalesce"),
     [
         pytest.param(
-            name, *way, marks=[] if WAYS.index(way) == n % 4 else pytest.mark.whole
+            name,
+            *way,
+            marks=[] if WAYS.index(way) == n % 4 and n % 3 == 0 else pytest.mark.whole,
         )
         for n, name in enumerate(COMPLETES)
         for way in WAYS
@@ -488,10 +495,18 @@ def test_a_plan_knows_whose_prompts_come_whole(name: str, tmp_path: Path) -> Non
     assert passes_of(tmp_path, asked, rows) == len(work.chunks) + work.new_tokens - 1
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("coalesce", ["auto", "off"])
+@pytest.fixture(scope="module")
+def thrice(folder: Path) -> list[dict[str, Any]]:
+    return completions(folder, ROWS * 3, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(("tier", "coalesce"), in_turns(TIERS, ["auto", "off"]))
 def test_keys_and_values_may_be_anywhere(
-    tier: str, coalesce: str, folder: Path, tmp_path: Path
+    tier: str,
+    coalesce: str,
+    thrice: list[dict[str, Any]],
+    folder: Path,
+    tmp_path: Path,
 ) -> None:
     """Refilled all the time, and never what was kept for somebody else."""
     values = {
@@ -502,8 +517,7 @@ def test_keys_and_values_may_be_anywhere(
         "io": {"cache": str(tmp_path)},
     }
     found = completions(folder, ROWS * 3, max_new_tokens=5, policy=values)
-    alone = completions(folder, ROWS * 3, max_new_tokens=5)
-    assert [r["completion"] for r in found] == [r["completion"] for r in alone]
+    assert [r["completion"] for r in found] == [r["completion"] for r in thrice]
 
 
 def in_flight(folder: Path, tier: str, cache: Path) -> tuple[int, torch.Tensor]:

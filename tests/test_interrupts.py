@@ -30,6 +30,7 @@ from penstock.io.errors import ClosedError
 from penstock.offload import tiers
 from penstock.offload.model import engine_of
 from penstock.scheduler import hub
+from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -322,7 +323,7 @@ def strike(net: Any, expected: list[Any], interrupt: InterruptAtLine) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [1, 21, 41, 61])
+@pytest.mark.parametrize("first", shared([1, 21, 41, 61], lambda n, _: n % 2 == 0))
 def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) -> None:
     """Every 20-th of the lines that the scheduler runs, in four parts."""
     net = make(Net, 2)
@@ -338,10 +339,17 @@ def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.looks_at_all_objects
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize(
     ("file", "every"),
-    [("evacuation.py", 2), ("ownership.py", 67), ("referrers.py", 37)],
+    [
+        ("evacuation.py", 5),
+        ("ownership.py", 201),
+        ("referrers.py", 111),
+        pytest.param("evacuation.py", 2, marks=pytest.mark.whole),
+        pytest.param("ownership.py", 67, marks=pytest.mark.whole),
+        pytest.param("referrers.py", 37, marks=pytest.mark.whole),
+    ],
 )
 def test_no_line_of_moving_out_and_back_loses_anything(
     file: str, every: int, monkeypatch: pytest.MonkeyPatch

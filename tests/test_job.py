@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+import forked_python
 from checkpoint import make_checkpoint
 from jobs import Killed, read_lines
 from penstock import Policy
@@ -22,6 +22,7 @@ from penstock.io.errors import InputError, StoppedError, UsageError
 from penstock.offload.files.parts import Cut, NumberedRows
 from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
+from shares import shared
 from test_score import run as command
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -111,7 +112,9 @@ def kill() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [scoring, generating, sampling_beams])
+@pytest.mark.parametrize(
+    "make", shared([scoring, generating, sampling_beams], lambda place, _: place < 2)
+)
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
     make: Callable[[], Work], folder: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -330,28 +333,25 @@ def test_other_micro_batches_are_announced_and_taken(
 # The command line, in a process of its own.
 
 
-def spawn(*arguments: Any, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-c", "from penstock.offload.cli import main; main()"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def one_thread() -> None:
+    torch.set_num_threads(1)  # as here: the last bits depend on it
 
 
 @pytest.mark.slow
 def test_rows_come_from_standard_input_and_go_to_standard_output(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    done = spawn("score", folder, "-", "-o", "-", stdin=source.read_bytes())
+    done = forked_python.run(
+        *forked_python.COMMAND,
+        *("score", folder, "-", "-o", "-"),
+        stdin=source.read_bytes(),
+        first=one_thread,
+    )
     assert done.returncode == 1, done.stderr
     output = tmp_path / "out.jsonl"
     job = Job(ScoreWork(), folder, source, output, Policy())
     job.run(Console(quiet=True))
-    assert done.stdout == output.read_bytes()
+    assert done.stdout == output.read_text()
 
 
 def test_a_finished_job_says_so_and_how_it_went(

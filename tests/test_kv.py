@@ -24,6 +24,7 @@ from penstock.io.kv_pages import PAGE_BYTES
 from penstock.io.kv_staging import Staging
 from penstock.offload.kv.cache import replace_layers
 from penstock.offload.model import engine_of
+from shares import in_turns, shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -70,9 +71,9 @@ def batches_of(name: str, num: int = 4, **how: Any) -> list[Any]:
     return [zoo.inputs(name, seed=seed, **how) for seed in range(num)]
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    ("name", "tier"), [*in_turns(FEW, TIERS, 2), *in_turns(MORE, TIERS)]
 )
 def test_what_is_generated_is_bit_identical(
     name: str, tier: str, tmp_path: Path
@@ -129,9 +130,13 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("kind", HOW)
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("name", "kind", "tier"),
+    shared(
+        [(n, kind, t) for n in ("llama", "gemma3_text") for kind in HOW for t in TIERS],
+        lambda place, _: place % 4 == (place // 4 + place // 16) % 4,
+    ),
+)
 def test_every_way_to_generate_is_bit_identical(
     name: str, kind: str, tier: str, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -125,11 +126,17 @@ def floor_at(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@functools.cache
+def imports_of(path: Path) -> list[Import]:
+    return list(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[Import]:
     """All of them, in functions and under TYPE_CHECKING too, with absolute names."""
     here = ["penstock", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(tree_of(path)):
@@ -170,30 +177,29 @@ def climbs(module: str, imports: Iterable[Import]) -> list[Import]:
     ]
 
 
-@pytest.fixture(params=FILES, ids=label)
-def path(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.param
-    return found
-
-
 def test_all_three_floors_were_found() -> None:
     assert {floor_at(path) for path in FILES} == set(FLOORS)
     assert {label(path) for path in FILES} >= PURE
 
 
-def test_imports_go_down_only(path: Path) -> None:
-    below = FLOORS[: FLOORS.index(floor_at(path)) + 1]
-    for found in imports_of(path):
-        if found.package == "penstock":
-            floor = floor_of(found.module)
-            assert floor in below, f"line {found.line} imports {found.module}"
+def test_imports_go_down_only() -> None:
+    wrong = [
+        (label(path), found)
+        for path in FILES
+        for found in imports_of(path)
+        if found.package == "penstock"
+        and floor_of(found.module) not in FLOORS[: FLOORS.index(floor_at(path)) + 1]
+    ]
+    assert wrong == []
 
 
-def test_folders_of_offload_import_down_only(path: Path) -> None:
-    if label(path).startswith("offload/"):
-        module = ".".join(["penstock", *Path(label(path)).with_suffix("").parts])
-        up = climbs(module, imports_of(path))
-        assert not up, [f"line {each.line} imports {each.module}" for each in up]
+def test_folders_of_offload_import_down_only() -> None:
+    wrong = []
+    for path in FILES:
+        if label(path).startswith("offload/"):
+            module = ".".join(["penstock", *Path(label(path)).with_suffix("").parts])
+            wrong += [(label(path), up) for up in climbs(module, imports_of(path))]
+    assert wrong == []
 
 
 def test_all_folders_of_offload_are_in_the_order() -> None:
@@ -226,52 +232,72 @@ def test_an_import_that_goes_up_is_found(
     assert climbs(f"penstock.offload.{importer}", [found]) == [found] * is_up
 
 
-def test_library_files_import_each_other_relatively(path: Path) -> None:
-    for found in imports_of(path):
-        assert found.level or found.package != "penstock", f"line {found.line}"
-        assert found.package not in ("tests", "bench", "examples"), f"line {found.line}"
+def test_library_files_import_each_other_relatively() -> None:
+    wrong = [
+        (label(path), found)
+        for path in FILES
+        for found in imports_of(path)
+        if found.package in ("tests", "bench", "examples")
+        or (found.package == "penstock" and not found.level)
+    ]
+    assert wrong == []
 
 
-def test_only_two_files_name_a_concrete_tier(path: Path) -> None:
-    if label(path) not in CHOOSERS and floor_at(path) != "io":
-        for found in imports_of(path):
-            whole = f"{found.module}.{found.name}"
-            assert not TIERS & {found.module, whole}, f"line {found.line}"
+def test_only_two_files_name_a_concrete_tier() -> None:
+    wrong = [
+        (label(path), found)
+        for path in FILES
+        if label(path) not in CHOOSERS and floor_at(path) != "io"
+        for found in imports_of(path)
+        if TIERS & {found.module, f"{found.module}.{found.name}"}
+    ]
+    assert wrong == []
 
 
-def test_only_build_puts_the_parts_together(path: Path) -> None:
-    """Others may name their types."""
-    if label(path) in ("offload/build.py", REHEARSAL):
-        return
+def calls_in(path: Path) -> Iterator[tuple[str, int]]:
+    """The names that are called, and the line of each call."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in PARTS, f"line {node.lineno} makes one"
+            yield node.func.id, node.lineno
+
+
+def test_only_build_puts_the_parts_together() -> None:
+    """Others may name their types."""
+    wrong = [
+        (label(path), name, line)
+        for path in FILES
+        if label(path) not in ("offload/build.py", REHEARSAL)
+        for name, line in calls_in(path)
+        if name in PARTS
+    ]
+    assert wrong == []
 
 
 def test_build_does_name_them() -> None:
     imported = {f.module for name in CHOOSERS for f in imports_of(ROOT / name)}
     assert imported >= TIERS
-    build = ROOT / "offload" / "build.py"
-    made = {
-        node.func.id
-        for node in ast.walk(tree_of(build))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    made = {name for name, _ in calls_in(ROOT / "offload" / "build.py")}
     assert made >= PARTS
 
 
-@pytest.mark.parametrize("name", sorted(PURE))
-def test_decisions_import_no_torch_clock_or_file(name: str) -> None:
-    for found in imports_of(ROOT / name):
-        is_pure = (
-            found.package in PURE_IMPORTS
-            or found.module in PURE_BELOW
-            or (
-                found.package == "penstock"
-                and f"{'/'.join(found.module.split('.')[1:])}.py" in PURE
-            )
-        )
-        assert is_pure, f"line {found.line} imports {found.module}"
+def is_pure(found: Import) -> bool:
+    """Whether a decision may import it."""
+    file = f"{'/'.join(found.module.split('.')[1:])}.py"
+    return (
+        found.package in PURE_IMPORTS
+        or found.module in PURE_BELOW
+        or (found.package == "penstock" and file in PURE)
+    )
+
+
+def test_decisions_import_no_torch_clock_or_file() -> None:
+    wrong = [
+        (name, found)
+        for name in sorted(PURE)
+        for found in imports_of(ROOT / name)
+        if not is_pure(found)
+    ]
+    assert wrong == []
 
 
 def test_the_folder_io_is_no_regular_package() -> None:
@@ -288,13 +314,13 @@ def test_no_file_is_named_like_a_module_of_the_standard_library() -> None:
     assert taken == set()
 
 
-def test_files_stay_short_enough_to_read(path: Path) -> None:
-    num_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_LINES
+def test_files_stay_short_enough_to_read() -> None:
+    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
+    assert [(label(p), num) for p, num in lines.items() if num > MAX_LINES] == []
 
 
-def test_every_file_begins_with_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(tree_of(path))
+def test_every_file_begins_with_what_it_is_for() -> None:
+    assert [label(p) for p in FILES if not ast.get_docstring(tree_of(p))] == []
 
 
 def test_importing_the_package_imports_no_floor() -> None:

@@ -6,6 +6,7 @@ import errno
 import logging
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernel_aio
 from checkpoints import random_tensor
 from penstock.io import aio
 from penstock.io.aio import LibaioReader
@@ -364,12 +366,16 @@ class TestAiofilesReader(ReaderContract):
         return make
 
 
-@pytest.mark.skipif(aio.why_not() is not None, reason=str(aio.why_not()))
+@pytest.mark.skipif(aio.why_not() is not None, reason=kernel_aio.why_skipped())
 class TestLibaioReader(ReaderContract):
     direct = True
 
-    @pytest.fixture
-    def make_reader(self) -> MakeReader:
+    @pytest.fixture(params=kernel_aio.packages(), ids=lambda package: package.__name__)
+    def make_reader(
+        self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> MakeReader:
+        monkeypatch.setitem(sys.modules, "libaio", request.param)
+
         def make(
             stamps: Mapping[Path, FileStamp], *, chunk_bytes: int = 1 << 20
         ) -> Reader:

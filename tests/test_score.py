@@ -7,6 +7,7 @@ import io
 import json
 import math
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked_python
 import penstock
 import zoo
 from checkpoint import make_checkpoint
@@ -91,17 +93,9 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def spawn(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line, in a process of its own."""
-    command = [sys.executable, "-c", "from penstock.offload.cli import main; main()"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        **options,
-    )
+def small_files_only() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
 
 
 def settings(*extra: str) -> list[str]:
@@ -249,8 +243,10 @@ def test_the_command_scores_a_file_and_reports(
     folder: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     output, report = tmp_path / "out.jsonl", tmp_path / "report"
-    done = spawn(
-        "score", folder, write(*ROWS), "-o", output, "--report", report, *settings()
+    done = forked_python.run(
+        *forked_python.COMMAND,
+        *("score", folder, write(*ROWS), "-o", output),
+        *("--report", report, *settings()),
     )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stderr
@@ -335,15 +331,9 @@ def test_what_a_user_gets_wrong_is_one_sentence_and_an_exit_code(
 def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(
     folder: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    def small_files_only() -> None:
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
-
     output = tmp_path / "out.jsonl"
     arguments = ("score", folder, write(*ROWS), "-o", output)
-    done = spawn(*arguments, preexec_fn=small_files_only)
+    done = forked_python.run(*forked_python.COMMAND, *arguments, first=small_files_only)
     assert done.returncode == 3, done.stderr
     assert "out.jsonl.parts: File too large" in done.stderr
     assert "Traceback" not in done.stderr

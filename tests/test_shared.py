@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -16,11 +13,12 @@ from typing import Any
 
 import pytest
 
+import forked_python
 from penstock.io.errors import ClosedError, DoesNotFitError
 from penstock.io.shared import FOLDER, SharedArena
 
 pytestmark = [
-    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.usefixtures("own_processes", "no_leaks"),
     pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm"),
 ]
 
@@ -123,9 +121,7 @@ def test_what_a_killed_process_left_is_used_or_removed(folder: Path) -> None:
             arena = SharedArena("same", {MIB}, fill, folder=Path({str(folder)!r}))
             os.kill(os.getpid(), signal.SIGKILL)
         """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], check=False
-        )
+        done = forked_python.run("-c", textwrap.dedent(code))
         assert done.returncode == -signal.SIGKILL
         assert len(files(folder)) == 1
         fill = never if key == "same" else fill_with(1)
@@ -145,7 +141,7 @@ def test_one_that_was_killed_while_filling_is_filled_again(folder: Path) -> None
             os.kill(os.getpid(), signal.SIGKILL)
         SharedArena("key", {MIB}, fill, folder=Path({str(folder)!r}))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    forked_python.run("-c", textwrap.dedent(code))
     assert len(files(folder)) == 1
     with SharedArena("key", MIB, fill_with(9), folder=folder) as arena:
         assert arena.was_filled_here
@@ -182,7 +178,7 @@ def _many(folder: str, seed: int, queue: Any) -> None:
 
 @pytest.mark.slow
 def test_processes_that_come_and_go_never_see_it_half_filled(folder: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forked_python.context
     queue = context.Queue()
     folder.with_name("ready").mkdir()
     processes = [

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ import psutil
 import pytest
 from rich.console import Console
 
+import forked_python
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.io.errors import StoppedError, UsageError
+from penstock.offload.jobs import worker_pool
 from penstock.offload.jobs.budgets import Room, divided, threads_of
 from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.look import Look, all_of
@@ -58,8 +58,11 @@ POLICY = Policy(
 
 
 @pytest.fixture
-def leaves_nothing(request: pytest.FixtureRequest) -> None:
-    resource_tracker.ensure_running()  # Python's own, which stays
+def leaves_nothing(
+    request: pytest.FixtureRequest, own_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that begin at once; those of others import torch first."""
+    monkeypatch.setattr(worker_pool, "_SPAWN", forked_python.context)
     request.getfixturevalue("no_leaks")
 
 
@@ -128,18 +131,8 @@ def test_no_worker_outlives_who_began_it(
     """Nor does one whose parent was killed while it computes."""
     marker = tmp_path / "worker"
     arguments = (folder, source, tmp_path / "out.jsonl", marker)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            FOLDER: f"{tmp_path}",
-        },
-        check=False,
-        timeout=240,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    env = {"PYTHONPATH": os.pathsep.join(sys.path), FOLDER: f"{tmp_path}"}
+    done = forked_python.run("-c", KILLED, *arguments, env=env)
     assert done.returncode == -signal.SIGKILL
     assert marker.exists(), "a worker was computing"
     ours = [process for process in psutil.process_iter() if _is_of(process, tmp_path)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -15,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import forked_python
 import penstock
 from nets import Net, batches, make, same, serially
 from penstock import Policy
 from penstock.io.checkpoint import SINGLE_FILE
 from penstock.io.errors import OutputError
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
 
 
 @contextmanager
@@ -83,7 +82,7 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
         penstock.wrap(net, policy)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    done = forked_python.run("-c", textwrap.dedent(code))
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.glob("wrapped-*")
     one, other = make(Net), make(Net)
