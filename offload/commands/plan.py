@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ...io.errors import OutputError, UsageError
-from .options import PolicyFile, Settings, policy_of
+from .options import PolicyFile, Settings, policy_of, say
 
 
 class TaskName(StrEnum):
@@ -79,9 +79,12 @@ def machine(
     from ..machines.machine import own_machine_path
     from ..machines.measuring import check_measurable, measure_machine
     from ..policy import IO
+    from ..settings.user_cache import user_cache
 
     check_measurable(disk, device)
     path = output or own_machine_path()
+    if (no_cache := user_cache().fallback) is not None:
+        say(no_cache)
     console = Console(stderr=True)
     with console.status("measuring") as status:
 
