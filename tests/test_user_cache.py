@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import penstock
 from penstock import Policy
 from penstock.offload.machines.machine import find_machine, own_machine_path
 from penstock.offload.settings.user_cache import kept_file, user_cache
-from torch import nn
 
 
 @pytest.fixture
