@@ -70,7 +70,7 @@ def cache_folder(io: IO) -> Path:
 
 
 def cache_fallback(io: IO) -> str | None:
-    """Why the cache folder is not the user's own; None where it is, or was asked for."""
+    """Why the cache folder is not the user's own; None where it is or `io` names it."""
     return None if io.cache is not None else user_cache().fallback
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint import make_checkpoint
 from penstock.offload.startup import hidden, rare_collections
 
 HEAVY = (
@@ -39,6 +40,12 @@ except SystemExit as error:
 found = [name for name, module in sys.modules.items() if module is not None]
 print(json.dumps([code, found]))
 """
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return make_checkpoint(path, "tiny", dtype="float32")
 
 
 def modules_of(*arguments: str) -> set[str]:
@@ -89,3 +96,20 @@ def test_garbage_is_looked_for_as_before_once_the_imports_are_over() -> None:
     with rare_collections():
         assert gc.get_threshold() > before
     assert gc.get_threshold() == before
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_start_times_every_stage(folder: Path) -> None:
+    script = Path(__file__).parent.parent / "bench" / "start.py"
+    command = [sys.executable, str(script), "--model", str(folder), "--runs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    stages = found["penstock"]["stages"]
+    assert list(stages)[0] == "import torch"
+    assert list(stages)[-2:] == ["first block", "all"]
+    assert found["penstock"]["num_modules"] > 1000
+    assert list(found["ceiling"]["stages"]) == [
+        "import torch",
+        "import transformers",
+        "all",
+    ]
