@@ -17,6 +17,7 @@ from .commands import jobs, plan, tune
 from .commands.options import Model, PolicyFile, Settings, policy_of, say
 from .commands.policy import policy
 from .policy import Policy
+from .startup import hidden
 
 app = typer.Typer(
     name="penstock",
@@ -130,7 +131,7 @@ def _log_on_stderr() -> Iterator[None]:
 def main() -> None:
     """The entry point. A user's mistake is one sentence, never a traceback."""
     try:
-        with _log_on_stderr():
+        with _log_on_stderr(), hidden():
             app()
     except StoppedError as error:
         say(f"{error}")

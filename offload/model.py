@@ -14,6 +14,7 @@ from .counters import Statistics
 from .engine import Engine
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
+from .startup import rare_collections
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
     """
-    from .weights import hf  # transformers takes seconds to import
+    with rare_collections():
+        from .weights import hf  # transformers takes seconds to import
 
     policy = policy or Policy()
     check_installed(policy)

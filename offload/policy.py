@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from platformdirs import user_cache_path
 from pydantic import Field, PrivateAttr, ValidationError
 
 from .settings.contradictions import contradictions
@@ -15,6 +14,7 @@ from .settings.extends import apply, read_policy
 from .settings.kv import KvPolicy
 from .settings.origin import Document, Origin, PolicyProblems
 from .settings.section import Section
+from .settings.user_cache import user_cache
 from .settings.values import (
     AutoBytes,
     AutoCount,
@@ -65,8 +65,14 @@ class Link(Section):
 
 
 def cache_folder(io: IO) -> Path:
-    """The folder that `io` asks for, or the user's, as this system has it."""
-    return io.cache or user_cache_path("penstock")
+    """The folder that `io` asks for, or the user's, as this system has it, or what
+    stands in for that."""
+    return io.cache or user_cache().path
+
+
+def cache_fallback(io: IO) -> str | None:
+    """Why the cache folder is not the user's own; None where it is or `io` names it."""
+    return None if io.cache is not None else user_cache().fallback
 
 
 class Policy(Section):

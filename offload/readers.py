@@ -1,5 +1,6 @@
 """Opens the reader that a policy asks for."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +14,9 @@ from ..io.files import memory_alignment
 from ..io.header import FileStamp
 from ..io.reader import Reader
 from ..io.threads import ThreadReader
-from .policy import IO, cache_folder
+from .policy import IO, cache_fallback, cache_folder
+
+_log = logging.getLogger("penstock")
 
 
 def open_reader(
@@ -31,6 +34,9 @@ def open_reader(
         settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
         remembered=Remembered(cache_folder(io) / "readers.json"),
     )
+    if (no_cache := cache_fallback(io)) is not None:
+        _log.warning(no_cache)
+        fallbacks = (*fallbacks, no_cache)
     return makers[name](), fallbacks
 
 

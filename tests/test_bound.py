@@ -240,3 +240,12 @@ def test_no_more_in_flight_is_asked_for_than_the_job_has() -> None:
 def test_more_of_what_hides_it_is_told_as_a_number() -> None:
     few = replace(SCORING, **WAITING, tokens=3000, streamed_bytes=0)
     assert "1.7x more tokens in one job (5,100)" in what_bound(few).advice[0].effect
+
+
+def test_a_machine_that_was_busy_elsewhere_is_no_slow_device() -> None:
+    bound = what_bound(replace(SCORING, taken_elsewhere=0.5))
+    assert bound.by == "busy"
+    assert "other processes or guests had 50% of the CPU time" in bound.why
+    assert "2.0x as fast" in bound.advice[-1].effect
+    assert what_bound(replace(SCORING, taken_elsewhere=0.1)).by == "compute"
+    assert what_bound(replace(SCORING, **WAITING, taken_elsewhere=0.5)).by == "disk"

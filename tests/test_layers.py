@@ -43,6 +43,7 @@ PURE = {
     "io/timeline.py",
     "offload/files/parts.py",
     "offload/jobs/manifest.py",
+    "offload/monitoring/pace.py",
     "offload/monitoring/samples.py",
     "offload/reports/bound.py",
     "offload/reports/counts.py",

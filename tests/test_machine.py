@@ -18,10 +18,12 @@ from penstock.offload.machines import (
     measure,
     measure_beside,
     measure_between,
+    measure_calls,
     measure_products,
 )
 from penstock.offload.machines.machine import (
     Calls,
+    Disk,
     Machine,
     find_machine,
     own_machine_path,
@@ -30,6 +32,8 @@ from penstock.offload.machines.machine import (
 from penstock.offload.machines.measure_calls import Block, TwoDepths, calls
 from penstock.offload.machines.measure_gpu import copies_of
 from penstock.offload.machines.measuring import measure_machine
+from penstock.offload.machines.readers_found import reader_lines
+from penstock.offload.machines.rounds import rounds
 from penstock.offload.plans.rates import rates_of
 from penstock.offload.policy import IO, Policy
 
@@ -278,3 +282,38 @@ def test_this_computer_is_measured(
     path = tmp_path / "machine.yaml"
     path.write_text(machine.to_yaml())
     assert Machine.from_yaml(path).matmul.keys() == machine.matmul.keys()
+
+
+def test_rounds_end_within_their_budget_but_the_first_is_made() -> None:
+    def made(each: float) -> int:
+        now = [0.0]
+        count = 0
+        for _ in rounds(3, seconds=4.0, clock=lambda: now[0]):
+            now[0] += each
+            count += 1
+        return count
+
+    assert [made(each) for each in (0.1, 1.3, 1.5, 2.5, 100.0)] == [3, 3, 2, 1, 1]
+
+
+def test_readers_are_listed_with_the_one_that_is_chosen_and_what_is_missing() -> None:
+    disk = Disk(
+        bandwidth={"threads": int(1.01e9), "libaio": int(1e9), "aiofiles": int(4e9)},
+        cpu_seconds_per_gb={"threads": 0.5, "libaio": 0.1, "aiofiles": 0.9},
+    )
+    assert reader_lines(disk, {"gds": "no GPU (get one)"}) == [
+        "reader threads: 1.01 GB/s",
+        "reader libaio: 1.00 GB/s (io.reader: auto takes it)",
+        "reader aiofiles: 4.00 GB/s",
+        "reader gds: not here: no GPU (get one)",
+    ]
+
+
+def test_what_is_measured_with_small_models_announces_no_reader(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, no_leaks: None
+) -> None:
+    policy = measure_calls.jobs_policy("cpu", tmp_path)
+    with measure_calls.two_depths(
+        Block(hidden=64, intermediate=96, heads=2), policy, deep=2
+    ):
+        assert "reader" not in caplog.text

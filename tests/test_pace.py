@@ -1,62 +1,77 @@
-"""A held link moves one thing after another at its speed, and each a little late."""
+"""Rows that never go back, and a time left that does not jump."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from penstock.io.pace import Pace
-
-
-def test_a_transfer_takes_its_bytes_over_the_bandwidth_and_the_latency() -> None:
-    pace = Pace(bytes_per_second=100, latency_seconds=0.5)
-    assert pace.end_of(200, 10.0) == 12.5
+from penstock.offload.monitoring.pace import Pace, estimated_seconds_left
+from penstock.offload.monitoring.progress import time_left
+from penstock.offload.monitoring.samples import Sample
 
 
-def test_back_to_back_each_waits_for_the_one_before_but_not_for_its_latency() -> None:
-    pace = Pace(bytes_per_second=100, latency_seconds=0.5)
-    assert [pace.end_of(100, 0.0) for _ in range(3)] == [1.5, 2.5, 3.5]
-    assert pace.end_of(100, 2.0) == 4.5  # given while the third is on its way
+def sample(
+    seconds: float, rows: float, *, passes: int = 3, num_rows: int | None = 72
+) -> Sample:
+    return Sample(
+        seconds=seconds,
+        stage="scoring",
+        stage_seconds=seconds,
+        rows=rows,
+        num_rows=num_rows,
+        passes=passes,
+        bytes_read={},
+    )
 
 
-def test_time_in_which_nothing_is_given_is_not_saved_up() -> None:
-    pace = Pace(bytes_per_second=100, latency_seconds=0.0)
-    assert pace.end_of(100, 0.0) == 1.0
-    assert pace.end_of(100, 50.0) == 51.0
-    assert pace.end_of(100, 50.0) == 52.0
+def test_the_time_left_is_that_of_the_rows_left() -> None:
+    assert estimated_seconds_left(sample(10.0, 18.0)) == pytest.approx(30.0)
+    assert estimated_seconds_left(sample(10.0, 0.0)) is None
+    assert estimated_seconds_left(sample(10.0, 5.0, num_rows=None)) is None
+    assert estimated_seconds_left(sample(10.0, 80.0)) == 0.0
 
 
-def test_nothing_takes_only_the_latency() -> None:
-    pace = Pace(bytes_per_second=100, latency_seconds=0.25)
-    assert pace.end_of(0, 3.0) == 3.25
+def test_the_first_pass_says_so_instead_of_a_number() -> None:
+    seen = Pace().follow(sample(0.5, 0.1, passes=1))
+    assert seen.seconds_left is None
+    assert time_left(seen) == "first pass"
 
 
-TIMES = st.lists(
-    st.tuples(st.integers(0, 1000), st.integers(0, 30)), min_size=1, max_size=20
-)
+def test_the_end_of_the_only_pass_is_the_end() -> None:
+    assert Pace().follow(sample(5.0, 72.0, passes=1)).seconds_left == 0.0
 
 
-@given(TIMES, st.sampled_from([1, 2, 8, 64]), st.sampled_from([0.0, 0.5, 4.0]))
-def test_no_stretch_of_time_moves_more_than_the_bandwidth(
-    steps: list[tuple[int, int]], speed: int, latency: float
-) -> None:
-    """All values are powers of two apart: the sums are exact."""
-    pace = Pace(bytes_per_second=speed, latency_seconds=latency)
-    now, ends, sizes, given_at = 0.0, [], [], []
-    for nbytes, later in steps:
-        now += later
-        ends.append(pace.end_of(nbytes, now))
-        sizes.append(nbytes)
-        given_at.append(now)
-    for last in range(len(steps)):
-        # It ends as soon as it can: with everything back to back since some start.
-        assert ends[last] == latency + max(
-            given_at[first] + sum(sizes[first : last + 1]) / speed
-            for first in range(last + 1)
-        )
+def test_rows_never_go_back_and_are_never_more_than_there_are() -> None:
+    pace = Pace()
+    seen = [pace.follow(sample(i, rows)).rows for i, rows in enumerate((70, 49, 90))]
+    assert seen == [70, 70, 72]
 
 
-def test_a_link_that_moves_nothing_is_a_mistake_of_ours() -> None:
-    with pytest.raises(AssertionError, match="ends nothing"):
-        Pace(bytes_per_second=0, latency_seconds=0.0)
+def test_the_time_left_does_not_jump_when_a_look_is_off() -> None:
+    pace = Pace()
+    looks = [(float(second), float(second)) for second in range(20, 60)]
+    looks[20] = (looks[20][0], 8.0)  # at the seam of two passes
+    left = [pace.follow(sample(*look)).seconds_left for look in looks]
+    numbers = [each for each in left if each is not None]
+    assert len(numbers) == len(looks)
+    assert all(after <= before for before, after in pairwise(numbers))
+
+
+def test_a_job_that_slows_down_says_so_little_by_little() -> None:
+    pace = Pace()
+    for second in range(20, 31):
+        pace.follow(sample(float(second), float(second)))
+    seen = [
+        pace.follow(sample(float(second), 30 + (second - 30) / 10))
+        for second in range(31, 120)
+    ]
+    numbers = [each.seconds_left or 0.0 for each in seen]
+    assert numbers[-1] > numbers[0]
+    assert all(after - before < 3.0 for before, after in pairwise(numbers))
+
+
+def test_what_was_done_before_says_nothing_of_the_speed() -> None:
+    resumed = replace(sample(10.0, 46.0), rows_before=40)
+    assert estimated_seconds_left(resumed) == pytest.approx(10.0 * 26 / 6)

@@ -150,13 +150,6 @@ def test_a_window_says_what_happened_within_it() -> None:
     assert Window(now, now).waiting == 0.0
 
 
-def test_the_time_left_is_that_of_the_rows_left() -> None:
-    assert sample(10.0, rows=5.0, num_rows=20).seconds_left == pytest.approx(30.0)
-    assert sample(10.0, rows=0.0, num_rows=20).seconds_left is None
-    assert sample(10.0, rows=5.0).seconds_left is None
-    assert sample(10.0, rows=25.0, num_rows=20).seconds_left == 0.0
-
-
 def test_tokens_under_way_count_for_the_speed() -> None:
     under_way = sample(10.0, tokens=100, tokens_through=150.0)
     assert under_way.tokens_per_second == 15.0

@@ -34,6 +34,7 @@ SAMPLE = Sample(
     stage_seconds=20.0,
     rows=12.4,
     num_rows=72,
+    seconds_left=96.1,
     tokens=4000,
     tokens_through=6360.0,
     passes=3,

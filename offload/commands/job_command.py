@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..startup import rare_collections
 from .options import (
     OUTPUTS,
     SOURCES,
@@ -62,8 +63,9 @@ def job_command(
         workers: Workers = 1,
         **own: Any,
     ) -> None:
-        from ..jobs.job import Job
-        from ..jobs.watch import Watching
+        with rare_collections():
+            from ..jobs.job import Job
+            from ..jobs.watch import Watching
 
         chosen = policy_of(policy, settings)
         mode = mode_of(restart, retry_errors)

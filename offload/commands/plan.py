@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ...io.errors import OutputError, UsageError
-from .options import PolicyFile, Settings, policy_of
+from .options import PolicyFile, Settings, policy_of, say
 
 
 class TaskName(StrEnum):
@@ -78,10 +78,15 @@ def machine(
     """
     from ..machines.machine import own_machine_path
     from ..machines.measuring import check_measurable, measure_machine
+    from ..machines.readers_found import reader_lines
     from ..policy import IO
+    from ..readers import makers_of
+    from ..settings.user_cache import user_cache
 
     check_measurable(disk, device)
     path = output or own_machine_path()
+    if (no_cache := user_cache().fallback) is not None:
+        say(no_cache)
     console = Console(stderr=True)
     with console.status("measuring") as status:
 
@@ -96,6 +101,10 @@ def machine(
             path.write_text(found.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot measure or write {path}: {error}") from error
+    _, missing = makers_of({}, IO())
+    if found.disk is not None:
+        for line in reader_lines(found.disk, missing):
+            console.print(line, soft_wrap=True, highlight=False)
     print(path)
 
 

@@ -20,6 +20,7 @@ from ..files.part_reader import check_done, read_parts
 from ..files.parts import Part
 from ..files.sources import check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
+from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.prediction import predicted
 from ..policy import Policy
 from ..reports.recorded import Recorded
@@ -156,7 +157,7 @@ class Job:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.work.progress
         with Loaded(self.model, self.policy) as loaded:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
                 with self._stopping(ahead, output, watch):
@@ -164,12 +165,13 @@ class Job:
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
+            taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
             counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
             forecast = predicted(
                 loaded.model, loaded.engine.arrangement, self.policy, counts
             )
             return self._report(
-                loaded.computed(progress), seconds, began, watch, forecast
+                loaded.computed(progress), seconds, began, watch, forecast, taken
             )
 
     def _share(
@@ -207,6 +209,7 @@ class Job:
         began: float,
         watch: Watch,
         forecast: Mapping[str, Any],
+        taken: float = 0.0,
     ) -> tuple[dict[str, Any], Recorded]:
         """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
         progress, first = computed.progress, computed.first_unit_at
@@ -220,6 +223,7 @@ class Job:
             counts=counts,
             plan={**self.work.plan(self.policy, counts["micro_batches"]), **forecast},
             dtype=computed.dtype,
+            taken_elsewhere=taken,
         )
         recorded = Recorded(watch.began, computed.spans, watch.samples.all())
         statistics = computed.statistics

@@ -12,6 +12,7 @@ from rich.console import Console
 from ...io.closing import Closing
 from ..monitoring.metrics import MetricsFile
 from ..monitoring.monitor import Every, Listener, Monitor
+from ..monitoring.pace import Pace
 from ..monitoring.progress import (
     JSON_SECONDS,
     PLAIN_SECONDS,
@@ -59,6 +60,7 @@ class Watch(Closing):
         self._num_rows: Callable[[], float | None] = lambda: None
         self._rows_before = 0
         self._look_at_model: Callable[[], Look] | None = None
+        self._pace = Pace()
         self._opened = ExitStack()
         listeners: list[Listener] = [lambda window: self.samples.add(window.now)]
         listeners.append(self._shown(console, watching))
@@ -115,7 +117,7 @@ class Watch(Closing):
             )
         look = look_at_model()
         num_rows = self._num_rows()
-        return Sample(
+        sample = Sample(
             seconds=seconds,
             stage=self._stage,
             stage_seconds=of_stage,
@@ -131,3 +133,4 @@ class Watch(Closing):
             resident_bytes=look.resident_bytes,
             device_bytes=look.device_bytes,
         )
+        return self._pace.follow(sample)

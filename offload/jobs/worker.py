@@ -18,6 +18,7 @@ from ...io.closing import Closing
 from ...io.errors import PenstockError
 from ..files.parts import Part
 from ..policy import Policy
+from ..startup import hidden
 from .computed import Loaded
 from .running import PartsRun
 from .work import Work
@@ -132,7 +133,8 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
         logger.addHandler(_Announcements(link))
         logger.propagate = False
         try:
-            _compute(link, assignment)
+            with hidden():
+                _compute(link, assignment)
         except BaseException as error:
             link.send("failed", portable(error))
 

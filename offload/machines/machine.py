@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from platformdirs import user_cache_path
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from ...io.errors import PolicyError
 from ..settings.section import Section
+from ..settings.user_cache import kept_file, user_cache
 from ..settings.values import Bytes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -156,7 +156,7 @@ class Machine(Section):
 
 def own_machine_path(cache: Path | None = None) -> Path:
     """Where `penstock machine` keeps what it measured, in `cache` or the user's."""
-    return (cache or user_cache_path("penstock")) / "machine.yaml"
+    return (cache or user_cache().path) / "machine.yaml"
 
 
 def shipped_machines() -> dict[str, Path]:
@@ -168,7 +168,7 @@ def find_machine(asked: str | None, cache: Path | None = None) -> Machine | None
     """The machine in the file `asked`, or shipped by that name; without `asked` this
     computer as it was measured, None if it never was. Raises PolicyError."""
     if asked is None:
-        own = own_machine_path(cache)
+        own = kept_file("machine.yaml") if cache is None else own_machine_path(cache)
         return Machine.from_yaml(own) if own.exists() else None
     shipped = shipped_machines()
     if asked in shipped:

@@ -7,6 +7,7 @@ So a small checkpoint is scored with all of its weights there, and streamed.
 """
 
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import engine_of, load
-from .measure_calls import ROUNDS, Block, jobs_policy, score_seconds
+from .measure_calls import Block, jobs_policy, score_seconds
+from .rounds import rounds
 
 _BLOCK = Block(hidden=1024, intermediate=2816, heads=16)
 _NUM_BLOCKS = 4
@@ -49,14 +51,14 @@ def cast_beside(cache: Path) -> float:
         found = []
         engine = engine_of(streamed)
         assert engine is not None, "it was loaded"
-        for number in range(ROUNDS + 1):
+        for number in chain([-1], rounds()):
             before = engine.statistics()
             seconds = score_seconds(streamed, num_rows, _TOKENS)
             after = engine.statistics()
             seconds -= after.wait_seconds - before.wait_seconds
             seconds -= score_seconds(there, num_rows, _TOKENS)
             nbytes = after.bytes_loaded - before.bytes_loaded
-            if number:  # the first touches memory
+            if number >= 0:  # the first touches memory
                 found.append(seconds / nbytes)
     return max(0.0, median(found))
 

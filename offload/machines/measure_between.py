@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from .measure_calls import (
     MODULES_OF_BLOCK,
-    ROUNDS,
     Block,
     TwoDepths,
     generate_seconds,
@@ -26,6 +25,7 @@ from .measure_calls import (
     score_seconds,
     two_depths,
 )
+from .rounds import rounds
 
 _LARGE = Block(hidden=1024, intermediate=2816, heads=16)
 _ROWS, _LENGTH, _BATCHES = 4, 128, 2
@@ -156,11 +156,11 @@ def _decoded(
             models = opened.enter_context(two_depths(_MIDDLE, policy, deep=3))
             rest(models.deep, each)  # warms up
             blocks.append(partial(models.once, partial(rest, each=each)))
-        rounds = [[block() for block in blocks] for _ in range(ROUNDS)]
+        found = [[block() for block in blocks] for _ in rounds()]
     more = _MANY_ROWS - _FEW_ROWS
-    row = max(0.0, median((many - few) / more for few, _, many in rounds))
-    module = median(few for few, *_ in rounds) - _FEW_ROWS * row
-    kv_layer = median(kept - few for few, kept, _ in rounds)
+    row = max(0.0, median((many - few) / more for few, _, many in found))
+    module = median(few for few, *_ in found) - _FEW_ROWS * row
+    kv_layer = median(kept - few for few, kept, _ in found)
     return max(0.0, module) / MODULES_OF_BLOCK, max(0.0, kv_layer), row
 
 

@@ -16,6 +16,7 @@ from ..policy import Policy
 from ..tasks.generate import generate
 from ..tasks.score import score
 from .machine import Calls
+from .rounds import rounds
 
 MODULES_OF_BLOCK = 9
 """With weights, in a block of Llama: seven products, two norms."""
@@ -24,7 +25,6 @@ _NUM_BATCHES = 16
 _LENGTH = 16
 _ROWS_EACH = 4
 _NUM_STEPS = 8
-ROUNDS = 3
 
 
 class CountingTokenizer:
@@ -91,7 +91,7 @@ class TwoDepths:
     def per_block(self, run: Callable[[Any], float]) -> float:
         """What a block adds to `run`: the median of rounds in which both depths have
         their turn, or a busy moment would count as a block's."""
-        return max(0.0, median(self.once(run) for _ in range(ROUNDS)))
+        return max(0.0, median(self.once(run) for _ in rounds()))
 
     def once(self, run: Callable[[Any], float]) -> float:
         """The same in one round."""
@@ -111,7 +111,7 @@ def calls(device: str, cache: Path, product: float) -> Calls:
         first = _NUM_BATCHES * scored(models.shallow)
         scored(models.deep)
         module = models.per_block(scored)
-        usual = median(scored(models.shallow) for _ in range(ROUNDS))
+        usual = median(scored(models.shallow) for _ in rounds())
     with two_depths(_TINY, jobs_policy(device, cache, coalesce="off")) as models:
 
         def completed(model: Any, steps: int = _NUM_STEPS) -> float:
@@ -122,7 +122,7 @@ def calls(device: str, cache: Path, product: float) -> Calls:
         alone = models.per_block(completed) / _NUM_STEPS
         more = median(
             completed(models.shallow, 2 * _NUM_STEPS) - completed(models.shallow)
-            for _ in range(ROUNDS)
+            for _ in rounds()
         )
     # What the products themselves take is counted apart, once for all who share it.
     seven = 7 * product
@@ -163,10 +163,11 @@ def _timed(results: Iterable[Any]) -> float:
 
 
 def jobs_policy(device: str, cache: Path, **settings: Any) -> Policy:
-    """Of jobs whose weights are all there after the first."""
+    """Of jobs whose weights are all there after the first: which reader brings them
+    does not matter, and none is chosen, announced or remembered."""
     return Policy(
         device=device,
-        io={"cache": cache},
+        io={"cache": cache, "reader": "threads"},
         **{
             "device_memory": "1GiB",
             "micro_batch_sequences": _ROWS_EACH,

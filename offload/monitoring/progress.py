@@ -47,8 +47,15 @@ def rows_of(sample: Sample) -> str:
 
 
 def time_left(sample: Sample) -> str:
-    left = sample.seconds_left
-    return "?" if left is None else human_seconds(left)
+    """1:36, or why nobody knows."""
+    if sample.seconds_left is not None:
+        return human_seconds(sample.seconds_left)
+    return "first pass" if sample.is_first_pass else "?"
+
+
+def _left(sample: Sample) -> str:
+    left = time_left(sample)
+    return f"{left} left" if sample.seconds_left is not None else left
 
 
 class JobBar(Closing):
@@ -94,7 +101,7 @@ class PlainLines:
         now = window.now
         parts = [f"penstock: {now.stage} for {human_seconds(now.stage_seconds)}"]
         if now.stage != "loading":
-            parts += [rows_of(now), speeds_of(window), f"{time_left(now)} left"]
+            parts += [rows_of(now), speeds_of(window), _left(now)]
         self._console.out(", ".join(parts), highlight=False)
 
 
@@ -112,7 +119,6 @@ class JsonLines:
             "bytes_per_second": window.bytes_per_second,
             "waiting": window.waiting,
             "tokens_per_second": now.tokens_per_second,
-            "seconds_left": now.seconds_left,
         }
         self._console.out(json.dumps(found), highlight=False)
 

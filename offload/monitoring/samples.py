@@ -28,7 +28,10 @@ class Sample:
     """That are through the model (when generating: that it made),"""
     tokens_through: float = 0.0
     """and with the parts of those under way."""
+    seconds_left: float | None = None
+    """Until all rows are done; None while nobody knows."""
     passes: int = 0
+    """That have begun."""
     wait_seconds: float = 0.0
     compute_seconds: float = 0.0
     bytes_read: Mapping[str, int]
@@ -46,12 +49,9 @@ class Sample:
         return max(self.tokens, self.tokens_through) / self.stage_seconds
 
     @property
-    def seconds_left(self) -> float | None:
-        """If the rest goes as the part that is done did; None while nobody knows."""
-        done = self.rows - self.rows_before
-        if not self.num_rows or done <= 0:
-            return None
-        return self.stage_seconds * max(0.0, (self.num_rows - self.rows) / done)
+    def is_first_pass(self) -> bool:
+        """Whether no pass over the weights is over yet."""
+        return self.passes <= 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+_TAKEN_SHOWS = 0.05
+
 
 def human_bytes(nbytes: float) -> str:
     """1536 -> "1.5 KiB"."""
@@ -65,6 +67,8 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")
     if waited := report["kv"]["wait_seconds"]:
         table.add_row("  for keys and values", f"{waited:.2f} s")
+    if (taken := report["cpu_taken_elsewhere"]) > _TAKEN_SHOWS:
+        table.add_row("CPU taken by others", f"{taken:.0%}")
     table.add_row("bound by", report["bound_by"])
     for advice in report["bound"]["advice"]:
         if advice["setting"] is not None:

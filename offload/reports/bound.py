@@ -10,6 +10,8 @@ _WAITING_BINDS = 0.1
 """Below this share of waiting, faster storage would not be felt."""
 _OVERHEAD_BINDS = 0.25
 _PADDING_BINDS = 0.15
+_BUSY_BINDS = 0.15
+"""Of CPU time: below it, the kernel's own work and clocks of two kinds."""
 _MANY_SEQUENCES = 64
 _FEW_CALLS = 4
 """Micro-batches of so many rows, or so few of them: what each calls by itself (all but
@@ -20,8 +22,8 @@ _GIB = 1 << 30
 
 
 def what_bound(counts: Counts) -> Bound:
-    """The first of: overhead, keys and values, a link, padding, narrow products,
-    computing itself."""
+    """The first of: overhead, keys and values, a link, padding, a busy machine,
+    narrow products, computing itself."""
     waited = sum(counts.wait_seconds.values())
     busy = waited + counts.compute_seconds
     overhead = max(0.0, counts.seconds - busy)
@@ -34,6 +36,8 @@ def what_bound(counts: Counts) -> Bound:
     positions = counts.tokens + counts.tokens_padding
     if positions and counts.tokens_padding / positions > _PADDING_BINDS:
         return _padding(counts, counts.tokens_padding / positions)
+    if counts.taken_elsewhere > _BUSY_BINDS:
+        return _busy(counts)
     if 0 < counts.rows_per_product < WIDE_ROWS:
         return _narrow(counts, waited / busy if busy else 0.0)
     return _computing(counts, waited / busy if busy else 0.0)
@@ -157,6 +161,22 @@ def _padding(counts: Counts, share: float) -> Bound:
                 "smaller micro-batches are of more equal rows; more rows in one job "
                 "match better, too.",
             ),
+        ),
+    )
+
+
+def _busy(counts: Counts) -> Bound:
+    share = counts.taken_elsewhere
+    factor = 1 / (1 - share) if share < 1 else math.inf
+    more = "" if math.isinf(factor) else f", up to {_times(factor)} as fast"
+    return Bound(
+        "busy",
+        share,
+        f"The machine was busy elsewhere: other processes or guests had {share:.0%} of "
+        "the CPU time that this job's threads could have used.",
+        (
+            *_faster(counts),
+            Advice(None, f"On a quiet machine the same job would be faster{more}."),
         ),
     )
 

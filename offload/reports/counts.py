@@ -41,6 +41,8 @@ class Counts:
     host_memory: int
     """Bytes of weights that stay in it already."""
     free_host_bytes: int
+    taken_elsewhere: float = 0.0
+    """The share of its threads' CPU time that other work on the machine had."""
 
     @property
     def work(self) -> int:
@@ -64,8 +66,8 @@ class Bound:
     by: str
     """`compute`; the tier waited for (`disk`, `host`, `peer`); `kv` (keys and values
     were waited for); `rows` (too few of them), `activations` (no room for more of them
-    in flight), `padding`, `width` (of the products), `overhead` (what is neither
-    computing nor waiting for weights)."""
+    in flight), `padding`, `width` (of the products), `busy` (the machine, with
+    other work), `overhead` (what is neither computing nor waiting for weights)."""
     share: float
     """Of the time (of `padding`: of the positions computed)."""
     why: str

@@ -37,6 +37,8 @@ class JobFigures:
     """What the policy promised, and what was predicted for this machine."""
     dtype: str
     """Of most of the weights, as they compute."""
+    taken_elsewhere: float = 0.0
+    """The share of its threads' CPU time that other work on the machine had."""
 
 
 def judge(
@@ -83,6 +85,7 @@ def judge(
             streamed_bytes=statistics.bytes_by_tier["disk"],
             host_memory=policy.host_memory or 0,
             free_host_bytes=available_bytes(),
+            taken_elsewhere=figures.taken_elsewhere if is_on_cpu else 0.0,
         )
     )
 
@@ -112,6 +115,7 @@ def make_report(
         "seconds": figures.seconds,
         "load_seconds": figures.load_seconds,
         "seconds_to_first_unit": figures.seconds_to_first_unit,
+        "cpu_taken_elsewhere": figures.taken_elsewhere,
         "bound_by": bound.by,
         "bound": asdict(bound),
         "roofline": None if roof is None else asdict(roof),

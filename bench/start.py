@@ -1,0 +1,164 @@
+"""How long a command takes until the first block computes, stage by stage, beside the
+least that the libraries themselves take.
+
+Each run is a process of its own, with the checkpoint thrown out of the page cache; ours
+and the ceiling take turns. The ceiling imports torch, the model's class and its
+tokenizer's, and nothing else. Beside seconds, which the machine's other work lengthens,
+stands a count that it cannot move: the modules that are imported. The last line of the
+output is one JSON object.
+
+`python bench/start.py --model CHECKPOINT` (see examples/checkpoint.py).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Stages = dict[str, tuple[float, float]]
+"""Wall and CPU seconds of each stage."""
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device-memory", default="auto")
+    parser.add_argument("--child", choices=["penstock", "ceiling"])
+    args = parser.parse_args()
+    if args.child is not None:
+        print(json.dumps(_child(args.child, args.model, args.device_memory)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {"penstock": [], "ceiling": []}
+    for _ in range(args.runs):
+        for who, runs in found.items():
+            _forget(args.model)
+            runs.append(_run(who, args.model, args.device_memory))
+    summary = {who: _medians(runs) for who, runs in found.items()}
+    for who, stages in summary.items():
+        print(f"{who:10}  {'wall':>7}  {'CPU':>7}")
+        for stage, (wall, cpu) in stages["stages"].items():
+            print(f"  {stage:24}  {wall:6.2f} s {cpu:6.2f} s")
+        print(f"  modules: {stages['num_modules']}")
+    print(json.dumps({"runs": args.runs, **summary}))
+
+
+def _run(who: str, model: Path, memory: str) -> dict[str, Any]:
+    options = ["--model", str(model), "--child", who, "--device-memory", memory]
+    done = subprocess.run(
+        [sys.executable, __file__, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"},
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    first: Stages = runs[0]["stages"]
+    return {
+        "num_modules": runs[0]["num_modules"],
+        "stages": {
+            stage: [median(run["stages"][stage][i] for run in runs) for i in (0, 1)]
+            for stage in first
+        },
+    }
+
+
+def _forget(model: Path) -> None:
+    """Throws the weights out of the page cache."""
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _child(who: str, model: Path, memory: str) -> dict[str, Any]:
+    stages: Stages = {}
+    stage = _clock(stages)
+    began = time.perf_counter(), time.process_time()
+    with stage("import torch"):
+        import torch  # noqa: F401
+    if who == "ceiling":
+        with stage("import transformers"):
+            from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    else:
+        _penstock(model, memory, stage)
+    stages["all"] = (
+        time.perf_counter() - began[0],
+        time.process_time() - began[1],
+    )
+    return {"stages": stages, "num_modules": len(sys.modules)}
+
+
+def _penstock(model: Path, memory: str, stage: Stage) -> None:
+    """The steps of `penstock score`, up to the first block's first product."""
+    from penstock.offload.startup import hidden, rare_collections
+
+    with hidden():
+        with stage("import penstock"), rare_collections():
+            from penstock import Policy
+            from penstock.io.checkpoint import open_checkpoint
+            from penstock.offload import jobs  # noqa: F401
+            from penstock.offload.build import build
+            from penstock.offload.jobs import job  # noqa: F401
+            from penstock.offload.tasks.text import load_tokenizer
+        with stage("import transformers"), rare_collections():
+            from penstock.offload.weights import hf
+        with stage("headers"):
+            checkpoint = open_checkpoint(model)
+        with stage("skeleton"):
+            skeleton = hf.build(checkpoint, "auto")
+        policy = Policy(device_memory=memory)
+        with stage("tiers, slots, hooks"):
+            engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+        try:
+            with stage("tokenizer"):
+                tokenizer = load_tokenizer(model)
+            with stage("first block"):
+                _first_block(skeleton.model, tokenizer("one row of text")["input_ids"])
+        finally:
+            engine.close()
+
+
+class _Reached(Exception):
+    """The first block is there and computes."""
+
+
+def _first_block(model: Any, ids: list[int]) -> None:
+    import torch
+
+    def reached(*_: object) -> None:
+        raise _Reached
+
+    block = model.model.layers[0].self_attn  # its door is the block's
+    hook = block.register_forward_pre_hook(reached)
+    try:
+        model(torch.tensor([ids]))
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+
+
+def _clock(stages: Stages) -> Stage:
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        stages[name] = (time.perf_counter() - wall, time.process_time() - cpu)
+
+    return stage
+
+
+if __name__ == "__main__":
+    main()

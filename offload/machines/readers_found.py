@@ -1,0 +1,28 @@
+"""What `penstock machine` says of the readers of this computer."""
+
+from collections.abc import Mapping
+
+from ...io.choice import Trial, best_of
+from ..monitoring.show import human_rate
+from .machine import Disk
+
+_CHOSEN_FROM = ("libaio", "threads")
+"""By `auto`, which reads past the page cache."""
+
+
+def reader_lines(disk: Disk, missing: Mapping[str, str]) -> list[str]:
+    """A line for each reader: how fast it reads this drive, which one `io.reader: auto`
+    takes there, and of those that are `missing` why, and how to get them. Pure."""
+    able = [name for name in _CHOSEN_FROM if name in disk.bandwidth]
+    best = best_of([_trial(disk, name) for name in able]).reader if able else None
+    lines = []
+    for name, rate in disk.bandwidth.items():
+        chosen = " (io.reader: auto takes it)" if name == best else ""
+        lines.append(f"reader {name}: {human_rate(rate)}{chosen}")
+    lines += [f"reader {name}: not here: {why}" for name, why in missing.items()]
+    return lines
+
+
+def _trial(disk: Disk, name: str) -> Trial:
+    cost = disk.cpu_seconds_per_gb.get(name, 0.0)
+    return Trial(name, disk.bandwidth[name], cost)

@@ -1,0 +1,52 @@
+"""How many rows are done and how long the others take, as a person wants to see them:
+rows never go back, and the time left does not jump. Pure."""
+
+import math
+from dataclasses import replace
+
+from .samples import Sample
+
+_SMOOTH_SECONDS = 15.0
+"""A new estimate has come through to two thirds after so long."""
+
+
+class Pace:
+    """Follows the samples of one job, in their order."""
+
+    def __init__(self) -> None:
+        self._rows = 0.0
+        self._left: float | None = None
+        self._at = 0.0
+
+    def follow(self, sample: Sample) -> Sample:
+        """`sample` with rows that are no fewer than before and no more than there are,
+        and `seconds_left`: None in the first pass over the weights, whose own speed
+        says little (it is when caches, clocks and the drive's are cold), and while the
+        number of rows is not known."""
+        most = math.inf if sample.num_rows is None else sample.num_rows
+        self._rows = max(self._rows, min(sample.rows, most))
+        seen = replace(sample, rows=self._rows)
+        return replace(seen, seconds_left=self._smoothed(seen))
+
+    def _smoothed(self, sample: Sample) -> float | None:
+        estimate, last = estimated_seconds_left(sample), self._left
+        passed = sample.seconds - self._at
+        self._at = sample.seconds
+        if estimate is None or last is None or estimate == 0:
+            self._left = estimate
+        else:
+            expected = max(0.0, last - passed)
+            share = 1 - math.exp(-passed / _SMOOTH_SECONDS)
+            self._left = expected + share * (estimate - expected)
+        return self._left
+
+
+def estimated_seconds_left(sample: Sample) -> float | None:
+    """If the rest goes as the part that is done did; None while nobody knows."""
+    done = sample.rows - sample.rows_before
+    if not sample.num_rows or done <= 0:
+        return None
+    left = max(0.0, sample.num_rows - sample.rows)
+    if left and sample.is_first_pass:
+        return None
+    return sample.stage_seconds * left / done
