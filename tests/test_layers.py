@@ -84,6 +84,7 @@ PURE_IMPORTS = {
     "math",
     "numpy",
     "operator",
+    "regex",
     "typing",
 }
 
