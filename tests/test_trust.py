@@ -239,7 +239,7 @@ def test_rows_from_a_pipe_answer_no_question(folder: Path, mark: Path) -> None:
         input=b"y\n" * 10_000,
         capture_output=True,
         env=environment,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == b""
