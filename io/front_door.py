@@ -2,13 +2,18 @@
 sentence, a PenstockError, with the original as its cause. What is wrong in our own code
 is nobody's mistake but ours, and stays what it is."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import MachineError, PenstockError, ReadError
 
-_ROOT = str(Path(__file__).parent.parent)
+_HOUSE = tuple(
+    f"{Path(__file__).parent.parent / floor}{os.sep}"
+    for floor in ("io", "scheduler", "offload")
+)
+"""Where our own code is: an environment may lie beside it."""
 _USER_ERRORS = (OSError, RecursionError, UnicodeError)
 """What files and arguments cause, whosever code meets it."""
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -89,4 +94,4 @@ def _is_own(problem: BaseException) -> bool:
     trace = problem.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_ROOT)
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HOUSE)

@@ -101,7 +101,7 @@ def _in_buffers(module: nn.Module) -> str:
     if not nbytes:
         return ""
     return (
-        f": its {nbytes:,} bytes are buffers, as quantised modules keep them, and those "
+        f": its {nbytes:,} bytes are buffers, as quantised modules keep them, which "
         "are not streamed; take it as it was before it was quantised"
     )
 
