@@ -1,6 +1,5 @@
 """A Hugging Face safetensors checkpoint as it lies on disk: files, tensors, stamps."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import MappingProxyType
 
 from .errors import CheckpointError
 from .header import FileStamp, TensorEntry, read_header
+from .whole import MAX_INDEX_BYTES, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -80,12 +80,7 @@ def open_files(folder: Path, names: list[str]) -> Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is no safetensors index ({error!r}); download it again"
-        ) from None
+    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{path}: weight_map must map tensors to files; download it again"

@@ -13,10 +13,12 @@ from .extent import Extent, align_up, aligned
 from .handle import Handle
 from .header import TensorEntry
 from .reader import Reader
+from .whole import MAX_INDEX_BYTES, read_json
 
 SIDE_FILE = "penstock.checksums.json"
 ALGORITHM = "xxh3_64"
 _BUFFER_BYTES = 32 << 20
+_DELETE = "delete it to have it written anew"
 
 
 def checksums(
@@ -81,16 +83,13 @@ def write_side_file(path: Path, found: Mapping[str, str]) -> None:
 def read_side_file(path: Path) -> dict[str, str]:
     """Raises CheckpointError for a file that is no side file."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, MAX_INDEX_BYTES, fix=_DELETE)
         assert content["algorithm"] == ALGORITHM, "another algorithm"
         tensors = content["tensors"]
         return {str(name): str(digest) for name, digest in tensors.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
-            f"{path} holds no checksums of Penstock ({error!r}); delete it to have it "
-            "written anew"
+            f"{path} holds no checksums of Penstock ({error!r}); {_DELETE}"
         ) from None
 
 

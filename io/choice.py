@@ -14,10 +14,12 @@ from statistics import median
 import psutil
 
 from .arena import Arena
+from .errors import CheckpointError
 from .extent import Extent
 from .files import reads_directly
 from .header import FileStamp
 from .reader import Reader
+from .whole import read_json, read_json_object
 
 _log = logging.getLogger("penstock")
 SAMPLE_BYTES = 64 << 20
@@ -137,15 +139,14 @@ class Remembered:
 
     def get(self, drive: str) -> Trial | None:
         try:
-            return Trial(**json.loads(self._path.read_text())[drive])
-        except (OSError, ValueError, KeyError, TypeError):
+            return Trial(**read_json(self._path)[drive])
+        except (CheckpointError, KeyError, TypeError):
             return None
 
     def put(self, drive: str, trial: Trial) -> None:
         try:
-            known = json.loads(self._path.read_text())
-            assert isinstance(known, dict), "the file holds an object"
-        except (OSError, ValueError, AssertionError):
+            known = read_json_object(self._path)
+        except CheckpointError:
             known = {}
         known[drive] = asdict(trial)
         try:

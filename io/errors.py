@@ -15,11 +15,56 @@ PenstockError
 └── ClosedError              you closed it
 """
 
+MAX_MESSAGE_CHARACTERS = 1_900
+"""Of the longest message: what was found in a file may be megabytes long."""
+
+
+def readable(text: str) -> str:
+    """`text` as one line that is safe to print: what a terminal would obey (escape
+    sequences, line ends, right-to-left marks) or could not encode (half of a surrogate
+    pair) is escaped as in Python, and the middle of a long text is left out."""
+    if len(text) > MAX_MESSAGE_CHARACTERS:
+        # Before anything is escaped, which makes characters more.
+        text = _shortened(text, 2 * MAX_MESSAGE_CHARACTERS)
+    if not text.isprintable():
+        text = "".join(
+            one if one.isprintable() else one.encode("unicode_escape").decode()
+            for one in text
+        )
+    return _shortened(text, MAX_MESSAGE_CHARACTERS)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = most // 3  # where the fix stands
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
+
+
+def _readable_lines(sentences: tuple[object, ...]) -> tuple[str, ...]:
+    """A line for each sentence, as far as all of them are short enough to be read."""
+    lines: list[str] = []
+    left = MAX_MESSAGE_CHARACTERS
+    for number, sentence in enumerate(sentences):
+        line = readable(str(sentence))
+        if lines and len(line) + 1 > left:
+            return (*lines, f"... and {len(sentences) - number} more")
+        lines.append(line)
+        left -= len(line) + 1
+    return tuple(lines)
+
 
 class PenstockError(Exception):
-    """Root of every error Penstock raises on purpose."""
+    """Root of every error Penstock raises on purpose: a sentence, or a line for each of
+    several. Whatever a message quotes, it is short and can be printed (`readable`)."""
 
     exit_code = 3
+
+    def __init__(self, *sentences: object) -> None:
+        super().__init__(*_readable_lines(sentences))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class UsageError(PenstockError):
@@ -68,6 +113,9 @@ class StoppedError(PenstockError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.exit_code - 128)
 
 
 class FaultError(PenstockError):

@@ -14,9 +14,11 @@ import torch
 
 from .dtypes import STORED_DTYPES
 from .errors import CheckpointError
+from .whole import open_regular
 
 # The safetensors library refuses longer headers; so do we, before allocating.
 MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64  # torch's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
     Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -91,18 +93,18 @@ def _broken(path: Path, what: str) -> CheckpointError:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON allows a name twice and Python keeps the last: which one is the lie?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands in it twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands in it twice")
+        found[name] = value
     return found
 
 
 def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     tensor = f"tensor {name!r}"
     if not _is_sound(value):
-        raise _broken(path, f"has a malformed entry of {tensor}: {value!r}")
+        raise _broken(path, f"has a malformed entry of {tensor}: {value!r:.200}")
     shape: tuple[int, ...] = tuple(value["shape"])
     start, end = value["data_offsets"]
     dtype_name = value["dtype"]
@@ -134,7 +136,9 @@ def _is_sound(value: Any) -> bool:
     shape, offsets = value.get("shape"), value.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list):
         return False
-    return len(offsets) == 2 and all(type(x) is int and x >= 0 for x in shape + offsets)
+    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS:
+        return False
+    return all(type(x) is int and 0 <= x < 1 << 63 for x in shape + offsets)
 
 
 def _check_coverage(

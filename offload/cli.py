@@ -1,6 +1,7 @@
 """The command line: `penstock score`, `penstock generate`, `penstock verify`."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -12,9 +13,17 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..io.errors import PenstockError, StoppedError
+from ..io.errors import PenstockError, StoppedError, readable
+from ..io.front_door import front_door
 from .commands import jobs, plan, tune
-from .commands.options import Model, PolicyFile, Settings, policy_of, say
+from .commands.options import (
+    Model,
+    PolicyFile,
+    Settings,
+    TrustRemoteCode,
+    policy_of,
+    say,
+)
 from .commands.policy import policy
 from .policy import Policy
 from .startup import hidden
@@ -66,13 +75,14 @@ def verify(
             "beside the checkpoint, later to compare with it.",
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Streamed against resident, unit by unit, bit for bit, on a few tokens.
 
     Says which weights are used outside of their module's forward, too. Exit code 1
     when anything differs.
     """
-    chosen = policy_of(policy, settings)
+    chosen = policy_of(policy, settings, trust_remote_code)
     if checksums:
         _verify_checksums(model, chosen)
         return
@@ -112,12 +122,20 @@ def _verify_checksums(model: Path, policy: Policy) -> None:
 app.command()(policy)
 
 
+class _Readable(logging.Formatter):
+    """A message with nothing in it that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(record.getMessage())
+
+
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
     """Shows what Penstock announces (fallbacks, faults) as it happens."""
     handler = RichHandler(
         console=Console(stderr=True), show_time=False, show_path=False
     )
+    handler.setFormatter(_Readable())
     logger = logging.getLogger("penstock")
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
@@ -128,10 +146,22 @@ def _log_on_stderr() -> Iterator[None]:
         logger.propagate = propagates
 
 
+@contextlib.contextmanager
+def _nothing_to_ask() -> Iterator[None]:
+    """Rows from standard input are read past Python's own object for it. Whatever else
+    would read there would ask a question, and take a row for the answer: it finds the
+    end of a file."""
+    asked, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = asked
+
+
 def main() -> None:
     """The entry point. A user's mistake is one sentence, never a traceback."""
     try:
-        with _log_on_stderr(), hidden():
+        with _log_on_stderr(), _nothing_to_ask(), hidden(), front_door():
             app()
     except StoppedError as error:
         say(f"{error}")

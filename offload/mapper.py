@@ -12,7 +12,7 @@ from .tasks.classify import classify
 from .tasks.embed import embed
 from .tasks.generate import generate
 from .tasks.score import score
-from .tasks.text import load_tokenizer
+from .tasks.text import tokenizer_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,10 +61,8 @@ class Mapper:
             raise UsageError(f"there is no task {task!r}: {', '.join(_TASKS)}")
         self._run, self._columns = _TASKS[task]
         self._options = options
-        if not isinstance(policy, Policy):
-            policy = Policy(**(policy or {}))
         self._model = load(model, policy)
-        self._tokenizer = load_tokenizer(Path(model))
+        self._tokenizer = tokenizer_of(self._model)
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
         """`table` with what the task found for each row. Raises what ends the job; Ray

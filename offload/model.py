@@ -1,5 +1,6 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -7,7 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..io.checkpoint import open_checkpoint
-from ..io.errors import PenstockError
+from ..io.errors import PenstockError, UsageError
+from ..io.front_door import front_door
 from ..scheduler.sweep import Sweep
 from .build import build
 from .counters import Statistics
@@ -21,9 +23,13 @@ Model = TypeVar("Model", bound=nn.Module)
 _ENGINE = "_penstock_engine"
 
 
-def load(path: str | Path, policy: Policy | None = None) -> Any:
+@front_door()
+def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> Any:
     """The Hugging Face model in the folder `path`, its weights streamed from the
     safetensors files there (nothing is converted, nothing is written).
+
+    `policy` may be a dict of its keys. Python code that comes with the checkpoint is
+    not run, unless it says `trust_remote_code`.
 
     It is the model object that transformers would give, in eval mode, for inference:
     call it, `generate` with it, or run a `sweep` over it. Close it with
@@ -35,15 +41,18 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
 
-    policy = policy or Policy()
+    policy = Policy.of(policy)
     check_installed(policy)
     checkpoint = open_checkpoint(path)
-    skeleton = hf.build(checkpoint, policy.dtype)
+    skeleton = hf.build(
+        checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+    )
     engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
     return _attach(skeleton.model, engine)
 
 
-def wrap(module: Model, policy: Policy | None = None) -> Model:
+@front_door()
+def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Model:
     """Streams a module that is already built: its parameters are written once to a
     safetensors file in the cache folder and read from there. The module is changed in
     place and returned; `penstock.unwrap(module)` puts its parameters back and removes
@@ -51,9 +60,11 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
     """
     from .weights.spill import spill
 
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{module!r:.100} is no torch.nn.Module: load it first")
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
-    policy = policy or Policy()
+    policy = Policy.of(policy)
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
     try:
@@ -93,7 +104,7 @@ def unwrap(model: Model) -> Model:
     A module given to `wrap` has its parameters again. A model from `load` is closed:
     its weights were never in memory; use `load` again, or transformers.
     """
-    engine = model.__dict__.pop(_ENGINE, None)
+    engine = getattr(model, "__dict__", {}).pop(_ENGINE, None)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
     engine.close()
@@ -106,7 +117,7 @@ def unwrap(model: Model) -> Model:
 
 def engine_of(model: nn.Module) -> Engine:
     """The engine that streams `model`; PenstockError if there is none."""
-    engine = model.__dict__.get(_ENGINE)
+    engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if not isinstance(engine, Engine):
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"

@@ -1,12 +1,13 @@
 """What the user asks for. Every default of Penstock stands here (those of `kv`: in
 settings/kv.py) and nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError
 
+from ..io.errors import PolicyError
 from .settings.contradictions import contradictions
 from .settings.counts import open_counts, without_auto
 from .settings.explain import explain
@@ -163,6 +164,11 @@ class Policy(Section):
     (`coalesce=True`); `on`: unless it refuses (`coalesce=False`); `off`: never, and
     rows that have ended go on as padding beside the others of their micro-batch, whose
     products so stay what they are. Not with `compile`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint, or that it names (`auto_map`, a
+    kernel of somebody's, `custom_generate/`): for models that transformers has no code
+    for, and that you trust. Without it none is run, nothing is asked, and a checkpoint
+    that needs it is refused."""
     strict: bool = False
     """Weights touched outside of their unit's forward are an error instead of being
     loaded on the spot, counted, and made resident."""
@@ -179,6 +185,21 @@ class Policy(Section):
         self.__dict__.update(open_counts(self))
         if problems := contradictions(self):
             raise PolicyProblems(problems)
+
+    @classmethod
+    def of(cls, value: "Policy | Mapping[str, Any] | None") -> "Policy":
+        """What somebody gives as a policy: one, its keys and values, or None for the
+        default. Raises PolicyError."""
+        if value is None:
+            return cls()
+        if isinstance(value, Policy):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**{str(key): one for key, one in value.items()})
+        raise PolicyError(
+            f"{value!r:.100} is no policy: give a Policy, or a dict of its keys; a "
+            "file is read by Policy.from_yaml"
+        )
 
     @property
     def origin(self) -> Origin:

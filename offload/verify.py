@@ -24,6 +24,7 @@ from .engine import Engine
 from .model import engine_of, load, unwrap
 from .monitoring.memory import available_bytes
 from .policy import Policy
+from .weights.trust import loading
 
 Reference = Callable[[str], torch.Tensor]
 """The tensor of a name in the model, by a way that is not the streamed one."""
@@ -48,7 +49,7 @@ class Verification:
 
 def verify(
     path: str | Path,
-    policy: Policy | None = None,
+    policy: Policy | Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Compares the checkpoint in `path`, streamed under `policy`, with the resident
@@ -210,7 +211,13 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _resident(model: Any, path: str | Path) -> Any:
     kind: Any = type(model).__mro__[1]
-    loaded = kind.from_pretrained(path, dtype=model.config.dtype)
+    loaded = kind.from_pretrained(
+        path,
+        config=copy.deepcopy(model.config),
+        dtype=model.config.dtype,
+        use_safetensors=True,
+        **loading(engine_of(model).policy.trust_remote_code),
+    )
     return loaded.train(False)
 
 

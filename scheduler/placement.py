@@ -1,7 +1,8 @@
 """Which units stay in which tier. Pure."""
 
-import re
 from collections.abc import Mapping, Sequence
+
+import regex
 
 from ..io.errors import PolicyError
 
@@ -20,7 +21,7 @@ def place(
     Raises PolicyError when rules put more into a tier than its budget holds.
     """
     ruled = [
-        next((tier for rule, tier in rules.items() if re.search(rule, name)), None)
+        next((tier for rule, tier in rules.items() if _matches(rule, name)), None)
         for name in names
     ]
     left = dict(budgets)
@@ -40,6 +41,18 @@ def place(
         for index in spread([sizes[unit] for unit in free], budget):
             found[free[index]] = tier
     return tuple(tier or "disk" for tier in found)
+
+
+def _matches(rule: str, name: str) -> bool:
+    """Raises PolicyError for an expression that would be tried for ever: some need a
+    time that doubles with each letter of a name."""
+    try:
+        return regex.search(rule, name, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise PolicyError(
+            f"placement: matching {rule!r} with {name!r} takes more than "
+            f"{_MATCH_SECONDS} s: write it without repetitions inside of repetitions"
+        ) from None
 
 
 def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
@@ -64,5 +77,6 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+_MATCH_SECONDS = 1.0
 _KEYS = {"device": "device_memory", "host": "host_memory", "peer": "peer"}
 """Of the policy; other tiers are the names of peers, "peer" is any."""

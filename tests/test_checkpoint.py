@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def _becomes_folder(name: str) -> Damage:
     return act
 
 
+def _becomes_pipe(name: str) -> Damage:
+    def act(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return act
+
+
+def _becomes_zeros(name: str) -> Damage:
+    def act(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return act
+
+
 def _dangle(folder: Path) -> None:
     (folder / SECOND).unlink()
     (folder / SECOND).symlink_to(folder / "gone")
@@ -173,16 +190,14 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "pickle_as_shard": (_names("a.bin"), INDEX_FILE, "no file beside it"),
     "no_tensors": (lambda f: write_index(f, {}), INDEX_FILE, "must map"),
     "list_of_files": (lambda f: write_index(f, [FIRST]), INDEX_FILE, "must map"),
-    "no_weight_map": (_index_of(b"{}"), INDEX_FILE, "no safetensors index"),
-    "index_is_a_list": (_index_of(b"[]"), INDEX_FILE, "no safetensors index"),
-    "index_is_no_json": (_index_of(b'{"weight_map'), INDEX_FILE, "no safetensors"),
-    "index_is_no_text": (_index_of(b"\xff\xfe\x80"), INDEX_FILE, "no safetensors"),
-    "index_is_too_deep": (_index_of(b"[" * 200_000), INDEX_FILE, "no safetensors"),
-    "index_is_a_folder": (
-        _becomes_folder(INDEX_FILE),
-        INDEX_FILE,
-        "no safetensors index",
-    ),
+    "no_weight_map": (_index_of(b"{}"), INDEX_FILE, "weight_map must map"),
+    "index_is_a_list": (_index_of(b"[]"), INDEX_FILE, "must hold an object"),
+    "index_is_no_json": (_index_of(b'{"weight_map'), INDEX_FILE, "no JSON"),
+    "index_is_no_text": (_index_of(b"\xff\xfe\x80"), INDEX_FILE, "no JSON"),
+    "index_is_too_deep": (_index_of(b"[" * 200_000), INDEX_FILE, "too deep"),
+    "index_is_a_folder": (_becomes_folder(INDEX_FILE), INDEX_FILE, "cannot read"),
+    "shard_is_a_pipe": (_becomes_pipe(SECOND), SECOND, "no regular file"),
+    "index_is_a_device": (_becomes_zeros(INDEX_FILE), INDEX_FILE, "no regular file"),
 }
 
 

@@ -21,6 +21,7 @@ import zstandard
 from jobs import read_lines, run_job, write_rows
 from penstock.io.errors import InputError, UsageError
 from penstock.offload.files import extras
+from penstock.offload.files.compression import decompressed
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS, line_of
 from penstock.offload.files.part_reader import read_parts
@@ -421,3 +422,23 @@ def test_a_generator_is_closed_by_the_thread_that_ran_it() -> None:
     with Ahead(items(), num=2, name="penstock-test") as ahead:
         next(ahead)
     assert closed_by == ["penstock-test"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_what_a_few_bytes_expand_to_comes_in_pieces(kind: str) -> None:
+    """Eighty kilobytes of zstd may hold gigabytes: a piece is what is in memory."""
+    zeros = bytes(64 << 20)
+    made = gzip.compress(zeros, 1) if kind == "gz" else zstandard.compress(zeros)
+    pieces = [len(piece) for piece in decompressed([made], kind, "rows")]  # type: ignore[arg-type]
+    assert sum(pieces) == len(zeros)
+    assert max(pieces) <= 33 << 20
+
+
+def test_a_zstd_frame_that_needs_a_huge_window_is_refused() -> None:
+    wide = zstandard.ZstdCompressionParameters(
+        window_log=28, enable_ldm=True, write_content_size=False
+    )
+    maker = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    made = maker.compress(b"x" * 100) + maker.flush()
+    with pytest.raises(InputError, match="rows is damaged"):
+        list(decompressed([made], "zst", "rows"))

@@ -86,6 +86,7 @@ PURE_IMPORTS = {
     "math",
     "numpy",
     "operator",
+    "regex",
     "typing",
 }
 

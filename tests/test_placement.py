@@ -136,3 +136,9 @@ def test_too_much_for_a_tier_names_the_key_to_raise(tier: str, key: str) -> None
         rf"raise {key}, or let fewer units match$",
     ):
         place([10, 10], ["a", "b"], budgets=budgets, rules={"": tier})
+
+
+@pytest.mark.parametrize("rule", ["^(a|a)+!", "^(a|aa)+!"])
+def test_an_expression_that_would_be_tried_for_ever_is_refused(rule: str) -> None:
+    with pytest.raises(PolicyError, match="takes more than"):
+        place([1], ["a" * 60 + "b!"], budgets={}, rules={rule: "disk"})

@@ -3,6 +3,7 @@ each other."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,79 @@ def test_a_policy_is_what_it_asks_for_wherever_that_was_written(tmp_path: Path) 
     policy = Policy.from_yaml(write(tmp_path, "device_memory: 1GiB\n"))
     assert policy == Policy(device_memory=GIB)
     assert policy.with_settings(["device_memory=2GiB"]) == Policy(device_memory="2GiB")
+
+
+def _doubling(pattern: str) -> str:
+    """Nine levels, each of which says the one before ten times."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for last, this in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{this}: &{this} " + pattern.format(",".join([f"*{last}"] * 10)))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_doubling("[{}]"), "more than 16 aliases"),
+        (_doubling("{{<<: [{}]}}"), "more than 16 aliases"),
+        ("a: &a [" + "1," * 2000 + "]\nb: [" + "*a," * 15 + "]", "by their aliases"),
+        ("device: " + "[" * 50_000, "more than 32 levels"),
+        ("device: " + "{b: " * 3_000, "more than 32 levels"),
+        ("device: [" + "1," * 30_000 + "]", "more than 20000 keys and values"),
+        ("dtype: 2024-13-45\n", "policy.yaml:1:8: no YAML: month must be in 1..12"),
+        ("strict: !!int abc\n", "policy.yaml:1:9: no YAML: invalid literal for int"),
+        ("device: \0\n", "no YAML"),
+        ("device_memory: " + "9" * 5_000 + "\n", "policy.yaml:1:16: no YAML"),
+        ("device_memory: " + "9" * 400 + "GiB\n", "more than any machine has"),
+        ("device_memory: " + "9" * 400 + "\n", "more than any machine has"),
+        ("device: '\\e[2Jcpu\\u202e'".replace("'", '"'), r"\\x1b\[2Jcpu\\u202e"),
+    ],
+)
+def test_a_hostile_policy_is_one_short_sentence(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(PolicyError, match=message) as caught:
+        Policy.from_yaml(path)
+    said = str(caught.value)
+    assert len(said) < 2_000
+    assert said.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "setting", ["dtype=2024-13-45", "io=" + "[" * 20_000, "strict=\0", "a\0.b=1"]
+)
+def test_a_hostile_setting_is_one_short_sentence(setting: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy().with_settings([setting])
+    assert len(str(caught.value)) < 2_000
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe.yaml", "folder", "a\0b", "long"])
+def test_only_a_regular_file_of_some_length_is_a_policy(
+    place: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "long").write_text("# " + "x" * (1 << 20))
+    with pytest.raises(
+        PolicyError, match=r"regular file|no name of a file|has more than"
+    ):
+        Policy.from_yaml(tmp_path / place)
+
+
+def test_a_file_that_is_extended_in_many_ways_is_read_once(tmp_path: Path) -> None:
+    for level in range(24):
+        below = f"{level + 1}.yaml"
+        (tmp_path / f"{level}.yaml").write_text(f"extends: [{below}, {below}]\n")
+    (tmp_path / "24.yaml").write_text("lookahead: 3\n")
+    assert Policy.from_yaml(tmp_path / "0.yaml").lookahead == 3
+
+
+def test_what_extends_hundreds_of_files_is_refused(tmp_path: Path) -> None:
+    for level in range(200):
+        (tmp_path / f"{level}.yaml").write_text(f"extends: {level + 1}.yaml\n")
+    with pytest.raises(PolicyError, match="more than 32 files"):
+        Policy.from_yaml(tmp_path / "0.yaml")

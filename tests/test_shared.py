@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import forked_python
-from penstock.io.errors import ClosedError, DoesNotFitError
+from penstock.io.errors import ClosedError, DoesNotFitError, MachineError
 from penstock.io.shared import FOLDER, SharedArena
 
 pytestmark = [
@@ -210,3 +210,53 @@ def test_it_works_in_the_systems_shared_memory(shm: Path) -> None:
     with SharedArena("key", 5 * MIB, fill_with(3), folder=shm) as arena:
         assert bytes(arena.view(5 * MIB - 1, 1)) == b"\3"
     assert files(shm) == []
+
+
+def planted(folder: Path, nbytes: int) -> Path:
+    """A file that looks filled, under the name that the next arena will ask for."""
+    with SharedArena("key", nbytes, fill_with(1), folder=folder) as arena:
+        content = arena.path.read_bytes()
+    arena.path.write_bytes(content.replace(b"\1", b"\6"))
+    return arena.path
+
+
+def _anybody_may_write(path: Path) -> None:
+    path.chmod(0o622)
+
+
+def _is_a_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def _is_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize("plant", [_anybody_may_write, _is_a_link, _is_a_pipe])
+def test_a_file_that_others_may_have_put_there_is_refused(
+    folder: Path, plant: Callable[[Path], None]
+) -> None:
+    plant(planted(folder, MIB))
+    with pytest.raises(MachineError, match="host_shared: false"):
+        SharedArena("key", MIB, never, folder=folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_users_file_is_neither_used_nor_removed(folder: Path) -> None:
+    path = planted(folder, MIB)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(MachineError, match="belongs to user 65534"):
+        SharedArena("key", MIB, never, folder=folder)
+    SharedArena("another", MIB, fill_with(2), folder=folder).close()
+    assert files(folder) == [path.name]
+
+
+def test_a_file_of_another_length_is_filled_anew(folder: Path) -> None:
+    path = planted(folder, MIB)
+    os.truncate(path, 3 * MIB)
+    with SharedArena("key", MIB, fill_with(2), folder=folder) as arena:
+        assert arena.was_filled_here
+        with SharedArena("key", MIB, never, folder=folder) as other:
+            assert bytes(other.view(0, MIB)) == b"\2" * MIB

@@ -21,6 +21,7 @@ from .options import (
     Restart,
     RetryErrors,
     Settings,
+    TrustRemoteCode,
     Workers,
     mode_of,
     policy_of,
@@ -61,13 +62,14 @@ def job_command(
         restart: Restart = False,
         retry_errors: RetryErrors = False,
         workers: Workers = 1,
+        trust_remote_code: TrustRemoteCode = False,
         **own: Any,
     ) -> None:
         with rare_collections():
             from ..jobs.job import Job
             from ..jobs.watch import Watching
 
-        chosen = policy_of(policy, settings)
+        chosen = policy_of(policy, settings, trust_remote_code)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         work = work_of(**own)

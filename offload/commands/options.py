@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...io.errors import UsageError
+from ...io.errors import UsageError, readable
 from ..policy import Policy
 
 if TYPE_CHECKING:
@@ -96,6 +96,16 @@ Workers = Annotated[
 ]
 
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the checkpoint, as trust_remote_code: "
+        "true in the policy does. Only for what you have read and trust.",
+    ),
+]
+
+
 def mode_of(restart: bool, retry_errors: bool) -> "Mode":
     """What is to be done with what is there."""
     if restart and retry_errors:
@@ -105,11 +115,17 @@ def mode_of(restart: bool, retry_errors: bool) -> "Mode":
 
 def say(message: str) -> None:
     """Tells the user, on standard error."""
-    print(f"penstock: {message}", file=sys.stderr)
+    lines = "\n".join(map(readable, message.split("\n")))
+    print(f"penstock: {lines}", file=sys.stderr)
 
 
-def policy_of(path: Path | None, settings: list[str] | None) -> Policy:
+def policy_of(
+    path: Path | None, settings: list[str] | None, trust_remote_code: bool = False
+) -> Policy:
     """The policy in the file `path`, with `settings` on top."""
+    settings = list(settings or [])
+    if trust_remote_code:
+        settings.append("trust_remote_code=true")
     if path is None:
-        return Policy().with_settings(settings or [])
-    return Policy.from_yaml(path, settings or [])
+        return Policy().with_settings(settings)
+    return Policy.from_yaml(path, settings)

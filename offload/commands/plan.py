@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ...io.errors import OutputError, UsageError
-from .options import PolicyFile, Settings, policy_of, say
+from .options import PolicyFile, Settings, TrustRemoteCode, policy_of, say
 
 
 class TaskName(StrEnum):
@@ -144,6 +144,7 @@ def plan(
             help="PNG or SVG file: latency against throughput over what is in flight."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What fits, how fast it will be, what binds it: before a byte is loaded.
 
@@ -171,7 +172,7 @@ def plan(
     wanted = Task(generates, prompt, new, embeds)
     made = make_plan(
         model,
-        policy_of(policy, settings),
+        policy_of(policy, settings, trust_remote_code),
         found,
         wanted,
         "latency" if objective is ObjectiveName.latency else "throughput",

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 
 from ...io.errors import StoppedError, UsageError
-from .options import SOURCES, Model, PolicyFile, Restart, Settings, policy_of, say
+from .options import (
+    SOURCES,
+    Model,
+    PolicyFile,
+    Restart,
+    Settings,
+    TrustRemoteCode,
+    policy_of,
+    say,
+)
 from .plan import MachineName, TaskName
 
 if TYPE_CHECKING:
@@ -56,6 +65,7 @@ def tune(
         int, typer.Option(min=1, help="Tokens that each prompt gets, of generate.")
     ] = 64,
     restart: Restart = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measures around the plan, and writes the fastest policy.
 
@@ -87,9 +97,14 @@ def tune(
             "rows of INPUT have the lengths that they have: leave --prompt out"
         )
     generates = task is TaskName.generate
-    chosen = policy_of(policy, settings)
+    chosen = policy_of(policy, settings, trust_remote_code)
     sample = (
-        sample_of(source, model, generates=generates)
+        sample_of(
+            source,
+            model,
+            generates=generates,
+            trust_remote_code=chosen.trust_remote_code,
+        )
         if source
         else made_up(prompt or 128)
     )

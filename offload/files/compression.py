@@ -8,8 +8,13 @@ from ...io.errors import InputError
 from .extras import extra
 from .sources import Codec
 
-# Compressed bytes that are looked at in one go: they may become a thousand times more.
 CHUNK_BYTES = 64 << 10
+"""Of a file that are read in one go."""
+# Of those, what is decompressed in one go. Gzip makes a thousand times more of it at
+# most; zstd a block of 128 KiB of each four bytes.
+_GZIP_BYTES = CHUNK_BYTES
+_ZSTD_BYTES = 1 << 10
+_MOST_WINDOW_BYTES = 128 << 20  # the zstd command's own limit
 
 
 def decompressed(chunks: Iterable[bytes], codec: Codec, name: str) -> Iterator[bytes]:
@@ -18,14 +23,18 @@ def decompressed(chunks: Iterable[bytes], codec: Codec, name: str) -> Iterator[b
     if codec == "":
         return iter(chunks)
     if codec == "gz":
-        return _decompressed(chunks, lambda: zlib.decompressobj(31), name, zlib.error)
+        pieces = _pieces(chunks, _GZIP_BYTES)
+        return _decompressed(pieces, lambda: zlib.decompressobj(31), name, zlib.error)
     zstandard = extra("zstandard", "zstandard", f"reading {name}")
-    return _decompressed(
-        chunks,
-        lambda: zstandard.ZstdDecompressor().decompressobj(),
-        name,
-        zstandard.ZstdError,
-    )
+    made = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES)
+    pieces = _pieces(chunks, _ZSTD_BYTES)
+    return _decompressed(pieces, made.decompressobj, name, zstandard.ZstdError)
+
+
+def _pieces(chunks: Iterable[bytes], nbytes: int) -> Iterator[bytes]:
+    for chunk in chunks:
+        for start in range(0, len(chunk), nbytes):
+            yield chunk[start : start + nbytes]
 
 
 def _decompressed(

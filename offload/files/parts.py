@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+from ...io.errors import UsageError
+
 NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
 """Rows, each with its number in the job (from 0)."""
 
@@ -90,11 +92,59 @@ class PartRecord:
         return cls(**{**values, "end": Position(*values["end"])})
 
 
-def lazy_parts(
-    rows: Iterable[Mapping[str, Any]], num_rows: int
-) -> Iterator[NumberedRows]:
-    """`rows` in parts of `num_rows`, none of which is taken before it is asked for.
-    Each is to be used up before the next."""
+def lazy_parts(rows: Any, num_rows: int) -> Iterator[NumberedRows]:
+    """`rows` (see `rows_of`) in parts of `num_rows`, none of which is taken before it
+    is asked for. Each is to be used up before the next. Raises UsageError at once for
+    what holds no rows."""
+    return _parts(rows_of(rows), num_rows)
+
+
+def _parts(rows: Iterable[Mapping[str, Any]], num_rows: int) -> Iterator[NumberedRows]:
     numbered = enumerate(rows)
     for first in numbered:
         yield chain([first], islice(numbered, num_rows - 1))
+
+
+def rows_of(given: Any) -> Iterable[Mapping[str, Any]]:
+    """What somebody gives as rows, as rows: an iterable of them or of texts, one of
+    either, or a table (Arrow, pandas, polars). Raises UsageError for anything else, and
+    for the name of a file."""
+    if isinstance(given, str):
+        if given.endswith(_FILES):
+            raise UsageError(
+                f"{given!r} is the name of a file: the command line reads those; give "
+                "its rows"
+            )
+        return [_row(0, given)]
+    if isinstance(given, Mapping):
+        return [given]
+    if hasattr(given, "to_pylist"):
+        return _without_gaps(given.to_pylist())
+    if hasattr(given, "iter_rows"):
+        return _without_gaps(given.iter_rows(named=True))
+    if hasattr(given, "to_dict") and hasattr(given, "columns"):
+        return _without_gaps(given.to_dict("records"))
+    if isinstance(given, (bytes, bytearray)) or not isinstance(given, Iterable):
+        raise UsageError(
+            f"{given!r:.100} holds no rows: give an iterable of them, such as "
+            '{"text": "..."}, or of texts'
+        )
+    return (_row(number, one) for number, one in enumerate(given))
+
+
+_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def _row(number: int, given: Any) -> Mapping[str, Any]:
+    if isinstance(given, Mapping):
+        return given
+    if isinstance(given, str):
+        return {"id": number, "text": given}
+    what = f"row {number} is {given!r:.60}, neither a mapping of keys nor a text"
+    return {"id": number, "error": what}
+
+
+def _without_gaps(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """What a row of a table has not is None, or NaN, there."""
+    for row in rows:
+        yield {k: v for k, v in row.items() if v is not None and v == v}

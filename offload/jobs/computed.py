@@ -39,7 +39,9 @@ class Loaded(Closing):
     def __init__(self, model: Path, policy: Policy) -> None:
         self.model: Any = load(model, policy)
         try:
-            self.tokenizer: Any = load_tokenizer(model)
+            self.tokenizer: Any = load_tokenizer(
+                model, trust_remote_code=policy.trust_remote_code
+            )
         except BaseException:
             unwrap(self.model)
             raise

@@ -15,6 +15,7 @@ import xxhash
 from ...io.disk import Disk, write_whole
 from ...io.errors import OutputError
 from ...io.fingerprint import fingerprint
+from ...io.whole import MAX_INDEX_BYTES, read_json
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
 from .manifest import Manifest
@@ -58,11 +59,11 @@ def manifest_path(output: Path) -> Path:
 def read_finished(output: Path) -> Finished | None:
     """None where there is no output, or nothing that says what made it."""
     try:
-        values = json.loads(manifest_path(output).read_bytes())
+        values = read_json(manifest_path(output), MAX_INDEX_BYTES, error=OutputError)
         records = [PartRecord.from_json(part) for part in values["parts"]]
         manifest = Manifest.from_json(values["manifest"])
         mark = str(values["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OutputError, ValueError, KeyError, TypeError):
         return None
     if not output.is_file():
         return None

@@ -36,8 +36,13 @@ class Manifest:
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
         """Raises KeyError or TypeError for what is no manifest of this format."""
         if values["format"] != FORMAT:
-            raise TypeError(f"format {values['format']}, not {FORMAT}")
-        return cls(**{name: values[name] for name in cls.__slots__})
+            raise TypeError(f"format {values['format']!r:.40}, not {FORMAT}")
+        found = {name: values[name] for name in cls.__slots__}
+        kinds = {"stamps": list, "retries": bool}
+        for name, value in found.items():
+            if not isinstance(value, kinds.get(name, dict)):
+                raise TypeError(f"{name} is {value!r:.40}")
+        return cls(**found)
 
 
 def refusals(begun: Manifest, now: Manifest) -> Sequence[str]:

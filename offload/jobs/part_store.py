@@ -20,6 +20,7 @@ import xxhash
 from ...io.closing import Closing
 from ...io.disk import Disk, put_in_place, write_whole
 from ...io.errors import OutputError, UsageError
+from ...io.whole import MAX_INDEX_BYTES, read_json
 from ..files.parts import Part, PartRecord
 from .manifest import Manifest
 
@@ -27,6 +28,7 @@ _LOCK, _MANIFEST, _JOINED = "lock", "manifest.json", "joined"
 _NAME = "part-{:08}.jsonl"
 _NUMBER = re.compile(r"part-(\d{8,})\.jsonl")
 _MOST_RECORD_BYTES = 4096
+_BEGIN_ANEW = "begin anew with --restart"
 
 
 @contextmanager
@@ -57,11 +59,12 @@ class PartStore(Closing):
     def manifest(self) -> Manifest | None:
         """Of the job that was begun here, if one was."""
         path = self.folder / _MANIFEST
-        try:
-            return Manifest.from_json(json.loads(path.read_bytes()))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        values = read_json(path, MAX_INDEX_BYTES, error=OutputError, fix=_BEGIN_ANEW)
+        try:
+            return Manifest.from_json(values)
+        except (KeyError, TypeError) as error:
             raise OutputError(
                 f"{path} is no manifest of this version ({error!r}): finish the job "
                 "with the version that began it, or begin anew with --restart"
@@ -171,6 +174,10 @@ class PartStore(Closing):
             try:
                 file = path.open("a+", encoding="utf-8")
             except FileNotFoundError:  # the folder was just removed
+                if path.is_symlink():
+                    raise UsageError(
+                        f"{path} leads to a place that is not there: remove it"
+                    ) from None
                 continue
             try:
                 self._lock_or_refuse(file)
@@ -213,7 +220,14 @@ def _record(path: Path) -> PartRecord:
             file.seek(max(nbytes - _MOST_RECORD_BYTES, 0))
             last = file.read().splitlines()[-1]
         record = PartRecord.from_json(json.loads(last)["part"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         raise OutputError(
             f"{path} is damaged ({error!r}): remove it and run again, to do its rows "
             "again"

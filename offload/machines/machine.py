@@ -8,6 +8,8 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from ...io.errors import PolicyError
+from ..settings.extends import read_text
+from ..settings.marked_yaml import read_value
 from ..settings.section import Section
 from ..settings.user_cache import kept_file, user_cache
 from ..settings.values import Bytes
@@ -128,12 +130,7 @@ class Machine(Section):
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
         """Reads a machine file. Raises PolicyError naming the file and the key."""
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PolicyError(f"cannot read {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is no YAML: {error}") from None
+        values = read_value(read_text(path), str(path))
         if not isinstance(values, dict):
             raise PolicyError(f"{path} must hold keys and values, not {values!r}")
         try:

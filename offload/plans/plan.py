@@ -101,7 +101,9 @@ def make_plan(
     Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
     and UsageError."""
     check_runs(machine)
-    skeleton, has_weights = blueprint(model, policy.dtype)
+    skeleton, has_weights = blueprint(
+        model, policy.dtype, trust_remote_code=policy.trust_remote_code
+    )
     check_does(skeleton.model, task)
     planner = Planner(
         skeleton.model, skeleton.recipes, machine, policy, task, objective

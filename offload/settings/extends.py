@@ -5,19 +5,23 @@ from copy import deepcopy
 from pathlib import Path
 
 from ...io.errors import PolicyError
-from .marked_yaml import read_yaml
+from ...io.whole import read_whole
+from .marked_yaml import MAX_YAML_BYTES, read_yaml
 from .origin import Document, Entry, Mark, PolicyProblems, Problem, merge
 from .values import parse_setting
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "policies"
 """The policies that come with Penstock, named by machine."""
 _KEY = "extends"
+_MAX_CHAIN = 32
+Known = dict[Path, Document]
+"""What was read already, by the place of its file."""
 
 
 def read_policy(path: str | Path, settings: Sequence[str] = ()) -> Document:
     """What the file `path` (or the shipped policy of that name) says, on top of what it
     `extends`, and `settings` (`key=value`) on top of all. Raises PolicyError."""
-    return apply(_read(_locate(str(path), Path()), ()), settings)
+    return apply(_read(_locate(str(path), Path()), (), {}), settings)
 
 
 def shipped() -> list[str]:
@@ -48,29 +52,41 @@ def apply(document: Document, settings: Sequence[str]) -> Document:
     return Document(values, entries)
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> Document:
+def _read(path: Path, chain: tuple[Path, ...], known: Known) -> Document:
+    """The file `path` on top of what it extends, each file read once: `known` are those
+    that were, and `chain` leads from the first one to this."""
+    place = path.resolve()
+    if place not in known:
+        known[place] = _read_new(path, (*chain, place), known)
+    return known[place]
+
+
+def read_text(path: Path) -> str:
+    """A file of settings. Raises PolicyError for what is no text, or too long."""
+    content = read_whole(path, MAX_YAML_BYTES, error=PolicyError)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PolicyError(f"cannot read {path}: {error.strerror}") from error
+        return content.decode()
     except UnicodeDecodeError as error:
         raise PolicyError(f"{path} is no YAML: {error}") from None
+
+
+def _read_new(path: Path, chain: tuple[Path, ...], known: Known) -> Document:
+    text = read_text(path)
     own = read_yaml(text, str(path))
     asked = own.values.pop(_KEY, [])
     entry = own.entries.pop((_KEY,), None)
     names = asked if isinstance(asked, list) else [asked]
     found = Document({}, {})
-    chain = (*chain, path.resolve())
     for name in names:
         assert entry is not None, "what is extended was written"
         if not isinstance(name, str) or not name:
             raise _wrong(entry, f"extends {name!r}: write a file, or one of these: ")
-        found = merge(found, _read_base(name, path.parent, chain, entry))
+        found = merge(found, _read_base(name, path.parent, chain, entry, known))
     return merge(found, own)
 
 
 def _read_base(
-    name: str, folder: Path, chain: tuple[Path, ...], entry: Entry
+    name: str, folder: Path, chain: tuple[Path, ...], entry: Entry, known: Known
 ) -> Document:
     base = _locate(name, folder)
     if not base.is_file():
@@ -79,7 +95,10 @@ def _read_base(
         round_ = " -> ".join(p.name for p in (*chain, base))
         message = f"extends goes round ({round_}); take one of them out"
         raise PolicyProblems([Problem(f"{entry.value}: {message}")])
-    return _read(base, chain)
+    if len(chain) >= _MAX_CHAIN:
+        message = f"extends goes through more than {_MAX_CHAIN} files"
+        raise PolicyProblems([Problem(f"{entry.value}: {message}; take some out")])
+    return _read(base, chain, known)
 
 
 def _wrong(entry: Entry, message: str) -> PolicyError:
@@ -88,6 +107,8 @@ def _wrong(entry: Entry, message: str) -> PolicyError:
 
 def _locate(name: str, folder: Path) -> Path:
     """A file in `folder`, or the shipped policy: those are called without a suffix."""
+    if "\0" in name:
+        raise PolicyError(f"{name!r} is no name of a file")
     path = folder / name
     there = SHIPPED / f"{name}.yaml"
     is_name = Path(name).suffix not in (".yaml", ".yml") and "/" not in name

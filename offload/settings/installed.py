@@ -30,7 +30,7 @@ def check_installed(policy: Policy) -> None:
     this machine has, and where it was written."""
     problems = over_budget(policy, _look(policy))
     if problems:
-        raise MachineError("\n".join(map(policy.origin.place, problems)))
+        raise MachineError(*map(policy.origin.place, problems))
 
 
 def over_budget(policy: Policy, installed: Installed) -> list[Problem]:

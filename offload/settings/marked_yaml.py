@@ -1,4 +1,8 @@
-"""Reads YAML, and where in it each value stands. Pure."""
+"""Reads YAML, and where in it each value stands. Pure.
+
+A file may come from anywhere: how deep it is and how often it says a thing again (by an
+alias) is bounded, since a hundred bytes of aliases can stand for any number of values.
+"""
 
 from typing import Any
 
@@ -7,25 +11,60 @@ import yaml
 from .origin import Document, Entry, KeyPath, Mark, PolicyProblems, Problem
 
 _MERGE = "tag:yaml.org,2002:merge"
+MAX_YAML_BYTES = 1 << 20
+"""Of a file with settings: real ones have kilobytes."""
+_MAX_DEPTH = 32
+_MAX_ALIASES = 16
+_MAX_VALUES = 20_000
 
 
 def read_yaml(text: str, source: str) -> Document:
     """The keys and values of `text`, which is called `source`. Raises PolicyProblems
     naming line and column: where it is no YAML, holds something else, or says a key
     twice."""
-    loader = yaml.SafeLoader(text)
+    found, walk = _read(text, source)
+    if found is None:
+        return Document({}, {})
+    if not isinstance(found, yaml.MappingNode):
+        raise walk.wrong(found, "must hold keys and values, not a list or one value")
+    return Document(walk.mapping(found, ()), walk.entries)
+
+
+def read_value(text: str, source: str) -> Any:
+    """The one value in `text`; None where there is none. Raises PolicyProblems as
+    `read_yaml` does."""
+    found, walk = _read(text, source)
+    return None if found is None else walk.value(found, ())
+
+
+def _read(text: str, source: str) -> tuple[yaml.Node | None, "_Walk"]:
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return Document({}, {})
-        walk = _Walk(loader, source)
-        if not isinstance(node, yaml.MappingNode):
-            raise walk.wrong(node, "must hold keys and values, not a list or one value")
-        return Document(walk.mapping(node, ()), walk.entries)
+        _check_bounds(text, source)
+        loader = yaml.SafeLoader(text)
+        return loader.get_single_node(), _Walk(loader, source)
     except yaml.YAMLError as error:
         raise PolicyProblems([Problem(_why_no_yaml(error, source))]) from None
-    finally:
-        loader.dispose()
+
+
+def _check_bounds(text: str, source: str) -> None:
+    """Raises PolicyProblems for what is deeper, or says more again, than settings do:
+    before anything is made of it."""
+    depth = num_aliases = num_values = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        num_aliases += isinstance(event, yaml.AliasEvent)
+        num_values += isinstance(event, yaml.NodeEvent)
+        for found, most, what in (
+            (depth, _MAX_DEPTH, "levels below each other"),
+            (num_aliases, _MAX_ALIASES, "aliases (*name)"),
+            (num_values, _MAX_VALUES, "keys and values"),
+        ):
+            if found > most:
+                at = event.start_mark
+                mark = Mark(source, at.line + 1, at.column + 1)
+                message = f"{mark}: no settings: more than {most} {what}"
+                raise PolicyProblems([Problem(message)])
 
 
 def _why_no_yaml(error: yaml.YAMLError, source: str) -> str:
@@ -42,38 +81,54 @@ class _Walk:
         self._source = source
         self._open: set[int] = set()
         self._checked: set[int] = set()
+        self._left = _MAX_VALUES
 
     def wrong(self, node: yaml.Node, message: str) -> PolicyProblems:
         return PolicyProblems([Problem(f"{self._mark(node)}: {message}")])
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         self._check_twice(node)
-        self._loader.flatten_mapping(node)  # `<<: *other`, whose keys come first
+        try:
+            self._loader.flatten_mapping(node)  # `<<: *other`, whose keys come first
+        except yaml.YAMLError as error:
+            raise self.wrong(node, f"no YAML: {' '.join(str(error).split())}") from None
         found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = self._key(key_node)
             here = (*path, str(key))
             self.entries[here] = Entry(self._mark(key_node), self._mark(value_node))
-            found[key if path else str(key)] = self._value(value_node, here)
+            found[key if path else str(key)] = self.value(value_node, here)
         return found
 
-    def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise self.wrong(node, f"more than {_MAX_VALUES} values, by their aliases")
         if isinstance(node, yaml.ScalarNode):
-            return self._loader.construct_object(node)
+            return self._scalar(node)
         if id(node) in self._open:
             raise self.wrong(node, "this value is a part of itself; write it out")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
                 return self.mapping(node, path)
-            return [self._value(item, path) for item in node.value]
+            assert isinstance(node, yaml.SequenceNode), "there is no other kind"
+            return [self.value(item, path) for item in node.value]
         finally:
             self._open.remove(id(node))
 
     def _key(self, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode):
             raise self.wrong(node, "a key must be a word, not a list or a mapping")
-        return self._loader.construct_object(node)
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self._loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            # No such date, no such number, one of too many digits, a foreign tag.
+            why = getattr(error, "problem", None) or error
+            raise self.wrong(node, f"no YAML: {why} ({node.value!r:.60})") from None
 
     def _check_twice(self, node: yaml.MappingNode) -> None:
         if id(node) in self._checked:  # by another name: flattened already

@@ -71,7 +71,10 @@ class PolicyProblems(PolicyError):
     ) -> None:
         self.problems = tuple(problems)
         where = origin or Origin()
-        super().__init__("\n".join(where.place(problem) for problem in self.problems))
+        super().__init__(*(where.place(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PolicyError, self.args
 
     def at(self, origin: Origin) -> "PolicyProblems":
         """The same, with the places where the keys were written."""

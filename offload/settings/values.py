@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
+import regex
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from ...io.errors import PolicyError
+from .marked_yaml import read_value
 
 _UNITS = {
     "": 1,
@@ -27,6 +28,8 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_MAX_BYTES = 1 << 63
+"""What no size comes to: byte counts are signed 64-bit numbers everywhere below."""
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -34,11 +37,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals:
         raise PolicyError(f"{setting!r} is no setting: write key=value")
-    try:
-        return key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise PolicyError(f"{setting!r}: no YAML: {problem}") from None
+    return key.strip(), read_value(text, f"--set {setting}")
 
 
 def parse_bytes(value: int | str) -> int:
@@ -52,9 +51,14 @@ def parse_bytes(value: int | str) -> int:
         if match is None or match[2].upper() not in _UNITS:
             known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
             raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
-        nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+        found = float(match[1]) * _UNITS[match[2].upper()]
+        nbytes = int(min(found, _MAX_BYTES))  # of too many digits: infinity
     if nbytes <= 0:
         raise ValueError(f"{value!r} must be more than nothing")
+    if nbytes >= _MAX_BYTES:
+        raise ValueError(
+            "that is more than any machine has: write less than 8388608TiB"
+        )
     return nbytes
 
 
@@ -136,13 +140,13 @@ _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 
 
 def _device(text: str) -> str:
-    if re.fullmatch(_DEVICE, text) is None:
+    if re.fullmatch(_DEVICE, text, re.ASCII) is None:
         raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
     return text
 
 
 def _tier(text: str) -> str:
-    if text not in TIERS and re.fullmatch(_DEVICE, text) is None:
+    if text not in TIERS and re.fullmatch(_DEVICE, text, re.ASCII) is None:
         raise ValueError(
             f"{text!r} is no tier: write {', '.join(TIERS)} or a peer's name (cuda:1)"
         )
@@ -161,8 +165,8 @@ DeviceName = Annotated[
 
 def _expression(text: str) -> str:
     try:
-        re.compile(text)
-    except re.error as error:
+        regex.compile(text)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{text!r} is no regular expression: {error}") from None
     return text
 

@@ -15,7 +15,7 @@ from .labels import Label, Labelled, tokenize_labels
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
-from .text import RowError, context_length, load_tokenizer, pad_of
+from .text import RowError, context_length, pad_of, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ def classify_parts(
     """Like `classify`, of rows in parts: no two parts share a micro-batch."""
     if len(set(labels)) < len(labels):
         raise UsageError(f"a label is given twice: {', '.join(labels)}")
-    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or tokenizer_of(model)
     task = _Classifying(model, tokenizer, tuple(labels))
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
 

@@ -15,7 +15,7 @@ from ..units.hidden import base_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .pooling import pooled
 from .task_progress import ScoreProgress
-from .text import RowError, context_length, load_tokenizer, pad_of, tokenize_texts
+from .text import RowError, context_length, pad_of, tokenize_texts, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def embed_parts(
     progress: ScoreProgress,
 ) -> Iterator[dict[str, Any]]:
     """Like `embed`, of rows in parts: no two parts share a micro-batch."""
-    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or tokenizer_of(model)
     task = _Embedding(model, tokenizer, pooling, normalize, truncate)
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
 

@@ -20,7 +20,7 @@ from .completions import Completions, Prompt
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
 from .task_progress import GenerateProgress as GenerateProgress
-from .text import RowError, context_length, load_tokenizer, tokenize_prompt
+from .text import RowError, context_length, tokenize_prompt, tokenizer_of
 
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
@@ -85,7 +85,7 @@ def generate_parts(
         model,
         Completions(
             model,
-            tokenizer or load_tokenizer(model.config.name_or_path),
+            tokenizer or tokenizer_of(model),
             max_new_tokens=max_new_tokens,
             stop=tuple(stop),
             seed=seed,

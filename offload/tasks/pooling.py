@@ -1,6 +1,5 @@
 """One vector for a text, of those of its tokens: which way is the model's own?"""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from ...io.errors import CheckpointError, UsageError
+from ...io.whole import read_json, read_json_object
 from ..settings.values import Pooling
 
 _SENTENCE_KEYS: dict[str, Pooling] = {
@@ -57,15 +57,20 @@ def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
 
 def _own(folder: Path) -> Pooled | None:
     """As sentence-transformers keeps it beside a checkpoint."""
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = read_json(folder / "modules.json")
     try:
-        modules = json.loads((folder / "modules.json").read_bytes())
         kinds = {module["type"].rpartition(".")[2]: module for module in modules}
         if "Pooling" not in kinds:
             return None
         path = folder / kinds["Pooling"]["path"] / "config.json"
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}/modules.json is no list of sentence-transformers' modules "
+            f"({error!r}): take it out, or download it again"
+        ) from None
+    config = read_json_object(path)
     modes = [key for key, value in config.items() if "_mode_" in key and value is True]
     if len(modes) != 1 or modes[0] not in _SENTENCE_KEYS:
         raise CheckpointError(

@@ -19,9 +19,9 @@ from .text import (
     RowError,
     TokenRow,
     context_length,
-    load_tokenizer,
     pad_of,
     tokenize_all,
+    tokenizer_of,
 )
 
 
@@ -80,7 +80,7 @@ def score_parts(
 ) -> Iterator[dict[str, Any]]:
     """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
     results of each are, bit for bit, the same without the others."""
-    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or tokenizer_of(model)
     task = _Scoring(model, tokenizer, window, stride)
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
 

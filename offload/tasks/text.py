@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...io.errors import UsageError
+from ...io.front_door import about
+from ...io.whole import read_json_object
+from ..model import engine_of
+from ..weights.trust import check_files, loading, own_code, refuse_code
 
 T = TypeVar("T")
 
@@ -23,17 +27,33 @@ class TokenRow:
     first: int
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer beside the checkpoint. Raises UsageError where there is none."""
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside the checkpoint. Raises UsageError where there is none, and
+    CheckpointError where only code of the checkpoint's own would make one, unless it is
+    trusted."""
     from transformers import AutoTokenizer
 
+    path = Path(folder) / "tokenizer_config.json"
+    code = None
+    check_files(Path(folder))
+    if path.exists():
+        code = own_code(read_json_object(path))
+    fix = "put the model's tokenizer files there"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the tokenizer's files make it raise
-        raise UsageError(
-            f"no tokenizer can be loaded from {folder}: put the model's tokenizer "
-            f"files there ({type(error).__name__})"
-        ) from error
+        with about(
+            f"no tokenizer can be loaded from {folder}", UsageError, fix=fix, every=True
+        ):
+            return AutoTokenizer.from_pretrained(folder, **loading(trust_remote_code))
+    except UsageError:
+        if code is not None and not trust_remote_code:
+            raise refuse_code(path, code) from None
+        raise
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer beside the checkpoint that the streamed `model` came from."""
+    is_trusted = engine_of(model).policy.trust_remote_code
+    return load_tokenizer(model.config.name_or_path, trust_remote_code=is_trusted)
 
 
 def pad_of(tokenizer: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...io.disk import Disk, write_whole
 from ...io.errors import OutputError, UsageError
+from ...io.whole import read_json
 from .race import Timing
 
 SUFFIX = ".measured.json"
@@ -55,16 +56,14 @@ class TuneLog:
         write(self._disk, self.path, json.dumps(found, indent=1) + "\n")
 
     def _read(self) -> list[Timing]:
+        fix = "begin anew with --restart"
+        found = read_json(self.path, error=UsageError, fix=fix)
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
             version, job = found["version"], found["job"]
             timings = [_timing(values) for values in found["timings"]]
-        except OSError as error:
-            raise OutputError(f"cannot read {self.path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{self.path} holds no measurements of a search ({error!r}): begin "
-                "anew with --restart"
+                f"{self.path} holds no measurements of a search ({error!r}): {fix}"
             ) from None
         others = [key for key in self._job if job.get(key) != self._job[key]]
         if version != _VERSION or others:

@@ -86,7 +86,13 @@ def made_up(num_tokens: int) -> Sample:
     return Sample((row,), (num_tokens,), True, {"tokens": num_tokens})
 
 
-def sample_of(sources: Sequence[str | Path], model: Path, *, generates: bool) -> Sample:
+def sample_of(
+    sources: Sequence[str | Path],
+    model: Path,
+    *,
+    generates: bool,
+    trust_remote_code: bool = False,
+) -> Sample:
     """The first rows of some files. Raises InputError where there is none that can be
     done, and for standard input, whose rows come only once."""
     inputs = Inputs(find_files(sources), PROMPT_KEYS if generates else SCORED_KEYS)
@@ -96,7 +102,8 @@ def sample_of(sources: Sequence[str | Path], model: Path, *, generates: bool) ->
         )
     with closing(inputs.rows(Position())) as found:
         rows = [row.row for row in islice(found, _MOST_ROWS)]
-    lengths = _lengths(load_tokenizer(model), rows, generates=generates)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    lengths = _lengths(tokenizer, rows, generates=generates)
     good = [
         (row, num)
         for row, num in zip(rows, lengths, strict=True)

@@ -80,6 +80,36 @@ def _remove_abandoned(cache: Path) -> None:
             shutil.rmtree(path)
 
 
+def _check_plain(name: str, parameter: torch.Tensor) -> None:
+    """Raises UsageError for what is no tensor with values of its own: those are what is
+    streamed."""
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        raise UsageError(
+            f"{name!r} has no shape yet: call the module once (lazy modules get theirs "
+            "so), then wrap it"
+        )
+    if parameter.device.type == "meta":
+        raise UsageError(f"{name!r} is on meta: there are no values to stream")
+    kind = type(parameter.data)
+    if kind is not torch.Tensor or parameter.layout is not torch.strided:
+        what = kind.__name__ if kind is not torch.Tensor else str(parameter.layout)
+        raise UsageError(
+            f"{name!r} is a {what}, not a plain tensor: wrap streams plain ones; take "
+            "the module as it was before it was quantised, sharded or made sparse"
+        )
+
+
+def _in_buffers(module: nn.Module) -> str:
+    """What is said of a module whose weights are no parameters."""
+    nbytes = sum(buffer.nbytes for buffer in module.buffers())
+    if not nbytes:
+        return ""
+    return (
+        f": its {nbytes:,} bytes are buffers, as quantised modules keep them, which "
+        "are not streamed; take it as it was before it was quantised"
+    )
+
+
 def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
     """Writes the parameters of `module`, once, to a safetensors file in a folder of its
     own in `cache`, which is removed when they are put back. Floating ones
@@ -92,13 +122,14 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
     tensors: dict[str, torch.Tensor] = {}
     first_of: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.device.type == "meta":
-            raise UsageError(f"{name!r} is on meta: there are no values to stream")
+        _check_plain(name, parameter)
         first = first_of.setdefault(id(parameter), name)
         names.setdefault(first, []).append(name)
         tensors[first] = parameter.detach()
     if not tensors:
-        raise UsageError(f"{type(module).__name__} has no parameters to stream")
+        raise UsageError(
+            f"{type(module).__name__} has no parameters to stream{_in_buffers(module)}"
+        )
     residues = {name: residue_of(tensor) for name, tensor in tensors.items()}
     folder = SpillFolder(cache)
     try:
