@@ -1,5 +1,6 @@
 """A plan: the resolved policy, bytes per tier, what it will do, and why."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,16 +8,29 @@ from typing import Any
 
 import yaml
 
+from ...io.checkpoint import open_checkpoint
 from ...io.errors import PolicyError
+from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.generate import check_generates
 from ..tasks.head import check_causal
 from ..units.hidden import base_of
 from ..weights.blueprint import blueprint
+from ..weights.hf import Skeleton
 from .devices import Devices, devices_of
+from .dtypes import (
+    HALF,
+    WIDE,
+    DtypeChoice,
+    Tried,
+    choose_dtype,
+    dtypes_beside,
+    try_dtype,
+)
+from .forecast import dtype_of
 from .planner import Choice, Objective, Planner, Task
-from .words import explain
+from .words import dtype_sentences, explain, kept_words
 
 
 @dataclass(frozen=True)
@@ -26,9 +40,26 @@ class Plan:
     model: Path
     machine: Machine
     task: Task
-    planner: Planner
-    choice: Choice
+    asked: Policy
+    """What the user set."""
+    dtypes: DtypeChoice
     has_weights: bool
+
+    @property
+    def planner(self) -> Planner:
+        """Of the dtype that was chosen."""
+        return self.dtypes.taken.planner
+
+    @property
+    def choice(self) -> Choice:
+        found = self.dtypes.taken.choice
+        assert found is not None, "what is taken fits"
+        return found
+
+    @property
+    def dtype(self) -> str:
+        """That most of the model computes in."""
+        return self.dtypes.taken.dtype
 
     @property
     def policy(self) -> Policy:
@@ -44,12 +75,18 @@ class Plan:
     def title(self) -> str:
         """What is planned for, in one line."""
         alone = "" if self.has_weights else " (by its config.json alone)"
-        return f"{self.model}{alone} on {self.machine.name}"
+        how = f" ({self.machine.source})" if self.machine.is_estimate else ""
+        return f"{self.model}{alone} on {self.machine.name}{how}"
 
     @property
     def sentences(self) -> list[str]:
         """What binds, and what would change it."""
-        return explain(self.planner, self.choice)
+        is_open = self.asked.dtype == "auto"
+        return [
+            *explain(self.planner, self.choice),
+            *dtype_sentences(self.dtypes, is_open=is_open),
+            *kept_words(self.asked),
+        ]
 
     def to_yaml(self) -> str:
         """The resolved policy, as `--policy` takes it, with the plan in comments."""
@@ -72,6 +109,8 @@ class Plan:
             "model": str(self.model),
             "has_weights": self.has_weights,
             "machine": self.machine.name,
+            "is_estimate": self.machine.is_estimate,
+            "dtype": self.dtype,
             "task": self.task.name,
             "tokens_per_second": found.tokens_per_second,
             "output_tokens_per_second": found.output_tokens_per_second,
@@ -93,20 +132,80 @@ class Plan:
 def make_plan(
     model: Path,
     policy: Policy,
-    machine: Machine,
+    machine: Machine | None,
     task: Task,
     objective: Objective = "throughput",
 ) -> Plan:
     """Plans `task` with the checkpoint in `model`, of which config.json is enough.
-    Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
-    and UsageError."""
-    check_runs(machine)
+    Without a `machine`, for quick estimates of this computer, which take about a second
+    (CPUs only). A dtype that the policy leaves open is chosen, too. Raises
+    DoesNotFitError (with what would make it run), PolicyError, CheckpointError and
+    UsageError."""
+    if machine is not None:
+        check_runs(machine)
     skeleton, has_weights = blueprint(model, policy.dtype)
     check_does(skeleton.model, task)
-    planner = Planner(
-        skeleton.model, skeleton.recipes, machine, policy, task, objective
+    own = dtype_of(skeleton.recipes)
+    device = policy.device if machine is None else machine.device
+    beside = dtypes_beside(own, device)
+    if machine is None:
+        machine = estimates_of(model, policy, (own, *beside), has_weights=has_weights)
+    return plan_dtypes(
+        model, policy, machine, task, objective, skeleton, has_weights=has_weights
     )
-    return Plan(model, machine, task, planner, planner.choose(), has_weights)
+
+
+def plan_dtypes(
+    model: Path,
+    policy: Policy,
+    machine: Machine,
+    task: Task,
+    objective: Objective,
+    skeleton: Skeleton,
+    *,
+    has_weights: bool,
+) -> Plan:
+    """The plan of the dtype that is fastest, of those that come into question beside
+    the one of `skeleton`, which is what `policy` says."""
+    is_open = policy.dtype == "auto"
+
+    def tried(dtype: str, made: Skeleton, asked: Policy) -> Tried:
+        found = Planner(made.model, made.recipes, machine, asked, task, objective)
+        return try_dtype(dtype, found)
+
+    own = dtype_of(skeleton.recipes)
+    others = [
+        tried(
+            name,
+            blueprint(model, name)[0],
+            Policy(**{**policy.model_dump(exclude_unset=True), "dtype": name}),
+        )
+        for name in dtypes_beside(own, machine.device)
+        if name in machine.matmul
+    ]
+    found = choose_dtype(tried(own, skeleton, policy), others, machine, is_open=is_open)
+    return Plan(model, machine, task, policy, found, has_weights)
+
+
+def estimates_of(
+    model: Path, policy: Policy, dtypes: Iterable[str], *, has_weights: bool
+) -> Machine:
+    """Quick estimates of this computer, for what the checkpoint in `model` needs.
+    Raises PolicyError for a GPU, which only `penstock machine` measures."""
+    if policy.device != "cpu":
+        raise PolicyError(
+            f"no machine file, and quick estimates are of CPUs: run penstock machine "
+            f"--device {policy.device}, which measures it once, or give --machine"
+        )
+    files = open_checkpoint(model).stamps if has_weights else {}
+    known = [name for name in dtypes if name in (WIDE, *HALF)] or [WIDE]
+    try:
+        return estimated_machine(known, files, policy.io)
+    except OSError as error:
+        raise PolicyError(
+            f"no machine file, and the drive of {model} cannot be estimated "
+            f"({error.strerror or error}): run penstock machine, or give --machine"
+        ) from error
 
 
 def check_does(model: Any, task: Task) -> None:

@@ -170,7 +170,9 @@ class Planner:
             values["kv"] = {**values.get("kv", {}), **kv}
         if self.machine.device == "cuda" and "device" not in values:
             values["device"] = "cuda"
-        if self.machine.disk is not None and self.policy.io.reader == "auto":
+        # Which reader is best is measured at loading; estimates tried only one.
+        is_known = self.machine.disk is not None and not self.machine.is_estimate
+        if is_known and self.policy.io.reader == "auto":
             reader = self.machine.disk.best_reader
             values["io"] = {**values.get("io", {}), "reader": reader}
         return Policy(**{**values, **settings})
