@@ -155,7 +155,7 @@ def test_a_dtype_that_the_user_set_stays_and_a_faster_one_is_advised(
 
 def test_a_dtype_that_does_not_fit_is_neither_taken_nor_advised(llama: Path) -> None:
     """The largest part is the head: 31 MiB, or 62 in float32."""
-    tight = {"device_memory": "58MiB", "micro_batch_tokens": 128}
+    tight: dict[str, Any] = {"device_memory": "58MiB", "micro_batch_tokens": 128}
     found = plan(llama, machine_of(), **tight)
     assert found.dtype == "bfloat16"
     assert "float32 is 5.0x faster, but does not fit" in found.sentences[-2]

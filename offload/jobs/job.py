@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,14 +22,16 @@ from ..files.sources import check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..plans.prediction import predicted
 from ..policy import Policy
+from ..reports.advice import tested
 from ..reports.recorded import Recorded
 from ..reports.report import JobFigures, judge, make_report, write_report
 from ..tasks.task_progress import Progress
 from .ahead import Ahead
 from .budgets import threads_of
+from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
 from .computed import Computed, Loaded
 from .identity import identify
-from .kept import KeptOutput, Mode
+from .kept import KeptOutput, Mode, kept_choices
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
 from .stopping import Stopping
@@ -73,6 +75,8 @@ class Job:
     watching: Watching = field(default_factory=Watching)
     workers: int = 1
     """Processes that share it, each with a model of its own."""
+    chosen: Chosen | None = field(default=None, kw_only=True)
+    """What it runs with, once that is settled."""
 
     def run(self, console: Console) -> Done:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
@@ -81,27 +85,52 @@ class Job:
         source = self.source
         files = find_files([source] if isinstance(source, (str, Path)) else source)
         inputs = Inputs(files, self.work.row_keys)
-        cut = self.work.cut(self.policy)
         if is_stream(self.output):
             if self.mode == "retry":
                 raise UsageError(
                     f"nothing is kept of {self.output}: failed rows can only be done "
                     "again in a file"
                 )
+            chosen = self._choose(self.policy, inputs)
+            cut = self.work.cut(chosen.policy)
             with StreamedOutput(self.output, cut) as streamed:
-                return self._run(inputs, streamed, console)
+                return replace(self, chosen=chosen)._run(inputs, streamed, console)
         check_apart(self.output, files)
-        task = self.work.task()
+        chosen = self._begun_with() or self._choose(self.policy, inputs)
         threads = threads_of(torch.get_num_threads(), self.workers)
         manifest = identify(
-            inputs, self.model, self.policy, task, cut, num_threads=threads
+            inputs,
+            self.model,
+            chosen.policy,
+            self.work.task(),
+            self.work.cut(chosen.policy),
+            num_threads=threads,
+            chosen=kept_of(self.policy, chosen.policy),
         )
         with KeptOutput(self.output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
-            return self._run(inputs, kept, console)
+            if chosen.plan is None and kept.manifest.chosen:
+                chosen = self._choose(chosen.policy, inputs)  # memory, and how fast
+            return replace(self, chosen=chosen)._run(inputs, kept, console)
+
+    def _begun_with(self) -> Chosen | None:
+        """What the job began with that is gone on with; None where it begins now."""
+        kept = kept_choices(self.output, self.mode)
+        if kept is None:
+            return None
+        return Chosen(restored(self.policy, kept), note=OLDER)
+
+    def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
+        task = self.work.planned(mean_length(inputs))
+        return choose(self.model, asked, task, num=self.workers)
+
+    @property
+    def _settled(self) -> Chosen:
+        assert self.chosen is not None, "it is chosen before rows are read"
+        return self.chosen
 
     def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
         """The parts that are not done; then they are joined."""
@@ -124,6 +153,7 @@ class Job:
         with ahead:
             first = next(ahead, None)
             if first is not None:
+                say_chosen(self._settled, console, as_json=self.watching.log_json)
                 labels = {"model": str(self.model), "output": str(self.output)}
                 with Watch(console, self.work, labels, self.watching) as watch:
                     report, recorded = self._compute(
@@ -155,7 +185,8 @@ class Job:
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.work.progress
-        with Loaded(self.model, self.policy) as loaded:
+        policy = self._settled.policy
+        with Loaded(self.model, policy) as loaded:
             began = time.perf_counter()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
@@ -165,9 +196,7 @@ class Job:
                     raise run.failure
             seconds = time.perf_counter() - began
             counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
-            forecast = predicted(
-                loaded.model, loaded.engine.arrangement, self.policy, counts
-            )
+            forecast = self._predicted(loaded, counts)
             return self._report(
                 loaded.computed(progress), seconds, began, watch, forecast
             )
@@ -183,7 +212,13 @@ class Job:
     ) -> tuple[dict[str, Any], Recorded]:
         """As `_compute`, by several processes."""
         sharing = Sharing(
-            self.workers, self.work, self.model, self.policy, parts, ahead, output
+            self.workers,
+            self.work,
+            self.model,
+            self._settled.policy,
+            parts,
+            ahead,
+            output,
         )
         with self._stopping(ahead, output, watch), sharing:
             sharing.pool.start()
@@ -211,6 +246,8 @@ class Job:
         """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
         progress, first = computed.progress, computed.first_unit_at
         counts = progress.figures(seconds)
+        policy, words = self._settled.policy, self._settled.words
+        planned = self.work.plan(policy, counts["micro_batches"])
         figures = JobFigures(
             rows=progress.rows_done,
             rows_failed=progress.rows_failed,
@@ -218,16 +255,29 @@ class Job:
             load_seconds=began - watch.began,
             seconds_to_first_unit=None if first is None else first - watch.began,
             counts=counts,
-            plan={**self.work.plan(self.policy, counts["micro_batches"]), **forecast},
+            plan={**planned, **forecast, "chosen": words},
             dtype=computed.dtype,
         )
         recorded = Recorded(watch.began, computed.spans, watch.samples.all())
         statistics = computed.statistics
-        bound = judge(self.policy, figures, statistics, recorded.spans)
+        bound = judge(policy, figures, statistics, recorded.spans)
+        bound = tested(bound, self._settled.trial(self.model, self.policy))
         report = make_report(
-            str(self.model), self.policy, figures, statistics, bound, recorded
+            str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
         return report, recorded
+
+    def _predicted(self, loaded: Loaded, counts: Mapping[str, Any]) -> dict[str, Any]:
+        machine = self._settled.machine
+        if machine is None:
+            return {"note": self._settled.note}
+        return predicted(
+            loaded.model,
+            loaded.engine.arrangement,
+            self._settled.policy,
+            machine,
+            counts,
+        )
 
     def _finish_parts(
         self, loaded: Loaded, parts: Iterable[Part], output: Output

@@ -1,7 +1,7 @@
 """A plan: the resolved policy, bytes per tier, what it will do, and why."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from ..tasks.generate import check_generates
 from ..tasks.head import check_causal
 from ..units.hidden import base_of
 from ..weights.blueprint import blueprint
-from ..weights.hf import Skeleton
 from .devices import Devices, devices_of
 from .dtypes import (
     HALF,
     WIDE,
     DtypeChoice,
-    Tried,
     choose_dtype,
     dtypes_beside,
     try_dtype,
@@ -135,10 +133,15 @@ def make_plan(
     machine: Machine | None,
     task: Task,
     objective: Objective = "throughput",
+    *,
+    host_bytes: int | None = None,
+    is_sparing: bool = True,
 ) -> Plan:
     """Plans `task` with the checkpoint in `model`, of which config.json is enough.
     Without a `machine`, for quick estimates of this computer, which take about a second
-    (CPUs only). A dtype that the policy leaves open is chosen, too. Raises
+    (CPUs only). A dtype that the policy leaves open is chosen, too. `host_bytes`: most
+    of the host's memory that the process may have (None: all there is); not
+    `is_sparing`: weights take what there is, even where that is no faster. Raises
     DoesNotFitError (with what would make it run), PolicyError, CheckpointError and
     UsageError."""
     if machine is not None:
@@ -150,41 +153,40 @@ def make_plan(
     beside = dtypes_beside(own, device)
     if machine is None:
         machine = estimates_of(model, policy, (own, *beside), has_weights=has_weights)
-    return plan_dtypes(
-        model, policy, machine, task, objective, skeleton, has_weights=has_weights
+    if host_bytes is not None:
+        host = min(machine.host_memory, host_bytes)
+        machine = machine.model_copy(update={"host_memory": host})
+    planner = Planner(
+        skeleton.model, skeleton.recipes, machine, policy, task, objective, is_sparing
     )
-
-
-def plan_dtypes(
-    model: Path,
-    policy: Policy,
-    machine: Machine,
-    task: Task,
-    objective: Objective,
-    skeleton: Skeleton,
-    *,
-    has_weights: bool,
-) -> Plan:
-    """The plan of the dtype that is fastest, of those that come into question beside
-    the one of `skeleton`, which is what `policy` says."""
-    is_open = policy.dtype == "auto"
-
-    def tried(dtype: str, made: Skeleton, asked: Policy) -> Tried:
-        found = Planner(made.model, made.recipes, machine, asked, task, objective)
-        return try_dtype(dtype, found)
-
-    own = dtype_of(skeleton.recipes)
-    others = [
-        tried(
-            name,
-            blueprint(model, name)[0],
-            Policy(**{**policy.model_dump(exclude_unset=True), "dtype": name}),
-        )
-        for name in dtypes_beside(own, machine.device)
-        if name in machine.matmul
-    ]
-    found = choose_dtype(tried(own, skeleton, policy), others, machine, is_open=is_open)
+    found = plan_dtypes(model, planner, own)
     return Plan(model, machine, task, policy, found, has_weights)
+
+
+def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
+    """The dtype that is fastest, of those that come into question beside `own`, which
+    is what `planner` plans for."""
+    machine, asked = planner.machine, planner.policy
+    others = []
+    for name in dtypes_beside(own, machine.device):
+        if name in machine.matmul:
+            made = blueprint(model, name)[0]
+            beside = replace(
+                planner,
+                module=made.model,
+                recipes=made.recipes,
+                policy=with_dtype(asked, name),
+                _known={},
+                _choices=[],
+            )
+            others.append(try_dtype(name, beside))
+    is_open = asked.dtype == "auto"
+    return choose_dtype(try_dtype(own, planner), others, machine, is_open=is_open)
+
+
+def with_dtype(policy: Policy, dtype: str) -> Policy:
+    """`policy`, computing in `dtype`."""
+    return Policy(**{**policy.model_dump(exclude_unset=True), "dtype": dtype})
 
 
 def estimates_of(

@@ -40,6 +40,8 @@ class Planner:
     policy: Policy
     task: Task
     objective: Objective = "throughput"
+    is_sparing: bool = True
+    """Whether weights take less memory than there is, where that is as fast."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
 
@@ -62,6 +64,8 @@ class Planner:
             return min(found, key=lambda choice: choice.prediction.seconds)
         best = max(choice.rate for choice in found)
         good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
+        if self.machine.is_estimate:
+            good = [c for c in good if c.is_safe] or good
         return self._less_memory(min(good, key=lambda choice: choice.in_flight))
 
     def choices(self) -> list[Choice]:
@@ -89,7 +93,7 @@ class Planner:
     def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
         """The same for another machine, with more settings."""
         policy = _updated(self.policy, settings)
-        asked = (machine, policy, self.task, self.objective)
+        asked = (machine, policy, self.task, self.objective, self.is_sparing)
         return Planner(self.module, self.recipes, *asked)
 
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
@@ -171,9 +175,9 @@ class Planner:
         if self.machine.device == "cuda" and "device" not in values:
             values["device"] = "cuda"
         # Which reader is best is measured at loading; estimates tried only one.
-        is_known = self.machine.disk is not None and not self.machine.is_estimate
-        if is_known and self.policy.io.reader == "auto":
-            reader = self.machine.disk.best_reader
+        disk = None if self.machine.is_estimate else self.machine.disk
+        if disk is not None and self.policy.io.reader == "auto":
+            reader = disk.best_reader
             values["io"] = {**values.get("io", {}), "reader": reader}
         return Policy(**{**values, **settings})
 
@@ -184,7 +188,9 @@ class Planner:
         need = self._need(shape, policy)
         budget = self.budget.beside(need, policy.kv.tier)
         device, host = budget.device, budget.host
-        if host < 0:
+        if budget.is_shared and policy.host_memory:
+            device -= policy.host_memory
+        if min(device, host) < 0:
             return None
         values: dict[str, Any] = {}
         if self._is_free("device_memory"):
@@ -263,7 +269,7 @@ class Planner:
     def _less_memory(self, best: Choice) -> Choice:
         """The same with less of the model in memory, where that is as fast: beside
         the largest part, room for those that are fetched meanwhile."""
-        if not self._is_free("device_memory"):
+        if not (self.is_sparing and self._is_free("device_memory")):
             return best
         shape = best.forecast.shape
         least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes
