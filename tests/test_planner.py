@@ -358,7 +358,8 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     score += ["--policy", str(resolved), "--report", str(tmp_path)]
     assert run(app, score).exit_code == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "run penstock machine" in report["plan"]["note"]
+    assert report["plan"]["predicted_by"].startswith("quick estimate")
+    assert report["plan"]["predicted_tokens_per_second"] > 0
     own = own_machine_path(cache)
     own.parent.mkdir(exist_ok=True)
     own.write_text(machine_file.read_text())
@@ -366,6 +367,7 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["plan"]["predicted_tokens_per_second"] > 0
     assert report["plan"]["predicted_bound_by"] in ("compute", "disk")
+    assert report["plan"]["predicted_by"] == "a test"
     assert penstock.__version__
 
 

@@ -1,10 +1,7 @@
 """Files of rows in, a file of results out: the job behind the command line."""
 
-import os
-import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...io.errors import InputError, StoppedError, UsageError
+from ...io.errors import InputError, UsageError
 from ..files.inputs import Inputs
 from ..files.part_reader import check_done, read_parts
 from ..files.parts import Part
@@ -22,7 +19,7 @@ from ..files.sources import check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..plans.prediction import predicted
 from ..policy import Policy
-from ..reports.advice import tested
+from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
 from ..reports.report import JobFigures, judge, make_report, write_report
 from ..tasks.task_progress import Progress
@@ -34,13 +31,11 @@ from .identity import identify
 from .kept import KeptOutput, Mode, kept_choices
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
-from .stopping import Stopping
+from .stopping_parts import stopping
 from .watch import Watch, Watching
 from .work import Work
 
 _PARTS_AHEAD = 2
-_STDERR = 2
-_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +185,7 @@ class Job:
             began = time.perf_counter()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
-                with self._stopping(ahead, output, watch):
+                with stopping(ahead, output, is_quiet=watch.is_quiet):
                     run = self._finish_parts(loaded, parts, output)
                 if run.failure is not None:
                     raise run.failure
@@ -220,7 +215,7 @@ class Job:
             ahead,
             output,
         )
-        with self._stopping(ahead, output, watch), sharing:
+        with stopping(ahead, output, is_quiet=watch.is_quiet), sharing:
             sharing.pool.start()
             began = time.perf_counter()
             with watch.computing(sharing.look, inputs.estimated_rows, before):
@@ -261,7 +256,7 @@ class Job:
         recorded = Recorded(watch.began, computed.spans, watch.samples.all())
         statistics = computed.statistics
         bound = judge(policy, figures, statistics, recorded.spans)
-        bound = tested(bound, self._settled.trial(self.model, self.policy))
+        bound = with_tried_advice(bound, self._settled.trial(self.model, self.policy))
         report = make_report(
             str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
@@ -290,36 +285,6 @@ class Job:
             run.finish()
         return run
 
-    @contextmanager
-    def _stopping(
-        self, ahead: Ahead[Part], output: Output, watch: Watch
-    ) -> Iterator[None]:
-        """The first signal ends the parts, the second one the block. Raises
-        StoppedError where parts are left."""
-
-        def stop() -> None:
-            ahead.stop()
-            if not watch.is_quiet:
-                os.write(_STDERR, _STOPPING)  # safe in a signal handler
-
-        with Stopping(stop) as stopping:
-            try:
-                yield
-            except KeyboardInterrupt:
-                raise _stopped(output, stopping) from None
-        if stopping.signal is not None and not ahead.is_done:
-            raise _stopped(output, stopping)
-
 
 def _rows_computed(progress: Progress) -> int:
     return progress.rows_done - progress.rows_failed
-
-
-def _stopped(output: Output, stopping: Stopping) -> StoppedError:
-    how = "run the same command again to go on"
-    if not output.is_kept:
-        how = "what went to standard output cannot be gone on with"
-    return StoppedError(
-        f"stopped: {output.num_rows:,} rows are done; {how}",
-        stopping.signal or signal.SIGINT,
-    )

@@ -41,7 +41,7 @@ class Planner:
     task: Task
     objective: Objective = "throughput"
     is_sparing: bool = True
-    """Whether weights take less memory than there is, where that is as fast."""
+    """Whether weights take no more memory than makes it faster."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
 
@@ -117,11 +117,10 @@ class Planner:
     @property
     def budget(self) -> Budget:
         """What the machine has, less the runtime."""
-        machine = self.machine
-        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
-        if machine.device_memory is None:
-            return Budget(host, host, is_shared=True)
-        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
+        host = int(self.machine.host_memory * USABLE) - RUNTIME_BYTES
+        device = self.machine.device_memory
+        on_device = host if device is None else int(device * USABLE)
+        return Budget(on_device, host, is_shared=device is None)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -174,11 +173,10 @@ class Planner:
             values["kv"] = {**values.get("kv", {}), **kv}
         if self.machine.device == "cuda" and "device" not in values:
             values["device"] = "cuda"
-        # Which reader is best is measured at loading; estimates tried only one.
+        # Estimates tried one reader only: the best is found at loading.
         disk = None if self.machine.is_estimate else self.machine.disk
         if disk is not None and self.policy.io.reader == "auto":
-            reader = disk.best_reader
-            values["io"] = {**values.get("io", {}), "reader": reader}
+            values["io"] = {**values.get("io", {}), "reader": disk.best_reader}
         return Policy(**{**values, **settings})
 
     def _choice(self, policy: Policy) -> Choice | None:
@@ -225,8 +223,8 @@ class Planner:
             found = self._forecast(policy)
         except DoesNotFitError:
             return None
-        work = self._work(policy, found.shape)
-        return Choice(policy, found, predict(found.model, work), need)
+        prediction = predict(found.model, self._work(policy, found.shape))
+        return Choice(policy, found, prediction, need)
 
     def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
         """As much as is in flight at one time, in several passes."""

@@ -31,7 +31,7 @@ Try = Callable[[Mapping[str, Any]], Planned | None]
 """What the plan says of the job with some settings; None where they do not fit."""
 
 
-def tested(bound: Bound, trial: Try | None) -> Bound:
+def with_tried_advice(bound: Bound, trial: Try | None) -> Bound:
     """`bound` with the advice that holds; as it is where nothing can be tried. Pure,
     but for `trial`."""
     if trial is None:
