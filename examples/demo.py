@@ -50,7 +50,15 @@ def lengths_of(lines: Sequence[str]) -> list[float]:
 
 def planned(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     """What `penstock plan` predicts on this machine."""
-    command = [COMMAND, "plan", folder, "--json", "--prompt", "64", *settings]
+    command: list[str | Path] = [
+        COMMAND,
+        "plan",
+        folder,
+        "--json",
+        "--prompt",
+        "64",
+        *settings,
+    ]
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(made.stdout)
     return found
@@ -79,7 +87,15 @@ def main() -> None:
     )
     rows, scores = args.out / "rows.jsonl", args.out / "scores.jsonl"
     rows.write_text("\n".join(lines[:num]) + "\n")
-    command = [COMMAND, "score", folder, rows, "-o", scores, "--restart"]
+    command: list[str | Path] = [
+        COMMAND,
+        "score",
+        folder,
+        rows,
+        "-o",
+        scores,
+        "--restart",
+    ]
     done = subprocess.run([*command, *settings, "--report", args.out], check=False)
     if done.returncode == 0:
         report = json.loads((args.out / "report.json").read_text())
