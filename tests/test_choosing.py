@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from checkpoint import make_checkpoint
+from jobs import Killed
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.offload.jobs import choosing
@@ -23,11 +24,12 @@ from penstock.offload.jobs.choosing import (
     rooms,
 )
 from penstock.offload.jobs.job import Job
-from penstock.offload.jobs.kept import kept_choices
+from penstock.offload.jobs.kept import begun_as
 from penstock.offload.jobs.manifest import Manifest
 from penstock.offload.jobs.work import EmbedWork, GenerateWork, ScoreWork
 from penstock.offload.machines.machine import Machine, own_machine_path
 from penstock.offload.plans.planned import Task
+from test_job import Watched, kill
 
 GIB = 1 << 30
 
@@ -96,31 +98,30 @@ def test_the_first_line_and_the_report_say_what_was_chosen(
 
 
 def test_a_job_that_is_gone_on_with_keeps_what_it_began_with(
-    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, cache: Path
 ) -> None:
     """The computer seems to be another one when the job is run again."""
-    begun = job(folder, tmp_path, policy(cache, EMULATED))
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ScoreWork, "results", killed)
-        with pytest.raises(BaseException, match=r".*"):
-            begun.run(Console(quiet=True))
-    kept = kept_choices(begun.output, "resume")
-    if kept is not None:  # parts of nothing are not kept
-        assert kept["dtype"] == "float32"
-    first, _ = ran(begun)
-    finished = begun.output.read_bytes()
-    kept = kept_choices(begun.output, "resume")
-    assert kept is not None
-    assert kept["dtype"] == "float32"
-    again = replace(begun, policy=policy(cache, ABLE))
-    assert again.run(Console(quiet=True)).report is None, "it is done"
-    assert begun.output.read_bytes() == finished
-    anew, _ = ran(replace(again, mode="restart"))
-    assert (first["dtype"], anew["dtype"]) == ("float32", "bfloat16")
+    work: Any = Watched(ScoreWork(), at=3, then=kill, num_rows=2)
+    asked = policy(cache, EMULATED)
+    whole = replace(job(folder, tmp_path, asked), work=Watched(ScoreWork(), num_rows=2))
+    whole = replace(whole, output=tmp_path / "whole.jsonl")
+    ran(whole)
+    begun = replace(whole, work=work, output=tmp_path / "out.jsonl")
+    with pytest.raises(Killed):
+        begun.run(Console(quiet=True))
+    made = begun_as(begun.output, "resume")
+    assert made is not None
+    assert made.chosen is not None
+    assert made.chosen["dtype"] == "float32"
+    able = policy(cache, ABLE)
+    goes_on = replace(begun, policy=able, work=replace(whole.work, work=ScoreWork()))
+    report, said = ran(goes_on)
+    assert (report["rows_before"], report["dtype"]) == (2, "float32")
+    assert said.startswith("penstock: computing in float32")
+    assert begun.output.read_bytes() == whole.output.read_bytes()
+    assert goes_on.run(Console(quiet=True)).report is None, "it is done"
+    anew = replace(goes_on, mode="restart", work=ScoreWork())
+    assert ran(anew)[0]["dtype"] == "bfloat16"
 
 
 def test_what_is_kept_is_restored_unless_the_user_says_otherwise() -> None:
@@ -140,7 +141,7 @@ def test_a_manifest_of_a_version_that_chose_nothing_can_be_read() -> None:
         name: {} for name in ("input", "model", "meaning", "rounding", "versions")
     }
     old = {**values, "cut": {}, "stamps": [], "retries": False, "format": 1}
-    assert Manifest.from_json(old).chosen == {}
+    assert Manifest.from_json(old).chosen is None
 
 
 def test_within_a_limit_all_is_taken_and_else_half_of_what_is_free_first() -> None:

@@ -28,7 +28,7 @@ from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
 from .computed import Computed, Loaded
 from .identity import identify
-from .kept import KeptOutput, Mode, kept_choices
+from .kept import KeptOutput, Mode, begun_as
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
 from .stopping_parts import stopping
@@ -107,16 +107,16 @@ class Job:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
-            if chosen.plan is None and kept.manifest.chosen:
+            if chosen.plan is None and kept.manifest.chosen is not None:
                 chosen = self._choose(chosen.policy, inputs)  # memory, and how fast
             return replace(self, chosen=chosen)._run(inputs, kept, console)
 
     def _begun_with(self) -> Chosen | None:
         """What the job began with that is gone on with; None where it begins now."""
-        kept = kept_choices(self.output, self.mode)
-        if kept is None:
+        begun = begun_as(self.output, self.mode)
+        if begun is None:
             return None
-        return Chosen(restored(self.policy, kept), note=OLDER)
+        return Chosen(restored(self.policy, begun.chosen or {}), note=OLDER)
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
         task = self.work.planned(mean_length(inputs))

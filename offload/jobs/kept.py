@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...io.closing import Closing
 from ...io.disk import Disk
@@ -22,15 +22,14 @@ Mode = Literal["resume", "restart", "retry"]
 """Go on with what is there; begin anew; go on, and do failed rows again."""
 
 
-def kept_choices(output: Path, mode: Mode) -> Mapping[str, Any] | None:
-    """What was chosen when the job that made `output`, or began it, began; None where
-    it begins now."""
+def begun_as(output: Path, mode: Mode) -> Manifest | None:
+    """The job that made `output`, or began it; None where it begins now."""
     if mode == "restart":
         return None
     begun = read_manifest(output)
     if begun is None and (finished := read_finished(output)) is not None:
         begun = finished.manifest
-    return None if begun is None else begun.chosen
+    return begun
 
 
 class KeptOutput(Closing):

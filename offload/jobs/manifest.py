@@ -2,7 +2,7 @@
 begun may be gone on with. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 FORMAT = 1
@@ -26,9 +26,9 @@ class Manifest:
     """How rows are cut into parts. That of the beginning holds."""
     stamps: Sequence[int]
     """When each file of the input was changed last: nanoseconds, 0 for a stream."""
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] | None = None
     """Of the policy's keys that the user left open, what was chosen as the job began:
-    it is gone on with."""
+    it is gone on with. None: by a version that chose nothing."""
     retries: bool = False
     """Whether this does failed rows of a finished output again."""
 
@@ -40,7 +40,7 @@ class Manifest:
         """Raises KeyError or TypeError for what is no manifest of this format."""
         if values["format"] != FORMAT:
             raise TypeError(f"format {values['format']}, not {FORMAT}")
-        values = {"chosen": {}, **values}  # versions that chose nothing had none
+        values = {"chosen": None, **values}
         return cls(**{name: values[name] for name in cls.__slots__})
 
 
