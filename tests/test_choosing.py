@@ -101,12 +101,17 @@ def test_a_job_that_is_gone_on_with_keeps_what_it_began_with(
     folder: Path, tmp_path: Path, cache: Path
 ) -> None:
     """The computer seems to be another one when the job is run again."""
-    work: Any = Watched(ScoreWork(), at=3, then=kill, num_rows=2)
+
+    def in_parts(**then: Any) -> Any:
+        return Watched(ScoreWork(), num_rows=2, **then)
+
     asked = policy(cache, EMULATED)
-    whole = replace(job(folder, tmp_path, asked), work=Watched(ScoreWork(), num_rows=2))
+    whole = replace(job(folder, tmp_path, asked), work=in_parts())
     whole = replace(whole, output=tmp_path / "whole.jsonl")
     ran(whole)
-    begun = replace(whole, work=work, output=tmp_path / "out.jsonl")
+    begun = replace(
+        whole, work=in_parts(at=3, then=kill), output=tmp_path / "out.jsonl"
+    )
     with pytest.raises(Killed):
         begun.run(Console(quiet=True))
     made = begun_as(begun.output, "resume")
@@ -114,10 +119,10 @@ def test_a_job_that_is_gone_on_with_keeps_what_it_began_with(
     assert made.chosen is not None
     assert made.chosen["dtype"] == "float32"
     able = policy(cache, ABLE)
-    goes_on = replace(begun, policy=able, work=replace(whole.work, work=ScoreWork()))
+    goes_on = replace(begun, policy=able, work=in_parts())
     report, said = ran(goes_on)
     assert (report["rows_before"], report["dtype"]) == (2, "float32")
-    assert said.startswith("penstock: computing in float32")
+    assert said.startswith("penstock: computing in float32 (as the job began)")
     assert begun.output.read_bytes() == whole.output.read_bytes()
     assert goes_on.run(Console(quiet=True)).report is None, "it is done"
     anew = replace(goes_on, mode="restart", work=ScoreWork())

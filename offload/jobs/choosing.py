@@ -66,6 +66,8 @@ class Chosen:
     room: Room | None = None
     note: str = ""
     """Why nothing is planned, where that is so."""
+    is_begun: bool = False
+    """Whether it was chosen before, and the job goes on with it."""
 
     @property
     def machine(self) -> Machine | None:
@@ -84,7 +86,7 @@ class Chosen:
         """What was chosen and why, in one line."""
         if self.plan is None or self.room is None:
             return self.note
-        return ", ".join(_words(self.plan, self.room))
+        return ", ".join(_words(self.plan, self.room, is_begun=self.is_begun))
 
 
 def say_chosen(chosen: Chosen, console: Console, *, as_json: bool) -> None:
@@ -206,14 +208,15 @@ def _with(policy: Policy, values: Mapping[str, Any]) -> Policy:
     return policy.with_settings(settings) if settings else policy
 
 
-def _words(plan: Plan, room: Room) -> list[str]:
+def _words(plan: Plan, room: Room, *, is_begun: bool) -> list[str]:
     choice, policy = plan.choice, plan.policy
     is_here = plan.machine.device == "cpu"
     lacks = is_here and not has_dtype(plan.dtypes.own.dtype)
     is_open = plan.asked.dtype == "auto"
-    found = [
-        f"computing in {dtype_words(plan.dtypes, is_open=is_open, lacks=lacks)}",
-    ]
+    dtype = f"{plan.dtype} (as the job began)"
+    if not is_begun:
+        dtype = dtype_words(plan.dtypes, is_open=is_open, lacks=lacks)
+    found = [f"computing in {dtype}"]
     if isinstance(policy.device_memory, int) and is_here:
         need = choice.need.beside_weights(policy.kv.tier, is_shared=True)[0]
         nbytes = policy.device_memory + need + RUNTIME_BYTES

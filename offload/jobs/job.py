@@ -108,7 +108,9 @@ class Job:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
             if chosen.plan is None and kept.manifest.chosen is not None:
-                chosen = self._choose(chosen.policy, inputs)  # memory, and how fast
+                # Of what is left open: memory.
+                found = self._choose(chosen.policy, inputs)
+                chosen = replace(found, is_begun=True)
             return replace(self, chosen=chosen)._run(inputs, kept, console)
 
     def _begun_with(self) -> Chosen | None:
