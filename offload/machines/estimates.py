@@ -91,7 +91,8 @@ class Remembered:
         key = f"{_computer()}, {key}"
         found = self._values.get(key)
         if isinstance(found, dict) and self._is_fresh(found.get("at")):
-            return found["value"]
+            if "value" in found:
+                return found["value"]
         value = make()
         self._values[key] = {"at": self._clock(), "value": value}
         self.num_new += 1
