@@ -142,7 +142,7 @@ def test_what_is_kept_is_restored_unless_the_user_says_otherwise() -> None:
 
 
 def test_a_manifest_of_a_version_that_chose_nothing_can_be_read() -> None:
-    values = {
+    values: dict[str, Any] = {
         name: {} for name in ("input", "model", "meaning", "rounding", "versions")
     }
     old = {**values, "cut": {}, "stamps": [], "retries": False, "format": 1}

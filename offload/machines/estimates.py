@@ -89,10 +89,10 @@ class Remembered:
         """The value of `key` on this computer, made by `make` where it is unknown or
         older than a day."""
         key = f"{_computer()}, {key}"
-        found = self._values.get(key)
-        if isinstance(found, dict) and self._is_fresh(found.get("at")):
-            if "value" in found:
-                return found["value"]
+        found: Any = self._values.get(key)
+        is_known = isinstance(found, dict) and "value" in found
+        if is_known and self._is_fresh(found.get("at")):
+            return found["value"]
         value = make()
         self._values[key] = {"at": self._clock(), "value": value}
         self.num_new += 1
