@@ -31,7 +31,6 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from checkpoint import make_checkpoint
-from demo import compute_dtype
 from machine import card
 from penstock import Policy
 from penstock.offload.jobs.job import Job
@@ -128,7 +127,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.slice:
         if not args.model.exists():
             make_checkpoint(args.model, "1.1b", console=quiet)
-        large = Policy(device_memory=args.device_memory, dtype=compute_dtype())
+        large = Policy(device_memory=args.device_memory)
         report, _, seconds = score(args.model, part, folder / "part.jsonl", large)
         found["slice_rows"] = args.slice
         found["slice_tokens"] = report["tokens"]

@@ -1,30 +1,67 @@
-"""Scores 72 real texts with a 1.1B-parameter model in a 512 MiB working set.
+"""Scores real texts with a 1.1B-parameter model in a 512 MiB working set.
 
 Makes a checkpoint once (random weights of the Llama architecture, 2.2 GB; a tokenizer
-trained on text found on this machine), streams it from disk, and says how that went:
+trained on text found on this machine), plans for this machine, streams as many of 72
+texts as take about a minute, and says how fast that was, beside what was predicted:
 `python examples/demo.py`. A second run reuses the checkpoint.
 """
 
 import argparse
+import json
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+import penstock
 from checkpoint import make_checkpoint
-from penstock import Policy
-from penstock.offload.jobs.job import Job
-from penstock.offload.jobs.work import ScoreWork
-from penstock.offload.machines.computer import has_bfloat16
-from penstock.offload.monitoring.show import report_table
 
 HERE = Path(__file__).parent
+TEXTS = HERE / "texts.jsonl"
+COMMAND = Path(sys.executable).with_name("penstock")
+"""The command line that is installed beside this Python."""
+SECONDS = 60.0
+LETTERS_PER_TOKEN = 4.0
+LEAST_ROWS = 4
 
 
-def compute_dtype() -> str:
-    """The checkpoint's bfloat16, unless this CPU has no instructions for it: then
-    float32, cast on the way in, is about four times faster."""
-    return "auto" if has_bfloat16() else "float32"
+def rows_for(seconds: float, rate: float, lengths: Sequence[float]) -> int:
+    """How many of the first rows, which have `lengths` tokens, take at most `seconds`
+    at `rate` tokens a second; a few in any case."""
+    left = seconds * rate
+    for number, length in enumerate(lengths):
+        left -= length
+        if left < 0:
+            return min(max(LEAST_ROWS, number), len(lengths))
+    return len(lengths)
+
+
+def lengths_of(lines: Sequence[str]) -> list[float]:
+    """Tokens of each row, about."""
+    keys = ("text", "prompt", "completion")
+    rows = [json.loads(line) for line in lines]
+    return [
+        sum(len(row.get(key, "")) for key in keys) / LETTERS_PER_TOKEN for row in rows
+    ]
+
+
+def planned(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """What `penstock plan` predicts on this machine."""
+    command: list[str | Path] = [
+        COMMAND,
+        "plan",
+        folder,
+        "--json",
+        "--prompt",
+        "64",
+        *settings,
+    ]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(made.stdout)
+    return found
 
 
 def main() -> None:
@@ -35,33 +72,44 @@ def main() -> None:
     args = parser.parse_args()
 
     console = Console(stderr=True)
-    folder = make_checkpoint(
-        args.out / f"llama-{args.size}", args.size, console=console
+    model = args.out / f"llama-{args.size}"
+    folder = make_checkpoint(model, args.size, console=console)
+    settings = ["--set", f"device_memory={args.device_memory}"]
+    plan = planned(folder, settings)
+    rate, lines = plan["tokens_per_second"], TEXTS.read_text().splitlines()
+    num = rows_for(SECONDS, rate, lengths_of(lines))
+    how = "by a quick estimate" if plan["is_estimate"] else "by its machine file"
+    console.print(
+        f"penstock {penstock.__version__}: this machine does about {rate:,.0f} "
+        f"tokens/s in {plan['dtype']}, {how}: scoring {num} of {len(lines)} texts",
+        highlight=False,
+        soft_wrap=True,
     )
-    dtype = compute_dtype()
-    if dtype != "auto":
-        console.print(
-            f"this CPU has no instructions for bfloat16: computing in {dtype}"
+    rows, scores = args.out / "rows.jsonl", args.out / "scores.jsonl"
+    rows.write_text("\n".join(lines[:num]) + "\n")
+    command: list[str | Path] = [
+        COMMAND,
+        "score",
+        folder,
+        rows,
+        "-o",
+        scores,
+        "--restart",
+    ]
+    done = subprocess.run([*command, *settings, "--report", args.out], check=False)
+    if done.returncode == 0:
+        report = json.loads((args.out / "report.json").read_text())
+        predicted = report["plan"].get("predicted_tokens_per_second")
+        says = "nothing" if predicted is None else f"{predicted:,.1f}"
+        print(
+            f"{report['rows']} texts, {report['tokens']:,} tokens in "
+            f"{report['seconds']:.1f} s: {report['tokens_per_second']:,.1f} tokens/s "
+            f"({says} predicted), bound by {report['bound_by']}, with "
+            f"{report['peak_device_bytes'] / 2**20:,.0f} MiB of "
+            f"{report['model_bytes'] / 2**20:,.0f} MiB of weights in memory"
         )
-    policy = Policy(device_memory=args.device_memory, dtype=dtype)
-    job = Job(
-        ScoreWork(),
-        model=folder,
-        source=HERE / "texts.jsonl",
-        output=args.out / "scores.jsonl",
-        policy=policy,
-        report=args.out,
-        mode="restart",
-    )
-    done = job.run(console)
-    assert done.report is not None, "a job that begins anew does all its rows"
-    Console().print(
-        report_table(
-            done.report, f"{folder.name} in a working set of {args.device_memory}"
-        )
-    )
-    print(f"scores: {job.output}\nreport: {args.out / 'report.html'}")
-    sys.exit(1 if done.num_errors else 0)
+        print(f"scores: {scores}\nreport: {args.out / 'report.html'}")
+    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> 
     not run, unless it says `trust_remote_code`.
 
     It is the model object that transformers would give, in eval mode, for inference:
-    call it, `generate` with it, or run a `sweep` over it. Close it with
+    call it, `generate` with it, or run a `sweep` over it. It computes in the policy's
+    dtype, by default in the checkpoint's, as `from_pretrained(path, dtype="auto")`
+    does: on a CPU without instructions for bfloat16, `Policy(dtype="float32")` is
+    several times as fast (jobs find that out themselves). Close it with
     `penstock.unwrap(model)` or by `with penstock.load(...) as model:`.
 
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what

@@ -78,16 +78,19 @@ def cache_fallback(io: IO) -> str | None:
 
 class Policy(Section):
     """How a model is streamed. Sizes are numbers of bytes or strings such as "2GiB".
-    Counts may be `auto`, too: what they are without the key."""
+    Counts may be `auto`, too: what they are without the key. Jobs let the planner
+    choose those that nobody set."""
 
     device: DeviceName = "cpu"
     """The device that computes: `cpu`, `cuda` or `cuda:1`."""
     dtype: DtypeName = "auto"
-    """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
-    the checkpoint's. Another one is cast on the way in."""
+    """Dtype of the weights in the working set (`float32`, `bfloat16`, ...). Another one
+    than the checkpoint's is cast on the way in. `auto`: for `penstock.load` and `wrap`
+    the checkpoint's, as in transformers; jobs, `plan` and `tune` take float32 where a
+    CPU emulates the checkpoint's 16 bits, if that is faster by the plan and fits."""
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
-    the memory that is free, at most the model."""
+    the memory that is free, at most the model; in jobs, what the plan has room for."""
     peer: dict[DeviceName, Bytes] = Field(default_factory=dict)
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,53 @@ def test_a_plan_says_what_binds_and_what_would_hide_it(llama: Path) -> None:
     assert free.sentences[0].startswith("computing binds")
 
 
-def test_a_faster_dtype_is_advised_and_never_taken(llama: Path) -> None:
+def test_a_faster_dtype_is_taken_where_it_is_left_open(llama: Path) -> None:
     found = plan(llama, machine_of())
-    assert found.policy.dtype == "auto"
-    assert any("try dtype=float32" in sentence for sentence in found.sentences)
+    assert (found.dtype, found.policy.dtype) == ("float32", "float32")
+    slow = plan(llama, machine_of(), dtype="bfloat16")
+    assert found.choice.rate > 2 * slow.choice.rate
+    sentence = "computing in float32 (8.0x faster here than bfloat16)"
+    assert sentence in found.sentences
+    assert not any("kept as you set" in sentence for sentence in found.sentences)
+
+
+def test_a_dtype_that_the_user_set_stays_and_a_faster_one_is_advised(
+    llama: Path,
+) -> None:
+    found = plan(llama, machine_of(), dtype="bfloat16")
+    assert found.policy.dtype == "bfloat16"
+    assert any(s.startswith("dtype=float32 would be") for s in found.sentences)
+
+
+def test_a_dtype_that_does_not_fit_is_neither_taken_nor_advised(llama: Path) -> None:
+    """The largest part is the head: 31 MiB, or 62 in float32."""
+    tight: dict[str, Any] = {"device_memory": "58MiB", "micro_batch_tokens": 128}
+    found = plan(llama, machine_of(), **tight)
+    assert found.dtype == "bfloat16"
+    assert "float32 is 5.0x faster, but does not fit" in found.sentences[-2]
+    asked = plan(llama, machine_of(), dtype="bfloat16", **tight)
+    assert not any("would be" in sentence for sentence in asked.sentences)
+
+
+def test_products_of_few_rows_stay_in_the_dtype_of_fewer_bytes(llama: Path) -> None:
+    """A row at a time is bound by the bytes of weights, which casting doubles."""
+    machine = machine_of()
+    few = {"float32": {1: 2e9, 512: 2e11}, "bfloat16": {1: 4e9, 8: 3e10, 512: 3.2e10}}
+    narrow = machine.model_copy(update={"matmul": few})
+    task = Task(generates=True, prompt_tokens=1, new_tokens=64)
+    flight = {"sequences_in_flight": 4, "micro_batch_sequences": 4}
+    assert plan(llama, narrow, task, **flight).dtype == "bfloat16"
+    assert plan(llama, narrow, Task(prompt_tokens=64)).dtype == "float32"
+
+
+def test_no_dtype_of_fewer_bits_than_the_checkpoints_is_ever_taken(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "dtype": "float32"}))
+    amx = {"float32": {512: 1e11}, "bfloat16": {512: 2e12}}
+    machine = machine_of().model_copy(update={"matmul": amx})
+    found = plan(tmp_path, machine)
+    assert (found.dtype, found.policy.dtype) == ("float32", "auto")
 
 
 def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
@@ -268,11 +312,33 @@ def test_what_cannot_be_printed_is_refused_before_anything_is_planned(
     assert re.search(words, str(failed.exception))
 
 
-def test_without_a_machine_the_command_says_what_to_run(llama: Path) -> None:
-    assert not own_machine_path().exists(), "tests have a cache folder of their own"
-    failed = CliRunner().invoke(app, ["plan", str(llama)])
-    assert failed.exit_code != 0
-    assert "run penstock machine" in str(failed.exception)
+def test_without_a_machine_file_a_plan_is_made_of_quick_estimates(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def estimated(dtypes: Iterable[str], files: object, io: object) -> Machine:
+        asked.extend([sorted(dtypes), files])
+        source = "quick estimate, measured in 0.9 s; `penstock machine` measures"
+        update = {"source": source, "is_estimate": True}
+        return machine_of().model_copy(update=update)
+
+    monkeypatch.setattr("penstock.offload.plans.plan.estimated_machine", estimated)
+    cache = f"io.cache={tmp_path / 'cache'}"
+    done = CliRunner().invoke(app, ["plan", str(llama), "--set", cache])
+    assert done.exit_code == 0
+    assert asked == [["bfloat16", "float32"], {}]
+    assert "(quick estimate, measured in 0.9 s" in " ".join(done.output.split())
+    as_json = CliRunner().invoke(app, ["plan", str(llama), "--set", cache, "--json"])
+    found = json.loads(as_json.output)
+    assert (found["is_estimate"], found["dtype"]) == (True, "float32")
+    assert "io.reader" not in found["policy"], "only one was tried"
+
+
+def test_a_gpu_is_not_estimated(llama: Path, tmp_path: Path) -> None:
+    options = ["--set", f"io.cache={tmp_path}", "--set", "device=cuda"]
+    failed = CliRunner().invoke(app, ["plan", str(llama), *options])
+    assert "run penstock machine --device cuda" in str(failed.exception)
 
 
 @pytest.mark.slow
@@ -292,7 +358,8 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     score += ["--policy", str(resolved), "--report", str(tmp_path)]
     assert run(app, score).exit_code == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "run penstock machine" in report["plan"]["note"]
+    assert report["plan"]["predicted_by"].startswith("quick estimate")
+    assert report["plan"]["predicted_tokens_per_second"] > 0
     own = own_machine_path(cache)
     own.parent.mkdir(exist_ok=True)
     own.write_text(machine_file.read_text())
@@ -300,6 +367,7 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["plan"]["predicted_tokens_per_second"] > 0
     assert report["plan"]["predicted_bound_by"] in ("compute", "disk")
+    assert report["plan"]["predicted_by"] == "a test"
     assert penstock.__version__
 
 

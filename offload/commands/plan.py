@@ -39,7 +39,7 @@ MachineName = Annotated[
     typer.Option(
         "--machine",
         help="File of a machine, or the name of one that comes with Penstock. Without "
-        "it: this computer, as `penstock machine` measured it.",
+        "it: this computer, as `penstock machine` measured it, or by quick estimates.",
     ),
 ]
 
@@ -149,8 +149,9 @@ def plan(
     """What fits, how fast it will be, what binds it: before a byte is loaded.
 
     What the policy leaves open is chosen: what is in flight, what stays in memory,
-    where keys and values are. Exit code 3 where the machine cannot run the model, with
-    what would make it run.
+    the dtype on a CPU, where keys and values are. Rates of this computer are those of
+    `penstock machine` or, before that was run, quick estimates. Exit code 3 where the
+    machine cannot run the model, with what would make it run.
     """
     from ..machines.machine import find_machine
     from ..plans.pareto import check_plot, plot_pareto
@@ -158,21 +159,17 @@ def plan(
     from ..plans.planner import Task
     from ..plans.table import devices_table, plan_table
 
+    asked = policy_of(policy, settings, trust_remote_code)
     if as_json and as_yaml:
         raise UsageError("--json and --yaml print different things: give one of them")
     if pareto is not None:
         check_plot(pareto)
-    found = find_machine(machine)
-    if found is None:
-        raise UsageError(
-            "no machine file: run penstock machine, which measures this computer once, "
-            "or give --machine"
-        )
+    found = find_machine(machine, asked.io.cache)
     generates, embeds = task is PlannedTask.generate, task is PlannedTask.embed
     wanted = Task(generates, prompt, new, embeds)
     made = make_plan(
         model,
-        policy_of(policy, settings, trust_remote_code),
+        asked,
         found,
         wanted,
         "latency" if objective is ObjectiveName.latency else "throughput",

@@ -86,18 +86,13 @@ def tune(
     from ..tuning.tune import Tuning
     from ..tuning.tuned import tuned_yaml, verdict_line
 
-    found = find_machine(machine)
-    if found is None:
-        raise UsageError(
-            "no machine file: run penstock machine, which measures this computer once, "
-            "or give --machine"
-        )
+    chosen = policy_of(policy, settings, trust_remote_code)
+    found = find_machine(machine, chosen.io.cache)
     if source and prompt is not None:
         raise UsageError(
             "rows of INPUT have the lengths that they have: leave --prompt out"
         )
     generates = task is TaskName.generate
-    chosen = policy_of(policy, settings, trust_remote_code)
     sample = (
         sample_of(
             source,

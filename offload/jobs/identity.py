@@ -39,8 +39,10 @@ def identify(
     cut: Cut,
     *,
     num_threads: int,
+    chosen: Mapping[str, Any],
 ) -> Manifest:
-    """The manifest of a job. Reads at most 1 MiB of each file of weights or rows: sizes
+    """The manifest of a job that runs with `policy`, of which `chosen` was left open.
+    Reads at most 1 MiB of each file of weights or rows: sizes
     and samples tell them apart, and what small files say."""
     return Manifest(
         input=inputs.identity(),
@@ -61,6 +63,7 @@ def identify(
         },
         cut={"num_rows": cut.num_rows, "num_bytes": cut.num_bytes},
         stamps=inputs.stamps(),
+        chosen=chosen,
     )
 
 

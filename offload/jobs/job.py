@@ -1,11 +1,8 @@
 """Files of rows in, a file of results out: the job behind the command line."""
 
-import os
-import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...io.errors import InputError, StoppedError, UsageError
+from ...io.errors import InputError, UsageError
 from ..files.inputs import Inputs
 from ..files.part_reader import check_done, read_parts
 from ..files.parts import Part
@@ -23,23 +20,23 @@ from ..files.streamed import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.prediction import predicted
 from ..policy import Policy
+from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
 from ..reports.report import JobFigures, judge, make_report, write_report
 from ..tasks.task_progress import Progress
 from .ahead import Ahead
 from .budgets import threads_of
+from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
 from .computed import Computed, Loaded
 from .identity import identify
-from .kept import KeptOutput, Mode
+from .kept import KeptOutput, Mode, begun_as
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
-from .stopping import Stopping
+from .stopping_parts import stopping
 from .watch import Watch, Watching
 from .work import Work
 
 _PARTS_AHEAD = 2
-_STDERR = 2
-_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +71,8 @@ class Job:
     watching: Watching = field(default_factory=Watching)
     workers: int = 1
     """Processes that share it, each with a model of its own."""
+    chosen: Chosen | None = field(default=None, kw_only=True)
+    """What it runs with, once that is settled."""
 
     def run(self, console: Console) -> Done:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
@@ -82,27 +81,54 @@ class Job:
         source = self.source
         files = find_files([source] if isinstance(source, (str, Path)) else source)
         inputs = Inputs(files, self.work.row_keys)
-        cut = self.work.cut(self.policy)
         if is_stream(self.output):
             if self.mode == "retry":
                 raise UsageError(
                     f"nothing is kept of {self.output}: failed rows can only be done "
                     "again in a file"
                 )
+            chosen = self._choose(self.policy, inputs)
+            cut = self.work.cut(chosen.policy)
             with StreamedOutput(self.output, cut) as streamed:
-                return self._run(inputs, streamed, console)
+                return replace(self, chosen=chosen)._run(inputs, streamed, console)
         check_apart(self.output, files)
-        task = self.work.task()
+        chosen = self._begun_with() or self._choose(self.policy, inputs)
         threads = threads_of(torch.get_num_threads(), self.workers)
         manifest = identify(
-            inputs, self.model, self.policy, task, cut, num_threads=threads
+            inputs,
+            self.model,
+            chosen.policy,
+            self.work.task(),
+            self.work.cut(chosen.policy),
+            num_threads=threads,
+            chosen=kept_of(self.policy, chosen.policy),
         )
         with KeptOutput(self.output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
-            return self._run(inputs, kept, console)
+            if chosen.plan is None and kept.manifest.chosen is not None:
+                # Of what is left open: memory.
+                found = self._choose(chosen.policy, inputs)
+                chosen = replace(found, is_begun=True)
+            return replace(self, chosen=chosen)._run(inputs, kept, console)
+
+    def _begun_with(self) -> Chosen | None:
+        """What the job began with that is gone on with; None where it begins now."""
+        begun = begun_as(self.output, self.mode)
+        if begun is None:
+            return None
+        return Chosen(restored(self.policy, begun.chosen or {}), note=OLDER)
+
+    def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
+        task = self.work.planned(mean_length(inputs))
+        return choose(self.model, asked, task, num=self.workers)
+
+    @property
+    def _settled(self) -> Chosen:
+        assert self.chosen is not None, "it is chosen before rows are read"
+        return self.chosen
 
     def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
         """The parts that are not done; then they are joined."""
@@ -125,6 +151,7 @@ class Job:
         with ahead:
             first = next(ahead, None)
             if first is not None:
+                say_chosen(self._settled, console, as_json=self.watching.log_json)
                 labels = {"model": str(self.model), "output": str(self.output)}
                 with Watch(console, self.work, labels, self.watching) as watch:
                     report, recorded = self._compute(
@@ -156,20 +183,19 @@ class Job:
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.work.progress
-        with Loaded(self.model, self.policy) as loaded:
+        policy = self._settled.policy
+        with Loaded(self.model, policy) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
-                with self._stopping(ahead, output, watch):
+                with stopping(ahead, output, is_quiet=watch.is_quiet):
                     run = self._finish_parts(loaded, parts, output)
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
             taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
             counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
-            forecast = predicted(
-                loaded.model, loaded.engine.arrangement, self.policy, counts
-            )
+            forecast = self._predicted(loaded, counts)
             return self._report(
                 loaded.computed(progress), seconds, began, watch, forecast, taken
             )
@@ -185,9 +211,15 @@ class Job:
     ) -> tuple[dict[str, Any], Recorded]:
         """As `_compute`, by several processes."""
         sharing = Sharing(
-            self.workers, self.work, self.model, self.policy, parts, ahead, output
+            self.workers,
+            self.work,
+            self.model,
+            self._settled.policy,
+            parts,
+            ahead,
+            output,
         )
-        with self._stopping(ahead, output, watch), sharing:
+        with stopping(ahead, output, is_quiet=watch.is_quiet), sharing:
             sharing.pool.start()
             began = time.perf_counter()
             with watch.computing(sharing.look, inputs.estimated_rows, before):
@@ -214,6 +246,8 @@ class Job:
         """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
         progress, first = computed.progress, computed.first_unit_at
         counts = progress.figures(seconds)
+        policy, words = self._settled.policy, self._settled.words
+        planned = self.work.plan(policy, counts["micro_batches"])
         figures = JobFigures(
             rows=progress.rows_done,
             rows_failed=progress.rows_failed,
@@ -221,17 +255,30 @@ class Job:
             load_seconds=began - watch.began,
             seconds_to_first_unit=None if first is None else first - watch.began,
             counts=counts,
-            plan={**self.work.plan(self.policy, counts["micro_batches"]), **forecast},
+            plan={**planned, **forecast, "chosen": words},
             dtype=computed.dtype,
             taken_elsewhere=taken,
         )
         recorded = Recorded(watch.began, computed.spans, watch.samples.all())
         statistics = computed.statistics
-        bound = judge(self.policy, figures, statistics, recorded.spans)
+        bound = judge(policy, figures, statistics, recorded.spans)
+        bound = with_tried_advice(bound, self._settled.trial(self.model, self.policy))
         report = make_report(
-            str(self.model), self.policy, figures, statistics, bound, recorded
+            str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
         return report, recorded
+
+    def _predicted(self, loaded: Loaded, counts: Mapping[str, Any]) -> dict[str, Any]:
+        machine = self._settled.machine
+        if machine is None:
+            return {"note": self._settled.note}
+        return predicted(
+            loaded.model,
+            loaded.engine.arrangement,
+            self._settled.policy,
+            machine,
+            counts,
+        )
 
     def _finish_parts(
         self, loaded: Loaded, parts: Iterable[Part], output: Output
@@ -244,36 +291,6 @@ class Job:
             run.finish()
         return run
 
-    @contextmanager
-    def _stopping(
-        self, ahead: Ahead[Part], output: Output, watch: Watch
-    ) -> Iterator[None]:
-        """The first signal ends the parts, the second one the block. Raises
-        StoppedError where parts are left."""
-
-        def stop() -> None:
-            ahead.stop()
-            if not watch.is_quiet:
-                os.write(_STDERR, _STOPPING)  # safe in a signal handler
-
-        with Stopping(stop) as stopping:
-            try:
-                yield
-            except KeyboardInterrupt:
-                raise _stopped(output, stopping) from None
-        if stopping.signal is not None and not ahead.is_done:
-            raise _stopped(output, stopping)
-
 
 def _rows_computed(progress: Progress) -> int:
     return progress.rows_done - progress.rows_failed
-
-
-def _stopped(output: Output, stopping: Stopping) -> StoppedError:
-    how = "run the same command again to go on"
-    if not output.is_kept:
-        how = "what went to standard output cannot be gone on with"
-    return StoppedError(
-        f"stopped: {output.num_rows:,} rows are done; {how}",
-        stopping.signal or signal.SIGINT,
-    )

@@ -14,12 +14,22 @@ from ..files.outputs import encoded, output_format
 from ..files.parts import Cut, Part, PartRecord
 from .finished import Finished, read_finished, write_manifest
 from .manifest import Manifest, refusals, remarks
-from .part_store import PartStore
+from .part_store import PartStore, read_manifest
 
 _log = logging.getLogger("penstock")
 
 Mode = Literal["resume", "restart", "retry"]
 """Go on with what is there; begin anew; go on, and do failed rows again."""
+
+
+def begun_as(output: Path, mode: Mode) -> Manifest | None:
+    """The job that made `output`, or began it; None where it begins now."""
+    if mode == "restart":
+        return None
+    begun = read_manifest(output)
+    if begun is None and (finished := read_finished(output)) is not None:
+        begun = finished.manifest
+    return begun
 
 
 class KeptOutput(Closing):

@@ -26,6 +26,9 @@ class Manifest:
     """How rows are cut into parts. That of the beginning holds."""
     stamps: Sequence[int]
     """When each file of the input was changed last: nanoseconds, 0 for a stream."""
+    chosen: Mapping[str, Any] | None = None
+    """Of the policy's keys that the user left open, what was chosen as the job began:
+    it is gone on with. None: by a version that chose nothing."""
     retries: bool = False
     """Whether this does failed rows of a finished output again."""
 
@@ -37,8 +40,9 @@ class Manifest:
         """Raises KeyError or TypeError for what is no manifest of this format."""
         if values["format"] != FORMAT:
             raise TypeError(f"format {values['format']!r:.40}, not {FORMAT}")
+        values = {"chosen": None, **values}
         found = {name: values[name] for name in cls.__slots__}
-        kinds = {"stamps": list, "retries": bool}
+        kinds = {"stamps": list, "retries": bool, "chosen": dict | None}
         for name, value in found.items():
             if not isinstance(value, kinds.get(name, dict)):
                 raise TypeError(f"{name} is {value!r:.40}")

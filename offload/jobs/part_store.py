@@ -43,6 +43,26 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def parts_folder(output: Path) -> Path:
+    """Where the parts of `output` are kept until all are done."""
+    return output.with_name(output.name + ".parts")
+
+
+def read_manifest(output: Path) -> Manifest | None:
+    """Of the job that was begun for `output`, if one was."""
+    path = parts_folder(output) / _MANIFEST
+    if not path.exists():
+        return None
+    values = read_json(path, MAX_INDEX_BYTES, error=OutputError, fix=_BEGIN_ANEW)
+    try:
+        return Manifest.from_json(values)
+    except (KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path} is no manifest of this version ({error!r}): finish the job "
+            "with the version that began it, or begin anew with --restart"
+        ) from error
+
+
 class PartStore(Closing):
     """The parts of the job that writes `output`, locked for this process until it is
     closed. Raises OutputError where nothing can be written, UsageError where another
@@ -50,7 +70,7 @@ class PartStore(Closing):
 
     def __init__(self, output: Path, disk: Disk) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".parts")
+        self.folder = parts_folder(output)
         self._disk = disk
         with writing(self.folder):
             self._lock: IO[str] | None = self._locked()
@@ -58,17 +78,7 @@ class PartStore(Closing):
 
     def manifest(self) -> Manifest | None:
         """Of the job that was begun here, if one was."""
-        path = self.folder / _MANIFEST
-        if not path.exists():
-            return None
-        values = read_json(path, MAX_INDEX_BYTES, error=OutputError, fix=_BEGIN_ANEW)
-        try:
-            return Manifest.from_json(values)
-        except (KeyError, TypeError) as error:
-            raise OutputError(
-                f"{path} is no manifest of this version ({error!r}): finish the job "
-                "with the version that began it, or begin anew with --restart"
-            ) from error
+        return read_manifest(self.output)
 
     def begin(self, manifest: Manifest) -> None:
         """Forgets what is here and begins a job."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from ..files.jsonl import ASKED_KEYS, PROMPT_KEYS, SCORED_KEYS, TEXT_KEYS
 from ..files.parts import Cut, NumberedRows
+from ..plans.planned import Task
 from ..policy import Policy
 from ..settings.values import Pooling
 from ..tasks.classify import classify_parts
@@ -50,6 +51,10 @@ class Work(Protocol):
         """A result for each row, in their order."""
         ...
 
+    def planned(self, length: int) -> Task:
+        """As the planner has it, for rows (or prompts) of about `length` tokens."""
+        ...
+
     def plan(self, policy: Policy, num_micro_batches: int) -> dict[str, int]: ...
 
 
@@ -58,6 +63,10 @@ class _OverTokens:
 
     __slots__ = ()
     _passes_each: ClassVar[int] = 1
+    _embeds: ClassVar[bool] = False
+
+    def planned(self, length: int) -> Task:
+        return Task(prompt_tokens=length, embeds=self._embeds)
 
     def cut(self, policy: Policy) -> Cut:
         """Two pools, about, by the bytes that tokens come to."""
@@ -100,6 +109,7 @@ class ScoreWork(_OverTokens):
 class EmbedWork(_OverTokens):
     """Makes a vector of each row."""
 
+    _embeds: ClassVar[bool] = True
     pooling: Pooling = "auto"
     normalize: bool | None = None
     truncate: int | None = None
@@ -174,6 +184,9 @@ class GenerateWork:
             "seed": self.seed,
             "options": dict(self.options),
         }
+
+    def planned(self, length: int) -> Task:
+        return Task(True, length, self.max_new_tokens)
 
     def cut(self, policy: Policy) -> Cut:
         """One pool: as many rows as are in flight."""

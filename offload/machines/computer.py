@@ -35,9 +35,23 @@ def versions() -> dict[str, str]:
 
 def has_bfloat16() -> bool:
     """Whether this processor has instructions for products in bfloat16."""
-    return bool(
+    return _is_able("bf16") or bool(
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
+
+
+def has_dtype(name: str) -> bool:
+    """Whether this processor has instructions for products in the dtype `name`."""
+    if name == "bfloat16":
+        return has_bfloat16()
+    return name != "float16" or _is_able("fp16")
+
+
+def _is_able(part: str) -> bool:
+    """Whether torch knows of an instruction set here with `part` in its name, such as
+    amx_bf16; False in versions of torch that tell of none."""
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    return any(value is True for name, value in tell().items() if part in name)
 
 
 def _version(package: str) -> str:

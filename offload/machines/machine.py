@@ -83,6 +83,8 @@ class Machine(Section):
     name: str
     source: str
     """Where the numbers come from."""
+    is_estimate: bool = False
+    """Whether they are quick estimates, made in a second or two."""
     device: Literal["cpu", "cuda", "tpu"] = "cpu"
     """What computes."""
     num_devices: PositiveInt = 1
@@ -143,7 +145,7 @@ class Machine(Section):
         parts = [f"# {(type(self).__doc__ or '').strip()}".replace("\n    ", "\n# ")]
         for key, field in type(self).model_fields.items():
             value = _plain(getattr(self, key))
-            if value is None or value == {}:
+            if value is None or value is False or value == {}:
                 continue
             comment = " ".join((field.description or "").split())
             text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True)

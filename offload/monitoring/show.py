@@ -32,6 +32,12 @@ def human_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _how(plan: dict[str, Any]) -> str:
+    """Marks what was predicted by quick estimates."""
+    is_quick = str(plan.get("predicted_by", "")).startswith("quick estimate")
+    return " (quick estimate)" if is_quick else ""
+
+
 def report_table(report: dict[str, Any], title: str) -> Table:
     """The report's main figures, and what bound the run."""
     table = Table(title=title, show_header=False, title_justify="left")
@@ -51,7 +57,7 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     plan = report["plan"]
     if "predicted_tokens_per_second" in plan:
         rate, bound = plan["predicted_tokens_per_second"], plan["predicted_bound_by"]
-        table.add_row("  predicted", f"{rate:,.1f}, bound by {bound}")
+        table.add_row("  predicted", f"{rate:,.1f}, bound by {bound}{_how(plan)}")
     elif "note" in plan:
         table.add_row("  predicted", plan["note"])
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")

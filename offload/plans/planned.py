@@ -8,6 +8,9 @@ from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .forecast import Forecast
 
+_SAFE = 0.7
+"""Of the time that computing takes, for what an estimated link does meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -70,6 +73,14 @@ class Choice:
         """Tokens a second: those that come out, or those that are scored."""
         found = self.prediction
         return found.output_tokens_per_second or found.tokens_per_second
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether links may be slower than they were estimated, and be hidden all the
+        same."""
+        found = self.prediction
+        busiest = max(found.busy_seconds.values(), default=0.0)
+        return busiest <= _SAFE * found.compute_seconds
 
     @property
     def in_flight(self) -> int:

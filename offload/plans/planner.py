@@ -40,6 +40,8 @@ class Planner:
     policy: Policy
     task: Task
     objective: Objective = "throughput"
+    is_sparing: bool = True
+    """Whether weights take no more memory than makes it faster."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
 
@@ -62,6 +64,8 @@ class Planner:
             return min(found, key=lambda choice: choice.prediction.seconds)
         best = max(choice.rate for choice in found)
         good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
+        if self.machine.is_estimate:
+            good = [c for c in good if c.is_safe] or good
         return self._less_memory(min(good, key=lambda choice: choice.in_flight))
 
     def choices(self) -> list[Choice]:
@@ -89,7 +93,7 @@ class Planner:
     def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
         """The same for another machine, with more settings."""
         policy = _updated(self.policy, settings)
-        asked = (machine, policy, self.task, self.objective)
+        asked = (machine, policy, self.task, self.objective, self.is_sparing)
         return Planner(self.module, self.recipes, *asked)
 
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
@@ -113,11 +117,10 @@ class Planner:
     @property
     def budget(self) -> Budget:
         """What the machine has, less the runtime."""
-        machine = self.machine
-        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
-        if machine.device_memory is None:
-            return Budget(host, host, is_shared=True)
-        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
+        host = int(self.machine.host_memory * USABLE) - RUNTIME_BYTES
+        device = self.machine.device_memory
+        on_device = host if device is None else int(device * USABLE)
+        return Budget(on_device, host, is_shared=device is None)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -170,9 +173,10 @@ class Planner:
             values["kv"] = {**values.get("kv", {}), **kv}
         if self.machine.device == "cuda" and "device" not in values:
             values["device"] = "cuda"
-        if self.machine.disk is not None and self.policy.io.reader == "auto":
-            reader = self.machine.disk.best_reader
-            values["io"] = {**values.get("io", {}), "reader": reader}
+        # Estimates tried one reader only: the best is found at loading.
+        disk = None if self.machine.is_estimate else self.machine.disk
+        if disk is not None and self.policy.io.reader == "auto":
+            values["io"] = {**values.get("io", {}), "reader": disk.best_reader}
         return Policy(**{**values, **settings})
 
     def _choice(self, policy: Policy) -> Choice | None:
@@ -182,7 +186,9 @@ class Planner:
         need = self._need(shape, policy)
         budget = self.budget.beside(need, policy.kv.tier)
         device, host = budget.device, budget.host
-        if host < 0:
+        if budget.is_shared and policy.host_memory:
+            device -= policy.host_memory
+        if min(device, host) < 0:
             return None
         values: dict[str, Any] = {}
         if self._is_free("device_memory"):
@@ -217,8 +223,8 @@ class Planner:
             found = self._forecast(policy)
         except DoesNotFitError:
             return None
-        work = self._work(policy, found.shape)
-        return Choice(policy, found, predict(found.model, work), need)
+        prediction = predict(found.model, self._work(policy, found.shape))
+        return Choice(policy, found, prediction, need)
 
     def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
         """As much as is in flight at one time, in several passes."""
@@ -261,7 +267,7 @@ class Planner:
     def _less_memory(self, best: Choice) -> Choice:
         """The same with less of the model in memory, where that is as fast: beside
         the largest part, room for those that are fetched meanwhile."""
-        if not self._is_free("device_memory"):
+        if not (self.is_sparing and self._is_free("device_memory")):
             return best
         shape = best.forecast.shape
         least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes

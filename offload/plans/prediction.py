@@ -6,24 +6,23 @@ from typing import Any
 from ...io.errors import PenstockError
 from ...scheduler.shape import MicroBatch
 from ...scheduler.workload import Generating, Scoring, predict
-from ..machines.machine import find_machine
+from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.prompt_chunk import prompt_chunk
 from ..units.arrangement import Arrangement
 from .forecast import of_arrangement
 
-NO_MACHINE = "no machine file, so nothing is predicted: run penstock machine, once"
-
 
 def predicted(
-    model: Any, arrangement: Arrangement, policy: Policy, counts: Mapping[str, Any]
+    model: Any,
+    arrangement: Arrangement,
+    policy: Policy,
+    machine: Machine,
+    counts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Seconds, tokens a second and what binds, for the tokens that `counts` says the
-    job had; or `note`, which says why there are none."""
+    """Seconds, tokens a second and what binds on `machine`, for the tokens that
+    `counts` says the job had; or `note`, which says why there are none."""
     try:
-        machine = find_machine(None, policy.io.cache)
-        if machine is None:
-            return {"note": NO_MACHINE}
         generates = "output_tokens" in counts
         made = of_arrangement(model, arrangement, policy, machine, generates=generates)
         work = work_of(policy, counts, in_parts=made.shape.prompts_in_parts)
@@ -37,6 +36,7 @@ def predicted(
         "predicted_seconds": found.seconds,
         "predicted_tokens_per_second": tokens / found.seconds,
         "predicted_bound_by": found.binds,
+        "predicted_by": machine.source,
     }
     if generates:
         output = counts["output_tokens"]

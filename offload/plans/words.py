@@ -2,23 +2,17 @@
 
 from ...scheduler.load_cost import load_seconds
 from ..monitoring.show import human_bytes
-from .forecast import dtype_of
+from ..policy import Policy
+from .dtypes import DtypeChoice, dtype_advice, dtype_words
 from .planner import Choice, Planner
-
-_MUCH_FASTER = 1.5
 
 
 def explain(planner: Planner, choice: Choice) -> list[str]:
     """What binds `choice`, how much more in flight would hide it, what is kept beside
-    the weights and where, what a dtype would do, and what was kept as the user set
-    it."""
+    the weights, and where."""
     found = [_binds(planner, choice)]
     found += _kv(planner, choice)
     found += _activations(choice)
-    found += _dtype(planner, choice)
-    kept = sorted(planner.policy.model_fields_set)
-    if kept:
-        found.append(f"kept as you set them: {', '.join(kept)}")
     return found
 
 
@@ -111,21 +105,17 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
     return busy
 
 
-def _dtype(planner: Planner, choice: Choice) -> list[str]:
-    """Another dtype in which this machine computes much faster."""
-    now = dtype_of(planner.recipes)
-    rates = planner.machine.matmul
-    if now not in rates:
+def dtype_sentences(found: DtypeChoice, *, is_open: bool) -> list[str]:
+    """What it computes in where that is not the checkpoint's own dtype, or one that
+    would be faster."""
+    if not is_open:
+        return dtype_advice(found, is_open=False)
+    if not found.others:
         return []
-    rows = 64 if planner.task.generates else 512
-    at = choice.forecast.model.rates.matmul_flops.at(rows)
-    for name, by_rows in rates.items():
-        nearest = by_rows[min(by_rows, key=lambda r: abs(r - rows))]
-        if nearest > _MUCH_FASTER * at:
-            more = human_bytes(sum(r.nbytes for r in planner.recipes.values()))
-            return [
-                f"products in {name} are {nearest / at:.1f} times as fast here as in "
-                f"{now}: try dtype={name} (weights are cast on the way in; in {now} "
-                f"they have {more})"
-            ]
-    return []
+    return [f"computing in {dtype_words(found, is_open=True)}"]
+
+
+def kept_words(asked: Policy) -> list[str]:
+    """The keys that the user set."""
+    kept = sorted(asked.model_fields_set)
+    return [f"kept as you set them: {', '.join(kept)}"] if kept else []

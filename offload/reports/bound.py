@@ -221,10 +221,7 @@ def _computing(counts: Counts, waited: float) -> Bound:
 def _faster(counts: Counts) -> tuple[Advice, ...]:
     if not counts.has_slow_dtype:
         return ()
-    effect = (
-        "this processor has no instructions for bfloat16, and computes about four "
-        "times faster in float32."
-    )
+    effect = "this processor has no instructions for products in 16 bits."
     return (Advice("dtype: float32", effect),)
 
 

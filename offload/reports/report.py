@@ -92,6 +92,7 @@ def judge(
 
 def make_report(
     model: str,
+    asked: Policy,
     policy: Policy,
     figures: JobFigures,
     statistics: Statistics,
@@ -146,7 +147,7 @@ def make_report(
         "faults": dict(statistics.faults),
         "fallbacks": list(statistics.fallbacks),
         "policy": policy.model_dump(mode="json"),
-        "asked": policy.model_dump(mode="json", exclude_unset=True),
+        "asked": asked.model_dump(mode="json", exclude_unset=True),
         "computer": computer(),
         "versions": versions(),
     }

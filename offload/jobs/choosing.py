@@ -1,0 +1,231 @@
+"""Chooses what a job's policy leaves open, before its model is loaded."""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from ...io.errors import DoesNotFitError, PenstockError, PolicyError
+from ...scheduler.memory_need import RUNTIME_BYTES
+from ..files.inputs import Inputs
+from ..files.parts import Position
+from ..machines.computer import has_dtype
+from ..machines.machine import Machine, find_machine
+from ..monitoring.memory import available_bytes, installed_bytes
+from ..monitoring.show import human_bytes
+from ..plans.dtypes import dtype_words
+from ..plans.plan import Plan, make_plan
+from ..plans.planned import Task
+from ..plans.trial import Trial
+from ..policy import Policy
+
+KEPT = (
+    "dtype",
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+)
+"""Of what is chosen, what decides on the last bits of results: a job that is gone on
+with keeps it."""
+_TEXTS = ("text", "prompt", "completion", "messages")
+_LOOKED_AT = 64
+_LETTERS_PER_TOKEN = 4.0
+_USUAL_TOKENS = 128
+_MEMORY = ("device_memory", "host_memory", "activations", "kv")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of host memory that a job may take, and of what."""
+
+    nbytes: int
+    of_bytes: int
+    is_limit: bool
+    """Whether a limit of its control group is what there is of it."""
+
+    @property
+    def words(self) -> str:
+        limit = " (cgroup limit)" if self.is_limit else ""
+        return f"{human_bytes(self.of_bytes)}{limit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a job runs with."""
+
+    policy: Policy
+    """As the user set it, with what was left open."""
+    plan: Plan | None = None
+    room: Room | None = None
+    note: str = ""
+    """Why nothing is planned, where that is so."""
+    is_begun: bool = False
+    """Whether it was chosen before, and the job goes on with it."""
+
+    @property
+    def machine(self) -> Machine | None:
+        """What is predicted for."""
+        return None if self.plan is None else self.plan.machine
+
+    def trial(self, model: Path, asked: Policy) -> Trial | None:
+        """For advice to be tried with, to a user who `asked` for this."""
+        if self.plan is None:
+            return None
+        settings = {key: getattr(self.policy, key) for key in left_open(asked)}
+        return Trial(model, _with(asked, settings), self.plan.machine, self.plan.task)
+
+    @property
+    def words(self) -> str:
+        """What was chosen and why, in one line."""
+        if self.plan is None or self.room is None:
+            return self.note
+        return ", ".join(_words(self.plan, self.room, is_begun=self.is_begun))
+
+
+def say_chosen(chosen: Chosen, console: Console, *, as_json: bool) -> None:
+    """Tells the user what was chosen, in one line."""
+    says = f"penstock: {chosen.words}"
+    if as_json:
+        says = json.dumps({"stage": "loading", "chosen": chosen.words})
+    console.out(says, highlight=False)
+
+
+def left_open(asked: Policy) -> tuple[str, ...]:
+    """The keys of `KEPT` that the user leaves to Penstock. Pure."""
+    return tuple(
+        key
+        for key in KEPT
+        if key not in asked.model_fields_set or getattr(asked, key) == "auto"
+    )
+
+
+def kept_of(asked: Policy, chosen: Policy) -> dict[str, Any]:
+    """What a job's manifest keeps of what was chosen. Pure."""
+    return {key: getattr(chosen, key) for key in left_open(asked)}
+
+
+def restored(asked: Policy, kept: Mapping[str, Any]) -> Policy:
+    """`asked` with what was chosen when the job began; what the user sets now counts
+    more. Pure."""
+    return _with(asked, {key: kept[key] for key in left_open(asked) if key in kept})
+
+
+def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
+    """What `asked` leaves open, for the checkpoint `model`, as the planner has it for
+    one of `num` processes: by the file of `penstock machine` or by quick estimates of
+    this computer. Raises DoesNotFitError where no working set does, and what a wrong
+    checkpoint raises."""
+    machine = find_machine(None, asked.io.cache)
+    if machine is not None and machine.device != asked.device.partition(":")[0]:
+        machine = None
+    if machine is None and asked.device != "cpu":
+        return Chosen(asked, note=_NO_GPU.format(asked.device))
+    pinned = _with(asked, {"device": asked.device})
+    *sparing, most = rooms(
+        own=psutil.Process().memory_info().rss,
+        available=available_bytes(),
+        installed=installed_bytes(),
+        total=psutil.virtual_memory().total,
+    )
+    for room in (*sparing, most):
+        try:
+            plan = make_plan(
+                model,
+                pinned,
+                machine,
+                task,
+                host_bytes=room.nbytes // num,
+                is_sparing=False,
+            )
+        except DoesNotFitError as error:
+            if room is most and asked.device_memory == "auto":
+                raise
+            refused: Exception = error
+        except PolicyError as error:
+            refused = error
+            break
+        else:
+            return Chosen(_resolved(asked, plan, num), plan, room)
+    return Chosen(asked, note=f"nothing is planned or predicted: {refused}")
+
+
+def mean_length(inputs: Inputs) -> int:
+    """Tokens of a row, about: by the letters of the first ones. Of a stream, whose rows
+    come only once, 128."""
+    if inputs.is_stream:
+        return _USUAL_TOKENS
+    try:
+        with closing(inputs.rows(Position())) as found:
+            letters = [_letters(row.row) for row in islice(found, _LOOKED_AT)]
+    except PenstockError:  # raised again by who reads them all
+        return _USUAL_TOKENS
+    mean = sum(letters) / len(letters) if any(letters) else 0.0
+    return max(8, round(mean / _LETTERS_PER_TOKEN)) if mean else _USUAL_TOKENS
+
+
+def _letters(row: Mapping[str, Any]) -> int:
+    return sum(len(str(row[key])) for key in _TEXTS if key in row)
+
+
+def rooms(*, own: int, available: int, installed: int, total: int) -> list[Room]:
+    """What to try, the first that does: within a limit, all of it; else half of what is
+    free, as others use the machine, and all that is free. The process has `own` bytes
+    already. Pure."""
+    if installed < total:
+        return [Room(min(installed, own + available), installed, True)]
+    return [Room(own + part, total, False) for part in (available // 2, available)]
+
+
+OLDER = "the job was begun by a version that chose nothing, and goes on as it was"
+_NO_GPU = (
+    "nothing is planned or predicted: run penstock machine --device {}, once, which "
+    "measures it"
+)
+
+
+def _resolved(asked: Policy, plan: Plan, num: int) -> Policy:
+    """`asked` and what the plan says of the rest; what several processes share is
+    divided among them elsewhere."""
+    found = plan.policy.model_dump(mode="json", exclude_unset=True)
+    keys = [*KEPT, *(_MEMORY if num == 1 else ())]
+    values = {key: found[key] for key in keys if key in found}
+    if asked.dtype == "auto":
+        values["dtype"] = plan.dtype
+    given = asked.model_dump(mode="json", exclude_unset=True)
+    return _with(asked, {k: v for k, v in values.items() if given.get(k) != v})
+
+
+def _with(policy: Policy, values: Mapping[str, Any]) -> Policy:
+    """Keeps where the user wrote each key, for error messages."""
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return policy.with_settings(settings) if settings else policy
+
+
+def _words(plan: Plan, room: Room, *, is_begun: bool) -> list[str]:
+    choice, policy = plan.choice, plan.policy
+    is_here = plan.machine.device == "cpu"
+    lacks = is_here and not has_dtype(plan.dtypes.own.dtype)
+    is_open = plan.asked.dtype == "auto"
+    dtype = f"{plan.dtype} (as the job began)"
+    if not is_begun:
+        dtype = dtype_words(plan.dtypes, is_open=is_open, lacks=lacks)
+    found = [f"computing in {dtype}"]
+    if isinstance(policy.device_memory, int) and is_here:
+        need = choice.need.beside_weights(policy.kv.tier, is_shared=True)[0]
+        nbytes = policy.device_memory + need + RUNTIME_BYTES
+        found.append(f"at most {human_bytes(nbytes)} of {room.words}")
+    what = "sequences" if plan.task.generates else "tokens"
+    found.append(f"{plan.task.in_flight(policy):,} {what} a pass")
+    by = " (quick estimate)" if plan.machine.is_estimate else ""
+    binds = "computing" if choice.prediction.binds == "compute" else ""
+    rate = f"{choice.rate:,.0f}" if choice.rate >= 10 else f"{choice.rate:.1f}"
+    found.append(f"predicted {rate} tokens/s{by}")
+    found.append(f"{binds or choice.prediction.binds} binds")
+    return found

@@ -1,0 +1,58 @@
+"""Tries settings by the plan, before they are advised."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...io.errors import PenstockError
+from ..machines.machine import Machine
+from ..policy import Policy
+from ..weights.blueprint import blueprint
+from .planned import Choice, Task
+from .planner import Planner
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The checkpoint `model` on a machine, under what the user asked for and what was
+    chosen beside it."""
+
+    model: Path
+    policy: Policy
+    machine: Machine
+    task: Task
+
+    def __call__(self, settings: Mapping[str, Any]) -> Choice | None:
+        """What the policy with `settings` would do; None where that does not fit, or is
+        no policy."""
+        try:
+            values = self.policy.model_dump(exclude_unset=True)
+            policy = Policy(**_merged(values, settings))
+            skeleton, _ = blueprint(
+                self.model,
+                policy.dtype,
+                trust_remote_code=policy.trust_remote_code,
+            )
+            planner = Planner(
+                skeleton.model,
+                skeleton.recipes,
+                self.machine,
+                policy,
+                self.task,
+                is_sparing=False,
+            )
+            return planner.choose()
+        except PenstockError:
+            return None
+
+
+def _merged(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` over `values`, sections key by key."""
+    found = dict(values)
+    for key, value in settings.items():
+        old = found.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = _merged(old, value)
+        found[key] = value
+    return found
