@@ -93,7 +93,7 @@ class AIOBlock:
     def buffer_list(self, buffers: Iterable[memoryview]) -> None:
         self._buffers = tuple(buffers)
         places = [
-            (ctypes.addressof(ctypes.c_char.from_buffer(b)), len(b))
+            _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(b)), len(b))
             for b in self._buffers
         ]
         self._iovecs = (_Iovec * len(places))(*places)

@@ -550,7 +550,7 @@ def test_without_a_compiler_blocks_run_eagerly_and_say_why(
         for _ in range(2):
             with penstock.sweep(net) as sweep:
                 assert same(sweep.map(net, items), expected)
-        (said,) = penstock.statistics(net).fallbacks
+        said = penstock.statistics(net).fallbacks[0]  # what dynamo counted may follow
     assert said.startswith("Block is not compiled and runs eagerly: ")
     assert "compiler" in said.lower()
 

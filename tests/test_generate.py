@@ -181,7 +181,7 @@ def test_beams_and_several_completions_are_transformers_own(
     assert all(len(set(result["completions"])) > 1 for result in several)
 
 
-@pytest.mark.parametrize("in_flight", [8, 64, 512])
+@pytest.mark.parametrize("in_flight", shared([8, 64, 512], lambda n, _: n < 2))
 def test_weights_are_read_once_for_all_sequences_in_flight(
     in_flight: int, folder: Path
 ) -> None:
