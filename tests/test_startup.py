@@ -105,7 +105,7 @@ def test_the_benchmark_of_the_start_times_every_stage(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     stages = found["penstock"]["stages"]
-    assert list(stages)[0] == "import torch"
+    assert next(iter(stages)) == "import torch"
     assert list(stages)[-2:] == ["first block", "all"]
     assert found["penstock"]["num_modules"] > 1000
     assert list(found["ceiling"]["stages"]) == [
