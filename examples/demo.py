@@ -24,7 +24,7 @@ TEXTS = HERE / "texts.jsonl"
 COMMAND = Path(sys.executable).with_name("penstock")
 """The command line that is installed beside this Python."""
 SECONDS = 60.0
-LETTERS_PER_TOKEN = 4.0
+LETTERS_PER_TOKEN = 2.0  # of a tokenizer that was trained on little
 LEAST_ROWS = 4
 
 
