@@ -14,6 +14,8 @@ from .counters import Statistics
 from .engine import Engine
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
+from .settings.memory_budget import Use
+from .settings.room import coming_with, room_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,13 +33,21 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
     """
+    return load_for("any", path, policy)
+
+
+def load_for(use: Use, path: str | Path, policy: Policy | None = None) -> Any:
+    """As `load`, for a known use, which decides on what memory is best for."""
     from .weights import hf  # transformers takes seconds to import
 
     policy = policy or Policy()
     check_installed(policy)
     checkpoint = open_checkpoint(path)
     skeleton = hf.build(checkpoint, policy.dtype)
-    engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+    room = room_for(policy, coming_with(Path(path)))
+    engine = build(
+        skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
+    )
     return _attach(skeleton.model, engine)
 
 
@@ -55,7 +65,8 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
     try:
-        engine = build(module, spilled.checkpoint, spilled.recipes, policy)
+        room = room_for(policy)
+        engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
     except BaseException:
         spilled.restore(module)
         raise

@@ -77,9 +77,14 @@ class Policy(Section):
     dtype: DtypeName = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
     the checkpoint's. Another one is cast on the way in."""
+    memory: AutoBytes = "auto"
+    """Bytes of the machine's memory that the whole process may take: Python and its
+    libraries, weights, activations, keys and values, buffers. Sizes that are `auto`
+    are parts of it. `auto` is what is free when the model is loaded, by the machine
+    and by the cgroups of the process, less a sixteenth. With a GPU: the host's part."""
     device_memory: AutoBytes = "auto"
-    """Bytes of the working set: streamed slots and resident weights. `auto` is half of
-    the memory that is free, at most the model."""
+    """Bytes of the working set: streamed slots and resident weights. `auto` is its part
+    of `memory` or, on a GPU, half of what is free there; at most the model."""
     peer: dict[DeviceName, Bytes] = Field(default_factory=dict)
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
@@ -105,8 +110,9 @@ class Policy(Section):
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
     """Bytes that the suspended micro-batches of a sweep may keep alive together: in the
-    device's memory or, with `activations: host`, in the host's. `auto` is a quarter of
-    the memory that is free when a sweep starts without a width."""
+    device's memory or, with `activations: host`, in the host's. `auto` is its part of
+    `memory`; on a GPU, a quarter of what is free when a sweep starts without a
+    width."""
     activations: Literal["device", "host"] = "device"
     """Where a suspended micro-batch keeps its hidden states, masks and caches. With
     `host` the device holds only those of the one that computes and of its neighbours.

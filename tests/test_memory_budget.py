@@ -1,8 +1,12 @@
 """How the memory of one process is divided."""
 
+import itertools
+
 import pytest
 
-from penstock.io.errors import DoesNotFitError
+from penstock.io.errors import DoesNotFitError, PolicyError
+from penstock.offload.policy import Policy
+from penstock.offload.settings.installed import Installed, over_budget
 from penstock.offload.settings.memory_budget import (
     LEAST_HEAP,
     MOST_HEAP,
@@ -50,7 +54,7 @@ def test_the_parts_never_make_more_than_the_whole(mib: int, use: Use) -> None:
 @pytest.mark.parametrize("use", USES)
 def test_more_memory_makes_no_part_smaller(use: Use) -> None:
     budgets = [divided(mib, use) for mib in range(803, 9000, 97)]
-    for less, more in zip(budgets, budgets[1:], strict=False):
+    for less, more in itertools.pairwise(budgets):
         assert more.weights >= less.weights
         assert more.activations >= less.activations
 
@@ -116,3 +120,20 @@ def test_a_budget_is_one_line_for_people() -> None:
     assert str(divide_memory(free, WISH, "rows")).startswith(
         "1.2 GiB of memory that is"
     )
+
+
+def test_sizes_that_make_more_than_the_memory_are_refused_with_their_names() -> None:
+    with pytest.raises(PolicyError, match=r"host_memory .* \+ device_memory .* make"):
+        Policy(memory="1GiB", device_memory="800MiB", host_memory="300MiB")
+    with pytest.raises(PolicyError, match="device_memory 1.0 GiB"):
+        Policy(memory="1GiB", device_memory="1GiB")
+    assert Policy(memory="1GiB", device_memory="800MiB").memory == 1 << 30
+    on_gpu = Policy(memory="1GiB", device="cuda", device_memory="20GiB")
+    assert on_gpu.device_memory == 20 << 30
+
+
+def test_more_memory_than_there_is_is_refused() -> None:
+    installed = Installed(host_bytes=1 << 30, disk_bytes=1 << 40)
+    (problem,) = over_budget(Policy(memory="2GiB"), installed)
+    assert "memory of 2.0 GiB is more than the memory of this machine" in problem.text
+    assert over_budget(Policy(memory="1GiB"), installed) == []

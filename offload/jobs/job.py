@@ -155,7 +155,7 @@ class Job:
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.work.progress
-        with Loaded(self.model, self.policy) as loaded:
+        with Loaded(self.model, self.policy, self.work.use) as loaded:
             began = time.perf_counter()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):

@@ -112,9 +112,10 @@ class Planner:
 
     @property
     def budget(self) -> Budget:
-        """What the machine has, less the runtime."""
-        machine = self.machine
-        host = int(machine.host_memory * USABLE) - RUNTIME_BYTES
+        """What the machine has, or the policy's `memory` of it, less the runtime."""
+        machine, asked = self.machine, self.policy.memory
+        host = int(machine.host_memory * USABLE)
+        host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
         if machine.device_memory is None:
             return Budget(host, host, is_shared=True)
         return Budget(int(machine.device_memory * USABLE), host, is_shared=False)

@@ -69,6 +69,8 @@ class MemoryBudget:
     activations: int
     """Of the micro-batches that wait and of the one that computes, with the keys and
     values that transformers' own caches keep."""
+    computing: int = 0
+    """Of those: what the one that computes takes for a while."""
     kv: int = 0
     """Of a store of keys and values that the policy gives no limits."""
     heap: int = MOST_HEAP
@@ -76,6 +78,17 @@ class MemoryBudget:
     is_asked: bool = False
     is_tight: bool = field(default=False, compare=False)
     """Whether not all that the policy would have in flight has room."""
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that suspended micro-batches may hold together."""
+        return max(self.activations - self.computing, 0)
+
+    def limit(self, *, has_width: bool) -> int | None:
+        """Bytes that the suspended micro-batches of a sweep are held to. None for one
+        whose width is bounded and has room, as far as anybody knows."""
+        is_roomy = not (self.is_tight or self.is_asked)
+        return None if has_width and is_roomy else self.waiting
 
     def __str__(self) -> str:
         """In one line, for people."""
@@ -133,6 +146,7 @@ def divide_memory(room: MemoryRoom, wish: MemoryWish, use: Use) -> MemoryBudget:
         runtime=room.runtime,
         fixed=wish.fixed,
         **parts,
+        computing=wish.least_activations,
         is_asked=room.is_asked,
         is_tight=parts["activations"] < wish.activations,
     )
