@@ -135,5 +135,5 @@ def test_sizes_that_make_more_than_the_memory_are_refused_with_their_names() -> 
 def test_more_memory_than_there_is_is_refused() -> None:
     installed = Installed(host_bytes=1 << 30, disk_bytes=1 << 40)
     (problem,) = over_budget(Policy(memory="2GiB"), installed)
-    assert "memory of 2.0 GiB is more than the memory of this machine" in problem.message
+    assert problem.message.startswith("memory of 2.0 GiB is more than the memory of")
     assert over_budget(Policy(memory="1GiB"), installed) == []
