@@ -24,6 +24,7 @@ from .monitoring.heap import Heap
 from .policy import Policy
 from .readers import memory_alignment_of
 from .settings.contradictions import without_effect
+from .settings.memory_budget import MemoryRoom, Use
 from .tiers import Tiers, open_device, transfer_of
 from .units.arrangement import arrange
 from .units.division import check_overlap
@@ -45,13 +46,18 @@ def build(
     checkpoint: Checkpoint,
     recipes: Mapping[str, Recipe],
     policy: Policy,
+    *,
+    room: MemoryRoom,
+    use: Use = "any",
 ) -> Engine:
-    """Streams the tensors of `recipes` (by their names in `model`) from `checkpoint`.
+    """Streams the tensors of `recipes` (by their names in `model`) from `checkpoint`,
+    in the memory that `room` has, for what it is to be used for.
 
-    Raises DoesNotFitError, saying the least that works, when device_memory is too
-    small. Nothing is left open when it raises.
+    Raises DoesNotFitError, saying the least that works, when that or device_memory is
+    too small. Nothing is left open when it raises.
     """
     device = open_device(policy.device)
+    on_gpu = device.free_bytes()
     arranged = arrange(
         model,
         recipes,
@@ -59,12 +65,17 @@ def build(
         partial(transfer_of, device.is_host, policy),
         is_host=device.is_host,
         memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
-        free_bytes=device.free_bytes(),
+        room=room,
+        device_bytes=None if on_gpu is None else on_gpu // 2,
+        use=use,
     )
+    budget = arranged.budget
+    assert budget is not None, "there is room to divide"
     places, recipes = arranged.places, arranged.recipes
     division, capacity = arranged.division, arranged.capacity
     found, transfers = division.found, division.transfers
-    fallbacks = (*check_overlap(division, capacity), *_announce(policy))
+    part_of = budget if policy.device_memory == "auto" and device.is_host else None
+    fallbacks = (*check_overlap(division, capacity, part_of), *_announce(policy))
     timeline = Timeline()
     record = timeline.record
     tiers = Tiers(
@@ -93,8 +104,8 @@ def build(
             found, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
         working_set = _working_set(found, transfers, capacity, tiers, record)
-        doors = _doors(found, working_set, binding)
-        kv = open_kv(model, device, policy, tiers.pin, record)
+        doors = _doors(found, working_set, binding, Heap(budget.heap))
+        kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
         if kv is not None:
             opened.callback(kv.close)
         joins = policy.coalesce != "off" and not policy.compile
@@ -103,6 +114,7 @@ def build(
             model,
             policy,
             arrangement=arranged,
+            budget=budget,
             tiers=tiers,
             buffers=_move_buffers(model, places, device),
             working_set=working_set,
@@ -186,9 +198,9 @@ def _working_set(
     )
 
 
-def _doors(found: Found, working_set: WorkingSet, binding: Binding) -> Doors:
-    heap = Heap()
-
+def _doors(
+    found: Found, working_set: WorkingSet, binding: Binding, heap: Heap
+) -> Doors:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
         heap.trim()  # the site before this one has freed its activations
         binding.bind(site, offsets)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..io.kv_count import KvStatistics
+from .settings.memory_budget import MemoryBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,8 @@ class Statistics:
     """Bytes of all the weights, tied ones once, in the dtype they compute in."""
     device_memory_bytes: int
     """The working set's budget."""
+    budget: MemoryBudget
+    """How the memory of the process was divided when the model was loaded."""
     bytes_by_tier: Mapping[str, int]
     """Where the weights are: `device` (resident), `host` (read once, used where they
     lie) and `disk` (streamed)."""

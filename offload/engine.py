@@ -22,8 +22,9 @@ from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .counters import Statistics
 from .kv.tiers import KvTiers
-from .monitoring.memory import available_bytes, peak_resident_bytes
+from .monitoring.memory import peak_resident_bytes
 from .policy import Policy
+from .settings.memory_budget import MemoryBudget
 from .sweeps import Sweeps
 from .tiers import Tiers
 from .units.arrangement import Arrangement
@@ -38,11 +39,8 @@ _log = logging.getLogger("penstock")
 
 
 class Engine:
-    """Owns everything that streams one model: arena, reader, threads, hooks.
-
-    Made by `build`; closed once, by `close`. The model keeps working in between, for
-    plain calls and for sweeps.
-    """
+    """Owns everything that streams one model: arena, reader, threads, hooks. Made by
+    `build`; closed once, by `close`. The model keeps working in between."""
 
     def __init__(
         self,
@@ -50,6 +48,7 @@ class Engine:
         policy: Policy,
         *,
         arrangement: Arrangement,
+        budget: MemoryBudget,
         tiers: Tiers,
         buffers: MovedBuffers,
         working_set: WorkingSet,
@@ -69,6 +68,7 @@ class Engine:
         self.arrangement = arrangement
         self.found = found = arrangement.division.found
         self.recipes = arrangement.recipes
+        self.budget = budget
         self.timeline = timeline
         self._tiers = tiers
         self._buffers = buffers
@@ -94,8 +94,7 @@ class Engine:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
-        kind, units = type(self.model).__name__, len(self.found.units)
-        return f"<Engine: {kind}, {units} units, {state}>"
+        return f"<Engine: {type(self.model).__name__}, {state}>"
 
     def start(self) -> None:
         """Loads what is resident, hooks the sites, and fetches the first of them."""
@@ -141,15 +140,11 @@ class Engine:
         self, width: Width, seed: int | None, *, coalesce: bool | None = None
     ) -> Sweep:
         """A sweep over this model; ends with it at the latest."""
-        # A number is the caller's own bound.
-        limit = None if isinstance(width, int) else self._free_bytes() // 4
-        if self.policy.activation_memory != "auto":
-            limit = self.policy.activation_memory
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._gate,
             width=width,
-            activation_bytes=limit,
+            activation_bytes=self._activation_bytes(isinstance(width, int)),
             seed=seed,
             devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
@@ -173,11 +168,14 @@ class Engine:
             )
         return Coalescing(self.row_wise, self._row_order)
 
-    def _free_bytes(self) -> int:
-        """Of the memory that suspended micro-batches take."""
-        is_there = self.policy.activations == "device"
-        on_gpu = self._tiers.device.free_bytes() if is_there else None
-        return available_bytes() if on_gpu is None else on_gpu
+    def _activation_bytes(self, has_width: bool) -> int | None:
+        """What suspended micro-batches may hold; None: what a width bounds."""
+        if self.policy.activation_memory != "auto":
+            return self.policy.activation_memory
+        on_gpu = self._tiers.device.free_bytes()
+        if on_gpu is None or self.policy.activations == "host":
+            return self.budget.limit(has_width=has_width)
+        return None if has_width else on_gpu // 4
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
         """The name of the tensor that a module's `parameters` hold under `key`."""
@@ -210,6 +208,7 @@ class Engine:
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
+            budget=self.budget,
             bytes_by_tier=by_tier,
             reader=reader.name,
             bytes_read=self._tiers.bytes_read(),

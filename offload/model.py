@@ -16,6 +16,8 @@ from .counters import Statistics
 from .engine import Engine
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
+from .settings.memory_budget import Use
+from .settings.room import coming_with, room_for
 from .startup import rare_collections
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,6 +43,13 @@ def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> 
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
     """
+    return load_for("any", path, policy)
+
+
+def load_for(
+    use: Use, path: str | Path, policy: Policy | Mapping[str, Any] | None = None
+) -> Any:
+    """As `load`, for a known use, which decides on what memory is best for."""
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
 
@@ -50,7 +59,10 @@ def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> 
     skeleton = hf.build(
         checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
     )
-    engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+    room = room_for(policy, coming_with(Path(path)))
+    engine = build(
+        skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
+    )
     return _attach(skeleton.model, engine)
 
 
@@ -71,7 +83,8 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
     try:
-        engine = build(module, spilled.checkpoint, spilled.recipes, policy)
+        room = room_for(policy)
+        engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
     except BaseException:
         spilled.restore(module)
         raise

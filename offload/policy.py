@@ -88,9 +88,14 @@ class Policy(Section):
     than the checkpoint's is cast on the way in. `auto`: for `penstock.load` and `wrap`
     the checkpoint's, as in transformers; jobs, `plan` and `tune` take float32 where a
     CPU emulates the checkpoint's 16 bits, if that is faster by the plan and fits."""
+    memory: AutoBytes = "auto"
+    """Bytes of the machine's memory that the whole process may take: Python and its
+    libraries, weights, activations, keys and values, buffers. Sizes that are `auto`
+    are parts of it. `auto` is what is free when the model is loaded, by the machine
+    and by the cgroups of the process, less a sixteenth. With a GPU: the host's part."""
     device_memory: AutoBytes = "auto"
-    """Bytes of the working set: streamed slots and resident weights. `auto` is half of
-    the memory that is free, at most the model; in jobs, what the plan has room for."""
+    """Bytes of the working set: streamed slots and resident weights. `auto` is its part
+    of `memory` or, on a GPU, half of what is free there; at most the model."""
     peer: dict[DeviceName, Bytes] = Field(default_factory=dict)
     """Bytes of weights that stay on other GPUs, by device: `{"cuda:1": "40GiB"}`. With
     `cpu`, host memory plays the part of another GPU."""
@@ -116,8 +121,9 @@ class Policy(Section):
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"
     """Bytes that the suspended micro-batches of a sweep may keep alive together: in the
-    device's memory or, with `activations: host`, in the host's. `auto` is a quarter of
-    the memory that is free when a sweep starts without a width."""
+    device's memory or, with `activations: host`, in the host's. `auto` is its part of
+    `memory`; on a GPU, a quarter of what is free when a sweep starts without a
+    width."""
     activations: Literal["device", "host"] = "device"
     """Where a suspended micro-batch keeps its hidden states, masks and caches. With
     `host` the device holds only those of the one that computes and of its neighbours.

@@ -166,13 +166,14 @@ def room(**changed: Any) -> Room:
 
 def test_what_is_auto_is_divided_and_what_was_said_is_for_each() -> None:
     found = divided(Policy(), 4, room())
-    assert {policy.device_memory for policy in found.policies} == {2 * GIB}
-    assert "auto is 2,147,483,648 bytes for each of 4 workers" in found.notes[0]
-    small = divided(Policy(), 4, room(model_bytes=GIB))
-    assert small.policies[0].device_memory == GIB
+    assert {policy.device_memory for policy in found.policies} == {"auto"}
+    assert {policy.memory for policy in found.policies} == {31 * GIB // 4}
+    assert "8,321,499,136 bytes are for each of 4 workers" in found.notes[0]
+    asked = divided(Policy(memory="4GiB"), 3, room(taken_bytes=GIB))
+    assert {policy.memory for policy in asked.policies} == {GIB}
     said = divided(Policy(device_memory="1GiB"), 4, room())
     assert {policy.device_memory for policy in said.policies} == {GIB}
-    assert "4,294,967,296 bytes together" in said.notes[0]
+    assert "4,294,967,296 bytes together" in said.notes[1]
     assert (threads_of(8, 3), threads_of(2, 4)) == (2, 1)
 
 
@@ -180,6 +181,7 @@ def test_workers_share_host_memory_unless_they_are_told_not_to() -> None:
     found = divided(Policy(host_memory="1GiB"), 2, room())
     assert all(policy.host_shared for policy in found.policies)
     assert any("host_shared: true" in note for note in found.notes)
+    assert {policy.memory for policy in found.policies} == {16 * GIB}, "one copy"
     told = divided(Policy(host_memory="1GiB", host_shared=False), 2, room())
     assert not any(policy.host_shared for policy in told.policies)
     assert not divided(Policy(), 2, room()).policies[0].host_shared
@@ -200,6 +202,9 @@ def test_keys_and_values_that_nobody_said_are_divided() -> None:
     policy = Policy(device_memory="1GiB", kv={"tier": "host", "limits": {"host": 7}})
     (found, _), _ = divided(policy, 2, room())
     assert found.kv.limits == {"host": 7, "disk": 32 * GIB}
+    policy = Policy(device="cuda", kv={"tier": "device"})
+    (found, _), _ = divided(policy, 2, room())
+    assert found.kv.limits == {"device": 4 * GIB, "disk": 32 * GIB}, "host: of memory"
     (plain, _), _ = divided(Policy(device_memory="1GiB"), 2, room())
     assert plain.kv.limits == {}
 

@@ -47,6 +47,8 @@ def on_this_computer(policy: Policy, model_bytes: int) -> list[str]:
         "gather_rows": 4096,
         "resident_below": 512,
     }
+    if policy.memory != "auto":
+        found["memory"] = "auto"  # this process has tests, too
     if policy.host_memory is not None:
         found["host_memory"] = third
     if policy.peer:

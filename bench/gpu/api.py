@@ -28,6 +28,7 @@ from penstock import Policy
 from penstock.io.checkpoint import Checkpoint, open_checkpoint
 from penstock.offload.build import build
 from penstock.offload.model import _attach
+from penstock.offload.settings.room import room_for
 from penstock.offload.tasks.head import CausalScorer
 from penstock.offload.weights import hf
 
@@ -91,7 +92,8 @@ def streamed(
     with checkpoint_folder(part, shape) as folder:
         checkpoint = repeated(folder, shape, num_layers)
         skeleton = hf.build(checkpoint, "bfloat16")
-        engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+        room = room_for(policy)
+        engine = build(skeleton.model, checkpoint, skeleton.recipes, policy, room=room)
         model: Any = _attach(skeleton.model, engine)
         try:
             yield model

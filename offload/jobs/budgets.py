@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..settings.contradictions import KV_TIERS
+from ..settings.contradictions import KV_TIERS, keeps_kv
+from ..settings.memory_budget import reserve_of
 
 if TYPE_CHECKING:
     from ..policy import Policy
@@ -20,6 +21,8 @@ class Room:
     `disk`."""
     model_bytes: int
     """At most, in the dtype that it computes in."""
+    taken_bytes: int = 0
+    """Of the host's memory, by the process that hands the rows out."""
 
 
 class Budgets(NamedTuple):
@@ -40,18 +43,23 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
     if policy.device == "cuda" and room.num_gpus > 1:
         devices = [f"cuda:{index % room.num_gpus}" for index in range(num)]
         sharing = -(-num // room.num_gpus)
-    if policy.device_memory == "auto":
+    is_shared = policy.host_shared or "host_shared" not in policy.model_fields_set
+    shared = policy.host_memory if policy.host_memory and is_shared else 0
+    memory = _memory_of_each(policy, num, room, shared)
+    settings.append(f"memory={memory}")
+    notes.append(f"memory: {memory:,} bytes are for each of {num} workers")
+    if policy.device_memory == "auto" and policy.device != "cpu":
         share = min(room.free_bytes["device"] // 2 // sharing, room.model_bytes)
         settings.append(f"device_memory={share}")
         notes.append(
             f"device_memory: auto is {share:,} bytes for each of {num} workers"
         )
-    else:
+    elif policy.device_memory != "auto":
         notes.append(
             f"device_memory: {policy.device_memory:,} bytes are for each of {num} "
             f"workers: {num * policy.device_memory:,} bytes together"
         )
-    if policy.host_memory and "host_shared" not in policy.model_fields_set:
+    if shared and not policy.host_shared:
         settings.append("host_shared=true")
         notes.append("host_shared: true, so that the workers share host_memory")
     settings += _of_kv(policy, num, sharing, room)
@@ -61,19 +69,31 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
     )
 
 
+def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
+    """Bytes of the host's memory that each process may take: the `shared` ones, which
+    all of them have in common, are in each one's."""
+    free = room.free_bytes["host"]
+    left = free - reserve_of(free)
+    if policy.memory != "auto":
+        left = policy.memory - room.taken_bytes
+    return max((left - shared) // num + shared, 1)
+
+
 def threads_of(num_threads: int, num: int) -> int:
     """Of each of `num` processes, of those that one would have."""
     return max(1, num_threads // num)
 
 
 def _of_kv(policy: "Policy", num: int, sharing: int, room: Room) -> list[str]:
-    """Budgets of keys and values that nobody said, as they are for one process."""
-    if policy.kv.tier == "auto" and policy.kv.dtype == "auto":
+    """Budgets of keys and values that nobody said, as they are for one process. In the
+    host's memory they are a part of each one's `memory`."""
+    if not keeps_kv(policy):
         return []
     first = "device" if policy.kv.tier == "auto" else policy.kv.tier
     found = []
+    in_memory = ("device", "host") if policy.device == "cpu" else ("host",)
     for tier in KV_TIERS[KV_TIERS.index(first) :]:
-        if tier not in policy.kv.limits:
+        if tier not in policy.kv.limits and tier not in in_memory:
             each = sharing if tier == "device" else num
             part = 1 if tier == "disk" else 2
             nbytes = room.free_bytes[tier] // part // each

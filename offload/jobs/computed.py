@@ -11,8 +11,9 @@ from ...io.closing import Closing
 from ...io.kv_count import KvStatistics
 from ...io.timeline import Span
 from ..counters import Statistics
-from ..model import engine_of, load, unwrap
+from ..model import engine_of, load_for, unwrap
 from ..policy import Policy
+from ..settings.memory_budget import Use
 from ..tasks.task_progress import Progress
 from ..tasks.text import load_tokenizer
 from .look import Look, look_at
@@ -36,8 +37,8 @@ class Loaded(Closing):
     """The checkpoint `model`, streamed as `policy` says, and its tokenizer. Raises what
     `load` raises, and UsageError where there is no tokenizer."""
 
-    def __init__(self, model: Path, policy: Policy) -> None:
-        self.model: Any = load(model, policy)
+    def __init__(self, model: Path, policy: Policy, use: Use = "any") -> None:
+        self.model: Any = load_for(use, model, policy)
         try:
             self.tokenizer: Any = load_tokenizer(
                 model, trust_remote_code=policy.trust_remote_code

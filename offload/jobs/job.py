@@ -184,7 +184,7 @@ class Job:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.work.progress
         policy = self._settled.policy
-        with Loaded(self.model, policy) as loaded:
+        with Loaded(self.model, policy, self.work.use) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):

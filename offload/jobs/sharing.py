@@ -13,7 +13,7 @@ from ...io.checkpoint import open_checkpoint
 from ...io.closing import Closing
 from ...io.errors import UsageError
 from ..files.parts import Part
-from ..monitoring.memory import available_bytes
+from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
@@ -127,5 +127,6 @@ def _room(model: Path, policy: Policy) -> Room:
             "host": free,
             "disk": shutil.disk_usage(there).free,
         },
+        taken_bytes=usage().resident_bytes,
         model_bytes=nbytes if policy.dtype == "auto" else _CAST * nbytes,
     )

@@ -8,6 +8,7 @@ from ..files.jsonl import ASKED_KEYS, PROMPT_KEYS, SCORED_KEYS, TEXT_KEYS
 from ..files.parts import Cut, NumberedRows
 from ..plans.planned import Task
 from ..policy import Policy
+from ..settings.memory_budget import Use
 from ..settings.values import Pooling
 from ..tasks.classify import classify_parts
 from ..tasks.embed import embed_parts
@@ -29,6 +30,11 @@ class Work(Protocol):
 
     @property
     def title(self) -> str: ...
+
+    @property
+    def use(self) -> Use:
+        """What it loads the model for."""
+        ...
 
     @property
     def progress(self) -> Progress: ...
@@ -62,6 +68,7 @@ class _OverTokens:
     """Work of which the tokens in flight share a pass, and are done after it."""
 
     __slots__ = ()
+    use: ClassVar[Use] = "rows"
     _passes_each: ClassVar[int] = 1
     _embeds: ClassVar[bool] = False
 
@@ -168,6 +175,7 @@ class ClassifyWork(_OverTokens):
 class GenerateWork:
     """Completes each row."""
 
+    use: ClassVar[Use] = "completions"
     max_new_tokens: int
     stop: Sequence[str] = ()
     seed: int = 0

@@ -141,7 +141,7 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 def _compute(link: Link, assignment: Assignment) -> None:
     work = assignment.work
-    with Loaded(assignment.model, assignment.policy) as loaded:
+    with Loaded(assignment.model, assignment.policy, work.use) as loaded:
         link.send("ready")
         with (
             _Looks(link, loaded, work),

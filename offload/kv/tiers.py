@@ -24,8 +24,8 @@ from ...io.pace import Pace
 from ...io.timeline import Record
 from ...scheduler.kv_budget import TIERS, KvBudget
 from ...scheduler.kv_store import KvStore, Place
-from ..monitoring.memory import available_bytes
 from ..policy import Policy, cache_folder
+from ..settings.contradictions import keeps_kv
 
 _KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -43,6 +43,7 @@ class KvTiers(Closing):
         policy: Policy,
         pin: Pin,
         record: Record,
+        free_bytes: int,
     ) -> None:
         from .cache import install  # transformers takes seconds to import
 
@@ -53,9 +54,12 @@ class KvTiers(Closing):
         self._policy = policy
         self._pin = pin
         self._record = record
+        self._free_bytes = free_bytes
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
+        if device.is_host and "device" in tiers and "host" not in kv.limits:
+            limits["host"] = 0  # the same memory: it has the room of both
         notes: list[str] = []
         with ExitStack() as opened:
             self._attends_there = self._attend_there(model, opened, notes)
@@ -182,14 +186,19 @@ class KvTiers(Closing):
             there = next(path for path in (folder, *folder.parents) if path.exists())
             return shutil.disk_usage(there).free
         on_gpu = self._device.free_bytes() if tier == "device" else None
-        return (available_bytes() if on_gpu is None else on_gpu) // 2
+        return self._free_bytes if on_gpu is None else on_gpu // 2
 
 
 def open_kv(
-    model: nn.Module, device: Device, policy: Policy, pin: Pin, record: Record
+    model: nn.Module,
+    device: Device,
+    policy: Policy,
+    pin: Pin,
+    record: Record,
+    free_bytes: int,
 ) -> KvTiers | None:
-    """None where the cache is to stay as transformers makes it."""
-    is_asked = policy.kv.tier != "auto" or policy.kv.dtype != "auto"
-    if not is_asked or not callable(getattr(model, "generate", None)):
+    """None where the cache is to stay as transformers makes it. `free_bytes` of the
+    host's memory are for keys and values that the policy gives no limit."""
+    if not keeps_kv(policy) or not callable(getattr(model, "generate", None)):
         return None
-    return KvTiers(model, device, policy, pin, record)
+    return KvTiers(model, device, policy, pin, record, free_bytes)

@@ -9,11 +9,13 @@ from typing import Any
 from ...io.files import ALIGNMENT
 from ...io.recipe import Recipe
 from ...scheduler.cost import CostModel
+from ...scheduler.memory_need import RUNTIME_BYTES
 from ...scheduler.packing import pack
 from ...scheduler.shape import MicroBatch, ModelShape, Settings
 from ...scheduler.workload import Generating, Scoring
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..settings.memory_budget import MemoryRoom, Use, reserve_of
 from ..tasks.prompt_chunk import prompt_chunk
 from ..tiers import transfer_of
 from ..units.arrangement import Arrangement, Arranger
@@ -66,6 +68,7 @@ class Forecaster:
         self._machine = machine
         self._generates = generates
         self._embeds = embeds
+        self._use: Use = "completions" if generates else "rows"
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
 
@@ -74,8 +77,13 @@ class Forecaster:
         small, and PolicyError."""
         is_host = policy.device == "cpu"
         machine = self._machine
-        free = machine.host_memory if is_host else machine.device_memory
-        arrangement = self._arranger(policy, is_host).arrange(policy, free)
+        on_gpu = machine.device_memory
+        arrangement = self._arranger(policy, is_host).arrange(
+            policy,
+            room=_room(machine, policy),
+            device_bytes=None if on_gpu is None else on_gpu // 2,
+            use=self._use,
+        )
         division = arrangement.division
         if division not in self._described:
             self._described[division] = _described(self._module, arrangement)
@@ -122,6 +130,17 @@ def of_arrangement(
     """The same of what is arranged already."""
     described = _described(module, arrangement)
     return _forecast(arrangement, *described, policy, machine, generates)
+
+
+def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
+    """Of the host's memory. None where the policy has a size for what goes there, as a
+    plan's has: the planner divides the rest."""
+    if policy.device != "cpu" or policy.device_memory != "auto":
+        return None
+    is_asked = policy.memory != "auto"
+    free = machine.host_memory
+    total = policy.memory if policy.memory != "auto" else free - reserve_of(free)
+    return MemoryRoom(total=total, runtime=RUNTIME_BYTES, is_asked=is_asked)
 
 
 def _described(module: Any, arrangement: Arrangement) -> tuple[ModelShape, str]:

@@ -116,11 +116,13 @@ class Planner:
 
     @property
     def budget(self) -> Budget:
-        """What the machine has, less the runtime."""
-        host = int(self.machine.host_memory * USABLE) - RUNTIME_BYTES
-        device = self.machine.device_memory
-        on_device = host if device is None else int(device * USABLE)
-        return Budget(on_device, host, is_shared=device is None)
+        """What the machine has, or the policy's `memory` of it, less the runtime."""
+        machine, asked = self.machine, self.policy.memory
+        host = int(machine.host_memory * USABLE)
+        host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
+        if machine.device_memory is None:
+            return Budget(host, host, is_shared=True)
+        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""

@@ -124,6 +124,7 @@ def make_report(
         "passes": statistics.passes,
         "model_bytes": statistics.model_bytes,
         "device_memory_bytes": statistics.device_memory_bytes,
+        "memory": {**asdict(statistics.budget), "in_words": str(statistics.budget)},
         "bytes_by_tier": dict(statistics.bytes_by_tier),
         "bytes_read": dict(statistics.bytes_read),
         "bytes_loaded": statistics.bytes_loaded,

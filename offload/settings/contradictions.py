@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..monitoring.show import human_bytes
 from .counts import PARTS
-from .origin import Problem
+from .origin import KeyPath, Problem
 
 if TYPE_CHECKING:
     from ..policy import Policy
@@ -20,6 +21,7 @@ def contradictions(policy: "Policy") -> list[Problem]:
         *_peers(policy),
         *_kv(policy),
         *_counts(policy),
+        *_memory(policy),
         *_others(policy),
     ]
 
@@ -49,10 +51,15 @@ def without_effect(policy: "Policy") -> list[str]:
         )
     if "peer" in policy.links and not policy.peer:
         found.append("links.peer has no effect: there is no peer")
-    keeps_kv = policy.kv.tier != "auto" or policy.kv.dtype != "auto"
-    if "host" in policy.links and policy.host_memory is None and not keeps_kv:
+    keeps_nothing = policy.host_memory is None and not keeps_kv(policy)
+    if "host" in policy.links and keeps_nothing:
         found.append("links.host has no effect: nothing is kept in host memory")
     return found
+
+
+def keeps_kv(policy: "Policy") -> bool:
+    """Whether keys and values have tiers of their own."""
+    return policy.kv.tier != "auto" or policy.kv.dtype != "auto"
 
 
 def _placement(policy: "Policy") -> Iterator[Problem]:
@@ -85,8 +92,7 @@ def _peers(policy: "Policy") -> Iterator[Problem]:
 
 def _kv(policy: "Policy") -> Iterator[Problem]:
     kv = policy.kv
-    is_off = kv.tier == "auto" and kv.dtype == "auto"
-    if is_off:
+    if not keeps_kv(policy):
         for name in ("limits", "staging_memory"):
             if name in kv.model_fields_set and getattr(kv, name) not in ({}, "auto"):
                 yield Problem(
@@ -124,6 +130,41 @@ def _counts(policy: "Policy") -> Iterator[Problem]:
                 f"least {least}",
                 ((part,), (whole,)),
             )
+
+
+def _memory(policy: "Policy") -> Iterator[Problem]:
+    """`memory` is all of the host's memory that the process takes."""
+    if policy.memory == "auto":
+        return
+    parts = dict(on_host(policy))
+    together = sum(parts.values())
+    if together >= policy.memory:
+        named = {".".join(key): human_bytes(nbytes) for key, nbytes in parts.items()}
+        names = " + ".join(f"{name} {size}" for name, size in named.items())
+        total = f" make {human_bytes(together)}" if len(parts) > 1 else ""
+        yield Problem(
+            f"memory is {human_bytes(policy.memory)}, but {names}{total}, and Python "
+            "and its libraries need some, too: raise memory, or leave sizes to auto",
+            (("memory",), *parts),
+        )
+
+
+def on_host(policy: "Policy") -> Iterator[tuple[KeyPath, int]]:
+    """What is taken from the host's memory, as far as it was said how much."""
+    is_cpu = policy.device == "cpu"
+    asked: dict[KeyPath, int | str | None] = {("host_memory",): policy.host_memory}
+    asked["kv", "limits", "host"] = policy.kv.limits.get("host")
+    if not is_cpu:
+        asked["staging_memory",] = policy.staging_memory
+    else:
+        asked["device_memory",] = policy.device_memory
+        asked["kv", "limits", "device"] = policy.kv.limits.get("device")
+    if is_cpu or policy.activations == "host":
+        asked["activation_memory",] = policy.activation_memory
+    asked["peer", "cpu"] = policy.peer.get("cpu")
+    for key, nbytes in asked.items():
+        if isinstance(nbytes, int):
+            yield key, nbytes
 
 
 def _others(policy: "Policy") -> Iterator[Problem]:

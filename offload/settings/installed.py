@@ -11,6 +11,7 @@ from ...io.errors import MachineError
 from ..monitoring.memory import installed_bytes
 from ..monitoring.show import human_bytes
 from ..policy import Policy, cache_folder
+from .contradictions import on_host as parts_of_host
 from .origin import KeyPath, Problem
 
 
@@ -37,9 +38,9 @@ def over_budget(policy: Policy, installed: Installed) -> list[Problem]:
     """The budgets of `policy` that `installed` does not hold: each alone and, of the
     host's memory, all together. Pure."""
     found: list[Problem] = []
-    on_host = dict(_on_host(policy))
+    on_host = dict(parts_of_host(policy))
     host_bytes, one = installed.host_bytes, "the memory of this machine"
-    for key, nbytes in [*on_host.items(), *_locked(policy)]:
+    for key, nbytes in [*on_host.items(), *_bounds(policy)]:
         found += _check(key, nbytes, host_bytes, one)
     together = sum(on_host.values())
     if not found and together > host_bytes:
@@ -71,26 +72,10 @@ def _check(key: KeyPath, nbytes: int, have: int, what: str) -> Iterator[Problem]
         )
 
 
-def _on_host(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
-    """What is taken from the host's memory, as far as it was said how much."""
-    is_cpu = policy.device == "cpu"
-    asked: dict[KeyPath, int | str | None] = {("host_memory",): policy.host_memory}
-    asked["kv", "limits", "host"] = policy.kv.limits.get("host")
-    if not is_cpu:
-        asked["staging_memory",] = policy.staging_memory
-    else:
-        asked["device_memory",] = policy.device_memory
-        asked["kv", "limits", "device"] = policy.kv.limits.get("device")
-    if is_cpu or policy.activations == "host":
-        asked["activation_memory",] = policy.activation_memory
-    asked["peer", "cpu"] = policy.peer.get("cpu")
-    for key, nbytes in asked.items():
-        if isinstance(nbytes, int):
-            yield key, nbytes
-
-
-def _locked(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
-    """A bound on parts of those, not a part itself."""
+def _bounds(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
+    """Bounds on parts of those or on all of them, no parts themselves."""
+    if policy.memory != "auto":
+        yield ("memory",), policy.memory
     if policy.pinned_memory != "auto":
         yield ("pinned_memory",), policy.pinned_memory
 

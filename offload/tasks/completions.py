@@ -65,6 +65,11 @@ class Completions:
             self._criteria.append(StopStringCriteria(tokenizer, list(stop)))
 
     @property
+    def num_beams(self) -> int:
+        """Sequences that each row goes on with."""
+        return int(self._config.num_beams or 1)
+
+    @property
     def is_one_by_one(self) -> bool:
         """Whether tokens are picked one after the other, row by row: no beams, no
         assistant."""

@@ -16,6 +16,7 @@ from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..policy import Policy
 from ..units.cache_kind import keeps_only_keys_and_values
+from .caches import Caches
 from .completions import Completions, Prompt
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
@@ -153,6 +154,7 @@ class _Generating:
         in_parts = keeps_only_keys_and_values(model)
         self._chunk = partial(prompt_chunk, policy, in_parts=in_parts)
         self._shrinks = in_parts and policy.coalesce != "off"
+        self._caches = Caches.of(self._engine, model, completions)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
@@ -167,7 +169,10 @@ class _Generating:
 
     def _has_room(self) -> bool:
         """Whether the next micro-batch, as large as it may be, finds its places."""
-        coming = len(self._groups[0].prompts) if self._groups else self._max_rows
+        prompts = self._groups[0].prompts if self._groups else []
+        if not self._caches.has_room(prompts):
+            return False
+        coming = len(prompts) or self._max_rows
         return self._progress.rows_in_flight + coming <= self._in_flight
 
     def _finished(self) -> Iterator[dict[str, Any]]:
@@ -200,7 +205,7 @@ class _Generating:
         groups = pack(
             [len(prompt.ids) for prompt in pool],
             max_tokens=self._max_tokens if is_whole else sys.maxsize,
-            max_rows=self._max_rows,
+            max_rows=self._caches.most_rows(pool, self._max_rows),
             min_fill=_MIN_FILL,
         )
         num_sharing = min(len(groups), self._in_flight // self._max_rows)
@@ -244,7 +249,7 @@ class _Generating:
         progress.micro_batches_done += 1
         in_flight = _InFlight(progress, len(prompts))
         try:
-            with torch.inference_mode():
+            with self._caches.holding(prompts), torch.inference_mode():
                 self._completions.run(
                     prompts,
                     self._count,

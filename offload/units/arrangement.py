@@ -12,8 +12,10 @@ from ...io.recipe import Recipe
 from ...io.transfer import Transfer
 from ...scheduler.placement import place
 from ..policy import Policy
+from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
 from .division import Divider, Division, capacity_of, check_least
 from .sites import Place
+from .wish import Wishes
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Arrangement:
     division: Division
     placement: tuple[str, ...]
     """The tier of each unit."""
+    budget: MemoryBudget | None = None
+    """Of the process; None where nobody said what there is."""
 
 
 class Arranger:
@@ -62,19 +66,39 @@ class Arranger:
             TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
         )
         self._is_host = is_host
+        self._wishes = Wishes(model, self._recipes, self._divider.divide)
 
-    def arrange(self, policy: Policy, free_bytes: int | None) -> Arrangement:
-        """For a device whose memory is the host's or has `free_bytes`. Raises
+    def arrange(
+        self,
+        policy: Policy,
+        *,
+        room: MemoryRoom | None,
+        device_bytes: int | None = None,
+        use: Use = "any",
+    ) -> Arrangement:
+        """With what the process may take of the host's memory (`room`; None: nobody
+        asks), and a device that has `device_bytes` for the working set. Raises
         DoesNotFitError, saying the least that works."""
-        divider = self._divider
+        divider, budget = self._divider, None
+        if room is not None:
+            wish = self._wishes.of(policy, use, is_host=self._is_host)
+            budget = divide_memory(room, wish, use)
+            if self._is_host:
+                device_bytes = budget.weights
         capacity = capacity_of(
-            policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=free_bytes
+            policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
         )
         division = divider.divide(capacity)
         check_least(divider.divide, capacity)
         placement = _placement(division, capacity, policy, is_host=self._is_host)
         return Arrangement(
-            self._places, self._recipes, self._gathered, capacity, division, placement
+            self._places,
+            self._recipes,
+            self._gathered,
+            capacity,
+            division,
+            placement,
+            budget,
         )
 
 
@@ -86,10 +110,12 @@ def arrange(
     *,
     is_host: bool,
     memory_alignment: int,
-    free_bytes: int | None,
+    room: MemoryRoom | None,
+    device_bytes: int | None,
+    use: Use = "any",
 ) -> Arrangement:
     """Divides `model` for a device whose memory is the host's (`is_host`) or has
-    `free_bytes`. Addresses that weights are read to are multiples of
+    `device_bytes` for it. Addresses that weights are read to are multiples of
     `memory_alignment`. Raises DoesNotFitError, saying the least that works."""
     arranger = Arranger(
         model,
@@ -99,7 +125,7 @@ def arrange(
         is_host=is_host,
         memory_alignment=memory_alignment,
     )
-    return arranger.arrange(policy, free_bytes)
+    return arranger.arrange(policy, room=room, device_bytes=device_bytes, use=use)
 
 
 def _placement(

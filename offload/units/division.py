@@ -13,8 +13,9 @@ from ...io.extent import align_down
 from ...io.layout import Layout, layout
 from ...io.recipe import Recipe
 from ...io.transfer import Transfer
-from ..monitoring.memory import available_bytes
+from ..monitoring.show import human_bytes
 from ..policy import Policy
+from ..settings.memory_budget import MemoryBudget
 from .sites import Found, Place, find, module_sizes
 
 _log = logging.getLogger("penstock")
@@ -25,18 +26,16 @@ def capacity_of(
     nbytes: Mapping[str, int],
     *,
     alignment: int,
-    free_bytes: int | None,
+    free_bytes: int,
 ) -> int:
-    """Bytes of the working set: as asked, or half of the device's `free_bytes` (None:
-    of the host's)."""
+    """Bytes of the working set: as asked, or as many of the `free_bytes` of its device
+    as the model has."""
     if policy.device_memory != "auto":
         # Slots at the end of the arena must start aligned, too.
         return align_down(policy.device_memory, alignment)
     # What is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
-    free = available_bytes() if free_bytes is None else free_bytes
-    wanted = max(min(free // 2, whole), 1 << 20)
-    return align_down(wanted, alignment)
+    return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,33 +144,48 @@ def needs(found: Found, sizes: Sequence[int]) -> tuple[int, list[int]]:
     return resident, by_site
 
 
+def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
+    """The least that works, of `capacity` and more: a larger budget keeps more resident
+    and so needs more; the first counts that does with what it asks for itself."""
+    while (needed := _needed(divide(capacity))) > capacity:
+        capacity = needed
+    return capacity
+
+
 def check_least(divide: Callable[[int], Division], capacity: int) -> None:
-    """A larger budget keeps more resident and so needs more: the least that works is
-    the first that does with what it asks for itself."""
-    least = capacity
-    while True:
-        resident, by_site = divide(least).needs()
-        largest = max(by_site, default=0)
-        if resident + largest <= least:
-            break
-        least = resident + largest
+    """Raises DoesNotFitError, naming the least that works."""
+    least = least_capacity(divide, capacity)
     if least > capacity:
+        resident, by_site = divide(least).needs()
         raise DoesNotFitError(
-            f"device_memory of {capacity} bytes is too small: {largest} bytes of the "
-            f"largest part and {resident} that are always needed make at least "
-            f"{least}; set device_memory to at least {least}"
+            f"device_memory of {capacity} bytes is too small: {max(by_site, default=0)}"
+            f" bytes of the largest part and {resident} that are always needed make at "
+            f"least {least}; set device_memory to at least {least}"
         )
 
 
-def check_overlap(division: Division, capacity: int) -> tuple[str, ...]:
-    """What is to be announced where two of the largest parts do not fit together."""
+def _needed(division: Division) -> int:
+    resident, by_site = division.needs()
+    return resident + max(by_site, default=0)
+
+
+def check_overlap(
+    division: Division, capacity: int, budget: MemoryBudget | None
+) -> tuple[str, ...]:
+    """What is to be announced where two of the largest parts do not fit together.
+    `capacity` is the policy's own, or a part of `budget`."""
     resident, by_site = division.needs()
     largest = max(by_site, default=0)
-    if resident + 2 * largest > capacity and len(by_site) > 1:
+    missing = resident + 2 * largest - capacity
+    if missing > 0 and len(by_site) > 1:
+        asked = f"device_memory of {capacity + missing} bytes"
+        given = f"{capacity}"
+        if budget is not None:
+            asked = f"memory of {human_bytes(budget.total + missing)}"
+            given = human_bytes(budget.total)
         message = (
-            f"no room to fetch beside the largest part: device_memory of "
-            f"{resident + 2 * largest} bytes would overlap reading and computing "
-            f"everywhere (it is {capacity})"
+            f"no room to fetch beside the largest part: {asked} would overlap reading "
+            f"and computing everywhere (it is {given})"
         )
         _log.warning(message)
         return (message,)

@@ -1,0 +1,151 @@
+"""What one model would do with the memory of its process, under a policy."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from ...io.kv_places import PENDING_BYTES
+from ...io.recipe import Recipe
+from ...scheduler.memory_need import generating_need, scoring_need
+from ...scheduler.shape import ModelShape
+from ..policy import Policy
+from ..settings.contradictions import keeps_kv
+from ..settings.memory_budget import MemoryWish, Use
+from .describe import describe
+from .division import Division, least_capacity
+
+_PAGES = 8192
+"""What is read in place takes up to two pages more than it has bytes."""
+_BUFFERS = 4
+"""Two for each of the two threads that cast and assemble."""
+_LOGIT_BYTES = 12
+"""In the model's dtype, in float32, and a temporary of that."""
+_LEAST_WORKSPACE = 8 << 20
+"""Of one micro-batch of a model that nobody can describe."""
+
+
+_PROMPT_TOKENS, _NEW_TOKENS = 128, 64
+"""Of a completion, as long as nobody has said what there is to complete."""
+
+
+class _Activations(NamedTuple):
+    computing: int
+    """Bytes of one micro-batch while it computes."""
+    waiting: int
+    """Of all that are in flight."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Works out wishes for one model: what policies have in common, once."""
+
+    model: Any
+    recipes: Mapping[str, Recipe]
+    divide: Callable[[int], Division]
+    """For a working set of so many bytes."""
+
+    def of(self, policy: Policy, use: Use, *, is_host: bool) -> MemoryWish:
+        """`is_host`: the weights that are computed with are in the host's memory."""
+        whole = sum(recipe.nbytes for recipe in self.recipes.values())
+        whole += _PAGES * (len(self.recipes) + 1)
+        division = self.divide(2 * whole)
+        need = self._need(division, policy, use)
+        waits_here = is_host or policy.activations == "host"
+        computing = max(need.computing if is_host else 0, _LEAST_WORKSPACE)
+        waiting = need.waiting if waits_here else 0
+        weights = self._weights(division, policy, whole) if is_host else {}
+        return MemoryWish(
+            fixed=_fixed(policy, division, whole, use, is_host=is_host),
+            **weights,
+            least_activations=computing,
+            activations=computing + waiting,
+            keeps_kv=keeps_kv(policy),
+        )
+
+    def _weights(
+        self, division: Division, policy: Policy, whole: int
+    ) -> dict[str, int]:
+        """From the least to all of them."""
+        if policy.device_memory != "auto":
+            names = ("least", "paired", "ahead", "whole")
+            taken = min(policy.device_memory, whole)
+            return {f"{name}_weights": taken for name in names}
+        resident, by_site = division.needs()
+        largest = max(by_site, default=0)
+        blocks = (
+            nbytes
+            for site, nbytes in zip(division.found.sites, by_site, strict=True)
+            if any(True for _ in site.module.children())
+        )
+        pairs = (one + other for one, other in pairwise([*by_site, *by_site[:1]]))
+        paired = resident + max(2 * max(blocks, default=0), *pairs, largest)
+        ahead = resident + (1 + policy.lookahead) * largest
+        return {
+            "least_weights": min(least_capacity(self.divide, 1) + _PAGES, whole),
+            "paired_weights": min(paired + _PAGES, whole),
+            "ahead_weights": min(ahead + _PAGES, whole),
+            "whole_weights": whole,
+        }
+
+    def _need(self, division: Division, policy: Policy, use: Use) -> "_Activations":
+        """Of what the policy has in flight."""
+        shape = self.shape(division)
+        if shape is None or not shape.hidden:
+            return _Activations(0, 0)
+        each = policy.micro_batch_tokens
+        logits = min(policy.logits_memory, each * shape.vocabulary * _LOGIT_BYTES)
+        computing = scoring_need(shape, 0, each, logits).activations
+        if use == "completions":
+            return _Activations(computing, _of_completions(shape, policy))
+        need = scoring_need(shape, policy.tokens_in_flight, each, logits)
+        return _Activations(computing, need.activations - computing)
+
+    def shape(self, division: Division) -> ModelShape | None:
+        """None for a module that says nothing of itself."""
+        config = getattr(self.model, "config", None)
+        if not hasattr(config, "get_text_config"):
+            return None
+        return describe(self.model, division, self.recipes, gathers_rows=False)
+
+
+def cache_bytes_per_token(
+    model: Any, division: Division, recipes: Mapping[str, Recipe]
+) -> int:
+    """Bytes that a token adds to a cache as transformers makes it; 0 for a module that
+    says nothing of itself."""
+    shape = Wishes(model, recipes, lambda _: division).shape(division)
+    return 0 if shape is None else shape.kv_bytes_per_token
+
+
+def _of_completions(shape: ModelShape, policy: Policy) -> int:
+    """Bytes that sequences in flight keep, with their keys and values unless those
+    have a store of their own."""
+    need = generating_need(
+        shape,
+        policy.sequences_in_flight,
+        _PROMPT_TOKENS,
+        _NEW_TOKENS,
+        policy.micro_batch_sequences,
+        chunk_tokens=1,
+    )
+    return need.activations + (0 if keeps_kv(policy) else need.kv)
+
+
+def _fixed(
+    policy: Policy, division: Division, whole: int, use: Use, *, is_host: bool
+) -> int:
+    """Bytes of buffers, and of what the policy gives a size."""
+    found = _BUFFERS * policy.io.bounce + (policy.host_memory or 0)
+    found = min(found, _BUFFERS * policy.io.bounce + whole)
+    found += min(policy.peer.get("cpu", 0), whole)
+    ways = int(not is_host or "disk" in policy.links) + len(policy.peer)
+    largest = max((plan.nbytes for plan in division.layouts), default=0)
+    asked = policy.staging_memory
+    found += ways * (3 * largest if asked == "auto" else max(asked, largest))
+    if use != "rows" and keeps_kv(policy):
+        limits = policy.kv.limits
+        if policy.memory != "auto":
+            found += limits.get("host", 0) + (is_host and limits.get("device", 0))
+        found += PENDING_BYTES if policy.kv.tier == "disk" else 0
+    return found
