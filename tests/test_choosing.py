@@ -13,15 +13,12 @@ from rich.console import Console
 from checkpoint import make_checkpoint
 from jobs import Killed
 from penstock import Policy
-from penstock.io.errors import DoesNotFitError
 from penstock.offload.jobs import choosing
 from penstock.offload.jobs.choosing import (
     Chosen,
-    Room,
     kept_of,
     left_open,
     restored,
-    rooms,
 )
 from penstock.offload.jobs.job import Job
 from penstock.offload.jobs.kept import begun_as
@@ -149,25 +146,29 @@ def test_a_manifest_of_a_version_that_chose_nothing_can_be_read() -> None:
     assert Manifest.from_json(old).chosen is None
 
 
-def test_within_a_limit_all_is_taken_and_else_half_of_what_is_free_first() -> None:
-    free, total = 10 * GIB, 24 * GIB
-    found = rooms(own=GIB, available=free, installed=total, total=total)
-    assert [room.nbytes for room in found] == [6 * GIB, 11 * GIB]
-    limited = rooms(own=GIB // 4, available=GIB, installed=GIB, total=total)
-    assert limited == [Room(GIB, GIB, True)]
-    assert limited[0].words == "1.0 GiB (cgroup limit)"
-
-
-def test_one_that_fits_into_no_memory_is_refused_and_one_with_a_size_is_not(
+def test_the_line_says_where_the_size_of_memory_comes_from(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who says how much knows more than an estimate of what is free."""
-    monkeypatch.setattr(choosing, "rooms", lambda **_: [Room(1 << 20, 1 << 20, True)])
-    with pytest.raises(DoesNotFitError):
-        choosing.choose(folder, policy(cache, EMULATED), Task())
-    sized = policy(cache, EMULATED, device_memory="8MiB")
-    found = choosing.choose(folder, sized, Task())
-    assert (found.policy, found.plan) == (sized, None)
+    asked = policy(cache, EMULATED, memory="3GiB")
+    assert "3.0 GiB of memory (as you set it)" in choose(folder, asked).words
+    free = choose(folder, policy(cache, EMULATED))
+    assert "what is free" in free.words or "cgroup" in free.words
+    monkeypatch.setattr(choosing, "installed_bytes", lambda: GIB)
+    limited = choose(folder, policy(cache, EMULATED))
+    assert "of the cgroup's limit of 1.0 GiB" in limited.words
+
+
+def choose(folder: Path, asked: Policy) -> Chosen:
+    return choosing.choose(folder, asked, Task())
+
+
+def test_one_that_cannot_be_planned_is_left_to_whoever_loads_it(
+    folder: Path, cache: Path
+) -> None:
+    """Who has the memory knows more than a forecast of it."""
+    small = policy(cache, EMULATED, memory="1MiB")
+    found = choose(folder, small)
+    assert (found.policy, found.plan) == (small, None)
     assert found.words.startswith("nothing is planned or predicted:")
 
 

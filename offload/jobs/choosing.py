@@ -12,18 +12,19 @@ import psutil
 from rich.console import Console
 
 from ...io.errors import DoesNotFitError, PenstockError, PolicyError
-from ...scheduler.memory_need import RUNTIME_BYTES
 from ..files.inputs import Inputs
 from ..files.parts import Position
 from ..machines.computer import has_dtype
 from ..machines.machine import Machine, find_machine
-from ..monitoring.memory import available_bytes, installed_bytes
+from ..monitoring.memory import installed_bytes
 from ..monitoring.show import human_bytes
 from ..plans.dtypes import dtype_words
 from ..plans.plan import Plan, make_plan
 from ..plans.planned import Task
 from ..plans.trial import Trial
 from ..policy import Policy
+from ..settings.memory_budget import MemoryRoom
+from ..settings.room import coming_with, room_for
 
 KEPT = (
     "dtype",
@@ -38,22 +39,6 @@ _TEXTS = ("text", "prompt", "completion", "messages")
 _LOOKED_AT = 64
 _LETTERS_PER_TOKEN = 4.0
 _USUAL_TOKENS = 128
-_MEMORY = ("device_memory", "host_memory", "activations", "kv")
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes of host memory that a job may take, and of what."""
-
-    nbytes: int
-    of_bytes: int
-    is_limit: bool
-    """Whether a limit of its control group is what there is of it."""
-
-    @property
-    def words(self) -> str:
-        limit = " (cgroup limit)" if self.is_limit else ""
-        return f"{human_bytes(self.of_bytes)}{limit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +48,7 @@ class Chosen:
     policy: Policy
     """As the user set it, with what was left open."""
     plan: Plan | None = None
-    room: Room | None = None
+    room: MemoryRoom | None = None
     note: str = ""
     """Why nothing is planned, where that is so."""
     is_begun: bool = False
@@ -120,40 +105,27 @@ def restored(asked: Policy, kept: Mapping[str, Any]) -> Policy:
 def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
     """What `asked` leaves open, for the checkpoint `model`, as the planner has it for
     one of `num` processes: by the file of `penstock machine` or by quick estimates of
-    this computer. Raises DoesNotFitError where no working set does, and what a wrong
-    checkpoint raises."""
+    this computer. Raises what a wrong checkpoint raises."""
     machine = find_machine(None, asked.io.cache)
     if machine is not None and machine.device != asked.device.partition(":")[0]:
         machine = None
     if machine is None and asked.device != "cpu":
         return Chosen(asked, note=_NO_GPU.format(asked.device))
     pinned = _with(asked, {"device": asked.device})
-    *sparing, most = rooms(
-        own=psutil.Process().memory_info().rss,
-        available=available_bytes(),
-        installed=installed_bytes(),
-        total=psutil.virtual_memory().total,
-    )
-    for room in (*sparing, most):
-        try:
-            plan = make_plan(
-                model,
-                pinned,
-                machine,
-                task,
-                host_bytes=room.nbytes // num,
-                is_sparing=False,
-            )
-        except DoesNotFitError as error:
-            if room is most and asked.device_memory == "auto":
-                raise
-            refused: Exception = error
-        except PolicyError as error:
-            refused = error
-            break
-        else:
-            return Chosen(_resolved(asked, plan, num), plan, room)
-    return Chosen(asked, note=f"nothing is planned or predicted: {refused}")
+    room = room_for(asked, coming_with(model))
+    try:
+        plan = make_plan(
+            model,
+            pinned,
+            machine,
+            task,
+            host_bytes=room.total // num,
+            is_sparing=False,
+        )
+    except (DoesNotFitError, PolicyError) as error:
+        # The planner's memory is a forecast: whoever loads the model knows.
+        return Chosen(asked, note=f"nothing is planned or predicted: {error}")
+    return Chosen(_resolved(asked, plan), plan, room)
 
 
 def mean_length(inputs: Inputs) -> int:
@@ -174,15 +146,6 @@ def _letters(row: Mapping[str, Any]) -> int:
     return sum(len(str(row[key])) for key in _TEXTS if key in row)
 
 
-def rooms(*, own: int, available: int, installed: int, total: int) -> list[Room]:
-    """What to try, the first that does: within a limit, all of it; else half of what is
-    free, as others use the machine, and all that is free. The process has `own` bytes
-    already. Pure."""
-    if installed < total:
-        return [Room(min(installed, own + available), installed, True)]
-    return [Room(own + part, total, False) for part in (available // 2, available)]
-
-
 OLDER = "the job was begun by a version that chose nothing, and goes on as it was"
 _NO_GPU = (
     "nothing is planned or predicted: run penstock machine --device {}, once, which "
@@ -190,12 +153,11 @@ _NO_GPU = (
 )
 
 
-def _resolved(asked: Policy, plan: Plan, num: int) -> Policy:
-    """`asked` and what the plan says of the rest; what several processes share is
-    divided among them elsewhere."""
+def _resolved(asked: Policy, plan: Plan) -> Policy:
+    """`asked` and what the plan says of the rest. Memory is divided when the model is
+    loaded, by what there is then."""
     found = plan.policy.model_dump(mode="json", exclude_unset=True)
-    keys = [*KEPT, *(_MEMORY if num == 1 else ())]
-    values = {key: found[key] for key in keys if key in found}
+    values = {key: found[key] for key in KEPT if key in found}
     if asked.dtype == "auto":
         values["dtype"] = plan.dtype
     given = asked.model_dump(mode="json", exclude_unset=True)
@@ -208,7 +170,7 @@ def _with(policy: Policy, values: Mapping[str, Any]) -> Policy:
     return policy.with_settings(settings) if settings else policy
 
 
-def _words(plan: Plan, room: Room, *, is_begun: bool) -> list[str]:
+def _words(plan: Plan, room: MemoryRoom, *, is_begun: bool) -> list[str]:
     choice, policy = plan.choice, plan.policy
     is_here = plan.machine.device == "cpu"
     lacks = is_here and not has_dtype(plan.dtypes.own.dtype)
@@ -217,10 +179,8 @@ def _words(plan: Plan, room: Room, *, is_begun: bool) -> list[str]:
     if not is_begun:
         dtype = dtype_words(plan.dtypes, is_open=is_open, lacks=lacks)
     found = [f"computing in {dtype}"]
-    if isinstance(policy.device_memory, int) and is_here:
-        need = choice.need.beside_weights(policy.kv.tier, is_shared=True)[0]
-        nbytes = policy.device_memory + need + RUNTIME_BYTES
-        found.append(f"at most {human_bytes(nbytes)} of {room.words}")
+    if is_here:
+        found.append(f"in {human_bytes(room.total)} of memory ({_why(room)})")
     what = "sequences" if plan.task.generates else "tokens"
     found.append(f"{plan.task.in_flight(policy):,} {what} a pass")
     by = " (quick estimate)" if plan.machine.is_estimate else ""
@@ -229,3 +189,13 @@ def _words(plan: Plan, room: Room, *, is_begun: bool) -> list[str]:
     found.append(f"predicted {rate} tokens/s{by}")
     found.append(f"{binds or choice.prediction.binds} binds")
     return found
+
+
+def _why(room: MemoryRoom) -> str:
+    """Where the size of `room` comes from."""
+    if room.is_asked:
+        return "as you set it"
+    limit, total = installed_bytes(), psutil.virtual_memory().total
+    if limit < total:
+        return f"of the cgroup's limit of {human_bytes(limit)}"
+    return f"of {human_bytes(total)}, what is free"
