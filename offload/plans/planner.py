@@ -105,24 +105,22 @@ class Planner:
         own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
         shape = choice.forecast.shape
         left = num * (self.budget.host - own - 3 * shape.largest_bytes)
-        values = {"host_memory": max(0, min(shape.streamed_bytes, left)) or None}
-        values["host_shared"] = values["host_memory"] is not None
+        kept = max(0, min(shape.streamed_bytes, left)) or None
+        values = {"host_memory": kept, "host_shared": kept is not None}
         return self._evaluate(_updated(choice.policy, values), choice.need)
 
     def most_in_flight(self) -> int:
         """Tokens (or sequences) in flight that there is memory for at all."""
-        values = (self.task.in_flight(choice.policy) for choice in self.choices())
-        return max(values, default=0)
+        return max((self.task.in_flight(c.policy) for c in self.choices()), default=0)
 
     @property
     def budget(self) -> Budget:
         """What the machine has, or the policy's `memory` of it, less the runtime."""
-        machine, asked = self.machine, self.policy.memory
-        host = int(machine.host_memory * USABLE)
+        asked, device = self.policy.memory, self.machine.device_memory
+        host = int(self.machine.host_memory * USABLE)
         host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
-        if machine.device_memory is None:
-            return Budget(host, host, is_shared=True)
-        return Budget(int(machine.device_memory * USABLE), host, is_shared=False)
+        on_device = host if device is None else int(device * USABLE)
+        return Budget(on_device, host, is_shared=device is None)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -290,8 +288,8 @@ class Planner:
         shape = self._any_shape(smallest)
         need, budget = self._need(shape, smallest), self.budget
         least = shape.resident_bytes + shape.largest_bytes
-        beside = need.activations + need.kv
-        asked = None if self._is_free("device_memory") else self.policy.device_memory
+        beside, key = need.activations + need.kv, "device_memory"
+        asked = None if self._is_free(key) else self.policy.device_memory
         whole = round((least + beside + RUNTIME_BYTES) / USABLE)
         return why_not(
             self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
