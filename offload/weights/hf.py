@@ -62,7 +62,7 @@ def build(
     recipes = make_recipes(model, checkpoint, model_dtype)
     with _of_config(folder):
         _finish(model, recipes, checkpoint)
-    _set_generation(model, folder, trust_remote_code)
+    set_generation(model, folder, trust_remote_code)
     model.train(False)
     return Skeleton(model, recipes)
 
@@ -177,7 +177,7 @@ def _own_class(
     return None
 
 
-def _set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
+def set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
     """What generation_config.json says and, if it is trusted, a `generate` of the
     checkpoint's own, as transformers takes it."""
     if not model.can_generate():
