@@ -94,9 +94,10 @@ def verify(
         f"{result.num_tensors} tensors compared with {result.reference}"
     )
     for name, count in result.faults.items():
-        print(f"fault: {name} is used outside of its module's forward ({count}x)")
+        where = f"outside of its module's forward ({count}x)"
+        print(f"fault: {readable(name)} is used {where}")
     for difference in result.differences:
-        print(f"DIFFERS: {difference}")
+        print(f"DIFFERS: {readable(difference)}")
     print("equal, bit for bit" if result.is_equal else "NOT EQUAL")
     if not result.is_equal:
         raise typer.Exit(1)
@@ -107,7 +108,7 @@ def _verify_checksums(model: Path, policy: Policy) -> None:
 
     result = verify_checksums(model, policy)
     for difference in result.differences:
-        print(f"DIFFERS: {difference}")
+        print(f"DIFFERS: {readable(difference)}")
     if result.differences:
         print(f"NOT AS SUMMED: download it again, or delete {result.side_file}")
         raise typer.Exit(1)

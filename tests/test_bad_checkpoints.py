@@ -390,8 +390,8 @@ def test_a_change_between_header_and_first_read_is_an_error(
 
     build = hf.build
 
-    def slow_build(*args: Any) -> Any:
-        skeleton = build(*args)
+    def slow_build(*args: Any, **options: Any) -> Any:
+        skeleton = build(*args, **options)
         for path in shards(folder):
             append(path)
         return skeleton

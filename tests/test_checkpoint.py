@@ -196,8 +196,8 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "index_is_no_text": (_index_of(b"\xff\xfe\x80"), INDEX_FILE, "no JSON"),
     "index_is_too_deep": (_index_of(b"[" * 200_000), INDEX_FILE, "too deep"),
     "index_is_a_folder": (_becomes_folder(INDEX_FILE), INDEX_FILE, "cannot read"),
-    "shard_is_a_pipe": (_becomes_pipe(SECOND), SECOND, "no regular file"),
-    "index_is_a_device": (_becomes_zeros(INDEX_FILE), INDEX_FILE, "no regular file"),
+    "shard_is_a_pipe": (_becomes_pipe(SECOND), SECOND, "cannot read"),
+    "index_is_a_device": (_becomes_zeros(INDEX_FILE), INDEX_FILE, "cannot read"),
 }
 
 

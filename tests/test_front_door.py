@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy
 import pyarrow
 import pytest
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from rich.console import Console
 from torch import nn
 
 import penstock
@@ -38,7 +41,9 @@ from penstock.io.whole import read_json_object
 from penstock.offload import cli
 from penstock.offload.files.parts import lazy_parts, rows_of
 from penstock.offload.jobs.part_store import PartStore
-from penstock.offload.monitoring.show import human_bytes
+from penstock.offload.monitoring.show import human_bytes, report_table
+from penstock.offload.tasks.template_budget import TemplateError, template_budget
+from runs import report
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
@@ -254,3 +259,40 @@ def test_what_is_not_streamed_is_named(given: Any) -> None:
     for use in (penstock.statistics, penstock.unwrap, penstock.sweep):
         with pytest.raises(PenstockError, match="not streamed"):
             use(given)
+
+
+def _rendered(template: str, **limits: int) -> str:
+    environment = ImmutableSandboxedEnvironment()
+    made = environment.from_string(template)
+    with template_budget(**limits):
+        return made.render(messages=[{"content": "hello"}] * 3)
+
+
+def test_a_chat_template_runs_as_ever_within_its_budget() -> None:
+    before = sys.gettrace()
+    template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    assert _rendered(template) == "<hello>" * 3
+    assert sys.gettrace() is before
+
+
+def test_a_chat_template_that_would_run_for_ever_is_stopped() -> None:
+    many = "{% for a in range(99999) %}"
+    before = sys.gettrace()
+    with pytest.raises(TemplateError, match="more than 20,000 lines"):
+        _rendered(many * 4 + "{% endfor %}" * 4, max_lines=20_000)
+    assert sys.gettrace() is before
+
+
+def test_a_chat_template_that_makes_text_without_end_is_stopped() -> None:
+    grow = "{% set text = namespace(it='x') %}{% for a in range(30) %}"
+    grow += "{% set text.it = text.it ~ text.it %}{% endfor %}"
+    with pytest.raises(TemplateError, match="text without end"):
+        _rendered(grow, max_growth_bytes=64 << 20)
+
+
+def test_what_somebody_named_is_shown_as_it_is(tmp_path: Path) -> None:
+    output = Console(file=StringIO(), width=200)
+    output.print(report_table(report(fallbacks=["[/x]"]), "o[/red]\x1b[2J.jsonl"))
+    said = output.file.getvalue()  # type: ignore[attr-defined]
+    assert r"o[/red]\x1b[2J.jsonl" in said
+    assert "[/x]" in said

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import hostile
@@ -21,13 +21,16 @@ from jobs import run_job, write_rows
 from penstock import Policy
 from penstock.io.checkpoint import INDEX_FILE, open_checkpoint
 from penstock.io.checksums import read_side_file
+from penstock.io.disk import Disk
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS
 from penstock.offload.files.parts import Position
 from penstock.offload.files.sources import find_files
 from penstock.offload.jobs.part_store import PartStore
 from penstock.offload.machines.machine import Machine
+from penstock.offload.tasks.pooling import pooled
 from penstock.offload.tasks.text import load_tokenizer, tokenize_all
+from penstock.offload.weights import hf
 
 ROWS = [{"id": 1, "text": "import os def foo return"}]
 POLICY = """extends: laptop-16gb-ram-nvme
@@ -36,8 +39,10 @@ placement: {"layers\\\\.[0-3]$": device}
 links: {disk: {bandwidth: 500MB}}
 io: {threads: 2, chunk: 1MiB}
 """
-FEW = 6
-"""Examples of each kind in the suite; a whole run has thousands."""
+FEW, MANY, PARTS = 6, 100, 4
+"""Changes of each file: in the suite, and in each part of a whole run."""
+Surface = tuple[st.SearchStrategy[Any], Callable[[Any], None]]
+"""What may be given, and what reads it."""
 
 
 @pytest.fixture(scope="module")
@@ -53,51 +58,58 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> None:
-    with penstock.load(folder, {"device_memory": "2MiB"}) as model:
-        list(penstock.score(model, ROWS))
+@pytest.fixture(scope="module")
+def streamed(saved: Path) -> Iterator[Any]:
+    """One model for what is read of a checkpoint beside the model itself."""
+    with penstock.load(saved, {"device_memory": "2MiB"}) as model:
+        yield model
 
 
-def embedded(folder: Path) -> None:
-    with penstock.load(folder, {"device_memory": "2MiB"}) as model:
-        list(penstock.embed(model, ROWS))
+def loaded(model: Any, folder: Path) -> None:
+    with penstock.load(folder, {"device_memory": "2MiB"}) as fresh:
+        list(penstock.score(fresh, ROWS))
 
 
-def generated(folder: Path) -> None:
-    with penstock.load(folder, {"device_memory": "2MiB"}) as model:
-        list(penstock.generate(model, ROWS, max_new_tokens=2))
+def pooled_as_said(model: Any, folder: Path) -> None:
+    model.config.name_or_path = str(folder)
+    pooled(model, "auto", None)
 
 
-def tokenized(folder: Path) -> None:
+def generated(model: Any, folder: Path) -> None:
+    hf.set_generation(model, folder, False)
+    tokenizer = load_tokenizer(folder)
+    list(penstock.generate(model, ROWS, max_new_tokens=2, tokenizer=tokenizer))
+
+
+def tokenized(model: Any, folder: Path) -> None:
     tokenize_all(load_tokenizer(folder), ROWS)
 
 
-FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+FILES: dict[str, tuple[str, Callable[[Any, Path], object]]] = {
     "config": ("config.json", loaded),
     "generation": ("generation_config.json", generated),
     "tokenizer": ("tokenizer.json", tokenized),
     "tokenizer settings": ("tokenizer_config.json", tokenized),
-    "index": (INDEX_FILE, open_checkpoint),
-    "modules": ("modules.json", embedded),
-    "pooling": ("pooling/config.json", embedded),
+    "index": (INDEX_FILE, lambda model, folder: open_checkpoint(folder)),
+    "modules": ("modules.json", pooled_as_said),
+    "pooling": ("pooling/config.json", pooled_as_said),
 }
 
 
-def check_checkpoint(saved: Path, folder: Path, kind: str, num: int) -> None:
+def of_checkpoint(kind: str, model: Any, saved: Path, folder: Path) -> Surface:
     name, read = FILES[kind]
-    seed = json.loads((saved / name).read_bytes()) if (saved / name).exists() else {}
+    path = saved / name
+    content = json.loads(path.read_bytes()) if path.exists() else {}
     shutil.copytree(saved, folder, dirs_exist_ok=True)
 
-    @_settings(num)
-    @given(hostile.tampered(seed))
-    def check(content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        survives(lambda: read(folder))
+    def check(changed: bytes) -> None:
+        (folder / name).write_bytes(changed)
+        survives(lambda: read(model, folder))
 
-    check()
+    return hostile.tampered(content), check
 
 
-def check_header(saved: Path, folder: Path, num: int) -> None:
+def of_header(saved: Path, folder: Path) -> Surface:
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     path = sorted(folder.glob("*.safetensors"))[0]
     content = path.read_bytes()
@@ -107,169 +119,148 @@ def check_header(saved: Path, folder: Path, num: int) -> None:
     def whole(text: bytes) -> bytes:
         return len(text).to_bytes(8, "little") + text + rest
 
-    @_settings(num)
-    @given(
-        st.one_of(
-            hostile.tampered(header).map(whole),
-            hostile.broken(content[: 8 + length]).map(lambda head: head + rest),
-        )
-    )
     def check(changed: bytes) -> None:
         path.write_bytes(changed)
         survives(lambda: open_checkpoint(folder))
 
-    check()
+    broken = hostile.broken(content[: 8 + length]).map(lambda head: head + rest)
+    return st.one_of(hostile.tampered(header).map(whole), broken), check
 
 
-def check_policy(folder: Path, num: int) -> None:
+def of_policy(folder: Path) -> Surface:
     path = folder / "policy.yaml"
 
-    @_settings(num)
-    @given(
-        st.one_of(
-            hostile.broken(POLICY.encode()),
-            hostile.tampered(Policy().model_dump(mode="json")),
-            st.text(max_size=60).map(lambda text: text.encode(errors="replace")),
-        )
-    )
     def check(content: bytes) -> None:
         path.write_bytes(content)
         survives(lambda: Policy.from_yaml(path))
         survives(lambda: Machine.from_yaml(path))
 
-    check()
-
-
-def check_settings(folder: Path, num: int) -> None:
-    keys = st.sampled_from([*Policy.model_fields, "io.threads", "kv.tier", "a", "io.a"])
-    values = st.one_of(
-        st.text(max_size=20), st.sampled_from(hostile.VALUES).map(json.dumps)
+    texts = st.one_of(
+        hostile.broken(POLICY.encode()),
+        hostile.tampered(Policy().model_dump(mode="json")),
+        st.text(max_size=60).map(lambda text: text.encode(errors="replace")),
     )
+    return texts, check
 
-    @_settings(num)
-    @given(st.lists(st.builds("{}={}".format, keys, values), max_size=4))
+
+def of_settings(folder: Path) -> Surface:
+    keys = st.sampled_from([*Policy.model_fields, "io.threads", "kv.tier", "a", "io.a"])
+    hard = st.sampled_from(hostile.VALUES).map(json.dumps)
+    values = st.one_of(st.text(max_size=20), hard)
+
     def check(given_: list[str]) -> None:
         survives(lambda: Policy().with_settings(given_))
 
-    check()
+    return st.lists(st.builds("{}={}".format, keys, values), max_size=4), check
 
 
-def check_rows(folder: Path, num: int) -> None:
-    rows = {"id": 1, "text": "a", "prompt": "b", "completion": "c", "labels": ["d"]}
+def of_rows(folder: Path) -> Surface:
+    row = {"id": 1, "text": "a", "prompt": "b", "completion": "c", "labels": ["d"]}
     path = folder / "rows.jsonl"
 
-    @_settings(num)
-    @given(st.lists(hostile.tampered(rows), max_size=4))
     def check(lines: list[bytes]) -> None:
         path.write_bytes(b"\n".join(lines))
         inputs = Inputs(find_files([path]), SCORED_KEYS)
         survives(lambda: list(inputs.rows(Position())))
 
-    check()
+    return st.lists(hostile.tampered(row), max_size=4), check
 
 
-def check_manifest(folder: Path, num: int) -> None:
+def of_manifests(folder: Path) -> Surface:
     """What is kept of a job that was not finished, and of one that was."""
     rows = write_rows(folder / "rows.jsonl", 10)
     output = folder / "out.jsonl"
     run_job(rows, output)
     path = output.with_name("out.jsonl.manifest.json")
-    seed = json.loads(path.read_bytes())
+    content = json.loads(path.read_bytes())
     store = folder / "begun.jsonl.parts"
     store.mkdir()
 
     def begun() -> None:
-        with PartStore(folder / "begun.jsonl", penstock_disk()) as parts:
+        with PartStore(folder / "begun.jsonl", Disk()) as parts:
             parts.manifest()
 
-    @_settings(num)
-    @given(hostile.tampered(seed), hostile.tampered(seed["manifest"]))
-    def check(finished: bytes, manifest: bytes) -> None:
+    def check(changed: tuple[bytes, bytes]) -> None:
+        finished, manifest = changed
         path.write_bytes(finished)
         survives(lambda: run_job(rows, output))
         (store / "manifest.json").write_bytes(manifest)
         survives(begun)
 
-    check()
+    manifests = hostile.tampered(content["manifest"])
+    return st.tuples(hostile.tampered(content), manifests), check
 
 
-def penstock_disk() -> Any:
-    from penstock.io.disk import Disk
-
-    return Disk()
-
-
-def check_side_file(folder: Path, num: int) -> None:
+def of_side_file(folder: Path) -> Surface:
     path = folder / "checksums.json"
-    seed = {"algorithm": "xxh3_64", "tensors": {"a": "0123", "b": "4567"}}
 
-    @_settings(num)
-    @given(hostile.tampered(seed))
     def check(content: bytes) -> None:
         path.write_bytes(content)
         survives(lambda: read_side_file(path))
 
-    check()
+    known = {"algorithm": "xxh3_64", "tensors": {"a": "0123", "b": "4567"}}
+    return hostile.tampered(known), check
 
 
-def _settings(num: int) -> settings:
-    return settings(
+ALONE: dict[str, Callable[[Path], Surface]] = {
+    "policy": of_policy,
+    "settings": of_settings,
+    "rows": of_rows,
+    "manifests": of_manifests,
+    "side file": of_side_file,
+}
+
+
+def tried(surface: Surface, num: int, part: int = 0) -> None:
+    """`num` changes, the same ones in each run."""
+    changes, check = surface
+
+    @seed(part)
+    @settings(
         max_examples=num,
-        derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+    @given(changes)
+    def run(changed: Any) -> None:
+        check(changed)
+
+    run()
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
-ALONE = {
-    "policy": check_policy,
-    "settings": check_settings,
-    "rows": check_rows,
-    "manifest": check_manifest,
-    "side file": check_side_file,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
-def test_a_checkpoints_file_is_used_or_refused(
-    kind: str, saved: Path, fresh: Path
+def test_a_file_of_a_checkpoint_is_used_or_refused(
+    kind: str, streamed: Any, saved: Path, folder: Path
 ) -> None:
-    check_checkpoint(saved, fresh, kind, FEW)
+    tried(of_checkpoint(kind, streamed, saved, folder), FEW)
 
 
-def test_a_header_is_used_or_refused(saved: Path, fresh: Path) -> None:
-    check_header(saved, fresh, 4 * FEW)
+def test_a_header_is_used_or_refused(saved: Path, folder: Path) -> None:
+    tried(of_header(saved, folder), 4 * FEW)
 
 
 @pytest.mark.parametrize("kind", ALONE)
-def test_a_file_of_the_users_is_used_or_refused(kind: str, fresh: Path) -> None:
-    ALONE[kind](fresh, FEW)
+def test_a_file_of_the_users_is_used_or_refused(kind: str, folder: Path) -> None:
+    tried(ALONE[kind](folder), FEW)
 
 
 @pytest.mark.whole
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FILES)
-def test_four_hundred_changes_of_each_file_of_a_checkpoint(
-    kind: str, saved: Path, fresh: Path
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+@pytest.mark.parametrize("kind", [*FILES, "header", *ALONE])
+def test_a_hundred_changes_of_each_file(
+    kind: str, part: int, streamed: Any, saved: Path, folder: Path
 ) -> None:
-    check_checkpoint(saved, fresh, kind, 400)
-
-
-@pytest.mark.whole
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["header", *ALONE])
-def test_four_hundred_changes_of_each_other_file(
-    kind: str, saved: Path, fresh: Path
-) -> None:
-    if kind == "header":
-        check_header(saved, fresh, 400)
+    if kind in FILES:
+        surface = of_checkpoint(kind, streamed, saved, folder)
     else:
-        ALONE[kind](fresh, 400)
+        surface = ALONE[kind](folder) if kind in ALONE else of_header(saved, folder)
+    tried(surface, MANY, part)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ...io.errors import OutputError, UsageError
+from ...io.errors import OutputError, UsageError, readable
 from .options import PolicyFile, Settings, TrustRemoteCode, policy_of, say
 
 
@@ -179,7 +179,7 @@ def plan(
     elif as_yaml:
         print(made.to_yaml(), end="")
     else:
-        print(made.title)
+        print(readable(made.title))
         Console().print(plan_table(made))
         for sentence in made.sentences:
             print(f"- {sentence}")

@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+
+from ...io.errors import readable
 
 _TAKEN_SHOWS = 0.05
 
@@ -40,7 +43,7 @@ def _how(plan: dict[str, Any]) -> str:
 
 def report_table(report: dict[str, Any], title: str) -> Table:
     """The report's main figures, and what bound the run."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=_cell(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     failed = f" ({report['rows_failed']} failed)" if report["rows_failed"] else ""
@@ -59,7 +62,7 @@ def report_table(report: dict[str, Any], title: str) -> Table:
         rate, bound = plan["predicted_tokens_per_second"], plan["predicted_bound_by"]
         table.add_row("  predicted", f"{rate:,.1f}, bound by {bound}{_how(plan)}")
     elif "note" in plan:
-        table.add_row("  predicted", plan["note"])
+        table.add_row("  predicted", _cell(plan["note"]))
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
     table.add_row("weights", human_bytes(report["model_bytes"]))
     table.add_row("  streamed", human_bytes(weights["disk"]))
@@ -78,9 +81,14 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("bound by", report["bound_by"])
     for advice in report["bound"]["advice"]:
         if advice["setting"] is not None:
-            table.add_row("  try", advice["setting"])
+            table.add_row("  try", _cell(advice["setting"]))
     for fallback in report["fallbacks"]:
-        table.add_row("fallback", fallback)
+        table.add_row("fallback", _cell(fallback))
     for name, count in report["faults"].items():
-        table.add_row("fault", f"{name} ({count}x)")
+        table.add_row("fault", _cell(f"{name} ({count}x)"))
     return table
+
+
+def _cell(text: str) -> str:
+    """Text that somebody gave, as it is: without what rich or a terminal would obey."""
+    return escape(readable(text))

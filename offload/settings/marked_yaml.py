@@ -62,7 +62,7 @@ def _check_bounds(text: str, source: str) -> None:
         ):
             if found > most:
                 at = event.start_mark
-                assert at is not None, "the parser marks every event"
+                assert at is not None, "what was read stands somewhere"
                 mark = Mark(source, at.line + 1, at.column + 1)
                 message = f"{mark}: no settings: more than {most} {what}"
                 raise PolicyProblems([Problem(message)])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...io.errors import PenstockError, UsageError
+from ...io.front_door import about
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
@@ -82,19 +83,18 @@ def generate_parts(
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
     check_generates(model)
-    job = _Generating(
-        model,
-        Completions(
+    tokenizer = tokenizer or tokenizer_of(model)
+    what = "the options of generate, or generation_config.json"
+    with about(what, UsageError, every=True):
+        completions = Completions(
             model,
-            tokenizer or tokenizer_of(model),
+            tokenizer,
             max_new_tokens=max_new_tokens,
             stop=tuple(stop),
             seed=seed,
             options=options,
-        ),
-        progress,
-    )
-    return job.run(parts)
+        )
+    return _Generating(model, completions, progress).run(parts)
 
 
 def check_generates(model: Any) -> None:

@@ -11,6 +11,7 @@ from ...io.front_door import about
 from ...io.whole import read_json_object
 from ..model import engine_of
 from ..weights.trust import check_files, loading, own_code, refuse_code
+from .template_budget import template_budget
 
 T = TypeVar("T")
 
@@ -177,9 +178,10 @@ def _chat(tokenizer: Any, messages: Any) -> tuple[int, ...]:
             'it a "prompt"'
         )
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        with template_budget():
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
     except Exception as error:  # whatever the template makes of it
         raise RowError(
             f"the chat template does not take these messages: {error}"

@@ -62,7 +62,7 @@ def build(
     recipes = make_recipes(model, checkpoint, model_dtype)
     with _of_config(folder):
         _finish(model, recipes, checkpoint)
-    _set_generation(model, folder, trust_remote_code)
+    set_generation(model, folder, trust_remote_code)
     model.train(False)
     return Skeleton(model, recipes)
 
@@ -177,20 +177,29 @@ def _own_class(
     return None
 
 
-def _set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
+def set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
     """What generation_config.json says and, if it is trusted, a `generate` of the
     checkpoint's own, as transformers takes it."""
     if not model.can_generate():
         return
     path = folder / "generation_config.json"
     if path.exists():
-        read_json_object(path)  # or it is no file, or holds something else
+        _check_token_ids(path, read_json_object(path))
         with about(str(path), CheckpointError):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     if is_trusted and (folder / "custom_generate" / "generate.py").exists():
         with about(f"{folder}/custom_generate", CheckpointError):
             own = model.load_custom_generate(folder, **trust.loading(is_trusted))
         model.generate = functools.partial(own, model=model)
+
+
+def _check_token_ids(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what is no id of a token where there must be one."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = values.get(key)
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(one) is int for one in ids):
+            raise CheckpointError(f"{path}: {key} must be a number, not {found!r:.60}")
 
 
 def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtype:

@@ -83,7 +83,7 @@ def _remove_abandoned(cache: Path) -> None:
 def _check_plain(name: str, parameter: torch.Tensor) -> None:
     """Raises UsageError for what is no tensor with values of its own: those are what is
     streamed."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(parameter):
         raise UsageError(
             f"{name!r} has no shape yet: call the module once (lazy modules get theirs "
             "so), then wrap it"
