@@ -133,7 +133,7 @@ def build(
                 gather=gatherer.gather if gatherer is not None else None,
                 requires_grad=_requires_grad(places[name][0]),
             )
-        binding.poison_all()
+        binding.put_stand_ins()
         engine.start()
         opened.pop_all()
     return engine

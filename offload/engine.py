@@ -23,6 +23,7 @@ from .counters import Statistics
 from .kv.tiers import KvTiers
 from .monitoring.memory import available_bytes, peak_resident_bytes
 from .policy import Policy
+from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .tiers import Tiers
 from .units.arrangement import Arrangement
@@ -88,7 +89,7 @@ class Engine:
             for name in unit.tensors
         }
         self._sweeps = Sweeps()
-        self._hooks: list[Any] = []
+        self._hooks: SiteHooks | None = None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -104,12 +105,11 @@ class Engine:
                 self._working_set.keep(index)
                 self._binding.bind_for_ever(index, offset)
         self._binding.bind_host()
-        for index, site in enumerate(self.found.sites):
-            self._hook(site.module, index)
-        self._hooks.append(
-            self.model.register_forward_pre_hook(
-                lambda module, args: self._gate.abandon_plain()
-            )
+        keep_out = (
+            self._compilation.keep_out if self._compilation else lambda hook: hook
+        )
+        self._hooks = SiteHooks(
+            self.model, self.found, self._gate, self._binding, keep_out
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
@@ -263,9 +263,8 @@ class Engine:
         self._sweeps.close()
         if self._kv is not None:
             self._kv.close()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._compilation is not None:
             self._compilation.stop()
         self._working_set.close()
@@ -274,19 +273,6 @@ class Engine:
         self._binding.poison_all()
         self._buffers.close()
         self._tiers.close()
-
-    def _hook(self, module: nn.Module, site: int) -> None:
-        def before(module: nn.Module, args: Any) -> None:
-            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._gate.after(site)
-
-        if self._compilation is not None:
-            before = self._compilation.keep_out(before)
-            after = self._compilation.keep_out(after)
-        self._hooks.append(module.register_forward_pre_hook(before))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1

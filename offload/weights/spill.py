@@ -15,6 +15,7 @@ from torch import nn
 from ...io.checkpoint import SINGLE_FILE, Checkpoint, open_files
 from ...io.errors import OutputError, UsageError
 from ...io.recipe import Recipe, plain
+from .poison import StreamedParameter
 
 _PREFIX = "wrapped-"
 _LOCK = "in-use"
@@ -42,7 +43,9 @@ class Spilled:
             )
             for name in names:
                 owner, _, key = name.rpartition(".")
-                module.get_submodule(owner)._parameters[key] = parameter
+                store = module.get_submodule(owner)._parameters
+                if not is_theirs(store.get(key)):
+                    store[key] = parameter
         self.folder.cleanup()
 
 
@@ -67,6 +70,14 @@ class SpillFolder:
     def cleanup(self) -> None:
         self._folder.cleanup()
         self._lock.close()
+
+
+def is_theirs(parameter: nn.Parameter | None) -> bool:
+    """Whether this is no stand-in: somebody has put it in the place of a streamed
+    parameter."""
+    return isinstance(parameter, torch.Tensor) and not isinstance(
+        parameter, StreamedParameter
+    )
 
 
 def _remove_abandoned(cache: Path) -> None:
