@@ -80,7 +80,7 @@ def build(
         gatherers = {
             name: RowGatherer(
                 recipes[name],
-                tiers.reader,
+                tiers.layered,
                 buffer_bytes=policy.io.bounce,
                 max_gap_bytes=tiers.reader.alignment,
             )

@@ -27,6 +27,7 @@ from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .tiers import Tiers
 from .units.arrangement import Arrangement
+from .updates import Updates
 from .weights.binding import Binding
 from .weights.buffers import MovedBuffers
 from .weights.rows import RowGatherer
@@ -88,6 +89,9 @@ class Engine:
             for index, unit in enumerate(found.units)
             for name in unit.tensors
         }
+        self.updates = Updates(
+            arrangement, tiers, working_set, binding, gate, gatherers, policy
+        )
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
         self._is_closed = False
@@ -273,6 +277,7 @@ class Engine:
         self._binding.poison_all()
         self._buffers.close()
         self._tiers.close()
+        self.updates.close()
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1

@@ -1,9 +1,11 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..io.checkpoint import open_checkpoint
@@ -80,6 +82,21 @@ def sweep(
     return engine_of(model).sweep(width, seed, coalesce=coalesce)
 
 
+def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives weights of the streamed `model` other values: the next forward computes with
+    `tensors`, by their names in `model.named_parameters()` (a tied weight by any of its
+    names). Nothing else changes: no slot, no thread, no hook.
+
+    Shapes must be equal; a floating dtype is cast to the one that is computed with.
+    Streamed weights are written to a file in the cache folder (`io.cache`), which takes
+    as many bytes as they have until the model is closed. All are changed or, when it
+    raises, none: UsageError for what does not fit, OutputError where there is no room
+    for the file, PenstockError during a sweep or a forward. No other thread may be in
+    a forward of the model.
+    """
+    engine_of(model).updates.apply(model, tensors)
+
+
 def statistics(model: nn.Module) -> Statistics:
     """What the streamed `model` has done so far."""
     return engine_of(model).statistics()
@@ -94,11 +111,12 @@ def unwrap(model: Model) -> Model:
     engine = model.__dict__.pop(_ENGINE, None)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
+    spilled = model.__dict__.pop("_penstock_spill", None)
+    updated = engine.updates.tensors() if spilled is not None else {}
     engine.close()
     model.__class__ = type(model).__mro__[1]
-    spilled = model.__dict__.pop("_penstock_spill", None)
     if spilled is not None:
-        spilled.restore(model)
+        spilled.restore(model, updated)
     return model
 
 

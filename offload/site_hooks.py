@@ -1,4 +1,4 @@
-"""What hangs on the modules of a streamed model: doors, and who must not come through."""
+"""The hooks that hang on the modules of a streamed model."""
 
 from collections.abc import Callable
 from typing import Any

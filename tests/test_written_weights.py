@@ -152,13 +152,14 @@ def test_a_write_outside_of_a_forward_is_refused(
 ) -> None:
     with streamed(tmp_path, values) as net:
         run(net)
-        layer = net.blocks[1].linear
-        with (
-            torch.no_grad(),
-            pytest.raises(PenstockError, match=r"blocks\.1\.linear.*penstock\.update"),
-        ):
-            write(layer)
+
+        def write_and_run() -> None:
+            with torch.no_grad():
+                write(net.blocks[1].linear)
             run(net)
+
+        with pytest.raises(PenstockError, match=r"blocks\.1\.linear.*penstock\.update"):
+            write_and_run()
 
 
 @pytest.mark.parametrize("values", [TIGHT, ROOMY], ids=["tight", "roomy"])

@@ -43,7 +43,7 @@ class Binding:
         self._arena = arena
         self._host = host
         self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
-        self._forever: set[str] = set()
+        self._resident: dict[str, torch.Tensor] = {}
         self._is_in_host = {
             name: self.is_in_host(index)
             for index, unit in enumerate(found.units)
@@ -87,6 +87,23 @@ class Binding:
         """The name of the tensor that a module's `parameters` hold under `key`."""
         return self._names[id(parameters), key]
 
+    def find(self, module: nn.Module, key: str) -> str | None:
+        """The name of the streamed tensor that stands at `key` in `module`."""
+        return self._names.get((id(module._parameters), key))
+
+    def accept(self, name: str) -> None:
+        """The weight `name` has other values now, which stand where it was loaded: what
+        somebody wrote or put there before is gone."""
+        for place in self._places[name]:
+            if place.is_buffer:
+                continue
+            current = place.module._parameters.get(place.key)
+            if isinstance(current, BoundParameter) and is_ours(current, name):
+                current.forgive()
+            elif current is not self._stand_ins[name]:
+                found = self._resident.get(name, self._stand_ins[name])
+                place.module._parameters[place.key] = cast(nn.Parameter, found)
+
     def is_in_host(self, unit: int) -> bool:
         """Whether `unit` stays in host memory, where it is used as it lies."""
         return self._host is not None and unit in self._host.offsets
@@ -125,7 +142,7 @@ class Binding:
                         self._check(current, name)
                     except PenstockError as found:
                         error = found
-                if name not in self._forever:
+                if name not in self._resident:
                     parameters[key] = cast(nn.Parameter, stand_in)
         if error is not None:
             raise error
@@ -137,7 +154,7 @@ class Binding:
             tensors = self.tensors(unit, offset)
         for name, tensor in tensors.items():
             self._check_places(name)
-            self._forever.add(name)
+            self._resident[name] = tensor
             for place in self._places[name]:
                 if place.is_buffer:
                     place.module._buffers[place.key] = tensor.data
@@ -147,14 +164,14 @@ class Binding:
     def check_resident(self) -> None:
         """Raises PenstockError where somebody wrote to a weight that no site waits for:
         `unbind` looks at the others."""
-        for name in self._unwatched & self._forever:
+        for name in self._unwatched & self._resident.keys():
             for place in self._places[name]:
                 if not place.is_buffer:
                     self._check(place.module._parameters.get(place.key), name)
 
     def first_written(self) -> str | None:
         """The name of a weight in memory that somebody wrote to, if there is one."""
-        for name in self._forever:
+        for name in self._resident:
             for place in self._places[name]:
                 current = place.module._parameters.get(place.key)
                 if isinstance(current, BoundParameter) and current.was_written:

@@ -1,9 +1,6 @@
 """A module's parameters on disk: written once, streamed from there, put back."""
 
-import contextlib
-import fcntl
-import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,10 +12,11 @@ from torch import nn
 from ...io.checkpoint import SINGLE_FILE, Checkpoint, open_files
 from ...io.errors import OutputError, UsageError
 from ...io.recipe import Recipe, plain
+from .bound import BoundParameter
 from .poison import StreamedParameter
+from .spill_folder import SpillFolder
 
 _PREFIX = "wrapped-"
-_LOCK = "in-use"
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,12 @@ class Spilled:
     gradients: dict[str, bool]
     dtypes: dict[str, torch.dtype]
 
-    def restore(self, module: nn.Module) -> None:
-        """Puts the parameters back, bit for bit, and removes the folder."""
-        stored = load_file(self.folder.path / SINGLE_FILE)
+    def restore(
+        self, module: nn.Module, updated: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Puts the parameters back, bit for bit or as they were `updated`, and removes
+        the folder."""
+        stored = load_file(self.folder.path / SINGLE_FILE) | dict(updated or {})
         for first, names in self.names.items():
             parameter = nn.Parameter(
                 stored[first].to(self.dtypes[first]),
@@ -49,42 +50,12 @@ class Spilled:
         self.folder.cleanup()
 
 
-class SpillFolder:
-    """A folder in `cache` that is removed when it is cleaned up, or at exit. It is
-    locked meanwhile: what killed processes have left is known by that, and removed."""
-
-    def __init__(self, cache: Path) -> None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(cache)
-            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache)
-            self.path = Path(self._folder.name)
-            self._lock = (self.path / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
-                "a folder that can be written"
-            ) from error
-
-    def cleanup(self) -> None:
-        self._folder.cleanup()
-        self._lock.close()
-
-
 def is_theirs(parameter: nn.Parameter | None) -> bool:
     """Whether this is no stand-in: somebody has put it in the place of a streamed
     parameter."""
     return isinstance(parameter, torch.Tensor) and not isinstance(
-        parameter, StreamedParameter
+        parameter, (StreamedParameter, BoundParameter)
     )
-
-
-def _remove_abandoned(cache: Path) -> None:
-    for path in cache.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (path / _LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
 
 
 def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
@@ -106,7 +77,7 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
         tensors[first] = parameter.detach().cpu().contiguous()
     if not tensors:
         raise UsageError(f"{type(module).__name__} has no parameters to stream")
-    folder = SpillFolder(cache)
+    folder = SpillFolder(cache, _PREFIX)
     try:
         # Under another name first: what has the final one is whole.
         partial = folder.path / f"{SINGLE_FILE}.partial"
