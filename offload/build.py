@@ -29,7 +29,7 @@ from .units.division import check_overlap
 from .units.row_wise import find_row_wise
 from .units.sites import Found, Place
 from .weights.binding import Binding
-from .weights.buffers import MovedBuffers
+from .weights.moved import MovedTensors
 from .weights.poison import StreamedParameter
 from .weights.rows import RowGatherer
 
@@ -102,7 +102,7 @@ def build(
             policy,
             arrangement=arranged,
             tiers=tiers,
-            buffers=_move_buffers(model, places, device),
+            moved=_move_rest(model, places, device),
             working_set=working_set,
             binding=binding,
             doors=doors,
@@ -147,17 +147,17 @@ def _announce(policy: Policy) -> list[str]:
     return found
 
 
-def _move_buffers(
+def _move_rest(
     model: nn.Module, places: Mapping[str, list[Place]], device: Device
-) -> MovedBuffers:
+) -> MovedTensors:
+    """What is not streamed."""
     names = {id(module): name for name, module in model.named_modules()}
     streamed = frozenset(
         f"{names[id(place.module)]}.{place.key}".lstrip(".")
         for where in places.values()
         for place in where
-        if place.is_buffer
     )
-    return MovedBuffers(model, torch.device(device.name), streamed)
+    return MovedTensors(model, torch.device(device.name), streamed)
 
 
 def _working_set(

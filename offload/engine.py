@@ -29,7 +29,7 @@ from .tiers import Tiers
 from .units.arrangement import Arrangement
 from .updates import Updates
 from .weights.binding import Binding
-from .weights.buffers import MovedBuffers
+from .weights.moved import MovedTensors
 from .weights.rows import RowGatherer
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Engine:
         *,
         arrangement: Arrangement,
         tiers: Tiers,
-        buffers: MovedBuffers,
+        moved: MovedTensors,
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
@@ -72,7 +72,7 @@ class Engine:
         self.recipes = arrangement.recipes
         self.timeline = timeline
         self._tiers = tiers
-        self._buffers = buffers
+        self._moved = moved
         self._working_set = working_set
         self._binding = binding
         self._doors = doors
@@ -193,6 +193,11 @@ class Engine:
             _log.warning(fallback)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: what it is given has to be there."""
+        return torch.device(self._tiers.device.name)
+
+    @property
     def first_unit_at(self) -> float | None:
         """When the first site began to compute (`time.perf_counter`), if any did."""
         return self._gate.first_visit_at
@@ -275,7 +280,7 @@ class Engine:
         for gatherer in self._gatherers:
             gatherer.close()
         self._binding.poison_all()
-        self._buffers.close()
+        self._moved.close()
         self._tiers.close()
         self.updates.close()
 

@@ -15,6 +15,7 @@ from .build import build
 from .counters import Statistics
 from .engine import Engine
 from .policy import Policy, cache_folder
+from .refusals import check_not_compiled, refusals
 from .settings.installed import check_installed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +41,8 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     checkpoint = open_checkpoint(path)
     skeleton = hf.build(checkpoint, policy.dtype)
     engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+    for note in skeleton.notes:
+        engine.note(note)
     return _attach(skeleton.model, engine)
 
 
@@ -53,6 +56,7 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
 
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
+    check_not_compiled(module)
     policy = policy or Policy()
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
@@ -83,9 +87,9 @@ def sweep(
 
 
 def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives weights of the streamed `model` other values: the next forward computes with
-    `tensors`, by their names in `model.named_parameters()` (a tied weight by any of its
-    names). Nothing else changes: no slot, no thread, no hook.
+    """Gives weights of the streamed `model` other values. The next forward computes
+    with `tensors`, by their names in `model.named_parameters()` (a tied weight by any
+    of its names). Nothing else changes: no slot, no thread, no hook.
 
     Shapes must be equal; a floating dtype is cast to the one that is computed with.
     Streamed weights are written to a file in the cache folder (`io.cache`), which takes
@@ -121,8 +125,12 @@ def unwrap(model: Model) -> Model:
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine that streams `model`; PenstockError if there is none."""
+    """The engine that streams `model`, or the model in it that others have wrapped up
+    (a PeftModel); PenstockError if there is none."""
     engine = model.__dict__.get(_ENGINE)
+    if engine is None and isinstance(model, nn.Module):
+        inner = (part.__dict__.get(_ENGINE) for part in model.modules())
+        engine = next(filter(None, inner), None)
     if not isinstance(engine, Engine):
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"
@@ -154,6 +162,7 @@ def _attach(model: Model, engine: Engine) -> Model:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        **refusals(kind),
     }
     model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine

@@ -86,7 +86,7 @@ class _Classifying:
     def __init__(self, model: Any, tokenizer: Any, labels: tuple[str, ...]) -> None:
         engine = engine_of(model)
         self._model = model
-        self._device = torch.device(engine.policy.device)
+        self._device = engine.device
         self._tokenizer = tokenizer
         self._pad = pad_of(tokenizer)
         self._labels = labels

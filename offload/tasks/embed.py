@@ -83,7 +83,7 @@ class _Embedding:
         normalize: bool | None,
         truncate: int | None,
     ) -> None:
-        self._device = torch.device(engine_of(model).policy.device)
+        self._device = engine_of(model).device
         self._tokenizer = tokenizer
         self._base = base_of(model)
         self._pool = pooled(model, pooling, normalize)

@@ -17,6 +17,7 @@ from ..model import engine_of
 from ..policy import Policy
 from ..units.cache_kind import keeps_only_keys_and_values
 from .completions import Completions, Prompt
+from .head import check_head
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
 from .task_progress import GenerateProgress as GenerateProgress
@@ -100,6 +101,7 @@ def check_generates(model: Any) -> None:
     """Raises UsageError for a model that generates no text."""
     if not model.can_generate():
         raise UsageError(f"{type(model).__name__} does not generate text: score it")
+    check_head(model)
 
 
 def prompts_pooled(policy: Policy) -> int:

@@ -91,7 +91,7 @@ class _Scoring:
     ) -> None:
         engine = engine_of(model)
         policy = engine.policy
-        self._device = torch.device(policy.device)
+        self._device = engine.device
         self._tokenizer = tokenizer
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:

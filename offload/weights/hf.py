@@ -20,6 +20,8 @@ from ...io.checkpoint import Checkpoint
 from ...io.errors import CheckpointError, UsageError
 from ...io.recipe import Recipe
 from .hf_names import make_recipes
+from .poison import absent_parameter
+from .stored import check_readable, stored_dtype, unused_words
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Skeleton:
     model: PreTrainedModel
     recipes: Mapping[str, Recipe]
     """By the name of the parameter or persistent buffer in the model."""
+    notes: tuple[str, ...] = ()
+    """What is to be announced of the checkpoint."""
 
 
 def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
@@ -44,12 +48,13 @@ def build(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     _set_dtype(config, model_dtype)
     config.name_or_path = str(checkpoint.folder)
     model = _on_meta(model_class, config, model_dtype)
-    recipes = make_recipes(model, checkpoint, model_dtype)
-    _finish(model, recipes, checkpoint)
+    recipes, unknown = make_recipes(model, checkpoint, model_dtype)
+    check_readable(recipes.values(), checkpoint)
+    notes = _finish(model, recipes, unknown, checkpoint)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.train(False)
-    return Skeleton(model, recipes)
+    return Skeleton(model, recipes, notes)
 
 
 def state_on_meta(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -103,10 +108,7 @@ def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtyp
         return found
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    floating = (
-        e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point
-    )
-    return next(floating, torch.float32)
+    return stored_dtype(checkpoint) or torch.float32
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:
@@ -143,14 +145,19 @@ def _on_meta(
 
 
 def _finish(
-    model: PreTrainedModel, recipes: Mapping[str, Recipe], checkpoint: Checkpoint
-) -> None:
+    model: PreTrainedModel,
+    recipes: Mapping[str, Recipe],
+    unknown: Mapping[str, str],
+    checkpoint: Checkpoint,
+) -> tuple[str, ...]:
     """Ties weights and initialises buffers by transformers' own steps. The streamed
-    tensors count as initialised; an untied one without a recipe is an error."""
+    tensors count as initialised; an untied one without a recipe is an error, but for
+    the head, which not everybody uses. `unknown`: what the model has no place for, as
+    the files call it, by the name it would have. Returns what is to be announced."""
     missing = set(model.state_dict()) - set(recipes)
     for name in recipes:
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
-    info = _loading_info(missing)
+    info = _loading_info(missing, set(unknown))
     model.mark_tied_weights_as_initialized(info)  # type: ignore[no-untyped-call]
     model._move_missing_keys_from_meta_to_device(
         info.missing_and_mismatched(), None, None, None
@@ -158,6 +165,11 @@ def _finish(
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
+    for name in info.missing_keys & _head_names(model):
+        stand_in = absent_parameter(name, model.get_parameter(name), checkpoint.folder)
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._parameters[key] = stand_in
+        info.missing_keys.remove(name)
     if info.missing_keys:
         names = sorted(info.missing_keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -166,13 +178,24 @@ def _finish(
             f"{type(model).__name__} needs: the checkpoint is incomplete or of another "
             "architecture than config.json says"
         )
+    unused = unused_words([unknown[n] for n in info.unexpected_keys], recipes)
+    return (unused,) if unused else ()
 
 
-def _loading_info(missing: set[str]) -> Any:
+def _head_names(model: PreTrainedModel) -> set[str]:
+    """The parameters of the output embeddings."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        return set()
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(head)]}.{key}" for key, _ in head.named_parameters()}
+
+
+def _loading_info(missing: set[str], unexpected: set[str]) -> Any:
     info_class: Any = vars(transformers.modeling_utils)["LoadStateDictInfo"]
     wanted = {
         "missing_keys": missing,
-        "unexpected_keys": set(),
+        "unexpected_keys": unexpected,
         "mismatched_keys": set(),
         "error_msgs": [],
         "conversion_errors": {},

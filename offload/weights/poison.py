@@ -9,13 +9,14 @@ This one knows its shape, dtype and device, and any operation on its values is a
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...io.errors import PenstockError
+from ...io.errors import CheckpointError, PenstockError
 from .bound import written
 
 _PASS_ON = {
@@ -108,6 +109,9 @@ class StreamedParameter(torch.Tensor):
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
+    def check_exists(self) -> None:
+        """Raises CheckpointError where the checkpoint has no such tensor."""
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = list(self.shape)
         return f"StreamedParameter({self._name!r}, {shape}, {self.dtype}, not loaded)"
@@ -141,6 +145,29 @@ class StreamedParameter(torch.Tensor):
 
     def tolist(self) -> Any:
         raise _not_here(self._name, "turned into a list")
+
+
+class AbsentParameter(StreamedParameter):
+    """Stands for a parameter that the checkpoint has not: whoever uses its values gets
+    a CheckpointError."""
+
+    def check_exists(self) -> None:
+        self._touch()
+
+
+def absent_parameter(name: str, like: torch.Tensor, folder: Path) -> AbsentParameter:
+    """Of `like`'s shape and dtype, for the model in `folder`."""
+
+    def touch() -> torch.Tensor:
+        raise CheckpointError(
+            f"{folder} lacks {name}, which this needs: a checkpoint without a head can "
+            "only embed"
+        )
+
+    shape, device = tuple(like.shape), torch.device("cpu")
+    made = AbsentParameter(name, shape, like.dtype, device, touch)
+    assert isinstance(made, AbsentParameter), "of the class that was called"
+    return made
 
 
 def _not_here(name: str, verb: str) -> PenstockError:

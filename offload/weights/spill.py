@@ -30,6 +30,8 @@ class Spilled:
     """All names of each tied parameter, by the name it is stored under."""
     gradients: dict[str, bool]
     dtypes: dict[str, torch.dtype]
+    strides: dict[str, tuple[int, ...]]
+    """Of those that are not contiguous (channels_last, transposed)."""
 
     def restore(
         self, module: nn.Module, updated: Mapping[str, torch.Tensor] | None = None
@@ -38,10 +40,10 @@ class Spilled:
         the folder."""
         stored = load_file(self.folder.path / SINGLE_FILE) | dict(updated or {})
         for first, names in self.names.items():
-            parameter = nn.Parameter(
-                stored[first].to(self.dtypes[first]),
-                requires_grad=self.gradients[first],
-            )
+            value = stored[first].to(self.dtypes[first])
+            if first in self.strides:
+                value = _strided(value, self.strides[first])
+            parameter = nn.Parameter(value, requires_grad=self.gradients[first])
             for name in names:
                 owner, _, key = name.rpartition(".")
                 store = module.get_submodule(owner)._parameters
@@ -105,4 +107,11 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
         names,
         {name: parameters[name].requires_grad for name in tensors},
         {name: parameters[name].dtype for name in tensors},
+        {n: p.stride() for n, p in parameters.items() if not p.is_contiguous()},
     )
+
+
+def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The same values, laid out otherwise."""
+    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    return found.copy_(tensor)
