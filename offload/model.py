@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..io.checkpoint import open_checkpoint
-from ..io.errors import PenstockError
+from ..io.errors import PenstockError, UsageError
 from ..scheduler.sweep import Sweep
+from .adapters import adapter_beside, apply_adapter
 from .build import build
 from .counters import Statistics
 from .engine import Engine
@@ -23,13 +24,19 @@ Model = TypeVar("Model", bound=nn.Module)
 _ENGINE = "_penstock_engine"
 
 
-def load(path: str | Path, policy: Policy | None = None) -> Any:
+def load(
+    path: str | Path,
+    policy: Policy | None = None,
+    *,
+    adapter: str | Path | None = None,
+) -> Any:
     """The Hugging Face model in the folder `path`, its weights streamed from the
     safetensors files there (nothing is converted, nothing is written).
 
     It is the model object that transformers would give, in eval mode, for inference:
     call it, `generate` with it, or run a `sweep` over it. Close it with
-    `penstock.unwrap(model)` or by `with penstock.load(...) as model:`.
+    `penstock.unwrap(model)` or by `with penstock.load(...) as model:`. The folder
+    `adapter` (by default the policy's) is applied to it by PEFT.
 
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
@@ -41,9 +48,26 @@ def load(path: str | Path, policy: Policy | None = None) -> Any:
     checkpoint = open_checkpoint(path)
     skeleton = hf.build(checkpoint, policy.dtype)
     engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
-    for note in skeleton.notes:
+    model = _attach(skeleton.model, engine)
+    try:
+        _adapt(model, engine, Path(path), adapter or policy.adapter)
+        for note in skeleton.notes:
+            engine.note(note)
+    except BaseException:
+        unwrap(model)
+        raise
+    return model
+
+
+def _adapt(model: Any, engine: Engine, path: Path, adapter: str | Path | None) -> None:
+    if adapter is not None:
+        if engine.policy.compile:
+            raise UsageError(
+                "an adapter changes modules that are compiled: take compile: false"
+            )
+        apply_adapter(model, Path(adapter))
+    elif (note := adapter_beside(path)) is not None:
         engine.note(note)
-    return _attach(skeleton.model, engine)
 
 
 def wrap(module: Model, policy: Policy | None = None) -> Model:

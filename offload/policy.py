@@ -77,6 +77,9 @@ class Policy(Section):
     dtype: DtypeName = "auto"
     """Dtype of the weights in the working set (`float32`, `bfloat16`, ...); `auto` is
     the checkpoint's. Another one is cast on the way in."""
+    adapter: Path | None = None
+    """Folder of an adapter (LoRA and its like) that is applied to the model, by PEFT
+    (`penstock[peft]`). It stays on the device, beside `device_memory`."""
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is half of
     the memory that is free, at most the model."""

@@ -22,7 +22,8 @@ def refusals(kind: type[nn.Module]) -> dict[str, Any]:
             probe = torch.empty(0, dtype=like.dtype, device=like.device)
             if change(probe) is not probe:
                 raise cast_in_place()
-        return kind._apply(self, change, recurse)  # changes nothing
+        unchanged: Any = kind._apply
+        return unchanged(self, change, recurse)
 
     def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise UsageError(

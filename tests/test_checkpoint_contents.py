@@ -106,7 +106,7 @@ def test_without_a_dtype_in_the_config_it_is_the_one_transformers_takes(
         }
 
     folder = variant(saved, tmp_path, mixed, dtype=None)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").train(False)
     assert whole.dtype == torch.bfloat16
     with torch.inference_mode():
         assert torch.equal(logits(folder), whole(IDS).logits)

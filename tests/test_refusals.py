@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 class Normed(Net):
     """With a buffer, and a part that is always in memory."""
+
+    scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ def test_a_streamed_model_is_not_compiled_as_a_whole(tmp_path: Path) -> None:
 def test_a_compiled_module_is_not_wrapped() -> None:
     net = make(Net)
     with pytest.raises(UsageError, match="compile: true"):
-        penstock.wrap(torch.compile(net))
+        penstock.wrap(cast(nn.Module, torch.compile(net)))
     net.compile(backend="eager")
     with pytest.raises(UsageError, match="compile: true"):
         penstock.wrap(net)

@@ -12,6 +12,7 @@ from rich.console import Console
 from .options import (
     OUTPUTS,
     SOURCES,
+    Adapter,
     LogJson,
     Metrics,
     Model,
@@ -54,6 +55,7 @@ def job_command(
         output: Annotated[Path, output],
         policy: PolicyFile = None,
         settings: Settings = None,
+        adapter: Adapter = None,
         report: Report = None,
         log_json: LogJson = False,
         metrics: Metrics = None,
@@ -65,7 +67,7 @@ def job_command(
         from ..jobs.job import Job
         from ..jobs.watch import Watching
 
-        chosen = policy_of(policy, settings)
+        chosen = policy_of(policy, settings, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         work = work_of(**own)

@@ -12,6 +12,7 @@ import torch
 
 from ...io.errors import PenstockError, UsageError
 from ...scheduler.packing import pack
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..policy import Policy
@@ -79,6 +80,7 @@ def generate_parts(
     what is drawn for a row depends on its number, so that each part has the same tokens
     without the others. Only products that micro-batches share (`coalesce`) have other
     last bits in other company."""
+    model = without_wrapper(model)
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
     check_generates(model)

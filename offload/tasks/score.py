@@ -10,6 +10,7 @@ import torch
 
 from ...io.errors import UsageError
 from ...scheduler.packing import spans
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from .head import CausalScorer
@@ -80,6 +81,7 @@ def score_parts(
 ) -> Iterator[dict[str, Any]]:
     """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
     results of each are, bit for bit, the same without the others."""
+    model = without_wrapper(model)
     tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
     task = _Scoring(model, tokenizer, window, stride)
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)

@@ -38,7 +38,7 @@ class BoundParameter(nn.Parameter):
         self._known_version = self._version
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter

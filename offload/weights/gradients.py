@@ -25,4 +25,4 @@ def refuse_backward(output: Any, site: str) -> None:
 
     for value in tree_leaves(output):
         if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-            value.register_hook(refuse)
+            value.register_hook(refuse)  # type: ignore[no-untyped-call]

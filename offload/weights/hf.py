@@ -7,7 +7,7 @@ Private calls of transformers (>= 5.17, < 6) stand here, in `hf_names`, `kv/cach
 import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _finish(
     missing = set(model.state_dict()) - set(recipes)
     for name in recipes:
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
-    info = _loading_info(missing, set(unknown))
+    info = _loading_info(missing, unknown)
     model.mark_tied_weights_as_initialized(info)  # type: ignore[no-untyped-call]
     model._move_missing_keys_from_meta_to_device(
         info.missing_and_mismatched(), None, None, None
@@ -168,7 +168,8 @@ def _finish(
     for name in info.missing_keys & _head_names(model):
         stand_in = absent_parameter(name, model.get_parameter(name), checkpoint.folder)
         owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._parameters[key] = stand_in
+        store: dict[str, Any] = model.get_submodule(owner)._parameters
+        store[key] = stand_in
         info.missing_keys.remove(name)
     if info.missing_keys:
         names = sorted(info.missing_keys)
@@ -191,11 +192,11 @@ def _head_names(model: PreTrainedModel) -> set[str]:
     return {f"{names[id(head)]}.{key}" for key, _ in head.named_parameters()}
 
 
-def _loading_info(missing: set[str], unexpected: set[str]) -> Any:
+def _loading_info(missing: set[str], unexpected: Iterable[str] = ()) -> Any:
     info_class: Any = vars(transformers.modeling_utils)["LoadStateDictInfo"]
     wanted = {
         "missing_keys": missing,
-        "unexpected_keys": unexpected,
+        "unexpected_keys": set(unexpected),
         "mismatched_keys": set(),
         "error_msgs": [],
         "conversion_errors": {},

@@ -1,6 +1,8 @@
 """Tensors that are not streamed (rotary tables, masks, parameters that the model makes
 itself), on the device."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,18 +18,15 @@ class MovedTensors(Closing):
     def __init__(
         self, model: nn.Module, device: torch.device, streamed: frozenset[str]
     ) -> None:
-        self._before: list[tuple[dict[str, torch.Tensor | None], str, object]] = []
+        self._before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         moved: dict[int, torch.Tensor] = {}
         for module_name, module in model.named_modules():
-            stores: list[dict[str, torch.Tensor | None]] = [
-                module._buffers,
-                module._parameters,  # type: ignore[list-item]
-            ]
+            stores: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
             for store in stores:
                 for key, tensor in store.items():
                     name = f"{module_name}.{key}" if module_name else key
-                    is_there = tensor is None or tensor.device == device
-                    if is_there or name in streamed or _has_no_values(tensor):
+                    has_values = not isinstance(tensor, StreamedParameter | None)
+                    if not has_values or name in streamed or tensor.device == device:
                         continue
                     self._before.append((store, key, tensor))
                     if id(tensor) not in moved:
@@ -38,10 +37,6 @@ class MovedTensors(Closing):
         while self._before:
             store, key, tensor = self._before.pop()
             store[key] = tensor
-
-
-def _has_no_values(tensor: torch.Tensor | None) -> bool:
-    return isinstance(tensor, StreamedParameter)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -117,7 +117,7 @@ class StreamedParameter(torch.Tensor):
         return f"StreamedParameter({self._name!r}, {shape}, {self.dtype}, not loaded)"
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self
 
     @data.setter
