@@ -134,6 +134,8 @@ def test_a_checkpoint_without_a_head_embeds_and_does_nothing_else(
     with penstock.load(saved, POLICY) as whole:
         expected = list(penstock.embed(whole, rows, tokenizer=Words()))
     with penstock.load(folder, POLICY) as model:
+        said = penstock.statistics(model).fallbacks
+        assert any("lacks lm_head.weight: it can only embed" in s for s in said)
         assert list(penstock.embed(model, rows, tokenizer=Words())) == expected
         with pytest.raises(CheckpointError, match=r"lm_head\.weight.*only embed"):
             list(penstock.score(model, rows, tokenizer=Words()))

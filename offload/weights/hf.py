@@ -165,12 +165,13 @@ def _finish(
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
-    for name in info.missing_keys & _head_names(model):
+    absent = sorted(info.missing_keys & _head_names(model))
+    for name in absent:
         stand_in = absent_parameter(name, model.get_parameter(name), checkpoint.folder)
         owner, _, key = name.rpartition(".")
         store: dict[str, Any] = model.get_submodule(owner)._parameters
         store[key] = stand_in
-        info.missing_keys.remove(name)
+    info.missing_keys -= set(absent)
     if info.missing_keys:
         names = sorted(info.missing_keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -180,7 +181,8 @@ def _finish(
             "architecture than config.json says"
         )
     unused = unused_words([unknown[n] for n in info.unexpected_keys], recipes)
-    return (unused,) if unused else ()
+    headless = f"{checkpoint.folder} lacks {', '.join(absent)}: it can only embed"
+    return tuple(filter(None, (unused, headless if absent else None)))
 
 
 def _head_names(model: PreTrainedModel) -> set[str]:
