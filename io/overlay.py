@@ -35,7 +35,7 @@ def overlaid(
             reads += inside
             copies += edges
     placed = {tensor.name: tensor for tensor in plan.tensors}
-    copies += [_copy(entry, placed[name]) for name, entry in entries.items()]
+    copies += [_copy(e, placed[name]) for name, e in entries.items() if e.nbytes]
     return replace(
         plan,
         reads=tuple(reads),
