@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +34,7 @@ def test_every_choice_of_tensors_is_loaded_from_where_it_lies(
     above = open_files(tmp_path, ["new.safetensors"])
     recipes = [plain(e, name=n, dtype=e.dtype) for n, e in below.entries.items()]
     plan = layout("unit", recipes, alignment=PAGE, max_gap_bytes=PAGE)
-    kinds = {"num_threads": 2, "direct": False, "chunk_bytes": 2 * PAGE}
+    kinds: dict[str, Any] = {"num_threads": 2, "direct": False, "chunk_bytes": 2 * PAGE}
     path = tmp_path / "new.safetensors"
     with (
         ThreadReader(below.stamps, **kinds) as main,
