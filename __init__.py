@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .io.errors import PenstockError
     from .offload.mapper import Mapper
-    from .offload.model import load, statistics, sweep, unwrap, wrap
+    from .offload.model import load, statistics, sweep, unwrap, update, wrap
     from .offload.policy import Policy
     from .offload.tasks.classify import classify
     from .offload.tasks.embed import embed
@@ -28,6 +28,7 @@ _HOMES = {
     "statistics": "offload.model",
     "sweep": "offload.model",
     "unwrap": "offload.model",
+    "update": "offload.model",
     "wrap": "offload.model",
 }
 
@@ -43,6 +44,7 @@ __all__ = [
     "statistics",
     "sweep",
     "unwrap",
+    "update",
     "wrap",
 ]
 

@@ -46,6 +46,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         checkpoint = open_files(folder, sorted(set(weight_map.values())))
         _check_index(index_path, weight_map, checkpoint)
         return checkpoint
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model: give the folder of its base "
+            f"model, and this one as --adapter {folder}"
+        )
     others = [p for kind in ("bin", "gguf", "pt") for p in folder.glob(f"*.{kind}")]
     advice = (
         f"it has {min(others).name}, which is another format: save it with "

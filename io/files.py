@@ -41,7 +41,7 @@ class OpenFile:
     def check(self) -> None:
         """Raises CheckpointChangedError when it is not what was opened. Called after a
         read: what was read before a change is what the header described."""
-        if FileStamp.of(os.fstat(self.descriptor)) != self.stamp:
+        if not self.stamp.is_of(os.fstat(self.descriptor)):
             raise CheckpointChangedError(
                 f"{self.path} was changed while it was being read; load it again"
             )

@@ -6,7 +6,7 @@ Format: 8 bytes of little-endian header length, a JSON object, then the tensors'
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,27 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What must not change while a file is being streamed."""
+    """What must not change while a file is being streamed. Who writes to a file can put
+    its mtime back, but not its ctime."""
 
     size_bytes: int
     mtime_ns: int
+    inode: int = 0
+    ctime_ns: int = 0
+    num_links: int = 1
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "FileStamp":
-        return cls(stat.st_size, stat.st_mtime_ns)
+        size, mtime = stat.st_size, stat.st_mtime_ns
+        return cls(size, mtime, stat.st_ino, stat.st_ctime_ns, stat.st_nlink)
+
+    def is_of(self, stat: os.stat_result) -> bool:
+        """Whether the file is what it was. Who removes one of its names, or adds one,
+        changes its ctime and nothing in it."""
+        now = FileStamp.of(stat)
+        if now.num_links != self.num_links:
+            now = replace(now, num_links=self.num_links, ctime_ns=self.ctime_ns)
+        return now == self
 
 
 def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:

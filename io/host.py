@@ -1,6 +1,6 @@
 """The host tier: units that are read once and stay in host memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -63,13 +63,24 @@ class HostTier(Closing):
     def __repr__(self) -> str:
         return f"<HostTier: {len(self.offsets)} units in {self.memory!r}>"
 
+    def load_again(self, units: Iterable[int]) -> None:
+        """What is stored of these `units` has changed. Nobody reads them meanwhile."""
+        loader = self._loader(self.memory)
+        try:
+            for unit in units:
+                loader.load(unit, self.offsets[unit]).wait()
+        finally:
+            loader.close()
+
     def close(self) -> None:
         self.memory.close()
 
+    def _loader(self, memory: HostMemory) -> Loader:
+        bounce = self._bounce_bytes
+        return Loader(self._layouts, memory, self._reader, bounce_bytes=bounce)
+
     def _fill(self, memory: HostMemory) -> None:
-        loader = Loader(
-            self._layouts, memory, self._reader, bounce_bytes=self._bounce_bytes
-        )
+        loader = self._loader(memory)
         try:
             fill(
                 (

@@ -51,6 +51,17 @@ class PeerTier(Closing):
     def __repr__(self) -> str:
         return f"<PeerTier: {len(self.offsets)} units on {self.device.name}>"
 
+    def load_again(
+        self, units: Sequence[int], open_link: Callable[[Memory, Device], Link]
+    ) -> None:
+        """What is stored of these `units` has changed. Nobody reads them meanwhile."""
+        if not units:
+            return
+        with open_link(self.memory, self.device) as link:
+            for unit in units:
+                link.load(unit, self.offsets[unit], ()).wait()
+            self.device.synchronize()
+
     def close(self) -> None:
         self.memory.close()
 

@@ -31,7 +31,7 @@ from .units.division import check_overlap
 from .units.row_wise import find_row_wise
 from .units.sites import Found, Place
 from .weights.binding import Binding
-from .weights.buffers import MovedBuffers
+from .weights.moved import MovedTensors
 from .weights.poison import StreamedParameter
 from .weights.rows import RowGatherer
 
@@ -93,7 +93,7 @@ def build(
         gatherers = {
             name: RowGatherer(
                 recipes[name],
-                tiers.reader,
+                tiers.layered,
                 buffer_bytes=policy.io.bounce,
                 max_gap_bytes=tiers.reader.alignment,
             )
@@ -116,7 +116,7 @@ def build(
             arrangement=arranged,
             budget=budget,
             tiers=tiers,
-            buffers=_move_buffers(model, places, device),
+            moved=_move_rest(model, places, device),
             working_set=working_set,
             binding=binding,
             doors=doors,
@@ -147,7 +147,7 @@ def build(
                 gather=gatherer.gather if gatherer is not None else None,
                 requires_grad=_requires_grad(places[name][0]),
             )
-        binding.poison_all()
+        binding.put_stand_ins()
         engine.start()
         opened.pop_all()
     return engine
@@ -161,17 +161,17 @@ def _announce(policy: Policy) -> list[str]:
     return found
 
 
-def _move_buffers(
+def _move_rest(
     model: nn.Module, places: Mapping[str, list[Place]], device: Device
-) -> MovedBuffers:
+) -> MovedTensors:
+    """What is not streamed."""
     names = {id(module): name for name, module in model.named_modules()}
     streamed = frozenset(
         f"{names[id(place.module)]}.{place.key}".lstrip(".")
         for where in places.values()
         for place in where
-        if place.is_buffer
     )
-    return MovedBuffers(model, torch.device(device.name), streamed)
+    return MovedTensors(model, torch.device(device.name), streamed)
 
 
 def _working_set(

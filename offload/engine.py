@@ -25,11 +25,13 @@ from .kv.tiers import KvTiers
 from .monitoring.memory import peak_resident_bytes
 from .policy import Policy
 from .settings.memory_budget import MemoryBudget
+from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .tiers import Tiers
 from .units.arrangement import Arrangement
+from .updates import Updates
 from .weights.binding import Binding
-from .weights.buffers import MovedBuffers
+from .weights.moved import MovedTensors
 from .weights.rows import RowGatherer
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Engine:
         arrangement: Arrangement,
         budget: MemoryBudget,
         tiers: Tiers,
-        buffers: MovedBuffers,
+        moved: MovedTensors,
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
@@ -71,7 +73,7 @@ class Engine:
         self.budget = budget
         self.timeline = timeline
         self._tiers = tiers
-        self._buffers = buffers
+        self._moved = moved
         self._working_set = working_set
         self._binding = binding
         self._doors = doors
@@ -88,8 +90,11 @@ class Engine:
             for index, unit in enumerate(found.units)
             for name in unit.tensors
         }
+        self.updates = Updates(
+            arrangement, tiers, working_set, binding, gate, gatherers, policy
+        )
         self._sweeps = Sweeps()
-        self._hooks: list[Any] = []
+        self._hooks: SiteHooks | None = None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -104,12 +109,11 @@ class Engine:
                 self._working_set.keep(index)
                 self._binding.bind_for_ever(index, offset)
         self._binding.bind_host()
-        for index, site in enumerate(self.found.sites):
-            self._hook(site.module, index)
-        self._hooks.append(
-            self.model.register_forward_pre_hook(
-                lambda module, args: self._gate.abandon_plain()
-            )
+        keep_out = (
+            self._compilation.keep_out if self._compilation else lambda hook: hook
+        )
+        self._hooks = SiteHooks(
+            self.model, self.found, self._gate, self._binding, keep_out
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
@@ -188,6 +192,11 @@ class Engine:
             _log.warning(fallback)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: what it is given has to be there."""
+        return torch.device(self._tiers.device.name)
+
+    @property
     def first_unit_at(self) -> float | None:
         """When the first site began to compute (`time.perf_counter`), if any did."""
         return self._gate.first_visit_at
@@ -263,30 +272,17 @@ class Engine:
         self._sweeps.close()
         if self._kv is not None:
             self._kv.close()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._compilation is not None:
             self._compilation.stop()
         self._working_set.close()
         for gatherer in self._gatherers:
             gatherer.close()
         self._binding.poison_all()
-        self._buffers.close()
+        self._moved.close()
         self._tiers.close()
-
-    def _hook(self, module: nn.Module, site: int) -> None:
-        def before(module: nn.Module, args: Any) -> None:
-            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._gate.after(site)
-
-        if self._compilation is not None:
-            before = self._compilation.keep_out(before)
-            after = self._compilation.keep_out(after)
-        self._hooks.append(module.register_forward_pre_hook(before))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
+        self.updates.close()
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1

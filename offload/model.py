@@ -5,16 +5,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..io.checkpoint import open_checkpoint
 from ..io.errors import PenstockError, UsageError
 from ..io.front_door import front_door
 from ..scheduler.sweep import Sweep
+from .adapters import adapter_beside, apply_adapter
 from .build import build
 from .counters import Statistics
 from .engine import Engine
 from .policy import Policy, cache_folder
+from .refusals import check_not_compiled, refusals
 from .settings.installed import check_installed
 from .settings.memory_budget import Use
 from .settings.room import coming_with, room_for
@@ -26,7 +29,12 @@ _ENGINE = "_penstock_engine"
 
 
 @front_door()
-def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> Any:
+def load(
+    path: str | Path,
+    policy: Policy | Mapping[str, Any] | None = None,
+    *,
+    adapter: str | Path | None = None,
+) -> Any:
     """The Hugging Face model in the folder `path`, its weights streamed from the
     safetensors files there (nothing is converted, nothing is written).
 
@@ -38,22 +46,23 @@ def load(path: str | Path, policy: Policy | Mapping[str, Any] | None = None) -> 
     dtype, by default in the checkpoint's, as `from_pretrained(path, dtype="auto")`
     does: on a CPU without instructions for bfloat16, `Policy(dtype="float32")` is
     several times as fast (jobs find that out themselves). Close it with
-    `penstock.unwrap(model)` or by `with penstock.load(...) as model:`.
+    `penstock.unwrap(model)` or by `with penstock.load(...) as model:`. The folder
+    `adapter` (by default the policy's) is applied to it by PEFT.
 
     Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
     to do.
     """
+    policy = Policy.of(policy)
+    if adapter is not None:
+        policy = policy.model_copy(update={"adapter": Path(adapter)})
     return load_for("any", path, policy)
 
 
-def load_for(
-    use: Use, path: str | Path, policy: Policy | Mapping[str, Any] | None = None
-) -> Any:
+def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
     """As `load`, for a known use, which decides on what memory is best for."""
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
 
-    policy = Policy.of(policy)
     check_installed(policy)
     checkpoint = open_checkpoint(path)
     skeleton = hf.build(
@@ -63,7 +72,27 @@ def load_for(
     engine = build(
         skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
     )
-    return _attach(skeleton.model, engine)
+    model = _attach(skeleton.model, engine)
+    try:
+        _adapt(model, engine, Path(path))
+        for note in skeleton.notes:
+            engine.note(note)
+    except BaseException:
+        unwrap(model)
+        raise
+    return model
+
+
+def _adapt(model: Any, engine: Engine, path: Path) -> None:
+    adapter = engine.policy.adapter
+    if adapter is not None:
+        if engine.policy.compile:
+            raise UsageError(
+                "an adapter changes modules that are compiled: take compile: false"
+            )
+        apply_adapter(model, adapter)
+    elif (note := adapter_beside(path)) is not None:
+        engine.note(note)
 
 
 @front_door()
@@ -79,6 +108,7 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
         raise UsageError(f"{module!r:.100} is no torch.nn.Module: load it first")
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
+    check_not_compiled(module)
     policy = Policy.of(policy)
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))
@@ -109,6 +139,21 @@ def sweep(
     return engine_of(model).sweep(width, seed, coalesce=coalesce)
 
 
+def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives weights of the streamed `model` other values. The next forward computes
+    with `tensors`, by their names in `model.named_parameters()` (a tied weight by any
+    of its names). Nothing else changes: no slot, no thread, no hook.
+
+    Shapes must be equal; a floating dtype is cast to the one that is computed with.
+    Streamed weights are written to a file in the cache folder (`io.cache`), which takes
+    as many bytes as they have until the model is closed. All are changed or, when it
+    raises, none: UsageError for what does not fit, OutputError where there is no room
+    for the file, PenstockError during a sweep or a forward. No other thread may be in
+    a forward of the model.
+    """
+    engine_of(model).updates.apply(model, tensors)
+
+
 def statistics(model: nn.Module) -> Statistics:
     """What the streamed `model` has done so far."""
     return engine_of(model).statistics()
@@ -123,17 +168,22 @@ def unwrap(model: Model) -> Model:
     engine = getattr(model, "__dict__", {}).pop(_ENGINE, None)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
+    spilled = model.__dict__.pop("_penstock_spill", None)
+    updated = engine.updates.tensors() if spilled is not None else {}
     engine.close()
     model.__class__ = type(model).__mro__[1]
-    spilled = model.__dict__.pop("_penstock_spill", None)
     if spilled is not None:
-        spilled.restore(model)
+        spilled.restore(model, updated)
     return model
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine that streams `model`; PenstockError if there is none."""
+    """The engine that streams `model`, or the model in it that others have wrapped up
+    (a PeftModel); PenstockError if there is none."""
     engine = getattr(model, "__dict__", {}).get(_ENGINE)
+    if engine is None and isinstance(model, nn.Module):
+        inner = (part.__dict__.get(_ENGINE) for part in model.modules())
+        engine = next(filter(None, inner), None)
     if not isinstance(engine, Engine):
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"
@@ -165,6 +215,7 @@ def _attach(model: Model, engine: Engine) -> Model:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        **refusals(kind),
     }
     model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine

@@ -93,6 +93,9 @@ class Policy(Section):
     libraries, weights, activations, keys and values, buffers. Sizes that are `auto`
     are parts of it. `auto` is what is free when the model is loaded, by the machine
     and by the cgroups of the process, less a sixteenth. With a GPU: the host's part."""
+    adapter: Path | None = None
+    """Folder of an adapter (LoRA and its like) that is applied to the model, by PEFT
+    (`penstock[peft]`). It stays on the device, beside `device_memory`."""
     device_memory: AutoBytes = "auto"
     """Bytes of the working set: streamed slots and resident weights. `auto` is its part
     of `memory` or, on a GPU, half of what is free there; at most the model."""

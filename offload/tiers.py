@@ -21,6 +21,7 @@ from ..io.event import Event
 from ..io.gds import GdsReader
 from ..io.host import HostTier
 from ..io.host_buffers import HostBuffers
+from ..io.layered import LayeredReader
 from ..io.layout import Layout
 from ..io.link import Link
 from ..io.loader import Loader
@@ -82,7 +83,7 @@ class Tiers(Closing):
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
-        self._straight: GdsReader | None = None
+        self.straight: GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
         self._layouts = layouts
@@ -99,6 +100,7 @@ class Tiers(Closing):
                 io = io.model_copy(update={"reader": "auto"})
             self.reader, fallbacks = open_reader(checkpoint.stamps, io)
             opened.enter_context(self.reader)
+            self.layered = opened.enter_context(LayeredReader(self.reader))
             self.fallbacks = list(fallbacks)
             self.loaders: list[Loader | Straight] = []
             self._open_disk(opened)
@@ -140,9 +142,10 @@ class Tiers(Closing):
 
     def bytes_read(self) -> dict[str, int]:
         """Bytes that came from each tier so far."""
-        found = {"disk": self.reader.statistics().bytes_read}
-        if self._straight is not None:
-            found["disk"] += self._straight.statistics().bytes_read
+        disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
+        found = {"disk": disk}
+        if self.straight is not None:
+            found["disk"] += self.straight.statistics().bytes_read
         for link in self.links:
             if link.tier != "disk":
                 tier = link.tier if link.tier == "host" else "peer"
@@ -166,7 +169,7 @@ class Tiers(Closing):
     def _loader(self, memory: Arena) -> Loader:
         bounce, record = self._policy.io.bounce, self._record
         loader = Loader(
-            self._layouts, memory, self.reader, bounce_bytes=bounce, record=record
+            self._layouts, memory, self.layered, bounce_bytes=bounce, record=record
         )
         self.loaders.append(loader)
         return loader
@@ -182,7 +185,7 @@ class Tiers(Closing):
             opened.callback(loader.close)
             self._ways["disk"] = loader.load
         else:
-            link = opened.enter_context(self._from_disk(self.memory, self.device))
+            link = opened.enter_context(self.link_from_disk(self.memory, self.device))
             self._ways["disk"] = link.load
             self.links.append(link)
 
@@ -204,10 +207,11 @@ class Tiers(Closing):
         way = Straight(layouts, transfers, self.memory, reader, record=record)
         self._ways["disk"] = opened.enter_context(way).load
         self.loaders.append(way)
-        self._straight = reader
+        self.straight = reader
         return True
 
-    def _from_disk(self, target: Memory, device: Device) -> Link:
+    def link_from_disk(self, target: Memory, device: Device) -> Link:
+        """A link from the checkpoint's files into the memory `target` of `device`."""
         largest = max(plan.nbytes for plan in self._layouts)
         asked = self._policy.staging_memory
         nbytes = 3 * largest if asked == "auto" else max(asked, largest)
@@ -235,7 +239,7 @@ class Tiers(Closing):
                     self._transfers,
                     units,
                     device,
-                    open_link=self._from_disk,
+                    open_link=self.link_from_disk,
                     progress=progress,
                 )
             )
@@ -253,7 +257,7 @@ class Tiers(Closing):
                 HostTier(
                     self._layouts,
                     units,
-                    self.reader,
+                    self.layered,
                     self._checkpoint.stamps,
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,

@@ -7,6 +7,7 @@ unit, or several where it shares weights with others.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..io.errors import PenstockError
 from .working_set import WorkingSet
 
 
@@ -22,7 +23,8 @@ class Doors:
     """Counts who is inside each site and keeps its units until the last one left.
 
     `bind(site, offsets)` makes the site's parameters real once its units stand at
-    `offsets`; `unbind(site)` takes them away before the bytes may be reused.
+    `offsets`; `unbind(site)` takes them away before the bytes may be reused. Where one
+    of them raises, somebody has written to the weights: they are loaded again.
     """
 
     def __init__(
@@ -63,9 +65,8 @@ class Doors:
             offsets = self._working_set.acquire_together(units)
             try:
                 self._bind(site, offsets)
-            except BaseException:
-                for unit in units:
-                    self._working_set.release(unit)
+            except BaseException as error:
+                self._release(units, spoilt=isinstance(error, PenstockError))
                 raise
             self._offsets[site] = offsets
         self._inside[site] += 1
@@ -78,14 +79,17 @@ class Doors:
         """Closes the door behind the last one: the units may be overwritten."""
         self._inside[site] -= 1
         if self._inside[site] == 0:
+            spoilt = False
             try:
                 self._unbind(site)
                 for other in self._sharing[site]:
                     if self._inside[other]:  # it still needs what both had bound
                         self._bind(other, self._offsets[other])
+            except PenstockError:
+                spoilt = True
+                raise
             finally:
-                for unit in self.sites[site].units:
-                    self._working_set.release(unit)
+                self._release(self.sites[site].units, spoilt=spoilt)
 
     def stays(self, site: int) -> bool:
         """Whether the site's units are there for good."""
@@ -105,3 +109,9 @@ class Doors:
         for site in range(len(self.sites)):
             self._inside[site] = 0
             self._unbind(site)
+
+    def _release(self, units: Iterable[int], *, spoilt: bool) -> None:
+        for unit in units:
+            self._working_set.release(unit)
+            if spoilt:
+                self._working_set.load_again(unit)

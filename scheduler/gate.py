@@ -133,6 +133,20 @@ class Gate:
             self._turn.release()
 
     @contextlib.contextmanager
+    def idle(self, *, is_busy: bool) -> Iterator[None]:
+        """The turn, while nobody computes. Raises PenstockError during a sweep, or
+        where the caller `is_busy` with a forward."""
+        if self._sweep is None and not is_busy:
+            with self.turn():
+                if self._sweep is None and not self._plain:
+                    yield
+                    return
+        raise PenstockError(
+            "weights cannot be changed while a sweep or a forward is under way: change "
+            "them before it or after it"
+        )
+
+    @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Counts the time spent inside, less what is spent waiting for weights."""
         start, waited = time.perf_counter(), self.doors.wait_seconds

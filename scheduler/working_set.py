@@ -6,27 +6,13 @@ and what nobody reads is known, because every reader says so (`acquire`, `releas
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from ..io.errors import ClosedError, DoesNotFitError
 from ..io.event import Event
 from ..io.timeline import WAIT, Record, unrecorded
 from .load import Held, Load
 from .slots import Slot, Slots
-
-
-@dataclass(frozen=True, slots=True)
-class WorkingSetStatistics:
-    """Counters since the working set was made."""
-
-    capacity_bytes: int
-    peak_bytes: int
-    """Most bytes claimed by slots at one time."""
-    wait_seconds: float
-    """Time for which computing stood still because a unit was not there yet."""
-    num_unused_loads: int
-    """Units that were prefetched and thrown out before anybody read them."""
-    resident_units: tuple[int, ...]
+from .working_set_statistics import WorkingSetStatistics
 
 
 class WorkingSet:
@@ -162,6 +148,20 @@ class WorkingSet:
                 return False
         self._resident.add(unit)
         return True
+
+    def load_again(self, unit: int) -> None:
+        """What is stored of `unit` has changed, or its bytes here have: it is thrown
+        out or, where it must stay, loaded in place and waited for."""
+        held = self._held.get(unit)
+        if held is None:
+            return
+        if not held.users and unit not in self._resident:
+            self._drop(unit)
+            return
+        held.load.wait_quietly()
+        after = tuple(filter(None, (held.load.ready, held.last_read, self._mark())))
+        held.load = self._load(unit, held.slot.offset, after)
+        held.load.wait()
 
     def is_resident(self, unit: int) -> bool:
         return unit in self._resident

@@ -126,14 +126,18 @@ def test_tensors_that_the_model_has_no_place_for_are_ignored(tmp_path: Path) -> 
     check_against(transformers.LlamaModel.from_pretrained(tmp_path), skeleton, made)
 
 
-def test_a_checkpoint_of_the_base_model_lacks_the_head(tmp_path: Path) -> None:
+def test_the_head_that_a_base_model_lacks_is_said_and_cannot_be_used(
+    tmp_path: Path,
+) -> None:
     model = zoo.build("llama")
     model.model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    skeleton = hf.build(open_checkpoint(tmp_path), "auto")
+    assert "lacks lm_head.weight: it can only embed" in skeleton.notes[0]
     with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight"):
-        hf.build(open_checkpoint(tmp_path), "auto")
+        skeleton.model.lm_head(torch.zeros(1, skeleton.model.config.hidden_size))
 
 
 def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path: Path) -> None:

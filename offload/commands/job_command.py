@@ -13,6 +13,7 @@ from ..startup import rare_collections
 from .options import (
     OUTPUTS,
     SOURCES,
+    Adapter,
     LogJson,
     Metrics,
     Model,
@@ -56,6 +57,7 @@ def job_command(
         output: Annotated[Path, output],
         policy: PolicyFile = None,
         settings: Settings = None,
+        adapter: Adapter = None,
         report: Report = None,
         log_json: LogJson = False,
         metrics: Metrics = None,
@@ -69,7 +71,7 @@ def job_command(
             from ..jobs.job import Job
             from ..jobs.watch import Watching
 
-        chosen = policy_of(policy, settings, trust_remote_code)
+        chosen = policy_of(policy, settings, trust_remote_code, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         work = work_of(**own)

@@ -1,5 +1,6 @@
 """Options that several commands of the command line have."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,15 @@ Settings = Annotated[
         metavar="KEY=VALUE",
         help="Sets one key of the policy, such as device_memory=2GiB, dtype=float32 or "
         "io.threads=4. Repeatable; wins over the file.",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="Folder of an adapter (adapter_config.json: LoRA and its like) that is "
+        "applied to the model. Needs penstock[peft].",
     ),
 ]
 Report = Annotated[
@@ -120,12 +130,17 @@ def say(message: str) -> None:
 
 
 def policy_of(
-    path: Path | None, settings: list[str] | None, trust_remote_code: bool = False
+    path: Path | None,
+    settings: list[str] | None,
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
 ) -> Policy:
-    """The policy in the file `path`, with `settings` on top."""
+    """The policy in the file `path`, with `settings` and the other options on top."""
     settings = list(settings or [])
     if trust_remote_code:
         settings.append("trust_remote_code=true")
+    if adapter is not None:
+        settings.append(f"adapter={json.dumps(str(adapter))}")
     if path is None:
         return Policy().with_settings(settings)
     return Policy.from_yaml(path, settings)

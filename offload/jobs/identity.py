@@ -51,6 +51,7 @@ def identify(
             **task,
             **{key: getattr(policy, key) for key in _MEANING},
             "kv.dtype": policy.kv.dtype,
+            "adapter": policy.adapter and adapter_digests(policy.adapter),
         },
         rounding={
             **{key: getattr(policy, key) for key in _ROUNDING},
@@ -65,6 +66,16 @@ def identify(
         stamps=inputs.stamps(),
         chosen=chosen,
     )
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """The digest of each file that an adapter is made of, by its name. Raises
+    CheckpointError."""
+    try:
+        files = sorted(folder.glob("adapter_*"))
+        return {path.name: content_digest(path) for path in files}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def model_digests(folder: Path) -> dict[str, str]:

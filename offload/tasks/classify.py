@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...io.errors import UsageError
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from .head import CausalScorer
@@ -75,6 +76,7 @@ def classify_parts(
     progress: ScoreProgress,
 ) -> Iterator[dict[str, Any]]:
     """Like `classify`, of rows in parts: no two parts share a micro-batch."""
+    model = without_wrapper(model)
     if len(set(labels)) < len(labels):
         raise UsageError(f"a label is given twice: {', '.join(labels)}")
     tokenizer = tokenizer or tokenizer_of(model)
@@ -86,7 +88,7 @@ class _Classifying:
     def __init__(self, model: Any, tokenizer: Any, labels: tuple[str, ...]) -> None:
         engine = engine_of(model)
         self._model = model
-        self._device = torch.device(engine.policy.device)
+        self._device = engine.device
         self._tokenizer = tokenizer
         self._pad = pad_of(tokenizer)
         self._labels = labels

@@ -9,6 +9,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from ...io.errors import UsageError
+from ..model import engine_of
 from .decoding import Decoder, RowEnds, row_seed
 
 
@@ -42,7 +43,7 @@ class Completions:
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self._model = model
-        self._device = torch.device(model.device)
+        self._device = engine_of(model).device
         self._stop = stop
         self._seed = seed
         self._pads_left = not model.config.is_encoder_decoder

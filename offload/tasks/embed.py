@@ -8,6 +8,7 @@ import numpy
 import torch
 
 from ...io.errors import UsageError
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..settings.values import Pooling
@@ -69,6 +70,7 @@ def embed_parts(
     progress: ScoreProgress,
 ) -> Iterator[dict[str, Any]]:
     """Like `embed`, of rows in parts: no two parts share a micro-batch."""
+    model = without_wrapper(model)
     tokenizer = tokenizer or tokenizer_of(model)
     task = _Embedding(model, tokenizer, pooling, normalize, truncate)
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
@@ -83,7 +85,7 @@ class _Embedding:
         normalize: bool | None,
         truncate: int | None,
     ) -> None:
-        self._device = torch.device(engine_of(model).policy.device)
+        self._device = engine_of(model).device
         self._tokenizer = tokenizer
         self._base = base_of(model)
         self._pool = pooled(model, pooling, normalize)

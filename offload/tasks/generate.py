@@ -13,12 +13,14 @@ import torch
 from ...io.errors import PenstockError, UsageError
 from ...io.front_door import about
 from ...scheduler.packing import pack
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..policy import Policy
 from ..units.cache_kind import keeps_only_keys_and_values
 from .caches import Caches
 from .completions import Completions, Prompt
+from .head import check_head
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
 from .task_progress import GenerateProgress as GenerateProgress
@@ -80,6 +82,7 @@ def generate_parts(
     what is drawn for a row depends on its number, so that each part has the same tokens
     without the others. Only products that micro-batches share (`coalesce`) have other
     last bits in other company."""
+    model = without_wrapper(model)
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
     check_generates(model)
@@ -101,6 +104,7 @@ def check_generates(model: Any) -> None:
     """Raises UsageError for a model that generates no text."""
     if not model.can_generate():
         raise UsageError(f"{type(model).__name__} does not generate text: score it")
+    check_head(model)
 
 
 def prompts_pooled(policy: Policy) -> int:

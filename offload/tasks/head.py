@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...io.errors import UsageError
+from ..weights.poison import StreamedParameter
 
 
 class CausalScorer:
@@ -144,6 +145,15 @@ def check_causal(model: Any) -> None:
             f"{name} is no causal language model: scoring needs one that predicts the "
             "next token (a ...ForCausalLM or ...LMHeadModel)"
         )
+    check_head(model)
+
+
+def check_head(model: Any) -> None:
+    """Raises CheckpointError for a model whose checkpoint has no head."""
+    head = model.get_output_embeddings()
+    for parameter in head.parameters() if head is not None else ():
+        if isinstance(parameter, StreamedParameter):
+            parameter.check_exists()
 
 
 def _base_of(model: Any) -> Any | None:

@@ -17,6 +17,14 @@ _SENTENCE_KEYS: dict[str, Pooling] = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "last",
 }
+_SENTENCE_MODES: dict[str, Pooling] = {
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+    "lasttoken": "last",
+}
+"""Since its version 6."""
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
     if pooling not in get_args(Pooling):
         known = ", ".join(get_args(Pooling))
         raise UsageError(f"there is no pooling {pooling!r}: {known}")
-    own = _own(Path(model.config.name_or_path))
+    own = _own(Path(model.config.name_or_path), pooling)
     if own is None:
         is_decoder = model.can_generate() and not model.config.is_encoder_decoder
         own = Pooled("last" if is_decoder else "mean", normalize=False)
@@ -55,29 +63,48 @@ def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
     )
 
 
-def _own(folder: Path) -> Pooled | None:
-    """As sentence-transformers keeps it beside a checkpoint."""
+def _own(folder: Path, asked: str) -> Pooled | None:
+    """As sentence-transformers keeps it beside a checkpoint, if it does. What it says
+    of pooling is not looked at where another one is `asked` for."""
     if not (folder / "modules.json").is_file():
         return None
     modules = read_json(folder / "modules.json")
     try:
         kinds = {module["type"].rpartition(".")[2]: module for module in modules}
-        if "Pooling" not in kinds:
-            return None
-        path = folder / kinds["Pooling"]["path"] / "config.json"
+        paths = {kind: folder / module["path"] for kind, module in kinds.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}/modules.json is no list of sentence-transformers' modules "
             f"({error!r}): take it out, or download it again"
         ) from None
+    others = [kind for kind in kinds if kind not in _KNOWN_MODULES]
+    if others:
+        raise CheckpointError(
+            f"{folder / 'modules.json'} makes vectors with {', '.join(others)}, which "
+            f"Penstock has not: it knows {', '.join(_KNOWN_MODULES)}. Hidden states "
+            "alone would be other vectors than the model's"
+        )
+    if "Pooling" not in paths:
+        return None
+    path = paths["Pooling"] / "config.json"
+    found = _pooling_in(path) if asked == "auto" else asked
+    return Pooled(found, "Normalize" in kinds)  # type: ignore[arg-type]
+
+
+def _pooling_in(path: Path) -> Pooling:
+    """Of the options of sentence-transformers' own Pooling, in either spelling."""
     config = read_json_object(path)
     modes = [key for key, value in config.items() if "_mode_" in key and value is True]
-    if len(modes) != 1 or modes[0] not in _SENTENCE_KEYS:
+    named = config.get("pooling_mode")
+    if named is not None and not modes:
+        modes = [named] if isinstance(named, str) else [str(n) for n in named]
+    known = {**_SENTENCE_KEYS, **_SENTENCE_MODES}
+    if len(modes) != 1 or modes[0] not in known:
         raise CheckpointError(
             f"{path} asks for {', '.join(modes) or 'no pooling'}: name one of "
             f"{', '.join(get_args(Pooling))} (--pooling mean)"
         )
-    return Pooled(_SENTENCE_KEYS[modes[0]], "Normalize" in kinds)
+    return known[modes[0]]
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from ...io.errors import UsageError
 from ...scheduler.packing import spans
+from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from .head import CausalScorer
@@ -80,6 +81,7 @@ def score_parts(
 ) -> Iterator[dict[str, Any]]:
     """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
     results of each are, bit for bit, the same without the others."""
+    model = without_wrapper(model)
     tokenizer = tokenizer or tokenizer_of(model)
     task = _Scoring(model, tokenizer, window, stride)
     return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
@@ -91,7 +93,7 @@ class _Scoring:
     ) -> None:
         engine = engine_of(model)
         policy = engine.policy
-        self._device = torch.device(policy.device)
+        self._device = engine.device
         self._tokenizer = tokenizer
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:

@@ -13,6 +13,7 @@ from ...io.host import HostTier
 from ...io.layout import Placed
 from ...io.transfer import Transfer
 from ..units.sites import Found, Place, tensors_in
+from .bound import BoundParameter, is_ours, replaced, written
 
 
 class Binding:
@@ -42,7 +43,12 @@ class Binding:
         self._arena = arena
         self._host = host
         self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
-        self._forever: set[str] = set()
+        self._resident: dict[str, torch.Tensor] = {}
+        self._is_in_host = {
+            name: self.is_in_host(index)
+            for index, unit in enumerate(found.units)
+            for name in unit.tensors
+        }
         self._units_of_site = [
             tuple(
                 index
@@ -73,10 +79,30 @@ class Binding:
             }
             for site in found.sites
         ]
+        self._unwatched = places.keys() - {
+            name for names in self._places_of_site for name in names
+        }
 
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
         """The name of the tensor that a module's `parameters` hold under `key`."""
         return self._names[id(parameters), key]
+
+    def find(self, module: nn.Module, key: str) -> str | None:
+        """The name of the streamed tensor that stands at `key` in `module`."""
+        return self._names.get((id(module._parameters), key))
+
+    def accept(self, name: str) -> None:
+        """The weight `name` has other values now, which stand where it was loaded: what
+        somebody wrote or put there before is gone."""
+        for place in self._places[name]:
+            if place.is_buffer:
+                continue
+            current = place.module._parameters.get(place.key)
+            if isinstance(current, BoundParameter) and is_ours(current, name):
+                current.forgive()
+            elif current is not self._stand_ins[name]:
+                found = self._resident.get(name, self._stand_ins[name])
+                place.module._parameters[place.key] = cast(nn.Parameter, found)
 
     def is_in_host(self, unit: int) -> bool:
         """Whether `unit` stays in host memory, where it is used as it lies."""
@@ -87,43 +113,93 @@ class Binding:
         return self._units_of_site[site]
 
     def bind(self, site: int, offsets: tuple[int, ...]) -> None:
-        """The units of `site` stand at `offsets`: makes its parameters real."""
+        """The units of `site` stand at `offsets`: makes its parameters real. Raises
+        PenstockError, with nothing changed, where somebody has replaced or written to
+        one. Then the units have to be loaded again."""
         where = self._places_of_site[site]
+        for name, places in where.items():
+            stand_in = self._stand_ins[name]
+            for parameters, key in places:
+                current = parameters.get(key)
+                if current is not stand_in:
+                    self._check(current, name)
         for unit, offset in zip(self._units_of_site[site], offsets, strict=True):
             for name, tensor in self.tensors(unit, offset).items():
                 for parameters, key in where.get(name, ()):
                     parameters[key] = cast(nn.Parameter, tensor)
 
     def unbind(self, site: int) -> None:
-        """Takes the parameters of `site` away again. Raises PenstockError when the
-        model wrote to them: the next load would silently undo that."""
-        written = None
+        """Takes the parameters of `site` away again. Raises PenstockError where one of
+        them was written to or replaced: the next load would silently undo that. Then
+        the units have to be loaded again."""
+        error = None
         for name, places in self._places_of_site[site].items():
-            if name not in self._forever:
-                stand_in = self._stand_ins[name]
-                for parameters, key in places:
-                    parameter = parameters[key]
-                    if parameter is not None and parameter._version:
-                        written = name
+            stand_in = self._stand_ins[name]
+            for parameters, key in places:
+                current = parameters.get(key)
+                if current is not stand_in and error is None:
+                    try:
+                        self._check(current, name)
+                    except PenstockError as found:
+                        error = found
+                if name not in self._resident:
                     parameters[key] = cast(nn.Parameter, stand_in)
-        if written is not None:
-            raise PenstockError(
-                f"the model writes to its weights ({written!r}), which are read again "
-                "at every pass: it cannot be streamed"
-            )
+        if error is not None:
+            raise error
 
     def bind_for_ever(self, unit: int, offset: int) -> None:
-        """`unit` stays at `offset`: makes its tensors real wherever they are used."""
+        """`unit` stays at `offset`: makes its tensors real wherever they are used.
+        Raises PenstockError where somebody has replaced one."""
         with torch.no_grad():  # it will still be there, whatever is recorded
             tensors = self.tensors(unit, offset)
         for name, tensor in tensors.items():
-            self._forever.add(name)
+            self._check_places(name)
+            self._resident[name] = tensor
             for place in self._places[name]:
-                store = place.module._buffers if place.is_buffer else None
-                if store is not None:
-                    store[place.key] = tensor.data
+                if place.is_buffer:
+                    place.module._buffers[place.key] = tensor.data
                 else:
                     place.module._parameters[place.key] = cast(nn.Parameter, tensor)
+
+    def check_resident(self) -> None:
+        """Raises PenstockError where somebody wrote to a weight that no site waits for:
+        `unbind` looks at the others."""
+        for name in self._unwatched & self._resident.keys():
+            for place in self._places[name]:
+                if not place.is_buffer:
+                    self._check(place.module._parameters.get(place.key), name)
+
+    def first_written(self) -> str | None:
+        """The name of a weight in memory that somebody wrote to, if there is one."""
+        for name in self._resident:
+            for place in self._places[name]:
+                current = place.module._parameters.get(place.key)
+                if isinstance(current, BoundParameter) and current.was_written:
+                    return name
+        return None
+
+    def wants_gradients(self, site: int) -> bool:
+        """Whether a weight of `site` has `requires_grad`."""
+        names = self._places_of_site[site]
+        return any(self._stand_ins[name].requires_grad for name in names)
+
+    def _check(self, current: torch.Tensor | None, name: str) -> None:
+        """Raises PenstockError where `current`, which stands where the weight `name`
+        was put, is not that as it was."""
+        if not isinstance(current, BoundParameter) or not is_ours(current, name):
+            raise replaced(name)
+        if current.was_written:
+            if not self._is_in_host[name]:  # that is never loaded again
+                current.forgive()
+            raise written(name)
+
+    def _check_places(self, name: str) -> None:
+        for place in self._places[name]:
+            current = place.module._parameters.get(place.key)
+            if place.is_buffer or current is self._stand_ins[name]:
+                continue
+            if not is_ours(current, name):
+                raise replaced(name)
 
     def bind_host(self) -> None:
         """Makes what stays in host memory real wherever it is used."""
@@ -146,17 +222,26 @@ class Binding:
         return self._built[key]
 
     def poison_all(self) -> None:
-        """Leaves no view of the arena in any module; the arena can be closed."""
+        """Leaves no view of the arena in any module; the arena can be closed. What
+        somebody else has put there stays."""
         for name, where in self._places.items():
+            stand_in = cast(nn.Parameter, self._stand_ins[name])
             for place in where:
                 if place.is_buffer:
                     buffer = place.module._buffers[place.key]
                     if buffer is not None:
                         place.module._buffers[place.key] = buffer.clone()
-                else:
-                    stand_in = cast(nn.Parameter, self._stand_ins[name])
+                elif is_ours(place.module._parameters.get(place.key), name):
                     place.module._parameters[place.key] = stand_in
         self._built.clear()
+
+    def put_stand_ins(self) -> None:
+        """Takes the model's own parameters away: where this begins."""
+        for name, where in self._places.items():
+            for place in where:
+                if not place.is_buffer:
+                    stand_in = cast(nn.Parameter, self._stand_ins[name])
+                    place.module._parameters[place.key] = stand_in
 
     def _build(
         self, placed: Placed, memory: Memory, offset: int, *, is_recorded: bool
@@ -169,4 +254,5 @@ class Binding:
             stored = memory.tensor(offset + placed.offset, numel * size)
             tensor = stored.view(placed.dtype).view(placed.shape)
         wants_grad = self._stand_ins[placed.name].requires_grad
-        return nn.Parameter(tensor, requires_grad=wants_grad and not is_recorded)
+        wants_grad = wants_grad and not is_recorded
+        return BoundParameter.of(placed.name, tensor, wants_grad)

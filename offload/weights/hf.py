@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ...io.recipe import Recipe
 from ...io.whole import read_json_object
 from . import trust
 from .hf_names import make_recipes
+from .poison import absent_parameter
+from .stored import check_readable, stored_dtype, unused_words
 
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden)_?(layers?|blocks?)$|^depth$")
 """Keys of a config that say how many blocks there are."""
@@ -39,6 +41,8 @@ class Skeleton:
     model: PreTrainedModel
     recipes: Mapping[str, Recipe]
     """By the name of the parameter or persistent buffer in the model."""
+    notes: tuple[str, ...] = ()
+    """What is to be announced of the checkpoint."""
 
 
 def build(
@@ -59,12 +63,13 @@ def build(
     config.name_or_path = str(folder)
     with _of_config(folder):
         model = _on_meta(model_class, config, model_dtype, trust_remote_code)
-    recipes = make_recipes(model, checkpoint, model_dtype)
+    recipes, unknown = make_recipes(model, checkpoint, model_dtype)
+    check_readable(recipes.values(), checkpoint)
     with _of_config(folder):
-        _finish(model, recipes, checkpoint)
+        notes = _finish(model, recipes, unknown, checkpoint)
     set_generation(model, folder, trust_remote_code)
     model.train(False)
-    return Skeleton(model, recipes)
+    return Skeleton(model, recipes, notes)
 
 
 def state_on_meta(
@@ -215,10 +220,7 @@ def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtyp
                 "model computes with: set dtype, such as float32"
             )
         return config.dtype
-    floating = (
-        e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point
-    )
-    return next(floating, torch.float32)
+    return stored_dtype(checkpoint) or torch.float32
 
 
 def _set_dtype(config: Any, dtype: torch.dtype) -> None:
@@ -258,14 +260,19 @@ def _on_meta(
 
 
 def _finish(
-    model: PreTrainedModel, recipes: Mapping[str, Recipe], checkpoint: Checkpoint
-) -> None:
+    model: PreTrainedModel,
+    recipes: Mapping[str, Recipe],
+    unknown: Mapping[str, str],
+    checkpoint: Checkpoint,
+) -> tuple[str, ...]:
     """Ties weights and initialises buffers by transformers' own steps. The streamed
-    tensors count as initialised; an untied one without a recipe is an error."""
+    tensors count as initialised; an untied one without a recipe is an error, but for
+    the head, which not everybody uses. `unknown`: what the model has no place for, as
+    the files call it, by the name it would have. Returns what is to be announced."""
     missing = set(model.state_dict()) - set(recipes)
     for name in recipes:
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
-    info = _loading_info(missing)
+    info = _loading_info(missing, unknown)
     model.mark_tied_weights_as_initialized(info)  # type: ignore[no-untyped-call]
     model._move_missing_keys_from_meta_to_device(
         info.missing_and_mismatched(), None, None, None
@@ -273,6 +280,13 @@ def _finish(
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
+    absent = sorted(info.missing_keys & _head_names(model))
+    for name in absent:
+        stand_in = absent_parameter(name, model.get_parameter(name), checkpoint.folder)
+        owner, _, key = name.rpartition(".")
+        store: dict[str, Any] = model.get_submodule(owner)._parameters
+        store[key] = stand_in
+    info.missing_keys -= set(absent)
     if info.missing_keys:
         names = sorted(info.missing_keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -281,13 +295,25 @@ def _finish(
             f"{type(model).__name__} needs: the checkpoint is incomplete or of another "
             "architecture than config.json says"
         )
+    unused = unused_words([unknown[n] for n in info.unexpected_keys], recipes)
+    headless = f"{checkpoint.folder} lacks {', '.join(absent)}: it can only embed"
+    return tuple(filter(None, (unused, headless if absent else None)))
 
 
-def _loading_info(missing: set[str]) -> Any:
+def _head_names(model: PreTrainedModel) -> set[str]:
+    """The parameters of the output embeddings."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        return set()
+    names = {id(module): name for name, module in model.named_modules()}
+    return {f"{names[id(head)]}.{key}" for key, _ in head.named_parameters()}
+
+
+def _loading_info(missing: set[str], unexpected: Iterable[str] = ()) -> Any:
     info_class: Any = vars(transformers.modeling_utils)["LoadStateDictInfo"]
     wanted = {
         "missing_keys": missing,
-        "unexpected_keys": set(),
+        "unexpected_keys": set(unexpected),
         "mismatched_keys": set(),
         "error_msgs": [],
         "conversion_errors": {},

@@ -39,9 +39,10 @@ class _Target:
 
 def make_recipes(
     model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype
-) -> dict[str, Recipe]:
+) -> tuple[dict[str, Recipe], dict[str, str]]:
     """How each parameter and persistent buffer of `model` is made from `checkpoint`, by
-    its name in the model. What the checkpoint does not hold is not in it."""
+    its name in the model; what the checkpoint does not hold is not in it. And what the
+    model has no place for: how the files call it, by the name that it would have."""
     state: dict[str, torch.Tensor] = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -50,6 +51,7 @@ def make_recipes(
     dtypes = _Dtypes(model, dtype)
     recipes: dict[str, Recipe] = {}
     targets: dict[str, _Target] = {}
+    unknown: dict[str, str] = {}
     for stored in sorted(checkpoint.entries, key=dot_natural_key):
         entry = checkpoint.entries[stored]
         prefix = model.base_model_prefix
@@ -57,7 +59,8 @@ def make_recipes(
         if name not in state and stored in state:
             name, pattern = rename_source_key(stored, [], [], prefix, state)
         if name not in state:
-            continue  # transformers ignores what the model has no place for
+            unknown[name] = stored  # transformers ignores it
+            continue
         if pattern is None:
             recipes[name] = plain(entry, name=name, dtype=dtypes.of(name, state[name]))
             _check_shape(recipes[name], state[name], entry)
@@ -69,7 +72,7 @@ def make_recipes(
     for name, target in targets.items():
         for recipe in _converted(model, name, target, state, dtypes):
             recipes[recipe.name] = recipe
-    return recipes
+    return recipes, unknown
 
 
 class _Dtypes:

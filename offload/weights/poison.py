@@ -8,13 +8,16 @@ This one knows its shape, dtype and device, and any operation on its values is a
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ...io.errors import PenstockError
+from ...io.errors import CheckpointError, PenstockError
+from .bound import written
 
 _PASS_ON = {
     torch.ops.aten.detach.default,
@@ -28,6 +31,7 @@ class StreamedParameter(torch.Tensor):
 
     `touch()` returns the real tensor, valid until the next operation; `gather(ids)`
     (where given) returns the rows `ids` of an embedding table without the table.
+    A view of one is another one, so that a write through it is noticed as well.
     """
 
     _touch: Callable[[], torch.Tensor]
@@ -57,6 +61,24 @@ class StreamedParameter(torch.Tensor):
         self._is_param = True  # what nn.Parameter's isinstance check looks at
         return self
 
+    @classmethod
+    def _view(
+        cls, base: "StreamedParameter", like: torch.Tensor, touch: Any
+    ) -> "StreamedParameter":
+        """What looks `like` a tensor on meta, a view of `base`."""
+        with torch.inference_mode(False):
+            self = torch.Tensor._make_wrapper_subclass(
+                cls,
+                like.shape,
+                strides=like.stride(),
+                storage_offset=int(like.storage_offset()),
+                dtype=like.dtype,
+                device=base.device,
+            )
+        self._name, self._touch, self._gather = base._name, touch, None
+        self._is_param = False
+        return self
+
     # Without it, subclass methods would come back as instances of this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -76,25 +98,35 @@ class StreamedParameter(torch.Tensor):
             if gather is not None:
                 return gather(args[1])
         if _is_cast_by_module():
-            raise PenstockError(
-                "streamed weights cannot be cast or moved in place: set dtype and "
-                "device in the Policy and load the model again"
-            )
-
-        if _writes_to(func, args, cls):
-            raise PenstockError(
-                f"{func} would write to streamed weights, which are read again at "
-                "every pass: change the checkpoint instead"
-            )
+            raise cast_in_place()
+        if (target := _written_by(func, args, cls)) is not None:
+            raise written(target._name)
+        if func.is_view and isinstance(args[0], cls):
+            return _views(func, args[0], args[1:], kwargs)
 
         def real(value: Any) -> Any:
             return value._touch() if isinstance(value, cls) else value
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
+    def check_exists(self) -> None:
+        """Raises CheckpointError where the checkpoint has no such tensor."""
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = list(self.shape)
         return f"StreamedParameter({self._name!r}, {shape}, {self.dtype}, not loaded)"
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if value is not self:
+            raise written(self._name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise written(self._name)
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise _not_here(self._name, "copied")
@@ -115,6 +147,29 @@ class StreamedParameter(torch.Tensor):
         raise _not_here(self._name, "turned into a list")
 
 
+class AbsentParameter(StreamedParameter):
+    """Stands for a parameter that the checkpoint has not: whoever uses its values gets
+    a CheckpointError."""
+
+    def check_exists(self) -> None:
+        self._touch()
+
+
+def absent_parameter(name: str, like: torch.Tensor, folder: Path) -> AbsentParameter:
+    """Of `like`'s shape and dtype, for the model in `folder`."""
+
+    def touch() -> torch.Tensor:
+        raise CheckpointError(
+            f"{folder} lacks {name}, which this needs: a checkpoint without a head can "
+            "only embed"
+        )
+
+    shape, device = tuple(like.shape), torch.device("cpu")
+    made = AbsentParameter(name, shape, like.dtype, device, touch)
+    assert isinstance(made, AbsentParameter), "of the class that was called"
+    return made
+
+
 def _not_here(name: str, verb: str) -> PenstockError:
     return PenstockError(
         f"{name!r} is streamed and cannot be {verb}: use the checkpoint's own files, "
@@ -122,14 +177,46 @@ def _not_here(name: str, verb: str) -> PenstockError:
     )
 
 
-def _writes_to(func: Any, args: tuple[Any, ...], kind: type) -> bool:
-    schema = func._schema
-    return schema.is_mutable and any(
-        isinstance(value, kind)
-        and argument.alias_info is not None
-        and argument.alias_info.is_write
-        for value, argument in zip(args, schema.arguments, strict=False)
+def cast_in_place() -> PenstockError:
+    """Somebody would cast or move streamed weights."""
+    return PenstockError(
+        "streamed weights cannot be cast or moved in place: set dtype and "
+        "device in the Policy and load the model again"
     )
+
+
+def _written_by(
+    func: Any, args: tuple[Any, ...], kind: type[StreamedParameter]
+) -> StreamedParameter | None:
+    """The stand-in that `func` would write to, if there is one."""
+    if not func._schema.is_mutable:
+        return None
+    for value, argument in zip(args, func._schema.arguments, strict=False):
+        info = argument.alias_info
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, kind) and info is not None and info.is_write:
+                return each
+    return None
+
+
+def _views(func: Any, base: StreamedParameter, args: Any, kwargs: Any) -> Any:
+    """What the operation `func` gives for `base`, as stand-ins: views of its values
+    are made when they are used."""
+    meta = torch.empty_strided(
+        base.shape, base.stride(), dtype=base.dtype, device="meta"
+    )
+    found, shape = tree_flatten(func(meta, *args, **kwargs))
+
+    def touch(index: int) -> torch.Tensor:
+        views, _ = tree_flatten(func(base._touch(), *args, **kwargs))
+        view: torch.Tensor = views[index]
+        return view
+
+    made = [
+        StreamedParameter._view(base, like, partial(touch, index))
+        for index, like in enumerate(found)
+    ]
+    return tree_unflatten(made, shape)
 
 
 def _is_cast_by_module() -> bool:

@@ -19,6 +19,17 @@ class RowGatherer:
     def __init__(
         self, recipe: Recipe, reader: Reader, *, buffer_bytes: int, max_gap_bytes: int
     ) -> None:
+        self.name = recipe.name
+        self.read_from(recipe)
+        self._reader = reader
+        self._buffer_bytes = buffer_bytes
+        self._max_gap_bytes = max_gap_bytes
+        self._buffer = memoryview(b"")
+        self.bytes_gathered = 0
+        """Bytes of the rows handed out, each distinct row of a call counted once."""
+
+    def read_from(self, recipe: Recipe) -> None:
+        """The table lies where `recipe` says from now on."""
         stored = recipe.stored_rows
         assert stored is not None, "a table that is no byte range cannot be gathered"
         self._table = stored
@@ -27,12 +38,6 @@ class RowGatherer:
         self._num_rows, *row_shape = recipe.shape
         self._row_shape = tuple(row_shape)
         self._row_bytes = stored.nbytes // max(self._num_rows, 1)
-        self._reader = reader
-        self._buffer_bytes = buffer_bytes
-        self._max_gap_bytes = max_gap_bytes
-        self._buffer = memoryview(b"")
-        self.bytes_gathered = 0
-        """Bytes of the rows handed out, each distinct row of a call counted once."""
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows `ids` (any shape), as `torch.embedding` would give them."""

@@ -1,9 +1,6 @@
 """A module's parameters on disk: written once, streamed from there, put back."""
 
-import contextlib
-import fcntl
-import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,9 +14,11 @@ from ...io.errors import OutputError, UsageError
 from ...io.recipe import Recipe, plain
 from ...io.residue import clone_at, residue_of
 from ...io.tensor_file import write_tensors
+from .bound import BoundParameter
+from .poison import StreamedParameter
+from .spill_folder import SpillFolder
 
 _PREFIX = "wrapped-"
-_LOCK = "in-use"
 
 
 @dataclass(frozen=True)
@@ -34,50 +33,40 @@ class Spilled:
     gradients: dict[str, bool]
     residues: dict[str, int]
     """Addresses of the parameters modulo 64 bytes, in the module and in the file."""
+    strides: dict[str, tuple[int, ...]]
+    """Of those that are not contiguous (channels_last, transposed)."""
 
-    def restore(self, module: nn.Module) -> None:
-        """Puts the parameters back, bit for bit and aligned as they were, and removes
-        the folder."""
+    def restore(
+        self, module: nn.Module, updated: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Puts the parameters back, bit for bit or as they were `updated`, laid out as
+        they were, and removes the folder."""
         with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
             for first, names in self.names.items():
+                value = (updated or {}).get(first)
+                value = stored.get_tensor(first) if value is None else value
                 parameter = nn.Parameter(
-                    clone_at(stored.get_tensor(first), self.residues[first]),
-                    requires_grad=self.gradients[first],
+                    self._laid_out(first, value), requires_grad=self.gradients[first]
                 )
                 for name in names:
                     owner, _, key = name.rpartition(".")
-                    module.get_submodule(owner)._parameters[key] = parameter
+                    store = module.get_submodule(owner)._parameters
+                    if not is_theirs(store.get(key)):
+                        store[key] = parameter
         self.folder.cleanup()
 
-
-class SpillFolder:
-    """A folder in `cache` that is removed when it is cleaned up, or at exit. It is
-    locked meanwhile: what killed processes have left is known by that, and removed."""
-
-    def __init__(self, cache: Path) -> None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(cache)
-            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache)
-            self.path = Path(self._folder.name)
-            self._lock = (self.path / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
-                "a folder that can be written"
-            ) from error
-
-    def cleanup(self) -> None:
-        self._folder.cleanup()
-        self._lock.close()
+    def _laid_out(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if name in self.strides:
+            return _strided(value, self.strides[name])
+        return clone_at(value, self.residues[name])
 
 
-def _remove_abandoned(cache: Path) -> None:
-    for path in cache.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (path / _LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
+def is_theirs(parameter: nn.Parameter | None) -> bool:
+    """Whether this is no stand-in: somebody has put it in the place of a streamed
+    parameter."""
+    return isinstance(parameter, torch.Tensor) and not isinstance(
+        parameter, (StreamedParameter, BoundParameter)
+    )
 
 
 def _check_plain(name: str, parameter: torch.Tensor) -> None:
@@ -131,7 +120,7 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
             f"{type(module).__name__} has no parameters to stream{_in_buffers(module)}"
         )
     residues = {name: residue_of(tensor) for name, tensor in tensors.items()}
-    folder = SpillFolder(cache)
+    folder = SpillFolder(cache, _PREFIX)
     try:
         # Under another name first: what has the final one is whole.
         partial = folder.path / f"{SINGLE_FILE}.partial"
@@ -160,4 +149,11 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
         names,
         {name: parameters[name].requires_grad for name in tensors},
         residues,
+        {n: p.stride() for n, p in parameters.items() if not p.is_contiguous()},
     )
+
+
+def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The same values, laid out otherwise."""
+    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    return found.copy_(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from penstock.offload.weights.buffers import MovedBuffers
+from penstock.offload.weights.moved import MovedTensors
 
 
 class Tables(nn.Module):
@@ -22,7 +22,7 @@ def test_buffers_are_moved_and_put_back() -> None:
     model = nn.Sequential(first, second)
     before = {name: buffer for name, buffer in model.named_buffers()}
     meta = torch.device("meta")
-    with MovedBuffers(model, meta, frozenset({"1.mask"})) as moved:
+    with MovedTensors(model, meta, frozenset({"1.mask"})) as moved:
         assert first.angles.device == first.mask.device == meta
         assert second.angles is first.angles, "one tensor stays one"
         assert second.mask.device.type == "cpu", "streamed: it has its own way there"
@@ -34,5 +34,18 @@ def test_buffers_are_moved_and_put_back() -> None:
 def test_nothing_is_moved_to_where_it_is() -> None:
     model = Tables()
     angles = model.angles
-    with MovedBuffers(model, torch.device("cpu"), frozenset()):
+    with MovedTensors(model, torch.device("cpu"), frozenset()):
         assert model.angles is angles
+
+
+def test_parameters_that_no_file_holds_are_moved_and_put_back() -> None:
+    model = nn.Linear(2, 3)
+    weight, bias = model.weight, model.bias
+    bias.requires_grad = False
+    meta = torch.device("meta")
+    with MovedTensors(model, meta, frozenset({"weight"})):
+        assert model.weight is weight, "streamed: it has its own way there"
+        assert model.bias.device == meta
+        assert isinstance(model.bias, nn.Parameter)
+        assert not model.bias.requires_grad
+    assert model.bias is bias

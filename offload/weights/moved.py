@@ -1,0 +1,46 @@
+"""Tensors that are not streamed (rotary tables, masks, parameters that the model makes
+itself), on the device."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...io.closing import Closing
+from .poison import StreamedParameter
+
+
+class MovedTensors(Closing):
+    """Moves the buffers and parameters of `model` to `device`, except those called in
+    `streamed`, and back to what they were when it is closed. A tensor in several
+    modules stays one."""
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, streamed: frozenset[str]
+    ) -> None:
+        self._before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        moved: dict[int, torch.Tensor] = {}
+        for module_name, module in model.named_modules():
+            stores: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
+            for store in stores:
+                for key, tensor in store.items():
+                    name = f"{module_name}.{key}" if module_name else key
+                    has_values = not isinstance(tensor, StreamedParameter | None)
+                    if not has_values or name in streamed or tensor.device == device:
+                        continue
+                    self._before.append((store, key, tensor))
+                    if id(tensor) not in moved:
+                        moved[id(tensor)] = _moved(tensor, device)
+                    store[key] = moved[id(tensor)]
+
+    def close(self) -> None:
+        while self._before:
+            store, key, tensor = self._before.pop()
+            store[key] = tensor
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    there = tensor.detach().to(device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(there, requires_grad=tensor.requires_grad)
+    return there

@@ -1,0 +1,131 @@
+"""Adapters are applied to streamed models by PEFT, or it is said that they are not."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import penstock
+import zoo
+from penstock import Policy
+from penstock.io.errors import CheckpointError, UsageError
+from penstock.offload.jobs.identity import adapter_digests
+from test_checkpoint_contents import Words
+
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+POLICY = Policy(device_memory=300_000, resident_below=1)
+ROWS = [{"id": 1, "text": "3 4 5 6 7"}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    zoo.save_checkpoint("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+    )
+    peft.get_peft_model(zoo.load("llama", base), config).save_pretrained(folder)
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found: torch.Tensor = model(**zoo.inputs("llama")).logits
+    return found
+
+
+def resident(base: Path, adapter: Path) -> torch.Tensor:
+    return logits(peft.PeftModel.from_pretrained(zoo.load("llama", base), adapter))
+
+
+def test_an_adapter_is_applied(base: Path, adapter: Path) -> None:
+    expected = resident(base, adapter)
+    with penstock.load(base, POLICY, adapter=adapter) as model:
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(model), expected)
+        assert penstock.statistics(model).faults == {}
+    with penstock.load(base, Policy(**{**dict(POLICY), "adapter": adapter})) as model:
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_model_that_peft_has_wrapped_up_is_scored(base: Path, adapter: Path) -> None:
+    with penstock.load(base, POLICY, adapter=adapter) as model:
+        expected = list(penstock.score(model, ROWS, tokenizer=Words()))
+    with penstock.load(base, POLICY) as model:
+        without = list(penstock.score(model, ROWS, tokenizer=Words()))
+        wrapped = peft.PeftModel.from_pretrained(model, adapter)
+        assert list(penstock.score(wrapped, ROWS, tokenizer=Words())) == expected
+        assert expected != without
+        assert penstock.statistics(wrapped).passes > 0
+
+
+def test_an_adapter_is_not_merged_into_streamed_weights(
+    base: Path, adapter: Path
+) -> None:
+    with penstock.load(base, POLICY) as model:
+        wrapped = peft.PeftModel.from_pretrained(model, adapter)
+        with pytest.raises(penstock.PenstockError, match=r"penstock\.update"):
+            wrapped.merge_and_unload()
+
+
+def test_an_adapter_beside_a_model_is_announced(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    for folder in (adapter, base):
+        for path in folder.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with penstock.load(tmp_path, POLICY) as model:
+        said = penstock.statistics(model).fallbacks
+        assert any("LORA" in s and "--adapter" in s for s in said)
+
+
+def test_a_folder_with_nothing_but_an_adapter_is_refused(adapter: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter, not a model.*base.*--adapter"):
+        penstock.load(adapter, POLICY)
+
+
+def test_what_is_no_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no folder of an adapter"):
+        penstock.load(base, POLICY, adapter=tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(UsageError, match="does not fit LlamaForCausalLM"):
+        penstock.load(base, POLICY, adapter=tmp_path)
+
+
+def test_without_peft_it_is_said_in_one_sentence(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = builtins.__import__
+
+    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "peft":
+            raise ImportError("no peft")
+        return there(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UsageError, match=r"penstock\[peft\]"):
+        penstock.load(base, POLICY, adapter=adapter)
+
+
+def test_another_adapter_is_another_job(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert adapter_digests(adapter) != adapter_digests(tmp_path)
+    assert adapter_digests(adapter) == adapter_digests(adapter)
