@@ -1,5 +1,6 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -12,12 +13,14 @@ from ..scheduler.sweep import Sweep
 from .build import build
 from .counters import Statistics
 from .engine import Engine
+from .life import Life
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _ENGINE = "_penstock_engine"
+_LIFE = "_penstock_life"
 
 
 def load(path: str | Path, policy: Policy | None = None) -> Any:
@@ -60,7 +63,7 @@ def wrap(module: Model, policy: Policy | None = None) -> Model:
         spilled.restore(module)
         raise
     module.__dict__["_penstock_spill"] = spilled
-    return _attach(module, engine)
+    return _attach(module, engine, spilled.folder.cleanup)
 
 
 def sweep(
@@ -90,10 +93,16 @@ def unwrap(model: Model) -> Model:
 
     A module given to `wrap` has its parameters again. A model from `load` is closed:
     its weights were never in memory; use `load` again, or transformers.
+
+    A model that is dropped is closed by the garbage collector. In a child that was
+    forked this raises PenstockError, and the parent's model goes on.
     """
-    engine = model.__dict__.pop(_ENGINE, None)
+    engine = model.__dict__.get(_ENGINE)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
+    engine.home.check()
+    del model.__dict__[_ENGINE]
+    model.__dict__.pop(_LIFE).detach()
     engine.close()
     model.__class__ = type(model).__mro__[1]
     spilled = model.__dict__.pop("_penstock_spill", None)
@@ -109,11 +118,13 @@ def engine_of(model: nn.Module) -> Engine:
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"
         )
+    engine.home.check()
     return engine
 
 
-def _attach(model: Model, engine: Engine) -> Model:
-    """Ties the engine's life to the model and makes `with model:` close it. Special
+def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model:
+    """Ties the life of the engine, and of what `closers` close after it, to the model,
+    and makes `with model:` close it. Special
     methods are looked up on the class, so the model gets one of its own, by the same
     name."""
     kind = type(model)
@@ -127,7 +138,8 @@ def _attach(model: Model, engine: Engine) -> Model:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if _ENGINE in self.__dict__:
+        engine = self.__dict__.get(_ENGINE)
+        if engine is not None and engine.home.is_here:
             unwrap(self)
 
     namespace = {
@@ -139,4 +151,5 @@ def _attach(model: Model, engine: Engine) -> Model:
     }
     model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine
+    model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.home)
     return model

@@ -1,12 +1,13 @@
 """What a run ran on: the facts of this computer, and versions."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from ..settings.installed import version_of
 
 _PACKAGES = ("penstock", "torch", "transformers", "safetensors")
 
@@ -28,8 +29,8 @@ def computer() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that decide how a model runs."""
-    return {"python": platform.python_version()} | {
-        package: _version(package) for package in _PACKAGES
+    return {"python": platform.pythonversion_of()} | {
+        package: version_of(package) for package in _PACKAGES
     }
 
 
@@ -38,13 +39,6 @@ def has_bfloat16() -> bool:
     return bool(
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"
 
 
 def _cpu_name() -> str | None:

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TextIO, cast
 
 import torch
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from torch import nn
 
 from ...io.checkpoint import SINGLE_FILE, Checkpoint, open_files
 from ...io.errors import OutputError, UsageError
+from ...io.home import Home
 from ...io.recipe import Recipe, plain
 from ...io.residue import clone_at, residue_of
 from ...io.tensor_file import write_tensors
@@ -51,17 +53,18 @@ class Spilled:
 
 
 class SpillFolder:
-    """A folder in `cache` that is removed when it is cleaned up, or at exit. It is
-    locked meanwhile: what killed processes have left is known by that, and removed."""
+    """A folder in `cache` that is removed when it is cleaned up or dropped, or at exit
+    of the process that made it (not of one that was forked). It is locked meanwhile:
+    what killed processes have left is known by that, and removed."""
 
     def __init__(self, cache: Path) -> None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache)
-            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache)
-            self.path = Path(self._folder.name)
-            self._lock = (self.path / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=cache)).absolute()
+            lock = (self.path / _LOCK).open("w")
+            self._finaliser = weakref.finalize(self, _remove, self.path, lock, Home())
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise OutputError(
                 f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
@@ -69,8 +72,14 @@ class SpillFolder:
             ) from error
 
     def cleanup(self) -> None:
-        self._folder.cleanup()
-        self._lock.close()
+        """Removes it. Nothing if that has been done."""
+        self._finaliser()
+
+
+def _remove(path: Path, lock: TextIO, home: Home) -> None:
+    if home.is_here:
+        shutil.rmtree(path, ignore_errors=True)
+    lock.close()
 
 
 def _remove_abandoned(cache: Path) -> None:
