@@ -29,7 +29,7 @@ def computer() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that decide how a model runs."""
-    return {"python": platform.pythonversion_of()} | {
+    return {"python": platform.python_version()} | {
         package: version_of(package) for package in _PACKAGES
     }
 
