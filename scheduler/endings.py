@@ -1,9 +1,12 @@
 """What a thread has to end before it ends itself: greenlets run in no other."""
 
+import atexit
 import sys
 import threading
 from typing import Protocol
 from weakref import WeakSet
+
+from ..io.home import Home
 
 
 class Ended(Protocol):
@@ -18,6 +21,7 @@ class Endings:
     """Of one thread, which made it by `here`."""
 
     def __init__(self) -> None:
+        self._home = Home()
         self.started: WeakSet[Ended] = WeakSet()
         """What this thread began. It may well be dropped before."""
         self.left: list[Ended] = []
@@ -33,6 +37,8 @@ class Endings:
         return guard.endings
 
     def end_all(self) -> None:
+        if not self._home.is_here:  # a fork of that thread: the work is its parent's
+            return
         for ended in {*self.started, *self.left}:
             ended.end_with_thread()
         self.left.clear()
@@ -43,6 +49,8 @@ class _Guard:
 
     def __init__(self) -> None:
         self.endings = Endings()
+        if threading.get_ident() == threading.main_thread().ident:
+            atexit.register(self.endings.end_all)  # while all that it needs is there
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

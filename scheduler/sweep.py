@@ -8,12 +8,14 @@ turns.
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, Generic, TypeVar
 
 from ..io.closing import Closing
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
+from .endings import Endings
 from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
@@ -70,7 +72,7 @@ class Outcomes(Closing, Iterator[Outcome[Result]]):
     def close(self) -> None:
         """Stops the run, as `Sweep.close` does; the sweep stays open for others."""
         self._is_closed = True
-        if not self._steps.gi_running:
+        if getgeneratorstate(self._steps) != GEN_RUNNING:
             self._steps.close()
 
 
@@ -221,6 +223,9 @@ class Sweep(Closing):
     def _end(self, hub: Hub) -> None:
         """Stops `hub`, or leaves it to its own thread, and lets others at the model, if
         it ever had its turn. Cut off by an interrupt, `close` does it again."""
+        if not self._gate.home.is_here:  # its parent has it: nothing here runs again
+            Endings.here().left.append(hub)
+            return
         if not hub.is_mine:
             if hub.leave():
                 self._hub = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -172,3 +174,54 @@ def test_what_one_closer_raises_is_no_concern_of_the_next() -> None:
 
     life._end((fail, has_closed.set), Home())
     assert has_closed.is_set()
+
+
+AT_EXIT = """
+import sys, threading
+sys.path.insert(0, sys.argv[2])
+import torch
+from nets import PAGE, Net, batches, make, penstock
+from penstock import Policy
+
+def wrapped(**policy):
+    io = {"cache": sys.argv[1], "reader": policy.pop("reader", "threads")}
+    asked = Policy(device_memory=6 * PAGE, resident_below=1, io=io, **policy)
+    return penstock.wrap(make(Net), asked)
+
+def run_for_ever():
+    net = wrapped(reader="aiofiles")
+    while True:
+        with torch.inference_mode():
+            net(batches(1)[0])
+        is_running.set()
+
+def run(number):
+    try:
+        return [shared(x) for x in batches(number)]
+    finally:
+        print("unwound", number, flush=True)
+
+is_running = threading.Event()
+threading.Thread(target=run_for_ever, daemon=True).start()
+shared = wrapped(host_memory=6 * PAGE, host_shared=True)
+outcomes = penstock.sweep(shared).run(run, [1, 2])
+next(outcomes)
+is_running.wait()
+"""
+
+
+@pytest.mark.slow
+def test_an_interpreter_may_end_with_models_open_and_a_sweep_half_way(
+    tmp_path: Path,
+) -> None:
+    before = set(FOLDER.glob("penstock-*"))
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, tmp_path, Path(__file__).parent],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "unwound 1\nunwound 2\n"
+    assert list(tmp_path.glob("wrapped-*")) == []
+    assert set(FOLDER.glob("penstock-*")) <= before
