@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import aiofiles
 
 from .backlog import LAST, NORMAL, URGENT, Part
+from .daemon_pool import DaemonPool
 from .errors import CheckpointError
 from .files import Files, OpenFile
 from .header import FileStamp
@@ -43,7 +43,7 @@ class AiofilesReader(QueuedReader[memoryview]):
         self._number = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._queue: _Queue = asyncio.PriorityQueue()
-        self._pool = ThreadPoolExecutor(num_tasks, "penstock-read-file")
+        self._pool = DaemonPool(num_tasks, "penstock-read-file")
         self._thread = threading.Thread(
             target=self._run, name="penstock-read-loop", daemon=True
         )
@@ -117,7 +117,7 @@ class _OpenFiles:
         self,
         stamps: Mapping[Path, FileStamp],
         num_tasks: int,
-        pool: ThreadPoolExecutor,
+        pool: DaemonPool,
         stack: AsyncExitStack,
     ) -> None:
         self._stamps = stamps

@@ -95,7 +95,8 @@ class Files:
     @property
     def is_direct(self) -> bool:
         """Whether every file so far was opened with O_DIRECT."""
-        return self._direct and all(f.is_direct for f in self._files.values())
+        with self._lock:  # others may be opened meanwhile
+            return self._direct and all(f.is_direct for f in self._files.values())
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

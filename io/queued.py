@@ -11,6 +11,7 @@ from .errors import ClosedError
 from .extent import Extent, chunks
 from .files import ALIGNMENT, Files
 from .handle import Handle
+from .home import Home
 from .reader import ReaderStatistics
 
 
@@ -32,9 +33,11 @@ class QueuedReader(Closing, Generic[Buffer]):
         self._count = Count()
         self._lock = threading.Lock()  # nothing is put once it is closed
         self._is_closed = False
+        self._home = Home()
 
     def submit(self, extent: Extent, buffer: Buffer, *, urgent: bool = False) -> Handle:
         assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
+        self._home.check("this reader")
         extents = chunks(
             extent,
             alignment=ALIGNMENT,

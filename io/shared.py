@@ -5,7 +5,8 @@ there, and the kernel takes them back from a process that dies:
 
 - whoever fills it holds the exclusive lock, so others wait for the end of that;
 - whoever uses it holds the shared lock;
-- the last to close gets the exclusive lock at once, and removes the file.
+- the last to close gets the exclusive lock at once, and removes the file;
+- a fork has its parent's lock, not one of its own: it leaves the file to the parent.
 
 After a kill of all users the file stays. The next one to come uses it, if it wants just
 that and it was filled, and removes it if not.
@@ -22,11 +23,13 @@ import mmap
 import os
 import stat
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 from .arena import HostMemory
 from .errors import DoesNotFitError, MachineError
+from .home import Home
 
 FOLDER = Path("/dev/shm")
 _READY = b"penstock: filled"
@@ -59,15 +62,16 @@ class SharedArena(HostMemory):
         self._remove_abandoned()
         while not self._attach(fill):
             time.sleep(_RETRY_SECONDS)
+        self._leave = weakref.finalize(
+            self, _leave, self._descriptor, self.path, Home()
+        )
 
     def close(self) -> None:
-        """Leaves; the last of all processes frees the memory."""
+        """Leaves; the last of all processes frees the memory. Done at exit, too."""
         if self._view is None:
             return
         super().close()
-        if _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) and self._is_named():
-            self.path.unlink()
-        os.close(self._descriptor)
+        self._leave()
 
     def _remove_abandoned(self) -> None:
         """Frees what users that were killed have left. One that is just being made, and
@@ -148,12 +152,23 @@ class SharedArena(HostMemory):
         return os.pread(self._descriptor, len(_READY), self.nbytes) == _READY
 
     def _is_named(self) -> bool:
-        """Whether the file that is open is the one by that name: the last user may have
-        removed it since it was opened."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+        return _is_named(self._descriptor, self.path)
+
+
+def _leave(descriptor: int, path: Path, home: Home) -> None:
+    is_last = home.is_here and _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if is_last and _is_named(descriptor, path):
+        path.unlink()
+    os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open is the one by that name: the last user may have
+    removed it since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open_own(path: Path) -> int | None:

@@ -3,13 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 
 from .arena import Memory
 from .closing import Closing
+from .daemon_pool import DaemonPool
 from .event import Event
 from .extent import Extent
 from .handle import Handle, forget_frames
@@ -70,7 +70,7 @@ class Straight(Closing):
         self._statistics = LoaderStatistics(0, 0, 0, 0)
         # It waits for the device, whose work on the slot must have ended: the reads
         # know of no streams. One thread: units come in the order they were asked for.
-        self._pool = ThreadPoolExecutor(1, "penstock-straight")
+        self._pool = DaemonPool(1, "penstock-straight")
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> UnitLoad:
         """Starts to bring `unit` to `offset`, free when all of `after` have passed."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..io.checkpoint import Checkpoint
 from ..io.device import Device
+from ..io.home import Home
 from ..io.recipe import Recipe
 from ..io.timeline import Record, Timeline
 from ..io.transfer import Transfer
@@ -125,6 +126,7 @@ def build(
                 Order(len(found.sites)),
                 lookahead=policy.lookahead,
                 record=record,
+                home=Home(when_left=binding.poison_elsewhere),
             ),
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,

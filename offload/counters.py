@@ -1,10 +1,12 @@
 """What a streamed model has done so far, as plain numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..io.kv_count import KvStatistics
+from ..io.recipe import Recipe
 from .settings.memory_budget import MemoryBudget
+from .units.sites import FoundUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +69,26 @@ class Statistics:
     def rows_per_joint_call(self) -> float:
         """The mean; 0 if there was no such call."""
         return self.num_joint_rows / max(1, self.num_joint_calls)
+
+
+def bytes_by_tier(
+    units: Sequence[FoundUnit],
+    recipes: Mapping[str, Recipe],
+    placement: Sequence[str],
+    resident: Collection[int],
+) -> dict[str, int]:
+    """Bytes of the model in `device`, `peer`, `host` and `disk`: by the tier that each
+    unit is placed in, unless it is one of the `resident` ones."""
+    found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+    for index, unit in enumerate(units):
+        tier = "device" if index in resident else placement[index]
+        found[tier if tier in found else "peer"] += sum(
+            recipes[name].nbytes for name in unit.tensors
+        )
+    placed = {name for unit in units for name in unit.tensors}
+    found["disk"] += sum(
+        recipe.nbytes
+        for name, recipe in recipes.items()
+        if name not in placed  # rows of it are looked up
+    )
+    return found

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from ..scheduler.module_state import ModuleState
 from ..scheduler.order import Order
 from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
-from .counters import Statistics
+from .counters import Statistics, bytes_by_tier
 from .kv.tiers import KvTiers
 from .monitoring.memory import peak_resident_bytes
 from .policy import Policy
@@ -78,6 +78,7 @@ class Engine:
         self._binding = binding
         self._doors = doors
         self._gate = gate
+        self.home = gate.home
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
@@ -210,7 +211,12 @@ class Engine:
         working_set = self._working_set.statistics()
         reader = self._tiers.reader.statistics()
         loaders = [loader.statistics() for loader in self._tiers.loaders]
-        by_tier = self._bytes_by_tier(working_set.resident_units)
+        by_tier = bytes_by_tier(
+            self.found.units,
+            self.recipes,
+            self._tiers.placement,
+            working_set.resident_units,
+        )
         on_gpu = self._tiers.device.peak_bytes()
         sweeps = self._sweeps.statistics()
         kv = None if self._kv is None else self._kv.store
@@ -248,25 +254,17 @@ class Engine:
             ),
         )
 
-    def _bytes_by_tier(self, resident: Sequence[int]) -> dict[str, int]:
-        found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
-        for index, unit in enumerate(self.found.units):
-            tier = "device" if index in resident else self._tiers.placement[index]
-            found[tier if tier in found else "peer"] += sum(
-                self.recipes[name].nbytes for name in unit.tensors
-            )
-        placed = {name for unit in self.found.units for name in unit.tensors}
-        found["disk"] += sum(
-            recipe.nbytes
-            for name, recipe in self.recipes.items()
-            if name not in placed  # rows of it are looked up
-        )
-        return found
+    @property
+    def closers(self) -> Sequence[Callable[[], None]]:
+        """What ends all that does not refer to the model, in this order."""
+        kv = () if self._kv is None else (self._kv.close,)
+        return (*kv, self._working_set.close, self._tiers.close)
 
     def close(self) -> None:
         """Takes the hooks out and gives threads, descriptors and memory back. The
-        model's streamed weights say so when they are touched afterwards."""
-        if self._is_closed:
+        model's streamed weights say so when they are touched afterwards. In a child
+        that was forked it does nothing: all of it is the parent's."""
+        if self._is_closed or not self.home.is_here:
             return
         self._is_closed = True
         self._sweeps.close()

@@ -1,6 +1,6 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from .adapters import adapter_beside, apply_adapter
 from .build import build
 from .counters import Statistics
 from .engine import Engine
+from .life import Life
 from .policy import Policy, cache_folder
 from .refusals import check_not_compiled, refusals
 from .settings.installed import check_installed
@@ -26,6 +27,7 @@ from .startup import rare_collections
 Model = TypeVar("Model", bound=nn.Module)
 
 _ENGINE = "_penstock_engine"
+_LIFE = "_penstock_life"
 
 
 @front_door()
@@ -119,7 +121,7 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
         spilled.restore(module)
         raise
     module.__dict__["_penstock_spill"] = spilled
-    return _attach(module, engine)
+    return _attach(module, engine, spilled.folder.cleanup)
 
 
 def sweep(
@@ -164,10 +166,16 @@ def unwrap(model: Model) -> Model:
 
     A module given to `wrap` has its parameters again. A model from `load` is closed:
     its weights were never in memory; use `load` again, or transformers.
+
+    A model that is dropped is closed by the garbage collector. In a child that was
+    forked this raises PenstockError, and the parent's model goes on.
     """
-    engine = getattr(model, "__dict__", {}).pop(_ENGINE, None)
+    engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
+    engine.home.check()
+    del model.__dict__[_ENGINE]
+    model.__dict__.pop(_LIFE).detach()
     spilled = model.__dict__.pop("_penstock_spill", None)
     updated = engine.updates.tensors() if spilled is not None else {}
     engine.close()
@@ -188,13 +196,14 @@ def engine_of(model: nn.Module) -> Engine:
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"
         )
+    engine.home.check()
     return engine
 
 
-def _attach(model: Model, engine: Engine) -> Model:
-    """Ties the engine's life to the model and makes `with model:` close it. Special
-    methods are looked up on the class, so the model gets one of its own, by the same
-    name."""
+def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model:
+    """Ties the life of the engine, and of what `closers` close after it, to the model,
+    and makes `with model:` close it. Special methods are looked up on the class, so the
+    model gets one of its own, by the same name."""
     kind = type(model)
 
     def enter(self: Any) -> Any:
@@ -206,7 +215,8 @@ def _attach(model: Model, engine: Engine) -> Model:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if _ENGINE in self.__dict__:
+        engine = self.__dict__.get(_ENGINE)
+        if engine is not None and engine.home.is_here:
             unwrap(self)
 
     namespace = {
@@ -219,4 +229,5 @@ def _attach(model: Model, engine: Engine) -> Model:
     }
     model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine
+    model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.home)
     return model

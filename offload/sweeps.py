@@ -58,8 +58,8 @@ class Sweeps:
         self._open.append(sweep)
 
     def statistics(self) -> SweepsStatistics:
-        found = self._before
-        for sweep in self._open:
+        found, now_open = self._before, list(self._open)  # others may open one
+        for sweep in now_open:
             found = found.and_of(sweep)
         return found
 

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -38,6 +37,7 @@ from ..scheduler.ownership import Ownership
 from .monitoring.progress import FillProgress
 from .policy import Policy
 from .readers import open_reader
+from .settings.installed import version_of
 
 _log = logging.getLogger("penstock")
 _SLOT_ALIGNMENT = 512  # of a GPU's slots and runs: what its allocator gives, too
@@ -53,13 +53,6 @@ def transfer_of(is_host: bool, policy: Policy, plan: Layout) -> Transfer:
     if is_host:
         return as_it_lies(plan)
     return packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=policy.io.max_gap)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"
 
 
 class Tiers(Closing):
@@ -83,6 +76,7 @@ class Tiers(Closing):
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
+        self._evacuations: list[Evacuation] = []
         self.straight: GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
@@ -132,8 +126,11 @@ class Tiers(Closing):
         if self._ownership is None:  # what it learns holds for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
-        buffers = HostBuffers(self.pin)
-        return Evacuation(self.device, buffers, self._ownership, self._record)
+        found = Evacuation(
+            self.device, HostBuffers(self.pin), self._ownership, self._record
+        )
+        self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
+        return found
 
     def pin(self, memory: Arena) -> Pinned | None:
         """Locks `memory` in place for copies to the device, as far as the policy lets
@@ -154,6 +151,8 @@ class Tiers(Closing):
 
     def close(self) -> None:
         """Ends the threads and gives the memory back, after all work with it."""
+        for evacuation in self._evacuations:
+            evacuation.close()
         self.device.synchronize()
         self._opened.close()
 
@@ -261,7 +260,7 @@ class Tiers(Closing):
                     self._checkpoint.stamps,
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
-                    version=f"{_version('penstock')} {_version('transformers')}",
+                    version=f"{version_of('penstock')} {version_of('transformers')}",
                     prepare=lambda memory: self._note(self.device.settle(memory)),
                     progress=progress,
                 )

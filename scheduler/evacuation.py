@@ -86,6 +86,7 @@ class Evacuation(Closing):
         self._turn = 0
         self._bytes_out = 0
         self._bytes_in = 0
+        self.is_closed = False
 
     def __repr__(self) -> str:
         return f"<Evacuation: {len(self._parcels)} parcels in {self._buffers!r}>"
@@ -152,6 +153,7 @@ class Evacuation(Closing):
         finally:
             self._device.synchronize()
             self._buffers.close()
+            self.is_closed = True
 
     def _free(self, parcel: _Parcel) -> None:
         """Gives the device's memory back once it is in the buffer."""

@@ -4,16 +4,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..io import handle
 from ..io.errors import PenstockError
+from ..io.home import Home
 from ..io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
 from .doors import Doors
 from .frames import current_frames
 from .order import Order
+from .turn import Turn
 
 if TYPE_CHECKING:
     from .hub import Hub
@@ -26,7 +28,8 @@ class Gate:
     """`before` and `after` every site, for sweeps and for plain calls.
 
     One thread at a time runs the model: the one that sweeps, or the one whose plain
-    call is inside a site. A call from another thread waits its turn.
+    call is inside a site. A call from another thread waits its turn; one from another
+    process than `home` raises PenstockError.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class Gate:
         *,
         lookahead: int,
         record: Record = unrecorded,
+        home: Home | None = None,
     ) -> None:
         self._record = record
+        self.home = home or Home()
         self._opened_at = 0.0
         self.doors = doors
         self.order = order
@@ -46,8 +51,10 @@ class Gate:
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._records_gradients = False
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._sweep: Hub | None = None
+        self._left: list[Hub] = []
+        """Sweeps that another thread has ended, to be stopped by their own."""
         self._sweeping_thread = 0
         self._position: int | None = None
         self._plain: list[tuple[int, int]] = []
@@ -66,16 +73,17 @@ class Gate:
 
     def before(self, site: int) -> None:
         """Returns when `site` may run; called by its forward pre-hook."""
-        sweep = self._sweep
-        if sweep is not None and sweep.is_running_here():
+        self.home.check()
+        sweep = self._sweep_here()
+        if sweep is not None:
             sweep.arrive(site)
         else:
             self._begin_plain(site)
 
     def after(self, site: int) -> None:
         """`site` has run, or has failed; called by its forward hook."""
-        sweep = self._sweep
-        if sweep is not None and sweep.is_running_here():
+        sweep = self._sweep_here()
+        if sweep is not None:
             sweep.depart(site)
         elif self._plain and self._plain[-1] == (threading.get_ident(), site):
             self._end_plain()
@@ -126,11 +134,12 @@ class Gate:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Keeps other threads from running the model meanwhile."""
-        self._take_turn()
+        self.home.check()
+        who = self._take_turn()
         try:
             yield
         finally:
-            self._turn.release()
+            self._turn.give_back(who)
 
     @contextlib.contextmanager
     def idle(self, *, is_busy: bool) -> Iterator[None]:
@@ -163,7 +172,8 @@ class Gate:
 
     def start_sweep(self, sweep: "Hub") -> None:
         """Waits for the turn and keeps it until `end_sweep`."""
-        self._take_turn()
+        self.home.check()
+        who = self._take_turn()
         try:
             if self._sweep is not None:
                 raise PenstockError(
@@ -173,28 +183,54 @@ class Gate:
             self._close_all()
             self._sweeping_thread = threading.get_ident()
             self._sweep = sweep
+            self._turn.hand_over(who, sweep)
         except BaseException:
             if self._sweep is not sweep:
-                self._turn.release()
+                self._turn.give_back(who)
             raise
 
     def end_sweep(self, sweep: "Hub") -> None:
         """Lets others have their turn, if it was this sweep's."""
+        if sweep in self._left:
+            self._left.remove(sweep)
         if self._sweep is sweep:
             try:
                 self._close_all()
             finally:
                 self._sweep = None
-                self._turn.release()
+                self._turn.give_up(sweep)
+
+    def take_over(self, sweep: "Hub") -> bool:
+        """The caller's thread ends `sweep`, which is not its own. False while that
+        one's thread is in a plain call."""
+        return self._turn.hand_over(sweep, threading.get_ident(), is_once=True)
+
+    def end_taken_over(self, sweep: "Hub") -> None:
+        """Lets others have their turn after `take_over`."""
+        self._left.append(sweep)
+        try:
+            self._close_all()
+        finally:
+            self._sweep = None
+            self._turn.give_up(threading.get_ident())
 
     def abandon_plain(self) -> None:
         """Closes what an interrupted plain call left open (no hook runs after an
         interrupt): called where the model's own forward begins."""
-        if self._sweep is None and self._turn.acquire(blocking=False):
+        self.home.check()
+        who = threading.get_ident()
+        if self._sweep is None and self._turn.take(who):
             try:  # else it is another thread's, and alive
                 self._close_all()
             finally:
-                self._turn.release()
+                self._turn.give_up(who)
+
+    def _sweep_here(self) -> "Hub | None":
+        """The sweep whose running micro-batch is the caller, if it is in one."""
+        sweep = self._sweep
+        if sweep is not None and sweep.is_running_here():
+            return sweep
+        return next((left for left in self._left if left.is_running_here()), None)
 
     def _close_all(self) -> None:
         """Called by who has the turn, outside of all sites."""
@@ -203,13 +239,13 @@ class Gate:
         self.doors.shut()
 
     def _begin_plain(self, site: int) -> None:
-        self._take_turn()
+        who = self._take_turn()
         try:
             self.order.observe(self._position, site, is_repeat=True)
             self.visit(site, set(), records_gradients=torch.is_grad_enabled())
             self._plain.append((threading.get_ident(), site))
         except BaseException:
-            self._turn.release()
+            self._turn.give_back(who)
             raise
         self._plain_started = time.perf_counter()
 
@@ -222,11 +258,25 @@ class Gate:
             self._record(COMPUTE, name, start, self._plain_started)
             self.doors.leave(site)
         finally:
-            self._turn.release()
+            self._turn.give_back(self._who())
+        sweep = None if self._plain else self._sweep
+        if sweep is not None and sweep.is_unwanted and sweep.can_stop:
+            sweep.end_with_thread()  # which another thread could not do meanwhile
 
-    def _take_turn(self) -> None:
-        polls = 0
-        while not self._turn.acquire(timeout=_POLL_SECONDS):
+    def _who(self) -> Any:
+        """Whose turn it is when the caller has it: its thread's own sweep, or else its
+        thread. A sweep that runs is not ended by another thread meanwhile."""
+        sweep = self._sweep
+        if sweep is not None and sweep.is_mine:
+            return sweep
+        return threading.get_ident()
+
+    def _take_turn(self) -> Any:
+        """Returns who has it now, and is to give it back."""
+        for left in [left for left in self._left if left.can_stop]:
+            left.end_with_thread()
+        who, polls = self._who(), 0
+        while not self._turn.take(who, timeout_seconds=_POLL_SECONDS):
             polls = polls + 1 if self._is_waited_for() else 0
             if polls >= _STUCK_POLLS:
                 raise PenstockError(
@@ -234,6 +284,8 @@ class Gate:
                     "sweep: call the model from the micro-batch's own thread (a "
                     "streamer's thread cannot take part in a sweep)"
                 )
+            who = self._who()  # another thread may have ended this one's sweep
+        return who
 
     def _is_waited_for(self) -> bool:
         """Whether the sweeping thread joins the caller's, or a micro-batch stands in

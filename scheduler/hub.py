@@ -4,7 +4,7 @@ At the door of a site whose units are not there a micro-batch switches to the hu
 opens one site at a time, lets in all who wait at it, and goes on: layer-major order.
 """
 
-import threading
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,20 +16,20 @@ import torch
 from .admission import Admission
 from .coalescing import Coalescing
 from .gate import Gate
+from .in_flight import InFlight
 from .job import Job, Progress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
 from .moves import Moves
+from .owner import Owner
 from .thread_state import ThreadState
 from .waiting import Waiting
-
-# What could not be ended stays suspended: were it to die, it would run once more.
-_LEFT_BEHIND: list[MicroBatch] = []
 
 
 class Hub:
     """Runs the micro-batches of one job, in the thread that made it: `begin`, `round`
-    until it `is_done`, `stop`. What ended is in `finished`."""
+    until it `is_done`, `stop`. What ended is in `finished`. Another thread can only
+    `leave` it, for its own one to stop what is suspended."""
 
     def __init__(
         self,
@@ -53,31 +53,36 @@ class Hub:
         self._moves = moves
         self._coalescing = coalescing
         self._hub_state = ThreadState(devices)
-        self._thread = threading.get_ident()
-        self._in_flight: dict[int, MicroBatch] = {}
+        self._owner = Owner(self)
+        self._in_flight = InFlight(gate.doors, moves, self._hub_state)
         self._waiting = Waiting()
-        self._running: MicroBatch | None = None
         self._serving: int | None = None
-        self._is_in_round = False
         self._is_stopping = False
         self._seed = 0
         self.was_cut = False
         """Whether `stop` came before the end."""
+        self.is_unwanted = False
+        """Whether another thread wants it to end, and its own has not seen that yet."""
 
     @property
     def is_done(self) -> bool:
         return not (self._job.has_more or self._in_flight or self.finished)
 
     @property
+    def is_mine(self) -> bool:
+        """Whether the caller's thread is the one that it runs in."""
+        return self._owner.is_here
+
+    @property
     def can_stop(self) -> bool:
         """Whether the caller may stop it: its own thread, between two rounds."""
-        return self._thread == threading.get_ident() and not self._is_in_round
+        return self._owner.is_idle_here
 
     @property
     def running(self) -> MicroBatch:
         """The micro-batch that has the thread."""
-        assert self._running is not None, "only a running micro-batch asks"
-        return self._running
+        assert self._in_flight.running is not None, "only a running one asks"
+        return self._in_flight.running
 
     @property
     def others_come(self) -> bool:
@@ -88,11 +93,11 @@ class Hub:
     @property
     def is_running(self) -> bool:
         """Whether a micro-batch (not the hub) has the thread."""
-        return self._running is not None
+        return self._in_flight.running is not None
 
     def is_running_here(self) -> bool:
         """Whether the caller is this hub's running micro-batch."""
-        return self._running is not None and self._running.is_current
+        return self.is_running and self.running.is_current
 
     def begin(self, seed: int | None) -> None:
         """Once it has the turn: micro-batch i samples with `seed` + i, or with one
@@ -148,31 +153,50 @@ class Hub:
 
     def round(self) -> None:
         """Serves one site to all who wait there; new ones start when there is room."""
-        self._is_in_round = True
-        try:
+        with self._owner.at_work():
             self._admit()
             if self._waiting:
                 self._serve(self._gate.next_of(self._waiting.candidates()))
-        finally:
-            self._is_in_round = False
 
     def stop(self) -> None:
         """Ends what still waits, under its own state, `finally` and all."""
+        with self._owner.at_work(ends=True):
+            self._begin_to_stop()
+            errors = self._in_flight.end_all()
+            self._coalescing.stop(self)
+            self._hub_state.resume()  # which an interrupt may have cut off
+        self._owner.has_ended()
+        if errors:
+            raise errors[0]
+
+    def leave(self) -> bool:
+        """Ends it as far as another thread than its own can: from now on it has nothing
+        of the model, and nothing of it is started. What is suspended is kept for its
+        thread to stop. False while that thread is in the middle of something."""
+        self.is_unwanted = True
+        if not self._owner.leave(may_leave=partial(self._gate.take_over, self)):
+            return False
+        try:
+            self._begin_to_stop()
+            self._coalescing.stop(self)
+            self._module_state.let_go()
+            self._in_flight.let_go()
+            self._owner.end_later()
+        finally:
+            self._gate.end_taken_over(self)
+        return True
+
+    def end_with_thread(self) -> None:
+        """Its thread is about to end, or comes by after it was left."""
+        with contextlib.suppress(BaseException):
+            self.stop()
+        self._gate.end_sweep(self)
+
+    def _begin_to_stop(self) -> None:
         self.was_cut = self.was_cut or not self.is_done
         self._is_stopping = True
         self._waiting.clear()
         self._coalescing.clear(self)
-        errors: list[BaseException] = []
-        for me in list(self._in_flight.values()):
-            try:
-                self._hub_state.resume()
-                self._end(me)
-            except BaseException as error:  # the others must end all the same
-                errors.append(error)
-        self._coalescing.stop(self)
-        self._hub_state.resume()  # which an interrupt may have cut off
-        if errors:
-            raise errors[0]
 
     def _serve(self, site: int) -> None:
         gate = self._gate
@@ -231,18 +255,16 @@ class Hub:
             hub_state=self._hub_state,
             module_state=self._module_state,
         )
-        self._in_flight[index] = me
+        self._in_flight.add(me)
         self._progress.start(len(self._in_flight))
         self._run(me, partial(me.start, self._seed + index))
 
     def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
         self._moves.begin_turn(me.index, self._upcoming)
         was_parked, start = me.is_parked, time.perf_counter()
-        self._running = me
         try:
-            piece()
+            self._in_flight.run(me, piece)
         finally:
-            self._running = None
             self._moves.end_turn()
         if len(self._in_flight) > 1:
             self._module_state.check()
@@ -254,9 +276,11 @@ class Hub:
             if self._admission.wants(me.index, me.num_arrivals):
                 held_bytes = self._moves.held_bytes(me)
                 self._admission.note(me.index, me.num_arrivals, held_bytes)
-            self._move_out(me)
+            # Unless those two would soon take turns on the device.
+            if self._job.has_more or len(self._in_flight) > 2:
+                self._moves.move_out(me)
             return
-        self._leave_all(me)
+        self._in_flight.leave(me)
         self._progress.num_finished += 1
         self._admission.finish(me.index, failed=me.error is not None)
         if me.error is None:
@@ -271,30 +295,5 @@ class Hub:
         found = list(self._waiting.all_at(self._gate.position))
         if elsewhere := self._waiting.candidates() - {self._gate.position}:
             found += self._waiting.all_at(self._gate.next_of(elsewhere))
-        found += (me for me in self._in_flight.values() if me.inside)
+        found += (me for me in self._in_flight if me.inside)
         return [me.index for me in found]
-
-    def _move_out(self, me: MicroBatch) -> None:
-        """Who waits leaves the device, unless those two would soon take turns there."""
-        if self._job.has_more or len(self._in_flight) > 2:
-            self._moves.move_out(me)
-
-    def _end(self, me: MicroBatch) -> None:
-        self._running = me
-        try:
-            self._moves.bring_back(me.index)  # its `finally` may look at it
-            me.exit()
-        finally:
-            self._running = None
-            if me.is_alive:
-                _LEFT_BEHIND.append(me)
-            self._leave_all(me)
-        if me.error is not None and not isinstance(me.error, Exception):
-            raise me.error
-
-    def _leave_all(self, me: MicroBatch) -> None:
-        """A failed forward leaves without its hook; nothing stays open behind it."""
-        self._in_flight.pop(me.index, None)
-        self._moves.leave(me)
-        while me.inside:
-            self._gate.doors.leave(me.inside.pop())

@@ -123,6 +123,11 @@ class ModuleState:
                 "would read what others left: sweep with width=1"
             )
 
+    def let_go(self) -> None:
+        """The modules are others' from now on: nothing of them is looked at, or put."""
+        self._stores, self._built, self._watched, self._blank = [], [], [], []
+        self.begin()
+
     def take(self) -> Values:
         """The running micro-batch's values; leaves the blank ones."""
         if not self._watched:

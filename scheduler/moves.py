@@ -1,6 +1,6 @@
 """What moves beside the micro-batches of a sweep: their activations, their caches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from .evacuation import Evacuation
 from .kv_store import KvStore
@@ -48,6 +48,16 @@ class Moves:
             self._evacuation.ownership.forget(me.index)
         if self._kv is not None:
             self._kv.end(me.index, failed=me.error is not None or me.is_alive)
+
+    def let_go(self, indices: Collection[int]) -> None:
+        """Of those that another thread leaves, which run only to their ends: what they
+        hold is back, and their caches make room for others', which may be known by the
+        same numbers."""
+        for index in indices:
+            self.bring_back(index)
+            if self._kv is not None:
+                self._kv.end(index, failed=True)
+        self._evacuation = self._kv = None
 
     def end_turn(self) -> None:
         """Who had the turn computes no more for now."""

@@ -5,14 +5,17 @@ Each micro-batch runs the caller's function in a greenlet; `hub` says how they t
 turns.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, Generic, TypeVar
 
 from ..io.closing import Closing
 from ..io.errors import ClosedError, PenstockError
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
+from .endings import Endings
 from .evacuation import Evacuation
 from .gate import Gate
 from .hub import Hub
@@ -44,6 +47,33 @@ class SweepStatistics:
     held_bytes_per_micro_batch: int
     """Activations: the most that any one was seen to keep while it waited."""
     coalescing: CoalescingStatistics
+
+
+class Outcomes(Closing, Iterator[Outcome[Result]]):
+    """What `run` yields, for the thread that takes the first."""
+
+    def __init__(self, steps: Generator[Outcome[Result], None, None]) -> None:
+        self._steps = steps
+        self._is_closed = False
+
+    def __next__(self) -> Outcome[Result]:
+        here = threading.current_thread()
+        # In one step: two threads may come at once.
+        if self.__dict__.setdefault("_thread", here) is not here:
+            raise PenstockError(
+                "the outcomes of a sweep are taken in one thread, and another one took "
+                "the first: take them all in that thread, or close the sweep and open "
+                "one in this"
+            )
+        if self._is_closed:
+            self._steps.close()
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Stops the run, as `Sweep.close` does; the sweep stays open for others."""
+        self._is_closed = True
+        if getgeneratorstate(self._steps) != GEN_RUNNING:
+            self._steps.close()
 
 
 class Sweep(Closing):
@@ -120,9 +150,18 @@ class Sweep(Closing):
 
         Each micro-batch has its own random state, seeded by the sweep's seed plus its
         index; without a seed, by one number drawn from torch's generator.
+
+        All outcomes are taken in one thread, the one that takes the first. In another
+        one they raise PenstockError, and the sweep can be gone on with or closed.
         """
         if self._is_closed:
             raise ClosedError("this sweep is closed: open another one")
+        return Outcomes(self._outcomes(fn, batches))
+
+    def _outcomes(
+        self, fn: Callable[[Batch], Result], batches: Iterable[Batch]
+    ) -> Generator[Outcome[Result], None, None]:
+        self._check_open()
         hub = self._make_hub(fn, batches)
         try:
             self._gate.start_sweep(hub)
@@ -153,11 +192,14 @@ class Sweep(Closing):
         )
 
     def close(self) -> None:
-        """Stops the `run` under way, if there is one; there is none afterwards. (From
-        inside of it or from another thread: at its next outcome.)"""
+        """Stops the `run` under way, if there is one; there is none afterwards. From
+        inside of it, or while its thread is in the middle of it: at its next outcome.
+        From another thread: what is suspended unwinds when its own thread comes to the
+        model again, or ends."""
         self._is_closed = True
-        if self._hub is not None and self._hub.can_stop:
-            self._end(self._hub)
+        hub = self._hub
+        if hub is not None and (hub.can_stop or not hub.is_mine):
+            self._end(hub)
         if self._hub is None:  # an interrupt may have cut it off
             self._coalescing.stop()
         self._close_evacuation()
@@ -179,8 +221,15 @@ class Sweep(Closing):
             raise ClosedError("this sweep was closed before it had ended")
 
     def _end(self, hub: Hub) -> None:
-        """Stops `hub` and lets others at the model, if it ever had its turn. Cut off by
-        an interrupt, `close` does it again."""
+        """Stops `hub`, or leaves it to its own thread, and lets others at the model, if
+        it ever had its turn. Cut off by an interrupt, `close` does it again."""
+        if not self._gate.home.is_here:  # its parent has it: nothing here runs again
+            Endings.here().left.append(hub)
+            return
+        if not hub.is_mine:
+            if hub.leave():
+                self._hub = None
+            return
         try:
             hub.stop()
         finally:

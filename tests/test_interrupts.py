@@ -29,7 +29,7 @@ from nets import (
 from penstock.io.errors import ClosedError
 from penstock.offload import tiers
 from penstock.offload.model import engine_of
-from penstock.scheduler import hub
+from penstock.scheduler import hub, in_flight
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -223,7 +223,7 @@ def test_who_never_lets_go_is_left_behind(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[Any] = []
-    monkeypatch.setattr(hub, "_LEFT_BEHIND", left)
+    monkeypatch.setattr(in_flight, "_LEFT_BEHIND", left)
     net = make(Net)
     expected = serially(net, batches(3))
     may_go = False

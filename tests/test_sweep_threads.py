@@ -246,3 +246,101 @@ def test_a_sweep_closed_by_another_thread_ends_at_its_next_step() -> None:
             with pytest.raises(ClosedError, match="closed before it had ended"):
                 next(run)
         assert_usable(net, net, expected)
+
+
+class Halfway:
+    """A sweep whose first outcome was taken in a thread of its own, which waits."""
+
+    def __init__(self, net: Any, ends: list[int]) -> None:
+        self.pool = ThreadPoolExecutor(1)
+        self.thread = self.pool.submit(threading.get_ident).result()
+        self.sweep = penstock.sweep(net)
+
+        def fn(number: int) -> list[torch.Tensor]:
+            try:
+                return [net(x) for x in batches(number)]
+            finally:
+                ends.append(threading.get_ident())
+                if number == 3:  # it is to end all the same
+                    net(batches(1)[0])
+
+        self.run = self.sweep.run(fn, [1, 2, 3])
+        assert self.next().index == 0
+        assert ends == [self.thread]
+
+    def next(self) -> Any:
+        return self.pool.submit(next, self.run).result()
+
+
+def test_outcomes_are_refused_to_another_thread_and_come_to_their_own() -> None:
+    net, ends = make(Net), list[int]()
+    expected = serially(lambda n: [net(x) for x in batches(n)], [1, 2, 3])
+    with streamed(net):
+        halfway = Halfway(net, ends)
+        with pytest.raises(PenstockError, match="are taken in one thread"):
+            next(halfway.run)
+        assert same([halfway.next().value for _ in range(2)], expected[1:])
+        halfway.pool.shutdown()
+        assert_usable(net, net, serially(net, batches(2)))
+
+
+@pytest.mark.parametrize("what", ["sweep", "run"])
+def test_a_sweep_closed_by_another_thread_unwinds_in_its_own(what: str) -> None:
+    net, ends = make(Net), list[int]()
+    expected = serially(net, batches(2))
+    with streamed(net):
+        halfway = Halfway(net, ends)
+        getattr(halfway, what).close()
+        assert_usable(net, net, expected)  # while that thread idles
+        assert ends == [halfway.thread]
+        halfway.pool.submit(assert_usable, net, net, expected).result()
+        assert ends == [halfway.thread] * 3
+        halfway.pool.shutdown()
+        assert_usable(net, net, expected)
+
+
+def test_a_thread_that_ends_takes_its_sweep_with_it() -> None:
+    net, ends = make(Net), list[int]()
+    expected = serially(net, batches(2))
+    with streamed(net):
+        halfway = Halfway(net, ends)
+        halfway.pool.shutdown()
+        assert ends == [halfway.thread] * 3
+        assert_usable(net, net, expected)
+        with pytest.raises(PenstockError, match="are taken in one thread"):
+            next(halfway.run)
+
+
+def test_a_sweep_that_was_left_unwinds_when_its_thread_ends() -> None:
+    net, ends = make(Net), list[int]()
+    expected = serially(net, batches(2))
+    with streamed(net):
+        halfway = Halfway(net, ends)
+        halfway.sweep.close()
+        halfway.pool.shutdown()
+        assert ends == [halfway.thread] * 3
+        assert_usable(net, net, expected)
+
+
+def test_a_sweep_is_not_ended_under_a_plain_call_of_its_thread() -> None:
+    net, ends = make(Net), list[int]()
+    expected = serially(net, batches(2))
+    with streamed(net):
+        halfway = Halfway(net, ends)
+        is_inside, may_go = threading.Event(), threading.Event()
+
+        def wait(module: Any, args: Any) -> None:
+            is_inside.set()
+            may_go.wait()
+
+        hook = net.blocks[2].linear.register_forward_pre_hook(wait)
+        with torch.inference_mode():
+            call = halfway.pool.submit(torch.inference_mode()(net), batches(1)[0])
+        is_inside.wait()
+        halfway.run.close()
+        hook.remove()
+        may_go.set()
+        assert same(call.result(), expected[0])
+        halfway.pool.shutdown()
+        assert ends == [halfway.thread] * 3
+        assert_usable(net, net, expected)

@@ -3,6 +3,7 @@
 Knows how transformers chooses a model's attention; under a contract test.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,13 @@ def install(model: Any) -> Callable[[], None] | None:
     if not _all_have(model, _NAME):
         model.set_attn_implementation("sdpa")
         return None
-    return lambda: model.set_attn_implementation("sdpa")
+    weak = weakref.ref(model)  # whoever is to undo it must not keep the model
+
+    def undo() -> None:
+        if (there := weak()) is not None:
+            there.set_attn_implementation("sdpa")
+
+    return undo
 
 
 def _all_have(model: Any, name: str) -> bool:

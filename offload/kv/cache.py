@@ -3,6 +3,7 @@
 The only file that knows how transformers does that; under a contract test.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,13 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
 
     model.__dict__[_PREPARE] = prepare_cache
 
+    # Whoever is to undo it must not keep the model, nor what refers to it.
+    weak, ours = weakref.ref(model), weakref.ref(prepare_cache)
+
     def undo() -> None:
-        if model.__dict__.get(_PREPARE) is prepare_cache:
-            del model.__dict__[_PREPARE]
+        there = weak()
+        if there is not None and there.__dict__.get(_PREPARE) is ours():
+            del there.__dict__[_PREPARE]
 
     return undo
 

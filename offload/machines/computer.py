@@ -1,12 +1,13 @@
 """What a run ran on: the facts of this computer, and versions."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from ..settings.installed import version_of
 
 _PACKAGES = ("penstock", "torch", "transformers", "safetensors")
 
@@ -29,7 +30,7 @@ def computer() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and the packages that decide how a model runs."""
     return {"python": platform.python_version()} | {
-        package: _version(package) for package in _PACKAGES
+        package: version_of(package) for package in _PACKAGES
     }
 
 
@@ -52,13 +53,6 @@ def _is_able(part: str) -> bool:
     amx_bf16; False in versions of torch that tell of none."""
     tell = getattr(torch.cpu, "get_capabilities", dict)
     return any(value is True for name, value in tell().items() if part in name)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"
 
 
 def _cpu_name() -> str | None:

@@ -4,6 +4,7 @@ What is free is asked for later, by whoever takes it."""
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -110,3 +111,10 @@ def _is_there(name: str) -> bool:
 
 def _dotted(key: KeyPath) -> str:
     return ".".join(key)
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "checkout"

@@ -243,6 +243,18 @@ class Binding:
                     stand_in = cast(nn.Parameter, self._stand_ins[name])
                     place.module._parameters[place.key] = stand_in
 
+    def poison_elsewhere(self) -> None:
+        """The same in a child that was forked, which has not got the arena's memory
+        and must not read it: buffers are poisoned, too."""
+        for name, where in self._places.items():
+            for place in where:
+                module = place.module
+                store: dict[str, Any] = (
+                    module._buffers if place.is_buffer else module._parameters
+                )
+                store[place.key] = self._stand_ins.get(name)
+        self._built.clear()
+
     def _build(
         self, placed: Placed, memory: Memory, offset: int, *, is_recorded: bool
     ) -> nn.Parameter:

@@ -6,6 +6,7 @@ asked, so that every checkpoint it can load lands where it would put it.
 
 import contextlib
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from ...io.checkpoint import Checkpoint
-from ...io.errors import CheckpointError
+from ...io.errors import CheckpointError, ClosedError
 from ...io.header import TensorEntry
 from ...io.recipe import Piece, Recipe, View, plain
 
@@ -237,6 +238,8 @@ def _by_function(
     }
     converter = target.converter
     made = _full_names(name, _run(converter.operations, metas, converter, model, name))
+    # The threads that convert must not keep a model that nobody else has any more.
+    weak = weakref.ref(model)
     for key in made:
         if key not in state:
             raise CheckpointError(f"{name}: transformers converts it to unknown {key}")
@@ -246,7 +249,10 @@ def _by_function(
                 pattern: [stored[e.name].to(first) for e in group]
                 for pattern, group in target.sources.items()
             }
-            results = _run(converter.operations, tensors, converter, model, name)
+            there = weak()
+            if there is None:
+                raise ClosedError(f"the model of {name!r} is gone")
+            results = _run(converter.operations, tensors, converter, there, name)
             result = _full_names(name, results)[key]
             tensor = result[0] if isinstance(result, list) else result
             assert isinstance(tensor, torch.Tensor)

@@ -4,26 +4,30 @@ import contextlib
 import fcntl
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
+from typing import TextIO
 
 from ...io.errors import OutputError
+from ...io.home import Home
 
 _LOCK = "in-use"
 
 
 class SpillFolder:
     """A folder in `cache`, its name beginning with `prefix`, that is removed when it is
-    cleaned up, or at exit. It is locked meanwhile: what killed processes have left is
-    known by that, and removed."""
+    cleaned up or dropped, or at exit of the process that made it (not of one that was
+    forked). It is locked meanwhile: what killed processes have left is known by that,
+    and removed."""
 
     def __init__(self, cache: Path, prefix: str) -> None:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache, prefix)
-            self._folder = tempfile.TemporaryDirectory(prefix=prefix, dir=cache)
-            self.path = Path(self._folder.name)
-            self._lock = (self.path / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=cache)).absolute()
+            lock = (self.path / _LOCK).open("w")
+            self._finaliser = weakref.finalize(self, _remove, self.path, lock, Home())
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise OutputError(
                 f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
@@ -31,8 +35,14 @@ class SpillFolder:
             ) from error
 
     def cleanup(self) -> None:
-        self._folder.cleanup()
-        self._lock.close()
+        """Removes it. Nothing if that has been done."""
+        self._finaliser()
+
+
+def _remove(path: Path, lock: TextIO, home: Home) -> None:
+    if home.is_here:
+        shutil.rmtree(path, ignore_errors=True)
+    lock.close()
 
 
 def _remove_abandoned(cache: Path, prefix: str) -> None:
