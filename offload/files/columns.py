@@ -9,11 +9,10 @@ from typing import Any
 from ...io.errors import InputError
 from .extras import extra
 from .jsonl import checked
+from .keys import COLUMNS
 from .parts import InputRow, Position
 from .sources import InputFile, Layout
 
-# The only ones that are read, of those that a file has.
-COLUMNS = ("id", "text", "prompt", "completion", "messages", "labels")
 _BATCH_ROWS = 1024
 
 

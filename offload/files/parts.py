@@ -55,7 +55,7 @@ class Part:
     """xxh3 of what was read."""
     known: Mapping[int, bytes] = field(default_factory=dict)
     """Results, as lines, of rows (from 0 in this part) that are done already."""
-    start: Position = Position()
+    start: Position = field(default_factory=Position)
     """Where in the input it begins."""
 
     def numbered(self) -> list[tuple[int, Mapping[str, Any]]]:

@@ -16,6 +16,7 @@ from ...io.errors import OutputError
 from ...io.fingerprint import fingerprint
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
+from ..files.sources import MANIFEST_SUFFIX
 from .manifest import Manifest
 from .part_store import writing
 from .sealed import sealed, unsealed
@@ -57,7 +58,7 @@ class Finished:
 
 def manifest_path(output: Path) -> Path:
     """Of the file beside a finished output."""
-    return output.with_name(output.name + ".manifest.json")
+    return output.with_name(output.name + MANIFEST_SUFFIX)
 
 
 def read_finished(output: Path) -> Finished | None:

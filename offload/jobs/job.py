@@ -16,9 +16,10 @@ from rich.console import Console
 
 from ...io.errors import InputError, StoppedError, UsageError
 from ..files.inputs import Inputs
+from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
 from ..files.parts import Part
-from ..files.sources import check_apart, find_files
+from ..files.sources import Own, check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..plans.prediction import predicted
 from ..policy import Policy
@@ -78,25 +79,30 @@ class Job:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
         the parts under way are done, and at once when a second one came."""
         check_workers(self.workers)
-        source = self.source
-        files = find_files([source] if isinstance(source, (str, Path)) else source)
+        source, output = self.source, self.output
+        if not is_stream(output):
+            output = destination(output)
+        files = find_files(
+            [source] if isinstance(source, (str, Path)) else source,
+            Own(output, self.report),
+        )
         inputs = Inputs(files, self.work.row_keys)
         cut = self.work.cut(self.policy)
-        if is_stream(self.output):
+        if is_stream(output):
             if self.mode == "retry":
                 raise UsageError(
                     f"nothing is kept of {self.output}: failed rows can only be done "
                     "again in a file"
                 )
-            with StreamedOutput(self.output, cut) as streamed:
+            with StreamedOutput(output, cut) as streamed:
                 return self._run(inputs, streamed, console)
-        check_apart(self.output, files)
+        check_apart(output, files)
         task = self.work.task()
         threads = threads_of(torch.get_num_threads(), self.workers)
         manifest = identify(
             inputs, self.model, self.policy, task, cut, num_threads=threads
         )
-        with KeptOutput(self.output, manifest, self.mode) as kept:
+        with KeptOutput(output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)

@@ -47,7 +47,7 @@ class KeptOutput(Closing):
         self.is_finished = False
         """There is nothing to do."""
         self._kept: set[int] = set()
-        """Those of them whose results are in the folder; others are in the old output."""
+        """Those whose results are in the folder; others are in the old output."""
         self._old: Finished | None = None
         self._old_parts: Iterator[tuple[PartRecord, list[bytes]]] = iter(())
         try:

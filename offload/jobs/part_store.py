@@ -3,8 +3,8 @@
 `OUTPUT.parts` holds `lock`, `manifest.json` (what job this is) and a file for each part
 that is done: its results, one JSON object a line, and its record as the last line. The
 record says which job and which rows the part is of, and holds a checksum of the results
-and one of itself. Each file appears as a whole, by a rename, so there is no list of them
-to keep in step. A folder without a manifest holds nothing.
+and one of itself. Each file appears as a whole, by a rename, so there is no list of
+them to keep in step. A folder without a manifest holds nothing.
 """
 
 import fcntl
@@ -22,6 +22,7 @@ from ...io.closing import Closing
 from ...io.disk import Disk, put_in_place, write_whole
 from ...io.errors import OutputError, UsageError
 from ..files.parts import Part, PartRecord
+from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest
 from .sealed import sealed, unsealed
 
@@ -51,7 +52,7 @@ class PartStore(Closing):
 
     def __init__(self, output: Path, disk: Disk) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".parts")
+        self.folder = output.with_name(output.name + PARTS_SUFFIX)
         self._disk = disk
         with writing(self.folder):
             self._lock: IO[str] | None = self._locked()

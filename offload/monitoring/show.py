@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -32,7 +33,7 @@ def human_seconds(seconds: float) -> str:
 
 def report_table(report: dict[str, Any], title: str) -> Table:
     """The report's main figures, and what bound the run."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     failed = f" ({report['rows_failed']} failed)" if report["rows_failed"] else ""
@@ -51,7 +52,7 @@ def report_table(report: dict[str, Any], title: str) -> Table:
         rate, bound = plan["predicted_tokens_per_second"], plan["predicted_bound_by"]
         table.add_row("  predicted", f"{rate:,.1f}, bound by {bound}")
     elif "note" in plan:
-        table.add_row("  predicted", plan["note"])
+        table.add_row("  predicted", escape(plan["note"]))
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
     table.add_row("weights", human_bytes(report["model_bytes"]))
     table.add_row("  streamed", human_bytes(weights["disk"]))
@@ -68,9 +69,9 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     table.add_row("bound by", report["bound_by"])
     for advice in report["bound"]["advice"]:
         if advice["setting"] is not None:
-            table.add_row("  try", advice["setting"])
+            table.add_row("  try", escape(advice["setting"]))
     for fallback in report["fallbacks"]:
-        table.add_row("fallback", fallback)
+        table.add_row("fallback", escape(fallback))
     for name, count in report["faults"].items():
-        table.add_row("fault", f"{name} ({count}x)")
+        table.add_row("fault", escape(f"{name} ({count}x)"))
     return table
