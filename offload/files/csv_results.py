@@ -16,8 +16,9 @@ Lines = Iterable[bytes]
 
 
 def csv_lines(lines: Callable[[], Lines]) -> Iterator[bytes]:
-    """The results in `lines` of JSON as rows below the names of their columns. A text is
-    written as it is, anything else as JSON writes it; what a result lacks is empty."""
+    """The results in `lines` of JSON as rows below the names of their columns. A text
+    is written as it is, anything else as JSON writes it; what a result lacks is empty.
+    """
     names = list(dict.fromkeys(name for line in lines() for name in json.loads(line)))
     if names:
         yield _written(names)

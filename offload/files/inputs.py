@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from ...io.errors import InputError
@@ -214,10 +215,11 @@ class Inputs:
 
 def _is_array(chunks: Iterator[bytes], name: str) -> bool:
     """Whether a .json file holds an array; else it has to hold an object a line."""
-    lines = (line for line in split_lines(chunks, name) if line.strip())
-    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf").strip()
-    if first.startswith(b"["):
+    begin = next((chunk for chunk in chunks if chunk.strip()), b"")
+    if begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return True
+    lines = (line for line in split_lines(chain([begin], chunks), name) if line.strip())
+    first = next(lines, b"").strip()
     if first == b"{" or (
         first and "error" in parse_row(first, "") and next(lines, b"")
     ):

@@ -64,37 +64,53 @@ UNUSED: Mapping[str, Any] = {
 """Keys that model APIs know and no task here uses, each with the value that changes
 nothing."""
 
-SPOKEN: Mapping[str, Any] = {
+ASKED: Mapping[str, Any] = {
     "audio": None,
     "image": None,
     "images": None,
     "instructions": None,
+    "logprobs": False,
     "suffix": None,
     "system": None,
     "video": None,
     "videos": None,
 }
-"""The same of what is said or shown to a model that is to answer."""
+"""The same of what is asked of a model that answers, or shown to it: elsewhere these
+are columns like others."""
 
-COLUMNS = ("id", *TEXTS, "messages", "labels", *CHAT, *SAMPLING, *UNUSED)
-"""The only ones that are read, of those that a file of columns has."""
+_BY_ANSWERS = {
+    True: {**UNUSED, **ASKED},
+    False: {**UNUSED, **dict.fromkeys((*SAMPLING, *CHAT))},
+}
+
+
+def columns_of(any_of: Mapping[str, str]) -> frozenset[str]:
+    """The only columns that are read, of those that a file has, for a task whose rows
+    need one of the keys `any_of`."""
+    asked = ASKED if "messages" in any_of else ()
+    known = ("id", *TEXTS, "messages", "labels", *CHAT, *SAMPLING, *UNUSED, *asked)
+    return frozenset(known)
 
 
 def refused(row: Mapping[str, Any], *, answers: bool) -> str | None:
     """Why `row` cannot be done for a key that would change what comes of it and is not
     used; None where there is none. Other keys, such as "category", are left alone: they
     mean nothing to a model. With `answers` the row is completed."""
-    unused: dict[str, Any] = dict(UNUSED)
-    if answers:
-        unused |= SPOKEN
-    else:
-        unused |= dict.fromkeys((*SAMPLING, *CHAT))
+    unused = _BY_ANSWERS[answers]
     for key in unused.keys() & row.keys():
-        value = row[key]
-        is_neutral = value == unused[key] and type(value) is type(unused[key])
-        if not is_neutral and value is not None and value not in ([], {}, ""):
+        if not _is_neutral(row[key], unused[key]):
             return (
                 f'the row has "{key}", which is not used here and would change what '
                 "comes of it: leave it out"
             )
     return None
+
+
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    """Whether it is as if the key were not there."""
+    if value is None or (isinstance(value, (str, list, dict)) and not value):
+        return True
+    if isinstance(value, (bool, int, float, str)):
+        is_same_kind = isinstance(value, bool) == isinstance(neutral, bool)
+        return is_same_kind and value == neutral
+    return False

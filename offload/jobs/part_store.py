@@ -173,7 +173,7 @@ class PartStore(Closing):
 
     def abandon(self) -> None:
         """Forgets a job that has begun but of which nothing is done."""
-        if self.folder.is_dir() and not self._part_paths():
+        if self._is_held() and not self._part_paths():
             self.finish()
 
     def _part_paths(self) -> list[Path]:
@@ -181,12 +181,14 @@ class PartStore(Closing):
 
     def _check_held(self) -> None:
         """Raises OutputError where the folder is no longer the one that is locked."""
-        assert self._lock is not None, "it is open"
-        if not _is_there(self._lock, self.folder / _LOCK):
+        if not self._is_held():
             raise OutputError(
                 f"{self.folder} was removed while the job ran, and what was done with "
                 "it: run again to begin anew"
             )
+
+    def _is_held(self) -> bool:
+        return self._lock is not None and _is_there(self._lock, self.folder / _LOCK)
 
     def _path(self, number: int) -> Path:
         return self.folder / _NAME.format(number)
