@@ -14,7 +14,7 @@ from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done, read_parts
 from penstock.offload.files.parts import Cut, NumberedRows
-from penstock.offload.files.sources import find_files
+from penstock.offload.files.sources import Own, find_files
 from penstock.offload.jobs.kept import KeptOutput, Mode
 from penstock.offload.jobs.manifest import Manifest
 from penstock.offload.jobs.running import PartsRun
@@ -111,11 +111,13 @@ def run_job(
     disk: Disk | None = None,
     work: Recorded | None = None,
     cut: Cut = CUT,
+    own: Own | None = None,
     **meaning: Any,
 ) -> Recorded:
     """As `Job` does it. Returns what was asked for."""
     work = work or Recorded()
-    files = find_files([sources] if isinstance(sources, Path) else sources)
+    paths = [sources] if isinstance(sources, Path) else sources
+    files = find_files(paths, own or Own())
     inputs = Inputs(files, SCORED_KEYS)
     manifest = manifest_of(inputs, cut, **meaning)
     with KeptOutput(output, manifest, mode, disk or FragileDisk()) as kept:

@@ -1,18 +1,23 @@
 """How many completions have room for their keys and values."""
 
+from transformers import GenerationConfig, StoppingCriteriaList
+
 from penstock.offload.tasks.caches import Caches
 from penstock.offload.tasks.completions import Prompt
+from penstock.offload.tasks.way import Way
 
 
-def prompts(num: int, length: int) -> list[Prompt]:
-    found = [Prompt(number, number) for number in range(num)]
-    for prompt in found:
-        prompt.ids = [5] * length
-    return found
+def way(**options: int) -> Way:
+    config = GenerationConfig(**options)
+    return Way(config, StoppingCriteriaList(), (), 4, frozenset(), 0)
+
+
+def prompts(num: int, length: int, **options: int) -> list[Prompt]:
+    return [Prompt(n, n, way(**options), (5,) * length) for n in range(num)]
 
 
 def caches(room: int | None, token: int = 10) -> Caches:
-    return Caches(room_bytes=room, token_bytes=token, new_tokens=4)
+    return Caches(room_bytes=room, token_bytes=token)
 
 
 def test_a_micro_batch_has_no_more_rows_than_have_room_together() -> None:
@@ -21,6 +26,11 @@ def test_a_micro_batch_has_no_more_rows_than_have_room_together() -> None:
     assert caches(1000).most_rows(pool, 8) == 8
     assert caches(50).most_rows(pool, 8) == 1, "one goes on, whatever it takes"
     assert caches(1000).most_rows([], 8) == 8
+
+
+def test_beams_and_several_texts_of_a_row_have_a_cache_each() -> None:
+    assert caches(1000).most_rows(prompts(2, 6, num_beams=2), 32) == 5
+    assert caches(1000).most_rows(prompts(2, 6, num_return_sequences=5), 32) == 2
 
 
 def test_the_next_micro_batch_waits_for_the_room_of_those_in_flight() -> None:

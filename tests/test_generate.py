@@ -4,6 +4,7 @@ rows and whoever is beside them."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_a_row_that_ends_is_done_and_the_others_go_on(
 
 
 def test_a_stop_string_ends_a_row_and_is_cut_off(
-    folder: Path, resident: Any, tokenizer: Any
+    folder: Path, resident: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     ids = alone(resident, tokenizer, PROMPTS[0], max_new_tokens=9, do_sample=False)
     text = tokenizer.decode(ids)
@@ -138,6 +139,22 @@ def test_a_stop_string_ends_a_row_and_is_cut_off(
     assert found["completion"] == text[: text.find(stop)]
     assert found["finish_reason"] == "stop"
     assert found["tokens"] < 9
+    rows = [{**ROWS[0], "stop": stop}, ROWS[0], {**ROWS[0], "stop": [stop, "never"]}]
+    its_own, whole, its_own_too = completions(folder, rows, max_new_tokens=9)
+    assert its_own == its_own_too == found
+    assert whole["completion"] == text
+    of_options = completions(folder, ROWS[:1], max_new_tokens=9, stop_strings=[stop])
+    assert of_options == [found]
+    of_its_own = folder_with(folder, tmp_path, stop_strings=[stop])
+    assert completions(of_its_own, ROWS[:1], max_new_tokens=9) == [found]
+
+
+def folder_with(folder: Path, new: Path, **values: Any) -> Path:
+    """The same model, whose generation_config.json says more."""
+    shutil.copytree(folder, new / "model")
+    path = new / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return new / "model"
 
 
 def test_samples_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:

@@ -75,8 +75,14 @@ def arrow_stream(path: Path) -> Path:
     return path
 
 
+def array(path: Path) -> Path:
+    path.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "rows.jsonl": plain,
+    "rows.json": array,
     "rows.jsonl.gz": gzipped,
     "rows.ndjson.zst": zstandard_frames,
     "rows.parquet": parquet,
@@ -139,7 +145,7 @@ def test_several_files_of_several_formats_come_in_order(tmp_path: Path) -> None:
     files = find_files([tmp_path])
     assert [file.path for file in files] == [tmp_path / name for name in names]
     inputs = Inputs(files, SCORED_KEYS)
-    assert [row.row for row in inputs.rows(Position())] == ROWS * 7
+    assert [row.row for row in inputs.rows(Position())] == ROWS * len(names)
     globbed = find_files([f"{tmp_path}/rows.*"])
     assert [file.path for file in globbed] == [tmp_path / n for n in sorted(FORMATS)]
     both = find_files([tmp_path / "rows.parquet", f"{tmp_path}/*.jsonl"])

@@ -7,7 +7,10 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -410,3 +413,119 @@ def test_two_that_begin_at_once_do_not_both_have_the_lock(
                 run_job(source, output)  # begins, ends, removes the folder
 
     assert run_job(source, output, disk=Racing()).asked == []
+
+
+# What stands in the folder of parts may be damaged, or be taken away.
+
+
+def parts_of(output: Path) -> list[Path]:
+    return sorted(output.with_name(output.name + ".parts").glob("part-*.jsonl"))
+
+
+class Meddling(FragileDisk):
+    """Does something to the folder of parts just before results are joined."""
+
+    def __init__(self, meddle: Callable[[Path], object]) -> None:
+        super().__init__()
+        self._meddle = meddle
+
+    def write(self, path: Path, chunks: Iterable[bytes]) -> None:
+        if path.name == "joined.new":
+            self._meddle(path.parent)
+        super().write(path, chunks)
+
+
+def test_a_part_that_vanishes_before_the_end_is_an_error_and_is_done_again(
+    source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    disk = Meddling(lambda folder: (folder / "part-00000002.jsonl").unlink())
+    with pytest.raises(OutputError, match=r"part-00000002.jsonl is gone: run again"):
+        run_job(source, output, disk=disk)
+    assert not output.exists()
+    assert run_job(source, output).asked == [8, 9, 10, 11]
+    assert output.read_bytes() == expected
+
+
+def test_a_part_replaced_by_another_before_the_end_is_an_error(
+    source: Path, tmp_path: Path
+) -> None:
+    def replace(folder: Path) -> None:
+        other = (folder / "part-00000003.jsonl").read_bytes()
+        (folder / "part-00000002.jsonl").write_bytes(other)
+
+    with pytest.raises(OutputError, match=r"part-00000002.jsonl is damaged"):
+        run_job(source, tmp_path / "out.jsonl", disk=Meddling(replace))
+
+
+def test_a_part_copied_over_another_is_done_again(
+    source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert killed_at(40, source, output)
+    first, second, *_ = parts_of(output)
+    first.write_bytes(second.read_bytes())
+    assert run_job(source, output).asked == [0, 1, 2, 3, 16, 17]
+    assert output.read_bytes() == expected
+
+
+def test_a_part_of_another_job_is_done_again(
+    source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    assert killed_at(30, source, output)
+    assert killed_at(30, source, other, work=fail_on(1), seed=2)
+    parts_of(output)[0].write_bytes(parts_of(other)[0].read_bytes())
+    assert run_job(source, output).asked[:4] == [0, 1, 2, 3]
+    assert output.read_bytes() == expected
+
+
+def test_parts_removed_while_the_job_runs_are_one_sentence(
+    source: Path, tmp_path: Path
+) -> None:
+    class Removing(FragileDisk):
+        def sync(self, path: Path) -> None:
+            if parts_of(tmp_path / "out.jsonl"):
+                shutil.rmtree(tmp_path / "out.jsonl.parts", ignore_errors=True)
+
+    with pytest.raises(OutputError, match=r"out.jsonl.parts was removed while the job"):
+        run_job(source, tmp_path / "out.jsonl", disk=Removing())
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def flips(folder: Path, num: int) -> Iterator[tuple[Path, int, int]]:
+    """(file, byte, bit): `num` of them, spread over all that stands in `folder`, with
+    those of each record and of the manifest among them."""
+    paths = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    drawn = Random(num)
+    for index in range(num):
+        path = paths[index % len(paths)]
+        nbytes = path.stat().st_size
+        record = path.read_bytes().rfind(b"\n", 0, nbytes - 1) + 1
+        start = record if index // len(paths) % 2 else 0
+        yield path, drawn.randrange(start, nbytes), drawn.randrange(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [40, pytest.param(200, marks=pytest.mark.whole)])
+def test_a_flipped_bit_never_gives_another_output(
+    num: int, source: Path, expected: bytes, tmp_path: Path
+) -> None:
+    """Of a job that was stopped: it is refused, or its output is the same."""
+    stopped = tmp_path / "stopped.jsonl"
+    assert killed_at(40, source, stopped, work=fail_on())
+    num_refused = 0
+    for path, place, bit in flips(stopped.with_name("stopped.jsonl.parts"), num):
+        folder = tmp_path / "flipped"
+        shutil.copytree(path.parent, folder / "out.jsonl.parts")
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1 << bit
+        (folder / "out.jsonl.parts" / path.name).write_bytes(content)
+        try:
+            run_job(source, folder / "out.jsonl")
+            assert (folder / "out.jsonl").read_bytes() == expected, (path, place, bit)
+        except (OutputError, UsageError):
+            num_refused += 1
+            assert not (folder / "out.jsonl").exists(), (path, place, bit)
+        shutil.rmtree(folder)
+    assert num_refused > num / 2, "most of it is guarded"

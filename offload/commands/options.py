@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from ..jobs.kept import Mode
 
 SOURCES = (
-    "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, Arrow: files, globs or "
-    "folders (sorted by path), or - for standard input."
+    "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), a JSON array (.json), CSV, a row a "
+    "line (.txt), Parquet, Arrow: files, globs or folders (sorted by path), or - for "
+    "standard input."
 )
 OUTPUTS = (
-    "Its suffix says the format: JSON lines (also .gz, .zst), .parquet or .arrow; - is "
-    "standard output."
+    "Its suffix says the format: JSON lines (also .gz, .zst), .csv, .parquet or "
+    ".arrow; - is standard output."
 )
 Model = Annotated[
     Path,

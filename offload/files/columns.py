@@ -1,7 +1,7 @@
 """Rows in files of columns: Parquet and Arrow, by pyarrow."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,10 @@ from typing import Any
 from ...io.errors import InputError
 from .extras import extra
 from .jsonl import checked
+from .keys import columns_of
 from .parts import InputRow, Position
 from .sources import InputFile, Layout
 
-# The only ones that are read, of those that a file has.
-COLUMNS = ("id", "text", "prompt", "completion", "messages", "labels")
 _BATCH_ROWS = 1024
 
 
@@ -24,6 +23,7 @@ class ColumnFile:
     def __init__(self, file: InputFile, any_of: Mapping[str, str]) -> None:
         assert file.path is not None, "standard input has lines"
         self._path, self._layout, self._any_of = file.path, file.layout, any_of
+        self._columns = columns_of(any_of)
         self._arrow = extra("pyarrow", "pyarrow", f"reading {file.name}")
 
     def check(self) -> int | None:
@@ -43,7 +43,7 @@ class ColumnFile:
         before row numbers, to tell files apart."""
         row_number = start
         with _damage(self._path, self._arrow):
-            for batch in _batches(self._path, self._layout, start):
+            for batch in _batches(self._path, self._layout, start, self._columns):
                 for values in batch.to_pylist():
                     content = json.dumps(values, default=str).encode()
                     row = {k: v for k, v in values.items() if v is not None}
@@ -87,9 +87,11 @@ def _opened(path: Path, layout: Layout) -> tuple[int | None, list[str]]:
         return None, reader.schema.names
 
 
-def _batches(path: Path, layout: Layout, start: int) -> Iterator[Any]:
-    """Batches of the columns that are read, from row `start`."""
-    with closing(_whole_batches(path, layout, start)) as batches:
+def _batches(
+    path: Path, layout: Layout, start: int, columns: Collection[str]
+) -> Iterator[Any]:
+    """Batches of those of `columns` that there are, from row `start`."""
+    with closing(_whole_batches(path, layout, start, columns)) as batches:
         for first_row, batch in batches:
             skipped = max(start - first_row, 0)
             if skipped < batch.num_rows:
@@ -97,7 +99,7 @@ def _batches(path: Path, layout: Layout, start: int) -> Iterator[Any]:
 
 
 def _whole_batches(
-    path: Path, layout: Layout, start: int
+    path: Path, layout: Layout, start: int, columns: Collection[str]
 ) -> Generator[tuple[int, Any], None, None]:
     """(number of its first row, batch), from the group of rows that has row `start`
     or, of Arrow, from the first."""
@@ -105,7 +107,7 @@ def _whole_batches(
     if layout == "parquet":
         parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
         with parquet.ParquetFile(path) as file:
-            names = [n for n in file.schema_arrow.names if n in COLUMNS]
+            names = [n for n in file.schema_arrow.names if n in columns]
             for group in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(group).num_rows
                 if row + num_rows <= start:
@@ -119,7 +121,7 @@ def _whole_batches(
         return
     with path.open("rb") as opened:
         reader = _ipc(opened, path)
-        names = [n for n in reader.schema.names if n in COLUMNS]
+        names = [n for n in reader.schema.names if n in columns]
         for whole in _record_batches(reader):
             for first in range(0, whole.num_rows, _BATCH_ROWS):
                 batch = whole.slice(first, _BATCH_ROWS).select(names)

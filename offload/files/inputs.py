@@ -3,13 +3,16 @@
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from ...io.errors import InputError
 from ...io.fingerprint import fingerprint
 from .columns import ColumnFile
 from .compression import CHUNK_BYTES, decompressed
-from .jsonl import checked, parse_row, split_lines
+from .csv_rows import csv_header, csv_records
+from .json_array import array_records
+from .jsonl import Record, checked, line_records, parse_row, split_lines, text_row
 from .parts import InputRow, Position
 from .sources import InputFile
 
@@ -37,7 +40,11 @@ class Inputs:
         self._file = 0
         self.rows_read = 0
         """Set by who reads: rows up to the place that reading has come to."""
-        self._num_rows = [self._check(file) for file in files]
+        self._is_array: set[int] = set()
+        """Those of the files, by place, that hold a JSON array."""
+        self._columns: dict[int, Sequence[str]] = {}
+        """Of those that are CSV."""
+        self._num_rows = [self._check(number) for number in range(len(files))]
 
     @property
     def is_stream(self) -> bool:
@@ -96,8 +103,8 @@ class Inputs:
         file = self.files[start.file]
         several = len(self.files) > 1
         prefix = f"{file.name}:" if several else ""
-        if file.layout == "lines":
-            yield from self._lines_of(file, start, prefix)
+        if file.layout not in ("parquet", "arrow"):
+            yield from self._records_of(file, start, prefix)
             return
         unchanged = self._watch(lambda: os.stat(file.path or ""), start.file)
         unchanged()
@@ -111,22 +118,34 @@ class Inputs:
                 self._read_bytes = self._sizes[start.file] * row.end.row // total
             yield row
 
-    def _lines_of(
+    def _records_of(
         self, file: InputFile, start: Position, prefix: str
     ) -> Iterator[InputRow]:
         offset, number = start.offset, start.row
         with closing(self._chunks(start.file, offset)) as chunks:
-            for line in split_lines(chunks, file.name):
-                offset += len(line)
-                number += 1
+            for record in self._records(chunks, start):
+                offset += record.num_bytes
+                number += record.num_lines
                 if not file.codec:
                     self._read_bytes = offset
-                if not line.strip():
-                    continue
-                where = f"{prefix}line {number}" if not prefix else f"{prefix}{number}"
+                what = "row" if start.file in self._is_array else "line"
+                where = f"{prefix}{number}" if prefix else f"{what} {number}"
                 identity = f"{prefix}{number}" if prefix else number
-                row = checked(parse_row(line, where), where, identity, self._any_of)
-                yield InputRow(row, line, Position(start.file, offset, number))
+                row = checked(record.parse(where), where, identity, self._any_of)
+                end = Position(start.file, offset, number)
+                yield InputRow(row, record.content, end)
+
+    def _records(self, chunks: Iterator[bytes], start: Position) -> Iterator[Record]:
+        """The rows in the bytes of a file from `start` on."""
+        file = self.files[start.file]
+        is_begun = start.offset > 0
+        if start.file in self._columns:
+            columns = self._columns[start.file]
+            return csv_records(chunks, columns, file.name, is_begun=is_begun)
+        if start.file in self._is_array:
+            return array_records(chunks, file.name, is_begun=is_begun)
+        parse = text_row if file.layout == "text" else parse_row
+        return line_records(split_lines(chunks, file.name), parse)
 
     def _chunks(self, number: int, start: int) -> Generator[bytes, None, None]:
         """The bytes of a file, decompressed, from `start` on."""
@@ -175,15 +194,40 @@ class Inputs:
 
         return unchanged
 
-    def _check(self, file: InputFile) -> int | None:
+    def _check(self, number: int) -> int | None:
         """Whether the file is there and is what its name says; its rows, if known."""
+        file = self.files[number]
         if file.path is None:
             return None
         with _reading(file.path), file.path.open("rb"):
             pass
-        if file.layout == "lines":
-            return None
-        return ColumnFile(file, self._any_of).check()
+        if file.layout in ("parquet", "arrow"):
+            return ColumnFile(file, self._any_of).check()
+        if file.layout in ("csv", "json"):
+            with closing(self._chunks(number, 0)) as chunks:
+                if file.layout == "csv":
+                    names = csv_header(chunks, self._any_of, file.name)
+                    self._columns[number] = names
+                elif _is_array(chunks, file.name):
+                    self._is_array.add(number)
+        return None
+
+
+def _is_array(chunks: Iterator[bytes], name: str) -> bool:
+    """Whether a .json file holds an array; else it has to hold an object a line."""
+    begin = next((chunk for chunk in chunks if chunk.strip()), b"")
+    if begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        return True
+    lines = (line for line in split_lines(chain([begin], chunks), name) if line.strip())
+    first = next(lines, b"").strip()
+    if first == b"{" or (
+        first and "error" in parse_row(first, "") and next(lines, b"")
+    ):
+        raise InputError(
+            f"{name} is no array of JSON objects, and its first line is no object by "
+            "itself: give an array, or an object a line"
+        )
+    return False
 
 
 @contextmanager

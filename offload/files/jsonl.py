@@ -1,8 +1,10 @@
-"""Lines of JSON: rows in, results out."""
+"""Lines of JSON, and of text: rows in, results out."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 from ...io.errors import InputError
 
@@ -35,11 +37,44 @@ def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
+class Record(NamedTuple):
+    """A row where it stands in a file of bytes."""
+
+    content: bytes
+    num_bytes: int
+    """From the end of the one before it to its own;"""
+    num_lines: int
+    """in lines, or what is counted instead."""
+    parse: Callable[[str], dict[str, Any]]
+    """The row, given what an error calls its place: one with an "error" where it is
+    none."""
+
+
+def line_records(
+    lines: Iterable[bytes], parse: Callable[[bytes, str], dict[str, Any]]
+) -> Iterator[Record]:
+    """A row a line; blank ones are passed over."""
+    num_bytes = num_lines = 0
+    for line in lines:
+        num_bytes, num_lines = num_bytes + len(line), num_lines + 1
+        if line.strip():
+            yield Record(line, num_bytes, num_lines, partial(parse, line))
+            num_bytes = num_lines = 0
+
+
+def text_row(line: bytes, where: str) -> dict[str, Any]:
+    """The row of a line of text."""
+    try:
+        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        return {"error": f"{where} is no UTF-8: {error.reason}"}
+
+
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `line`, or a row with an "error" that says `where` it stood
     and why it is none."""
     try:
-        row = json.loads(line, parse_constant=_refuse)
+        row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
         return {"error": f"{where} is no UTF-8: {error.reason}"}
     except (ValueError, RecursionError) as error:
@@ -54,7 +89,10 @@ def checked(
     row: dict[str, Any], where: str, identity: Any, any_of: Mapping[str, str]
 ) -> dict[str, Any]:
     """`row` with an "id" (else `identity`), and an "error" where it has none of the
-    keys `any_of` (and how an error names each)."""
+    keys `any_of` (and how an error names each), or an "id" that cannot be written."""
+    if "id" in row and not _is_writable(row["id"]):
+        del row["id"]
+        row["error"] = f'{where} has an "id" that JSON cannot hold, or too deep a one'
     if "error" not in row and not any_of.keys() & row.keys():
         keys = ", ".join(row) or "none"
         wanted = ", nor ".join(any_of.values())
@@ -71,6 +109,30 @@ def line_of(result: Mapping[str, Any]) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return json.dumps(result, allow_nan=False).encode() + b"\n"
+
+
+def failed_line(identity: Any, message: str) -> bytes:
+    """A row's error as a line, whatever its id is."""
+    if not _is_writable(identity):
+        identity = f"{type(identity).__name__}"
+    return line_of({"id": identity, "error": message})
+
+
+def _is_writable(identity: Any) -> bool:
+    if isinstance(identity, (str, int)):
+        return True
+    try:
+        line_of({"id": identity})
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is too large a number")
+    return value
 
 
 def _refuse(constant: str) -> NoReturn:

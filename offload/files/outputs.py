@@ -1,15 +1,20 @@
-"""The file that a job's results become: lines, lines compressed, or columns."""
+"""The file that a job's results become: lines, lines compressed, CSV, or columns."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...io.disk import NEW
+from ...io.errors import UsageError
+from .csv_results import csv_lines, csv_results
 from .extras import extra
 from .inputs import Inputs
 from .parts import Position
-from .sources import Codec, InputFile, Layout, format_of
+from .sources import MANIFEST_SUFFIX, Codec, InputFile, Layout, format_of
 
 Lines = Iterable[bytes]
 _GROUP_ROWS = 65_536
@@ -17,23 +22,57 @@ _GZIP_LEVEL = 6
 _ZSTD_LEVEL = 3
 
 
+def destination(output: Path) -> Path:
+    """The file that `output` stands for, links followed. Raises UsageError where no
+    results can be put there, by its name alone."""
+    try:
+        path = output.resolve()
+        is_folder = path.is_dir()
+        most = os.pathconf(_folder_there(path), "PC_NAME_MAX")
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"results cannot be written to {output}: {why}") from error
+    if is_folder:
+        raise UsageError(f"{output} is a folder: name a file in it")
+    room = most - len(MANIFEST_SUFFIX) - len(NEW)
+    nbytes = len(os.fsencode(path.name))
+    if nbytes > room:
+        raise UsageError(
+            f"the name of the output has {nbytes} bytes, but what is kept beside it "
+            f"has longer names, of at most {most}: use at most {room}"
+        )
+    output_format(path)
+    return path
+
+
+def _folder_there(path: Path) -> Path:
+    return next(folder for folder in path.parents if folder.exists())
+
+
 def output_format(path: Path) -> tuple[Layout, Codec]:
-    """What `path` is to hold, by its suffix: lines where it is unknown. Raises
-    UsageError where the package that writes it is missing."""
-    layout, codec = format_of(path) or ("lines", "")
-    codec = {".gz": "gz", ".zst": "zst"}.get(path.suffix.lower(), codec)  # type: ignore[assignment]
-    if layout != "lines":
+    """What `path` is to hold, by its suffix: lines where it has none. Raises UsageError
+    for an unknown one, and where the package that writes it is missing."""
+    found = format_of(path)
+    if found is None or found[0] == "text":
+        raise UsageError(
+            f"results cannot be written as {path.suffix}: name the output .jsonl (also "
+            ".jsonl.gz, .jsonl.zst), .csv, .parquet or .arrow"
+        )
+    layout, codec = found
+    if layout in ("parquet", "arrow"):
         extra("pyarrow", "pyarrow", f"writing {path}")
     if codec == "zst":
         extra("zstandard", "zstandard", f"writing {path}")
-    return layout, codec
+    return ("lines" if layout == "json" else layout), codec
 
 
 def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
     """The bytes of a file with these results, which `lines` gives from the first one,
     each time it is called. The same results make the same bytes."""
-    if layout != "lines":
+    if layout in ("parquet", "arrow"):
         return _columns(lines, layout)
+    if layout == "csv":
+        lines = partial(csv_lines, lines)
     if codec == "gz":
         # No name and no time in it, unlike gzip.open.
         return _compressed(lines(), zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 31))
@@ -51,6 +90,9 @@ def results_of(path: Path) -> Iterator[bytes]:
         inputs = Inputs([InputFile(path, layout, codec)], {})
         for row in inputs.rows(Position()):
             yield row.content
+        return
+    if layout == "csv":
+        yield from csv_results(path, codec)
         return
     kind = "parquet" if layout == "parquet" else "ipc"
     dataset = extra("pyarrow.dataset", "pyarrow", f"reading {path}")

@@ -19,7 +19,8 @@ def read_parts(
     *,
     is_checked: bool,
 ) -> Iterator[Part]:
-    """The parts that are not in `done`, and those of it in `redo`, in order.
+    """The parts that are not in `done`, and those of it in `redo`, in order. A part of
+    `done` that does not begin where the one before it ends is none.
 
     Others are passed over without being read; with `is_checked` they are read and
     compared with what was read when they were done, as are those of `redo` in any case.
@@ -29,6 +30,8 @@ def read_parts(
     with closing(_Rows(inputs)) as rows:
         for number in count():
             record = done.get(number)
+            if record is not None and not record.begins_at(first_row, position):
+                record = None
             if record is not None and number not in redo and not is_checked:
                 position, first_row = record.end, first_row + record.num_rows
                 inputs.rows_read = first_row
@@ -87,7 +90,7 @@ def _read(
             break
     if not found:
         return None
-    return Part(number, first_row, found, row.end, digest.hexdigest())
+    return Part(number, first_row, found, row.end, digest.hexdigest(), start=start)
 
 
 def _check(part: Part | None, record: PartRecord) -> None:

@@ -57,6 +57,8 @@ class Part:
     """xxh3 of what was read."""
     known: Mapping[int, bytes] = field(default_factory=dict)
     """Results, as lines, of rows (from 0 in this part) that are done already."""
+    start: Position = field(default_factory=Position)
+    """Where in the input it begins."""
 
     def numbered(self) -> list[tuple[int, Mapping[str, Any]]]:
         """The rows that are left to do, by their number in the job."""
@@ -73,15 +75,21 @@ class PartRecord:
 
     number: int
     first_row: int
+    start: Position
+    """Where in the input it begins,"""
     num_rows: int
     num_errors: int
     end: Position
-    """Where in the input the next part begins."""
+    """and where the next one does."""
     input_digest: str
     num_bytes: int
     """Of its results, as lines."""
     digest: str
     """xxh3 of these."""
+
+    def begins_at(self, first_row: int, start: Position) -> bool:
+        """Whether it goes on where the parts before it end."""
+        return (self.first_row, self.start) == (first_row, start)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,7 +97,19 @@ class PartRecord:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PartRecord":
         """Raises TypeError or KeyError for what is no record."""
-        return cls(**{**values, "end": Position(*values["end"])})
+        places = {name: Position(*values[name]) for name in ("start", "end")}
+        return cls(**{**values, **places})
+
+
+def are_whole(records: Iterable[PartRecord]) -> bool:
+    """Whether these parts, in this order, are all that come from the first row on: none
+    is missing, and each goes on where the one before it ended."""
+    first_row, place = 0, Position()
+    for number, record in enumerate(records):
+        if record.number != number or not record.begins_at(first_row, place):
+            return False
+        first_row, place = first_row + record.num_rows, record.end
+    return True
 
 
 def lazy_parts(rows: Any, num_rows: int) -> Iterator[NumberedRows]:

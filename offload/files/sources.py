@@ -9,18 +9,31 @@ from typing import Literal
 from ...io.errors import InputError
 
 STDIN = "-"
-Layout = Literal["lines", "parquet", "arrow"]
+PARTS_SUFFIX = ".parts"
+MANIFEST_SUFFIX = ".manifest.json"
+"""Behind the name of an output: what is kept beside it."""
+REPORT_FILES = ("report.json", "trace.json")
+Layout = Literal["lines", "json", "csv", "text", "parquet", "arrow"]
+"""`lines` are of JSON; `json` is an array, or lines again."""
 Codec = Literal["", "gz", "zst"]
 _LAYOUTS: dict[str, Layout] = {
     ".jsonl": "lines",
     ".ndjson": "lines",
-    ".json": "lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
 }
 _CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
+
+
+KNOWN = (
+    f"rows are read from {', '.join(_LAYOUTS)} files, and all but the columns of "
+    f"Parquet and Arrow may be compressed ({', '.join(_CODECS)})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +49,64 @@ class InputFile:
         return "standard input" if self.path is None else str(self.path)
 
 
-def find_files(sources: Sequence[str | Path]) -> tuple[InputFile, ...]:
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a job writes, which it must not find among its inputs."""
+
+    output: Path | None = None
+    report: Path | None = None
+    """A folder."""
+
+    def has(self, path: Path) -> bool:
+        """Whether `path` is this job's, or what any job keeps beside its output, or a
+        file of a report."""
+        beside = path.parent
+        if path.name.endswith(MANIFEST_SUFFIX):
+            output = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX))
+            if output.exists() or self._is_output(output):
+                return True
+        if any(_holds_parts(folder) for folder in path.parents):
+            return True
+        if path.name in REPORT_FILES:
+            is_ours = self.report is not None and _is_same(beside, self.report)
+            return is_ours or (beside / "report.html").exists()
+        return self._is_output(path)
+
+    def _is_output(self, path: Path) -> bool:
+        return self.output is not None and _is_same(path, self.output)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _holds_parts(folder: Path) -> bool:
+    return folder.name.endswith(PARTS_SUFFIX) and (folder / "lock").exists()
+
+
+def find_files(
+    sources: Sequence[str | Path],
+    own: Own = Own(),
+) -> tuple[InputFile, ...]:
     """The files that `sources` stand for, in their order. A glob (`data/*.jsonl`, `**`
     for all folders below) and a folder (all below it that have a known suffix and no
-    part of whose name begins with "." or "_") give theirs sorted by path. Files of
-    several formats may be mixed; a file named as itself with an unknown suffix has
-    JSON lines. Raises InputError where there is nothing."""
+    part of whose name begins with "." or "_") give theirs sorted by path, but never
+    what a job has put there (`own` says what this one does). Files of several formats
+    may be mixed; one without a suffix has JSON lines. Raises InputError where there is
+    nothing, and for an unknown suffix."""
     if [str(source) for source in sources] == [STDIN]:
         return (InputFile(None),)
     files: list[InputFile] = []
     for source in sources:
         if str(source) == STDIN:
             raise InputError("standard input (-) cannot be mixed with files")
-        found = list(_found(source))
+        try:
+            found = list(_found(source, own))
+        except (OSError, ValueError) as error:  # such as a name that is too long
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read {source}: {why}") from error
         if not found:
-            raise InputError(
-                f"{source} has no file of rows in it: {', '.join(_LAYOUTS)}, or one of "
-                f"lines that ends in {' or '.join(_CODECS)}"
-            )
+            raise InputError(f"{source} has no file of rows in it: {KNOWN}")
         files += found
     return tuple(files)
 
@@ -68,11 +121,12 @@ def check_apart(output: Path, files: Sequence[InputFile]) -> None:
 
 
 def format_of(path: Path) -> tuple[Layout, Codec] | None:
-    """By its name; None for an unknown suffix. Raises InputError for a compressed file
-    of columns, which are compressed in themselves."""
+    """By its name: JSON lines where it has no suffix, None for an unknown one. Raises
+    InputError for a compressed file of columns, which are compressed in themselves."""
     codec = _CODECS.get(path.suffix.lower(), "")
-    layout = _LAYOUTS.get(Path(path.stem if codec else path.name).suffix.lower())
-    if codec and layout not in (None, "lines"):
+    suffix = Path(path.stem if codec else path.name).suffix.lower()
+    layout = _LAYOUTS.get(suffix) if suffix else "lines"
+    if codec and layout in ("parquet", "arrow"):
         raise InputError(
             f"{path} is a compressed file of columns, which cannot be read in order: "
             f"write it without {path.suffix}"
@@ -80,17 +134,19 @@ def format_of(path: Path) -> tuple[Layout, Codec] | None:
     return None if layout is None else (layout, codec)
 
 
-def _found(source: str | Path) -> Iterator[InputFile]:
+def _found(source: str | Path, own: Own) -> Iterator[InputFile]:
     path = Path(source)
     if path.is_dir():
         for inside in sorted(path.rglob("*")):
             parts = inside.relative_to(path).parts
             is_hidden = any(part.startswith((".", "_")) for part in parts)
-            if not is_hidden and inside.is_file() and (kind := format_of(inside)):
+            if is_hidden or not inside.suffix or own.has(inside):
+                continue
+            if inside.is_file() and (kind := format_of(inside)):
                 yield InputFile(inside, *kind)
     elif has_magic(str(source)) and not path.exists():
         for name in sorted(glob(str(source), recursive=True)):
-            if Path(name).is_file():
+            if Path(name).is_file() and not own.has(Path(name)):
                 yield _named(Path(name))
     elif path.exists():
         if not path.is_file():  # it would be read twice, and has no size
@@ -101,5 +157,7 @@ def _found(source: str | Path) -> Iterator[InputFile]:
 
 
 def _named(path: Path) -> InputFile:
-    codec = _CODECS.get(path.suffix.lower(), "")
-    return InputFile(path, *(format_of(path) or ("lines", codec)))
+    found = format_of(path)
+    if found is None:
+        raise InputError(f"{path} is of a kind that is not read: {KNOWN}")
+    return InputFile(path, *found)

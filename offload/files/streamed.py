@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 from ...io.closing import Closing
@@ -15,7 +16,13 @@ STDOUT = "-"
 
 def is_stream(output: Path) -> bool:
     """Whether nothing can be kept beside `output`: a pipe or a device, or `-`."""
-    return str(output) == STDOUT or (output.exists() and not output.is_file())
+    if str(output) == STDOUT:
+        return True
+    try:
+        kind = output.stat().st_mode
+    except (OSError, ValueError):  # it is not there, or cannot be
+        return False
+    return not (S_ISREG(kind) or S_ISDIR(kind))
 
 
 class StreamedOutput(Closing):

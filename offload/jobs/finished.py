@@ -4,8 +4,7 @@
 fingerprint of the output.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,11 +14,13 @@ import xxhash
 from ...io.disk import Disk, write_whole
 from ...io.errors import OutputError
 from ...io.fingerprint import fingerprint
-from ...io.whole import MAX_INDEX_BYTES, read_json
+from ...io.whole import MAX_INDEX_BYTES, read_whole
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
+from ..files.sources import MANIFEST_SUFFIX
 from .manifest import Manifest
 from .part_store import writing
+from .sealed import sealed, unsealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,20 @@ class Finished:
         """Whether the output is the one that was written."""
         return fingerprint(self.output) == self.fingerprint
 
-    def parts(self) -> Iterator[tuple[PartRecord, list[bytes]]]:
-        """The parts in order, with their results as lines."""
+    def parts(
+        self, replaced: Collection[int]
+    ) -> Iterator[tuple[PartRecord, list[bytes]]]:
+        """The parts in order, with their results as lines. Those of `replaced` may be
+        others already, by a run that ended before it could say so here. Raises
+        OutputError where the others are not as they were written."""
         lines = results_of(self.output)
         has_lines = output_format(self.output)[0] == "lines"
         for record in self.records.values():
             found = list(islice(lines, record.num_rows))
             digest = xxhash.xxh3_64(b"".join(found)).hexdigest()
-            is_changed = has_lines and not record.num_errors and digest != record.digest
-            if len(found) < record.num_rows or is_changed:
+            is_same = not has_lines or digest == record.digest
+            may_differ = record.number in replaced
+            if len(found) < record.num_rows or not (is_same or may_differ):
                 raise OutputError(
                     f"{self.output} is not as it was written: begin anew with --restart"
                 )
@@ -53,13 +59,14 @@ class Finished:
 
 def manifest_path(output: Path) -> Path:
     """Of the file beside a finished output."""
-    return output.with_name(output.name + ".manifest.json")
+    return output.with_name(output.name + MANIFEST_SUFFIX)
 
 
 def read_finished(output: Path) -> Finished | None:
     """None where there is no output, or nothing that says what made it."""
     try:
-        values = read_json(manifest_path(output), MAX_INDEX_BYTES, error=OutputError)
+        path = manifest_path(output)
+        values = unsealed(read_whole(path, MAX_INDEX_BYTES, error=OutputError))
         records = [PartRecord.from_json(part) for part in values["parts"]]
         manifest = Manifest.from_json(values["manifest"])
         mark = str(values["fingerprint"])
@@ -83,4 +90,4 @@ def write_manifest(
     }
     path = manifest_path(output)
     with writing(path):
-        write_whole(disk, path, [json.dumps(values).encode() + b"\n"])
+        write_whole(disk, path, [sealed(values)])

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from ...io.errors import InputError, UsageError
 from ..files.inputs import Inputs
+from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
 from ..files.parts import Part
-from ..files.sources import check_apart, find_files
+from ..files.sources import Own, check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.prediction import predicted
@@ -78,10 +79,15 @@ class Job:
         """Runs the job. Raises PenstockError; StoppedError when a signal came, once
         the parts under way are done, and at once when a second one came."""
         check_workers(self.workers)
-        source = self.source
-        files = find_files([source] if isinstance(source, (str, Path)) else source)
+        source, output = self.source, self.output
+        if not is_stream(output):
+            output = destination(output)
+        files = find_files(
+            [source] if isinstance(source, (str, Path)) else source,
+            Own(output, self.report),
+        )
         inputs = Inputs(files, self.work.row_keys)
-        if is_stream(self.output):
+        if is_stream(output):
             if self.mode == "retry":
                 raise UsageError(
                     f"nothing is kept of {self.output}: failed rows can only be done "
@@ -89,10 +95,10 @@ class Job:
                 )
             chosen = self._choose(self.policy, inputs)
             cut = self.work.cut(chosen.policy)
-            with StreamedOutput(self.output, cut) as streamed:
+            with StreamedOutput(output, cut) as streamed:
                 return replace(self, chosen=chosen)._run(inputs, streamed, console)
-        check_apart(self.output, files)
-        chosen = self._begun_with() or self._choose(self.policy, inputs)
+        check_apart(output, files)
+        chosen = self._begun_with(output) or self._choose(self.policy, inputs)
         threads = threads_of(torch.get_num_threads(), self.workers)
         manifest = identify(
             inputs,
@@ -103,7 +109,7 @@ class Job:
             num_threads=threads,
             chosen=kept_of(self.policy, chosen.policy),
         )
-        with KeptOutput(self.output, manifest, self.mode) as kept:
+        with KeptOutput(output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)
@@ -114,9 +120,9 @@ class Job:
                 chosen = replace(found, is_begun=True)
             return replace(self, chosen=chosen)._run(inputs, kept, console)
 
-    def _begun_with(self) -> Chosen | None:
+    def _begun_with(self, output: Path) -> Chosen | None:
         """What the job began with that is gone on with; None where it begins now."""
-        begun = begun_as(self.output, self.mode)
+        begun = begun_as(output, self.mode)
         if begun is None:
             return None
         return Chosen(restored(self.policy, begun.chosen or {}), note=OLDER)

@@ -9,9 +9,9 @@ from typing import Literal
 
 from ...io.closing import Closing
 from ...io.disk import Disk
-from ...io.errors import UsageError
+from ...io.errors import OutputError, UsageError
 from ..files.outputs import encoded, output_format
-from ..files.parts import Cut, Part, PartRecord
+from ..files.parts import Cut, Part, PartRecord, are_whole
 from .finished import Finished, read_finished, write_manifest
 from .manifest import Manifest, refusals, remarks
 from .part_store import PartStore, read_manifest
@@ -26,10 +26,10 @@ def begun_as(output: Path, mode: Mode) -> Manifest | None:
     """The job that made `output`, or began it; None where it begins now."""
     if mode == "restart":
         return None
-    begun = read_manifest(output)
-    if begun is None and (finished := read_finished(output)) is not None:
-        begun = finished.manifest
-    return begun
+    if (begun := read_manifest(output)) is not None:
+        return begun[0]
+    finished = read_finished(output)
+    return None if finished is None else finished.manifest
 
 
 class KeptOutput(Closing):
@@ -56,6 +56,8 @@ class KeptOutput(Closing):
         """Those of them whose failed rows are to be done again."""
         self.is_finished = False
         """There is nothing to do."""
+        self._kept: set[int] = set()
+        """Those whose results are in the folder; others are in the old output."""
         self._old: Finished | None = None
         self._old_parts: Iterator[tuple[PartRecord, list[bytes]]] = iter(())
         try:
@@ -95,11 +97,17 @@ class KeptOutput(Closing):
     def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
         """Keeps the results of a part. Called on one thread at a time."""
         self.done[part.number] = self._store.write(part, lines, num_errors)
+        self._kept.add(part.number)
 
     def finish(self) -> None:
-        """All parts are done: makes `output` of them."""
+        """All parts are done: makes `output` of them. Raises OutputError where what was
+        kept of them is not there any more."""
         records = dict(sorted(self.done.items()))
-        assert list(records) == list(range(len(records))), "no part is missing"
+        if not are_whole(records.values()):
+            raise OutputError(
+                f"the parts in {self._store.folder} are not those of one job: begin "
+                "anew with --restart"
+            )
         self._store.publish(encoded(lambda: self._all_lines(records), *self._format))
         write_manifest(
             self._disk, self._output, replace(self.manifest, retries=False), records
@@ -136,6 +144,7 @@ class KeptOutput(Closing):
         _announce(begun, now)
         self.manifest = begun
         kept = self._store.records()
+        self._kept = set(kept)
         if begun.retries:
             if finished is None:
                 raise UsageError(
@@ -162,7 +171,7 @@ class KeptOutput(Closing):
 
     def _retry(self, finished: Finished, kept: frozenset[int]) -> None:
         self._old = finished
-        self._old_parts = finished.parts()
+        self._old_parts = finished.parts(kept)
         self.done = dict(finished.records)
         failed = {n for n, record in finished.records.items() if record.num_errors}
         self.redo = frozenset(failed - kept)
@@ -176,14 +185,13 @@ class KeptOutput(Closing):
         )
 
     def _all_lines(self, records: Mapping[int, PartRecord]) -> Iterator[bytes]:
-        kept = self._store.records()
-        old = self._old.parts() if self._old is not None else iter(())
+        old = iter(()) if self._old is None else self._old.parts(self._kept)
         for number, record in records.items():
-            if self._old is not None:
-                _, lines = next(old)
-            if number in kept:
-                lines = self._store.lines(record)
-            yield from lines
+            before = next(old, None)
+            if number in self._kept or before is None:
+                yield from self._store.lines(record)
+            else:
+                yield from before[1]
 
 
 def _compare(begun: Manifest, now: Manifest, what: str) -> None:

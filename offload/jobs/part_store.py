@@ -1,29 +1,33 @@
 """The folder in which a job's results stand until it is done.
 
 `OUTPUT.parts` holds `lock`, `manifest.json` (what job this is) and a file for each part
-that is done: its results, one JSON object a line, and its record as the last line. Each
-appears as a whole, by a rename, so there is no list of them to keep in step. A folder
-without a manifest holds nothing.
+that is done: its results, one JSON object a line, and its record as the last line. The
+record says which job and which rows the part is of, and holds a checksum of the results
+and one of itself. Each file appears as a whole, by a rename, so there is no list of
+them to keep in step. A folder without a manifest holds nothing.
 """
 
 import fcntl
-import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
 from ...io.closing import Closing
 from ...io.disk import Disk, put_in_place, write_whole
 from ...io.errors import OutputError, UsageError
-from ...io.whole import MAX_INDEX_BYTES, read_json
+from ...io.whole import MAX_INDEX_BYTES, read_whole
 from ..files.parts import Part, PartRecord
+from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest
+from .sealed import sealed, unsealed
 
+_log = logging.getLogger("penstock")
 _LOCK, _MANIFEST, _JOINED = "lock", "manifest.json", "joined"
 _NAME = "part-{:08}.jsonl"
 _NUMBER = re.compile(r"part-(\d{8,})\.jsonl")
@@ -45,21 +49,21 @@ def writing(path: Path) -> Iterator[None]:
 
 def parts_folder(output: Path) -> Path:
     """Where the parts of `output` are kept until all are done."""
-    return output.with_name(output.name + ".parts")
+    return output.with_name(output.name + PARTS_SUFFIX)
 
 
-def read_manifest(output: Path) -> Manifest | None:
-    """Of the job that was begun for `output`, if one was."""
+def read_manifest(output: Path) -> tuple[Manifest, str] | None:
+    """Of the job that was begun for `output`, if one was, and its digest."""
     path = parts_folder(output) / _MANIFEST
     if not path.exists():
         return None
-    values = read_json(path, MAX_INDEX_BYTES, error=OutputError, fix=_BEGIN_ANEW)
+    text = read_whole(path, MAX_INDEX_BYTES, error=OutputError)
     try:
-        return Manifest.from_json(values)
-    except (KeyError, TypeError) as error:
+        return Manifest.from_json(unsealed(text)), _digest(text)
+    except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
-            f"{path} is no manifest of this version ({error!r}): finish the job "
-            "with the version that began it, or begin anew with --restart"
+            f"{path} is damaged, or of another version of Penstock ({error}): finish "
+            "the job with the version that began it, or begin anew with --restart"
         ) from error
 
 
@@ -75,35 +79,51 @@ class PartStore(Closing):
         with writing(self.folder):
             self._lock: IO[str] | None = self._locked()
         self._has_begun = (self.folder / _MANIFEST).exists()
+        self._job = ""
+        """The digest of the manifest, which each part's record holds."""
 
     def manifest(self) -> Manifest | None:
         """Of the job that was begun here, if one was."""
-        return read_manifest(self.output)
+        found = read_manifest(self.output)
+        if found is None:
+            return None
+        manifest, self._job = found
+        return manifest
 
     def begin(self, manifest: Manifest) -> None:
         """Forgets what is here and begins a job."""
         with writing(self.folder):
             self._empty()
-            text = json.dumps(manifest.as_json(), indent=1).encode() + b"\n"
+            text = sealed(manifest.as_json(), indent=1)
             write_whole(self._disk, self.folder / _MANIFEST, [text])
+        self._job = _digest(text)
         self._has_begun = True
 
     def records(self) -> dict[int, PartRecord]:
-        """Of the parts that are done, by number."""
+        """Of the parts of this job that are done, by number. Raises OutputError for one
+        that is damaged; one that was put there from elsewhere does not count, and its
+        rows are done again."""
         found = {}
-        for path in sorted(self.folder.iterdir()):
-            if match := _NUMBER.fullmatch(path.name):
-                found[int(match[1])] = _record(path)
+        for path in self._part_paths():
+            match = _NUMBER.fullmatch(path.name)
+            assert match is not None, "they are parts"
+            number, (job, record) = int(match[1]), _last_line(path)
+            if job == self._job and record.number == number:
+                found[number] = record
+            else:
+                _log.warning("%s is another part: its rows are done again", path)
         return dict(sorted(found.items()))
 
     def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> PartRecord:
         """Keeps a part that is done. It is on disk when this returns."""
+        self._check_held()
         digest = xxhash.xxh3_64()
         for line in lines:
             digest.update(line)
         record = PartRecord(
             number=part.number,
             first_row=part.first_row,
+            start=part.start,
             num_rows=len(lines),
             num_errors=num_errors,
             end=part.end,
@@ -112,27 +132,31 @@ class PartStore(Closing):
             digest=digest.hexdigest(),
         )
         path = self._path(part.number)
-        end = json.dumps({"part": record.as_json()}).encode() + b"\n"
+        end = sealed({"job": self._job, "part": record.as_json()})
         with writing(path):
             write_whole(self._disk, path, [*lines, end])
         return record
 
     def lines(self, record: PartRecord) -> list[bytes]:
-        """The results of a part, compared with its checksum."""
+        """The results of a part, compared with its checksum. Raises OutputError where
+        they are not those that were kept."""
         path = self._path(record.number)
         try:
             with path.open("rb") as file:
                 content = file.read(record.num_bytes)
+        except FileNotFoundError:
+            raise OutputError(
+                f"{path} is gone: run again, to do its rows again"
+            ) from None
         except OSError as error:
             raise OutputError(f"cannot read {path}: {error.strerror}") from error
-        if xxhash.xxh3_64(content).hexdigest() != record.digest:
-            raise OutputError(
-                f"{path} is damaged: remove it and run again, to do its rows again"
-            )
+        if _digest(content) != record.digest:
+            raise _damaged(path)
         return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
     def publish(self, chunks: Iterable[bytes]) -> None:
         """Gives `output` its content, once all of it is on disk."""
+        self._check_held()
         joined = self.folder / _JOINED
         with writing(self.output):
             write_whole(self._disk, joined, chunks)
@@ -160,8 +184,22 @@ class PartStore(Closing):
 
     def abandon(self) -> None:
         """Forgets a job that has begun but of which nothing is done."""
-        if not any(_NUMBER.fullmatch(path.name) for path in self.folder.iterdir()):
+        if self._is_held() and not self._part_paths():
             self.finish()
+
+    def _part_paths(self) -> list[Path]:
+        return sorted(p for p in self.folder.iterdir() if _NUMBER.fullmatch(p.name))
+
+    def _check_held(self) -> None:
+        """Raises OutputError where the folder is no longer the one that is locked."""
+        if not self._is_held():
+            raise OutputError(
+                f"{self.folder} was removed while the job ran, and what was done with "
+                "it: run again to begin anew"
+            )
+
+    def _is_held(self) -> bool:
+        return self._lock is not None and _is_there(self._lock, self.folder / _LOCK)
 
     def _path(self, number: int) -> Path:
         return self.folder / _NAME.format(number)
@@ -222,24 +260,25 @@ def _is_there(file: IO[str], path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _record(path: Path) -> PartRecord:
-    """The last line of a part."""
+def _last_line(path: Path) -> tuple[Any, PartRecord]:
+    """(job, record) of a part. Raises OutputError where it is not as it was written."""
     try:
         with path.open("rb") as file:
             nbytes = file.seek(0, os.SEEK_END)
             file.seek(max(nbytes - _MOST_RECORD_BYTES, 0))
-            last = file.read().splitlines()[-1]
-        record = PartRecord.from_json(json.loads(last)["part"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        RecursionError,
-    ) as error:
-        raise OutputError(
-            f"{path} is damaged ({error!r}): remove it and run again, to do its rows "
-            "again"
-        ) from error
-    return record
+            text = file.read()
+        values = unsealed(text[text.rfind(b"\n", 0, -1) + 1 :])
+        return values["job"], PartRecord.from_json(values["part"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _digest(content: bytes) -> str:
+    return xxhash.xxh3_64(content).hexdigest()
+
+
+def _damaged(path: Path, error: Exception | None = None) -> OutputError:
+    why = "" if error is None else f" ({error})"
+    return OutputError(
+        f"{path} is damaged{why}: remove it and run again, to do its rows again"
+    )

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ...io.closing import Closing
 from ...io.errors import InputError
-from ..files.jsonl import line_of
+from ..files.jsonl import failed_line, line_of
 from ..files.parts import Cut, Part, PartRecord
 
 _MOST_WRITES = 4
@@ -133,9 +133,9 @@ class PartsRun(Closing):
 
 def _line(result: Mapping[str, Any]) -> tuple[bytes, bool]:
     """A result as a line, and whether it is an error: that it has a number which JSON
-    has not, for one."""
+    has not, for one. Never fails."""
     try:
         return line_of(result), "error" in result
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         message = "the result is not finite: the model's weights or its dtype overflow"
-        return line_of({"id": result["id"], "error": message}), True
+        return failed_line(result.get("id"), str(result.get("error", message))), True

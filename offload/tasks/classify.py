@@ -13,10 +13,11 @@ from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from .head import CausalScorer
 from .labels import Label, Labelled, tokenize_labels
+from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
-from .text import RowError, context_length, pad_of, tokenizer_of
+from .text import RowError, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ def classify_parts(
         raise UsageError(f"a label is given twice: {', '.join(labels)}")
     tokenizer = tokenizer or tokenizer_of(model)
     task = _Classifying(model, tokenizer, tuple(labels))
-    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
 
 
 class _Classifying:
@@ -90,10 +91,10 @@ class _Classifying:
         self._model = model
         self._device = engine.device
         self._tokenizer = tokenizer
-        self._pad = pad_of(tokenizer)
+        self._limits = limits_of(model)
+        self.pad = self._limits.pad_of(tokenizer.pad_token_id)
         self._labels = labels
         self._scorer = CausalScorer(model, max_logits_bytes=engine.policy.logits_memory)
-        self._context = context_length(model)
         self._shares = can_share(model)
         if not self._shares:
             engine.note(
@@ -108,7 +109,7 @@ class _Classifying:
             row = _Row(source.get("id"))
             try:
                 found = tokenize_labels(self._tokenizer, source, self._labels)
-                self._check_length(found)
+                self._check(found)
             except RowError as error:
                 yield row, error
                 continue
@@ -120,12 +121,15 @@ class _Classifying:
             else:
                 yield row, [_Prompt(row, found.prompt, (pair,)) for pair in numbered]
 
-    def _check_length(self, found: Labelled) -> None:
+    def _check(self, found: Labelled) -> None:
+        self._limits.check_ids(found.prompt)
+        for label in found.labels:
+            self._limits.check_ids(label.ids)
         length = len(found.prompt) + max(len(label.ids) for label in found.labels)
-        if self._context is not None and length > self._context:
+        if self._limits.context is not None and length > self._limits.context:
             raise RowError(
                 f"the prompt with its longest label has {length} tokens but the "
-                f"model's context is {self._context}: shorten it"
+                f"model's context is {self._limits.context}: shorten it"
             )
 
     def run(
@@ -165,7 +169,7 @@ class _Classifying:
         self, rows: Sequence[tuple[int, ...]], *, left: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._pad, dtype=torch.int64)
+        ids = torch.full((len(rows), longest), self.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             start = longest - len(row) if left else 0

@@ -1,16 +1,27 @@
 """One micro-batch of prompts through transformers' `generate`, and back to text."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import LogitsProcessorList
 
 from ...io.errors import UsageError
 from ..model import engine_of
 from .decoding import Decoder, RowEnds, row_seed
+from .limits import Limits
+from .logits import FiniteCheck
+from .row_sampling import RowSampling
+from .text import RowError
+from .way import Way, way_of
+
+_NOT_FINITE = (
+    "the model gave logits that are not finite: its weights or its dtype overflow on "
+    "this text"
+)
 
 
 @dataclass(slots=True)
@@ -19,7 +30,10 @@ class Prompt:
 
     index: int
     identity: Any
+    way: Way
     ids: tuple[int, ...] = ()
+    seed: int | None = None
+    """The row's own: then its number does not matter."""
     result: dict[str, Any] | None = None
 
     def fail(self, message: str) -> None:
@@ -27,57 +41,56 @@ class Prompt:
 
 
 class Completions:
-    """Completes micro-batches, all by the same options. Raises UsageError for those
-    that transformers does not know."""
+    """Completes micro-batches, by the same options but for what rows say themselves.
+    Raises UsageError for options that transformers does not know."""
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
+        limits: Limits,
         *,
         max_new_tokens: int,
         stop: tuple[str, ...],
         seed: int,
         options: Mapping[str, Any],
+        note: Callable[[str], None],
     ) -> None:
         self.tokenizer = tokenizer
-        self.max_new_tokens = max_new_tokens
         self._model = model
+        self._default = model.generation_config
+        self._limits = limits
         self._device = engine_of(model).device
+        self._max_new_tokens = max_new_tokens
         self._stop = stop
         self._seed = seed
+        self._options = options
         self._pads_left = not model.config.is_encoder_decoder
-        self._config = _configured(
-            model.generation_config,
-            {**options, "max_new_tokens": max_new_tokens, "max_length": None},
-        )
-        ends = self._config.eos_token_id
-        if ends is None:
-            ends = tokenizer.eos_token_id
-        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
-        pad = self._config.pad_token_id
-        pad = tokenizer.pad_token_id if pad is None else pad
-        self._pad = pad if pad is not None else min(self._ends, default=0)
-        self._config.pad_token_id = self._pad
-        if self._ends:
-            self._config.eos_token_id = sorted(self._ends)
-        self._criteria = StoppingCriteriaList()
-        if stop:
-            self._criteria.append(StopStringCriteria(tokenizer, list(stop)))
+        self.way = self._way(RowSampling(), note)
+        """Of rows that say nothing themselves."""
+        self._ways = {RowSampling(): self.way}
 
-    @property
-    def num_beams(self) -> int:
-        """Sequences that each row goes on with."""
-        return int(self._config.num_beams or 1)
+    @contextmanager
+    def stop_strings_taken_over(self) -> Iterator[None]:
+        """While open, the model's generation config has none, which `generate` would
+        put beside ours and wants a tokenizer for."""
+        before = self._model.generation_config
+        if before.stop_strings:
+            self._model.generation_config = copy.deepcopy(before)
+            self._model.generation_config.stop_strings = None
+        try:
+            yield
+        finally:
+            self._model.generation_config = before
 
-    @property
-    def is_one_by_one(self) -> bool:
-        """Whether tokens are picked one after the other, row by row: no beams, no
-        assistant."""
-        return self._config.get_generation_mode().value in (
-            "greedy_search",
-            "sample",
-        )
+    def way_for(self, sampling: RowSampling) -> Way:
+        """The same one for the same. Raises RowError for what does not go together."""
+        if sampling not in self._ways:
+            try:
+                self._ways[sampling] = self._way(sampling, lambda text: None)
+            except UsageError as error:
+                raise RowError(f"what the row asks for is refused: {error}") from error
+        return self._ways[sampling]
 
     def run(
         self,
@@ -87,39 +100,66 @@ class Completions:
         chunk_tokens: int | None = None,
         leave: Callable[[int], None] | None = None,
     ) -> None:
-        """Fills `result` of each; `tick(rows)` is called as rows get a token. For
-        `chunk_tokens` and `leave` see Decoder."""
-        ids, mask = self._padded([prompt.ids for prompt in prompts])
+        """Fills `result` of each of `prompts`, which have one way; `tick(rows)` is
+        called as rows get a token. For `chunk_tokens` and `leave` see Decoder."""
+        way = prompts[0].way
+        ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
         ends = RowEnds()
+        check: FiniteCheck | None = FiniteCheck(len(prompts))
+        if way.config.remove_invalid_values:  # which says that they are to be taken
+            check = None
+        draws = [self._draw(prompt) for prompt in prompts]
         options: dict[str, Any] = {}
-        if self.is_one_by_one:
-            numbers = [prompt.index for prompt in prompts]
+        if way.is_one_by_one:
+            longest = ids.shape[1] if self._pads_left else 0
+            starts = [max(longest - len(prompt.ids), 0) for prompt in prompts]
             options["custom_generate"] = Decoder(
-                self._seed, numbers, ends, tick, chunk_tokens, leave
+                draws, starts, ends, tick, check, chunk_tokens, leave
             )
-        else:  # what is drawn depends on these rows, not on how many came before
-            torch.manual_seed(row_seed(self._seed, prompts[0].index, 0))
+        else:
+            torch.manual_seed(row_seed(*draws[0], 0))
+            options["logits_processor"] = LogitsProcessorList([check] if check else [])
         found = self._model.generate(
             ids.to(self._device),
             attention_mask=mask.to(self._device),
-            generation_config=self._config,
-            stopping_criteria=self._criteria,
+            generation_config=way.config,
+            stopping_criteria=way.criteria,
             **options,
         )
-        if not self.is_one_by_one:
-            ends = self._ends_of(found, 1 if not self._pads_left else ids.shape[1])
+        if not way.is_one_by_one:
+            ends = _ends_of(found, 1 if not self._pads_left else ids.shape[1], way)
             tick(sum(ends.lengths.values()))
         each = len(found) // len(prompts)
         for number, prompt in enumerate(prompts):
             rows = range(number * each, (number + 1) * each)
-            results = [self._result(found[row], row, ends) for row in rows]
+            results = [self._result(found[row], row, ends, way) for row in rows]
             prompt.result = {"id": prompt.identity, **_joined(results)}
+        for number in check.bad_prompts() if check else ():
+            prompts[number].fail(_NOT_FINITE)
+
+    def _way(self, sampling: RowSampling, note: Callable[[str], None]) -> Way:
+        limit, stop = sampling.max_new_tokens, sampling.stop
+        return way_of(
+            self._default,
+            self.tokenizer,
+            self._limits,
+            max_new_tokens=self._max_new_tokens if limit is None else limit,
+            stop=self._stop if stop is None else stop,
+            options={**self._options, **dict(sampling.options)},
+            note=note,
+        )
+
+    def _draw(self, prompt: Prompt) -> tuple[int, int]:
+        """(seed, number): what a row's random state depends on."""
+        if prompt.seed is not None:
+            return prompt.seed, 0
+        return self._seed, prompt.index
 
     def _padded(
-        self, prompts: Sequence[tuple[int, ...]]
+        self, prompts: Sequence[tuple[int, ...]], pad: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, prompts))
-        ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
+        ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             start = longest - len(prompt) if self._pads_left else 0
@@ -127,21 +167,13 @@ class Completions:
             mask[row, start : start + len(prompt)] = 1
         return ids, mask
 
-    def _ends_of(self, found: torch.Tensor, start: int) -> RowEnds:
-        """Of rows that were not watched: up to the first end of text."""
-        ends = RowEnds(start)
-        for row, ids in enumerate(found[:, start:].tolist()):
-            length = next((i + 1 for i, t in enumerate(ids) if t in self._ends), None)
-            ends.lengths[row] = len(ids) if length is None else length
-            if length is not None or len(ids) < self.max_new_tokens:
-                ends.stopped.add(row)
-        return ends
-
-    def _result(self, ids: torch.Tensor, row: int, ends: RowEnds) -> dict[str, Any]:
+    def _result(
+        self, ids: torch.Tensor, row: int, ends: RowEnds, way: Way
+    ) -> dict[str, Any]:
         length = ends.lengths[row]
         new = ids[ends.start : ends.start + length].tolist()
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        cuts = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        cuts = [at for stop in way.stop if (at := text.find(stop)) >= 0]
         is_stopped = row in ends.stopped or bool(cuts)
         return {
             "completion": text[: min(cuts)] if cuts else text,
@@ -150,28 +182,15 @@ class Completions:
         }
 
 
-def _configured(default: Any, options: Mapping[str, Any]) -> Any:
-    """The model's generation config with `options` on top. A temperature of 0 is
-    greedy; another one, or a bound on what is drawn, is sampled."""
-    values = dict(options)
-    if values.get("temperature") == 0:
-        values.pop("temperature")
-        values["do_sample"] = False
-    elif values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
-        values.setdefault("do_sample", True)
-    config = copy.deepcopy(default)
-    unknown = [key for key in values if not hasattr(config, key)]
-    if unknown:
-        raise UsageError(
-            f"transformers' generate has no option {unknown[0]!r}: see "
-            "transformers.GenerationConfig for those it has"
-        )
-    try:
-        config.update(**values)
-        config.validate()
-    except ValueError as error:
-        raise UsageError(f"these options do not go together: {error}") from error
-    return config
+def _ends_of(found: torch.Tensor, start: int, way: Way) -> RowEnds:
+    """Of rows that were not watched: up to the first end of text."""
+    ends = RowEnds(start)
+    for row, ids in enumerate(found[:, start:].tolist()):
+        length = next((i + 1 for i, t in enumerate(ids) if t in way.ends), None)
+        ends.lengths[row] = len(ids) if length is None else length
+        if length is not None or len(ids) < way.max_new_tokens:
+            ends.stopped.add(row)
+    return ends
 
 
 def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:

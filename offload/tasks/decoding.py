@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from ..units.cache_kind import is_plain
+from .logits import FiniteCheck, unpadded
 from .shrinking import may_shrink, shrunk
 
 
@@ -65,8 +66,10 @@ class _Watched(StoppingCriteriaList):
         rows: Sequence[int],
         *,
         shrinks: bool,
+        check: FiniteCheck | None = None,
     ) -> None:
         super().__init__(criteria)
+        self._check = check
         self._ends = ends
         self._tick = tick
         self._rows = rows
@@ -84,6 +87,8 @@ class _Watched(StoppingCriteriaList):
             done |= met
             if not isinstance(criterion, MaxLengthCriteria):
                 by_itself |= met
+        if self._check is not None and self._check.is_bad is not None:
+            done |= self._check.is_bad  # nothing comes of these
         self._tick(sum(row not in ends.lengths for row in rows))
         for place in done.nonzero().flatten().tolist():
             row = rows[place]
@@ -110,16 +115,19 @@ def row_seed(seed: int, row: int, number: int) -> int:
 class Decoder:
     """A `custom_generate` for greedy decoding and sampling: transformers' own loop.
 
-    `rows` are the numbers of the rows; each samples for itself, by `seed`. `ends` is
-    filled; `tick(rows)` is called at each step with how many rows got a token. What
-    follows is done for models that keep only keys and values, as far as the model has
-    not made itself a cache of another kind:
+    `draws` are the seeds of the rows, each with its number under that seed: each
+    samples for itself. `ends` is filled; `check` notes rows without usable logits;
+    `tick(rows)` is called at each step with how many rows got a token. What follows is
+    done for models that keep only keys and values, as far as the model has not made
+    itself a cache of another kind:
     """
 
-    seed: int
-    rows: Sequence[int]
+    draws: Sequence[tuple[int, int]]
+    starts: Sequence[int]
+    """Of each row: how much padding stands before it."""
     ends: RowEnds
     tick: Callable[[int], None]
+    check: FiniteCheck | None = None
     chunk_tokens: int | None = None
     """Prompts come in with calls of at most so many tokens of each row; None: all."""
     leave: Callable[[int], None] | None = None
@@ -148,6 +156,13 @@ class Decoder:
         if keeps_plain and config.prefill_chunk_size is None:
             config.prefill_chunk_size = self.chunk_tokens
         sampler = RowSampler(self._seeds(len(input_ids)))
+        each = len(input_ids) // len(self.draws)
+        starts = torch.tensor(self.starts, device=input_ids.device)
+        keepers: list[Any] = [sampler]
+        keepers += unpadded(logits_processor, starts.repeat_interleave(each))
+        if self.check is not None:
+            logits_processor.insert(0, self.check)
+            keepers.append(self.check)
         if config.do_sample:
             logits_processor.append(sampler)
             config.do_sample = False
@@ -155,7 +170,12 @@ class Decoder:
         found: dict[int, torch.Tensor] = {}
         while True:
             watched = _Watched(
-                stopping_criteria, self.ends, self.tick, rows, shrinks=shrinks
+                stopping_criteria,
+                self.ends,
+                self.tick,
+                rows,
+                shrinks=shrinks,
+                check=self.check,
             )
             ids = model._sample(
                 input_ids,
@@ -171,7 +191,8 @@ class Decoder:
                 break
             new = ids.shape[1] - input_ids.shape[1]
             kwargs = shrunk(model, kwargs, ids, left, num_new_tokens=new)
-            sampler.keep(left)
+            for keeper in keepers:
+                keeper.keep(left)
             assert self.leave is not None, "or it would not shrink"
             self.leave(len(rows) - len(left))
             input_ids, rows = ids[left], [rows[place] for place in left]
@@ -183,7 +204,5 @@ class Decoder:
         )
 
     def _seeds(self, num_rows: int) -> list[int]:
-        each = range(num_rows // len(self.rows))  # num_return_sequences
-        return [
-            row_seed(self.seed, row, number) for row in self.rows for number in each
-        ]
+        each = range(num_rows // len(self.draws))  # num_return_sequences
+        return [row_seed(seed, row, n) for seed, row in self.draws for n in each]

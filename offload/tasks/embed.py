@@ -13,10 +13,11 @@ from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..settings.values import Pooling
 from ..units.hidden import base_of
+from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .pooling import pooled
 from .task_progress import ScoreProgress
-from .text import RowError, context_length, pad_of, tokenize_texts, tokenizer_of
+from .text import RowError, tokenize_texts, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def embed_parts(
     model = without_wrapper(model)
     tokenizer = tokenizer or tokenizer_of(model)
     task = _Embedding(model, tokenizer, pooling, normalize, truncate)
-    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
 
 
 class _Embedding:
@@ -89,7 +90,9 @@ class _Embedding:
         self._tokenizer = tokenizer
         self._base = base_of(model)
         self._pool = pooled(model, pooling, normalize)
-        context = context_length(model)
+        self._limits = limits_of(model)
+        self.pad = self._limits.pad_of(tokenizer.pad_token_id)
+        context = self._limits.context
         self._most = context
         if truncate is not None:
             if truncate < 1 or truncate > (context or truncate):
@@ -110,17 +113,21 @@ class _Embedding:
                 continue
             if self._cuts:
                 ids = ids[: self._most]
-            if self._most is not None and len(ids) > self._most:
-                yield row, self._too_long(len(ids))
+            try:
+                self._check(ids)
+            except RowError as error:
+                yield row, error
                 continue
             row.num_tokens = len(ids)
             yield row, [Piece(row, ids)]
 
-    def _too_long(self, num_tokens: int) -> RowError:
-        return RowError(
-            f"the text has {num_tokens} tokens but the model's context is "
-            f"{self._most}: cut it (--truncate {self._most})"
-        )
+    def _check(self, ids: Sequence[int]) -> None:
+        self._limits.check_ids(ids)
+        if self._most is not None and len(ids) > self._most:
+            raise RowError(
+                f"the text has {len(ids)} tokens but the model's context is "
+                f"{self._most}: cut it (--truncate {self._most})"
+            )
 
     def run(
         self, pieces: Sequence[Piece[_Row]], ids: torch.Tensor, mask: torch.Tensor

@@ -21,10 +21,14 @@ from ..units.cache_kind import keeps_only_keys_and_values
 from .caches import Caches
 from .completions import Completions, Prompt
 from .head import check_head
+from .limits import limits_of
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .prompt_chunk import prompt_chunk
+from .row_sampling import row_sampling, row_seed_of
 from .task_progress import GenerateProgress as GenerateProgress
-from .text import RowError, context_length, tokenize_prompt, tokenizer_of
+from .task_progress import InFlight
+from .text import RowError, check_row, tokenize_prompt, tokenizer_of
+from .way import Way
 
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
@@ -48,6 +52,11 @@ def generate(
     "finish_reason"}` or `{"id", "error"}`. `finish_reason` is `stop` where the model
     ended its text or came to one of the strings `stop`, which is cut off, and `length`
     after `max_new_tokens`.
+
+    A row may say itself how it is completed: "max_tokens" (or "max_new_tokens"),
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "stop" and
+    "seed" win over the options given here, and "tools" and "chat_template_kwargs" go to
+    the chat template. Other keys that model APIs know are that row's error.
 
     `rows` may be lazy and longer than memory. When a micro-batch of rows has ended, the
     next ones take its place. `options` are those of transformers' `generate`, such as
@@ -92,10 +101,12 @@ def generate_parts(
         completions = Completions(
             model,
             tokenizer,
+            limits_of(model),
             max_new_tokens=max_new_tokens,
             stop=tuple(stop),
             seed=seed,
             options=options,
+            note=engine_of(model).note,
         )
     return _Generating(model, completions, progress).run(parts)
 
@@ -122,20 +133,6 @@ class _Group(NamedTuple):
     chunk_tokens: int | None
 
 
-class _InFlight:
-    """The rows of one micro-batch that have a place."""
-
-    def __init__(self, progress: GenerateProgress, num: int) -> None:
-        self._progress = progress
-        self.num = num
-        progress.rows_in_flight += num
-
-    def leave(self, num: int) -> None:
-        """Others may come in their place."""
-        self.num -= num
-        self._progress.rows_in_flight -= num
-
-
 class _Generating:
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
@@ -143,10 +140,9 @@ class _Generating:
         self._engine = engine_of(model)
         self._completions = completions
         self._progress = progress
-        progress.max_new_tokens = completions.max_new_tokens
-        self._context = None
-        if not model.config.is_encoder_decoder:
-            self._context = context_length(model)
+        progress.max_new_tokens = completions.way.max_new_tokens
+        self._limits = limits_of(model)
+        self._has_context = not model.config.is_encoder_decoder
         policy = self._engine.policy
         self._max_tokens = policy.micro_batch_tokens
         self._in_flight = policy.sequences_in_flight
@@ -158,13 +154,16 @@ class _Generating:
         in_parts = keeps_only_keys_and_values(model)
         self._chunk = partial(prompt_chunk, policy, in_parts=in_parts)
         self._shrinks = in_parts and policy.coalesce != "off"
-        self._caches = Caches.of(self._engine, model, completions)
+        self._caches = Caches.of(self._engine, model)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Results in the order of rows: a row waits for those before it."""
         # Compiled blocks cannot stop inside, for others to come.
         coalesce = None if self._engine.policy.compile else True
-        with self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep:
+        with (
+            self._completions.stop_strings_taken_over(),
+            self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep,
+        ):
             for outcome in sweep.run(self._complete, self._micro_batches(parts)):
                 if outcome.error is not None:
                     raise outcome.error  # ours: a row's own is in its result
@@ -199,17 +198,24 @@ class _Generating:
         at the end."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             prompts = [self._prompt(number, row) for number, row in batch]
-            pool = [prompt for prompt in prompts if prompt is not None]
-            self._groups += self._packed(pool)
+            pools: dict[tuple[Way, int], list[Prompt]] = {}
+            for prompt in prompts:
+                if prompt is not None:
+                    same = len(prompt.ids) if prompt.way.company == "equal" else 0
+                    pools.setdefault((prompt.way, same), []).append(prompt)
+            for pool in pools.values():
+                self._groups += self._packed(pool)
         return bool(self._groups)
 
     def _packed(self, pool: list[Prompt]) -> list[_Group]:
-        """What comes in by and by may have more tokens than one call."""
+        """Of prompts with one way. What comes in by and by may have more tokens than
+        one call."""
         is_whole = self._chunk(1, 1) is None
+        most = 1 if pool[0].way.company == "alone" else self._max_rows
         groups = pack(
             [len(prompt.ids) for prompt in pool],
             max_tokens=self._max_tokens if is_whole else sys.maxsize,
-            max_rows=self._caches.most_rows(pool, self._max_rows),
+            max_rows=self._caches.most_rows(pool, most),
             min_fill=_MIN_FILL,
         )
         num_sharing = min(len(groups), self._in_flight // self._max_rows)
@@ -223,35 +229,38 @@ class _Generating:
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
         """Ready to go on from; None for a row that has failed already."""
-        prompt = Prompt(number, row.get("id"))
+        prompt = Prompt(number, row.get("id"), self._completions.way)
         self._pending.append(prompt)
         try:
-            if "error" in row:
-                raise RowError(str(row["error"]))
+            check_row(row, answers=True)
+            prompt.way = self._completions.way_for(row_sampling(row))
+            prompt.seed = row_seed_of(row)
             prompt.ids = tokenize_prompt(self._completions.tokenizer, row)
-            self._check_length(len(prompt.ids))
+            self._limits.check_ids(prompt.ids)
+            self._check_length(len(prompt.ids), prompt.way.max_new_tokens)
         except RowError as error:
             prompt.fail(str(error))
             return None
         return prompt
 
-    def _check_length(self, num_ids: int) -> None:
-        limit = self._completions.max_new_tokens
-        if self._context is not None and num_ids + limit > self._context:
+    def _check_length(self, num_ids: int, limit: int) -> None:
+        context = self._limits.context if self._has_context else None
+        if context is not None and num_ids + limit > context:
             raise RowError(
                 f"the prompt has {num_ids} tokens and {limit} may follow, but the "
-                f"model's context is {self._context}: shorten it, or generate at most "
-                f"{max(self._context - num_ids, 0)}"
+                f"model's context is {context}: shorten it, or generate at most "
+                f"{max(context - num_ids, 0)}"
             )
 
     def _complete(self, group: _Group) -> None:
         """Runs as one micro-batch of the sweep. What the model makes of these rows is
-        their error; what Penstock fails at is the job's."""
+        their error: of several that fail together each is run by itself, so that one
+        does not fail the others. What Penstock fails at is the job's."""
         if not group.prompts:
             return
         prompts, progress = group.prompts, self._progress
         progress.micro_batches_done += 1
-        in_flight = _InFlight(progress, len(prompts))
+        in_flight = InFlight(progress, len(prompts))
         try:
             with self._caches.holding(prompts), torch.inference_mode():
                 self._completions.run(
@@ -263,14 +272,27 @@ class _Generating:
         except PenstockError:
             raise
         except Exception as error:
-            for prompt in prompts:
-                prompt.fail(f"the model failed: {type(error).__name__}: {error}")
+            self._complete_alone(prompts, error)
         finally:
             in_flight.leave(in_flight.num)
             progress.rows_computed += len(prompts)
         lengths = [len(prompt.ids) for prompt in prompts]
         progress.prompt_tokens += sum(lengths)
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
+
+    def _complete_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
+        """Of `prompts` that have failed together, with `error`."""
+        if len(prompts) == 1:
+            prompts[0].fail(f"the model failed: {type(error).__name__}: {error}")
+            return
+        for prompt in prompts:
+            try:
+                with torch.inference_mode():
+                    self._completions.run([prompt], self._count)
+            except PenstockError:
+                raise
+            except Exception as own:
+                self._complete_alone([prompt], own)
 
     def _count(self, num_rows: int) -> None:
         self._progress.output_tokens += num_rows

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .text import RowError, text_of, tokenize
+from .text import RowError, check_row, text_of, tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,7 @@ def tokenize_labels(
 ) -> Labelled:
     """The tokens of a row, each label's those of the completion that `penstock score`
     would score. Raises RowError for a row without prompt or labels."""
-    if "error" in row:
-        raise RowError(str(row["error"]))
+    check_row(row)
     names = row.get("labels") or labels
     if not isinstance(names, (list, tuple)) or len(names) < 2:
         raise RowError(f'the row\'s "labels" are {names!r}: it needs two or more')

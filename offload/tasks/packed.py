@@ -153,8 +153,8 @@ class Packed(Generic[R, P]):
         return pool
 
     def _compute(self, pieces: list[P]) -> None:
-        """Runs as one micro-batch of the sweep. What the model makes of these rows is
-        their error; what Penstock fails at is the job's."""
+        """Runs as one micro-batch of the sweep. What Penstock fails at is the job's
+        error."""
         if not pieces:
             return
         progress = self._progress
@@ -164,22 +164,33 @@ class Packed(Generic[R, P]):
         progress.rows_in_flight += num_rows
         progress.tokens_in_flight += num_tokens
         try:
-            ids, mask = self._padded(pieces)
-            self._task.run(pieces, ids, mask)
-        except PenstockError:
-            raise
-        except Exception as error:
-            for piece in pieces:
-                piece.row.error = f"the model failed: {type(error).__name__}: {error}"
-            return
+            self._run(pieces)
         finally:
             progress.rows_in_flight -= num_rows
             progress.tokens_in_flight -= num_tokens
             progress.rows_computed += num_rows
         for piece in pieces:
             piece.row.pieces_left -= 1
-        progress.tokens_done += num_tokens
-        progress.tokens_padding += mask.numel() - num_tokens
+
+    def _run(self, pieces: Sequence[P]) -> None:
+        """What the model makes of these rows is their error: of several pieces that
+        fail together each is run by itself, so that one does not fail the others."""
+        ids, mask = self._padded(pieces)
+        try:
+            self._task.run(pieces, ids, mask)
+        except PenstockError:
+            raise
+        except Exception as error:
+            if len(pieces) == 1:
+                why = f"the model failed: {type(error).__name__}: {error}"
+                pieces[0].row.error = why
+                return
+            for piece in pieces:
+                self._run([piece])
+            return
+        num_tokens = int(mask.sum())
+        self._progress.tokens_done += num_tokens
+        self._progress.tokens_padding += mask.numel() - num_tokens
 
     def _padded(self, pieces: Sequence[P]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(piece.ids) for piece in pieces)

@@ -14,16 +14,10 @@ from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from .head import CausalScorer
+from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .task_progress import ScoreProgress as ScoreProgress
-from .text import (
-    RowError,
-    TokenRow,
-    context_length,
-    pad_of,
-    tokenize_all,
-    tokenizer_of,
-)
+from .text import RowError, TokenRow, tokenize_all, tokenizer_of
 
 
 @dataclass(slots=True)
@@ -84,7 +78,7 @@ def score_parts(
     model = without_wrapper(model)
     tokenizer = tokenizer or tokenizer_of(model)
     task = _Scoring(model, tokenizer, window, stride)
-    return Packed(model, task, pad=pad_of(tokenizer), progress=progress).run(parts)
+    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
 
 
 class _Scoring:
@@ -101,7 +95,9 @@ class _Scoring:
                 f"{type(model).__name__} gives its logits only as a whole: up to "
                 f"{policy.micro_batch_tokens} tokens' at a time are in memory"
             )
-        self._context = context_length(model)
+        self._limits = limits_of(model)
+        self.pad = self._limits.pad_of(tokenizer.pad_token_id)
+        self._context = self._limits.context
         self._window, self._stride = _window(window, stride, self._context)
 
     def cut(
@@ -115,6 +111,7 @@ class _Scoring:
                 continue
             row.num_tokens = len(tokens.ids) - tokens.first
             try:
+                self._limits.check_ids(tokens.ids)
                 yield row, self._windows(row, tokens)
             except RowError as error:
                 yield row, error

@@ -91,6 +91,20 @@ class GenerateProgress:
         }
 
 
+class InFlight:
+    """The rows of one micro-batch that have a place."""
+
+    def __init__(self, progress: GenerateProgress, num: int) -> None:
+        self._progress = progress
+        self.num = num
+        progress.rows_in_flight += num
+
+    def leave(self, num: int) -> None:
+        """Others may come in their place."""
+        self.num -= num
+        self._progress.rows_in_flight -= num
+
+
 def add_up(into: Progress, parts: Iterable[Progress]) -> None:
     """Sets the counters of `into` to the sums of those of `parts`, which are of its
     kind: processes that share a job."""

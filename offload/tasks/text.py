@@ -9,15 +9,13 @@ from typing import Any, TypeVar
 from ...io.errors import UsageError
 from ...io.front_door import about
 from ...io.whole import read_json_object
+from ..files.keys import CHAT, refused
 from ..model import engine_of
 from ..weights.trust import check_files, loading, own_code, refuse_code
-from .template_budget import template_budget
+from .chat import tokenize_chat
+from .row_error import RowError as RowError
 
 T = TypeVar("T")
-
-
-class RowError(ValueError):
-    """A row that nothing can be made of; the job goes on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,15 @@ class TokenRow:
 
     ids: tuple[int, ...]
     first: int
+
+
+def check_row(row: Mapping[str, Any], *, answers: bool = False) -> None:
+    """Raises RowError for a row that has failed before, or has a key that would change
+    what comes of it and is not used. With `answers` rows are completed."""
+    if "error" in row:
+        raise RowError(str(row["error"]))
+    if (why := refused(row, answers=answers)) is not None:
+        raise RowError(why)
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -57,22 +64,6 @@ def tokenizer_of(model: Any) -> Any:
     return load_tokenizer(model.config.name_or_path, trust_remote_code=is_trusted)
 
 
-def pad_of(tokenizer: Any) -> int:
-    """The id that stands where nothing does; attention does not look at it."""
-    pad = tokenizer.pad_token_id
-    return 0 if pad is None else int(pad)
-
-
-def context_length(model: Any) -> int | None:
-    """Most tokens the model can attend to, or None where its config sets no limit."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
     """The tokens of `{"text"}`, or of `{"prompt", "completion"}` whose completion is
     scored. A token that reaches from the prompt into the completion counts as
@@ -86,8 +77,8 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
 def tokenize_all(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]]
 ) -> list[TokenRow | RowError]:
-    """What `tokenize` gives or raises for each of `rows`, and for one that has an
-    "error" that error. A fast tokenizer gets all texts at once."""
+    """What `check_row` and `tokenize` give or raise for each of `rows`. A fast
+    tokenizer gets all texts at once."""
     is_fast = getattr(tokenizer, "is_fast", False)
     texts = [row["text"] for row in rows if is_fast and _is_text(row)]
     try:
@@ -108,8 +99,7 @@ def tokenize_texts(
     """The tokens of the `{"text"}` of each of `rows`, or why there are none."""
 
     def ids_of(row: Mapping[str, Any]) -> tuple[int, ...]:
-        if "error" in row:
-            raise RowError(str(row["error"]))
+        check_row(row)
         ids = tuple(_encoded(tokenizer, text_of(row, "text"))["input_ids"])
         if not ids:
             raise RowError("the text has no tokens")
@@ -134,9 +124,11 @@ def _is_text(row: Mapping[str, Any]) -> bool:
 def _outcome(
     row: Mapping[str, Any], make: Callable[[], TokenRow]
 ) -> TokenRow | RowError:
-    if "error" in row:
-        return RowError(str(row["error"]))
-    return _or_error(make)
+    def checked() -> TokenRow:
+        check_row(row)
+        return make()
+
+    return _or_error(checked)
 
 
 def _encoded(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -162,31 +154,16 @@ def _scored(ids: Sequence[int]) -> TokenRow:
 def tokenize_prompt(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens of `{"prompt"}`, of `{"text"}`, or of the chat `{"messages"}` as the
     tokenizer's template writes it. Raises RowError for a row without any."""
-    if "messages" in row:
-        return _chat(tokenizer, row["messages"])
+    if row.get("messages") is not None:
+        return tokenize_chat(tokenizer, row)
+    for key in CHAT:
+        if row.get(key):
+            raise RowError(f'the row has "{key}", which needs "messages"')
     text = text_of(row, "prompt" if "prompt" in row else "text")
     ids = tuple(_encoded(tokenizer, text)["input_ids"])
     if not ids:
         raise RowError("the prompt has no tokens: there is nothing to go on from")
     return ids
-
-
-def _chat(tokenizer: Any, messages: Any) -> tuple[int, ...]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise RowError(
-            'the row has "messages", but the tokenizer has no chat template: give '
-            'it a "prompt"'
-        )
-    try:
-        with template_budget():
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-    except Exception as error:  # whatever the template makes of it
-        raise RowError(
-            f"the chat template does not take these messages: {error}"
-        ) from error
-    return tuple(encoded["input_ids"])
 
 
 def _completion(tokenizer: Any, prompt: str, completion: str) -> TokenRow:

@@ -1,0 +1,111 @@
+"""Rows of a JSON array, read one after the other."""
+
+import json
+from codecs import getincrementaldecoder
+from collections.abc import Iterator
+from functools import partial
+
+from ...io.errors import InputError
+from .jsonl import Record, parse_row
+
+_SPACE = " \t\r\n"
+_MOST_CHARACTERS = 1 << 30
+"""Of one element: what is longer is no row."""
+
+
+def array_records(
+    chunks: Iterator[bytes], name: str, *, is_begun: bool
+) -> Iterator[Record]:
+    """The elements of the array in `chunks`, from its bracket on or, where it
+    `is_begun`, from behind one of them. Raises InputError for what is no array."""
+    text = _Text(chunks, name)
+    if not is_begun:
+        text.skip("\ufeff" + _SPACE)
+        text.expect("[")
+    text.skip(_SPACE + ",")
+    while text.peek() != "]":
+        content = text.element().encode()
+        yield Record(content, text.take_bytes(), 1, partial(parse_row, content))
+        text.skip(_SPACE)
+        if text.peek() != "]":
+            text.expect(",")
+            text.skip(_SPACE)
+
+
+class _Text:
+    """The characters that come, and the place that reading has come to."""
+
+    def __init__(self, chunks: Iterator[bytes], name: str) -> None:
+        self._chunks = chunks
+        self._name = name
+        self._decoder = getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._place = 0
+        self._taken = 0
+        """Where in the text the last element ended."""
+
+    def peek(self) -> str:
+        """The next character."""
+        if self._place == len(self._text) and not self._has_more():
+            raise self._error("it is cut off: its array has no end")
+        return self._text[self._place]
+
+    def expect(self, character: str) -> None:
+        if self.peek() != character:
+            found = self._text[self._place : self._place + 20]
+            raise self._error(f"{found!r} stands where {character!r} should")
+        self._place += 1
+
+    def skip(self, characters: str) -> None:
+        while self.peek() in characters:
+            self._place += 1
+
+    def element(self) -> str:
+        """The next value, as it stands there."""
+        while True:
+            try:
+                _, end = _DECODER.raw_decode(self._text, self._place)
+                if end < len(self._text):  # a number may go on
+                    found = self._text[self._place : end]
+                    self._place = end
+                    return found
+            except RecursionError:
+                raise self._error("a row is nested too deeply") from None
+            except ValueError as error:
+                if len(self._text) > _MOST_CHARACTERS or not self._has_more():
+                    raise self._error(str(error)) from None
+                continue
+            if not self._has_more():
+                raise self._error("it is cut off: its array has no end")
+
+    def take_bytes(self) -> int:
+        """How many bytes there are from the element before to the end of this one."""
+        found = len(self._text[self._taken : self._place].encode())
+        self._taken = self._place
+        return found
+
+    def _has_more(self) -> bool:
+        """Reads as much as there is left already, so that a long element is looked at
+        a few times only."""
+        wanted, pieces = len(self._text) - self._place, [self._text[self._taken :]]
+        self._place, self._taken = self._place - self._taken, 0
+        found = 0
+        try:
+            while found <= wanted and (chunk := next(self._chunks, b"")):
+                pieces.append(self._decoder.decode(chunk))
+                found += len(pieces[-1])
+            if found <= wanted:
+                self._decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise self._error(f"it is no UTF-8: {error.reason}") from None
+        self._text = "".join(pieces)
+        return found > 0
+
+    def _error(self, why: str) -> InputError:
+        return InputError(
+            f"{self._name} is no array of JSON objects, as a .json file that begins "
+            f"with [ has to be: {why}"
+        )
+
+
+_DECODER = json.JSONDecoder()
