@@ -111,6 +111,7 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
             from penstock.offload import jobs  # noqa: F401
             from penstock.offload.build import build
             from penstock.offload.jobs import job  # noqa: F401
+            from penstock.offload.settings.room import room_for
             from penstock.offload.tasks.text import load_tokenizer
         with stage("import transformers"), rare_collections():
             from penstock.offload.weights import hf
@@ -120,7 +121,13 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
             skeleton = hf.build(checkpoint, "auto")
         policy = Policy(device_memory=memory)
         with stage("tiers, slots, hooks"):
-            engine = build(skeleton.model, checkpoint, skeleton.recipes, policy)
+            engine = build(
+                skeleton.model,
+                checkpoint,
+                skeleton.recipes,
+                policy,
+                room=room_for(policy),
+            )
         try:
             with stage("tokenizer"):
                 tokenizer = load_tokenizer(model)

@@ -43,6 +43,7 @@ def overlaid(
         conversions=tuple(
             c for c in plan.conversions if not _is_in(c.target_offset, taken)
         ),
+        moves=tuple(m for m in plan.moves if not _is_in(m.target_offset, taken)),
     )
 
 

@@ -49,7 +49,7 @@ def write_tensors(
             file.write(bytes(fillers[name]))
             if tensor.numel():
                 content = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(memoryview(content.view(torch.uint8).numpy()))
+                file.write(content.view(torch.uint8).numpy().data)
 
 
 def _described(name: str, tensor: torch.Tensor) -> dict[str, Any]:

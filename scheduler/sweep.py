@@ -49,7 +49,7 @@ class SweepStatistics:
     coalescing: CoalescingStatistics
 
 
-class Outcomes(Closing, Iterator[Outcome[Result]]):
+class Outcomes(Closing, Iterator[Outcome[Result]], Generic[Result]):
     """What `run` yields, for the thread that takes the first."""
 
     def __init__(self, steps: Generator[Outcome[Result], None, None]) -> None:
@@ -144,7 +144,7 @@ class Sweep(Closing):
 
     def run(
         self, fn: Callable[[Batch], Result], batches: Iterable[Batch]
-    ) -> Iterator[Outcome[Result]]:
+    ) -> Outcomes[Result]:
         """Like `map`, but yields each outcome as it comes. Batches are taken from the
         iterable as places become free, so it may be lazy and longer than memory.
 

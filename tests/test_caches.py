@@ -8,7 +8,7 @@ from penstock.offload.tasks.way import Way
 
 
 def way(**options: int) -> Way:
-    config = GenerationConfig(**options)
+    config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
     return Way(config, StoppingCriteriaList(), (), 4, frozenset(), 0)
 
 
@@ -30,7 +30,12 @@ def test_a_micro_batch_has_no_more_rows_than_have_room_together() -> None:
 
 def test_beams_and_several_texts_of_a_row_have_a_cache_each() -> None:
     assert caches(1000).most_rows(prompts(2, 6, num_beams=2), 32) == 5
-    assert caches(1000).most_rows(prompts(2, 6, num_return_sequences=5), 32) == 2
+    assert (
+        caches(1000).most_rows(
+            prompts(2, 6, do_sample=True, num_return_sequences=5), 32
+        )
+        == 2
+    )
 
 
 def test_the_next_micro_batch_waits_for_the_room_of_those_in_flight() -> None:

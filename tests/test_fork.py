@@ -17,7 +17,7 @@ from penstock.io.errors import PenstockError
 from penstock.io.home import Home
 from penstock.io.shared import SharedArena
 from penstock.offload.model import engine_of
-from penstock.offload.weights.spill import SpillFolder
+from penstock.offload.weights.spill_folder import SpillFolder
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -115,7 +115,7 @@ def test_shared_memory_is_left_to_the_parent(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_dropped_is_removed(tmp_path: Path) -> None:
-    folder = SpillFolder(tmp_path)
+    folder = SpillFolder(tmp_path, "wrapped-")
     path = folder.path
     assert path.exists()
     del folder

@@ -70,7 +70,7 @@ def test_many_sentences_are_as_many_lines_as_can_be_read() -> None:
 
 def test_errors_go_from_process_to_process() -> None:
     with pytest.raises(PolicyError) as caught:
-        Policy(lookahed=1, device=5)  # type: ignore[call-arg]
+        Policy(lookahed=1, device=5)
     for error in (caught.value, StoppedError("stopped", 15), MachineError("a", "b")):
         again = pickle.loads(pickle.dumps(error))
         assert (str(again), again.exit_code) == (str(error), error.exit_code)
@@ -223,7 +223,7 @@ class Sub(torch.Tensor):
 
 
 def _of_a_subclass() -> nn.Module:
-    module = make(Net)
+    module: nn.Module = make(Net)
     parameter = nn.Parameter(torch.zeros(3).as_subclass(Sub))
     module.register_parameter("odd", parameter)
     return module

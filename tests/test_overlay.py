@@ -13,7 +13,7 @@ from penstock.io.arena import Arena
 from penstock.io.checkpoint import open_files
 from penstock.io.extent import align_down, align_up
 from penstock.io.layered import LayeredReader
-from penstock.io.layout import Layout, layout
+from penstock.io.layout import TENSOR_ALIGNMENT, Layout, layout
 from penstock.io.loader import Loader
 from penstock.io.overlay import overlaid
 from penstock.io.recipe import plain
@@ -33,7 +33,14 @@ def test_every_choice_of_tensors_is_loaded_from_where_it_lies(
     below = open_files(tmp_path, ["old.safetensors"])
     above = open_files(tmp_path, ["new.safetensors"])
     recipes = [plain(e, name=n, dtype=e.dtype) for n, e in below.entries.items()]
-    plan = layout("unit", recipes, alignment=PAGE, max_gap_bytes=PAGE)
+    plan = layout(
+        "unit",
+        recipes,
+        alignment=PAGE,
+        memory_alignment=PAGE,
+        tensor_alignment=TENSOR_ALIGNMENT,
+        max_gap_bytes=PAGE,
+    )
     kinds: dict[str, Any] = {"num_threads": 2, "direct": False, "chunk_bytes": 2 * PAGE}
     path = tmp_path / "new.safetensors"
     with (

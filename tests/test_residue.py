@@ -79,8 +79,9 @@ def lying(model: nn.Module) -> Iterator[dict[str, int]]:
 
     def note(module: nn.Module, args: Any) -> None:
         for key, parameter in module._parameters.items():
-            is_there = not isinstance(parameter, StreamedParameter | None)
-            if is_there and parameter.dim() > 1:
+            if parameter is None or isinstance(parameter, StreamedParameter):
+                continue
+            if parameter.dim() > 1:
                 found[f"{names[id(module)]}.{key}"] = residue_of(parameter)
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
