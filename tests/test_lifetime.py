@@ -118,11 +118,12 @@ def test_a_dropped_model_that_generated_leaves_nothing(
     )
     asked = Policy(
         device_memory="1MiB",
-        kv=kv,  # type: ignore[arg-type]
-        links={"host": {"bandwidth": "10GB"}},  # type: ignore[arg-type]
-        io={"cache": str(tmp_path)},  # type: ignore[arg-type]
+        kv=kv,
+        links={"host": {"bandwidth": "10GB"}},
+        io={"cache": str(tmp_path)},
     )
-    model = penstock.wrap(LlamaForCausalLM(config).eval(), asked)
+    made: Any = LlamaForCausalLM(config)
+    model = penstock.wrap(made.eval(), asked)
     model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
     assert any("kv-" in thread for thread in left(tmp_path))
     del model
