@@ -218,6 +218,7 @@ class Gate:
         """Closes what an interrupted plain call left open (no hook runs after an
         interrupt): called where the model's own forward begins."""
         self.home.check()
+        self._recover()
         who = threading.get_ident()
         if self._sweep is None and self._turn.take(who):
             try:  # else it is another thread's, and alive
@@ -263,6 +264,12 @@ class Gate:
         if sweep is not None and sweep.is_unwanted and sweep.can_stop:
             sweep.end_with_thread()  # which another thread could not do meanwhile
 
+    def _recover(self) -> None:
+        """An interrupt may have cut off the end of a sweep of this thread."""
+        owner = self._turn.owner
+        if owner is not self._sweep and getattr(owner, "is_mine", False):
+            self._turn.give_up(owner)
+
     def _who(self) -> Any:
         """Whose turn it is when the caller has it: its thread's own sweep, or else its
         thread. A sweep that runs is not ended by another thread meanwhile."""
@@ -275,6 +282,7 @@ class Gate:
         """Returns who has it now, and is to give it back."""
         for left in [left for left in self._left if left.can_stop]:
             left.end_with_thread()
+        self._recover()
         who, polls = self._who(), 0
         while not self._turn.take(who, timeout_seconds=_POLL_SECONDS):
             polls = polls + 1 if self._is_waited_for() else 0

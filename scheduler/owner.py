@@ -1,11 +1,12 @@
 """The thread that a sweep runs in: greenlets can be switched in no other."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 
 from ..io.errors import ClosedError
 from .endings import Ended, Endings
+
+_WORK, _LEFT = "its thread", "another thread"
 
 
 class Owner:
@@ -17,9 +18,8 @@ class Owner:
         # Not the thread's number, which others get when it has ended.
         self._endings = Endings.here()
         self._endings.started.add(work)
-        self._lock = threading.Lock()
-        self._is_at_work = False
-        self._is_left = False
+        # By one step of the interpreter each: an interrupt could keep a lock locked.
+        self._claim: dict[str, str] = {}
 
     @property
     def is_here(self) -> bool:
@@ -29,29 +29,29 @@ class Owner:
     @property
     def is_idle_here(self) -> bool:
         """Whether it is, and in no piece of the work."""
-        return self.is_here and not self._is_at_work
+        return self.is_here and self._claim.get("by") != _WORK
 
     @contextlib.contextmanager
     def at_work(self, *, ends: bool = False) -> Iterator[None]:
         """A piece of the work: a next one, or that which `ends` it. Raises ClosedError
         where another thread has left no next one."""
-        with self._lock:
-            if self._is_left and not ends:
-                raise ClosedError("this sweep was closed by another thread")
-            self._is_at_work = True
+        if self._claim.setdefault("by", _WORK) == _LEFT and not ends:
+            raise ClosedError("this sweep was closed by another thread")
         try:
             yield
         finally:
-            self._is_at_work = False
+            if self._claim.get("by") == _WORK:
+                self._claim.clear()
 
     def leave(self, *, may_leave: Callable[[], bool]) -> bool:
         """Called by another thread. False while a piece of the work is under way, or
         where something else of that thread stands in the way."""
-        with self._lock:
-            if self._is_at_work or self._is_left or not may_leave():
-                return False
-            self._is_left = True
+        if self._claim or self._claim.setdefault("by", _LEFT) != _LEFT:
+            return False
+        if may_leave():
             return True
+        self._claim.clear()
+        return False
 
     def end_later(self) -> None:
         """What was left is kept until its thread comes by, or ends."""

@@ -18,6 +18,11 @@ class Turn:
         self._owner: Any = None
         self._depth = 0
 
+    @property
+    def owner(self) -> Any:
+        """Who has it now; None if nobody."""
+        return self._owner
+
     def take(self, who: Any, *, timeout_seconds: float = 0.0) -> bool:
         """Waits at most that long. Returns whether `who` has the turn."""
         with self._changed:

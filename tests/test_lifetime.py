@@ -122,8 +122,8 @@ def test_a_dropped_model_that_generated_leaves_nothing(
         links={"host": {"bandwidth": "10GB"}},
         io={"cache": str(tmp_path)},
     )
-    module: Any = LlamaForCausalLM(config)
-    model = penstock.wrap(module.eval(), asked)
+    made: Any = LlamaForCausalLM(config)
+    model = penstock.wrap(made.eval(), asked)
     model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
     assert any("kv-" in thread for thread in left(tmp_path))
     del model
@@ -189,12 +189,12 @@ def wrapped(**policy):
     asked = Policy(device_memory=6 * PAGE, resident_below=1, io=io, **policy)
     return penstock.wrap(make(Net), asked)
 
-def run_for_ever():
+def keep():
     net = wrapped(reader="aiofiles")
-    while True:
-        with torch.inference_mode():
-            net(batches(1)[0])
-        is_running.set()
+    with torch.inference_mode():
+        net(batches(1)[0])
+    has_run.set()
+    threading.Event().wait()
 
 def run(number):
     try:
@@ -202,12 +202,12 @@ def run(number):
     finally:
         print("unwound", number, flush=True)
 
-is_running = threading.Event()
-threading.Thread(target=run_for_ever, daemon=True).start()
+has_run = threading.Event()
+threading.Thread(target=keep, daemon=True).start()
 shared = wrapped(host_memory=6 * PAGE, host_shared=True)
 outcomes = penstock.sweep(shared).run(run, [1, 2])
 next(outcomes)
-is_running.wait()
+has_run.wait()
 """
 
 
@@ -220,6 +220,7 @@ def test_an_interpreter_may_end_with_models_open_and_a_sweep_half_way(
         [sys.executable, "-c", AT_EXIT, tmp_path, Path(__file__).parent],
         capture_output=True,
         text=True,
+        timeout=240,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

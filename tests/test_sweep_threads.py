@@ -264,7 +264,7 @@ class Halfway:
                 if number == 3:  # it is to end all the same
                     net(batches(1)[0])
 
-        self.run = self.sweep.run(fn, [1, 2, 3])
+        self.run: Any = self.sweep.run(fn, [1, 2, 3])
         assert self.next().index == 0
         assert ends == [self.thread]
 
