@@ -126,15 +126,13 @@ class Tiers(Closing):
         if self._ownership is None:  # what it learns holds for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
-        found = Evacuation(
-            self.device, HostBuffers(self.pin), self._ownership, self._record
-        )
+        buffers = HostBuffers(self.pin)
+        found = Evacuation(self.device, buffers, self._ownership, self._record)
         self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
         return found
 
     def pin(self, memory: Arena) -> Pinned | None:
-        """Locks `memory` in place for copies to the device, as far as the policy lets
-        one."""
+        """Locks `memory` in place for copies to the device, as the policy allows."""
         return self._pin(memory, self.device)
 
     def bytes_read(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from ..io.errors import PenstockError
 from ..io.home import Home
 from ..io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
 from .doors import Doors
-from .frames import current_frames
+from .frames import wait_of
 from .order import Order
 from .turn import Turn
 
@@ -299,14 +299,8 @@ class Gate:
         """Whether the sweeping thread joins the caller's, or a micro-batch stands in
         some lock, join or queue that the caller may have to do with."""
         sweep = self._sweep
-        frame = current_frames().get(self._sweeping_thread)
-        if sweep is None or frame is None:
+        if sweep is None:
             return False
-        is_in_lock = False
-        while frame is not None and frame.f_code.co_filename == threading.__file__:
-            if frame.f_locals.get("self") is threading.current_thread():
-                return True
-            is_in_lock, frame = True, frame.f_back
         # Not so if it waits for weights: those come by themselves.
-        is_load = frame is not None and frame.f_code.co_filename == handle.__file__
-        return is_in_lock and sweep.is_running and not is_load
+        waits = wait_of(self._sweeping_thread, not_in=handle.__file__)
+        return waits == "caller" or (waits == "lock" and sweep.is_running)

@@ -24,7 +24,6 @@ from ..policy import Policy
 from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
 from ..reports.report import JobFigures, judge, make_report, write_report
-from ..tasks.task_progress import Progress
 from .ahead import Ahead
 from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
@@ -200,7 +199,10 @@ class Job:
                     raise run.failure
             seconds = time.perf_counter() - began
             taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
-            counts = {**progress.figures(seconds), "rows": _rows_computed(progress)}
+            counts = {
+                **progress.figures(seconds),
+                "rows": progress.rows_computed,
+            }
             forecast = self._predicted(loaded, counts)
             return self._report(
                 loaded.computed(progress), seconds, began, watch, forecast, taken
@@ -296,7 +298,3 @@ class Job:
                 run.take(result)
             run.finish()
         return run
-
-
-def _rows_computed(progress: Progress) -> int:
-    return progress.rows_done - progress.rows_failed
