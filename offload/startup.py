@@ -16,9 +16,11 @@ _RARELY = (100_000, 50, 100)
 @contextmanager
 def hidden(names: Sequence[str] = UNUSED) -> Iterator[None]:
     """Those of `names` that are not imported yet count as not installed meanwhile: for
-    a process that is ours from beginning to end, as a command's is. A library that
-    asked remembers the answer."""
-    absent = [name for name in names if name not in sys.modules]
+    a process that is ours from beginning to end, as a command's is. Not where
+    transformers has been imported before: it remembers what it has found installed, and
+    imports that later."""
+    is_late = "transformers" in sys.modules
+    absent = [name for name in names if name not in sys.modules and not is_late]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]  # what Python defines
     try:

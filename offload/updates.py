@@ -18,12 +18,11 @@ from ..io.files import ALIGNMENT
 from ..io.header import TensorEntry, read_header
 from ..io.layout import Layout
 from ..io.overlay import overlaid
-from ..io.peer import PeerTier
 from ..io.recipe import Recipe, plain
-from ..io.threads import ThreadReader
 from ..scheduler.gate import Gate
 from ..scheduler.working_set import WorkingSet
 from .policy import Policy, cache_folder
+from .readers import open_reader
 from .tiers import Tiers
 from .units.arrangement import Arrangement
 from .weights.binding import Binding
@@ -146,13 +145,8 @@ class Updates(Closing):
             ) from error
         self._num_files += 1
         stamp, found = read_header(path)
-        io = self._policy.io
-        reader = ThreadReader(
-            {path: stamp},
-            num_threads=io.threads,
-            direct=io.direct,
-            chunk_bytes=io.chunk,
-        )
+        io = self._policy.io.model_copy(update={"reader": "threads"})
+        reader, _ = open_reader({path: stamp}, io)
         self._tiers.layered.add(path, reader)
         return {entry.name: entry for entry in found}
 
@@ -196,12 +190,11 @@ class Updates(Closing):
         """Those of `units` that stay in host memory or on a peer."""
         tiers = self._tiers
         tiers.device.synchronize()
-        for tier in (tiers.host, *tiers.peers):
-            changed = [u for u in units if tier is not None and u in tier.offsets]
-            if isinstance(tier, PeerTier):
-                tier.load_again(changed, tiers.link_from_disk)
-            elif tier is not None:
-                tier.load_again(changed)
+        if (host := tiers.host) is not None:
+            host.load_again([unit for unit in units if unit in host.offsets])
+        for peer in tiers.peers:
+            changed = [unit for unit in units if unit in peer.offsets]
+            peer.load_again(changed, tiers.link_from_disk)
 
     def _why_fixed(self, unit: int) -> str | None:
         """Why `unit` can only be as it is in the checkpoint; None if it need not be."""

@@ -56,20 +56,16 @@ class Gate:
         self._left: list[Hub] = []
         """Sweeps that another thread has ended, to be stopped by their own."""
         self._sweeping_thread = 0
-        self._position: int | None = None
+        self.position: int | None = None
+        """The site that was visited last."""
         self._plain: list[tuple[int, int]] = []
         """(thread, site) of the plain calls under way, outermost first."""
         self._plain_started = 0.0
 
     @property
-    def position(self) -> int | None:
-        """The site that was visited last."""
-        return self._position
-
-    @property
     def fraction(self) -> float:
         """How far through its sites the current pass is, 0 to 1."""
-        return self.order.fraction(self._position)
+        return self.order.fraction(self.position)
 
     def before(self, site: int) -> None:
         """Returns when `site` may run; called by its forward pre-hook."""
@@ -97,9 +93,9 @@ class Gate:
         try:
             if self.first_visit_at is None:
                 self.first_visit_at = time.perf_counter()
-            if not self.order.is_ahead(self._position, site):
+            if not self.order.is_ahead(self.position, site):
                 self.num_passes += 1
-            self._position = site
+            self.position = site
             self.doors.expect(
                 self.order.upcoming(site, waiting, self._lookahead, self.doors.stays)
             )
@@ -129,7 +125,7 @@ class Gate:
 
     def next_of(self, waiting: set[int]) -> int:
         """The site among `waiting` whose turn it is."""
-        return self.order.nearest(self._position, waiting)
+        return self.order.nearest(self.position, waiting)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -168,7 +164,7 @@ class Gate:
 
     def rewind(self) -> None:
         """Goes back to the earliest site that anybody waits at."""
-        self._position = None
+        self.position = None
 
     def start_sweep(self, sweep: "Hub") -> None:
         """Waits for the turn and keeps it until `end_sweep`."""
@@ -242,7 +238,7 @@ class Gate:
     def _begin_plain(self, site: int) -> None:
         who = self._take_turn()
         try:
-            self.order.observe(self._position, site, is_repeat=True)
+            self.order.observe(self.position, site, is_repeat=True)
             self.visit(site, set(), records_gradients=torch.is_grad_enabled())
             self._plain.append((threading.get_ident(), site))
         except BaseException:
@@ -296,11 +292,9 @@ class Gate:
         return who
 
     def _is_waited_for(self) -> bool:
-        """Whether the sweeping thread joins the caller's, or a micro-batch stands in
-        some lock, join or queue that the caller may have to do with."""
+        """Whether the sweeping thread, or a micro-batch in it, may wait for the caller:
+        not if it waits for weights, which come by themselves."""
         sweep = self._sweep
-        if sweep is None:
-            return False
-        # Not so if it waits for weights: those come by themselves.
         waits = wait_of(self._sweeping_thread, not_in=handle.__file__)
-        return waits == "caller" or (waits == "lock" and sweep.is_running)
+        in_lock = waits == "lock" and sweep is not None and sweep.is_running
+        return waits == "caller" or in_lock

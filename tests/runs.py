@@ -71,6 +71,7 @@ def report(**values: Any) -> dict[str, Any]:
         "seconds": 10.8,
         "load_seconds": 2.0,
         "seconds_to_first_unit": 2.3,
+        "cpu_taken_elsewhere": 0.0,
         "bound_by": "disk",
         "bound": {
             "by": "disk",

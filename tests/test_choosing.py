@@ -22,7 +22,7 @@ from penstock.offload.jobs.choosing import (
 )
 from penstock.offload.jobs.job import Job
 from penstock.offload.jobs.kept import begun_as
-from penstock.offload.jobs.manifest import Manifest
+from penstock.offload.jobs.manifest import FORMAT, Manifest
 from penstock.offload.jobs.work import EmbedWork, GenerateWork, ScoreWork
 from penstock.offload.machines.machine import Machine, own_machine_path
 from penstock.offload.plans.planned import Task
@@ -142,7 +142,7 @@ def test_a_manifest_of_a_version_that_chose_nothing_can_be_read() -> None:
     values: dict[str, Any] = {
         name: {} for name in ("input", "model", "meaning", "rounding", "versions")
     }
-    old = {**values, "cut": {}, "stamps": [], "retries": False, "format": 1}
+    old = {**values, "cut": {}, "stamps": [], "retries": False, "format": FORMAT}
     assert Manifest.from_json(old).chosen is None
 
 

@@ -94,7 +94,7 @@ def test_equal_blocks_share_one_graph_wherever_their_weights_stand(
     net = make(Stack)
     items = hidden(5)
     expected = serially(net, items)
-    with streamed(net, slots=4):
+    with streamed(net, slots=3):
         for _ in range(4):  # six units in turn, in room for a few
             with penstock.sweep(net, width=width) as sweep:
                 assert same(sweep.map(net, items), expected)

@@ -333,6 +333,11 @@ def test_other_micro_batches_are_announced_and_taken(
 # The command line, in a process of its own.
 
 
+IN_FLIGHT = {"micro_batch_tokens": 512, "tokens_in_flight": 4096}
+"""Else a plan chooses, by the lengths of rows, which those of a stream do not tell."""
+SET = [word for key, n in IN_FLIGHT.items() for word in ("--set", f"{key}={n}")]
+
+
 def one_thread() -> None:
     torch.set_num_threads(1)  # as here: the last bits depend on it
 
@@ -343,13 +348,13 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(
 ) -> None:
     done = forked_python.run(
         *forked_python.COMMAND,
-        *("score", folder, "-", "-o", "-"),
+        *("score", folder, "-", "-o", "-", *SET),
         stdin=source.read_bytes(),
         first=one_thread,
     )
     assert done.returncode == 1, done.stderr
     output = tmp_path / "out.jsonl"
-    job = Job(ScoreWork(), folder, source, output, Policy())
+    job = Job(ScoreWork(), folder, source, output, Policy(**IN_FLIGHT))
     job.run(Console(quiet=True))
     assert done.stdout == output.read_text()
 

@@ -89,8 +89,11 @@ def test_rows_keep_weights_with_what_is_left_and_completions_half_of_it() -> Non
     assert parts(completions) == 4000 * MIB
 
 
-def test_a_model_that_fits_takes_no_more_than_it_has() -> None:
-    assert divided(20_000).weights == WISH.whole_weights
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_fits_leaves_the_rest_to_activations(use: Use) -> None:
+    budget = divided(20_000, use)
+    assert budget.weights == WISH.whole_weights
+    assert parts(budget) == 20_000 * MIB
 
 
 def test_a_store_of_keys_and_values_has_what_activations_would_have() -> None:

@@ -38,7 +38,7 @@ def problems_of(path: Path, *settings: str) -> list[str]:
         (
             "device: cpu\n\ndevice_memry: 1GiB\n",
             "policy.yaml:3:1: unknown key 'device_memry' (did you mean "
-            "'device_memory'?); known: device, dtype, device_memory, ",
+            "'device_memory'?); known: device, dtype, memory, ",
         ),
         (
             "reader: libaio\n",

@@ -16,7 +16,6 @@ from penstock.offload.startup import hidden, rare_collections
 
 HEAVY = (
     "IPython",
-    "accelerate",
     "datasets",
     "jax",
     "matplotlib",
@@ -82,7 +81,16 @@ def test_a_job_imports_nothing_heavy_that_it_does_not_use(
     assert not set(HEAVY) & found
 
 
-def test_what_is_hidden_is_found_again_afterwards() -> None:
+def test_nothing_is_hidden_from_a_transformers_that_has_looked_already() -> None:
+    __import__("transformers")
+    with hidden(["this"]):
+        assert "this" not in sys.modules
+
+
+def test_what_is_hidden_is_found_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
     assert "this" not in sys.modules
     with hidden(["this", "json"]):
         assert sys.modules["json"] is json, "what is imported already stays"

@@ -144,6 +144,9 @@ def test_measurements_of_another_search_are_refused(tmp_path: Path) -> None:
         TuneLog(output, {"model": 2}, restart=False)
     TuneLog(output, {"model": 2}, restart=True)
     beside.write_text("{")
+    with pytest.raises(UsageError, match=r"is no JSON.*--restart"):
+        TuneLog(output, {"model": 1}, restart=False)
+    beside.write_text("{}")
     with pytest.raises(UsageError, match=r"holds no measurements.*--restart"):
         TuneLog(output, {"model": 1}, restart=False)
     beside.unlink()

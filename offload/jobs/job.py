@@ -199,10 +199,8 @@ class Job:
                     raise run.failure
             seconds = time.perf_counter() - began
             taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
-            counts = {
-                **progress.figures(seconds),
-                "rows": progress.rows_computed,
-            }
+            counts = progress.figures(seconds)
+            counts["rows"] = progress.rows_done - progress.rows_failed
             forecast = self._predicted(loaded, counts)
             return self._report(
                 loaded.computed(progress), seconds, began, watch, forecast, taken

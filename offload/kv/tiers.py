@@ -27,6 +27,7 @@ from ...scheduler.kv_store import KvStore, Place
 from ..policy import Policy, cache_folder
 from ..settings.contradictions import keeps_kv
 
+_HOSTS = {"device", "host"}
 _KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 Pin = Callable[[Arena], Closing | None]
@@ -58,7 +59,7 @@ class KvTiers(Closing):
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
-        if device.is_host and "device" in tiers and "host" not in kv.limits:
+        if device.is_host and "device" in tiers and not kv.limits.keys() & _HOSTS:
             limits["host"] = 0  # the same memory: it has the room of both
         notes: list[str] = []
         with ExitStack() as opened:

@@ -113,8 +113,8 @@ def divide_memory(room: MemoryRoom, wish: MemoryWish, use: Use) -> MemoryBudget:
     """Divides `room`. First everyone has the least that works. Then, as far as it
     goes: two parts of the weights at a time, all that is to be in flight, freed memory
     for the next block, parts that are read ahead; the rest is for weights that stay,
-    half of it for keys and values where there may be some. Raises DoesNotFitError with
-    the least that works."""
+    half of it for keys and values where there may be some. What nobody has a use for
+    is there for activations. Raises DoesNotFitError with the least that works."""
     taken = room.runtime + wish.fixed
     least = taken + wish.least_weights + wish.least_activations + LEAST_HEAP
     if least > room.total:
@@ -141,6 +141,7 @@ def divide_memory(room: MemoryRoom, wish: MemoryWish, use: Use) -> MemoryBudget:
         name = "kv" if wish.keeps_kv else "activations"
         grow(name, room.total, left // 2)
     grow("weights", wish.whole_weights)
+    grow("activations", room.total)
     return MemoryBudget(
         total=room.total,
         runtime=room.runtime,

@@ -234,6 +234,7 @@ class Binding:
                 elif is_ours(place.module._parameters.get(place.key), name):
                     place.module._parameters[place.key] = stand_in
         self._built.clear()
+        self._resident.clear()
 
     def put_stand_ins(self) -> None:
         """Takes the model's own parameters away: where this begins."""
@@ -254,6 +255,7 @@ class Binding:
                 )
                 store[place.key] = self._stand_ins.get(name)
         self._built.clear()
+        self._resident.clear()
 
     def _build(
         self, placed: Placed, memory: Memory, offset: int, *, is_recorded: bool
