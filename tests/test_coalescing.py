@@ -824,6 +824,7 @@ def test_sites_inside_of_sites_keep_their_weights_while_others_are_parked() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_objects")
 def test_what_is_moved_out_comes_back_to_who_was_parked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -126,7 +126,7 @@ def test_a_dropped_model_that_generated_leaves_nothing(
     model = penstock.wrap(made.eval(), asked)
     model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
     assert any("kv-" in thread for thread in left(tmp_path))
-    del model
+    del made, model
     gc.collect()
     assert left(tmp_path) == []
 
