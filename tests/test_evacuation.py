@@ -354,7 +354,7 @@ def test_who_is_ended_finds_everything_it_held(kind: type[BaseException]) -> Non
                     list(run)
             else:
                 next(run)
-                run.close()  # type: ignore[attr-defined]
+                run.close()
             assert same(sweep.map(net, batches(3)), expected)
         assert out_and_in(net)[1] > 0
         assert_usable(net, net, expected)

@@ -30,7 +30,7 @@ from penstock.offload.jobs.part_store import PartStore
 from penstock.offload.machines.machine import Machine
 from penstock.offload.tasks.pooling import pooled
 from penstock.offload.tasks.text import load_tokenizer, tokenize_all
-from penstock.offload.weights import hf
+from penstock.offload.weights import hf_config
 
 ROWS = [{"id": 1, "text": "import os def foo return"}]
 POLICY = """extends: laptop-16gb-ram-nvme
@@ -76,7 +76,7 @@ def pooled_as_said(model: Any, folder: Path) -> None:
 
 
 def generated(model: Any, folder: Path) -> None:
-    hf.set_generation(model, folder, False)
+    hf_config.set_generation(model, folder, False)
     tokenizer = load_tokenizer(folder)
     list(penstock.generate(model, ROWS, max_new_tokens=2, tokenizer=tokenizer))
 

@@ -182,7 +182,7 @@ def test_another_interrupt_while_others_unwind_is_raised_once_all_have(
             run = sweep.run(fn, range(5))
             next(run)
             with pytest.raises(KeyboardInterrupt):
-                run.close()  # type: ignore[attr-defined]
+                run.close()
             assert sorted(unwound) == [0, 1, 2, 3, 4]
         assert_usable(net, net, expected)
 

@@ -404,7 +404,7 @@ def test_run_may_be_left_at_any_outcome() -> None:
     with streamed(net), penstock.sweep(net) as sweep:
         run = sweep.run(fn, range(5))
         assert next(run).index == 0
-        run.close()  # type: ignore[attr-defined]
+        run.close()
         assert sorted(unwound) == [0, 1, 2, 3, 4]
         for outcome in sweep.run(fn, range(3)):
             assert outcome.error is None

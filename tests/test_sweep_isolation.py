@@ -113,7 +113,7 @@ def test_what_one_sets_stays_with_it(net: Any, setting: str, killed: bool) -> No
         if killed:
             run = sweep.run(lambda i: look(i, 2 if i == 4 else 99), [4, 0, 1, 2, 3])
             assert next(run).error is None
-            run.close()  # type: ignore[attr-defined]
+            run.close()
         for outcome in sweep.run(lambda i: look(i, 2), range(5)):
             assert outcome.error is None
             assert outcome.value == alone[outcome.index % 2]

@@ -228,3 +228,34 @@ def test_a_head_that_is_trained_on_detached_states_has_gradients(
     with streamed(tmp_path, TIGHT) as net:
         head(net(X).detach()).sum().backward()
     assert head.weight.grad is not None
+
+
+class Casting(nn.Module):
+    """Computes in another dtype than its weights have, as some routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.linear.to(torch.float32)(x)
+        return found
+
+
+@pytest.mark.parametrize("policy", [TIGHT, ROOMY, HOST])
+def test_a_module_that_casts_its_own_weights_does_so_at_every_pass(
+    policy: dict[str, Any], tmp_path: Path
+) -> None:
+    def made() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(*(Casting() for _ in range(5)))
+
+    whole, net = made(), made()
+    with torch.inference_mode():
+        expected = whole(X)
+        penstock.wrap(net, Policy(io={"cache": tmp_path}, **policy))
+        for _ in range(3):
+            assert torch.equal(net(X), expected)
+        penstock.unwrap(net)
+        assert torch.equal(net(X), expected)

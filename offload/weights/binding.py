@@ -144,6 +144,8 @@ class Binding:
                         error = found
                 if name not in self._resident:
                     parameters[key] = cast(nn.Parameter, stand_in)
+                    if isinstance(current, BoundParameter):
+                        current.settle()
         if error is not None:
             raise error
 

@@ -17,6 +17,8 @@ class BoundParameter(nn.Parameter):
 
     streamed_name: str
     _known_version: int
+    _in_slot: torch.Tensor | None
+    """Its bytes in the slot, while a cast of them stands in its place."""
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor, requires_grad: bool) -> "BoundParameter":
@@ -26,6 +28,7 @@ class BoundParameter(nn.Parameter):
         self = BoundParameter(tensor.data, requires_grad=requires_grad)
         self.streamed_name = name
         self._known_version = self._version
+        self._in_slot = None
         return self
 
     @property
@@ -43,9 +46,22 @@ class BoundParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        """Takes what changes nothing: itself, and itself in another dtype, as `to`
+        of a module gives it, until `settle`."""
         is_same = value.data_ptr() == self.data_ptr()
-        if not is_same or (value.shape, value.stride()) != (self.shape, self.stride()):
+        if is_same and (value.shape, value.stride()) == (self.shape, self.stride()):
+            return
+        if not _is_cast(value, self.detach()):
             raise written(self.streamed_name)
+        if self._in_slot is None:
+            self._in_slot = self.detach()
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Is the bytes of the slot again, not a cast of them."""
+        if self._in_slot is not None:
+            torch.Tensor.data.__set__(self, self._in_slot)  # type: ignore[attr-defined]
+            self._in_slot = None
 
     def __deepcopy__(self, memo: Any) -> nn.Parameter:
         """A parameter like any other: the copy is not streamed."""
@@ -54,6 +70,16 @@ class BoundParameter(nn.Parameter):
             memo[id(self)] = nn.Parameter(copied, self.requires_grad)
         found: nn.Parameter = memo[id(self)]
         return found
+
+
+def _is_cast(value: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `value` is `tensor` in another floating dtype."""
+    return (
+        value.shape == tensor.shape
+        and value.is_floating_point()
+        and value.dtype != tensor.dtype
+        and torch.equal(value.to(tensor.dtype), tensor)
+    )
 
 
 def is_ours(tensor: torch.Tensor | None, name: str) -> bool:
