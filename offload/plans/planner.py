@@ -13,7 +13,7 @@ from ...scheduler.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.contradictions import KV_TIERS
-from .forecast import Forecast, Forecaster, generating_of, scoring_of
+from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .planned import Budget, why_not
 from .planned import Choice as Choice
 from .planned import Task as Task
@@ -240,7 +240,7 @@ class Planner:
             )
         times = 8 if self.objective == "throughput" else 1
         rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
-        return scoring_of(policy, [task.prompt_tokens] * rows)
+        return scoring_alike(policy, rows, task.prompt_tokens)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
         return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
