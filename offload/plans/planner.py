@@ -246,10 +246,10 @@ class Planner:
         return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
-        """With a working set that everything fits into."""
+        """With a working set that all fits into, whatever `memory` there is."""
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
-        roomy = {"device_memory": 2 * whole + (64 << 20), "placement": {}}
-        return self._forecast(_updated(policy, roomy)).shape
+        roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
+        return self._forecast(_updated(policy, {**roomy, "placement": {}})).shape
 
     def _forecast(self, policy: Policy) -> Forecast:
         """Divided once for each pair of budgets: what is in flight changes nothing."""
