@@ -35,6 +35,14 @@ def pack(
     return tuple(groups)
 
 
+def alike(num_rows: int, length: int, *, max_tokens: int) -> tuple[int, ...]:
+    """How many rows each group has that `pack` makes of `num_rows` of one `length`,
+    without going through them."""
+    each = max(1, max_tokens // max(1, length))
+    full, rest = divmod(num_rows, each)
+    return (each,) * full + ((rest,) if rest else ())
+
+
 def chunk_tokens(
     num_rows: int, num_groups: int, *, tokens_in_flight: int, max_tokens: int
 ) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 
-from checkpoint import make_checkpoint
+from checkpoint import config_values, make_checkpoint
 from jobs import Killed
 from penstock import Policy
 from penstock.offload.jobs import choosing
@@ -160,6 +161,15 @@ def test_the_line_says_where_the_size_of_memory_comes_from(
 
 def choose(folder: Path, asked: Policy) -> Chosen:
     return choosing.choose(folder, asked, Task())
+
+
+def test_a_memory_that_is_far_smaller_than_the_model_is_planned_for(
+    tmp_path: Path, cache: Path
+) -> None:
+    LlamaConfig(**config_values("1.1b", "bfloat16")).save_pretrained(tmp_path)
+    found = choose(tmp_path, policy(cache, EMULATED, memory="1GiB"))
+    assert found.plan is not None, found.words
+    assert found.policy.dtype == "float32"
 
 
 def test_one_that_cannot_be_planned_is_left_to_whoever_loads_it(

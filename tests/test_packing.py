@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.scheduler.packing import chunk_tokens, pack, spans
+from penstock.scheduler.packing import alike, chunk_tokens, pack, spans
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -29,6 +29,15 @@ def test_rows_of_similar_length_share_a_micro_batch() -> None:
 def test_equal_lengths_need_no_padding() -> None:
     groups = pack([8] * 16, max_tokens=32)
     assert [len(group) for group in groups] == [4, 4, 4, 4]
+
+
+@given(st.integers(0, 60), st.integers(1, 90), st.integers(1, 400))
+def test_rows_that_are_all_alike_are_grouped_as_if_each_were_looked_at(
+    num_rows: int, length: int, max_tokens: int
+) -> None:
+    groups = pack([length] * num_rows, max_tokens=max_tokens)
+    sizes = alike(num_rows, length, max_tokens=max_tokens)
+    assert sizes == tuple(len(group) for group in groups)
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

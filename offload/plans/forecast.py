@@ -10,7 +10,7 @@ from ...io.files import ALIGNMENT
 from ...io.recipe import Recipe
 from ...scheduler.cost import CostModel
 from ...scheduler.memory_need import RUNTIME_BYTES
-from ...scheduler.packing import pack
+from ...scheduler.packing import alike, pack
 from ...scheduler.shape import MicroBatch, ModelShape, Settings
 from ...scheduler.workload import Generating, Scoring
 from ..machines.machine import Machine
@@ -187,6 +187,16 @@ def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
     )
     return Scoring(
         batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
+    )
+
+
+def scoring_alike(policy: Policy, num_rows: int, length: int) -> Scoring:
+    """As `scoring_of`, of `num_rows` rows that all have `length` tokens: a planner asks
+    for hundreds of thousands of them, many times."""
+    groups = alike(num_rows, length, max_tokens=policy.micro_batch_tokens)
+    return Scoring(
+        tuple(MicroBatch(num, length) for num in groups),
+        max(1, policy.tokens_in_flight // policy.micro_batch_tokens),
     )
 
 

@@ -13,7 +13,7 @@ from ...scheduler.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.contradictions import KV_TIERS
-from .forecast import Forecast, Forecaster, generating_of, scoring_of
+from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .planned import Budget, why_not
 from .planned import Choice as Choice
 from .planned import Task as Task
@@ -240,16 +240,16 @@ class Planner:
             )
         times = 8 if self.objective == "throughput" else 1
         rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
-        return scoring_of(policy, [task.prompt_tokens] * rows)
+        return scoring_alike(policy, rows, task.prompt_tokens)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
         return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
-        """With a working set that everything fits into."""
+        """With a working set that all fits into, whatever `memory` there is."""
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
-        roomy = {"device_memory": 2 * whole + (64 << 20), "placement": {}}
-        return self._forecast(_updated(policy, roomy)).shape
+        roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
+        return self._forecast(_updated(policy, {**roomy, "placement": {}})).shape
 
     def _forecast(self, policy: Policy) -> Forecast:
         """Divided once for each pair of budgets: what is in flight changes nothing."""

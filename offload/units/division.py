@@ -5,6 +5,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from torch import nn
 
@@ -51,6 +52,14 @@ class Division:
         """Bytes of slots of the resident units, and those that each site needs at
         once."""
         return needs(self.found, [plan.nbytes for plan in self.transfers])
+
+    def paired_bytes(self) -> int:
+        """Bytes in which each part fits beside the one after it, which is read while
+        it computes; after the last comes the first. All that is always needed is in
+        them."""
+        resident, by_site = self.needs()
+        pairs = pairwise([*by_site, *by_site[:1]])
+        return resident + max((one + other for one, other in pairs), default=0)
 
 
 @dataclass(frozen=True)
@@ -172,20 +181,19 @@ def _needed(division: Division) -> int:
 def check_overlap(
     division: Division, capacity: int, budget: MemoryBudget | None
 ) -> tuple[str, ...]:
-    """What is to be announced where two of the largest parts do not fit together.
-    `capacity` is the policy's own, or a part of `budget`."""
-    resident, by_site = division.needs()
-    largest = max(by_site, default=0)
-    missing = resident + 2 * largest - capacity
-    if missing > 0 and len(by_site) > 1:
+    """What is to be announced where some part has no room beside its neighbour, which
+    is fetched while it computes. `capacity` is the policy's own, or a part of
+    `budget`."""
+    missing = division.paired_bytes() - capacity
+    if missing > 0 and len(division.found.sites) > 1:
         asked = f"device_memory of {capacity + missing} bytes"
         given = f"{capacity}"
         if budget is not None:
             asked = f"memory of {human_bytes(budget.total + missing)}"
             given = human_bytes(budget.total)
         message = (
-            f"no room to fetch beside the largest part: {asked} would overlap reading "
-            f"and computing everywhere (it is {given})"
+            f"no room to fetch each part beside the one before it: {asked} would "
+            f"overlap reading and computing everywhere (it is {given})"
         )
         _log.warning(message)
         return (message,)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ...io.kv_places import PENDING_BYTES
@@ -78,8 +77,7 @@ class Wishes:
             for site, nbytes in zip(division.found.sites, by_site, strict=True)
             if any(True for _ in site.module.children())
         )
-        pairs = (one + other for one, other in pairwise([*by_site, *by_site[:1]]))
-        paired = resident + max(2 * max(blocks, default=0), *pairs, largest)
+        paired = max(division.paired_bytes(), resident + 2 * max(blocks, default=0))
         ahead = resident + (1 + policy.lookahead) * largest
         return {
             "least_weights": min(least_capacity(self.divide, 1) + _PAGES, whole),
