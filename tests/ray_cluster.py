@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    "RAY_enable_worker_prestart": "0",  # none that would import and then do nothing
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_AUTH_MODE": "token",  # or anybody who reaches the port may run code here
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
@@ -39,7 +40,10 @@ def ray_nodes(cores: Sequence[int]) -> Iterator[str]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         for number, core in enumerate(cores):
             role = (
-                ["--head", f"--port={port}", f"--temp-dir={folder}"]
+                [
+                    *("--head", f"--port={port}", f"--temp-dir={folder}"),
+                    *("--include-dashboard=false", "--no-monitor"),
+                ]
                 if number == 0
                 else [f"--address={address}"]
             )
@@ -55,15 +59,16 @@ def ray_nodes(cores: Sequence[int]) -> Iterator[str]:
 
 
 def _start(arguments: list[str], core: int) -> subprocess.Popen[str]:
-    ray = Path(sys.executable).with_name("ray")
+    ray = (sys.executable, "-m", "ray.scripts.scripts")
     return subprocess.Popen(
         [
-            *("taskset", "-c", str(core), str(ray), "start", *arguments),
+            *("taskset", "-c", str(core), *ray, "start", *arguments),
             f"--node-ip-address={HOST}",
             "--num-cpus=2",  # one that computes, and one for reading and writing
             f"--resources={json.dumps({COMPUTES: 1})}",
             "--object-store-memory=80000000",
             "--disable-usage-stats",
+            "--include-log-monitor=False",
             "--block",
         ],
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -59,8 +60,11 @@ def main() -> None:
     address, model, source, output, grave = sys.argv[1:]
     ray.init(address=address, log_to_driver=False, _node_ip_address="127.0.0.1")
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    rows = ray.data.read_json(source).repartition(target_num_rows_per_block=5)
-    found = rows.map_batches(
+    rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    batches = [rows[at : at + 5] for at in range(0, len(rows), 5)]
+    # Blocks from here need no more processes, which would read and divide a file.
+    given = ray.data.from_arrow([pa.Table.from_pylist(batch) for batch in batches])
+    found = given.map_batches(
         Mortal,
         fn_constructor_kwargs={"model": model, "policy": POLICY, "grave": grave},
         batch_format="pyarrow",

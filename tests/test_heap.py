@@ -1,10 +1,10 @@
 """Freed activations go back to the system when there are many, and not before."""
 
 import ctypes
-import subprocess
-import sys
 
 import pytest
+
+import forked_python
 
 has_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) is not None
 only_glibc = pytest.mark.skipif(not has_trim, reason="only glibc's heap is trimmed")
@@ -27,8 +27,8 @@ print(full - process.memory_info().rss)
 
 def printed(code: str, *arguments: object) -> int:
     """By a process with a heap of its own."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked_python.run("-c", code, *arguments)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 

@@ -120,6 +120,7 @@ def test_a_cluster_of_two_nodes_does_all_rows_once(
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_the_example_scores_files_into_files(
     folder: Path, cluster: str, tmp_path: Path
 ) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import forked_python
 from checkpoint import make_checkpoint
 from penstock.offload.startup import hidden, rare_collections
 
+BENCH = Path(__file__).parent.parent / "bench" / "start.py"
 HEAVY = (
     "IPython",
     "datasets",
@@ -107,9 +109,19 @@ def test_garbage_is_looked_for_as_before_once_the_imports_are_over() -> None:
 
 
 @pytest.mark.slow
+def test_every_stage_of_the_start_is_timed(folder: Path) -> None:
+    options = ("--model", folder, "--child", "penstock")
+    done = forked_python.run(BENCH, *options)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout.splitlines()[-1])["stages"]
+    assert next(iter(stages)) == "import torch"
+    assert list(stages)[-2:] == ["first block", "all"]
+
+
+@pytest.mark.slow
+@pytest.mark.whole
 def test_the_benchmark_of_the_start_times_every_stage(folder: Path) -> None:
-    script = Path(__file__).parent.parent / "bench" / "start.py"
-    command = [sys.executable, str(script), "--model", str(folder), "--runs", "1"]
+    command = [sys.executable, str(BENCH), "--model", str(folder), "--runs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     stages = found["penstock"]["stages"]
