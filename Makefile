@@ -7,7 +7,7 @@ LINKS := build/types
 PATHS := penstock/tests:penstock/bench:penstock/bench/peers:penstock/examples
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kinds lint types check bench clean
+.PHONY: help demo test test-kinds test-cluster lint types check bench clean
 
 help:
 	@echo "make demo    make a small checkpoint and stream it (examples/demo.py)"
@@ -37,11 +37,17 @@ test: $(STAMP)
 test-kinds: export OMP_WAIT_POLICY = passive
 test-kinds: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py
+		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py \
+		tests/test_residue.py
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
-		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py
+		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py \
+		tests/test_residue.py
 	CC=/nonexistent/cc CXX=/nonexistent/c++ $(BIN)/python -m pytest -q --libaio=missing \
 		tests/test_choice.py tests/test_readers.py tests/test_compilation.py
+
+# Real nodes of a cluster, which take two minutes to start.
+test-cluster: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --whole tests/test_ray.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

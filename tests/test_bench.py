@@ -30,6 +30,7 @@ def run_worker(command: list[str], *rest: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -100,6 +101,7 @@ def test_a_job_killed_for_real_goes_on_to_the_same_bytes() -> None:
     assert found["jobs_that_differ"] == 0
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_the_benchmark_of_rows_compares_with_a_larger_model(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")

@@ -561,6 +561,7 @@ def in_flight(folder: Path, tier: str, cache: Path) -> tuple[int, torch.Tensor]:
         return sweep.statistics().max_in_flight, results
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_four_times_as_many_fit_where_their_keys_and_values_are_elsewhere(
     tmp_path: Path,

@@ -209,6 +209,7 @@ def test_the_clock_leaves_out_what_it_is_told_to() -> None:
     assert functional.linear is own
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_what_is_between_products_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None

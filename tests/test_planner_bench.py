@@ -43,6 +43,7 @@ def test_confirming_takes_laps_in_turn_with_the_planners_choice() -> None:
     assert ran == [mine.lookahead, theirs.lookahead, mine.lookahead] * 3
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_it_runs_and_ends_with_one_json_object(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

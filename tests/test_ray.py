@@ -99,6 +99,7 @@ def run(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_cluster_of_two_nodes_does_all_rows_once(
     folder: Path, cluster: str, tmp_path: Path

@@ -122,6 +122,7 @@ def check_lies_like_from_pretrained(name: str, dtype: torch.dtype, path: Path) -
     assert found == {name: wanted[name] for name in found}
 
 
+@pytest.mark.kinds
 @pytest.mark.parametrize("name", CHECKED)
 def test_weights_lie_like_those_of_from_pretrained(name: str, tmp_path: Path) -> None:
     check_lies_like_from_pretrained(name, torch.float32, tmp_path)
