@@ -13,6 +13,7 @@ help:
 	@echo "make demo    make a small checkpoint and stream it (examples/demo.py)"
 	@echo "make test    run the tests"
 	@echo "make test-kinds  run a part of them as on other machines"
+	@echo "make test-cluster  run those on the nodes of a Ray cluster"
 	@echo "make check   everything a change must pass: lint, types, test"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy, strict"
