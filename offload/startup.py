@@ -33,7 +33,7 @@ def hidden(names: Sequence[str] = UNUSED) -> Iterator[None]:
 @contextmanager
 def rare_collections() -> Iterator[None]:
     """Looks for garbage rarely meanwhile: what an import makes stays, and looking
-    through all of it again and again is a sixth of the import of transformers."""
+    through all of it again and again is a good part of importing transformers."""
     usual = gc.get_threshold()
     gc.set_threshold(*_RARELY)
     try:

@@ -32,8 +32,8 @@ _COPIED_BYTES = 64 << 20
 _READ_BYTES = 64 << 20
 _FILE = "estimates.json"
 
-# What calls take, in tiny products of this computer: the ratios are those of full
-# measurements (`penstock machine`) on three CPUs, rounded.
+# What calls take, in tiny products of this computer: guesses of its order, which only
+# tiny models and narrow decoding feel. `penstock machine` measures it.
 _MODULE_PRODUCTS = 3.0
 _BATCH_PRODUCTS = 60.0
 _JOINT_MODULE_PRODUCTS = 6.0
