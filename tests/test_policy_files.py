@@ -15,6 +15,7 @@ from penstock.io.errors import MachineError, PolicyError
 from penstock.offload.settings.contradictions import without_effect
 from penstock.offload.settings.extends import shipped
 from penstock.offload.settings.installed import Installed, over_budget
+from penstock.offload.settings.marked_yaml import read_yaml
 
 GIB = 1 << 30
 
@@ -435,3 +436,8 @@ def test_what_extends_hundreds_of_files_is_refused(tmp_path: Path) -> None:
         (tmp_path / f"{level}.yaml").write_text(f"extends: {level + 1}.yaml\n")
     with pytest.raises(PolicyError, match="more than 32 files"):
         Policy.from_yaml(tmp_path / "0.yaml")
+
+
+def test_brackets_without_end_are_refused_before_they_are_parsed() -> None:
+    with pytest.raises(PolicyError, match="more than 32 levels"):
+        read_yaml("placement: " + "[" * 200_000, "it")

@@ -4,6 +4,7 @@ A file may come from anywhere: how deep it is and how often it says a thing agai
 alias) is bounded, since a hundred bytes of aliases can stand for any number of values.
 """
 
+import re
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 MAX_YAML_BYTES = 1 << 20
 """Of a file with settings: real ones have kilobytes."""
 _MAX_DEPTH = 32
+_OPENED = re.compile(r"(?:[\[{]\s*)" f"{{{_MAX_DEPTH + 1}}}")
 _MAX_ALIASES = 16
 _MAX_VALUES = 20_000
 
@@ -49,6 +51,11 @@ def _read(text: str, source: str) -> tuple[yaml.Node | None, "_Walk"]:
 def _check_bounds(text: str, source: str) -> None:
     """Raises PolicyProblems for what is deeper, or says more again, than settings do:
     before anything is made of it."""
+    if _OPENED.search(text):  # which takes the scanner for ever
+        message = (
+            f"{source}: no settings: more than {_MAX_DEPTH} levels below each other"
+        )
+        raise PolicyProblems([Problem(message)])
     depth = num_aliases = num_values = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)
