@@ -1,15 +1,14 @@
 """A reader of a checkpoint's files and of others that lie over them for a while."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from .closing import Closing
 from .extent import Extent
 from .handle import Handle
 from .reader import Reader, ReaderStatistics
 
 
-class LayeredReader:
+class LayeredReader(Closing):
     """Reads what lies in `below`, which stays its owner's, and files that are added,
     each with a reader of its own that is closed when the file is removed."""
 
@@ -52,14 +51,3 @@ class LayeredReader:
     def close(self) -> None:
         for path in list(self._above):
             self.remove(path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

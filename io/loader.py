@@ -203,9 +203,7 @@ class Loader:
             region = self._arena.tensor(first, nbytes)
             target = region.data_ptr()
             source = target + move.source_offset - move.target_offset
-            ctypes.memmove(
-                target, source, move.nbytes
-            )  # without the interpreter's lock
+            ctypes.memmove(target, source, move.nbytes)  # drops the GIL
         nbytes = sum(move.nbytes for move in plan.moves)
         self._record(CAST, plan.name, start, self._clock(), nbytes)
         self._count(copied=nbytes)
