@@ -2,6 +2,7 @@
 fetched ahead for who follows, freed with the cache or the micro-batch that they belong
 to."""
 
+import gc
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ from typing import Protocol
 from weakref import WeakSet, WeakValueDictionary
 
 from ..io.closing import Closing
-from ..io.errors import ClosedError
+from ..io.errors import ClosedError, DoesNotFitError
 from ..io.kv_count import KvCount, KvStatistics
 from ..io.kv_shape import KvShape
 from ..io.kv_strip import Lease, Strip
@@ -103,7 +104,7 @@ class KvStore(Closing):
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
         needs = {t: p.bytes_of(shape, capacity) for t, p in self._places.items()}
-        tier = self._budget.take(needs)
+        tier = self._take(needs)
         lease = KvLease(self._budget, tier, needs[tier])
         try:
             strip = self._places[tier].open(shape, capacity, lease)
@@ -173,6 +174,15 @@ class KvStore(Closing):
         self._is_closed = True
         for series in list(self._series):
             _close(series)
+
+    def _take(self, needs: Mapping[str, int]) -> str:
+        """The tier that keeps them. No room is only said when caches that nothing but
+        garbage refers to (an error in its own traceback's frames) are freed."""
+        try:
+            return self._budget.take(needs)
+        except DoesNotFitError:
+            gc.collect()
+        return self._budget.take(needs)
 
     def _prefetch(self, series: Series) -> bool:
         """What `series` will use next, as far as is known. False if there is no room
