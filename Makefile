@@ -80,4 +80,5 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m compileall -q __init__.py io offload scheduler
 	@touch $@
