@@ -335,6 +335,18 @@ def test_without_a_machine_file_a_plan_is_made_of_quick_estimates(
     assert "io.reader" not in found["policy"], "only one was tried"
 
 
+def test_this_computer_has_what_its_cgroup_leaves(
+    llama: Path, machine_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "penstock.offload.monitoring.memory.installed_bytes", lambda: 600 << 20
+    )
+    here = CliRunner().invoke(app, ["plan", str(llama)])
+    assert isinstance(here.exception, DoesNotFitError)
+    there = ["plan", str(llama), "--machine", str(machine_file)]
+    assert CliRunner().invoke(app, there).exit_code == 0, "its file says what it has"
+
+
 def test_a_gpu_is_not_estimated(llama: Path, tmp_path: Path) -> None:
     options = ["--set", f"io.cache={tmp_path}", "--set", "device=cuda"]
     failed = CliRunner().invoke(app, ["plan", str(llama), *options])

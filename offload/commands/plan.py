@@ -150,10 +150,12 @@ def plan(
 
     What the policy leaves open is chosen: what is in flight, what stays in memory,
     the dtype on a CPU, where keys and values are. Rates of this computer are those of
-    `penstock machine` or, before that was run, quick estimates. Exit code 3 where the
-    machine cannot run the model, with what would make it run.
+    `penstock machine` or, before that was run, quick estimates; its memory is what a
+    cgroup's limit leaves of it. Exit code 3 where the machine cannot run the model,
+    with what would make it run.
     """
     from ..machines.machine import find_machine
+    from ..monitoring.memory import installed_bytes
     from ..plans.pareto import check_plot, plot_pareto
     from ..plans.plan import make_plan
     from ..plans.planner import Task
@@ -173,6 +175,7 @@ def plan(
         found,
         wanted,
         "latency" if objective is ObjectiveName.latency else "throughput",
+        host_bytes=installed_bytes() if machine is None else None,
     )
     if as_json:
         print(json.dumps(made.to_json(), indent=2))

@@ -80,6 +80,7 @@ def tune(
     from ..machines.machine import find_machine
     from ..plans.plan import make_plan
     from ..plans.planner import Task
+    from ..settings.room import coming_with, room_for
     from ..tuning.log import TuneLog, write
     from ..tuning.race import Verdict
     from ..tuning.slices import made_up, sample_of
@@ -103,7 +104,13 @@ def tune(
         if source
         else made_up(prompt or 128)
     )
-    plan = make_plan(model, chosen, found, Task(generates, sample.mean_length, new))
+    plan = make_plan(
+        model,
+        chosen,
+        found,
+        Task(generates, sample.mean_length, new),
+        host_bytes=room_for(chosen, coming_with(model)).total,
+    )
     tuning = Tuning(plan, sample)
     if not tuning.tried:
         raise UsageError(
@@ -190,8 +197,9 @@ def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
     took = "" if seconds is None else f"; about {human_seconds(seconds)} and loading"
     began = f"goes on after {len(timings)} measurements: " if timings else ""
     return (
-        f"{began}{len(left)} to make, of the plan and {len(tuning.tried)} beside it, "
-        f"with {what} at most{took}, by the plan (with fewer in flight it is shorter)"
+        f"{began}at most {len(left)} to make, of the plan and {len(tuning.tried)} "
+        f"beside it, with up to {what}{took}, by the plan (with fewer in flight it is "
+        "shorter)"
     )
 
 

@@ -21,8 +21,9 @@ class Around:
     is_open: frozenset[str]
     """The keys that the user has not set."""
     generates: bool
-    is_streamed: bool
-    """Whether anything comes over a link in every pass."""
+    waits_for_links: bool
+    """Whether what comes over links takes a good part of a pass, so that what makes it
+    come sooner, or less of it, could pay."""
     is_compiled: bool
     readers: Mapping[str, float]
     """Bytes a second by reader, of this machine."""
@@ -46,8 +47,8 @@ def candidates(around: Around) -> list[Settings]:
 
 def _all(around: Around) -> Iterator[dict[str, Any]]:
     yield from _in_flight(around)
-    yield from _memory(around)
-    if around.is_streamed:
+    if around.waits_for_links:
+        yield from _memory(around)
         yield from _reading(around)
         ahead = around.values["lookahead"]
         yield {"lookahead": ahead + 1}

@@ -3,7 +3,8 @@
 A race is a function of what was measured so far, so that one that was stopped goes on
 where it was. In each rung every candidate runs once, and the better half goes on to
 longer slices. The last rung runs the start and the finalists in turn, several times:
-who wins has beaten the start in each, by more than the laps' spread.
+who wins has beaten the start in each, by more than the laps' spread. Who loses one is
+out.
 
 Successive halving: Jamieson and Talwalkar, Non-stochastic Best Arm Identification,
 AISTATS 2016.
@@ -81,6 +82,8 @@ class Verdict:
 
     start_rate: float
     """Tokens a second, the median of the last rung's laps."""
+    num_laps: int
+    """Of the start, in the last rung."""
     finals: tuple[Final, ...]
     """Best first."""
 
@@ -113,11 +116,13 @@ def next_heat(
 def heats_left(
     candidates: Sequence[Settings], timings: Iterable[Timing]
 ) -> Iterator[Heat]:
-    """Those that come, if none of them fails: for telling how long it takes."""
+    """Those that come, if none of them fails and all beat the start, at most: for
+    telling how long it takes."""
     known = list(timings)
     while isinstance(heat := next_heat(candidates, known), Heat):
         yield heat
-        known.append(Timing(heat.settings, heat.rung, heat.lap, 1.0))
+        rate = 1e-30 if heat.settings == START else 1e30
+        known.append(Timing(heat.settings, heat.rung, heat.lap, rate))
 
 
 def _slices(rung: int) -> int:
@@ -156,10 +161,11 @@ def _with_combination(
 
 def _last(finalists: list[Settings], rung: int, known: _Known) -> Heat | Verdict:
     """The last rung; every other lap goes backwards, so that a machine that slows down
-    slows down no one in particular."""
+    slows down no one in particular. Who has lost a lap to the start runs no more."""
     failed = {t.settings for t in known.values() if t.rung == rung and t.rate is None}
-    entrants = [START, *finalists] if finalists else [START]
     for lap in range(LAPS):
+        hopeful = [s for s in finalists if not _has_lost(s, rung, lap, known)]
+        entrants = [START, *hopeful] if hopeful or lap == 0 else []
         for settings in entrants if lap % 2 == 0 else reversed(entrants):
             is_out = settings in failed
             if not is_out and (settings, rung, lap) not in known:
@@ -171,18 +177,27 @@ def _last(finalists: list[Settings], rung: int, known: _Known) -> Heat | Verdict
         if settings not in failed
     ]
     finals.sort(key=lambda final: -final.gain)
-    return Verdict(float(np.median(start)), tuple(finals))
+    return Verdict(float(np.median(start)), len(start), tuple(finals))
+
+
+def _has_lost(settings: Settings, rung: int, laps: int, known: _Known) -> bool:
+    """Whether the start was as fast in one of the first `laps`, so that it cannot win
+    any more."""
+    for lap in range(laps):
+        rate, start = (_rate(who, rung, lap, known) for who in (settings, START))
+        if rate is None or start is None or rate <= start:
+            return True
+    return False
 
 
 def _laps(settings: Settings, rung: int, known: _Known) -> list[float]:
+    """Those that it ran, from the first on."""
     rates = [_rate(settings, rung, lap, known) for lap in range(LAPS)]
-    found = [rate for rate in rates if rate is not None]
-    assert len(found) == LAPS, "all laps were run"
-    return found
+    return [rate for rate in rates if rate is not None]
 
 
 def _final(settings: Settings, rates: list[float], start: list[float]) -> Final:
-    ratios = np.asarray(rates) / np.asarray(start)
+    ratios = np.asarray(rates) / np.asarray(start[: len(rates)])
     spread = float(ratios.max() - ratios.min()) / 2
     gain = float(np.median(ratios)) - 1.0
     least = float(ratios.min()) - 1.0

@@ -11,6 +11,7 @@ from ...io.errors import DoesNotFitError, MachineError, PolicyError
 from ..jobs.identity import model_digests
 from ..plans.plan import Plan
 from ..plans.planner import Choice
+from ..plans.words import prediction_busy
 from ..policy import Policy
 from .candidates import Around, candidates, widest
 from .log import TuneLog
@@ -21,6 +22,9 @@ Measure = Callable[[Path, Policy, Slice], float]
 """Tokens a second of a checkpoint under a policy, for so much work."""
 _OUT = (DoesNotFitError, MachineError, PolicyError, MemoryError, torch.OutOfMemoryError)
 """What takes a candidate out of the race instead of ending it."""
+_HIDDEN_PART = 0.2
+"""Of a pass: weights that come in less are behind what is computed even where the plan
+is a few times too sanguine."""
 _KEYS = (
     "micro_batch_tokens",
     "tokens_in_flight",
@@ -124,16 +128,16 @@ def around(plan: Plan) -> Around:
     """What the search may change of `plan`."""
     policy, asked = plan.policy, plan.planner.policy
     costs = plan.choice.forecast.model
-    shape, placement = costs.shape, costs.settings.placement
+    busy, whole = prediction_busy(plan.choice), plan.choice.prediction.pass_seconds
     disk = plan.machine.disk
     return Around(
         values={key: _value(policy, key) for key in _KEYS},
         is_open=frozenset(key for key in _KEYS if _is_open(asked, key)),
         generates=plan.task.generates,
-        is_streamed=any(placement[unit] != "device" for unit in shape.streamed),
+        waits_for_links=busy > _HIDDEN_PART * whole,
         is_compiled=policy.compile,
         readers={} if disk is None else dict(disk.bandwidth),
-        least_bytes=shape.resident_bytes + 2 * shape.largest_bytes,
+        least_bytes=costs.shape.resident_bytes + 2 * costs.shape.largest_bytes,
     )
 
 

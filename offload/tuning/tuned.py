@@ -8,7 +8,6 @@ import yaml
 
 from ...io.errors import PenstockError
 from .race import (
-    LAPS,
     START,
     Final,
     Settings,
@@ -74,7 +73,8 @@ def _head(tuning: Tuning, verdict: Verdict) -> list[str]:
     return [
         f"{plan.model} on {plan.machine.name}, tuned to "
         f"{'generate' if work.generates else 'score'}",
-        f"measured: {rate:,.1f} {unit}{_predicted(predicted)} (median of {LAPS})",
+        f"measured: {rate:,.1f} {unit}{_predicted(predicted)} (median of "
+        f"{verdict.num_laps})",
         f"verdict: {verdict_line(verdict)}",
         f"slices: up to {len(work.rows):,} {rows} of {length:,.0f} tokens{each}",
     ]
