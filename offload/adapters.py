@@ -1,13 +1,14 @@
 """Adapters (LoRA and their like) on a streamed model, through the library PEFT. What
 they add is small: it is loaded whole and stays on the device."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..io.errors import CheckpointError, UsageError
+from ..io.whole import read_json_object
+from .weights.trust import check_files
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -66,10 +67,14 @@ def adapter_beside(folder: Path) -> str | None:
 
 def _kind_of(folder: Path) -> str:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-        return str(config.get("peft_type", "unknown"))
-    except (OSError, ValueError, AttributeError) as error:
+        check_files(folder)
+        config = read_json_object(folder / CONFIG_FILE, fix="save it with PEFT")
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is no folder of an adapter: {error}") from None
+    if config.get("megatron_config"):
         raise CheckpointError(
-            f"{folder} is no folder of an adapter: its {CONFIG_FILE} cannot be read "
-            f"({error})"
-        ) from None
+            f"{folder}/{CONFIG_FILE} asks for code from elsewhere (megatron_core: "
+            f"{config.get('megatron_core')!r:.100}), which is not run: take "
+            "megatron_config out"
+        )
+    return str(config.get("peft_type", "unknown"))[:40]

@@ -22,6 +22,7 @@ from ..scheduler.sweep import Sweep
 from ..scheduler.working_set import WorkingSet
 from .counters import Statistics, bytes_by_tier
 from .kv.tiers import KvTiers
+from .monitoring.heap import give_freed_back
 from .monitoring.memory import peak_resident_bytes
 from .policy import Policy
 from .settings.memory_budget import MemoryBudget
@@ -258,7 +259,7 @@ class Engine:
     def closers(self) -> Sequence[Callable[[], None]]:
         """What ends all that does not refer to the model, in this order."""
         kv = () if self._kv is None else (self._kv.close,)
-        return (*kv, self._working_set.close, self._tiers.close)
+        return (*kv, self._working_set.close, self._tiers.close, give_freed_back)
 
     def close(self) -> None:
         """Takes the hooks out and gives threads, descriptors and memory back. The
@@ -281,6 +282,7 @@ class Engine:
         self._moved.close()
         self._tiers.close()
         self.updates.close()
+        give_freed_back()
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from ..io.errors import ClosedError
 from .endings import Ended, Endings
 
-_WORK, _LEFT = "its thread", "another thread"
+_WORK = "its thread"
 
 
 class Owner:
@@ -19,7 +19,8 @@ class Owner:
         self._endings = Endings.here()
         self._endings.started.add(work)
         # By one step of the interpreter each: an interrupt could keep a lock locked.
-        self._claim: dict[str, str] = {}
+        # Whoever leaves the work claims it under a name that is nobody else's.
+        self._claim: dict[str, object] = {}
 
     @property
     def is_here(self) -> bool:
@@ -35,7 +36,7 @@ class Owner:
     def at_work(self, *, ends: bool = False) -> Iterator[None]:
         """A piece of the work: a next one, or that which `ends` it. Raises ClosedError
         where another thread has left no next one."""
-        if self._claim.setdefault("by", _WORK) == _LEFT and not ends:
+        if self._claim.setdefault("by", _WORK) != _WORK and not ends:
             raise ClosedError("this sweep was closed by another thread")
         try:
             yield
@@ -46,7 +47,8 @@ class Owner:
     def leave(self, *, may_leave: Callable[[], bool]) -> bool:
         """Called by another thread. False while a piece of the work is under way, or
         where something else of that thread stands in the way."""
-        if self._claim or self._claim.setdefault("by", _LEFT) != _LEFT:
+        mine = object()
+        if self._claim.setdefault("by", mine) is not mine:
             return False
         if may_leave():
             return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_what_is_no_adapter_is_refused(base: Path, tmp_path: Path) -> None:
         penstock.load(base, POLICY, adapter=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(UsageError, match="does not fit LlamaForCausalLM"):
+        penstock.load(base, POLICY, adapter=tmp_path)
+
+
+def test_an_adapter_brings_no_code_and_stops_nobody(base: Path, tmp_path: Path) -> None:
+    config = tmp_path / "adapter_config.json"
+    asked = {"peft_type": "LORA", "megatron_config": {"x": 1}, "megatron_core": "this"}
+    config.write_text(json.dumps(asked))
+    with pytest.raises(CheckpointError, match=r"megatron_core: 'this'.*is not run"):
+        penstock.load(base, POLICY, adapter=tmp_path)
+    config.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"no folder of an adapter.*too deep"):
+        penstock.load(base, POLICY, adapter=tmp_path)
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(CheckpointError, match="no regular file"):
         penstock.load(base, POLICY, adapter=tmp_path)
 
 

@@ -43,6 +43,7 @@ from penstock.offload.files.parts import lazy_parts, rows_of
 from penstock.offload.jobs.part_store import PartStore
 from penstock.offload.monitoring.show import human_bytes, report_table
 from penstock.offload.tasks.template_budget import TemplateError, template_budget
+from penstock.offload.tasks.template_check import check_template
 from runs import report
 
 
@@ -296,3 +297,31 @@ def test_what_somebody_named_is_shown_as_it_is(tmp_path: Path) -> None:
     said = output.file.getvalue()  # type: ignore[attr-defined]
     assert r"o[/red]\x1b[2J.jsonl" in said
     assert "[/x]" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 10 ** 10 }}", "raises to a power"),
+        ("{{ 'a' * 9999999999 }}", "a product that may be of any size"),
+        ("{{ 'a' * ('99999' ~ '99999')|int }}", "a product that may be of any size"),
+        ("{{ '%9999999999d' % 1 }}", "has the number 9999999999"),
+        ("{{ 'a' * 100 * 100 }}", "a product of a product"),
+        ("{{ lipsum(n=5) }}", "calls lipsum"),
+        ("{% generation %}{{ 'a'|center(10000000) }}{% endgeneration %}", "1e\\+07"),
+    ],
+)
+def test_a_chat_template_of_which_one_step_takes_all_memory_is_refused(
+    template: str, why: str
+) -> None:
+    with pytest.raises(TemplateError, match=why):
+        check_template(template)
+
+
+def test_what_chats_need_is_no_bomb() -> None:
+    check_template(
+        "{% for m in messages %}{% if loop.index0 % 2 == 1 or true %}{{ '=' * 80 }}"
+        "{{ m.content|tojson(indent=4) }}{{ 2 * loop.index }}{% continue %}{% endif %}"
+        "{% generation %}{{ m['role'] }}{% endgeneration %}{% endfor %}"
+    )
+    check_template("{% what is no template is refused by who renders it")

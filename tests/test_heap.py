@@ -64,3 +64,25 @@ def test_large_activations_take_the_memory_of_those_that_were_freed() -> None:
     assert faults("kept", 48) < 2
     assert faults("as it is", 48) > 8
     assert faults("kept", 96) > 8  # they would leave holes
+
+
+CLOSED = """
+import gc, psutil, torch, penstock
+
+process = psutil.Process()
+net = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+penstock.wrap(net, {"device_memory": "1MiB"})
+blocks = [bytes(60_000) for _ in range(2_000)]
+kept = [bytes(60_000)]
+net(torch.ones(1, 64))
+full = process.memory_info().rss
+blocks.clear()
+END
+print(full - process.memory_info().rss)
+"""
+
+
+@only_glibc
+@pytest.mark.parametrize("end", ["penstock.unwrap(net)", "del net; gc.collect()"])
+def test_a_model_that_ends_gives_freed_memory_back(end: str) -> None:
+    assert printed(CLOSED.replace("END", end)) > 80 << 20

@@ -248,6 +248,17 @@ def test_rows_from_a_pipe_answer_no_question(folder: Path, mark: Path) -> None:
     assert not mark.exists()
 
 
+def test_another_way_to_complete_prompts_is_announced_and_not_run(
+    folder: Path, mark: Path
+) -> None:
+    assert (folder / "custom_generate" / "generate.py").exists()
+    with penstock.load(folder, SMALL) as model:
+        said = penstock.statistics(model).fallbacks
+        list(penstock.generate(model, [{"id": 1, "prompt": "hi"}], max_new_tokens=2))
+    assert any("custom_generate/generate.py), which is not used" in s for s in said)
+    assert not mark.exists()
+
+
 def test_a_pickle_is_never_opened(folder: Path, mark: Path) -> None:
     content = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
     for name in ("pytorch_model.bin", "tokenizer.pkl", "training_args.bin", "x.pt"):

@@ -6,6 +6,7 @@ from typing import Any
 from ..files.keys import CHAT
 from .row_error import RowError
 from .template_budget import template_budget
+from .template_check import check_template
 
 _OURS = frozenset(
     {
@@ -40,6 +41,8 @@ def tokenize_chat(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
     _check_messages(messages)
     options = {"add_generation_prompt": True, **_options(row, str(template))}
     try:
+        for each in template.values() if isinstance(template, dict) else [template]:
+            check_template(str(each))
         with template_budget():
             encoded = tokenizer.apply_chat_template(
                 messages, **options, tokenize=True, return_dict=True

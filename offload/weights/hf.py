@@ -29,6 +29,7 @@ from .hf_config import (
 from .hf_names import make_recipes
 from .poison import absent_parameter
 from .stored import check_readable, stored_dtype, unused_words
+from .trust import unused_code
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def build(
         notes = _finish(model, recipes, unknown, checkpoint)
     set_generation(model, folder, trust_remote_code)
     model.train(False)
-    return Skeleton(model, recipes, notes)
+    return Skeleton(model, recipes, (*notes, *unused_code(folder)))
 
 
 def state_on_meta(

@@ -116,6 +116,18 @@ def refuse_code(path: Path, code: str) -> CheckpointError:
     )
 
 
+def unused_code(folder: Path) -> tuple[str, ...]:
+    """What is announced of code that transformers would complete prompts with, and
+    Penstock does not."""
+    name = "custom_generate/generate.py"
+    if not (folder / name).exists():
+        return ()
+    return (
+        f"{folder} brings its own way to complete prompts ({name}), which is not used: "
+        "they are completed as transformers does it",
+    )
+
+
 def without_code(config: Any) -> None:
     """Takes out of a config, and of those in it, what names code beside it: the classes
     of a composite model are looked up by them, whatever was said for the whole."""
