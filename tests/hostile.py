@@ -105,12 +105,21 @@ def _changed(seed: Any, changes: list[tuple[int, tuple[str, Any]]]) -> Any:
         places = list(_places(found))
         parent, key = places[at % len(places)]
         if action == "set" or parent is found or isinstance(parent, list):
-            parent[key] = value
+            parent[key] = fresh(value)
         elif action == "drop":
             del parent[key]
         else:
             parent[value] = parent.pop(key)
     return found[0]
+
+
+def fresh(value: Any) -> Any:
+    """One that no other place of a value shares, or has changed."""
+    if isinstance(value, list):
+        return [fresh(inside) for inside in value]
+    if isinstance(value, dict):
+        return {key: fresh(inside) for key, inside in value.items()}
+    return value
 
 
 def _places(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:

@@ -441,3 +441,13 @@ def test_what_extends_hundreds_of_files_is_refused(tmp_path: Path) -> None:
 def test_brackets_without_end_are_refused_before_they_are_parsed() -> None:
     with pytest.raises(PolicyError, match="more than 32 levels"):
         read_yaml("placement: " + "[" * 200_000, "it")
+
+
+def test_a_name_that_is_too_long_is_no_file_to_extend(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    path.write_text(f"extends: {'x' * 5_000}")
+    with pytest.raises(PolicyError, match=r"there is no .* to extend") as caught:
+        Policy.from_yaml(path)
+    assert len(str(caught.value)) < 2_000
+    with pytest.raises(PolicyError, match="too long"):
+        Policy.from_yaml("9" * 5_000)

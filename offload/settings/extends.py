@@ -89,8 +89,9 @@ def _read_base(
     name: str, folder: Path, chain: tuple[Path, ...], entry: Entry, known: Known
 ) -> Document:
     base = _locate(name, folder)
-    if not base.is_file():
-        raise _wrong(entry, f"there is no {base} to extend: write a file, or one of: ")
+    if not _is_file(base):
+        lacks = f"there is no {str(base):.300} to extend: write a file, or one of: "
+        raise _wrong(entry, lacks)
     if base.resolve() in chain:
         round_ = " -> ".join(p.name for p in (*chain, base))
         message = f"extends goes round ({round_}); take one of them out"
@@ -108,8 +109,16 @@ def _wrong(entry: Entry, message: str) -> PolicyError:
 def _locate(name: str, folder: Path) -> Path:
     """A file in `folder`, or the shipped policy: those are called without a suffix."""
     if "\0" in name:
-        raise PolicyError(f"{name!r} is no name of a file")
+        raise PolicyError(f"{name!r:.300} is no name of a file")
     path = folder / name
     there = SHIPPED / f"{name}.yaml"
     is_name = Path(name).suffix not in (".yaml", ".yml") and "/" not in name
-    return there if is_name and not path.is_file() and there.is_file() else path
+    return there if is_name and not _is_file(path) and _is_file(there) else path
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is there, however long its name."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
