@@ -90,7 +90,7 @@ def _read_base(
 ) -> Document:
     base = _locate(name, folder)
     if not _is_file(base):
-        lacks = f"there is no {str(base):.300} to extend: write a file, or one of: "
+        lacks = f"there is no {base!s:.300} to extend: write a file, or one of: "
         raise _wrong(entry, lacks)
     if base.resolve() in chain:
         round_ = " -> ".join(p.name for p in (*chain, base))
