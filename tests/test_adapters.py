@@ -145,3 +145,23 @@ def test_another_adapter_is_another_job(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert adapter_digests(adapter) != adapter_digests(tmp_path)
     assert adapter_digests(adapter) == adapter_digests(adapter)
+
+
+def test_nothing_in_an_adapters_folder_is_waited_for(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(
+        (adapter / "adapter_config.json").read_bytes()
+    )
+    (tmp_path / "adapter_old").mkdir()
+    digests = adapter_digests(tmp_path)
+    assert list(digests) == ["adapter_config.json"]
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "adapter_x"):
+        os.mkfifo(tmp_path / name)
+        for read in (
+            adapter_digests,
+            lambda folder: penstock.load(base, POLICY, adapter=folder),
+        ):
+            with pytest.raises(CheckpointError, match=f"{name}: it is no regular file"):
+                read(tmp_path)
+        (tmp_path / name).unlink()
