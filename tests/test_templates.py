@@ -71,7 +71,7 @@ def test_a_step_of_a_chat_template_that_would_take_all_memory_is_not_begun(
     template: str,
 ) -> None:
     with hostile.limits(), pytest.raises(TemplateError, match="text without end"):
-        _rendered(template, max_growth_bytes=200 << 20)
+        _rendered(template, max_growth_bytes=200 << 20, max_seconds=60)
 
 
 def test_a_chat_template_whose_lines_take_long_is_stopped() -> None:
