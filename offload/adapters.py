@@ -8,16 +8,18 @@ import torch
 
 from ..io.errors import CheckpointError, UsageError
 from ..io.whole import read_json_object
+from .patterns import check_patterns
 from .weights.trust import check_files
 
 CONFIG_FILE = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def apply_adapter(model: Any, folder: Path) -> None:
     """Puts the adapter in `folder` into the modules of `model`, for inference. Raises
     CheckpointError for a folder without one, UsageError where PEFT is missing or the
     adapter does not fit."""
-    kind = _kind_of(folder)
+    config, kind = _config_of(folder)
     try:
         import peft
     except ImportError:
@@ -25,9 +27,19 @@ def apply_adapter(model: Any, folder: Path) -> None:
             f"{folder} is an adapter ({kind}), which needs PEFT: pip install "
             "'penstock[peft]'"
         ) from None
+    if not any((folder / name).exists() for name in _WEIGHTS):
+        raise CheckpointError(
+            f"{folder} has no {_WEIGHTS[0]}: download or save the adapter again"
+        )
+    modules = [name for name, _ in model.named_modules()]
+    check_patterns(f"{folder}/{CONFIG_FILE}", config, modules)
+    before = dict(model.named_parameters())
     try:
         with torch.inference_mode(False):
-            wrapped = peft.PeftModel.from_pretrained(model, folder)
+            # Made on meta: what is not in the files takes no memory, and is found.
+            wrapped = peft.PeftModel.from_pretrained(
+                model, folder, low_cpu_mem_usage=True
+            )
     except Exception as error:  # whatever its files make PEFT raise
         first = " ".join(str(error).partition("\n\n")[0].split())
         raise UsageError(
@@ -38,7 +50,29 @@ def apply_adapter(model: Any, folder: Path) -> None:
             f"{folder} is an adapter that learns prompts ({kind}); those that change "
             "modules can be applied, such as LoRA"
         )
+    _check_filled(model, before, folder)
     model.train(False)
+
+
+def _check_filled(model: Any, before: dict[str, Any], folder: Path) -> None:
+    """Raises CheckpointError where the adapter's files lack a tensor that its config
+    asks for, or have put one in the place of a weight of the model."""
+    own = set(map(id, before.values()))
+    after = dict(model.named_parameters())
+    for name, parameter in after.items():
+        if id(parameter) not in own and parameter.is_meta:
+            raise CheckpointError(
+                f"{folder} lacks the tensor of {name}, which its {CONFIG_FILE} asks "
+                "for: download or save the adapter again"
+            )
+    left = set(map(id, after.values()))
+    for name, parameter in before.items():
+        if id(parameter) not in left:
+            raise CheckpointError(
+                f"{folder} holds a weight of the model itself ({name}), which an "
+                "adapter cannot replace in a streamed model: merge it into the "
+                "checkpoint"
+            )
 
 
 def without_wrapper(model: Any) -> Any:
@@ -60,12 +94,13 @@ def adapter_beside(folder: Path) -> str | None:
     if not (folder / CONFIG_FILE).exists():
         return None
     return (
-        f"{folder} has an adapter ({_kind_of(folder)}), which is not applied: "
+        f"{folder} has an adapter ({_config_of(folder)[1]}), which is not applied: "
         f"--adapter {folder} applies it"
     )
 
 
-def _kind_of(folder: Path) -> str:
+def _config_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """What the adapter's config says, and of which kind it is."""
     try:
         check_files(folder)
         config = read_json_object(folder / CONFIG_FILE, fix="save it with PEFT")
@@ -77,4 +112,4 @@ def _kind_of(folder: Path) -> str:
             f"{config.get('megatron_core')!r:.100}), which is not run: take "
             "megatron_config out"
         )
-    return str(config.get("peft_type", "unknown"))[:40]
+    return config, str(config.get("peft_type", "unknown"))[:40]

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..io.errors import UsageError
 from ..io.recipe import Recipe
 from ..scheduler.module_state import ModuleState
+from .adapters import CONFIG_FILE
 from .engine import Engine
 from .model import engine_of, load, unwrap
 from .monitoring.memory import available_bytes
@@ -58,11 +59,19 @@ def verify(
 
     Raises PenstockError for what cannot be loaded; differences are in the result.
     """
+    policy = Policy.of(policy)
+    if policy.adapter is not None:
+        raise UsageError(
+            "the checkpoint's own weights are verified, which an adapter leaves as "
+            f"they are: take adapter ({policy.adapter}) out of the policy"
+        )
     model = load(path, policy)
     try:
         engine = engine_of(model)
         inputs = inputs or sample_inputs(model)
         fits = 2 * engine.statistics().model_bytes < available_bytes()
+        # transformers would apply an adapter that lies beside.
+        fits = fits and not (Path(path) / CONFIG_FILE).exists()
         resident = _resident(model, path) if fits else None
         name = "transformers' own loading" if fits else "safetensors, unit by unit"
         result = Verification(name, num_sites=len(engine.found.sites))

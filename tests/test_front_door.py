@@ -17,7 +17,6 @@ import numpy
 import pyarrow
 import pytest
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rich.console import Console
 from torch import nn
 
@@ -42,8 +41,6 @@ from penstock.offload import cli
 from penstock.offload.files.parts import lazy_parts, rows_of
 from penstock.offload.jobs.part_store import PartStore
 from penstock.offload.monitoring.show import human_bytes, report_table
-from penstock.offload.tasks.template_budget import TemplateError, template_budget
-from penstock.offload.tasks.template_check import check_template
 from runs import report
 
 
@@ -262,66 +259,9 @@ def test_what_is_not_streamed_is_named(given: Any) -> None:
             use(given)
 
 
-def _rendered(template: str, **limits: int) -> str:
-    environment = ImmutableSandboxedEnvironment()
-    made = environment.from_string(template)
-    with template_budget(**limits):
-        return made.render(messages=[{"content": "hello"}] * 3)
-
-
-def test_a_chat_template_runs_as_ever_within_its_budget() -> None:
-    before = sys.gettrace()
-    template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
-    assert _rendered(template) == "<hello>" * 3
-    assert sys.gettrace() is before
-
-
-def test_a_chat_template_that_would_run_for_ever_is_stopped() -> None:
-    many = "{% for a in range(99999) %}"
-    before = sys.gettrace()
-    with pytest.raises(TemplateError, match="more than 20,000 lines"):
-        _rendered(many * 4 + "{% endfor %}" * 4, max_lines=20_000)
-    assert sys.gettrace() is before
-
-
-def test_a_chat_template_that_makes_text_without_end_is_stopped() -> None:
-    grow = "{% set text = namespace(it='x') %}{% for a in range(30) %}"
-    grow += "{% set text.it = text.it ~ text.it %}{% endfor %}"
-    with pytest.raises(TemplateError, match="text without end"):
-        _rendered(grow, max_growth_bytes=64 << 20)
-
-
 def test_what_somebody_named_is_shown_as_it_is(tmp_path: Path) -> None:
     output = Console(file=StringIO(), width=200)
     output.print(report_table(report(fallbacks=["[/x]"]), "o[/red]\x1b[2J.jsonl"))
     said = output.file.getvalue()  # type: ignore[attr-defined]
     assert r"o[/red]\x1b[2J.jsonl" in said
     assert "[/x]" in said
-
-
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        ("{{ 10 ** 10 }}", "raises to a power"),
-        ("{{ 'a' * 9999999999 }}", "a product that may be of any size"),
-        ("{{ 'a' * ('99999' ~ '99999')|int }}", "a product that may be of any size"),
-        ("{{ '%9999999999d' % 1 }}", "has the number 9999999999"),
-        ("{{ 'a' * 100 * 100 }}", "a product of a product"),
-        ("{{ lipsum(n=5) }}", "calls lipsum"),
-        ("{% generation %}{{ 'a'|center(10000000) }}{% endgeneration %}", "1e\\+07"),
-    ],
-)
-def test_a_chat_template_of_which_one_step_takes_all_memory_is_refused(
-    template: str, why: str
-) -> None:
-    with pytest.raises(TemplateError, match=why):
-        check_template(template)
-
-
-def test_what_chats_need_is_no_bomb() -> None:
-    check_template(
-        "{% for m in messages %}{% if loop.index0 % 2 == 1 or true %}{{ '=' * 80 }}"
-        "{{ m.content|tojson(indent=4) }}{{ 2 * loop.index }}{% continue %}{% endif %}"
-        "{% generation %}{{ m['role'] }}{% endgeneration %}{% endfor %}"
-    )
-    check_template("{% what is no template is refused by who renders it")

@@ -38,7 +38,7 @@ def test_both_spellings_are_read(
     assert asked == Pooled(expected, normalize=True)
 
 
-@pytest.mark.parametrize("named", ["weightedmean", ["mean", "max"], None])
+@pytest.mark.parametrize("named", ["weightedmean", ["mean", "max"], None, 5, True])
 def test_a_pooling_that_is_unknown_is_refused_unless_another_is_asked_for(
     named: Any, tmp_path: Path
 ) -> None:

@@ -362,6 +362,14 @@ def way(default: dict[str, Any], notes: list[str], **options: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize("more", [{}, {"num_return_sequences": 10**7}])
+def test_a_prompt_goes_on_in_no_more_ways_than_anybody_needs(
+    more: dict[str, Any],
+) -> None:
+    with pytest.raises(UsageError, match=r"is 10,000,000: .* at most 10,000 ways"):
+        way({"num_beams": 10**7, **more}, [])
+
+
 @pytest.mark.parametrize(
     "default",
     [

@@ -15,6 +15,7 @@ from ...io.fingerprint import content_digest, fingerprint
 from ..files.inputs import Inputs
 from ..files.parts import Cut
 from ..policy import Policy
+from ..weights.trust import check_files
 from .manifest import Manifest
 
 # Beside the weights, what a model and its tokenizer are made of.
@@ -71,8 +72,9 @@ def identify(
 def adapter_digests(folder: Path) -> dict[str, str]:
     """The digest of each file that an adapter is made of, by its name. Raises
     CheckpointError."""
+    check_files(folder)
     try:
-        files = sorted(folder.glob("adapter_*"))
+        files = sorted(path for path in folder.glob("adapter_*") if path.is_file())
         return {path.name: content_digest(path) for path in files}
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error

@@ -41,9 +41,9 @@ def tokenize_chat(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
     _check_messages(messages)
     options = {"add_generation_prompt": True, **_options(row, str(template))}
     try:
-        for each in template.values() if isinstance(template, dict) else [template]:
-            check_template(str(each))
         with template_budget():
+            for each in template.values() if isinstance(template, dict) else [template]:
+                check_template(str(each))
             encoded = tokenizer.apply_chat_template(
                 messages, **options, tokenize=True, return_dict=True
             )

@@ -97,7 +97,7 @@ def _pooling_in(path: Path) -> Pooling:
     modes = [key for key, value in config.items() if "_mode_" in key and value is True]
     named = config.get("pooling_mode")
     if named is not None and not modes:
-        modes = [named] if isinstance(named, str) else [str(n) for n in named]
+        modes = [str(one) for one in (named if isinstance(named, list) else [named])]
     known = {**_SENTENCE_KEYS, **_SENTENCE_MODES}
     if len(modes) != 1 or modes[0] not in known:
         raise CheckpointError(

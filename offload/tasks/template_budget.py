@@ -3,49 +3,71 @@ checkpoint: jinja's sandbox keeps it to text, but not from running for ever."""
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import jinja2.filters
+import jinja2.sandbox
+
+from .template_steps import Stopped, TemplateError, check_step
+
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TEMPLATE = "<template>"
 """What jinja calls the file that it compiles a template to."""
+_STEPS = (jinja2.filters.__file__, jinja2.sandbox.__file__)
+"""Where functions are that a template calls."""
 MAX_LINES = 1_000_000
 """Of the program that a template is: a chat takes hundreds of them."""
 MAX_GROWTH_BYTES = 1 << 30
 """Of this process's memory."""
-
-
-class TemplateError(ValueError):
-    """A template ran for too long, or made too much text."""
+MAX_SECONDS = 2.0
+"""Of this thread's processor: a chat takes thousandths of one."""
 
 
 @contextmanager
 def template_budget(
-    *, max_lines: int = MAX_LINES, max_growth_bytes: int = MAX_GROWTH_BYTES
+    *,
+    max_lines: int = MAX_LINES,
+    max_growth_bytes: int = MAX_GROWTH_BYTES,
+    max_seconds: float = MAX_SECONDS,
 ) -> Iterator[None]:
-    """Raises TemplateError in a template that is rendered inside, by this thread, once
-    it has run so many lines, or one of them has left the process so much larger."""
+    """Raises TemplateError in a template that is compiled or rendered inside, by this
+    thread, once it has run so many lines or for so long, one of them has left the
+    process so much larger, or would at once."""
     memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     left, most_bytes = max_lines, _resident_bytes(memory) + max_growth_bytes
+    end = time.thread_time() + max_seconds
+
+    def check() -> None:
+        if _resident_bytes(memory) > most_bytes:
+            raise Stopped("it makes text without end")
+        if time.thread_time() > end:
+            raise Stopped(f"it runs for more than {max_seconds:g} s")
 
     def line(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise TemplateError(f"it runs more than {max_lines:,} lines")
-        if _resident_bytes(memory) > most_bytes:
-            raise TemplateError("it makes text without end")
+            raise Stopped(f"it runs more than {max_lines:,} lines")
+        check()
         return line
 
     def call(frame: FrameType, event: str, arg: object) -> Any:
-        return line if frame.f_code.co_filename == _TEMPLATE else None
+        check()
+        name = frame.f_code.co_filename
+        if name in _STEPS:
+            check_step(frame.f_code.co_name, frame.f_locals, max_growth_bytes)
+        return line if name == _TEMPLATE else None
 
     before = sys.gettrace()
     sys.settrace(call)
     try:
         yield
+    except Stopped as stopped:
+        raise TemplateError(str(stopped)) from None
     finally:
         sys.settrace(before)
         os.close(memory)

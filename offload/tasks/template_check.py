@@ -8,8 +8,10 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 
-from .template_budget import TemplateError
+from .template_steps import TemplateError
 
+_MOST_CHARACTERS = 1_000_000
+"""Of a template: long ones have tens of thousands."""
 _MOST_NUMBER = 1_000_000
 _MOST_TIMES = 128
 _LONG_NUMBER = re.compile(r"\d{7,}")
@@ -19,9 +21,11 @@ _WITHOUT_END = {"lipsum"}
 
 @lru_cache
 def check_template(template: str) -> None:
-    """Raises TemplateError for powers, for products and numbers that no chat needs, of
-    which one alone can take all memory. What is no template is left to who renders
-    it."""
+    """Raises TemplateError for what is too long, for powers, for products and numbers
+    that no chat needs, of which one alone can take all memory. What is no template is
+    left to who renders it."""
+    if len(template) > _MOST_CHARACTERS:
+        raise TemplateError(f"it has {len(template):,} characters")
     environment = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols])
     try:
         tree = environment.parse(template)

@@ -67,6 +67,7 @@ _ANY = frozenset(
     }
 )
 """Options that do not look at padding, or are kept from it (`unpadded`)."""
+_MOST_SEQUENCES = 10_000
 _UNPADDED = ("no_repeat_ngram_size", "repetition_penalty")
 """Those that are kept from it where tokens are picked one by one."""
 
@@ -123,6 +124,12 @@ def way_of(
     transformers does not know, that do not go together, or that nothing comes of."""
     options = {**options, "max_new_tokens": max_new_tokens, "max_length": None}
     config = _configured(default, options, note)
+    for key in ("num_beams", "num_return_sequences"):
+        if (getattr(config, key) or 1) > _MOST_SEQUENCES:
+            raise UsageError(
+                f"{key} is {getattr(config, key):,}: a prompt goes on in at most "
+                f"{_MOST_SEQUENCES:,} ways; set it lower"
+            )
     stop = (*stop, *(config.stop_strings or ()))
     config.stop_strings = None
     found = config.eos_token_id

@@ -39,8 +39,8 @@ def loading(is_trusted: bool) -> dict[str, bool]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises CheckpointError where transformers would read without end: for a pipe, a
-    device or a huge file under the name of a file with settings."""
+    """Raises CheckpointError where a library would read without end: for a pipe or a
+    device under any name, and for a huge file under that of a file with settings."""
     for directory in (folder, folder / "additional_chat_templates"):
         try:
             with os.scandir(directory) as found:
@@ -48,12 +48,10 @@ def check_files(folder: Path) -> None:
         except OSError:
             continue  # who needs it says that it is not there
         for path in paths:
-            most_bytes = _READ_WHOLE.get(path.suffix)
-            if most_bytes is not None:
-                _check_file(path, most_bytes)
+            _check_file(path, _READ_WHOLE.get(path.suffix))
 
 
-def _check_file(path: Path, most_bytes: int) -> None:
+def _check_file(path: Path, most_bytes: int | None) -> None:
     try:
         found = path.stat()
     except OSError:
@@ -62,7 +60,7 @@ def _check_file(path: Path, most_bytes: int) -> None:
         return
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"cannot read {path}: it is no regular file")
-    if found.st_size > most_bytes:
+    if most_bytes is not None and found.st_size > most_bytes:
         raise CheckpointError(
             f"{path} has {found.st_size:,} bytes, which is no file of its kind (at "
             f"most {most_bytes:,})"
