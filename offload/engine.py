@@ -77,6 +77,7 @@ class Engine:
         self._moved = moved
         self._working_set = working_set
         self._binding = binding
+        self.resident = binding.resident
         self._doors = doors
         self._gate = gate
         self.home = gate.home

@@ -178,6 +178,8 @@ def unwrap(model: Model) -> Model:
     model.__dict__.pop(_LIFE).detach()
     spilled = model.__dict__.pop("_penstock_spill", None)
     updated = engine.updates.tensors() if spilled is not None else {}
+    if spilled is not None:  # as any module keeps what is written to its weights
+        updated |= spilled.written(engine.resident, updated)
     engine.close()
     model.__class__ = type(model).__mro__[1]
     if spilled is not None:

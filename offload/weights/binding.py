@@ -104,6 +104,11 @@ class Binding:
                 found = self._resident.get(name, self._stand_ins[name])
                 place.module._parameters[place.key] = cast(nn.Parameter, found)
 
+    @property
+    def resident(self) -> Mapping[str, torch.Tensor]:
+        """The weights that stay in memory, by name."""
+        return self._resident
+
     def is_in_host(self, unit: int) -> bool:
         """Whether `unit` stays in host memory, where it is used as it lies."""
         return self._host is not None and unit in self._host.offsets
