@@ -28,6 +28,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _ENGINE = "_penstock_engine"
 _LIFE = "_penstock_life"
+_SPILL = "_penstock_spill"
+_KIND = "_penstock_kind"
 
 
 @front_door()
@@ -117,11 +119,15 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
     try:
         room = room_for(policy)
         engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
+        module.__dict__[_SPILL] = spilled
+        return _attach(module, engine, spilled.folder.cleanup)
     except BaseException:
-        spilled.restore(module)
+        if _ENGINE in module.__dict__:
+            unwrap(module)
+        else:
+            module.__dict__.pop(_SPILL, None)
+            spilled.restore(module)
         raise
-    module.__dict__["_penstock_spill"] = spilled
-    return _attach(module, engine, spilled.folder.cleanup)
 
 
 def sweep(
@@ -174,16 +180,21 @@ def unwrap(model: Model) -> Model:
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
     engine.home.check()
-    del model.__dict__[_ENGINE]
-    model.__dict__.pop(_LIFE).detach()
-    spilled = model.__dict__.pop("_penstock_spill", None)
-    updated = engine.updates.tensors() if spilled is not None else {}
-    if spilled is not None:  # as any module keeps what is written to its weights
-        updated |= spilled.written(engine.resident, updated)
+    spilled = model.__dict__.get(_SPILL)
+    if spilled is not None and spilled.changed is None:
+        updated = engine.updates.tensors()
+        # As any module keeps what is written to its weights.
+        spilled.changed = updated | spilled.written(engine.resident, updated)
     engine.close()
-    model.__class__ = type(model).__mro__[1]
     if spilled is not None:
-        spilled.restore(model, updated)
+        spilled.restore(model)
+    # Until here it can be done again: an interrupt must not cost a module its weights.
+    model.__class__ = getattr(type(model), _KIND, type(model))
+    life = model.__dict__.pop(_LIFE, None)
+    if life is not None:
+        life.detach()
+    for key in (_SPILL, _ENGINE):
+        model.__dict__.pop(key, None)
     return model
 
 
@@ -227,9 +238,10 @@ def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        _KIND: kind,
         **refusals(kind),
     }
-    model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine
+    model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.home)
     return model

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from nets import Net, batches, make, same, serially
 from penstock import PenstockError, Policy
 from penstock.io.checkpoint import SINGLE_FILE
 from penstock.io.errors import OutputError
+from penstock.offload import engine
+from penstock.offload.tiers import Tiers
+from penstock.offload.weights.binding import Binding
 
 pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
 
@@ -150,3 +154,74 @@ def test_what_is_written_to_a_weight_in_memory_is_there_after_unwrap(
         write(each.blocks[1].linear.weight)
     penstock.unwrap(net)
     assert same(serially(net, batches(2)), serially(whole, batches(2)))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [(engine.Engine, "close"), (Tiers, "close"), (Binding, "poison_all")],
+    ids=["first", "middle", "last"],
+)
+def test_an_unwrap_that_was_interrupted_can_be_done_again(
+    where: tuple[type, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+    penstock.wrap(net, Policy(**HOST, io={"cache": tmp_path}))
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            penstock.unwrap(net)
+    penstock.unwrap(net)
+    assert same(serially(net, batches(2)), expected)
+    assert type(net) is Net
+    assert list(tmp_path.glob("wrapped-*")) == []
+
+
+def test_a_wrap_that_is_interrupted_at_its_end_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("penstock.offload.model.Life", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            penstock.wrap(net, policy(tmp_path))
+    assert same(serially(net, batches(2)), expected)
+    assert type(net) is Net
+    assert list(tmp_path.glob("wrapped-*")) == []
+
+
+def test_a_sweep_that_ends_after_unwrap_leaves_the_weights_where_they_are(
+    tmp_path: Path,
+) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+    penstock.wrap(net, Policy(**TIGHT, io={"cache": tmp_path}))
+    is_inside, is_unwrapped = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        is_inside.set()
+        assert is_unwrapped.wait(10)
+
+    hook = net.blocks[2].register_forward_hook(wait)
+
+    def sweep() -> None:
+        with contextlib.suppress(PenstockError):  # perhaps it was closed before its end
+            penstock.sweep(net).map(net, batches(2))
+
+    thread = threading.Thread(target=sweep)
+    thread.start()
+    assert is_inside.wait(10)
+    penstock.unwrap(net)
+    is_unwrapped.set()
+    thread.join()
+    hook.remove()
+    assert same(serially(net, batches(2)), expected)

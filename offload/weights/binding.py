@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...io.arena import Memory
-from ...io.errors import PenstockError
+from ...io.errors import PenstockError, closed
 from ...io.host import HostTier
 from ...io.layout import Placed
 from ...io.transfer import Transfer
@@ -42,6 +42,7 @@ class Binding:
         self._stand_ins = stand_ins
         self._arena = arena
         self._host = host
+        self._is_over = False
         self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
         self._resident: dict[str, torch.Tensor] = {}
         self._is_in_host = {
@@ -121,6 +122,8 @@ class Binding:
         """The units of `site` stand at `offsets`: makes its parameters real. Raises
         PenstockError, with nothing changed, where somebody has replaced or written to
         one. Then the units have to be loaded again."""
+        if self._is_over:
+            raise closed()
         where = self._places_of_site[site]
         for name, places in where.items():
             stand_in = self._stand_ins[name]
@@ -138,6 +141,8 @@ class Binding:
         them was written to or replaced: the next load would silently undo that. Then
         the units have to be loaded again."""
         error = None
+        if self._is_over:  # what stands there now is whoever's who closed the model
+            return
         for name, places in self._places_of_site[site].items():
             stand_in = self._stand_ins[name]
             for parameters, key in places:
@@ -230,7 +235,9 @@ class Binding:
 
     def poison_all(self) -> None:
         """Leaves no view of the arena in any module; the arena can be closed. What
-        somebody else has put there stays."""
+        somebody else has put there stays. A micro-batch that is still inside of a site
+        changes nothing when it leaves."""
+        self._is_over = True
         for name, where in self._places.items():
             stand_in = cast(nn.Parameter, self._stand_ins[name])
             for place in where:

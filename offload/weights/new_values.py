@@ -58,7 +58,8 @@ def new_values(
 
 
 def _look_up(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]:
-    owner, _, key = str(name).rpartition(".")
+    name = str(name)
+    owner, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
         tensor = module._parameters.get(key, module._buffers.get(key))

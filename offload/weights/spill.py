@@ -21,7 +21,7 @@ from .spill_folder import SpillFolder
 _PREFIX = "wrapped-"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spilled:
     """The parameters of one module in a temporary folder."""
 
@@ -36,6 +36,9 @@ class Spilled:
     """Addresses of the parameters modulo 64 bytes, in the module and in the file."""
     strides: dict[str, tuple[int, ...]]
     """Of those that are not contiguous (channels_last, transposed)."""
+    changed: dict[str, torch.Tensor] | None = None
+    """What `restore` puts back in place of what is stored, once that is known."""
+    is_restored: bool = False
 
     def written(
         self, resident: Mapping[str, torch.Tensor], updated: Mapping[str, torch.Tensor]
@@ -52,17 +55,22 @@ class Spilled:
                     found[name] = now.detach().to("cpu", loaded.dtype, copy=True)
         return found
 
-    def restore(
-        self, module: nn.Module, updated: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Puts the parameters back, bit for bit or as they were `updated`, laid out as
+    def restore(self, module: nn.Module) -> None:
+        """Puts the parameters back, bit for bit or as they were `changed`, laid out as
         they were, and removes the folder. What was moved to another place since comes
-        back there; where somebody has put something else, that stays."""
+        back there; where somebody has put something else, that stays. Cut off by an
+        interrupt, it can be done again."""
+        if not self.is_restored:
+            self._put_back(module, self.changed or {})
+            self.is_restored = True
+        self.folder.cleanup()
+
+    def _put_back(self, module: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
         inside = [(part, key) for part in module.modules() for key in part._parameters]
         with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
             back = {}
             for name in self.places:
-                value = (updated or {}).get(name)
+                value = changed.get(name)
                 value = stored.get_tensor(name) if value is None else value
                 back[name] = nn.Parameter(
                     self._laid_out(name, value), requires_grad=self.gradients[name]
@@ -76,7 +84,6 @@ class Spilled:
             found = streamed_name(part._parameters.get(key))
             if found is not None and found in back:
                 part._parameters[key] = back[found]
-        self.folder.cleanup()
 
     def _laid_out(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if name in self.strides:
