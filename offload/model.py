@@ -1,5 +1,7 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
+import operator
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -69,9 +71,10 @@ def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
 
     check_installed(policy)
     checkpoint = open_checkpoint(path)
-    skeleton = hf.build(
-        checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
-    )
+    with torch.device("cpu"):  # the policy says where it goes, not torch's default
+        skeleton = hf.build(
+            checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+        )
     room = room_for(policy, coming_with(Path(path)))
     engine = build(
         skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
@@ -144,7 +147,20 @@ def sweep(
     `coalesce`: whether products of few rows are made once for all micro-batches, which
     may change the last bits (None: as the policy says).
     """
+    _check_whole("width", width, 1, sys.maxsize)
+    _check_whole("seed", seed, -(2**62), 2**62)
     return engine_of(model).sweep(width, seed, coalesce=coalesce)
+
+
+def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
+    """Raises UsageError for what is no whole number from `least` to `most`."""
+    if value is None:
+        return
+    if not hasattr(value, "__index__") or not least <= operator.index(value) <= most:
+        raise UsageError(
+            f"the {name} of a sweep is a whole number, at least {least} and at most "
+            f"{most}, or None; not {value!r:.40}"
+        )
 
 
 def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -277,7 +277,11 @@ class Binding:
         size = placed.dtype.itemsize
         numel = torch.Size(placed.shape).numel()
         if numel == 0:
-            tensor = torch.empty(placed.shape, dtype=placed.dtype)
+            tensor = torch.empty(
+                placed.shape,
+                dtype=placed.dtype,
+                device=self._stand_ins[placed.name].device,
+            )
         else:
             stored = memory.tensor(offset + placed.offset, numel * size)
             tensor = stored.view(placed.dtype).view(placed.shape)

@@ -41,7 +41,8 @@ def refuse_training(output: Any, inputs: Iterable[Any]) -> None:
         is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
         if not (is_wrapped or value.is_inference() or value._is_view()):
             make: Any = _WithoutGradient.apply
-            make(torch.empty(0, requires_grad=True), value)
+            anchor = torch.empty(0, requires_grad=True, device=value.device)
+            make(anchor, value)
 
 
 class _WithoutGradient(torch.autograd.Function):

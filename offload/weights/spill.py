@@ -200,5 +200,5 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
 
 def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     """The same values, laid out otherwise."""
-    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
     return found.copy_(tensor)
