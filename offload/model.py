@@ -123,6 +123,12 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
         room = room_for(policy)
         engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
         module.__dict__[_SPILL] = spilled
+        if spilled.strides:
+            engine.note(
+                f"{len(spilled.strides)} weights, such as {min(spilled.strides)!r}, are "
+                "not contiguous (channels_last, transposed): they are streamed as "
+                "contiguous ones, which may change the last bits of products"
+            )
         return _attach(module, engine, spilled.folder.cleanup)
     except BaseException:
         if _ENGINE in module.__dict__:

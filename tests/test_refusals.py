@@ -157,6 +157,10 @@ def test_unwrap_gives_strides_back(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net(x)
         policy = Policy(device_memory="1MiB", **{"io": {"cache": tmp_path}})
-        penstock.unwrap(penstock.wrap(net, policy))
+        penstock.wrap(net, policy)
+        assert "2 weights, such as '0.weight'" in str(
+            penstock.statistics(net).fallbacks
+        )
+        penstock.unwrap(net)
         assert [parameter.stride() for parameter in net.parameters()] == strides
         assert torch.equal(net(x), expected)
