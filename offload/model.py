@@ -125,8 +125,8 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
         module.__dict__[_SPILL] = spilled
         if spilled.strides:
             engine.note(
-                f"{len(spilled.strides)} weights, such as {min(spilled.strides)!r}, are "
-                "not contiguous (channels_last, transposed): they are streamed as "
+                f"{len(spilled.strides)} weights, such as {min(spilled.strides)!r}, "
+                "are not contiguous (channels_last, transposed): they are streamed as "
                 "contiguous ones, which may change the last bits of products"
             )
         return _attach(module, engine, spilled.folder.cleanup)
