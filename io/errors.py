@@ -124,3 +124,8 @@ class FaultError(PenstockError):
 
 class ClosedError(PenstockError):
     """The object was closed by its owner."""
+
+
+def closed() -> ClosedError:
+    """Somebody uses a model that was closed."""
+    return ClosedError("this model was closed; load it again to use it")

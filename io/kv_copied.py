@@ -80,7 +80,7 @@ class CopiedStrip(Strip):
     def view(self, start: int) -> Pair:
         self._open_region()
         if start == self.length:
-            nothing = torch.empty(0, dtype=torch.uint8)
+            nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
             return self._codec.decode(nothing)
         low, end, staged = self._rows(start)
         return self._codec.decode(staged.buffer[low:end])
@@ -148,7 +148,7 @@ class CopiedStrip(Strip):
     def _compact(self, region: Region) -> None:
         """What is kept moves to the start, in place of at least as much that is
         forgotten."""
-        encoded = torch.empty(0, dtype=torch.uint8)
+        encoded = torch.empty(0, dtype=torch.uint8, device="cpu")
         if self.first < self.length:
             low, end, staged = self._rows(self.first)
             encoded = staged.buffer[low:end].clone()

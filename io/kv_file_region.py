@@ -33,7 +33,7 @@ class FileRegion(Region):
         # The writer's own, and of who waits for it.
         self._done = 0
         with torch.inference_mode(False):
-            self._tail = torch.empty(PAGE_BYTES, dtype=torch.uint8)
+            self._tail = torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cpu")
         self._is_closed = False
 
     def grow(self, nbytes: int) -> None:
@@ -95,7 +95,9 @@ class FileRegion(Region):
                 _move(self._tail, page)
 
             with torch.inference_mode(False):
-                whole = torch.empty(PAGE_BYTES + ALIGNMENT, dtype=torch.uint8)
+                whole = torch.empty(
+                    PAGE_BYTES + ALIGNMENT, dtype=torch.uint8, device="cpu"
+                )
             start = -whole.data_ptr() % ALIGNMENT
             page = whole[start : start + PAGE_BYTES]
             self._file.reader.give(act).wait()

@@ -10,7 +10,7 @@ from .device import Device
 from .files import ALIGNMENT
 from .kv_region import Arrival
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 FEW_STRIPS = 3
 """Of who computes, of who follows, and of who was before: there is always room for so
 many,"""

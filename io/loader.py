@@ -245,7 +245,7 @@ class Loader:
     def _read(self, unit: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
         """The elements of `extent`, in memory of their own."""
         if not extent.nbytes:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         window = aligned(extent, self._reader.alignment)
         buffer = memoryview(mmap.mmap(-1, window.nbytes))
         self._submit(unit, window, buffer).wait()

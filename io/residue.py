@@ -15,7 +15,7 @@ def clone_at(tensor: torch.Tensor, residue: int) -> torch.Tensor:
     """A contiguous copy of `tensor` (any dtype) in host memory, at an address
     that is `residue` modulo 64 bytes: a multiple of the size of an element."""
     nbytes = tensor.numel() * tensor.element_size()
-    memory = torch.empty(nbytes + TENSOR_ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(nbytes + TENSOR_ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = (residue - memory.data_ptr()) % TENSOR_ALIGNMENT
     copy = memory[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)

@@ -77,6 +77,7 @@ class Engine:
         self._moved = moved
         self._working_set = working_set
         self._binding = binding
+        self.resident = binding.resident
         self._doors = doors
         self._gate = gate
         self.home = gate.home
@@ -267,7 +268,6 @@ class Engine:
         that was forked it does nothing: all of it is the parent's."""
         if self._is_closed or not self.home.is_here:
             return
-        self._is_closed = True
         self._sweeps.close()
         if self._kv is not None:
             self._kv.close()
@@ -283,6 +283,7 @@ class Engine:
         self._tiers.close()
         self.updates.close()
         give_freed_back()
+        self._is_closed = True  # cut off by an interrupt, it is done again
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1

@@ -1,5 +1,7 @@
 """The Python API: a model whose weights are streamed, and sweeps over it."""
 
+import operator
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _ENGINE = "_penstock_engine"
 _LIFE = "_penstock_life"
+_SPILL = "_penstock_spill"
+_KIND = "_penstock_kind"
 
 
 @front_door()
@@ -67,9 +71,10 @@ def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
 
     check_installed(policy)
     checkpoint = open_checkpoint(path)
-    skeleton = hf.build(
-        checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
-    )
+    with torch.device("cpu"):  # the policy says where it goes, not torch's default
+        skeleton = hf.build(
+            checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+        )
     room = room_for(policy, coming_with(Path(path)))
     engine = build(
         skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
@@ -117,11 +122,21 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
     try:
         room = room_for(policy)
         engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
+        module.__dict__[_SPILL] = spilled
+        if spilled.strides:
+            engine.note(
+                f"{len(spilled.strides)} weights, such as {min(spilled.strides)!r}, "
+                "are not contiguous (channels_last, transposed): they are streamed as "
+                "contiguous ones, which may change the last bits of products"
+            )
+        return _attach(module, engine, spilled.folder.cleanup)
     except BaseException:
-        spilled.restore(module)
+        if _ENGINE in module.__dict__:
+            unwrap(module)
+        else:
+            module.__dict__.pop(_SPILL, None)
+            spilled.restore(module)
         raise
-    module.__dict__["_penstock_spill"] = spilled
-    return _attach(module, engine, spilled.folder.cleanup)
 
 
 def sweep(
@@ -138,7 +153,20 @@ def sweep(
     `coalesce`: whether products of few rows are made once for all micro-batches, which
     may change the last bits (None: as the policy says).
     """
+    _check_whole("width", width, 1, sys.maxsize)
+    _check_whole("seed", seed, -(2**62), 2**62)
     return engine_of(model).sweep(width, seed, coalesce=coalesce)
+
+
+def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
+    """Raises UsageError for what is no whole number from `least` to `most`."""
+    if value is None:
+        return
+    if not hasattr(value, "__index__") or not least <= operator.index(value) <= most:
+        raise UsageError(
+            f"the {name} of a sweep is a whole number, at least {least} and at most "
+            f"{most}, or None; not {value!r:.40}"
+        )
 
 
 def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -174,14 +202,21 @@ def unwrap(model: Model) -> Model:
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
     engine.home.check()
-    del model.__dict__[_ENGINE]
-    model.__dict__.pop(_LIFE).detach()
-    spilled = model.__dict__.pop("_penstock_spill", None)
-    updated = engine.updates.tensors() if spilled is not None else {}
+    spilled = model.__dict__.get(_SPILL)
+    if spilled is not None and spilled.changed is None:
+        updated = engine.updates.tensors()
+        # As any module keeps what is written to its weights.
+        spilled.changed = updated | spilled.written(engine.resident, updated)
     engine.close()
-    model.__class__ = type(model).__mro__[1]
     if spilled is not None:
-        spilled.restore(model, updated)
+        spilled.restore(model)
+    # Until here it can be done again: an interrupt must not cost a module its weights.
+    model.__class__ = getattr(type(model), _KIND, type(model))
+    life = model.__dict__.pop(_LIFE, None)
+    if life is not None:
+        life.detach()
+    for key in (_SPILL, _ENGINE):
+        model.__dict__.pop(key, None)
     return model
 
 
@@ -225,9 +260,10 @@ def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        _KIND: kind,
         **refusals(kind),
     }
-    model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_ENGINE] = engine
+    model.__class__ = type(kind.__name__, (kind,), namespace)
     model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.home)
     return model

@@ -47,7 +47,26 @@ def refusals(kind: type[nn.Module]) -> dict[str, Any]:
             raise _no_compiler()
         raise AttributeError("_torchdynamo_orig_callable")
 
+    def copied(self: nn.Module, *args: Any) -> Any:
+        raise UsageError(
+            f"a streamed {kind.__name__} can be neither copied nor pickled, as its "
+            "weights are not in memory: load or wrap another one (each process its "
+            "own), or copy it after penstock.unwrap"
+        )
+
+    def shallow_copy(self: nn.Module) -> Any:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def scripted(self: nn.Module) -> Any:
+        raise _no_graph()
+
     found: dict[str, Any] = {
+        "__deepcopy__": copied,
+        "__reduce_ex__": copied,
+        "__copy__": getattr(kind, "__copy__", shallow_copy),
+        "__prepare_scriptable__": scripted,
         "_apply": apply_to_all,
         "load_state_dict": load_state_dict,
         "compile": compile_it,
@@ -66,6 +85,23 @@ def check_not_compiled(module: nn.Module) -> None:
             "weights at once: wrap the module as it was, with compile: true in the "
             "policy"
         )
+
+
+def check_not_traced() -> None:
+    """Raises UsageError where calls are recorded to be made again without the model:
+    they would be made with whatever weights are in the slots then."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    is_recorded = proxies is not None and proxies.get_proxy_mode() is not None
+    if is_recorded or torch._C._get_tracing_state() is not None:
+        raise _no_graph()
+
+
+def _no_graph() -> PenstockError:
+    return UsageError(
+        "a streamed model cannot be traced, scripted or exported: its weights are not "
+        "there at once; do that with the model as transformers loads it, or after "
+        "penstock.unwrap"
+    )
 
 
 def _no_compiler() -> PenstockError:

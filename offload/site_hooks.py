@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ..scheduler.gate import Gate
+from .refusals import check_not_traced
 from .units.sites import Found
 from .weights.binding import Binding
-from .weights.gradients import refuse_backward
+from .weights.gradients import refuse_backward, refuse_training
 
 Hook = Callable[..., Any]
 
@@ -33,7 +34,11 @@ class SiteHooks:
         self._handles: list[Any] = []
         for index, site in enumerate(found.sites):
             self._hang(site.module, index, site.name, keep_out)
-        self._handles.append(model.register_forward_pre_hook(self._begin))
+        self._handles += [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, with_kwargs=True),
+        ]
+        self._owes_gradients = False
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -42,18 +47,27 @@ class SiteHooks:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         """The model's own forward begins."""
+        check_not_traced()
         self._gate.abandon_plain()
         self._binding.check_resident()
+        self._owes_gradients = False
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It has ended: somebody may go on to train it."""
+        if self._owes_gradients and torch.is_grad_enabled():
+            refuse_training(output, (args, kwargs))
 
     def _hang(
         self, module: nn.Module, site: int, name: str, keep_out: Callable[[Hook], Hook]
     ) -> None:
         def before(module: nn.Module, args: Any) -> None:
+            check_not_traced()
             self._gate.before(site)  # whatever a pre-hook returns replaces arguments
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_grad_enabled() and not self._keeps_its_weights(site):
                 refuse_backward(output, name)
+                self._owes_gradients |= self._binding.wants_gradients(site)
             self._gate.after(site)
 
         self._handles += [

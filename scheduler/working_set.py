@@ -7,7 +7,7 @@ and what nobody reads is known, because every reader says so (`acquire`, `releas
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from ..io.errors import ClosedError, DoesNotFitError
+from ..io.errors import DoesNotFitError, closed
 from ..io.event import Event
 from ..io.timeline import WAIT, Record, unrecorded
 from .load import Held, Load
@@ -188,7 +188,7 @@ class WorkingSet:
 
     def _claim_all(self, units: Sequence[int]) -> list[Held]:
         if self._is_closed:
-            raise ClosedError("this model was closed; load it again to use it")
+            raise closed()
         # What is here already first, so that the others do not throw it out.
         order = sorted(units, key=lambda unit: unit not in self._held)
         if not self._claim_each(order):

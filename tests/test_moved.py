@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+import penstock
+import zoo
+from nets import Net, batches, make, same, serially
+from penstock import Policy
 from penstock.offload.weights.moved import MovedTensors
 
 
@@ -49,3 +55,21 @@ def test_parameters_that_no_file_holds_are_moved_and_put_back() -> None:
         assert isinstance(model.bias, nn.Parameter)
         assert not model.bias.requires_grad
     assert model.bias is bias
+
+
+def test_torchs_default_device_decides_on_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    zoo.save_checkpoint("llama", folder)
+    inputs = zoo.inputs("llama")
+    with torch.inference_mode():
+        expected = zoo.load("llama", folder)(**inputs).logits
+    net = make(Net)
+    before = serially(net, batches(2))
+    with torch.device("meta"):
+        model = penstock.load(folder, Policy(device_memory="1MiB"))
+        penstock.unwrap(penstock.wrap(net, Policy(io={"cache": tmp_path})))
+    assert {t.device.type for t in [*model.buffers(), *net.parameters()]} == {"cpu"}
+    assert same(serially(net, batches(2)), before)
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, expected)
+    penstock.unwrap(model)

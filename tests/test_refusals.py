@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -9,13 +11,14 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import penstock
 import zoo
 from nets import Net, make
 from penstock import PenstockError, Policy
 from penstock.io.errors import UsageError
-from test_written_weights import run
+from test_written_weights import X, run
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -103,6 +106,39 @@ def test_a_streamed_model_is_not_compiled_as_a_whole(tmp_path: Path) -> None:
         assert torch.equal(run(net), run(make(Normed)))
 
 
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, pickle.dumps])
+def test_a_streamed_model_is_neither_copied_nor_pickled(
+    copy_it: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    with streamed(tmp_path, 5 * 8192) as net:
+        with pytest.raises(UsageError, match="neither copied nor pickled"):
+            copy_it(net)
+        assert torch.equal(run(net), run(make(Normed)))
+        assert torch.equal(run(copy.copy(net)), run(make(Normed)))
+
+
+def traced(net: nn.Module) -> Any:
+    trace: Any = torch.jit.trace
+    return trace(net, X)
+
+
+def recorded(net: nn.Module) -> Any:
+    return make_fx(net)(X)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("record", [traced, torch.jit.script, recorded])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_streamed_model_is_not_recorded(
+    record: Callable[[nn.Module], Any], is_frozen: bool, tmp_path: Path
+) -> None:
+    with streamed(tmp_path, 5 * 8192) as net, torch.no_grad():
+        net.requires_grad_(not is_frozen)
+        with pytest.raises(UsageError, match="traced, scripted or exported"):
+            record(net)
+        assert torch.equal(run(net), run(make(Normed)))
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_a_compiled_module_is_not_wrapped() -> None:
     net = make(Net)
@@ -121,6 +157,10 @@ def test_unwrap_gives_strides_back(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net(x)
         policy = Policy(device_memory="1MiB", **{"io": {"cache": tmp_path}})
-        penstock.unwrap(penstock.wrap(net, policy))
+        penstock.wrap(net, policy)
+        assert "2 weights, such as '0.weight'" in str(
+            penstock.statistics(net).fallbacks
+        )
+        penstock.unwrap(net)
         assert [parameter.stride() for parameter in net.parameters()] == strides
         assert torch.equal(net(x), expected)

@@ -691,3 +691,18 @@ def test_weights_are_bound_as_the_resident_model_has_them(is_inference: bool) ->
     with streamed(net), torch.inference_mode(is_inference), penstock.sweep(net) as s:
         s.map(net, batches(3))
     assert seen == {(True, False)}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"width": 0}, {"width": 1.5}, {"width": "4"}, {"seed": "x"}, {"seed": 2**70}],
+)
+def test_a_sweep_of_what_is_no_number_is_refused_before_it_begins(
+    values: dict[str, Any],
+) -> None:
+    net = make(Net)
+    expected = serially(net, batches(2))
+    with streamed(net):
+        with pytest.raises(PenstockError, match="whole number"):
+            penstock.sweep(net, **values)
+        assert same(penstock.sweep(net, seed=-1).map(net, batches(2)), expected)

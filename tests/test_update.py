@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import penstock
 import zoo
@@ -154,11 +155,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         ({"head.bias": torch.zeros(32, dtype=torch.int64)}, "int64"),
         ({"head.bias": torch.zeros(32, device="meta")}, "meta"),
         ({"head.bias": [0.0] * 32}, "list"),
+        ({"head.bias": torch.zeros(32).to_sparse()}, r"sparse.*to_dense"),
+        ({"head.bias": FakeTensorMode().from_tensor(torch.zeros(32))}, "FakeTensor"),
+        ({cast(str, 3): torch.zeros(32)}, "no weight '3'"),
     ]
     with streamed(make(Net), TIGHT, tmp_path) as net:
         for values, said in bad:
             with pytest.raises(UsageError, match=said):
                 penstock.update(net, {**good, **values})
+        for nothing in (None, "head.bias", list(good.items()), net.named_parameters()):
+            with pytest.raises(UsageError, match="dict of tensors by name"):
+                penstock.update(net, cast(Any, nothing))
         assert torch.equal(run(net), expected)
 
 

@@ -102,6 +102,12 @@ def in_the_dictionary(layer: nn.Linear) -> None:
     layer._parameters["weight"] = nn.Parameter(torch.zeros(32, 32))
 
 
+def by_swapping(layer: nn.Linear) -> None:
+    other = nn.Parameter(torch.zeros(32, 32))
+    swap: Any = torch.utils.swap_tensors
+    swap(layer.weight, other)
+
+
 def by_taking_it_away(layer: nn.Linear) -> None:
     del layer.weight
 
@@ -162,6 +168,13 @@ def test_a_write_outside_of_a_forward_is_refused(
             write_and_run()
 
 
+def test_a_weight_that_is_not_there_is_not_swapped(tmp_path: Path) -> None:
+    with streamed(tmp_path, TIGHT) as net:
+        with pytest.raises(PenstockError, match=r"blocks\.1\.linear.*penstock\.update"):
+            by_swapping(net.blocks[1].linear)
+        assert torch.equal(run(net), run(make(Net)))
+
+
 @pytest.mark.parametrize("values", [TIGHT, ROOMY], ids=["tight", "roomy"])
 def test_unwrap_keeps_a_parameter_that_was_put_in_place_of_a_streamed_one(
     values: dict[str, Any], tmp_path: Path
@@ -207,6 +220,24 @@ def test_a_backward_pass_is_refused(
             net.requires_grad_(False)
         with pytest.raises(PenstockError, match=r"gradients.*'head'.*inference"):
             backward(net)
+
+
+@pytest.mark.parametrize("part", ["", "head"])
+def test_a_training_step_of_a_streamed_model_is_refused(
+    device: str, part: str, tmp_path: Path
+) -> None:
+    with streamed(tmp_path, TIGHT) as net:
+        net.requires_grad_(False)
+        net.get_submodule(part).requires_grad_(True)
+        output = net(X)
+        assert torch.equal(output, run(make(Net)))
+        output[:, 0] = 0  # as one may with what any module gives
+        with pytest.raises(PenstockError, match=r"gradients.*inference"):
+            output.sum().backward()
+        with torch.no_grad():
+            assert not net(X).requires_grad
+        x = torch.func.vmap(net)(X)
+        assert torch.equal(x, torch.func.vmap(make(Net))(X))
 
 
 def test_a_frozen_model_that_stays_in_memory_has_its_gradients(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...io.arena import Memory
-from ...io.errors import PenstockError
+from ...io.errors import PenstockError, closed
 from ...io.host import HostTier
 from ...io.layout import Placed
 from ...io.transfer import Transfer
@@ -42,6 +42,7 @@ class Binding:
         self._stand_ins = stand_ins
         self._arena = arena
         self._host = host
+        self._is_over = False
         self._built: dict[tuple[int, int, bool], dict[str, torch.Tensor]] = {}
         self._resident: dict[str, torch.Tensor] = {}
         self._is_in_host = {
@@ -104,6 +105,11 @@ class Binding:
                 found = self._resident.get(name, self._stand_ins[name])
                 place.module._parameters[place.key] = cast(nn.Parameter, found)
 
+    @property
+    def resident(self) -> Mapping[str, torch.Tensor]:
+        """The weights that stay in memory, by name."""
+        return self._resident
+
     def is_in_host(self, unit: int) -> bool:
         """Whether `unit` stays in host memory, where it is used as it lies."""
         return self._host is not None and unit in self._host.offsets
@@ -116,6 +122,8 @@ class Binding:
         """The units of `site` stand at `offsets`: makes its parameters real. Raises
         PenstockError, with nothing changed, where somebody has replaced or written to
         one. Then the units have to be loaded again."""
+        if self._is_over:
+            raise closed()
         where = self._places_of_site[site]
         for name, places in where.items():
             stand_in = self._stand_ins[name]
@@ -133,6 +141,8 @@ class Binding:
         them was written to or replaced: the next load would silently undo that. Then
         the units have to be loaded again."""
         error = None
+        if self._is_over:  # what stands there now is whoever's who closed the model
+            return
         for name, places in self._places_of_site[site].items():
             stand_in = self._stand_ins[name]
             for parameters, key in places:
@@ -225,7 +235,9 @@ class Binding:
 
     def poison_all(self) -> None:
         """Leaves no view of the arena in any module; the arena can be closed. What
-        somebody else has put there stays."""
+        somebody else has put there stays. A micro-batch that is still inside of a site
+        changes nothing when it leaves."""
+        self._is_over = True
         for name, where in self._places.items():
             stand_in = cast(nn.Parameter, self._stand_ins[name])
             for place in where:
@@ -265,7 +277,11 @@ class Binding:
         size = placed.dtype.itemsize
         numel = torch.Size(placed.shape).numel()
         if numel == 0:
-            tensor = torch.empty(placed.shape, dtype=placed.dtype)
+            tensor = torch.empty(
+                placed.shape,
+                dtype=placed.dtype,
+                device=self._stand_ins[placed.name].device,
+            )
         else:
             stored = memory.tensor(offset + placed.offset, numel * size)
             tensor = stored.view(placed.dtype).view(placed.shape)

@@ -33,6 +33,11 @@ def new_values(
     """Each of `tensors`, by its name in `model`, once. `streamed_name(module, key)` is
     that of a streamed tensor, `like(streamed name)` its shape and dtype. Raises
     UsageError for a name, shape or dtype that does not fit."""
+    if not isinstance(tensors, Mapping):
+        raise UsageError(
+            f"a {type(tensors).__name__} does not say which weights to change: give a "
+            "dict of tensors by name"
+        )
     found: dict[object, NewValue] = {}
     for name, value in tensors.items():
         module, key, standing = _look_up(model, name)
@@ -53,6 +58,7 @@ def new_values(
 
 
 def _look_up(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]:
+    name = str(name)
     owner, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -72,6 +78,12 @@ def _look_up(model: nn.Module, name: str) -> tuple[nn.Module, str, torch.Tensor]
 def _check(
     name: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    if value.is_nested or value.layout is not torch.strided or _is_fake(value):
+        kind = value.layout if type(value) is torch.Tensor else type(value).__name__
+        raise UsageError(
+            f"the new {name!r} is no plain tensor ({kind}): give a dense one with "
+            "values (such as tensor.to_dense())"
+        )
     if tuple(value.shape) != shape:
         raise UsageError(
             f"{name!r} has shape {list(shape)}, the new one {list(value.shape)}: give "
@@ -85,3 +97,8 @@ def _check(
         raise UsageError(
             f"{name!r} has dtype {dtype}, the new one {value.dtype}: cast it first"
         )
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    """Whether it has a shape, but no values."""
+    return isinstance(value, torch._subclasses.FakeTensor)

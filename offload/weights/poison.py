@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...io.errors import CheckpointError, PenstockError
-from .bound import written
+from .bound import replaced, written
 
 _PASS_ON = {
     torch.ops.aten.detach.default,
@@ -124,6 +124,15 @@ class StreamedParameter(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         if value is not self:
             raise written(self._name)
+
+    @property
+    def __class__(self) -> type:
+        return type(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        """What `torch.utils.swap_tensors` begins with."""
+        raise replaced(self._name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise written(self._name)

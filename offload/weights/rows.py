@@ -49,7 +49,9 @@ class RowGatherer:
                 f"token ids {int(distinct[0])}..{int(distinct[-1])} reach outside of "
                 f"the table's {self._num_rows} rows"
             )
-        rows = torch.empty((len(distinct), *self._row_shape), dtype=self._dtype)
+        rows = torch.empty(
+            (len(distinct), *self._row_shape), dtype=self._dtype, device="cpu"
+        )
         step = max(1, self._buffer_bytes // (self._row_bytes + 2 * self._gap))
         for start in range(0, len(distinct), step):
             part = slice(start, start + step)

@@ -21,39 +21,69 @@ from .spill_folder import SpillFolder
 _PREFIX = "wrapped-"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spilled:
     """The parameters of one module in a temporary folder."""
 
     folder: "SpillFolder"
     checkpoint: Checkpoint
     recipes: dict[str, Recipe]
-    names: dict[str, list[str]]
-    """All names of each tied parameter, by the name it is stored under."""
+    places: dict[str, list[tuple[nn.Module, str]]]
+    """Where each parameter was, by the name it is stored under; a tied one was in
+    several modules."""
     gradients: dict[str, bool]
     residues: dict[str, int]
     """Addresses of the parameters modulo 64 bytes, in the module and in the file."""
     strides: dict[str, tuple[int, ...]]
     """Of those that are not contiguous (channels_last, transposed)."""
+    changed: dict[str, torch.Tensor] | None = None
+    """What `restore` puts back in place of what is stored, once that is known."""
+    is_restored: bool = False
 
-    def restore(
-        self, module: nn.Module, updated: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Puts the parameters back, bit for bit or as they were `updated`, laid out as
-        they were, and removes the folder."""
+    def written(
+        self, resident: Mapping[str, torch.Tensor], updated: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Copies of those of the weights in memory, `resident` by name, that are no
+        more what was loaded there (the stored ones or, where given, `updated`)."""
+        found = {}
         with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
-            for first, names in self.names.items():
-                value = (updated or {}).get(first)
-                value = stored.get_tensor(first) if value is None else value
-                parameter = nn.Parameter(
-                    self._laid_out(first, value), requires_grad=self.gradients[first]
-                )
-                for name in names:
-                    owner, _, key = name.rpartition(".")
-                    store = module.get_submodule(owner)._parameters
-                    if not is_theirs(store.get(key)):
-                        store[key] = parameter
+            for name in resident.keys() & self.places.keys():
+                loaded, now = updated.get(name), resident[name]
+                loaded = stored.get_tensor(name) if loaded is None else loaded
+                was_written = isinstance(now, BoundParameter) and now.was_written
+                if was_written or _is_other(now.detach(), loaded):
+                    found[name] = now.detach().to("cpu", loaded.dtype, copy=True)
+        return found
+
+    def restore(self, module: nn.Module) -> None:
+        """Puts the parameters back, bit for bit or as they were `changed`, laid out as
+        they were, and removes the folder. What was moved to another place since comes
+        back there; where somebody has put something else, that stays. Cut off by an
+        interrupt, it can be done again."""
+        if not self.is_restored:
+            self._put_back(module, self.changed or {})
+            self.is_restored = True
         self.folder.cleanup()
+
+    def _put_back(self, module: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
+        inside = [(part, key) for part in module.modules() for key in part._parameters]
+        with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
+            back = {}
+            for name in self.places:
+                value = changed.get(name)
+                value = stored.get_tensor(name) if value is None else value
+                back[name] = nn.Parameter(
+                    self._laid_out(name, value), requires_grad=self.gradients[name]
+                )
+        for name, places in self.places.items():
+            for part, key in places:
+                if not _has(part, key):
+                    part._parameters[key] = back[name]
+                inside.append((part, key))
+        for part, key in inside:
+            found = streamed_name(part._parameters.get(key))
+            if found is not None and found in back:
+                part._parameters[key] = back[found]
 
     def _laid_out(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if name in self.strides:
@@ -61,12 +91,26 @@ class Spilled:
         return clone_at(value, self.residues[name])
 
 
-def is_theirs(parameter: nn.Parameter | None) -> bool:
-    """Whether this is no stand-in: somebody has put it in the place of a streamed
-    parameter."""
-    return isinstance(parameter, torch.Tensor) and not isinstance(
-        parameter, (StreamedParameter, BoundParameter)
-    )
+def streamed_name(parameter: torch.Tensor | None) -> str | None:
+    """That of the streamed weight which `parameter` stands for; None for what somebody
+    has put in the place of one."""
+    if isinstance(parameter, StreamedParameter):
+        return parameter._name
+    return parameter.streamed_name if isinstance(parameter, BoundParameter) else None
+
+
+def _has(module: nn.Module, key: str) -> bool:
+    """Whether there is anything called `key`."""
+    found = key in module._parameters or key in module.__dict__
+    return found or hasattr(type(module), key)
+
+
+def _is_other(now: torch.Tensor, loaded: torch.Tensor) -> bool:
+    """Whether the bits differ, where they are not those of a cast."""
+    if now.dtype != loaded.dtype:
+        return False
+    one, other = (t.contiguous().view(-1).view(torch.uint8) for t in (now, loaded))
+    return not torch.equal(one.to(other.device), other)
 
 
 def _check_plain(name: str, parameter: torch.Tensor) -> None:
@@ -107,13 +151,14 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
 
     Raises OutputError when the disk is full, UsageError when there is nothing to do.
     """
-    names: dict[str, list[str]] = {}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
     tensors: dict[str, torch.Tensor] = {}
     first_of: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         _check_plain(name, parameter)
         first = first_of.setdefault(id(parameter), name)
-        names.setdefault(first, []).append(name)
+        owner, _, key = name.rpartition(".")
+        places.setdefault(first, []).append((module.get_submodule(owner), key))
         tensors[first] = parameter.detach()
     if not tensors:
         raise UsageError(
@@ -146,7 +191,7 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
         folder,
         checkpoint,
         recipes,
-        names,
+        places,
         {name: parameters[name].requires_grad for name in tensors},
         residues,
         {n: p.stride() for n, p in parameters.items() if not p.is_contiguous()},
@@ -155,5 +200,5 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
 
 def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     """The same values, laid out otherwise."""
-    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
     return found.copy_(tensor)
