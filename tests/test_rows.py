@@ -120,6 +120,22 @@ def test_a_token_that_the_model_has_not_is_that_rows_error(model: Any) -> None:
         assert "error" not in found[0] | found[2], name
 
 
+@pytest.mark.parametrize("key", ["text", "seed", "temperature"])
+def test_an_error_of_a_row_is_short_and_can_be_printed(key: str, model: Any) -> None:
+    row = {"text": "1 2", key: "\x1b\ud800" * 9_999}
+    if key == "text":
+        row[key] = [row[key], 5]
+    row |= dict.fromkeys(map(str, range(9_999)), 0)
+    for task in (
+        generated(model, [row]),
+        penstock.score(model, [row], tokenizer=Numbers()),
+        penstock.embed(model, [row], tokenizer=Numbers()),
+    ):
+        for result in task:
+            assert len(result["error"]) < 2_000
+            assert result["error"].isprintable()
+
+
 def test_logits_that_are_no_numbers_are_that_rows_error(model: Any) -> None:
     for name, found in tasks(model, [GOOD, f"1 {BROKEN} 2", GOOD]).items():
         assert "overflow" in found[1]["error"], name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from ...io.errors import UsageError
+from ...io.errors import UsageError, readable
 from ..model import engine_of
 from .decoding import Decoder, RowEnds, row_seed
 from .limits import Limits
@@ -37,7 +37,7 @@ class Prompt:
     result: dict[str, Any] | None = None
 
     def fail(self, message: str) -> None:
-        self.result = {"id": self.identity, "error": message}
+        self.result = {"id": self.identity, "error": readable(message)}
 
 
 class Completions:
