@@ -304,6 +304,7 @@ def test_a_row_with_a_seed_depends_on_that_alone(model: Any) -> None:
         ({"max_tokens": 3, "max_new_tokens": 4}, "several limits that differ"),
         ({"stop": [1]}, '"stop" is'),
         ({"stop": [""]}, '"stop" is'),
+        ({"stop": ["\ud800"]}, '"stop" is'),
         ({"min_p": float("nan")}, '"min_p" is nan'),
     ],
 )
@@ -404,12 +405,7 @@ def test_what_has_no_place_in_a_job_is_left_out_with_a_word(
     assert len(notes) == len(is_said)
 
 
-def test_stop_strings_of_the_checkpoint_are_among_those_that_end_a_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        "penstock.offload.tasks.way.StopStringCriteria", lambda *arguments: None
-    )
+def test_stop_strings_of_the_checkpoint_are_among_those_that_end_a_text() -> None:
     notes: list[str] = []
     assert way({"stop_strings": "ab"}, notes).stop == ("ab",)
     assert way({}, notes, stop_strings=["a", "b"]).stop == ("a", "b")
@@ -437,6 +433,7 @@ def test_options_that_nothing_comes_of_are_refused() -> None:
         {"frobnicate": 1},
         {"temperature": float("nan")},
         {"top_k": "abc"},
+        {"max_length": 14},
     ):
         with pytest.raises(UsageError, match=next(iter(options))):
             way({}, [], **options)

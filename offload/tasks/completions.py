@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ...io.errors import UsageError, readable
 from ..model import engine_of
@@ -16,7 +16,7 @@ from .limits import Limits
 from .logits import FiniteCheck
 from .row_sampling import RowSampling
 from .text import RowError
-from .way import Way, way_of
+from .way import Way, criteria_of, way_of
 
 _NOT_FINITE = (
     "the model gave logits that are not finite: its weights or its dtype overflow on "
@@ -68,7 +68,8 @@ class Completions:
         self._pads_left = not model.config.is_encoder_decoder
         self.way = self._way(RowSampling(), note)
         """Of rows that say nothing themselves."""
-        self._ways = {RowSampling(): self.way}
+        self._criteria = criteria_of(tokenizer, self.way.stop)
+        self._ways: dict[RowSampling, Way] = {}
 
     @contextmanager
     def stop_strings_taken_over(self) -> Iterator[None]:
@@ -84,13 +85,20 @@ class Completions:
             self._model.generation_config = before
 
     def way_for(self, sampling: RowSampling) -> Way:
-        """The same one for the same. Raises RowError for what does not go together."""
+        """The same one for the same, until they are forgotten. Raises RowError for what
+        does not go together."""
+        if sampling == RowSampling():
+            return self.way
         if sampling not in self._ways:
             try:
                 self._ways[sampling] = self._way(sampling, lambda text: None)
             except UsageError as error:
                 raise RowError(f"what the row asks for is refused: {error}") from error
         return self._ways[sampling]
+
+    def forget_ways(self) -> None:
+        """The rows that come now share no micro-batch with those before."""
+        self._ways.clear()
 
     def run(
         self,
@@ -103,6 +111,12 @@ class Completions:
         """Fills `result` of each of `prompts`, which have one way; `tick(rows)` is
         called as rows get a token. For `chunk_tokens` and `leave` see Decoder."""
         way = prompts[0].way
+        try:
+            criteria = self._criteria_of(way)
+        except UsageError as error:
+            for prompt in prompts:
+                prompt.fail(f"what the row asks for is refused: {error}")
+            return
         ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
         ends = RowEnds()
         check: FiniteCheck | None = FiniteCheck(len(prompts))
@@ -123,7 +137,7 @@ class Completions:
             ids.to(self._device),
             attention_mask=mask.to(self._device),
             generation_config=way.config,
-            stopping_criteria=way.criteria,
+            stopping_criteria=criteria,
             **options,
         )
         if not way.is_one_by_one:
@@ -136,6 +150,12 @@ class Completions:
             prompt.result = {"id": prompt.identity, **_joined(results)}
         for number in check.bad_prompts() if check else ():
             prompts[number].fail(_NOT_FINITE)
+
+    def _criteria_of(self, way: Way) -> StoppingCriteriaList:
+        """Made anew for those of rows, which may all have others."""
+        if way.stop == self.way.stop:
+            return self._criteria
+        return criteria_of(self.tokenizer, way.stop)
 
     def _way(self, sampling: RowSampling, note: Callable[[str], None]) -> Way:
         limit, stop = sampling.max_new_tokens, sampling.stop
