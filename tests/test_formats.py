@@ -158,6 +158,8 @@ def test_elements_that_are_no_rows_are_errors_of_their_own(tmp_path: Path) -> No
         ('[{"text": "a"} {"text": "b"}]', "stands where ',' should"),
         ('[{"text": "a"}', "its array has no end"),
         ("[" * 100_000, "no array of JSON objects"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "stands behind its end"),
+        ('[{"text": "a"}]' + " " * 99_999 + "x", "'x' stands behind its end"),
         ('{\n "rows": []\n}\n', "give an array, or an object a line"),
     ],
 )
