@@ -157,6 +157,27 @@ def folder_with(folder: Path, new: Path, **values: Any) -> Path:
     return new / "model"
 
 
+@pytest.mark.parametrize("pad", [None, 7])
+def test_beams_that_end_at_a_stop_string_are_counted_to_there(
+    pad: int | None, folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    """Whatever is behind them: they are padded to the longest one beside them."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    if pad is not None:
+        options["pad_token_id"] = pad
+    stop = ["e", "a", "()"]
+    found = completions(folder, stop=stop, **options)
+    lengths = []
+    for row in ROWS:
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        more = {"stop_strings": stop, "tokenizer": tokenizer}
+        with torch.inference_mode():
+            new = resident.generate(ids, **options, **more)
+        lengths.append(new.shape[1] - ids.shape[1])
+    assert [row["tokens"] for row in found] == lengths
+    assert len(set(lengths)) > 1
+
+
 def test_samples_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:
     options = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 50, "seed": 3}
     wide = completions(folder, **options)
@@ -165,7 +186,6 @@ def test_samples_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:
         policy={
             "micro_batch_sequences": 1,
             "sequences_in_flight": 2,
-            "micro_batch_sequences": 2,
         },
         **options,
     )

@@ -141,7 +141,8 @@ class Completions:
             **options,
         )
         if not way.is_one_by_one:
-            ends = _ends_of(found, 1 if not self._pads_left else ids.shape[1], way)
+            start = ids.shape[1] if self._pads_left else 1
+            ends = _ends_of(found, start, way, criteria)
             tick(sum(ends.lengths.values()))
         each = len(found) // len(prompts)
         for number, prompt in enumerate(prompts):
@@ -202,11 +203,22 @@ class Completions:
         }
 
 
-def _ends_of(found: torch.Tensor, start: int, way: Way) -> RowEnds:
-    """Of rows that were not watched: up to the first end of text."""
+def _ends_of(
+    found: torch.Tensor, start: int, way: Way, criteria: StoppingCriteriaList
+) -> RowEnds:
+    """Of rows that were not watched: up to the first end of text. Behind it stands
+    padding, up to the longest of them."""
     ends = RowEnds(start)
     for row, ids in enumerate(found[:, start:].tolist()):
-        length = next((i + 1 for i, t in enumerate(ids) if t in way.ends), None)
+        length = next(
+            (
+                i + 1
+                for i, token in enumerate(ids)
+                if token in way.ends
+                or (criteria and criteria(found[[row], : start + i + 1], None).any())  # type: ignore[arg-type]
+            ),
+            None,
+        )
         ends.lengths[row] = len(ids) if length is None else length
         if length is not None or len(ids) < way.max_new_tokens:
             ends.stopped.add(row)
