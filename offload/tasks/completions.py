@@ -215,7 +215,7 @@ def _ends_of(
                 i + 1
                 for i, token in enumerate(ids)
                 if token in way.ends
-                or (criteria and criteria(found[[row], : start + i + 1], None).any())  # type: ignore[arg-type]
+                or (criteria and criteria(found[[row], : start + i + 1], None).any())
             ),
             None,
         )
