@@ -158,6 +158,8 @@ def test_elements_that_are_no_rows_are_errors_of_their_own(tmp_path: Path) -> No
         ('[{"text": "a"} {"text": "b"}]', "stands where ',' should"),
         ('[{"text": "a"}', "its array has no end"),
         ("[" * 100_000, "no array of JSON objects"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "stands behind its end"),
+        ('[{"text": "a"}]' + " " * 99_999 + "x", "'x' stands behind its end"),
         ('{\n "rows": []\n}\n', "give an array, or an object a line"),
     ],
 )
@@ -263,3 +265,18 @@ def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
         destination(tmp_path)
     with pytest.raises(InputError, match="File name too long"):
         find_files(["x" * 300 + ".jsonl"])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
+    """As in CSV: one of them would be passed over."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / f"in{suffix}"
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match="two columns that are named 'text'"):
+        rows_of(path)

@@ -157,12 +157,36 @@ def folder_with(folder: Path, new: Path, **values: Any) -> Path:
     return new / "model"
 
 
+@pytest.mark.parametrize("pad", [None, 7])
+def test_beams_that_end_at_a_stop_string_are_counted_to_there(
+    pad: int | None, folder: Path, resident: Any, tokenizer: Any
+) -> None:
+    """Whatever is behind them: they are padded to the longest one beside them."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    if pad is not None:
+        options["pad_token_id"] = pad
+    stop = ["e", "a", "()"]
+    found = completions(folder, stop=stop, **options)
+    lengths = []
+    for row in ROWS:
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        more = {"stop_strings": stop, "tokenizer": tokenizer}
+        with torch.inference_mode():
+            new = resident.generate(ids, **options, **more)
+        lengths.append(new.shape[1] - ids.shape[1])
+    assert [row["tokens"] for row in found] == lengths
+    assert len(set(lengths)) > 1
+
+
 def test_samples_do_not_depend_on_the_rows_beside_them(folder: Path) -> None:
     options = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 50, "seed": 3}
     wide = completions(folder, **options)
     narrow = completions(
         folder,
-        policy={"micro_batch_sequences": 1, "sequences_in_flight": 2},
+        policy={
+            "micro_batch_sequences": 1,
+            "sequences_in_flight": 2,
+        },
         **options,
     )
     assert wide == narrow
@@ -632,6 +656,18 @@ def test_a_chat_is_written_by_the_tokenizers_template(
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 3, "temprature": 2}, "no option 'temprature'"),
         ({"max_new_tokens": 3, "early_stopping": "x"}, "do not go together: .*early"),
+        (
+            {"max_new_tokens": 3, "stop": ["x" * 99_999]},
+            "1 stop strings of up to 99999",
+        ),
+        (
+            {"max_new_tokens": 3, "stop": ["x"] * 9 + list(map(chr, range(2**14)))},
+            "may be",
+        ),
+        (
+            {"max_new_tokens": 3, "stop": ["\ud800"]},
+            "stop strings .*UnicodeEncodeError",
+        ),
     ],
 )
 def test_a_mistaken_option_is_one_sentence(
@@ -689,6 +725,30 @@ def test_the_command_names_bad_lines_and_goes_on(
     error, fine = read(out)
     assert 'line 1 has no "prompt", nor "text", nor "messages"' in error["error"]
     assert fine["tokens"] == 2
+
+
+@pytest.mark.parametrize("key", ["seed", "stop", "max_new_tokens", "progress"])
+def test_the_command_says_what_is_no_option_of_generate(
+    key: str, folder: Path, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    arguments = ("-o", tmp_path / "out.jsonl", "--max-new-tokens", 4)
+    done = run("generate", folder, source(ROWS[0]), *arguments, "--option", f"{key}=3")
+    assert done.returncode == 2
+    assert f"{key} is no --option" in done.stderr
+
+
+def test_what_rows_ask_for_is_forgotten_behind_them(folder: Path) -> None:
+    """Each may ask for something else, and what ends a text takes memory."""
+    rows = [{"prompt": "fine", "stop": f"{n}x", "max_tokens": 1} for n in range(9)]
+    rows[4]["stop"] = "x" * 99_999
+    found = completions(
+        folder,
+        rows,
+        max_new_tokens=3,
+        policy={"sequences_in_flight": 2, "micro_batch_sequences": 2},
+    )
+    assert "stop strings" in found.pop(4)["error"]
+    assert all(row["tokens"] == 1 for row in found)
 
 
 def test_the_command_takes_any_option_of_generate(

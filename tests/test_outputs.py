@@ -113,6 +113,10 @@ def test_columns_of_mixed_values_are_written_as_json(tmp_path: Path) -> None:
         ([[1], [2, 3]], "[int]"),
         ([["a"], []], "json"),
         ([2**70, 1], "json"),
+        ([2**60, 1], "int"),
+        ([[2**60], [1]], "[int]"),
+        ([2**60, 0.5], "json"),
+        ([0.5, 1, 2**60], "json"),
         ([True, 1], "json"),
         ([{"a": 1}], "json"),
     ],
@@ -120,6 +124,19 @@ def test_columns_of_mixed_values_are_written_as_json(tmp_path: Path) -> None:
 def test_a_column_is_of_one_kind_or_json(values: list[Any], kind: str) -> None:
     lines = [json.dumps({"x": value}).encode() for value in values]
     assert column_kinds(lines) == {"x": kind}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("identity", ["\ud800", ["\ud800"]])
+def test_half_of_a_surrogate_pair_comes_back(
+    identity: Any, name: str, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / name
+    rows = [{"id": each, "text": "a"} for each in (identity, "\\ud800")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_job(source, output)
+    found = [json.loads(line)["id"] for line in results_of(output)]
+    assert found == [identity, "\\ud800"]
 
 
 def test_numbers_that_json_has_not_are_errors(source: Path, tmp_path: Path) -> None:

@@ -330,6 +330,23 @@ def test_a_part_cut_short_is_named(source: Path, tmp_path: Path) -> None:
 # Rows that failed.
 
 
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_a_part_that_is_no_file_is_named(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    """Nothing waits for a pipe, or reads what has no end."""
+    output = tmp_path / "out.jsonl"
+    assert killed_at(30, source, output)
+    path = tmp_path / "out.jsonl.parts" / "part-00000000.jsonl"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(OutputError, match=r"part-00000000.jsonl: it is no regular"):
+        run_job(source, output)
+
+
 def test_failed_rows_of_a_finished_job_are_done_again_and_only_they(
     source: Path, expected: bytes, tmp_path: Path
 ) -> None:

@@ -120,6 +120,22 @@ def test_a_token_that_the_model_has_not_is_that_rows_error(model: Any) -> None:
         assert "error" not in found[0] | found[2], name
 
 
+@pytest.mark.parametrize("key", ["text", "seed", "temperature"])
+def test_an_error_of_a_row_is_short_and_can_be_printed(key: str, model: Any) -> None:
+    row = {"text": "1 2", key: "\x1b\ud800" * 9_999}
+    if key == "text":
+        row[key] = [row[key], 5]
+    row |= dict.fromkeys(map(str, range(9_999)), 0)
+    for task in (
+        generated(model, [row]),
+        penstock.score(model, [row], tokenizer=Numbers()),
+        penstock.embed(model, [row], tokenizer=Numbers()),
+    ):
+        for result in task:
+            assert len(result["error"]) < 2_000
+            assert result["error"].isprintable()
+
+
 def test_logits_that_are_no_numbers_are_that_rows_error(model: Any) -> None:
     for name, found in tasks(model, [GOOD, f"1 {BROKEN} 2", GOOD]).items():
         assert "overflow" in found[1]["error"], name
@@ -288,6 +304,7 @@ def test_a_row_with_a_seed_depends_on_that_alone(model: Any) -> None:
         ({"max_tokens": 3, "max_new_tokens": 4}, "several limits that differ"),
         ({"stop": [1]}, '"stop" is'),
         ({"stop": [""]}, '"stop" is'),
+        ({"stop": ["\ud800"]}, '"stop" is'),
         ({"min_p": float("nan")}, '"min_p" is nan'),
     ],
 )
@@ -396,12 +413,7 @@ def test_what_has_no_place_in_a_job_is_left_out_with_a_word(
     assert len(notes) == len(is_said)
 
 
-def test_stop_strings_of_the_checkpoint_are_among_those_that_end_a_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        "penstock.offload.tasks.way.StopStringCriteria", lambda *arguments: None
-    )
+def test_stop_strings_of_the_checkpoint_are_among_those_that_end_a_text() -> None:
     notes: list[str] = []
     assert way({"stop_strings": "ab"}, notes).stop == ("ab",)
     assert way({}, notes, stop_strings=["a", "b"]).stop == ("a", "b")
@@ -429,6 +441,7 @@ def test_options_that_nothing_comes_of_are_refused() -> None:
         {"frobnicate": 1},
         {"temperature": float("nan")},
         {"top_k": "abc"},
+        {"max_length": 14},
     ):
         with pytest.raises(UsageError, match=next(iter(options))):
             way({}, [], **options)

@@ -5,11 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...io.errors import UsageError
 from ..settings.values import Pooling, parse_setting
 from .job_command import job_command
 
 if TYPE_CHECKING:
     from ..jobs.work import ClassifyWork, EmbedWork, GenerateWork, ScoreWork
+
+_OWN_OPTIONS = {
+    "max_new_tokens": "--max-new-tokens",
+    "seed": "--seed",
+    "stop": "--stop",
+    **dict.fromkeys(("model", "parts", "progress", "tokenizer"), "something else"),
+}
+"""Names that mean something else than an option of transformers, and what says it."""
 
 
 @job_command(
@@ -80,6 +89,9 @@ def generate(
     from ..jobs.work import GenerateWork
 
     values = dict(map(parse_setting, options or []))
+    if own := _OWN_OPTIONS.keys() & values.keys():
+        key = min(own)
+        raise UsageError(f"{key} is no --option: give {_OWN_OPTIONS[key]}")
     if temperature is not None:
         values["temperature"] = temperature
     return GenerateWork(max_new_tokens, tuple(stop or ()), seed, values)

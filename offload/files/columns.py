@@ -36,6 +36,11 @@ class ColumnFile:
             raise InputError(
                 f"{self._path} has no column {wanted} (columns: {', '.join(names)})"
             )
+        used = [name for name in names if name in self._columns]
+        if twice := sorted({name for name in used if used.count(name) > 1}):
+            raise InputError(
+                f"{self._path} has two columns that are named {twice[0]!r}"
+            )
         return num_rows
 
     def rows(self, number: int, start: int, prefix: str) -> Iterator[InputRow]:

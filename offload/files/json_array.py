@@ -30,6 +30,8 @@ def array_records(
         if text.peek() != "]":
             text.expect(",")
             text.skip(_SPACE)
+    text.expect("]")
+    text.expect_end()
 
 
 class _Text:
@@ -55,6 +57,19 @@ class _Text:
             found = self._text[self._place : self._place + 20]
             raise self._error(f"{found!r} stands where {character!r} should")
         self._place += 1
+
+    def expect_end(self) -> None:
+        """Nothing but space is left."""
+        while self._place < len(self._text) or self._has_more():
+            self.skip_known(_SPACE)
+            if self._place < len(self._text):
+                found = self._text[self._place : self._place + 20]
+                raise self._error(f"{found!r} stands behind its end")
+
+    def skip_known(self, characters: str) -> None:
+        """Of the characters that are there already."""
+        rest = self._text[self._place :]
+        self._place += len(rest) - len(rest.lstrip(characters))
 
     def skip(self, characters: str) -> None:
         while self.peek() in characters:

@@ -13,7 +13,7 @@ TEXT_KEYS = {"text": '"text"'}
 ASKED_KEYS = {"prompt": '"prompt"', "text": '"text"'}
 PROMPT_KEYS = {"prompt": '"prompt"', "text": '"text"', "messages": '"messages"'}
 # A longer one is no row: what has no line ends is another kind of file.
-_MAX_LINE_BYTES = 1 << 30
+_MAX_LINE_BYTES = 32 << 20
 
 
 def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
@@ -101,14 +101,25 @@ def checked(
     return row
 
 
-def line_of(result: Mapping[str, Any]) -> bytes:
-    """One result as a line of UTF-8. Half of a surrogate pair, which UTF-8 has not, is
-    written as JSON escapes it."""
+def line_of(result: Any) -> bytes:
+    """One result, or a value of it, as a line of UTF-8. Half of a surrogate pair, which
+    UTF-8 has not, is written as JSON escapes it."""
     text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         return text.encode()
     except UnicodeEncodeError:
         return json.dumps(result, allow_nan=False).encode() + b"\n"
+
+
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 has it: no half of a surrogate pair is in it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def failed_line(identity: Any, message: str) -> bytes:

@@ -13,6 +13,7 @@ from ...io.errors import UsageError
 from .csv_results import csv_lines, csv_results
 from .extras import extra
 from .inputs import Inputs
+from .jsonl import is_encodable, line_of
 from .parts import Position
 from .sources import MANIFEST_SUFFIX, Codec, InputFile, Layout, format_of
 
@@ -105,11 +106,13 @@ def results_of(path: Path) -> Iterator[bytes]:
                 for key, value in row.items()
                 if value is not None or key == "id"
             }
-            yield json.dumps(values, ensure_ascii=False).encode() + b"\n"
+            yield line_of(values)
 
 
 _KINDS = b"penstock"
 """Of a schema's metadata: how each column's values are written."""
+_MOST_EXACT = 2**53
+"""Whole numbers up to it are themselves as floats, too; longer ones are "long"."""
 
 
 def column_kinds(lines: Lines) -> dict[str, str]:
@@ -124,24 +127,30 @@ def column_kinds(lines: Lines) -> dict[str, str]:
                 found[name] = kind if known == "null" else _common(known, kind)
             else:
                 found.setdefault(name, known)
-    return {name: "json" if kind == "null" else kind for name, kind in found.items()}
+    written = {"null": "json", "long": "int"}
+    return {name: written.get(kind, kind) for name, kind in found.items()}
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, list):
-        kinds = {_kind(item) for item in value}
+        kinds = {_kind(item).replace("long", "int") for item in value}
         kind = kinds.pop() if len(kinds) == 1 else "json"
         return f"[{kind}]" if kind in ("int", "float", "string") else "json"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "json"
+    if isinstance(value, int) and abs(value) > _MOST_EXACT:
+        return "long" if -(2**63) <= value < 2**63 else "json"
+    if isinstance(value, str) and not is_encodable(value):
+        return "json"  # which has escapes for it
     names = {bool: "bool", int: "int", float: "float", str: "string"}
     return names.get(type(value), "json")
 
 
 def _common(one: str, other: str) -> str:
-    return "float" if {one, other} == {"int", "float"} else "json"
+    both = {one, other}
+    if both == {"int", "long"}:
+        return "long"
+    return "float" if both == {"int", "float"} else "json"
 
 
 def _compressed(lines: Lines, compressor: Any) -> Iterator[bytes]:
@@ -225,7 +234,7 @@ def _schema(pyarrow: Any, kinds: Mapping[str, str]) -> Any:
 def _value(row: Mapping[str, Any], name: str, kinds: Mapping[str, str]) -> Any:
     value = row.get(name)
     if kinds[name] == "json" and name in row:
-        return json.dumps(value, ensure_ascii=False)
+        return line_of(value).decode().rstrip("\n")
     return value
 
 

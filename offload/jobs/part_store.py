@@ -21,7 +21,7 @@ import xxhash
 from ...io.closing import Closing
 from ...io.disk import Disk, put_in_place, write_whole
 from ...io.errors import OutputError, UsageError
-from ...io.whole import MAX_INDEX_BYTES, read_whole
+from ...io.whole import MAX_INDEX_BYTES, open_regular, read_whole
 from ..files.parts import Part, PartRecord
 from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest
@@ -141,13 +141,11 @@ class PartStore(Closing):
         """The results of a part, compared with its checksum. Raises OutputError where
         they are not those that were kept."""
         path = self._path(record.number)
+        if not path.exists():
+            raise OutputError(f"{path} is gone: run again, to do its rows again")
         try:
-            with path.open("rb") as file:
+            with open_regular(path, error=OutputError) as file:
                 content = file.read(record.num_bytes)
-        except FileNotFoundError:
-            raise OutputError(
-                f"{path} is gone: run again, to do its rows again"
-            ) from None
         except OSError as error:
             raise OutputError(f"cannot read {path}: {error.strerror}") from error
         if _digest(content) != record.digest:
@@ -263,7 +261,7 @@ def _is_there(file: IO[str], path: Path) -> bool:
 def _last_line(path: Path) -> tuple[Any, PartRecord]:
     """(job, record) of a part. Raises OutputError where it is not as it was written."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, error=OutputError) as file:
             nbytes = file.seek(0, os.SEEK_END)
             file.seek(max(nbytes - _MOST_RECORD_BYTES, 0))
             text = file.read()

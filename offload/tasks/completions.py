@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ...io.errors import UsageError
+from ...io.errors import UsageError, readable
 from ..model import engine_of
 from .decoding import Decoder, RowEnds, row_seed
 from .limits import Limits
 from .logits import FiniteCheck
 from .row_sampling import RowSampling
 from .text import RowError
-from .way import Way, way_of
+from .way import Way, criteria_of, way_of
 
 _NOT_FINITE = (
     "the model gave logits that are not finite: its weights or its dtype overflow on "
@@ -37,7 +37,7 @@ class Prompt:
     result: dict[str, Any] | None = None
 
     def fail(self, message: str) -> None:
-        self.result = {"id": self.identity, "error": message}
+        self.result = {"id": self.identity, "error": readable(message)}
 
 
 class Completions:
@@ -68,7 +68,8 @@ class Completions:
         self._pads_left = not model.config.is_encoder_decoder
         self.way = self._way(RowSampling(), note)
         """Of rows that say nothing themselves."""
-        self._ways = {RowSampling(): self.way}
+        self._criteria = criteria_of(tokenizer, self.way.stop)
+        self._ways: dict[RowSampling, Way] = {}
 
     @contextmanager
     def stop_strings_taken_over(self) -> Iterator[None]:
@@ -84,13 +85,20 @@ class Completions:
             self._model.generation_config = before
 
     def way_for(self, sampling: RowSampling) -> Way:
-        """The same one for the same. Raises RowError for what does not go together."""
+        """The same one for the same, until they are forgotten. Raises RowError for what
+        does not go together."""
+        if sampling == RowSampling():
+            return self.way
         if sampling not in self._ways:
             try:
                 self._ways[sampling] = self._way(sampling, lambda text: None)
             except UsageError as error:
                 raise RowError(f"what the row asks for is refused: {error}") from error
         return self._ways[sampling]
+
+    def forget_ways(self) -> None:
+        """The rows that come now share no micro-batch with those before."""
+        self._ways.clear()
 
     def run(
         self,
@@ -103,6 +111,12 @@ class Completions:
         """Fills `result` of each of `prompts`, which have one way; `tick(rows)` is
         called as rows get a token. For `chunk_tokens` and `leave` see Decoder."""
         way = prompts[0].way
+        try:
+            criteria = self._criteria_of(way)
+        except UsageError as error:
+            for prompt in prompts:
+                prompt.fail(f"what the row asks for is refused: {error}")
+            return
         ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
         ends = RowEnds()
         check: FiniteCheck | None = FiniteCheck(len(prompts))
@@ -123,11 +137,12 @@ class Completions:
             ids.to(self._device),
             attention_mask=mask.to(self._device),
             generation_config=way.config,
-            stopping_criteria=way.criteria,
+            stopping_criteria=criteria,
             **options,
         )
         if not way.is_one_by_one:
-            ends = _ends_of(found, 1 if not self._pads_left else ids.shape[1], way)
+            start = ids.shape[1] if self._pads_left else 1
+            ends = _ends_of(found, start, way, criteria)
             tick(sum(ends.lengths.values()))
         each = len(found) // len(prompts)
         for number, prompt in enumerate(prompts):
@@ -136,6 +151,12 @@ class Completions:
             prompt.result = {"id": prompt.identity, **_joined(results)}
         for number in check.bad_prompts() if check else ():
             prompts[number].fail(_NOT_FINITE)
+
+    def _criteria_of(self, way: Way) -> StoppingCriteriaList:
+        """Made anew for those of rows, which may all have others."""
+        if way.stop == self.way.stop:
+            return self._criteria
+        return criteria_of(self.tokenizer, way.stop)
 
     def _way(self, sampling: RowSampling, note: Callable[[str], None]) -> Way:
         limit, stop = sampling.max_new_tokens, sampling.stop
@@ -182,11 +203,22 @@ class Completions:
         }
 
 
-def _ends_of(found: torch.Tensor, start: int, way: Way) -> RowEnds:
-    """Of rows that were not watched: up to the first end of text."""
+def _ends_of(
+    found: torch.Tensor, start: int, way: Way, criteria: StoppingCriteriaList
+) -> RowEnds:
+    """Of rows that were not watched: up to the first end of text. Behind it stands
+    padding, up to the longest of them."""
     ends = RowEnds(start)
     for row, ids in enumerate(found[:, start:].tolist()):
-        length = next((i + 1 for i, t in enumerate(ids) if t in way.ends), None)
+        length = next(
+            (
+                i + 1
+                for i, token in enumerate(ids)
+                if token in way.ends
+                or (criteria and criteria(found[[row], : start + i + 1], None).any())
+            ),
+            None,
+        )
         ends.lengths[row] = len(ids) if length is None else length
         if length is not None or len(ids) < way.max_new_tokens:
             ends.stopped.add(row)

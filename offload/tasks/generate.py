@@ -197,6 +197,7 @@ class _Generating:
         """Takes rows as they are needed and groups prompts of similar lengths; False
         at the end."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
+            self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
             pools: dict[tuple[Way, int], list[Prompt]] = {}
             for prompt in prompts:

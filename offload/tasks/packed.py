@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from ...io.errors import PenstockError
+from ...io.errors import PenstockError, readable
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
@@ -183,7 +183,7 @@ class Packed(Generic[R, P]):
         except Exception as error:
             if len(pieces) == 1:
                 why = f"the model failed: {type(error).__name__}: {error}"
-                pieces[0].row.error = why
+                pieces[0].row.error = readable(why)
                 return
             for piece in pieces:
                 self._run([piece])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..files.jsonl import is_encodable
 from .row_error import RowError
 
 
@@ -86,7 +87,7 @@ def _stop(row: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     found = [stop] if isinstance(stop, str) else stop
     if not isinstance(found, (list, tuple)) or not all(
-        isinstance(each, str) and each for each in found
+        isinstance(each, str) and each and is_encodable(each) for each in found
     ):
         raise RowError(f'the row\'s "stop" is {stop!r:.80}: a text, or a list of texts')
     return tuple(found)

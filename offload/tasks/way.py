@@ -9,6 +9,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from ...io.errors import UsageError
+from ...io.front_door import about
 from .limits import Limits
 from .row_sampling import NUMBERS, number_of
 
@@ -68,6 +69,16 @@ _ANY = frozenset(
 )
 """Options that do not look at padding, or are kept from it (`unpadded`)."""
 _MOST_SEQUENCES = 10_000
+_MOST_PLACES = 1 << 25
+_TOKEN_CHARACTERS = 8
+_NOT_HERE = {
+    "max_time": "a completion would depend on the clock, and not be made again",
+    "assistant_early_exit": "a model cannot leave layers out that are streamed",
+    "dola_layers": "it needs what layers in between give",
+    "use_mtp": "layers that predict several tokens are not loaded",
+    "token_healing": "it changes the prompt",
+}
+"""Options that are refused, and why."""
 _UNPADDED = ("no_repeat_ngram_size", "repetition_penalty")
 """Those that are kept from it where tokens are picked one by one."""
 
@@ -78,7 +89,6 @@ class Way:
 
     config: Any
     """transformers' GenerationConfig."""
-    criteria: StoppingCriteriaList
     stop: tuple[str, ...]
     max_new_tokens: int
     ends: frozenset[int]
@@ -122,6 +132,7 @@ def way_of(
     """By the model's generation config `default`, with `options` on top. What of the
     former has no place here is said by `note`. Raises UsageError for options that
     transformers does not know, that do not go together, or that nothing comes of."""
+    _refuse_unused(options)
     options = {**options, "max_new_tokens": max_new_tokens, "max_length": None}
     config = _configured(default, options, note)
     for key in ("num_beams", "num_return_sequences"):
@@ -141,11 +152,32 @@ def way_of(
     config.pad_token_id = pad
     if ends:
         config.eos_token_id = sorted(ends)
+    stop = tuple(dict.fromkeys(stop))
+    return Way(config, stop, max_new_tokens, ends, pad)
+
+
+def criteria_of(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList:
+    """What ends a text at one of `stop`: megabytes, with a large vocabulary. Raises
+    UsageError for what no tokens make, and for what is too much to look for."""
     criteria = StoppingCriteriaList()
     if stop:
-        criteria.append(StopStringCriteria(tokenizer, list(stop)))
-    stop = tuple(dict.fromkeys(stop))
-    return Way(config, criteria, stop, max_new_tokens, ends, pad)
+        _check_stop(tokenizer, stop)
+        with about(f"stop strings {list(stop)!r:.200}", UsageError, every=True):
+            criteria.append(StopStringCriteria(tokenizer, list(stop)))
+    return criteria
+
+
+def _check_stop(tokenizer: Any, stop: Sequence[str]) -> None:
+    """transformers compares each token that there is with each place of each string."""
+    longest = max(map(len, stop))
+    tokens = len(tokenizer)
+    if tokens * len(stop) * (longest + _TOKEN_CHARACTERS) > _MOST_PLACES:
+        most = _MOST_PLACES // tokens
+        raise UsageError(
+            f"there are {len(stop)} stop strings of up to {longest} characters: with "
+            f"{tokens} tokens their number, times {_TOKEN_CHARACTERS} and the longest "
+            f"one's characters, may be {most}"
+        )
 
 
 def _configured(
@@ -161,7 +193,6 @@ def _configured(
             f"transformers' generate has no option {unknown[0]!r}: see "
             "transformers.GenerationConfig for those it has"
         )
-    _refuse_unused(values)
     for key in NUMBERS & values.keys():
         if values[key] is not None:
             try:
@@ -192,6 +223,14 @@ def _configured(
 
 
 def _refuse_unused(values: Mapping[str, Any]) -> None:
+    if values.get("max_length") is not None:
+        raise UsageError(
+            "max_length would count the prompt, too: say by max_new_tokens how many "
+            "tokens may follow"
+        )
+    for key, why in _NOT_HERE.items():
+        if values.get(key):
+            raise UsageError(f"{key} is not used here: {why}; leave it out")
     for key in _OUTPUTS:
         if values.get(key):
             raise UsageError(
@@ -212,6 +251,7 @@ def _leave_out(
     hands out things, which is none of a job's."""
     # transformers puts what the file says in the place of None.
     instead = {"cache_implementation": "dynamic", "return_dict_in_generate": False}
+    instead |= dict.fromkeys(_NOT_HERE)
     for key in (*instead, *_OUTPUTS):
         value = getattr(config, key, None)
         if value and key not in values:
