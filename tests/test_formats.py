@@ -210,7 +210,7 @@ def test_other_kinds_are_refused_by_name_both_ways(tmp_path: Path) -> None:
         find_files([path])
     for name in ("out.xlsx", "out.txt", "out.yaml.gz"):
         with pytest.raises(UsageError, match=r"cannot be written as \."):
-            destination(tmp_path / name)
+            destination(tmp_path / name, tmp_path / "model")
     assert find_files([write_rows(tmp_path / "rows", 2)])[0].layout == "lines"
 
 
@@ -246,23 +246,23 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
     link, target = tmp_path / "link.jsonl", tmp_path / "there" / "out.csv"
     target.parent.mkdir()
     link.symlink_to(target)
-    assert destination(link) == target
+    assert destination(link, tmp_path / "model") == target
     loop = tmp_path / "loop.jsonl"
     loop.symlink_to(loop)
     with pytest.raises(PenstockError, match=r"loop\.jsonl"):
-        destination(loop)
+        destination(loop, tmp_path / "model")
 
 
 def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the name of the output has 246 bytes"):
-        destination(tmp_path / ("x" * 240 + ".jsonl"))
+        destination(tmp_path / ("x" * 240 + ".jsonl"), tmp_path / "model")
     with pytest.raises(UsageError, match="File name too long"):
-        destination(tmp_path / ("x" * 250 + ".jsonl"))
+        destination(tmp_path / ("x" * 250 + ".jsonl"), tmp_path / "model")
     longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len(".manifest.json.new")
-    output = destination(tmp_path / ("x" * (longest - 6) + ".jsonl"))
+    output = destination(tmp_path / ("x" * (longest - 6) + ".jsonl"), tmp_path)
     run_job(write_rows(tmp_path / "in.jsonl", 2), output)
     with pytest.raises(UsageError, match="is a folder"):
-        destination(tmp_path)
+        destination(tmp_path, tmp_path / "model")
     with pytest.raises(InputError, match="File name too long"):
         find_files(["x" * 300 + ".jsonl"])
 
@@ -280,3 +280,14 @@ def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> Non
             writer.write_table(table)
     with pytest.raises(InputError, match="two columns that are named 'text'"):
         rows_of(path)
+
+
+def test_files_of_the_model_are_not_written_over(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.jsonl").touch()
+    with pytest.raises(UsageError, match="is a file of the model"):
+        destination(model / "config.jsonl", model)
+    assert destination(model / "scores.jsonl", model) == model / "scores.jsonl"
+    (model / "config.jsonl.manifest.json").touch()
+    assert destination(model / "config.jsonl", model), "a job made it"

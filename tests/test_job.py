@@ -25,7 +25,7 @@ from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
 from shares import shared
 from test_score import run as command
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "zwölf", "Boxkämpfer"]
 NUM_ROWS = 32

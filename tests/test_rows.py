@@ -395,6 +395,8 @@ def test_a_prompt_goes_on_in_no_more_ways_than_anybody_needs(
         {"output_hidden_states": True},
         {"cache_implementation": "offloaded"},
         {"cache_implementation": "static"},
+        {"max_time": 1.0},
+        {"assistant_early_exit": 2},
         {"pad_token_id": -1},
         {"pad_token_id": NUM_IDS},
         {"max_length": 20},
@@ -437,6 +439,9 @@ def test_options_that_nothing_comes_of_are_refused() -> None:
     for options in (
         {"output_scores": True},
         {"output_logits": True},
+        {"max_time": 1.0},
+        {"assistant_early_exit": 2},
+        {"dola_layers": "low"},
         {"cache_implementation": "offloaded"},
         {"frobnicate": 1},
         {"temperature": float("nan")},

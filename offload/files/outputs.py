@@ -23,9 +23,10 @@ _GZIP_LEVEL = 6
 _ZSTD_LEVEL = 3
 
 
-def destination(output: Path) -> Path:
+def destination(output: Path, model: Path) -> Path:
     """The file that `output` stands for, links followed. Raises UsageError where no
-    results can be put there, by its name alone."""
+    results can be put there, by its name alone: files of the checkpoint in `model` are
+    not written over, whatever is asked."""
     try:
         path = output.resolve()
         is_folder = path.is_dir()
@@ -43,6 +44,9 @@ def destination(output: Path) -> Path:
             f"has longer names, of at most {most}: use at most {room}"
         )
     output_format(path)
+    is_job = path.with_name(path.name + MANIFEST_SUFFIX).exists()
+    if path.exists() and not is_job and path.parent == model.resolve():
+        raise UsageError(f"{output} is a file of the model: name another output")
     return path
 
 

@@ -80,7 +80,7 @@ class Job:
         check_workers(self.workers)
         source, output = self.source, self.output
         if not is_stream(output):
-            output = destination(output)
+            output = destination(output, self.model)
         files = find_files(
             [source] if isinstance(source, (str, Path)) else source,
             Own(output, self.report),

@@ -44,7 +44,6 @@ _ANY = frozenset(
         "low_memory",
         "max_cache_len",
         "max_new_tokens",
-        "max_time",
         "min_new_tokens",
         "min_p",
         "no_repeat_ngram_size",
