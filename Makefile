@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINKS := build/types
-PATHS := penstock/tests:penstock/bench:penstock/bench/peers:penstock/examples
+TEST_FOLDERS := $(shell find tests -name '[a-z]*' -type d)
+PATHS := $(subst $() ,:,$(addprefix penstock/,$(TEST_FOLDERS))):penstock/bench:penstock/bench/peers:penstock/examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-kinds test-cluster lint types check bench clean
@@ -38,17 +39,17 @@ test: $(STAMP)
 test-kinds: export OMP_WAIT_POLICY = passive
 test-kinds: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py \
-		tests/test_residue.py
+		$(BIN)/python -m pytest -q -m kinds tests/offload/test_architectures.py \
+		tests/io/weights/test_residue.py
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
-		$(BIN)/python -m pytest -q -m kinds tests/test_architectures.py \
-		tests/test_residue.py
+		$(BIN)/python -m pytest -q -m kinds tests/offload/test_architectures.py \
+		tests/io/weights/test_residue.py
 	CC=/nonexistent/cc CXX=/nonexistent/c++ $(BIN)/python -m pytest -q --libaio=missing \
-		tests/test_choice.py tests/test_readers.py tests/test_compilation.py
+		tests/io/readers/test_choice.py tests/io/readers/test_readers.py tests/offload/engine/test_compilation.py
 
 # Real nodes of a cluster, which take two minutes to start.
 test-cluster: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --whole tests/test_ray.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --whole tests/offload/jobs/test_ray.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from machine import card
-from penstock.io.residue import clone_at
+from penstock.io.weights.residue import clone_at
 
 RESIDUES = (0, 8, 32)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from penstock.io.arena import Arena, HostMemory
-from penstock.io.files import ALIGNMENT
-from penstock.io.header import FileStamp, TensorEntry
-from penstock.io.host import HostTier
-from penstock.io.layout import TENSOR_ALIGNMENT, Layout, layout
-from penstock.io.recipe import plain
-from penstock.io.threads import ThreadReader
+from penstock.io.checkpoint.header import FileStamp, TensorEntry
+from penstock.io.memory.arena import Arena, HostMemory
+from penstock.io.readers.files import ALIGNMENT
+from penstock.io.readers.threads import ThreadReader
+from penstock.io.weights.host import HostTier
+from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, layout
+from penstock.io.weights.recipe import plain
 
 CEILING = "plain memory"
 UNIT_BYTES = 64 << 20

@@ -31,10 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import machine
 import penstock
 from penstock import Policy
-from penstock.offload.engine import Engine
+from penstock.offload.engine.engine import Engine
 from penstock.offload.model import engine_of
-from penstock.scheduler.simulated import Rank, SimulatedLink
-from penstock.scheduler.simulation import simulate
+from penstock.scheduler.simulation.simulate import simulate
+from penstock.scheduler.simulation.simulated import Rank, SimulatedLink
 
 FACTORS = (4.0, 1.0, 0.25)
 ODD = r"^model\.layers\.\d*[13579]$"

@@ -37,7 +37,7 @@ from penstock.offload.plans.planner import Choice, Task
 from penstock.offload.policy import IO, Policy
 from penstock.offload.settings.values import parse_bytes
 from penstock.offload.tuning.slices import Slice, made_up, measured_rate, predicted_rate
-from penstock.scheduler.memory_need import RUNTIME_BYTES
+from penstock.scheduler.cost.memory_need import RUNTIME_BYTES
 from prediction_cases import SHAPES, make_model
 
 GOAL = 0.97

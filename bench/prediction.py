@@ -42,7 +42,7 @@ from penstock.offload.policy import IO
 from penstock.offload.tasks.generate import generate
 from penstock.offload.tasks.score import score
 from penstock.offload.weights.blueprint import blueprint
-from penstock.scheduler.workload import Generating, Prediction, Scoring, predict
+from penstock.scheduler.cost.workload import Generating, Prediction, Scoring, predict
 from prediction_cases import SHAPES, Case, cases, make_model
 
 

@@ -13,7 +13,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from penstock.scheduler.partitioning import Blocks, Chips, max_context, pass_seconds
+from penstock.scheduler.cost.partitioning import (
+    Blocks,
+    Chips,
+    max_context,
+    pass_seconds,
+)
 
 TPU = {
     "flops": 275e12,

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 import machine
-from penstock.scheduler.simulated import Rank, SimulatedLink, Traffic
-from penstock.scheduler.simulation import simulate
+from penstock.scheduler.simulation.simulate import simulate
+from penstock.scheduler.simulation.simulated import Rank, SimulatedLink, Traffic
 
 UNIT_BYTES = 1 << 30
 SECONDS = 1e-3

@@ -107,12 +107,12 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
     with hidden():
         with stage("import penstock"), rare_collections():
             from penstock import Policy
-            from penstock.io.checkpoint import open_checkpoint
+            from penstock.io.checkpoint.index import open_checkpoint
             from penstock.offload import jobs  # noqa: F401
-            from penstock.offload.build import build
+            from penstock.offload.engine.build import build
             from penstock.offload.jobs import job  # noqa: F401
+            from penstock.offload.rows.text import load_tokenizer
             from penstock.offload.settings.room import room_for
-            from penstock.offload.tasks.text import load_tokenizer
         with stage("import transformers"), rare_collections():
             from penstock.offload.weights import hf
         with stage("headers"):

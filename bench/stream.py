@@ -28,9 +28,9 @@ import torch
 
 import limits
 import machine
-from penstock.io.checkpoint import open_checkpoint
+from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.extent import Extent, align_up
-from penstock.io.threads import ThreadReader
+from penstock.io.readers.threads import ThreadReader
 from penstock.offload.policy import parse_bytes
 from turns import in_turns
 

@@ -28,11 +28,11 @@ from typing import Any
 
 import copying
 import machine
-from penstock.io import aio
-from penstock.io.arena import Arena
-from penstock.io.choice import best_of, measure
-from penstock.io.header import FileStamp
-from penstock.io.shared import SharedArena
+from penstock.io.checkpoint.header import FileStamp
+from penstock.io.memory.arena import Arena
+from penstock.io.memory.shared import SharedArena
+from penstock.io.readers import libaio_reader as aio
+from penstock.io.readers.choice import best_of, measure
 from penstock.offload.policy import parse_bytes
 from ways import Case, by_reader, fio, make_file, plain_loop, reader_of
 

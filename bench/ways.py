@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.io.aio import LibaioReader
-from penstock.io.arena import Arena
-from penstock.io.buffered import AiofilesReader
+from penstock.io.checkpoint.header import FileStamp
 from penstock.io.extent import Extent
-from penstock.io.header import FileStamp
-from penstock.io.reader import Reader
-from penstock.io.threads import ThreadReader
+from penstock.io.memory.arena import Arena
+from penstock.io.readers.aiofiles_reader import AiofilesReader
+from penstock.io.readers.libaio_reader import LibaioReader
+from penstock.io.readers.reader import Reader
+from penstock.io.readers.threads import ThreadReader
 
 
 @dataclass(frozen=True)

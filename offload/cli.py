@@ -104,7 +104,7 @@ def verify(
 
 
 def _verify_checksums(model: Path, policy: Policy) -> None:
-    from .integrity import verify_checksums
+    from .engine.integrity import verify_checksums
 
     result = verify_checksums(model, policy)
     for difference in result.differences:

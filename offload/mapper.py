@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ..io.errors import UsageError
 from .model import load, unwrap
 from .policy import Policy
+from .rows.text import tokenizer_of
 from .tasks.classify import classify
 from .tasks.embed import embed
 from .tasks.generate import generate
 from .tasks.score import score
-from .tasks.text import tokenizer_of
 
 if TYPE_CHECKING:
     import pyarrow

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..io.checkpoint import open_checkpoint
+from ..io.checkpoint.index import open_checkpoint
 from ..io.errors import PenstockError, UsageError
 from ..io.front_door import front_door
-from ..scheduler.sweep import Sweep
+from ..scheduler.sweep.sweep import Sweep
 from .adapters import adapter_beside, apply_adapter
-from .build import build
-from .counters import Statistics
-from .engine import Engine
-from .life import Life
+from .engine.build import build
+from .engine.counters import Statistics
+from .engine.engine import Engine
+from .engine.life import Life
+from .engine.refusals import check_not_compiled, refusals
 from .policy import Policy, cache_folder
-from .refusals import check_not_compiled, refusals
 from .settings.installed import check_installed
 from .settings.memory_budget import Use
 from .settings.room import coming_with, room_for

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..io.errors import UsageError
-from ..io.recipe import Recipe
-from ..scheduler.module_state import ModuleState
+from ..io.weights.recipe import Recipe
+from ..scheduler.sweep.module_state import ModuleState
 from .adapters import CONFIG_FILE
-from .engine import Engine
+from .engine.engine import Engine
 from .model import engine_of, load, unwrap
 from .monitoring.memory import available_bytes
 from .policy import Policy

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from penstock.io.checkpoint import INDEX_FILE, SINGLE_FILE
+from penstock.io.checkpoint.index import INDEX_FILE, SINGLE_FILE
 
 SAVED_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

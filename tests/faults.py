@@ -17,14 +17,14 @@ from typing import Any, Self
 import aiofiles
 import pytest
 
-from penstock.io import aio
-from penstock.io.aio import LibaioReader
-from penstock.io.buffered import AiofilesReader
+from penstock.io.checkpoint.header import FileStamp
 from penstock.io.extent import Extent
 from penstock.io.handle import Handle
-from penstock.io.header import FileStamp
-from penstock.io.reader import Reader, ReaderStatistics
-from penstock.io.threads import ThreadReader
+from penstock.io.readers import libaio_reader as aio
+from penstock.io.readers.aiofiles_reader import AiofilesReader
+from penstock.io.readers.libaio_reader import LibaioReader
+from penstock.io.readers.reader import Reader, ReaderStatistics
+from penstock.io.readers.threads import ThreadReader
 
 PAGE = 4096
 

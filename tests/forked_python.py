@@ -21,7 +21,7 @@ _PRELOADED = (
     "transformers",
     "transformers.models.llama.modeling_llama",
     "penstock.offload.cli",
-    "penstock.offload.build",
+    "penstock.offload.engine.build",
 )
 context = multiprocessing.get_context("forkserver")
 

@@ -1,5 +1,6 @@
-"""The interface of the package `libaio`, as far as io/aio.py uses it, over the kernel's
-own calls: the reader of libaio is tested on machines without libaio.so.1, too."""
+"""The interface of the package `libaio`, as far as io/readers/libaio_reader.py uses it,
+over the kernel's own calls: that reader is tested on machines without libaio.so.1,
+too."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar, Literal, Self
 
-from penstock.io import aio
+from penstock.io.readers import libaio_reader as aio
 
 AIOBLOCK_MODE_READ = object()
 _PREADV = 7

@@ -20,8 +20,8 @@ from checkpoints import (
     random_tensor,
     write_raw,
 )
-from penstock.io.checkpoint import Checkpoint, open_files
-from penstock.io.recipe import Piece, Recipe, View, plain
+from penstock.io.checkpoint.index import Checkpoint, open_files
+from penstock.io.weights.recipe import Piece, Recipe, View, plain
 
 Kind = Literal[
     "plain",  # the stored tensor itself

@@ -19,9 +19,9 @@ from random import Random
 
 import torch
 
-from penstock.io.arena import Arena, HostMemory, Memory
 from penstock.io.event import Event
-from penstock.io.pinned import Pinned
+from penstock.io.memory.arena import Arena, HostMemory, Memory
+from penstock.io.memory.pinned import Pinned
 
 Clock = dict[str, int]
 

@@ -6,6 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +20,46 @@ FLOORS = ("io", "scheduler", "offload")
 FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 MAX_LINES = 300
 
-ORDER = (
-    "commands",
-    "tuning",
-    "jobs",
-    "reports",
-    "plans",
-    "machines",
-    "tasks",
-    "",  # the files beside the folders
-    "kv",
-    "weights",
-    "units",
-    "settings",
-    "monitoring",
-    "files",
-)
-"""The folders of offload/, from the top down: imports go down only here, too."""
-FACES = {"cli": "commands", "mapper": "tasks", "policy": "settings"}
+ORDER = {
+    "io": (
+        "weights",
+        "kv",
+        "readers",
+        "checkpoint",
+        "devices",
+        "memory",
+        "",  # the files beside the folders
+    ),
+    "scheduler": ("simulation", "sweep", "activations", "kv", "slots", "cost", ""),
+    "offload": (
+        "commands",
+        "tuning",
+        "jobs",
+        "reports",
+        "plans",
+        "machines",
+        "tasks",
+        "generation",
+        "rows",
+        "",
+        "engine",
+        "kv",
+        "weights",
+        "units",
+        "settings",
+        "monitoring",
+        "files",
+    ),
+}
+"""The folders of each floor, from the top down: imports go down only here, too."""
+FACES = {
+    "offload.cli": "commands",
+    "offload.mapper": "tasks",
+    "offload.policy": "settings",
+}
 """Files beside the folders that belong to one of them."""
+MAX_FILES = 20
+"""In a folder, without its note."""
 
 PURE = {
     "io/timeline.py",
@@ -51,28 +73,28 @@ PURE = {
     "offload/reports/recorded.py",
     "offload/tuning/candidates.py",
     "offload/tuning/race.py",
-    "scheduler/admission.py",
-    "scheduler/cooling.py",
-    "scheduler/cost.py",
-    "scheduler/event_loop.py",
-    "scheduler/job.py",
+    "scheduler/sweep/admission.py",
+    "scheduler/slots/cooling.py",
+    "scheduler/cost/model.py",
+    "scheduler/simulation/event_loop.py",
+    "scheduler/sweep/job.py",
     "scheduler/joint_rows.py",
-    "scheduler/kv_budget.py",
-    "scheduler/load_cost.py",
-    "scheduler/memory_need.py",
+    "scheduler/kv/budget.py",
+    "scheduler/cost/load_cost.py",
+    "scheduler/cost/memory_need.py",
     "scheduler/order.py",
     "scheduler/packing.py",
-    "scheduler/partitioning.py",
-    "scheduler/pipeline.py",
+    "scheduler/cost/partitioning.py",
+    "scheduler/cost/pipeline.py",
     "scheduler/placement.py",
-    "scheduler/rates.py",
-    "scheduler/schedule.py",
-    "scheduler/shape.py",
-    "scheduler/simulated.py",
-    "scheduler/slots.py",
-    "scheduler/traffic.py",
-    "scheduler/turns.py",
-    "scheduler/workload.py",
+    "scheduler/cost/rates.py",
+    "scheduler/simulation/schedule.py",
+    "scheduler/cost/shape.py",
+    "scheduler/simulation/simulated.py",
+    "scheduler/slots/arena_map.py",
+    "scheduler/cost/traffic.py",
+    "scheduler/simulation/turns.py",
+    "scheduler/cost/workload.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
 PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}
@@ -91,16 +113,16 @@ PURE_IMPORTS = {
 }
 
 TIERS = {
-    "penstock.io.aio",
-    "penstock.io.buffered",
-    "penstock.io.cuda",
-    "penstock.io.gds",
-    "penstock.io.peer",
-    "penstock.io.threads",
+    "penstock.io.readers.libaio_reader",
+    "penstock.io.readers.aiofiles_reader",
+    "penstock.io.devices.cuda",
+    "penstock.io.readers.gds",
+    "penstock.io.weights.peer",
+    "penstock.io.readers.threads",
 }
 """Modules of one way to read or place to keep; whoever imports one has chosen it."""
-CHOOSERS = ("offload/readers.py", "offload/tiers.py")
-REHEARSAL = "scheduler/rehearsal.py"
+CHOOSERS = ("offload/engine/readers.py", "offload/engine/tiers.py")
+REHEARSAL = "scheduler/simulation/rehearsal.py"
 """Puts them together with nothing behind them."""
 PARTS = {"Binding", "Doors", "Gate", "Order", "Tiers", "WorkingSet"}
 """What a streamed model is put together from."""
@@ -157,25 +179,26 @@ def floor_of(module: str) -> str | None:
     return parts[1] if parts[0] == "penstock" and len(parts) > 1 else None
 
 
-def folder_of(module: str) -> str | None:
-    """The folder of offload/ that a module is in, or whose face it is."""
-    package, floor, *names = module.split(".")[:3]
-    if (package, floor) != ("penstock", "offload") or not names:
+def folder_of(module: str) -> tuple[str, str] | None:
+    """The floor of a module, and the folder there that it is in, or whose face it
+    is."""
+    package, *parts = module.split(".")[:3]
+    if package != "penstock" or len(parts) < 2 or parts[0] not in ORDER:
         return None
-    name = FACES.get(names[0], names[0])
-    return name if name in ORDER else ""
+    floor, name = parts
+    name = FACES.get(f"{floor}.{name}", name)
+    return floor, name if name in ORDER[floor] else ""
 
 
 def climbs(module: str, imports: Iterable[Import]) -> list[Import]:
-    """Which of the imports of a module of offload/ go up in ORDER."""
+    """Which of the imports of a module go up in ORDER, on its own floor."""
     here = folder_of(module)
-    assert here is not None, f"{module} is not in offload/"
-    allowed = {None, *ORDER[ORDER.index(here) :]}
+    assert here is not None, f"{module} is on no floor"
+    floor, folder = here
+    order = ORDER[floor]
+    above = {(floor, name) for name in order[: order.index(folder)]}
     return [
-        found
-        for found in imports
-        if found.package == "penstock"
-        and folder_of(f"{found.module}.{found.name}") not in allowed
+        found for found in imports if folder_of(f"{found.module}.{found.name}") in above
     ]
 
 
@@ -195,43 +218,59 @@ def test_imports_go_down_only() -> None:
     assert wrong == []
 
 
-def test_folders_of_offload_import_down_only() -> None:
+def test_folders_import_down_only() -> None:
     wrong = []
     for path in FILES:
-        if label(path).startswith("offload/"):
-            module = ".".join(["penstock", *Path(label(path)).with_suffix("").parts])
+        module = ".".join(["penstock", *Path(label(path)).with_suffix("").parts])
+        if len(Path(label(path)).parts) > 1 and path.stem != "__init__":
             wrong += [(label(path), up) for up in climbs(module, imports_of(path))]
     assert wrong == []
 
 
-def test_all_folders_of_offload_are_in_the_order() -> None:
-    folders = {path.parent for path in FILES if label(path).startswith("offload/")}
-    names = [folder.relative_to(ROOT / "offload").as_posix() for folder in folders]
-    assert sorted(names) == sorted(name or "." for name in ORDER)
-    assert all((ROOT / "offload" / f"{face}.py").exists() for face in FACES)
+@pytest.mark.parametrize("floor", FLOORS)
+def test_all_folders_are_in_the_order(floor: str) -> None:
+    folders = {path.parent for path in FILES if floor_at(path) == floor}
+    names = [folder.relative_to(ROOT / floor).as_posix() for folder in folders]
+    assert sorted(names) == sorted(name or "." for name in ORDER[floor])
+
+
+def test_faces_are_there() -> None:
+    assert all((ROOT / f"{face.replace('.', '/')}.py").exists() for face in FACES)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_folder_can_be_looked_through(floor: str) -> None:
+    files = [p for p in FILES if floor_at(p) == floor and p.stem != "__init__"]
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in files)
+    assert {name: num for name, num in counts.items() if num > MAX_FILES} == {}
 
 
 @pytest.mark.parametrize(
     ("importer", "module", "name", "is_up"),
     [
-        ("kv.cache", "penstock.offload.jobs.work", "Work", True),
-        ("kv.cache", "penstock.offload.jobs", "work", True),
-        ("kv.cache", "penstock.offload", "engine", True),
-        ("kv.cache", "penstock.offload.kv.layers", "Layer", False),
-        ("kv.cache", "penstock.offload.policy", "Policy", False),
-        ("kv.cache", "penstock.io.arena", "Arena", False),
-        ("jobs.work", "penstock.offload.kv.cache", "install", False),
-        ("policy", "penstock.offload.engine", "Engine", True),
-        ("engine", "penstock.offload.policy", "Policy", False),
-        ("engine", "penstock.offload.cli", "main", True),
-        ("cli", "penstock.offload.engine", "Engine", False),
+        ("offload.kv.cache", "penstock.offload.jobs.work", "Work", True),
+        ("offload.kv.cache", "penstock.offload.jobs", "work", True),
+        ("offload.kv.cache", "penstock.offload", "model", True),
+        ("offload.kv.cache", "penstock.offload.kv.layers", "Layer", False),
+        ("offload.kv.cache", "penstock.offload.policy", "Policy", False),
+        ("offload.kv.cache", "penstock.io.memory.arena", "Arena", False),
+        ("offload.jobs.work", "penstock.offload.kv.cache", "install", False),
+        ("offload.policy", "penstock.offload.engine.engine", "Engine", True),
+        ("offload.engine.engine", "penstock.offload.policy", "Policy", False),
+        ("offload.model", "penstock.offload.cli", "main", True),
+        ("offload.cli", "penstock.offload.model", "load", False),
+        ("io.memory.arena", "penstock.io.readers.files", "Files", True),
+        ("io.errors", "penstock.io.memory", "arena", True),
+        ("io.readers.files", "penstock.io", "errors", False),
+        ("scheduler.cost.model", "penstock.scheduler.sweep.loop", "Hub", True),
+        ("scheduler.sweep.loop", "penstock.scheduler.order", "Order", False),
     ],
 )
 def test_an_import_that_goes_up_is_found(
     importer: str, module: str, name: str, is_up: bool
 ) -> None:
     found = Import(module, name, 0, 1)
-    assert climbs(f"penstock.offload.{importer}", [found]) == [found] * is_up
+    assert climbs(f"penstock.{importer}", [found]) == [found] * is_up
 
 
 def test_library_files_import_each_other_relatively() -> None:
@@ -268,7 +307,7 @@ def test_only_build_puts_the_parts_together() -> None:
     wrong = [
         (label(path), name, line)
         for path in FILES
-        if label(path) not in ("offload/build.py", REHEARSAL)
+        if label(path) not in ("offload/engine/build.py", REHEARSAL)
         for name, line in calls_in(path)
         if name in PARTS
     ]
@@ -276,9 +315,10 @@ def test_only_build_puts_the_parts_together() -> None:
 
 
 def test_build_does_name_them() -> None:
-    imported = {f.module for name in CHOOSERS for f in imports_of(ROOT / name)}
+    found = [f for name in CHOOSERS for f in imports_of(ROOT / name)]
+    imported = {m for f in found for m in (f.module, f"{f.module}.{f.name}")}
     assert imported >= TIERS
-    made = {name for name, _ in calls_in(ROOT / "offload" / "build.py")}
+    made = {name for name, _ in calls_in(ROOT / "offload" / "engine" / "build.py")}
     assert made >= PARTS
 
 

@@ -25,8 +25,8 @@ from gpu.common import Part
 from gpu.links import matmul
 from gpu.shapes import Shape, most_layers, shape_of, token_ids
 from penstock import Policy
-from penstock.io.checkpoint import Checkpoint, open_checkpoint
-from penstock.offload.build import build
+from penstock.io.checkpoint.index import Checkpoint, open_checkpoint
+from penstock.offload.engine.build import build
 from penstock.offload.model import _attach
 from penstock.offload.settings.room import room_for
 from penstock.offload.tasks.head import CausalScorer

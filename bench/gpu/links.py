@@ -69,8 +69,8 @@ def both_ways(part: Part, buffers: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def registered(part: Part) -> dict[str, Any]:
     """Out of Penstock's own pinned memory: huge pages, cudaHostRegister."""
-    from penstock.io.arena import Arena
-    from penstock.io.pinned import CudaRegistrar, Pinned
+    from penstock.io.memory.arena import Arena
+    from penstock.io.memory.pinned import CudaRegistrar, Pinned
 
     nbytes = 1024 * MIB
     with (
@@ -139,8 +139,8 @@ def matmuls(part: Part) -> None:
 def disk(part: Part) -> dict[str, Any]:
     """Each reader over a cold file, in chunks of 8 MiB, four reads under way."""
     import machine
-    from penstock.io import aio
-    from penstock.io.arena import Arena
+    from penstock.io.memory.arena import Arena
+    from penstock.io.readers import libaio_reader as aio
     from ways import Case, by_reader, make_file, plain_loop
 
     path = (part.work / "links.bin").resolve()
@@ -166,9 +166,9 @@ def disk(part: Part) -> dict[str, Any]:
 def _gds(part: Part, path: Any, nbytes: int) -> Any:
     """Straight from the drive into the device."""
     import machine
+    from penstock.io.checkpoint.header import FileStamp
     from penstock.io.extent import Extent
-    from penstock.io.gds import GdsReader, why_not
-    from penstock.io.header import FileStamp
+    from penstock.io.readers.gds import GdsReader, why_not
 
     if (reason := why_not(part.device, path)) is not None:
         return f"not used: {reason}"

@@ -19,20 +19,20 @@ from transformers.models.llama.modeling_llama import (
 
 from gpu.common import Part
 from gpu.shapes import Shape, fill, first_of
-from penstock.io.arena import Arena, Memory
-from penstock.io.cuda import CudaDevice
-from penstock.io.device import CpuDevice, Device
+from penstock.io.devices.cuda import CudaDevice
+from penstock.io.devices.device import CpuDevice, Device
 from penstock.io.event import Event
 from penstock.io.extent import align_up
-from penstock.io.layout import Layout, Placed
-from penstock.io.link import Link
-from penstock.io.pinned import CudaRegistrar, Pinned
-from penstock.io.source import Kept
-from penstock.io.transfer import packed
+from penstock.io.memory.arena import Arena, Memory
+from penstock.io.memory.pinned import CudaRegistrar, Pinned
+from penstock.io.weights.layout import Layout, Placed
+from penstock.io.weights.link import Link
+from penstock.io.weights.source import Kept
+from penstock.io.weights.transfer import packed
 from penstock.offload.units.sites import Found, FoundSite, FoundUnit, Place
 from penstock.offload.weights.binding import Binding
-from penstock.scheduler.doors import Doors, Site
-from penstock.scheduler.working_set import WorkingSet
+from penstock.scheduler.slots.doors import Doors, Site
+from penstock.scheduler.slots.working_set import WorkingSet
 
 _ALIGNMENT = 512
 _PIECE_BYTES = 2 << 20

@@ -76,11 +76,11 @@ def machine(
     Products by rows and dtype, memory, copies to and from a GPU, the drive by each
     reader, cores, and what calls cost. Leave the computer alone meanwhile.
     """
+    from ..engine.readers import makers_of
     from ..machines.machine import own_machine_path
     from ..machines.measuring import check_measurable, measure_machine
     from ..machines.readers_found import reader_lines
     from ..policy import IO
-    from ..readers import makers_of
     from ..settings.user_cache import user_cache
 
     check_measurable(disk, device)

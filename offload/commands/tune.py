@@ -76,7 +76,7 @@ def tune(
 
     Example: `penstock tune ./llama-3b texts.jsonl -o tuned.yaml`
     """
-    from ...io.disk import Disk
+    from ..files.durable import Disk
     from ..machines.machine import find_machine
     from ..plans.plan import make_plan
     from ..plans.planner import Task

@@ -7,10 +7,10 @@ from itertools import chain
 from pathlib import Path
 
 from ...io.errors import InputError
-from ...io.fingerprint import fingerprint
 from .columns import ColumnFile
 from .compression import CHUNK_BYTES, decompressed
 from .csv_rows import csv_header, csv_records
+from .fingerprint import fingerprint
 from .json_array import array_records
 from .jsonl import Record, checked, line_records, parse_row, split_lines, text_row
 from .parts import InputRow, Position

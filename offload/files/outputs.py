@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...io.disk import NEW
 from ...io.errors import UsageError
 from .csv_results import csv_lines, csv_results
+from .durable import NEW
 from .extras import extra
 from .inputs import Inputs
 from .jsonl import is_encodable, line_of

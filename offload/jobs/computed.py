@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...io.closing import Closing
-from ...io.kv_count import KvStatistics
+from ...io.kv.count import KvStatistics
 from ...io.timeline import Span
-from ..counters import Statistics
+from ..engine.counters import Statistics
 from ..model import engine_of, load_for, unwrap
 from ..policy import Policy
+from ..rows.text import load_tokenizer
 from ..settings.memory_budget import Use
 from ..tasks.task_progress import Progress
-from ..tasks.text import load_tokenizer
 from .look import Look, look_at
 
 

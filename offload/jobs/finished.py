@@ -11,10 +11,10 @@ from pathlib import Path
 
 import xxhash
 
-from ...io.disk import Disk, write_whole
 from ...io.errors import OutputError
-from ...io.fingerprint import fingerprint
 from ...io.whole import MAX_INDEX_BYTES, read_whole
+from ..files.durable import Disk, write_whole
+from ..files.fingerprint import fingerprint
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
 from ..files.sources import MANIFEST_SUFFIX

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...io.checkpoint import open_checkpoint
-from ...io.checksums import SIDE_FILE
+from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import CheckpointError
-from ...io.fingerprint import content_digest, fingerprint
+from ...io.readers.checksums import SIDE_FILE
+from ..files.fingerprint import content_digest, fingerprint
 from ..files.inputs import Inputs
 from ..files.parts import Cut
 from ..policy import Policy

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...io.closing import Closing
-from ...io.disk import Disk
 from ...io.errors import OutputError, UsageError
+from ..files.durable import Disk
 from ..files.outputs import encoded, output_format
 from ..files.parts import Cut, Part, PartRecord, are_whole
 from .finished import Finished, read_finished, write_manifest

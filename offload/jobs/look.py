@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..tasks.task_progress import Progress
 
 

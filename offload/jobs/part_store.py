@@ -19,9 +19,9 @@ from typing import IO, Any
 import xxhash
 
 from ...io.closing import Closing
-from ...io.disk import Disk, put_in_place, write_whole
 from ...io.errors import OutputError, UsageError
 from ...io.whole import MAX_INDEX_BYTES, open_regular, read_whole
+from ..files.durable import Disk, put_in_place, write_whole
 from ..files.parts import Part, PartRecord
 from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest

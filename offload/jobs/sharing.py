@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...io.checkpoint import open_checkpoint
+from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
 from ...io.errors import UsageError
 from ..files.parts import Part

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from ...scheduler.kv_store import KvStore, Series
+from ...scheduler.kv.store import KvStore, Series
 from .layers import TieredLayer, TieredSlidingLayer
 
 _PREPARE = "_prepare_cache_for_generation"

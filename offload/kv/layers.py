@@ -6,9 +6,9 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...io.errors import UsageError
-from ...io.kv_shape import KvShape
-from ...io.kv_strip import Pair, Strip
-from ...scheduler.kv_store import Key, KvStore, Series
+from ...io.kv.shape import KvShape
+from ...io.kv.strip import Pair, Strip
+from ...scheduler.kv.store import Key, KvStore, Series
 
 
 class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -7,23 +7,23 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from ...io.arena import Arena
 from ...io.closing import Closing
-from ...io.courier import Courier
-from ...io.device import Device, Stream
-from ...io.kv_codec import Codec, Plain
-from ...io.kv_count import KvCount
-from ...io.kv_file import KvFile
-from ...io.kv_hop import Hop, NoHop, ThroughHost
-from ...io.kv_lender import Lender, Locked, OfDevice, Unpinned
-from ...io.kv_places import PENDING_BYTES, Copied, InPlace, OnDisk
-from ...io.kv_quantised import Quantised
-from ...io.kv_shape import KvShape
-from ...io.kv_staging import Staging
+from ...io.devices.device import Device, Stream
+from ...io.kv.codec import Codec, Plain
+from ...io.kv.count import KvCount
+from ...io.kv.file import KvFile
+from ...io.kv.hop import Hop, NoHop, ThroughHost
+from ...io.kv.lender import Lender, Locked, OfDevice, Unpinned
+from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
+from ...io.kv.quantised import Quantised
+from ...io.kv.shape import KvShape
+from ...io.kv.staging import Staging
+from ...io.kv.worker_stream import Courier
+from ...io.memory.arena import Arena
 from ...io.pace import Pace
 from ...io.timeline import Record
-from ...scheduler.kv_budget import TIERS, KvBudget
-from ...scheduler.kv_store import KvStore, Place
+from ...scheduler.kv.budget import TIERS, KvBudget
+from ...scheduler.kv.store import KvStore, Place
 from ..policy import Policy, cache_folder
 from ..settings.contradictions import keeps_kv
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ...io.arena import Arena
-from ...io.choice import drive_of
-from ...io.disk import Disk as Files
-from ...io.disk import write_whole
+from ...io.checkpoint.header import FileStamp
 from ...io.extent import Extent, align_down, align_up
-from ...io.header import FileStamp
+from ...io.memory.arena import Arena
+from ...io.readers.choice import drive_of
+from ..engine.readers import makers_of
+from ..files.durable import Disk as Files
+from ..files.durable import write_whole
 from ..policy import IO, cache_folder
-from ..readers import makers_of
 from .machine import Calls, Disk, Machine
 from .measure import cpu_name, host_facts, scratch_file, seconds_of
 

@@ -15,15 +15,15 @@ import psutil
 import torch
 from torch.nn import functional
 
-from ...io.arena import Arena
-from ...io.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
+from ...io.checkpoint.header import FileStamp
 from ...io.errors import UsageError
 from ...io.extent import Extent
-from ...io.header import FileStamp
-from ...io.loader import copy_serially
+from ...io.memory.arena import Arena
+from ...io.readers.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
+from ...io.weights.loader import copy_serially
+from ..engine.readers import makers_of
 from ..monitoring.show import human_bytes
 from ..policy import IO
-from ..readers import makers_of
 from .machine import Disk
 
 _MOST_SECONDS = 0.3

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ...io.errors import UsageError
+from ..engine.tiers import open_device
 from ..policy import IO, cache_folder
-from ..tiers import open_device
 from . import measure
 from .machine import Calls, Copies, Machine
 from .measure_beside import cast_beside

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ...io.choice import Trial, best_of
+from ...io.readers.choice import Trial, best_of
 from ..monitoring.show import human_rate
 from .machine import Disk
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...io.errors import DoesNotFitError
-from ...scheduler.partitioning import (
+from ...scheduler.cost.partitioning import (
     Blocks,
     Chips,
     LayoutCost,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...io.errors import DoesNotFitError
-from ...scheduler.rates import Curve
+from ...scheduler.cost.rates import Curve
 from ..machines.machine import Machine
 from .planner import Choice, Planner
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ...io.files import ALIGNMENT
-from ...io.recipe import Recipe
-from ...scheduler.cost import CostModel
-from ...scheduler.memory_need import RUNTIME_BYTES
+from ...io.readers.files import ALIGNMENT
+from ...io.weights.recipe import Recipe
+from ...scheduler.cost.memory_need import RUNTIME_BYTES
+from ...scheduler.cost.model import CostModel
+from ...scheduler.cost.shape import MicroBatch, ModelShape, Settings
+from ...scheduler.cost.workload import Generating, Scoring
 from ...scheduler.packing import alike, pack
-from ...scheduler.shape import MicroBatch, ModelShape, Settings
-from ...scheduler.workload import Generating, Scoring
+from ..engine.tiers import transfer_of
+from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom, Use, reserve_of
-from ..tasks.prompt_chunk import prompt_chunk
-from ..tiers import transfer_of
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division

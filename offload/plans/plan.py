@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ...io.checkpoint import open_checkpoint
+from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import PolicyError
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ...scheduler.memory_need import Need
-from ...scheduler.workload import Prediction
+from ...scheduler.cost.memory_need import Need
+from ...scheduler.cost.workload import Prediction
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .forecast import Forecast

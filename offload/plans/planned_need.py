@@ -1,8 +1,8 @@
 """What a task keeps in memory beside the weights, under a policy."""
 
-from ...io.kv_places import PENDING_BYTES
-from ...scheduler.memory_need import Need, generating_need, scoring_need
-from ...scheduler.shape import ModelShape
+from ...io.kv.places import PENDING_BYTES
+from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
+from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from .forecast import generating_of, kv_itemsize
 from .planned import Task

@@ -6,10 +6,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ...io.errors import DoesNotFitError
-from ...io.recipe import Recipe
-from ...scheduler.memory_need import RUNTIME_BYTES, Need
-from ...scheduler.shape import ModelShape
-from ...scheduler.workload import Generating, Scoring, predict
+from ...io.weights.recipe import Recipe
+from ...scheduler.cost.memory_need import RUNTIME_BYTES, Need
+from ...scheduler.cost.shape import ModelShape
+from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.contradictions import KV_TIERS

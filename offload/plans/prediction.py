@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...io.errors import PenstockError
-from ...scheduler.shape import MicroBatch
-from ...scheduler.workload import Generating, Scoring, predict
+from ...scheduler.cost.shape import MicroBatch
+from ...scheduler.cost.workload import Generating, Scoring, predict
+from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..tasks.prompt_chunk import prompt_chunk
 from ..units.arrangement import Arrangement
 from .forecast import of_arrangement
 

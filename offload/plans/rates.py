@@ -3,7 +3,7 @@
 import math
 
 from ...io.errors import PolicyError
-from ...scheduler.rates import CallCosts, Curve, Rates
+from ...scheduler.cost.rates import CallCosts, Curve, Rates
 from ..machines.machine import Machine
 from ..policy import Policy
 

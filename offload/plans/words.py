@@ -1,6 +1,6 @@
 """Says in sentences what binds a plan, and what would change it."""
 
-from ...scheduler.load_cost import load_seconds
+from ...scheduler.cost.load_cost import load_seconds
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .dtypes import DtypeChoice, dtype_advice, dtype_words

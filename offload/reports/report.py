@@ -9,7 +9,7 @@ from typing import Any
 
 from ...io.errors import OutputError
 from ...io.timeline import Span
-from ..counters import Statistics
+from ..engine.counters import Statistics
 from ..machines.computer import computer, has_bfloat16, versions
 from ..monitoring.memory import available_bytes
 from ..policy import Policy

@@ -11,13 +11,13 @@ from ...io.errors import UsageError
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
+from ..rows.labels import Label, Labelled, tokenize_labels
+from ..rows.limits import limits_of
+from ..rows.text import RowError, tokenizer_of
 from .head import CausalScorer
-from .labels import Label, Labelled, tokenize_labels
-from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
-from .text import RowError, tokenizer_of
 
 
 @dataclass(slots=True)

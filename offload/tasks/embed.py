@@ -11,13 +11,13 @@ from ...io.errors import UsageError
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
+from ..rows.limits import limits_of
+from ..rows.text import RowError, tokenize_texts, tokenizer_of
 from ..settings.values import Pooling
 from ..units.hidden import base_of
-from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .pooling import pooled
 from .task_progress import ScoreProgress
-from .text import RowError, tokenize_texts, tokenizer_of
 
 
 @dataclass(slots=True)

@@ -15,20 +15,20 @@ from ...io.front_door import about
 from ...scheduler.packing import pack
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
+from ..generation.caches import Caches
+from ..generation.completions import Completions, Prompt
+from ..generation.prompt_chunk import prompt_chunk
+from ..generation.row_sampling import row_sampling, row_seed_of
+from ..generation.way import Way
 from ..model import engine_of
 from ..policy import Policy
+from ..rows.limits import limits_of
+from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
 from ..units.cache_kind import keeps_only_keys_and_values
-from .caches import Caches
-from .completions import Completions, Prompt
 from .head import check_head
-from .limits import limits_of
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
-from .prompt_chunk import prompt_chunk
-from .row_sampling import row_sampling, row_seed_of
 from .task_progress import GenerateProgress as GenerateProgress
 from .task_progress import InFlight
-from .text import RowError, check_row, tokenize_prompt, tokenizer_of
-from .way import Way
 
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875

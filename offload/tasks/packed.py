@@ -14,8 +14,8 @@ from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
 from ..policy import Policy
+from ..rows.text import RowError
 from .task_progress import ScoreProgress
-from .text import RowError
 
 POOL_MICRO_BATCHES = 16
 """What is packed together: so many micro-batches, so that lengths match well."""

@@ -13,11 +13,11 @@ from ...scheduler.packing import spans
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
+from ..rows.limits import limits_of
+from ..rows.text import RowError, TokenRow, tokenize_all, tokenizer_of
 from .head import CausalScorer
-from .limits import limits_of
 from .packed import LAZY_ROWS, Packed, Piece, Row
 from .task_progress import ScoreProgress as ScoreProgress
-from .text import RowError, TokenRow, tokenize_all, tokenizer_of
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...io.disk import Disk, write_whole
 from ...io.errors import OutputError, UsageError
 from ...io.whole import read_json
+from ..files.durable import Disk, write_whole
 from .race import Timing
 
 SUFFIX = ".measured.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.errors import InputError, PenstockError, UsageError
-from ...scheduler.workload import predict
+from ...scheduler.cost.workload import predict
 from ..files.inputs import Inputs
 from ..files.jsonl import PROMPT_KEYS, SCORED_KEYS
 from ..files.parts import Position
@@ -20,10 +20,10 @@ from ..model import load, unwrap
 from ..plans.forecast import generating_of, scoring_of
 from ..plans.planner import Choice, Task
 from ..policy import Policy
+from ..rows.text import RowError, load_tokenizer, tokenize_all, tokenize_prompt
 from ..tasks.generate import generate
 from ..tasks.score import score
 from ..tasks.task_progress import GenerateProgress, ScoreProgress
-from ..tasks.text import RowError, load_tokenizer, tokenize_all, tokenize_prompt
 
 _MOST_ROWS = 4096
 _FIRST_NEW_TOKENS = 8

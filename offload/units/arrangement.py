@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...io.files import ALIGNMENT
-from ...io.layout import TENSOR_ALIGNMENT, Layout
-from ...io.recipe import Recipe
-from ...io.transfer import Transfer
+from ...io.readers.files import ALIGNMENT
+from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
+from ...io.weights.recipe import Recipe
+from ...io.weights.transfer import Transfer
 from ...scheduler.placement import place
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ...io.errors import UsageError
-from ...io.layout import Layout
-from ...io.recipe import Recipe
-from ...scheduler.shape import ModelShape, SiteCost, UnitCost
+from ...io.weights.layout import Layout
+from ...io.weights.recipe import Recipe
+from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .cache_kind import keeps_only_keys_and_values
 from .division import Division
 from .hidden import base_of

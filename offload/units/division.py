@@ -11,9 +11,9 @@ from torch import nn
 
 from ...io.errors import DoesNotFitError
 from ...io.extent import align_down
-from ...io.layout import Layout, layout
-from ...io.recipe import Recipe
-from ...io.transfer import Transfer
+from ...io.weights.layout import Layout, layout
+from ...io.weights.recipe import Recipe
+from ...io.weights.transfer import Transfer
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget

@@ -4,7 +4,7 @@ import sys
 
 from torch import nn
 
-from ...scheduler.coalescing import RowWise
+from ...scheduler.sweep.coalescing import RowWise
 from .row_probe import takes_rows_to_rows
 from .sites import Found
 

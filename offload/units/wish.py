@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...io.kv_places import PENDING_BYTES
-from ...io.recipe import Recipe
-from ...scheduler.memory_need import generating_need, scoring_need
-from ...scheduler.shape import ModelShape
+from ...io.kv.places import PENDING_BYTES
+from ...io.weights.recipe import Recipe
+from ...scheduler.cost.memory_need import generating_need, scoring_need
+from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use

@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...io.arena import Memory
 from ...io.errors import PenstockError, closed
-from ...io.host import HostTier
-from ...io.layout import Placed
-from ...io.transfer import Transfer
+from ...io.memory.arena import Memory
+from ...io.weights.host import HostTier
+from ...io.weights.layout import Placed
+from ...io.weights.transfer import Transfer
 from ..units.sites import Found, Place, tensors_in
 from .bound import BoundParameter, is_ours, replaced, written
 

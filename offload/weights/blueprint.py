@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ...io.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from ...io.header import FileStamp, TensorEntry
+from ...io.checkpoint.header import FileStamp, TensorEntry
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from ...io.whole import read_json_object
 from . import hf
 from .hf import Skeleton

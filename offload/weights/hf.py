@@ -16,9 +16,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ...io.checkpoint import Checkpoint
+from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, UsageError
-from ...io.recipe import Recipe
+from ...io.weights.recipe import Recipe
 from .hf_config import (
     check_layers,
     model_class_of,

@@ -23,10 +23,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ...io.checkpoint import Checkpoint
+from ...io.checkpoint.header import TensorEntry
+from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, ClosedError
-from ...io.header import TensorEntry
-from ...io.recipe import Piece, Recipe, View, plain
+from ...io.weights.recipe import Piece, Recipe, View, plain
 
 
 @dataclass

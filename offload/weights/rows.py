@@ -5,8 +5,8 @@ import mmap
 import torch
 
 from ...io.extent import Extent, windows
-from ...io.reader import Reader
-from ...io.recipe import Recipe
+from ...io.readers.reader import Reader
+from ...io.weights.recipe import Recipe
 
 
 class RowGatherer:

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ...io.checkpoint import SINGLE_FILE, Checkpoint, open_files
+from ...io.checkpoint.index import SINGLE_FILE, Checkpoint, open_files
 from ...io.errors import OutputError, UsageError
-from ...io.recipe import Recipe, plain
-from ...io.residue import clone_at, residue_of
-from ...io.tensor_file import write_tensors
+from ...io.weights.recipe import Recipe, plain
+from ...io.weights.residue import clone_at, residue_of
+from ...io.weights.tensor_file import write_tensors
 from .bound import BoundParameter
 from .poison import StreamedParameter
 from .spill_folder import SpillFolder

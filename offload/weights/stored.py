@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ...io.checkpoint import Checkpoint
+from ...io.checkpoint.header import TensorEntry
+from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError
-from ...io.header import TensorEntry
-from ...io.recipe import Recipe
+from ...io.weights.recipe import Recipe
 
 _NUM_EXAMPLES = 3
 

@@ -1,0 +1,180 @@
+"""Reads a safetensors header strictly: a header that lies is an error, never a weight.
+
+Format: 8 bytes of little-endian header length, a JSON object, then the tensors' bytes.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..whole import open_regular
+from .dtypes import STORED_DTYPES
+
+# The safetensors library refuses longer headers; so do we, before allocating.
+MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64  # torch's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor as it lies in one file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """In torch elements (a packed 4-bit dtype counts two values as one)."""
+    path: Path
+    offset: int
+    """Bytes from the start of the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What must not change while a file is being streamed. Who writes to a file can put
+    its mtime back, but not its ctime."""
+
+    size_bytes: int
+    mtime_ns: int
+    inode: int = 0
+    ctime_ns: int = 0
+    num_links: int = 1
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "FileStamp":
+        size, mtime = stat.st_size, stat.st_mtime_ns
+        return cls(size, mtime, stat.st_ino, stat.st_ctime_ns, stat.st_nlink)
+
+    def is_of(self, stat: os.stat_result) -> bool:
+        """Whether the file is what it was. Who removes one of its names, or adds one,
+        changes its ctime and nothing in it."""
+        now = FileStamp.of(stat)
+        if now.num_links != self.num_links:
+            now = replace(now, num_links=self.num_links, ctime_ns=self.ctime_ns)
+        return now == self
+
+
+def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
+    """Parses the header of `path`; entries come in file order.
+
+    Raises CheckpointError naming the file, what is wrong with it, and what to do.
+    """
+    try:
+        with open_regular(path) as file:
+            stamp = FileStamp.of(os.fstat(file.fileno()))
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if prefix == b"version ":
+                raise CheckpointError(
+                    f"{path} is a pointer of Git LFS, not the file: run `git lfs pull`"
+                )
+            if len(prefix) < 8:
+                raise _broken(path, f"is too short: {stamp.size_bytes} bytes")
+            if length > min(MAX_HEADER_BYTES, stamp.size_bytes - 8):
+                raise _broken(
+                    path,
+                    f"says that its header has {length} bytes, but the file has "
+                    f"{stamp.size_bytes}: it is truncated or no safetensors file",
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"has a header that is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _broken(path, "has a header that is no JSON object")
+    header.pop("__metadata__", None)
+    entries = sorted(
+        (_entry(path, 8 + length, name, value) for name, value in header.items()),
+        key=lambda entry: (entry.offset, entry.nbytes),
+    )
+    _check_coverage(path, stamp.size_bytes, 8 + length, entries)
+    return stamp, tuple(entries)
+
+
+def _broken(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}; download, copy or save it again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON allows a name twice and Python keeps the last: which one is the lie?"""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands in it twice")
+        found[name] = value
+    return found
+
+
+def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
+    tensor = f"tensor {name!r}"
+    if not _is_sound(value):
+        raise _broken(path, f"has a malformed entry of {tensor}: {value!r:.200}")
+    shape: tuple[int, ...] = tuple(value["shape"])
+    start, end = value["data_offsets"]
+    dtype_name = value["dtype"]
+    stored = STORED_DTYPES.get(dtype_name)
+    if stored is None or stored.torch is None:
+        known = ", ".join(key for key, found in STORED_DTYPES.items() if found.torch)
+        raise CheckpointError(
+            f"{path}, {tensor}: torch has no dtype {dtype_name}; save the checkpoint "
+            f"again in one of {known}"
+        )
+    bits = math.prod(shape) * stored.bits
+    if end - start != bits // 8 or bits % 8:
+        raise _broken(
+            path,
+            f"contradicts itself: {tensor}, {dtype_name} {list(shape)}, takes "
+            f"{bits / 8:g} bytes, but its offsets {start}..{end} hold {end - start}",
+        )
+    if stored.packed > 1:
+        if not shape or shape[-1] % stored.packed:
+            raise _broken(path, f"has {tensor} in {dtype_name} with an odd row")
+        shape = (*shape[:-1], shape[-1] // stored.packed)
+    return TensorEntry(name, stored.torch, shape, path, data_start + start, end - start)
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether a header entry has the types that the format demands."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS:
+        return False
+    return all(type(x) is int and 0 <= x < 1 << 63 for x in shape + offsets)
+
+
+def _check_coverage(
+    path: Path, size_bytes: int, data_start: int, entries: list[TensorEntry]
+) -> None:
+    """Tensors must fill the file from header to end without overlap, as the format
+    demands: a gap or an overlap means that some offset is a lie."""
+    position = data_start
+    for entry in entries:
+        if entry.offset < position:
+            raise _broken(path, f"has tensor {entry.name!r} overlap the one before it")
+        if entry.offset > position:
+            raise _broken(
+                path,
+                f"has {entry.offset - position} bytes before tensor {entry.name!r} "
+                "that belong to no tensor",
+            )
+        position = entry.offset + entry.nbytes
+    if position > size_bytes:
+        raise _broken(
+            path,
+            f"is truncated: its header promises {position} bytes, the file has "
+            f"{size_bytes}",
+        )
+    if position < size_bytes:
+        raise _broken(path, f"has {size_bytes - position} bytes after its last tensor")

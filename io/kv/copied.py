@@ -1,0 +1,202 @@
+"""A strip that is kept elsewhere and brought where attention reads it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..errors import ClosedError
+from .codec import Codec
+from .count import KvCount
+from .region import GONE, Region
+from .shape import KvShape
+from .staging import Staged, Staging
+from .strip import Lease, Pair, Strip
+
+_GROWTH = 4
+"""More tokens than was said come in pieces of a fourth of that."""
+
+
+_ROOM = 7
+"""Tokens more than the next ones for which a buffer has room, should it stay staged."""
+
+
+class CopiedStrip(Strip):
+    """Each token goes to `region` once; all that are seen come from there at each step,
+    unless they are staged still. When the region is full and most of it forgotten, the
+    rest moves to its start."""
+
+    _region: Region | None = None
+    _staged: Staged | None = None
+
+    def __init__(
+        self,
+        shape: KvShape,
+        make_codec: Callable[[KvShape], Codec],
+        region: Region,
+        staging: Staging,
+        lease: Lease,
+        count: KvCount,
+    ) -> None:
+        self.shape = shape
+        self._make_codec = make_codec
+        self._codec = make_codec(shape)
+        self._staging = staging
+        self._lease = lease
+        self._count = count
+        self._base = 0
+        """The token that the region begins with."""
+        self._last_num = 1
+        self._region = region
+
+    def __repr__(self) -> str:
+        return f"<CopiedStrip: {self.length} tokens, {self._lease.tier}>"
+
+    @property
+    def device_bytes(self) -> int:
+        if self._region is None or self._lease.tier != "device":
+            return 0
+        return self._region.capacity
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
+        num, row = keys.shape[2], self._codec.row_bytes
+        rows = self._codec.encode(keys, values)
+        seen = rows
+        if start < self.length:
+            self._last_num = num
+            staged = self._stage(start, num)
+            low = staged.lead + (start - staged.first) * row
+            end = staged.lead + (self.length - staged.first) * row
+            self._staging.put(staged, end, rows)
+            seen = staged.buffer[low : end + rows.nbytes]
+        self._write(rows)
+        if start >= self.length:
+            self._unstage()  # it did not get the new ones
+        self._count.append(self._lease.tier, num * self.shape.batch, rows.nbytes)
+        self.length += num
+        return self._codec.decode(seen)
+
+    def view(self, start: int) -> Pair:
+        self._open_region()
+        if start == self.length:
+            nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+            return self._codec.decode(nothing)
+        low, end, staged = self._rows(start)
+        return self._codec.decode(staged.buffer[low:end])
+
+    def prefetch(self) -> bool:
+        staged = self._staged
+        is_there = staged is not None and not staged.is_dropped
+        if self._region is None or is_there or self.first >= self.length:
+            return True
+        self._staged = self._fetch(self.first, self._last_num, ahead=True)
+        return self._staged is not None
+
+    def skip(self, num: int) -> None:
+        super().skip(num)
+        self._base = num
+
+    def forget(self, before: int) -> None:
+        self.first = before
+
+    def truncate(self, length: int) -> None:
+        region = self._open_region()
+        self._unstage()
+        region.truncate((length - self._base) * self._codec.row_bytes)
+        self.length = length
+
+    def select(self, rows: torch.Tensor) -> None:
+        region = self._open_region()
+        found = self.view(self.first)
+        rows = rows.to(found[0].device)
+        keys, values = (part.index_select(0, rows) for part in found)
+        del found
+        self._unstage()
+        self.shape = replace(self.shape, batch=rows.shape[0])
+        self._codec = self._make_codec(self.shape)
+        region.truncate(0)
+        self._base = self.first
+        encoded = self._codec.encode(keys, values)
+        self._write(encoded)
+        self._count.moved += encoded.nbytes
+
+    def close(self) -> None:
+        region, self._region = self._region, None
+        if region is not None:
+            self._unstage()
+            region.close()
+            self._lease.give_back()
+
+    def _open_region(self) -> Region:
+        if self._region is None:
+            raise ClosedError(GONE)
+        return self._region
+
+    def _write(self, rows: torch.Tensor) -> None:
+        region = self._open_region()
+        missing = region.nbytes + rows.nbytes - region.capacity
+        if missing > 0 and 2 * (self.length - self.first) <= self.length - self._base:
+            self._compact(region)
+            missing = region.nbytes + rows.nbytes - region.capacity
+        if missing > 0:
+            more = region.round(max(missing, region.capacity // _GROWTH))
+            self._lease.resize(region.capacity + more)
+            region.grow(more)
+        region.append(rows)
+
+    def _compact(self, region: Region) -> None:
+        """What is kept moves to the start, in place of at least as much that is
+        forgotten."""
+        encoded = torch.empty(0, dtype=torch.uint8, device="cpu")
+        if self.first < self.length:
+            low, end, staged = self._rows(self.first)
+            encoded = staged.buffer[low:end].clone()
+        region.truncate(0)
+        self._base = self.first
+        if encoded.nbytes:
+            region.append(encoded)
+            self._count.moved += encoded.nbytes
+
+    def _rows(self, start: int) -> tuple[int, int, Staged]:
+        """Where the tokens from `start` on lie in what is staged."""
+        row = self._codec.row_bytes
+        staged = self._stage(start, 0)
+        low = staged.lead + (start - staged.first) * row
+        return low, staged.lead + (self.length - staged.first) * row, staged
+
+    def _stage(self, start: int, num: int) -> Staged:
+        """The tokens from `start` on, with room for `num` more behind them."""
+        staged, row = self._staged, self._codec.row_bytes
+        if staged is not None and not staged.is_dropped:
+            end = staged.lead + (self.length + num - staged.first) * row
+            if staged.first > start or end > staged.buffer.nbytes:
+                self._unstage()
+        if self._staged is None or self._staged.is_dropped:
+            self._staged = self._fetch(start, num, ahead=False)
+        assert self._staged is not None, "who computes always gets a buffer"
+        began = time.perf_counter()
+        self._staging.use(self._staged)
+        self._count.wait_seconds += time.perf_counter() - began
+        return self._staged
+
+    def _fetch(self, start: int, num: int, *, ahead: bool) -> Staged | None:
+        region, row = self._open_region(), self._codec.row_bytes
+        low = (start - self._base) * row
+        end = (self.length - self._base) * row
+        lead = region.lead(low)
+        nbytes = region.room(lead + end - low, (num + _ROOM) * row)
+        staged = self._staging.lend(nbytes, lead, start, ahead=ahead)
+        if staged is not None:
+            try:
+                staged.ready = region.fetch(low, end, staged.buffer)
+            except BaseException:
+                self._staging.drop(staged)
+                raise
+            self._count.read[self._lease.tier] += end - low
+        return staged
+
+    def _unstage(self) -> None:
+        if self._staged is not None:
+            self._staging.drop(self._staged)
+            self._staged = None

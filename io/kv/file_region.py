@@ -1,0 +1,165 @@
+"""The rows of one strip in a file: whole pages there, the rest of one in memory."""
+
+import torch
+
+from ..devices.device import CpuStream, Device
+from ..errors import ClosedError
+from ..extent import align_down, align_up
+from ..handle import Handle
+from ..readers.files import ALIGNMENT
+from .file import KvFile, pages
+from .hop import Hop
+from .pages import PAGE_BYTES, plan_append, spans
+from .region import GONE, Arrival, Region
+
+_move = CpuStream().copy
+
+
+class FileRegion(Region):
+    """Appends are written behind, in order; a fetch reads what was appended before.
+
+    What fails is raised by the `append` or the arrival that comes after it.
+    """
+
+    def __init__(self, file: KvFile, device: Device, hop: Hop) -> None:
+        self._file = file
+        self._device = device
+        self._hop = hop
+        self._offsets: list[int] = []
+        self._sizes: list[int] = []
+        self._written: Handle = Handle(0)
+        self._read: Handle = Handle(0)
+        self._error: BaseException | None = None
+        # The writer's own, and of who waits for it.
+        self._done = 0
+        with torch.inference_mode(False):
+            self._tail = torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cpu")
+        self._is_closed = False
+
+    def grow(self, nbytes: int) -> None:
+        nbytes = pages(nbytes)
+        self._offsets.append(self._file.take(nbytes))
+        self._sizes.append(nbytes)
+        self.capacity += nbytes
+
+    def round(self, nbytes: int) -> int:
+        return pages(nbytes)
+
+    def lead(self, start: int) -> int:
+        return start % ALIGNMENT
+
+    def room(self, nbytes: int, more: int) -> int:
+        return max(align_up(nbytes, ALIGNMENT), nbytes + more)
+
+    def append(self, rows: torch.Tensor) -> None:
+        self._check()
+        outgoing = self._hop.out(rows)
+
+        def act() -> None:
+            try:
+                self._append(outgoing.wait())
+            finally:
+                outgoing.close()
+
+        self._written = self._file.writer.give(act, rows.nbytes)
+        self.nbytes += rows.nbytes
+
+    def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
+        self._check()
+        arrival = Arrival(self._device)
+        low = align_down(start, ALIGNMENT)
+        incoming = self._hop.back(target[: align_up(end, ALIGNMENT) - low])
+        written = self._written
+
+        def act() -> None:
+            try:
+                written.wait()
+                self._fetch(start, end, incoming.buffer)
+                arrival.ready = incoming.send()
+            finally:
+                incoming.close()
+
+        arrival.handle = self._read = self._file.reader.give(act)
+        return arrival
+
+    def truncate(self, nbytes: int) -> None:
+        self._check()
+        self._read.wait_quietly()
+        self._written.wait()
+        flushed = align_down(self._done, PAGE_BYTES)
+        low = align_down(nbytes, PAGE_BYTES)
+        if low < flushed and low < nbytes:  # a page that was whole is no more
+
+            def act() -> None:
+                self._read_pages(low, low + PAGE_BYTES, page)
+                _move(self._tail, page)
+
+            with torch.inference_mode(False):
+                whole = torch.empty(
+                    PAGE_BYTES + ALIGNMENT, dtype=torch.uint8, device="cpu"
+                )
+            start = -whole.data_ptr() % ALIGNMENT
+            page = whole[start : start + PAGE_BYTES]
+            self._file.reader.give(act).wait()
+        self._done = self.nbytes = nbytes
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            for offset, nbytes in zip(self._offsets, self._sizes, strict=True):
+                self._file.give_back(offset, nbytes)
+
+    def _check(self) -> None:
+        if self._is_closed:
+            raise ClosedError(GONE)
+        if self._error is not None:
+            raise self._error
+
+    # In the writer's thread, and in the reader's, which waits for it.
+
+    def _append(self, rows: torch.Tensor) -> None:
+        if self._error is not None or self._is_closed:
+            return
+        plan = plan_append(self._done, rows.nbytes, PAGE_BYTES)
+        held = self._done % PAGE_BYTES
+        try:
+            if plan.write_end > plan.write_start:
+                self._write(plan.write_start, held, rows[: plan.num_written])
+                held = 0
+        except BaseException as error:
+            self._error = error
+            raise
+        rest = rows[plan.num_written :]
+        _move(self._tail[held : held + rest.nbytes], rest)
+        self._done += rows.nbytes
+
+    def _write(self, start: int, held: int, rows: torch.Tensor) -> None:
+        whole = [self._tail[:held], rows]
+        end = start + held + rows.nbytes
+        for span in spans(self._sizes, start, end):
+            parts, skipped = [], span.position
+            wanted = span.nbytes
+            for part in whole:
+                piece = part[skipped : skipped + wanted]
+                skipped = max(skipped - part.nbytes, 0)
+                wanted -= piece.nbytes
+                if piece.nbytes:
+                    parts.append(piece)
+            self._file.write(self._offsets[span.piece] + span.offset, parts)
+
+    def _fetch(self, start: int, end: int, target: torch.Tensor) -> None:
+        """To `target`, behind `lead(start)` bytes."""
+        low = align_down(start, ALIGNMENT)
+        flushed = align_down(self._done, PAGE_BYTES)
+        high = min(align_up(end, ALIGNMENT), flushed)
+        if low < high:
+            self._read_pages(low, high, target)
+        if flushed < end:
+            first = max(start, flushed)
+            tail = self._tail[first - flushed : end - flushed]
+            _move(target[first - low : end - low], tail)
+
+    def _read_pages(self, start: int, end: int, target: torch.Tensor) -> None:
+        for span in spans(self._sizes, start, end):
+            part = target[span.position : span.position + span.nbytes]
+            self._file.read(self._offsets[span.piece] + span.offset, part)

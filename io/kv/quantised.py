@@ -1,0 +1,93 @@
+"""Keys and values in one byte an element, with a scale for each group of a head."""
+
+import torch
+
+from ..extent import align_up
+from .shape import KvShape
+from .strip import Pair
+
+_MOST_IN_GROUP = 32
+_ROW_ALIGNMENT = 16
+_LEAST_SCALE = 2.0**-14
+"""The least normal float16: what is smaller than its half becomes nothing."""
+
+
+class Quantised:
+    """Symmetric: an element is its byte, `kind` (int8 or float8_e4m3fn), times the
+    float16 scale of its group, which spans up to 32 elements of one head of one token.
+
+    The largest of a group is kept up to the scale's own rounding; the others are off by
+    half a step of int8 (1/254 of the largest) or by 1/16 of themselves in fp8.
+    """
+
+    is_lossy = True
+
+    def __init__(self, shape: KvShape, kind: torch.dtype) -> None:
+        self._shape = shape
+        self._kind = kind
+        self._key_group = _group(shape.key_dim)
+        self._value_group = _group(shape.value_dim)
+        self._num_elements = shape.key_numel + shape.value_numel
+        self._scales_at = align_up(self._num_elements, 2)
+        self._num_key_scales = shape.key_numel // self._key_group
+        num_scales = self._num_key_scales + shape.value_numel // self._value_group
+        self._scales_end = self._scales_at + 2 * num_scales
+        self.row_bytes = align_up(self._scales_end, _ROW_ALIGNMENT)
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        num = keys.shape[2]
+        with torch.inference_mode(False):
+            table = torch.zeros(
+                (num, self.row_bytes), dtype=torch.uint8, device=keys.device
+            )
+        elements, scales = self._parts(table)
+        split, cut = self._shape.key_numel, self._num_key_scales
+        self._put(keys, self._key_group, elements[:, :split], scales[:, :cut])
+        self._put(values, self._value_group, elements[:, split:], scales[:, cut:])
+        return table.view(-1)
+
+    def decode(self, rows: torch.Tensor) -> Pair:
+        shape = self._shape
+        elements, scales = self._parts(rows.view(-1, self.row_bytes))
+        split, cut = shape.key_numel, self._num_key_scales
+        keys = self._get(elements[:, :split], scales[:, :cut], shape.key_heads)
+        values = self._get(elements[:, split:], scales[:, cut:], shape.value_heads)
+        return keys, values
+
+    def _parts(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the elements and of the scales of each row."""
+        elements = table[:, : self._num_elements].view(self._kind)
+        scales = table[:, self._scales_at : self._scales_end].view(torch.float16)
+        return elements, scales
+
+    def _put(
+        self,
+        new: torch.Tensor,
+        group: int,
+        elements: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> None:
+        num = new.shape[2]
+        exact = new.permute(2, 0, 1, 3).reshape(num, -1, group).float()
+        largest = 127.0 if self._kind == torch.int8 else torch.finfo(self._kind).max
+        scale = exact.abs().amax(-1).div(largest).clamp(min=_LEAST_SCALE)
+        scales.copy_(scale)
+        steps = exact / scales.unsqueeze(-1).float()
+        if self._kind == torch.int8:
+            steps = steps.round()
+        steps = steps.clamp(-largest, largest)
+        elements.copy_(steps.reshape(num, -1).to(self._kind))
+
+    def _get(
+        self, elements: torch.Tensor, scales: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        num = elements.shape[0]
+        exact = elements.float().view(num, scales.shape[1], -1)
+        exact = exact * scales.unsqueeze(-1).float()
+        found = exact.view(num, self._shape.batch, heads, -1).to(self._shape.dtype)
+        return found.permute(1, 2, 0, 3)
+
+
+def _group(dim: int) -> int:
+    """The most elements, up to 32, that `dim` is a multiple of."""
+    return max(size for size in range(1, _MOST_IN_GROUP + 1) if dim % size == 0)

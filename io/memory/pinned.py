@@ -1,0 +1,153 @@
+"""Host memory that is locked in place, so that a GPU copies from it at full speed."""
+
+import ctypes
+import logging
+import mmap
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Protocol
+
+import torch
+
+from ..closing import Closing
+from ..extent import align_down, align_up
+
+_log = logging.getLogger("penstock")
+_PAGE = mmap.PAGESIZE
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every GPU, not only the current one."""
+
+
+class Registrar(Protocol):
+    """Locks pages. Both answer 0, or the error code of CUDA."""
+
+    def register(self, address: int, nbytes: int) -> int: ...
+
+    def unregister(self, address: int) -> int: ...
+
+
+class CudaRegistrar:
+    """cudaHostRegister of torch's own CUDA runtime. Raises what `torch.cuda.cudart`
+    raises where there is no CUDA."""
+
+    def __init__(self) -> None:
+        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+    def register(self, address: int, nbytes: int) -> int:
+        return self._checked(self._cudart.cudaHostRegister(address, nbytes, _PORTABLE))
+
+    def unregister(self, address: int) -> int:
+        return self._checked(self._cudart.cudaHostUnregister(address))
+
+    def _checked(self, result: object) -> int:
+        code = int(result)  # type: ignore[call-overload]
+        if code:  # it is kept, and the next launch of a kernel would raise it
+            _forget_last_error()
+        return int(code)
+
+
+def _forget_last_error() -> None:
+    """cudaGetLastError, which torch does not hand on, of the runtime it has loaded."""
+    name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW).cudaGetLastError()
+
+
+class Pinned(Closing):
+    """Pins the whole pages of `memory` (writable) from its start on, `max_bytes` at
+    most, in pieces of `chunk_bytes` (made whole pages). What the system refuses stays
+    as it was; `fallback` says so.
+
+    Keeps a view of `memory` until it is closed: close it before the memory. A copy to
+    or from a GPU must not cross the end of a piece (CUDA refuses ranges that are
+    registered in part, or twice); `cut` divides it. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        memory: memoryview,
+        *,
+        max_bytes: int,
+        chunk_bytes: int,
+        registrar: Registrar,
+    ) -> None:
+        self._registrar = registrar
+        self._chunk_bytes = max(align_down(chunk_bytes, _PAGE), _PAGE)
+        self._nbytes = len(memory)
+        self._opened = ExitStack()  # undoes all of it, whatever fails
+        self._opened.callback(memory[:].release)
+        self.pinned_bytes = 0
+        self.fallback: str | None = None
+        self._address = _address_of(memory) if memory else 0
+        self._start = align_up(self._address, _PAGE)
+        end = max(align_down(self._address + self._nbytes, _PAGE), self._start)
+        wanted = end - self._start
+        allowed = min(wanted, align_down(max_bytes, _PAGE))
+        try:
+            code = self._pin(allowed)
+        except BaseException:
+            self.close()
+            raise
+        if code:
+            self.fallback = (
+                f"only {self.pinned_bytes} of {wanted} bytes of host memory are "
+                f"pinned: the system refused more (CUDA error {code}, ulimit -l is "
+                f"{_memlock()}); raise `ulimit -l`, or lower host_memory"
+            )
+        elif allowed < wanted:
+            self.fallback = (
+                f"only {self.pinned_bytes} of {wanted} bytes of host memory are "
+                f"pinned: the cap is {max_bytes} bytes; raise the cap, or lower "
+                "host_memory"
+            )
+
+    def __repr__(self) -> str:
+        return f"<Pinned: {self.pinned_bytes}/{self._nbytes} bytes>"
+
+    def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int, bool]]:
+        """The bytes `offset` ... `offset + nbytes` of the memory as ranges that each
+        lie in one piece, or in none: (offset, nbytes, whether it is pinned)."""
+        start, end = self._start - self._address, offset + nbytes
+        pinned_end = start + self.pinned_bytes
+        while offset < end:
+            if start <= offset < pinned_end:
+                next_piece = align_down(offset - start, self._chunk_bytes)
+                stop = min(start + next_piece + self._chunk_bytes, pinned_end)
+                is_pinned = True
+            else:
+                stop = start if offset < start and self.pinned_bytes else end
+                is_pinned = False
+            stop = min(stop, end)
+            yield offset, stop - offset, is_pinned
+            offset = stop
+
+    def close(self) -> None:
+        """Gives every page free again, and the view of the memory back."""
+        self.pinned_bytes = 0
+        self._opened.close()
+
+    def _pin(self, nbytes: int) -> int:
+        """Pins `nbytes` from the start on; 0, or why not all of them."""
+        for offset in range(0, nbytes, self._chunk_bytes):
+            address = self._start + offset
+            piece_bytes = min(self._chunk_bytes, nbytes - offset)
+            if code := self._registrar.register(address, piece_bytes):
+                return code
+            self._opened.callback(self._unpin, address)
+            self.pinned_bytes += piece_bytes
+        return 0
+
+    def _unpin(self, address: int) -> None:
+        if code := self._registrar.unregister(address):
+            _log.warning("memory stays pinned: CUDA error %d", code)
+
+
+def _address_of(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _memlock() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} bytes"

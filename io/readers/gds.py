@@ -1,0 +1,155 @@
+"""The `gds` reader: from the drive straight into the memory of a GPU (GPUDirect
+Storage), past host memory and the CPU."""
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..checkpoint.header import FileStamp
+from ..closing import Closing
+from .backlog import Part
+from .files import ALIGNMENT, Files, OpenFile, reads_directly
+from .queued import QueuedReader
+from .workers import Workers
+
+
+class DeviceFile(Protocol):
+    """A file that is read into the memory of a GPU. Used by any thread."""
+
+    def read(self, target: torch.Tensor, offset: int) -> int:
+        """Fills `target` (bytes, one dimension, contiguous) from `offset` of the file;
+        says how many bytes came. Raises OSError."""
+
+    def close(self) -> None: ...
+
+
+class CuFile(Closing):
+    """A file that torch has registered with NVIDIA's cuFile.
+
+    Torch's own `load_storage` keeps Python's lock for as long as it reads, and does not
+    say how much came: reading calls the library that torch has loaded. Raises OSError
+    or RuntimeError where one of system, driver and torch will not have it.
+    """
+
+    def __init__(self, path: str) -> None:
+        from torch.cuda.gds import GdsFile
+
+        self._read = ctypes.CDLL("libcufile.so.0", use_errno=True).cuFileRead
+        self._read.restype = ctypes.c_ssize_t
+        self._file: GdsFile | None = GdsFile(path, os.O_RDONLY)
+
+    def read(self, target: torch.Tensor, offset: int) -> int:
+        assert self._file is not None, "a closed file is not read"
+        assert self._file.handle is not None, "an open file is registered"
+        with torch.cuda.device(target.device):
+            torch.cuda.current_stream().query()  # makes CUDA know this thread
+            count: int = self._read(
+                ctypes.c_void_p(self._file.handle),
+                ctypes.c_void_p(target.data_ptr()),
+                ctypes.c_size_t(len(target)),
+                ctypes.c_int64(offset),
+                ctypes.c_int64(0),
+            )
+        if count == -1:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        if count < 0:
+            raise OSError(errno.EIO, f"cuFile's error {-count}")
+        return count
+
+    def close(self) -> None:
+        self._file = None  # the last reference: torch closes it
+
+
+def why_not(device: torch.device, path: Path) -> str | None:
+    """Why `path` cannot be read straight into `device`; None where it can."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"it reads into the memory of a GPU, and the device is {device.type}"
+    return probe(device, path, open_file=CuFile)
+
+
+def probe(
+    device: torch.device, path: Path, *, open_file: Callable[[str], DeviceFile]
+) -> str | None:
+    """What goes wrong when a block of `path` is really read; None when nothing does."""
+    if not reads_directly(path):
+        return f"no O_DIRECT on {path.parent}"
+    target = torch.zeros(ALIGNMENT, dtype=torch.uint8, device=device)
+    try:
+        file = open_file(str(path))
+        try:
+            count = file.read(target, 0)
+        finally:
+            file.close()
+        with path.open("rb") as same:
+            wanted = same.read(ALIGNMENT)
+    except (OSError, RuntimeError) as error:
+        return f"cuFile cannot read from {path.parent}: {error}"
+    if bytes(target[:count].tolist()) != wanted:
+        return f"cuFile reads other bytes from {path.parent} than the system does"
+    return None
+
+
+class GdsReader(QueuedReader[torch.Tensor]):
+    """Reads into tensors (bytes, one dimension, contiguous) on a GPU in `num_threads`
+    threads, in chunks of at most `chunk_bytes` (made whole pages).
+
+    Reading is in no stream's order: nothing on the GPU may use a target between
+    `submit` and the end of its handle. Where the driver nvidia-fs is missing, cuFile
+    may go through host memory by itself; the bytes are the same.
+    """
+
+    name = "gds"
+
+    def __init__(
+        self,
+        stamps: Mapping[Path, FileStamp],
+        *,
+        num_threads: int,
+        chunk_bytes: int,
+        open_file: Callable[[str], DeviceFile] = CuFile,
+    ) -> None:
+        super().__init__(
+            Files(stamps, direct=True), chunk_bytes=chunk_bytes, num_lanes=num_threads
+        )
+        self._open_file = open_file
+        self._device_files: dict[Path, DeviceFile] = {}
+        self._opening = threading.Lock()
+        self._workers = Workers(
+            self._pread, self._files, self._count, num_threads=num_threads
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"<GdsReader: {self._num_lanes} threads, {len(self._files)} files, "
+            f"{self._count.num_bytes} bytes>"
+        )
+
+    def _put(self, parts: Iterable[Part[torch.Tensor]], urgent: bool) -> None:
+        self._workers.put(parts, urgent)
+
+    def _finish(self) -> None:
+        self._workers.close()
+        for file in self._device_files.values():
+            file.close()
+        self._device_files.clear()
+
+    def _pread(self, file: OpenFile, target: torch.Tensor, offset: int) -> int:
+        try:
+            return self._registered(file).read(target, offset)
+        except RuntimeError as error:  # torch's way to say it
+            raise OSError(errno.EIO, str(error)) from error
+
+    def _registered(self, file: OpenFile) -> DeviceFile:
+        with self._opening:
+            if file.path not in self._device_files:
+                # The very file that is open, whatever has that name by now.
+                same = f"/proc/self/fd/{file.descriptor}"
+                self._device_files[file.path] = self._open_file(same)
+            return self._device_files[file.path]

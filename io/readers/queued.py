@@ -1,0 +1,75 @@
+"""What all readers share: a read is cut into parts, which wait for their turn."""
+
+import threading
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Generic
+
+from ..closing import Closing
+from ..errors import ClosedError
+from ..extent import Extent, chunks
+from ..handle import Handle
+from ..home import Home
+from .backlog import Buffer, Count, Part, line_up
+from .files import ALIGNMENT, Files
+from .reader import ReaderStatistics
+
+
+class QueuedReader(Closing, Generic[Buffer]):
+    """Cuts each read into parts of at most `chunk_bytes`, made whole pages, for
+    `num_lanes` that read at once.
+
+    Subclasses put parts into their queue (`_put`, in order and on any thread) and
+    finish what is there (`_finish`, once, after the last `_put`).
+    """
+
+    name: str
+    alignment = ALIGNMENT
+
+    def __init__(self, files: Files, *, chunk_bytes: int, num_lanes: int) -> None:
+        self._files = files
+        self._chunk_bytes = chunk_bytes
+        self._num_lanes = num_lanes
+        self._count = Count()
+        self._lock = threading.Lock()  # nothing is put once it is closed
+        self._is_closed = False
+        self._home = Home()
+
+    def submit(self, extent: Extent, buffer: Buffer, *, urgent: bool = False) -> Handle:
+        assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
+        self._home.check("this reader")
+        extents = chunks(
+            extent,
+            alignment=ALIGNMENT,
+            max_chunk_bytes=self._chunk_bytes,
+            max_concurrency=self._num_lanes,
+        )
+        handle, parts = line_up(extents, buffer)
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError("this reader is closed; load the model again")
+            self._put(parts, urgent)
+        return handle
+
+    def statistics(self) -> ReaderStatistics:
+        return ReaderStatistics(
+            self.name,
+            self._count.num_bytes,
+            self._count.num_reads,
+            self._files.is_direct,
+            self._files.fallbacks,
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._finish()
+        self._files.close()
+
+    @abstractmethod
+    def _put(self, parts: Iterable[Part[Buffer]], urgent: bool) -> None: ...
+
+    @abstractmethod
+    def _finish(self) -> None: ...

@@ -1,0 +1,193 @@
+"""Moves units from one tier into the slots of a device, in order, beside computing."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..closing import Closing
+from ..devices.device import Device
+from ..errors import ClosedError, PenstockError
+from ..event import Event
+from ..handle import Handle, forget_frames
+from ..memory.arena import Memory
+from ..pace import Pace
+from ..timeline import STAGING, Record, unrecorded
+from .source import Source
+from .transfer import Transfer
+
+
+class LinkLoad:
+    """One unit on its way into its slot. It is there for the compute stream, which
+    waits for the copy, as soon as the copy is queued: the host does not wait for it."""
+
+    def __init__(self, unit_name: str, device: Device) -> None:
+        self.ready: Event | None = None
+        """When the last byte is there; None until the copy is queued."""
+        self.handle = Handle(1)
+        self._unit_name = unit_name
+        self._device = device
+
+    @property
+    def is_done(self) -> bool:
+        return self.handle.is_done
+
+    def wait(self) -> None:
+        """Lets the compute stream wait for every byte; raises what failed."""
+        try:
+            self.handle.wait()
+        except PenstockError:
+            raise
+        except Exception as error:
+            raise PenstockError(
+                f"unit {self._unit_name!r} could not be copied: {error!r}"
+            ) from error
+        assert self.ready is not None, "what is done without an error has an event"
+        self._device.compute.wait(self.ready)
+
+    def wait_quietly(self) -> None:
+        """Waits until all that writes into the slot is queued, before `ready`."""
+        self.handle.wait_quietly()
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """Counters since the link was opened."""
+
+    bytes_moved: int
+    num_copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    unit: int
+    offset: int
+    after: tuple[Event, ...]
+    load: LinkLoad
+    given: float
+
+
+class Link(Closing):
+    """Copies units from `source` to `target`, memory of `device`, on a stream and in a
+    thread of its own. `pace` holds it to a stated speed. Its spans end when
+    a copy is queued, which on a CPU is when it is done.
+
+    A copy begins when the work that read the slot's bytes before has passed, which the
+    stream waits for, not the host.
+    """
+
+    def __init__(
+        self,
+        tier: str,
+        source: Source,
+        transfers: Mapping[int, Transfer],
+        target: Memory,
+        device: Device,
+        *,
+        pace: Pace | None,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter,
+        record: Record = unrecorded,
+    ) -> None:
+        self.tier = tier
+        self._lane = STAGING if tier == "disk" else tier
+        self._source = source
+        self._transfers = transfers
+        self._target = target
+        self._device = device
+        self._stream = device.stream()
+        self._pace = pace
+        self._sleep = sleep
+        self._clock = clock
+        self._record = record
+        self._lock = threading.Lock()
+        self._not_asked: deque[int] = deque()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._statistics = LinkStatistics(0, 0)
+        self._is_closed = False
+        self._thread = threading.Thread(
+            target=self._work, name=f"penstock-link-{tier}", daemon=True
+        )
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"<Link: {self.tier} to {self._device.name}, {state}>"
+
+    def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> LinkLoad:
+        """Starts to bring `unit` to `offset` of the target, whose bytes are free when
+        all of `after` have passed."""
+        load = LinkLoad(self._transfers[unit].name, self._device)
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError(f"the link from {self.tier} is closed")
+            self._not_asked.append(unit)
+            self._jobs.put(_Job(unit, offset, after, load, self._clock()))
+        self._ask_ahead()
+        return load
+
+    def statistics(self) -> LinkStatistics:
+        return self._statistics
+
+    def close(self) -> None:
+        """Finishes what is under way and ends the thread."""
+        with self._lock:  # nothing is put behind the end
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._jobs.put(None)
+        self._thread.join()
+        self._source.close()
+
+    def _ask_ahead(self) -> None:
+        with self._lock:
+            while self._not_asked and self._source.ask(self._not_asked[0]):
+                self._not_asked.popleft()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._ask_ahead()  # for the oldest there is room when there is no older
+            error: BaseException | None = None
+            try:
+                self._bring(job)
+            except BaseException as caught:  # raised by whoever waits for the unit
+                forget_frames(caught)
+                error = caught
+            job.load.handle.done(error)
+            # An error here is the device's, and every later copy raises it, too.
+            with contextlib.suppress(Exception):
+                self._source.give_back(job.load.ready)
+            del job
+
+    def _bring(self, job: _Job) -> None:
+        memory, start = self._source.get(job.unit)
+        transfer = self._transfers[job.unit]
+        begun = self._clock()
+        try:
+            for event in job.after:
+                self._stream.wait(event)
+            for run in transfer.runs:
+                shift = job.offset + run.target_offset - start - run.source_offset
+                for offset, nbytes in self._source.cut(
+                    start + run.source_offset, run.nbytes
+                ):
+                    self._stream.copy(
+                        self._target.tensor(offset + shift, nbytes),
+                        memory.tensor(offset, nbytes),
+                    )
+        finally:  # what is queued writes, even if the rest failed
+            job.load.ready = self._stream.record()
+        nbytes = sum(run.nbytes for run in transfer.runs)
+        if self._pace is not None:
+            # What a drive reads is what is stored, whatever is made of it.
+            paced = transfer.stored_bytes if self.tier == "disk" else nbytes
+            end = self._pace.end_of(paced, job.given)
+            self._sleep(max(0.0, end - self._clock()))
+        self._statistics = LinkStatistics(
+            self._statistics.bytes_moved + nbytes,
+            self._statistics.num_copies + len(transfer.runs),
+        )
+        self._record(self._lane, transfer.name, begun, self._clock(), nbytes)

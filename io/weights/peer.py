@@ -1,0 +1,71 @@
+"""The peer tier: units that stay in another device's memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ..closing import Closing
+from ..devices.device import Device
+from ..memory.arena import Memory
+from .filling import fill, side_by_side
+from .link import Link
+from .transfer import Run, Transfer
+
+
+class PeerTier(Closing):
+    """Holds `units` side by side in memory of `device`, laid out as in a slot. They are
+    read while this is made, over the link that `open_link(memory, device)` opens;
+    `progress(done_bytes, total_bytes)` is called as they come.
+
+    Raises what reading raises; nothing stays open then.
+    """
+
+    def __init__(
+        self,
+        transfers: Mapping[int, Transfer],
+        units: Sequence[int],
+        device: Device,
+        *,
+        open_link: Callable[[Memory, Device], Link],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.device = device
+        self.offsets, nbytes = side_by_side({u: transfers[u].nbytes for u in units})
+        """Where each unit stands in `memory`."""
+        self.memory = device.allocate(nbytes)
+        try:
+            with open_link(self.memory, device) as link:
+                fill(
+                    (
+                        (transfers[unit].nbytes, partial(link.load, unit, offset, ()))
+                        for unit, offset in self.offsets.items()
+                    ),
+                    progress,
+                    total_bytes=nbytes,
+                )
+                device.synchronize()
+        except BaseException:
+            self.memory.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<PeerTier: {len(self.offsets)} units on {self.device.name}>"
+
+    def load_again(
+        self, units: Sequence[int], open_link: Callable[[Memory, Device], Link]
+    ) -> None:
+        """What is stored of these `units` has changed. Nobody reads them meanwhile."""
+        if not units:
+            return
+        with open_link(self.memory, self.device) as link:
+            for unit in units:
+                link.load(unit, self.offsets[unit], ()).wait()
+            self.device.synchronize()
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def whole(transfer: Transfer) -> Transfer:
+    """The way of a unit that is laid out as in its slot already: one run."""
+    return replace(transfer, runs=(Run(0, 0, transfer.nbytes),))

@@ -1,0 +1,81 @@
+"""How a unit that lies in some memory is copied into its slot, in few large runs. Pure.
+
+On the CPU a slot looks like what was read from disk. On a GPU tensors must be aligned
+(cuBLAS takes slow paths below 16 bytes), which in a file they are not; but those that
+lie side by side mostly need the same shift, so that one run moves them all. To 256
+bytes, because torch tells cuBLASLt how far pointers are aligned, up to that much: with
+less, it could choose another kernel than for the resident model, and other last bits.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..extent import align_up
+from .layout import Layout, Placed
+
+_TENSOR_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes copied in one piece."""
+
+    source_offset: int
+    target_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One unit's way from where it was read to, into a slot of `nbytes`."""
+
+    name: str
+    nbytes: int
+    runs: tuple[Run, ...]
+    tensors: tuple[Placed, ...]
+    """Where each parameter stands in the slot."""
+    stored_bytes: int
+    """Of the checkpoint that make it."""
+
+
+def as_it_lies(plan: Layout) -> Transfer:
+    """The slot is a copy of what was read."""
+    runs = (Run(0, 0, plan.nbytes),)
+    return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
+
+
+def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
+    """Every parameter aligned, without what lay between: a run begins at a multiple of
+    `alignment` and goes on as long as parameters in it are aligned, too (256 bytes are
+    enough), and at most `max_gap_bytes` apart."""
+    aligned_to = min(alignment, _TENSOR_ALIGNMENT)
+    runs: list[Run] = []
+    placed: dict[str, Placed] = {}
+    for tensor in sorted(plan.tensors, key=lambda tensor: tensor.offset):
+        nbytes = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+        if not nbytes:
+            placed[tensor.name] = replace(tensor, offset=0)
+            continue
+        run = runs[-1] if runs else None
+        if run is None or not _goes_on(run, tensor.offset, aligned_to, max_gap_bytes):
+            end = run.target_offset + run.nbytes if run is not None else 0
+            run = Run(tensor.offset, align_up(end, alignment), 0)
+            runs.append(run)
+        ahead = tensor.offset - run.source_offset
+        runs[-1] = replace(run, nbytes=max(run.nbytes, ahead + nbytes))
+        placed[tensor.name] = replace(tensor, offset=run.target_offset + ahead)
+    end = runs[-1].target_offset + runs[-1].nbytes if runs else 0
+    return Transfer(
+        plan.name,
+        max(align_up(end, alignment), alignment),
+        tuple(runs),
+        tuple(placed[tensor.name] for tensor in plan.tensors),
+        plan.stored_bytes,
+    )
+
+
+def _goes_on(run: Run, offset: int, aligned_to: int, max_gap_bytes: int) -> bool:
+    ahead = offset - run.source_offset
+    is_aligned = (run.target_offset + ahead) % aligned_to == 0
+    return is_aligned and ahead - run.nbytes <= max_gap_bytes

@@ -1,0 +1,227 @@
+"""Puts a streamed model together."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...io.checkpoint.index import Checkpoint
+from ...io.devices.device import Device
+from ...io.home import Home
+from ...io.timeline import Record, Timeline
+from ...io.weights.recipe import Recipe
+from ...io.weights.transfer import Transfer
+from ...scheduler.order import Order
+from ...scheduler.slots.doors import Doors, Site
+from ...scheduler.slots.working_set import WorkingSet
+from ...scheduler.sweep.entry import Gate
+from ..kv.tiers import open_kv
+from ..monitoring.heap import Heap
+from ..policy import Policy
+from ..settings.contradictions import without_effect
+from ..settings.memory_budget import MemoryRoom, Use
+from ..units.arrangement import arrange
+from ..units.division import check_overlap
+from ..units.row_wise import find_row_wise
+from ..units.sites import Found, Place
+from ..weights.binding import Binding
+from ..weights.moved import MovedTensors
+from ..weights.poison import StreamedParameter
+from ..weights.rows import RowGatherer
+from .engine import Engine
+from .readers import memory_alignment_of
+from .tiers import Tiers, open_device, transfer_of
+
+if TYPE_CHECKING:
+    from .compilation import Compilation
+
+_log = logging.getLogger("penstock")
+
+
+def build(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    *,
+    room: MemoryRoom,
+    use: Use = "any",
+) -> Engine:
+    """Streams the tensors of `recipes` (by their names in `model`) from `checkpoint`,
+    in the memory that `room` has, for what it is to be used for.
+
+    Raises DoesNotFitError, saying the least that works, when that or device_memory is
+    too small. Nothing is left open when it raises.
+    """
+    device = open_device(policy.device)
+    on_gpu = device.free_bytes()
+    arranged = arrange(
+        model,
+        recipes,
+        policy,
+        partial(transfer_of, device.is_host, policy),
+        is_host=device.is_host,
+        memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
+        room=room,
+        device_bytes=None if on_gpu is None else on_gpu // 2,
+        use=use,
+    )
+    budget = arranged.budget
+    assert budget is not None, "there is room to divide"
+    places, recipes = arranged.places, arranged.recipes
+    division, capacity = arranged.division, arranged.capacity
+    found, transfers = division.found, division.transfers
+    part_of = budget if policy.device_memory == "auto" and device.is_host else None
+    fallbacks = (*check_overlap(division, capacity, part_of), *_announce(policy))
+    timeline = Timeline()
+    record = timeline.record
+    tiers = Tiers(
+        checkpoint,
+        division.layouts,
+        transfers,
+        arranged.placement,
+        device,
+        capacity,
+        policy,
+        record,
+    )
+    with ExitStack() as opened:  # what fails leaves nothing open
+        opened.callback(tiers.close)
+        gatherers = {
+            name: RowGatherer(
+                recipes[name],
+                tiers.layered,
+                buffer_bytes=policy.io.bounce,
+                max_gap_bytes=tiers.reader.alignment,
+            )
+            for name in arranged.gathered
+        }
+        stand_ins: dict[str, torch.Tensor] = {}
+        binding = Binding(
+            found, transfers, places, stand_ins, tiers.memory, tiers.in_place
+        )
+        working_set = _working_set(found, transfers, capacity, tiers, record)
+        doors = _doors(found, working_set, binding, Heap(budget.heap))
+        kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
+        if kv is not None:
+            opened.callback(kv.close)
+        joins = policy.coalesce != "off" and not policy.compile
+        row_wise = find_row_wise(found) if joins else ()
+        engine = Engine(
+            model,
+            policy,
+            arrangement=arranged,
+            budget=budget,
+            tiers=tiers,
+            moved=_move_rest(model, places, device),
+            working_set=working_set,
+            binding=binding,
+            doors=doors,
+            gate=Gate(
+                doors,
+                Order(len(found.sites)),
+                lookahead=policy.lookahead,
+                record=record,
+                home=Home(when_left=binding.poison_elsewhere),
+            ),
+            gatherers=tuple(gatherers.values()),
+            fallbacks=fallbacks,
+            compilation=_compilation(found, policy),
+            row_wise=row_wise,
+            row_order=Order(len(row_wise)),
+            kv=kv,
+            timeline=timeline,
+        )
+        opened.pop_all()
+        opened.callback(engine.close)
+        for name, recipe in recipes.items():
+            gatherer = gatherers.get(name)
+            stand_ins[name] = StreamedParameter(
+                name,
+                recipe.shape,
+                recipe.dtype,
+                torch.device(device.name),
+                touch=partial(engine.touch, name),
+                gather=gatherer.gather if gatherer is not None else None,
+                requires_grad=_requires_grad(places[name][0]),
+            )
+        binding.put_stand_ins()
+        engine.start()
+        opened.pop_all()
+    return engine
+
+
+def _announce(policy: Policy) -> list[str]:
+    """What was asked for and has no effect."""
+    found = without_effect(policy)
+    for message in found:
+        _log.warning(message)
+    return found
+
+
+def _move_rest(
+    model: nn.Module, places: Mapping[str, list[Place]], device: Device
+) -> MovedTensors:
+    """What is not streamed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    streamed = frozenset(
+        f"{names[id(place.module)]}.{place.key}".lstrip(".")
+        for where in places.values()
+        for place in where
+    )
+    return MovedTensors(model, torch.device(device.name), streamed)
+
+
+def _working_set(
+    found: Found,
+    transfers: list[Transfer],
+    capacity: int,
+    tiers: Tiers,
+    record: Record,
+) -> WorkingSet:
+    in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
+    return WorkingSet(
+        [plan.nbytes for plan in transfers],
+        names=[unit.name for unit in found.units],
+        capacity=capacity,
+        load=tiers.load,
+        mark=tiers.mark,
+        needed=frozenset(
+            index
+            for index, unit in enumerate(found.units)
+            if (unit.sites or unit.is_resident) and index not in in_place
+        ),
+        staying=[u for u, tier in enumerate(tiers.placement) if tier == "device"],
+        record=record,
+    )
+
+
+def _doors(
+    found: Found, working_set: WorkingSet, binding: Binding, heap: Heap
+) -> Doors:
+    def bind(site: int, offsets: tuple[int, ...]) -> None:
+        heap.trim()  # the site before this one has freed its activations
+        binding.bind(site, offsets)
+
+    sites = [
+        Site(site.name, binding.units_of_site(index))
+        for index, site in enumerate(found.sites)
+    ]
+    return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
+
+
+def _compilation(found: Found, policy: Policy) -> "Compilation | None":
+    if not policy.compile:
+        return None
+    from .compilation import Compilation  # torch's compiler takes long to import
+
+    return Compilation(found)
+
+
+def _requires_grad(place: Place) -> bool:
+    parameter = place.module._parameters.get(place.key)
+    return parameter is not None and parameter.requires_grad

@@ -1,0 +1,82 @@
+"""The hooks that hang on the modules of a streamed model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...scheduler.sweep.entry import Gate
+from ..units.sites import Found
+from ..weights.binding import Binding
+from ..weights.gradients import refuse_backward, refuse_training
+from .refusals import check_not_traced
+
+Hook = Callable[..., Any]
+
+
+class SiteHooks:
+    """The hooks on the sites of a model and on the model itself, until `remove`.
+
+    `keep_out` makes of a hook one that a compiler does not trace.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Found,
+        gate: Gate,
+        binding: Binding,
+        keep_out: Callable[[Hook], Hook],
+    ) -> None:
+        self._gate = gate
+        self._binding = binding
+        self._handles: list[Any] = []
+        for index, site in enumerate(found.sites):
+            self._hang(site.module, index, site.name, keep_out)
+        self._handles += [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, with_kwargs=True),
+        ]
+        self._owes_gradients = False
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        """The model's own forward begins."""
+        check_not_traced()
+        self._gate.abandon_plain()
+        self._binding.check_resident()
+        self._owes_gradients = False
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It has ended: somebody may go on to train it."""
+        if self._owes_gradients and torch.is_grad_enabled():
+            refuse_training(output, (args, kwargs))
+
+    def _hang(
+        self, module: nn.Module, site: int, name: str, keep_out: Callable[[Hook], Hook]
+    ) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            check_not_traced()
+            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled() and not self._keeps_its_weights(site):
+                refuse_backward(output, name)
+                self._owes_gradients |= self._binding.wants_gradients(site)
+            self._gate.after(site)
+
+        self._handles += [
+            module.register_forward_pre_hook(keep_out(before)),
+            module.register_forward_hook(keep_out(after), always_call=True),
+        ]
+
+    def _keeps_its_weights(self, site: int) -> bool:
+        """Whether a backward pass finds the weights of `site` as they were, and none of
+        them waits for a gradient."""
+        stays = self._gate.doors.stays(site)
+        return stays and not self._binding.wants_gradients(site)

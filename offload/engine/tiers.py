@@ -1,0 +1,300 @@
+"""Opens the tiers that hold a model's weights, and the ways from them into slots.
+
+The only file that names concrete ones.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+
+import torch
+
+from ...io.checkpoint.index import Checkpoint
+from ...io.closing import Closing
+from ...io.devices.cuda import CudaDevice, not_peers
+from ...io.devices.device import CpuDevice, Device
+from ...io.event import Event
+from ...io.memory.arena import Arena, HostMemory, Memory
+from ...io.memory.host_buffers import HostBuffers
+from ...io.memory.pinned import Pinned
+from ...io.pace import Pace
+from ...io.readers import gds
+from ...io.timeline import Record
+from ...io.weights import direct
+from ...io.weights.direct import Straight
+from ...io.weights.host import HostTier
+from ...io.weights.layered import LayeredReader
+from ...io.weights.layout import Layout
+from ...io.weights.link import Link
+from ...io.weights.loader import Loader
+from ...io.weights.peer import PeerTier, whole
+from ...io.weights.source import Kept, Source, Staged
+from ...io.weights.transfer import Transfer, as_it_lies, packed
+from ...scheduler.activations.evacuation import MIN_BYTES, Evacuation
+from ...scheduler.activations.ownership import Ownership
+from ...scheduler.slots.load import Load
+from ..monitoring.progress import FillProgress
+from ..policy import Policy
+from ..settings.installed import version_of
+from .readers import open_reader
+
+_log = logging.getLogger("penstock")
+_SLOT_ALIGNMENT = 512  # of a GPU's slots and runs: what its allocator gives, too
+
+
+def open_device(name: str) -> Device:
+    """The device called `name`. Raises PolicyError where there is none."""
+    return CpuDevice() if name == "cpu" else CudaDevice(name)
+
+
+def transfer_of(is_host: bool, policy: Policy, plan: Layout) -> Transfer:
+    """How a unit is laid out in a slot of the host (`is_host`) or of a GPU."""
+    if is_host:
+        return as_it_lies(plan)
+    return packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=policy.io.max_gap)
+
+
+class Tiers(Closing):
+    """Holds the weights of `layouts`, unit by unit where `placement` says, and brings
+    them into slots of `memory`. Nothing stays open when making one raises."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layouts: Sequence[Layout],
+        transfers: Sequence[Transfer],
+        placement: Sequence[str],
+        device: Device,
+        capacity: int,
+        policy: Policy,
+        record: Record,
+    ) -> None:
+        self.device = device
+        self.placement = placement
+        self.links: list[Link] = []
+        self.host: HostTier | None = None
+        self.peers: list[PeerTier] = []
+        self._pinned: list[Pinned] = []
+        self._evacuations: list[Evacuation] = []
+        self.straight: gds.GdsReader | None = None
+        self._checkpoint = checkpoint
+        self._ownership: Ownership | None = None
+        self._layouts = layouts
+        self._policy = policy
+        self._record = record
+        self._link = partial(Link, record=record)
+        self._transfers = dict(enumerate(transfers))
+        self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
+        with ExitStack() as opened:
+            self.memory: Memory = device.allocate(capacity)
+            opened.enter_context(closing(self.memory))
+            io = policy.io
+            if io.reader == "gds" and not device.is_host:  # beside it, for the rest
+                io = io.model_copy(update={"reader": "auto"})
+            self.reader, fallbacks = open_reader(checkpoint.stamps, io)
+            opened.enter_context(self.reader)
+            self.layered = opened.enter_context(LayeredReader(self.reader))
+            self.fallbacks = list(fallbacks)
+            self.loaders: list[Loader | Straight] = []
+            self._open_disk(opened)
+            for name in policy.peer:
+                self._open_peer(name, opened)
+            self._open_host(opened)
+            self._opened = opened.pop_all()
+
+    def __repr__(self) -> str:
+        counts = {tier: self.placement.count(tier) for tier in set(self.placement)}
+        return f"<Tiers: units {counts} for {self.device.name}>"
+
+    @property
+    def in_place(self) -> HostTier | None:
+        """The host tier, if its units are used where they lie."""
+        return None if "host" in self._ways else self.host
+
+    def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
+        """Starts to bring `unit` into the slot at `offset`."""
+        way = self._ways.get(self.placement[unit], self._ways["disk"])
+        return way(unit, offset, after)
+
+    def mark(self) -> Event | None:
+        """The point that the device's work has come to; None if it does all at once."""
+        return None if self.device.is_host else self.device.compute.record()
+
+    def evacuation(self) -> Evacuation:
+        """A way out of the device for what suspended micro-batches hold."""
+        if self._ownership is None:  # what it learns holds for all sweeps
+            device = torch.device(self.device.name)
+            self._ownership = Ownership(device, min_bytes=MIN_BYTES)
+        buffers = HostBuffers(self.pin)
+        found = Evacuation(self.device, buffers, self._ownership, self._record)
+        self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
+        return found
+
+    def pin(self, memory: Arena) -> Pinned | None:
+        """Locks `memory` in place for copies to the device, as the policy allows."""
+        return self._pin(memory, self.device)
+
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes that came from each tier so far."""
+        disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
+        found = {"disk": disk}
+        if self.straight is not None:
+            found["disk"] += self.straight.statistics().bytes_read
+        for link in self.links:
+            if link.tier != "disk":
+                tier = link.tier if link.tier == "host" else "peer"
+                found[tier] = found.get(tier, 0) + link.statistics().bytes_moved
+        return found
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back, after all work with it."""
+        for evacuation in self._evacuations:
+            evacuation.close()
+        self.device.synchronize()
+        self._opened.close()
+
+    def _units_of(self, tier: str) -> tuple[int, ...]:
+        return tuple(u for u, where in enumerate(self.placement) if where == tier)
+
+    def _pace(self, tier: str) -> Pace | None:
+        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
+        if speed is None:
+            return None
+        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
+
+    def _loader(self, memory: Arena) -> Loader:
+        bounce, record = self._policy.io.bounce, self._record
+        loader = Loader(
+            self._layouts, memory, self.layered, bounce_bytes=bounce, record=record
+        )
+        self.loaders.append(loader)
+        return loader
+
+    def _open_disk(self, opened: ExitStack) -> None:
+        """Straight into the slots where a reader can; else through a ring in the host's
+        memory."""
+        if self._policy.io.reader == "gds" and self._open_straight(opened):
+            return
+        if self.device.is_host and "disk" not in self._policy.links:
+            assert isinstance(self.memory, Arena), "memory of the host"
+            loader = self._loader(self.memory)
+            opened.callback(loader.close)
+            self._ways["disk"] = loader.load
+        else:
+            link = opened.enter_context(self.link_from_disk(self.memory, self.device))
+            self._ways["disk"] = link.load
+            self.links.append(link)
+
+    def _open_straight(self, opened: ExitStack) -> bool:
+        """By cuFile, where all of system, drive, driver and model allow it."""
+        if self.device.is_host:
+            return False  # the reader has said so
+        files = self._checkpoint.stamps
+        largest = max(files, key=lambda path: files[path].size_bytes)
+        reason = direct.why_not(self._layouts)
+        reason = reason or gds.why_not(torch.device(self.device.name), largest)
+        if reason is not None:
+            self._note(f"no reader 'gds': {reason}; weights go through host memory")
+            return False
+        io = self._policy.io
+        reader = gds.GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
+        opened.enter_context(reader)
+        layouts, transfers, record = self._layouts, self._transfers, self._record
+        way = Straight(layouts, transfers, self.memory, reader, record=record)
+        self._ways["disk"] = opened.enter_context(way).load
+        self.loaders.append(way)
+        self.straight = reader
+        return True
+
+    def link_from_disk(self, target: Memory, device: Device) -> Link:
+        """A link from the checkpoint's files into the memory `target` of `device`."""
+        largest = max(plan.nbytes for plan in self._layouts)
+        asked = self._policy.staging_memory
+        nbytes = 3 * largest if asked == "auto" else max(asked, largest)
+        memory = Arena(nbytes)
+        self._note(device.settle(memory))
+        pinned = self._pin(memory, device)
+        source = Staged(self._loader(memory), self._layouts, memory, pinned=pinned)
+        pace = self._pace("disk")
+        return self._link("disk", source, self._transfers, target, device, pace=pace)
+
+    def _open_peer(self, name: str, opened: ExitStack) -> None:
+        units = self._units_of(name)
+        if not units:
+            return
+        device = open_device(name)
+        is_over_host = not (self.device.is_host or device.is_host)
+        if is_over_host and not_peers(self.device.name, [name]):
+            self._note(
+                f"{self.device.name} cannot reach the memory of {name} directly: its "
+                "weights go through the host"
+            )
+        with FillProgress(f"reading into {name}") as progress:
+            peer = opened.enter_context(
+                PeerTier(
+                    self._transfers,
+                    units,
+                    device,
+                    open_link=self.link_from_disk,
+                    progress=progress,
+                )
+            )
+        self.peers.append(peer)
+        ways = {unit: whole(self._transfers[unit]) for unit in units}
+        source = Kept(peer.memory, peer.offsets)
+        self._open_link(name, source, ways, self._pace("peer"), opened)
+
+    def _open_host(self, opened: ExitStack) -> None:
+        units = self._units_of("host")
+        if not units:
+            return
+        with FillProgress("reading into host memory") as progress:
+            self.host = opened.enter_context(
+                HostTier(
+                    self._layouts,
+                    units,
+                    self.layered,
+                    self._checkpoint.stamps,
+                    bounce_bytes=self._policy.io.bounce,
+                    shared=self._policy.host_shared,
+                    version=f"{version_of('penstock')} {version_of('transformers')}",
+                    prepare=lambda memory: self._note(self.device.settle(memory)),
+                    progress=progress,
+                )
+            )
+        pace = self._pace("host")
+        if not self.device.is_host or pace is not None:
+            pinned = self._pin(self.host.memory, self.device)
+            source = Kept(self.host.memory, self.host.offsets, pinned=pinned)
+            self._open_link("host", source, self._transfers, pace, opened)
+
+    def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
+        asked = self._policy.pinned_memory
+        self._pinned = [p for p in self._pinned if p.pinned_bytes]  # closed ones not
+        used = sum(pinned.pinned_bytes for pinned in self._pinned)
+        left = memory.nbytes if asked == "auto" else max(asked - used, 0)
+        pinned = device.pin(memory, left)
+        if pinned is not None:
+            self._pinned.append(pinned)
+            self._note(pinned.fallback)
+        return pinned
+
+    def _note(self, fallback: str | None) -> None:
+        if fallback is not None and fallback not in self.fallbacks:
+            self.fallbacks.append(fallback)
+            _log.warning(fallback)
+
+    def _open_link(
+        self,
+        tier: str,
+        source: Source,
+        transfers: Mapping[int, Transfer],
+        pace: Pace | None,
+        opened: ExitStack,
+    ) -> None:
+        link = opened.enter_context(
+            self._link(tier, source, transfers, self.memory, self.device, pace=pace)
+        )
+        self._ways[tier] = link.load
+        self.links.append(link)

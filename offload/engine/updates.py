@@ -1,0 +1,225 @@
+"""New values for the weights of a model that is being streamed, in its place."""
+
+import contextlib
+import logging
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ...io.checkpoint.header import TensorEntry, read_header
+from ...io.closing import Closing
+from ...io.errors import OutputError, UsageError
+from ...io.readers.files import ALIGNMENT
+from ...io.weights.layout import Layout
+from ...io.weights.overlay import overlaid
+from ...io.weights.recipe import Recipe, plain
+from ...scheduler.slots.working_set import WorkingSet
+from ...scheduler.sweep.entry import Gate
+from ..policy import Policy, cache_folder
+from ..units.arrangement import Arrangement
+from ..weights.binding import Binding
+from ..weights.new_values import NewValue, new_values
+from ..weights.rows import RowGatherer
+from ..weights.spill_folder import SpillFolder
+from .readers import open_reader
+from .tiers import Tiers
+
+_log = logging.getLogger("penstock")
+
+
+class Updates(Closing):
+    """Changes streamed weights while the model lives: their new values are written to
+    a file in the cache folder, which is read instead of the checkpoint from then on.
+    Slots, and all that stays in memory, are filled again where they are.
+
+    The folder takes as many bytes as the tensors that were changed, each once. It is
+    removed when this is closed.
+    """
+
+    def __init__(
+        self,
+        arrangement: Arrangement,
+        tiers: Tiers,
+        working_set: WorkingSet,
+        binding: Binding,
+        gate: Gate,
+        gatherers: Iterable[RowGatherer],
+        policy: Policy,
+    ) -> None:
+        self._policy = policy
+        division = arrangement.division
+        self._recipes = cast(dict[str, Recipe], arrangement.recipes)
+        self._tiers = tiers
+        self._working_set = working_set
+        self._binding = binding
+        self._gate = gate
+        self._gatherers = {gatherer.name: gatherer for gatherer in gatherers}
+        self._layouts: MutableSequence[Layout] = division.layouts
+        self._original = tuple(division.layouts)
+        self._unit_of = {
+            name: index
+            for index, unit in enumerate(division.found.units)
+            for name in unit.tensors
+        }
+        self._entries: dict[str, TensorEntry] = {}
+        self._folder: SpillFolder | None = None
+        self._num_files = 0
+
+    def __repr__(self) -> str:
+        return f"<Updates: {len(self._entries)} tensors in {self._num_files} files>"
+
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Gives `tensors`, by their names in `model`, to those who compute from now on:
+        all of them or, when it raises, none. Raises UsageError for what does not fit,
+        PenstockError during a sweep or a call, OutputError where the cache folder has
+        no room."""
+        values = new_values(model, tensors, self._binding.find, self._like)
+        with self._gate.idle(is_busy=_is_in_forward(model)):
+            self._refuse_what_is_shared(values)
+            streamed = {
+                each.streamed_name: each
+                for each in values
+                if each.streamed_name is not None
+            }
+            if streamed:
+                self._swap(self._write(streamed))
+            with torch.no_grad():
+                for each in values:
+                    if each.streamed_name is None:
+                        each.standing.data.copy_(each.value)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The values that were given, by the names of the streamed tensors, as they are
+        computed with."""
+        files = {path: load_file(path) for path in self._paths()}
+        return {name: files[e.path][name] for name, e in self._entries.items()}
+
+    def close(self) -> None:
+        """Removes the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _like(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        recipe = self._recipes[name]
+        return recipe.shape, recipe.dtype
+
+    def _refuse_what_is_shared(self, values: Iterable[NewValue]) -> None:
+        for each in values:
+            unit = self._unit_of.get(each.streamed_name or "")
+            why = None if unit is None else self._why_fixed(unit)
+            if why is not None:
+                raise UsageError(f"{each.name!r} cannot be changed: {why}")
+
+    def _write(self, values: Mapping[str, NewValue]) -> dict[str, TensorEntry]:
+        """A file of these values, in the dtypes that are computed with."""
+        if self._folder is None:
+            self._folder = SpillFolder(cache_folder(self._policy.io), "updated-")
+        stored = {}
+        for name, each in values.items():
+            dtype = self._recipes[name].dtype
+            if each.value.dtype != dtype:
+                cast_to = "update of %r: %s is cast to %s"
+                _log.warning(cast_to, each.name, each.value.dtype, dtype)
+            value = each.value.to("cpu", dtype).contiguous()
+            # Two names of one storage: safetensors refuses that.
+            stored[name] = value.clone() if value is each.value else value
+        path = self._folder.path / f"{self._num_files}.safetensors"
+        nbytes = sum(value.nbytes for value in stored.values())
+        free = shutil.disk_usage(self._folder.path).free
+        try:
+            if free < nbytes:
+                raise OSError(f"{free} bytes are free")
+            save_file(stored, path)
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            raise OutputError(
+                f"writing {nbytes} bytes of new weights to {path.parent} failed "
+                f"({error}); set io.cache to a folder with room for them"
+            ) from error
+        self._num_files += 1
+        stamp, found = read_header(path)
+        io = self._policy.io.model_copy(update={"reader": "threads"})
+        reader, _ = open_reader({path: stamp}, io)
+        self._tiers.layered.add(path, reader)
+        return {entry.name: entry for entry in found}
+
+    def _swap(self, entries: Mapping[str, TensorEntry]) -> None:
+        """From the old values to those of `entries`, or back to the old ones."""
+        before = dict(self._entries)
+        recipes = {name: self._recipes[name] for name in entries}
+        paths = self._paths()
+        new = {n: plain(e, name=n, dtype=recipes[n].dtype) for n, e in entries.items()}
+        try:
+            self._put({**before, **entries}, new)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error says why
+                self._put(before, recipes)
+            self._forget({entry.path for entry in entries.values()})
+            raise
+        self._forget(paths - self._paths())
+        for name in entries:
+            self._binding.accept(name)
+
+    def _put(
+        self, entries: dict[str, TensorEntry], recipes: Mapping[str, Recipe]
+    ) -> None:
+        self._entries = entries
+        units = sorted({self._unit_of[n] for n in recipes if n in self._unit_of})
+        for unit in units:
+            plan = self._original[unit]
+            new = {t.name: entries[t.name] for t in plan.tensors if t.name in entries}
+            self._layouts[unit] = overlaid(plan, new, alignment=ALIGNMENT)
+        for name, recipe in recipes.items():
+            self._recipes[name] = recipe
+            if name in self._gatherers:
+                self._gatherers[name].read_from(recipe)
+        for unit in units:  # nothing of it is under way, then
+            self._working_set.load_again(unit)
+        self._load_tiers_again(units)
+        for unit in units:
+            self._working_set.load_again(unit)
+
+    def _load_tiers_again(self, units: Sequence[int]) -> None:
+        """Those of `units` that stay in host memory or on a peer."""
+        tiers = self._tiers
+        tiers.device.synchronize()
+        if (host := tiers.host) is not None:
+            host.load_again([unit for unit in units if unit in host.offsets])
+        for peer in tiers.peers:
+            changed = [unit for unit in units if unit in peer.offsets]
+            peer.load_again(changed, tiers.link_from_disk)
+
+    def _why_fixed(self, unit: int) -> str | None:
+        """Why `unit` can only be as it is in the checkpoint; None if it need not be."""
+        if self._tiers.straight is not None:
+            return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
+        if self._policy.host_shared and self._tiers.placement[unit] == "host":
+            return "other processes share it; take host_shared: false"
+        return None
+
+    def _paths(self) -> set[Path]:
+        return {entry.path for entry in self._entries.values()}
+
+    def _forget(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._tiers.layered.remove(path)
+            path.unlink(missing_ok=True)
+
+
+def _is_in_forward(model: nn.Module) -> bool:
+    """Whether the caller is called by a forward of `model`, or of a part of it."""
+    parts = {id(module) for module in model.modules()}
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        is_call = frame.f_code is nn.Module._call_impl.__code__
+        if is_call and id(frame.f_locals.get("self")) in parts:
+            return True
+    return False

@@ -1,0 +1,236 @@
+"""One micro-batch of prompts through transformers' `generate`, and back to text."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from ...io.errors import UsageError, readable
+from ..model import engine_of
+from ..rows.limits import Limits
+from ..rows.text import RowError
+from .decoding import Decoder, RowEnds, row_seed
+from .logits import FiniteCheck
+from .row_sampling import RowSampling
+from .way import Way, criteria_of, way_of
+
+_NOT_FINITE = (
+    "the model gave logits that are not finite: its weights or its dtype overflow on "
+    "this text"
+)
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A row on its way."""
+
+    index: int
+    identity: Any
+    way: Way
+    ids: tuple[int, ...] = ()
+    seed: int | None = None
+    """The row's own: then its number does not matter."""
+    result: dict[str, Any] | None = None
+
+    def fail(self, message: str) -> None:
+        self.result = {"id": self.identity, "error": readable(message)}
+
+
+class Completions:
+    """Completes micro-batches, by the same options but for what rows say themselves.
+    Raises UsageError for options that transformers does not know."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        limits: Limits,
+        *,
+        max_new_tokens: int,
+        stop: tuple[str, ...],
+        seed: int,
+        options: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._model = model
+        self._default = model.generation_config
+        self._limits = limits
+        self._device = engine_of(model).device
+        self._max_new_tokens = max_new_tokens
+        self._stop = stop
+        self._seed = seed
+        self._options = options
+        self._pads_left = not model.config.is_encoder_decoder
+        self.way = self._way(RowSampling(), note)
+        """Of rows that say nothing themselves."""
+        self._criteria = criteria_of(tokenizer, self.way.stop)
+        self._ways: dict[RowSampling, Way] = {}
+
+    @contextmanager
+    def stop_strings_taken_over(self) -> Iterator[None]:
+        """While open, the model's generation config has none, which `generate` would
+        put beside ours and wants a tokenizer for."""
+        before = self._model.generation_config
+        if before.stop_strings:
+            self._model.generation_config = copy.deepcopy(before)
+            self._model.generation_config.stop_strings = None
+        try:
+            yield
+        finally:
+            self._model.generation_config = before
+
+    def way_for(self, sampling: RowSampling) -> Way:
+        """The same one for the same, until they are forgotten. Raises RowError for what
+        does not go together."""
+        if sampling == RowSampling():
+            return self.way
+        if sampling not in self._ways:
+            try:
+                self._ways[sampling] = self._way(sampling, lambda text: None)
+            except UsageError as error:
+                raise RowError(f"what the row asks for is refused: {error}") from error
+        return self._ways[sampling]
+
+    def forget_ways(self) -> None:
+        """The rows that come now share no micro-batch with those before."""
+        self._ways.clear()
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        tick: Callable[[int], None],
+        *,
+        chunk_tokens: int | None = None,
+        leave: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fills `result` of each of `prompts`, which have one way; `tick(rows)` is
+        called as rows get a token. For `chunk_tokens` and `leave` see Decoder."""
+        way = prompts[0].way
+        try:
+            criteria = self._criteria_of(way)
+        except UsageError as error:
+            for prompt in prompts:
+                prompt.fail(f"what the row asks for is refused: {error}")
+            return
+        ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
+        ends = RowEnds()
+        check: FiniteCheck | None = FiniteCheck(len(prompts))
+        if way.config.remove_invalid_values:  # which says that they are to be taken
+            check = None
+        draws = [self._draw(prompt) for prompt in prompts]
+        options: dict[str, Any] = {}
+        if way.is_one_by_one:
+            longest = ids.shape[1] if self._pads_left else 0
+            starts = [max(longest - len(prompt.ids), 0) for prompt in prompts]
+            options["custom_generate"] = Decoder(
+                draws, starts, ends, tick, check, chunk_tokens, leave
+            )
+        else:
+            torch.manual_seed(row_seed(*draws[0], 0))
+            options["logits_processor"] = LogitsProcessorList([check] if check else [])
+        found = self._model.generate(
+            ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            generation_config=way.config,
+            stopping_criteria=criteria,
+            **options,
+        )
+        if not way.is_one_by_one:
+            start = ids.shape[1] if self._pads_left else 1
+            ends = _ends_of(found, start, way, criteria)
+            tick(sum(ends.lengths.values()))
+        each = len(found) // len(prompts)
+        for number, prompt in enumerate(prompts):
+            rows = range(number * each, (number + 1) * each)
+            results = [self._result(found[row], row, ends, way) for row in rows]
+            prompt.result = {"id": prompt.identity, **_joined(results)}
+        for number in check.bad_prompts() if check else ():
+            prompts[number].fail(_NOT_FINITE)
+
+    def _criteria_of(self, way: Way) -> StoppingCriteriaList:
+        """Made anew for those of rows, which may all have others."""
+        if way.stop == self.way.stop:
+            return self._criteria
+        return criteria_of(self.tokenizer, way.stop)
+
+    def _way(self, sampling: RowSampling, note: Callable[[str], None]) -> Way:
+        limit, stop = sampling.max_new_tokens, sampling.stop
+        return way_of(
+            self._default,
+            self.tokenizer,
+            self._limits,
+            max_new_tokens=self._max_new_tokens if limit is None else limit,
+            stop=self._stop if stop is None else stop,
+            options={**self._options, **dict(sampling.options)},
+            note=note,
+        )
+
+    def _draw(self, prompt: Prompt) -> tuple[int, int]:
+        """(seed, number): what a row's random state depends on."""
+        if prompt.seed is not None:
+            return prompt.seed, 0
+        return self._seed, prompt.index
+
+    def _padded(
+        self, prompts: Sequence[tuple[int, ...]], pad: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt) if self._pads_left else 0
+            ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+            mask[row, start : start + len(prompt)] = 1
+        return ids, mask
+
+    def _result(
+        self, ids: torch.Tensor, row: int, ends: RowEnds, way: Way
+    ) -> dict[str, Any]:
+        length = ends.lengths[row]
+        new = ids[ends.start : ends.start + length].tolist()
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        cuts = [at for stop in way.stop if (at := text.find(stop)) >= 0]
+        is_stopped = row in ends.stopped or bool(cuts)
+        return {
+            "completion": text[: min(cuts)] if cuts else text,
+            "tokens": length,
+            "finish_reason": "stop" if is_stopped else "length",
+        }
+
+
+def _ends_of(
+    found: torch.Tensor, start: int, way: Way, criteria: StoppingCriteriaList
+) -> RowEnds:
+    """Of rows that were not watched: up to the first end of text. Behind it stands
+    padding, up to the longest of them."""
+    ends = RowEnds(start)
+    for row, ids in enumerate(found[:, start:].tolist()):
+        length = next(
+            (
+                i + 1
+                for i, token in enumerate(ids)
+                if token in way.ends
+                or (criteria and criteria(found[[row], : start + i + 1], None).any())
+            ),
+            None,
+        )
+        ends.lengths[row] = len(ids) if length is None else length
+        if length is not None or len(ids) < way.max_new_tokens:
+            ends.stopped.add(row)
+    return ends
+
+
+def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row's completions: itself, or lists where several were asked for."""
+    if len(results) == 1:
+        return results[0]
+    return {
+        "completions": [result["completion"] for result in results],
+        "tokens": [result["tokens"] for result in results],
+        "finish_reasons": [result["finish_reason"] for result in results],
+    }

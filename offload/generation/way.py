@@ -1,0 +1,261 @@
+"""One way to complete rows: transformers' options, and who may share a micro-batch."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.configuration_utils import GenerationMode
+
+from ...io.errors import UsageError
+from ...io.front_door import about
+from ..rows.limits import Limits
+from .row_sampling import NUMBERS, number_of
+
+Company = Literal["any", "equal", "alone"]
+"""Who may be beside a row, so that it becomes what it would become alone: any rows,
+those with as many tokens (for what looks at padding, too), or none."""
+
+_OUTPUTS = (
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+_CACHES = ("offloaded", "offloaded_static", "offloaded_hybrid", "quantized", "paged")
+_ANY = frozenset(
+    {
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "decoder_start_token_id",
+        "disable_compile",
+        "do_sample",
+        "early_stopping",
+        "eos_token_id",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "forced_eos_token_id",
+        "length_penalty",
+        "low_memory",
+        "max_cache_len",
+        "max_new_tokens",
+        "min_new_tokens",
+        "min_p",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "num_return_sequences",
+        "pad_token_id",
+        "prefill_chunk_size",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "return_dict_in_generate",
+        "stop_strings",
+        "repetition_penalty",
+        "suppress_tokens",
+        "temperature",
+        "top_h",
+        "top_k",
+        "top_p",
+        "transformers_version",
+        "typical_p",
+        "use_cache",
+    }
+)
+"""Options that do not look at padding, or are kept from it (`unpadded`)."""
+_MOST_SEQUENCES = 10_000
+_MOST_PLACES = 1 << 25
+_TOKEN_CHARACTERS = 8
+_NOT_HERE = {
+    "max_time": "a completion would depend on the clock, and not be made again",
+    "assistant_early_exit": "a model cannot leave layers out that are streamed",
+    "dola_layers": "it needs what layers in between give",
+    "use_mtp": "layers that predict several tokens are not loaded",
+    "token_healing": "it changes the prompt",
+}
+"""Options that are refused, and why."""
+_UNPADDED = ("no_repeat_ngram_size", "repetition_penalty")
+"""Those that are kept from it where tokens are picked one by one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Way:
+    """How some rows are completed."""
+
+    config: Any
+    """transformers' GenerationConfig."""
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    ends: frozenset[int]
+    """Tokens that end a text."""
+    pad: int
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether tokens are picked one after the other, row by row: no beams, no
+        assistant."""
+        mode = self.config.get_generation_mode()
+        return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+    @property
+    def num_sequences(self) -> int:
+        """That each row goes on with: beams, or several texts."""
+        config = self.config
+        return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+    @property
+    def company(self) -> Company:
+        mode = self.config.get_generation_mode()
+        if not self.is_one_by_one and mode != GenerationMode.BEAM_SEARCH:
+            return "alone"
+        known = {key for key in vars(type(self.config)()) if not key.startswith("_")}
+        asked = {key for key in known if getattr(self.config, key, None)}
+        kept = _ANY if self.is_one_by_one else _ANY.difference(_UNPADDED)
+        return "any" if asked <= kept else "equal"
+
+
+def way_of(
+    default: Any,
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    options: Mapping[str, Any],
+    note: Callable[[str], None] = lambda text: None,
+) -> Way:
+    """By the model's generation config `default`, with `options` on top. What of the
+    former has no place here is said by `note`. Raises UsageError for options that
+    transformers does not know, that do not go together, or that nothing comes of."""
+    _refuse_unused(options)
+    options = {**options, "max_new_tokens": max_new_tokens, "max_length": None}
+    config = _configured(default, options, note)
+    for key in ("num_beams", "num_return_sequences"):
+        if (getattr(config, key) or 1) > _MOST_SEQUENCES:
+            raise UsageError(
+                f"{key} is {getattr(config, key):,}: a prompt goes on in at most "
+                f"{_MOST_SEQUENCES:,} ways; set it lower"
+            )
+    stop = (*stop, *(config.stop_strings or ()))
+    config.stop_strings = None
+    found = config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    ends = frozenset([found] if isinstance(found, int) else found or ())
+    pad = limits.pad_of(
+        config.pad_token_id, tokenizer.pad_token_id, min(ends, default=None)
+    )
+    config.pad_token_id = pad
+    if ends:
+        config.eos_token_id = sorted(ends)
+    stop = tuple(dict.fromkeys(stop))
+    return Way(config, stop, max_new_tokens, ends, pad)
+
+
+def criteria_of(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList:
+    """What ends a text at one of `stop`: megabytes, with a large vocabulary. Raises
+    UsageError for what no tokens make, and for what is too much to look for."""
+    criteria = StoppingCriteriaList()
+    if stop:
+        _check_stop(tokenizer, stop)
+        with about(f"stop strings {list(stop)!r:.200}", UsageError, every=True):
+            criteria.append(StopStringCriteria(tokenizer, list(stop)))
+    return criteria
+
+
+def _check_stop(tokenizer: Any, stop: Sequence[str]) -> None:
+    """transformers compares each token that there is with each place of each string."""
+    longest = max(map(len, stop))
+    tokens = len(tokenizer)
+    if tokens * len(stop) * (longest + _TOKEN_CHARACTERS) > _MOST_PLACES:
+        most = _MOST_PLACES // tokens
+        raise UsageError(
+            f"there are {len(stop)} stop strings of up to {longest} characters: with "
+            f"{tokens} tokens their number, times {_TOKEN_CHARACTERS} and the longest "
+            f"one's characters, may be {most}"
+        )
+
+
+def _configured(
+    default: Any, options: Mapping[str, Any], note: Callable[[str], None]
+) -> Any:
+    """A temperature of 0 is greedy; another one, or a bound on what is drawn, is
+    sampled."""
+    config = copy.deepcopy(default)
+    values = dict(options)
+    unknown = [key for key in values if not hasattr(config, key)]
+    if unknown:
+        raise UsageError(
+            f"transformers' generate has no option {unknown[0]!r}: see "
+            "transformers.GenerationConfig for those it has"
+        )
+    for key in NUMBERS & values.keys():
+        if values[key] is not None:
+            try:
+                values[key] = number_of(key, values[key])
+            except ValueError as error:
+                raise UsageError(f"the option {error}") from error
+    _leave_out(config, values, note)
+    values.pop("return_dict_in_generate", None)  # how transformers hands out tokens
+    if isinstance(values.get("stop_strings"), str):
+        values["stop_strings"] = [values["stop_strings"]]
+    if values.get("temperature") == 0:
+        values.pop("temperature")
+        config.temperature = None
+        values["do_sample"] = False
+    elif values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        values.setdefault("do_sample", True)
+    try:
+        config.update(**values)
+        config.validate()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"these options do not go together: {error}") from error
+    if config.do_sample and config.temperature == 0:
+        raise UsageError(
+            "the model's generation_config.json asks to sample at temperature 0, which "
+            "is not possible: give a temperature (0 takes the likeliest)"
+        )
+    return config
+
+
+def _refuse_unused(values: Mapping[str, Any]) -> None:
+    if values.get("max_length") is not None:
+        raise UsageError(
+            "max_length would count the prompt, too: say by max_new_tokens how many "
+            "tokens may follow"
+        )
+    for key, why in _NOT_HERE.items():
+        if values.get(key):
+            raise UsageError(f"{key} is not used here: {why}; leave it out")
+    for key in _OUTPUTS:
+        if values.get(key):
+            raise UsageError(
+                f"{key} has no place in the results of generate: leave it out, or call "
+                "model.generate() of a loaded model"
+            )
+    if values.get("cache_implementation") in _CACHES:
+        raise UsageError(
+            f"cache_implementation={values['cache_implementation']} is not used here: "
+            "the policy's kv says where keys and values are (kv.tier, kv.dtype)"
+        )
+
+
+def _leave_out(
+    config: Any, values: Mapping[str, Any], note: Callable[[str], None]
+) -> None:
+    """What the checkpoint's generation_config.json says of how transformers keeps or
+    hands out things, which is none of a job's."""
+    # transformers puts what the file says in the place of None.
+    instead = {"cache_implementation": "dynamic", "return_dict_in_generate": False}
+    instead |= dict.fromkeys(_NOT_HERE)
+    for key in (*instead, *_OUTPUTS):
+        value = getattr(config, key, None)
+        if value and key not in values:
+            note(f"{key}: {value} of the model's generation_config.json is not used")
+        if value:
+            setattr(config, key, instead.get(key, False))
+    if isinstance(config.stop_strings, str):
+        config.stop_strings = [config.stop_strings]

@@ -1,0 +1,293 @@
+"""How long passes over the weights take: the cost model. Pure.
+
+A pass takes as long as what binds it: computing, the device's memory, a link, the disk.
+Computing is counted site by site, each product at the rate that this machine has for
+its rows; loading unit by unit, beside computing (see `pipeline`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..joint_rows import MAX_ROWS, WIDE_ROWS
+from .load_cost import load_seconds, stolen_seconds
+from .pipeline import Load, PassCost, run_passes
+from .rates import Rates
+from .shape import MicroBatch, ModelShape, Settings, SiteCost, total_tokens
+from .traffic import Moved, activations_moved, kv_moved
+
+_HEAD_BYTES_PER_LOGIT = 12
+"""What scoring takes for each: the logit, its float32 copy, a temporary."""
+_HEAD_TOUCHES = 4
+"""Times that each logit is read or written after its product."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What passes of one model on one machine, so placed, would take."""
+
+    shape: ModelShape
+    rates: Rates
+    settings: Settings
+
+    def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
+        """A pass of `batches` whose tokens are scored."""
+        alike = Counter(batches)
+        compute = self._by_site(
+            lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
+        )
+        outside = sum(self._outside(batch) for batch in batches)
+        moved = activations_moved(self.shape, self.rates, self.settings, batches)
+        return self._pass(compute, outside, moved)
+
+    def prefill(self, batches: Sequence[MicroBatch], context: float = 0.0) -> PassCost:
+        """The pass that takes in prompts and makes the first token of each, or a part
+        of each prompt, of which `context` tokens have come in before."""
+        num_rows = sum(batch.rows for batch in batches)
+        alike = Counter(batches)
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else sum(
+                    n * self._prompted(site, batch, batches, context)
+                    for batch, n in alike.items()
+                )
+            )
+        )
+        outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
+        moved = activations_moved(self.shape, self.rates, self.settings, batches)
+        moved += kv_moved(
+            self.shape,
+            self.rates,
+            self.settings,
+            num_new=total_tokens(batches),
+            num_rows=num_rows if context else 0,
+            context=context,
+        )
+        return self._pass(compute, outside, moved)
+
+    def decode(self, batches: Sequence[MicroBatch], context: float) -> PassCost:
+        """A pass that adds a token to each row of `batches`, whose sequences are
+        `context` tokens long."""
+        num_rows = sum(batch.rows for batch in batches)
+        compute = self._by_site(
+            lambda site: (
+                self._joint_head(site, batches, num_rows)
+                if site.vocabulary
+                else self._decoded(site, batches, num_rows, context)
+            )
+        )
+        outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
+        moved = kv_moved(
+            self.shape,
+            self.rates,
+            self.settings,
+            num_new=num_rows,
+            num_rows=num_rows,
+            context=context,
+        )
+        return self._pass(compute, outside, moved)
+
+    def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
+        """Of every site; most are equal, and worked out once."""
+        known = {
+            site: seconds(site) if self._runs(site) else 0.0
+            for site in set(self.shape.sites)
+        }
+        return [known[site] for site in self.shape.sites]
+
+    def _runs(self, site: SiteCost) -> bool:
+        return site.makes_hidden or not self.settings.stops_at_hidden
+
+    def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
+        if site.vocabulary:
+            return self._scored_head(site, batch)
+        return self._block(site, batch, batch.tokens, self.rates.calls.module)
+
+    def _prompted(
+        self,
+        site: SiteCost,
+        batch: MicroBatch,
+        batches: Sequence[MicroBatch],
+        context: float,
+    ) -> float:
+        joint = batch.tokens
+        is_joint = self.settings.is_coalesced and batch.tokens < WIDE_ROWS
+        if is_joint:
+            joint = min(MAX_ROWS, sum(b.tokens for b in batches))
+        calls = self.rates.calls
+        each = calls.joint_module if is_joint else calls.decode_module
+        block = self._block(site, batch, joint, each, context)
+        return block + self._kv_call(site)
+
+    def _block(
+        self,
+        site: SiteCost,
+        batch: MicroBatch,
+        joint_rows: int,
+        call_seconds: float,
+        context: float = 0.0,
+    ) -> float:
+        """All of one site for a micro-batch whose products have `joint_rows` rows,
+        with those of others."""
+        rates, tokens = self.rates, batch.tokens
+        share = tokens / max(joint_rows, tokens)
+        flops = site.flops_per_token * tokens
+        products = rates.matmul_seconds(flops, joint_rows, site.weight_bytes * share)
+        seen = site.context(context + batch.length)
+        attention = 4.0 * site.attention_width * tokens * seen
+        return (
+            site.num_modules * call_seconds
+            + site.num_products * rates.product_seconds * share
+            + products
+            + attention / rates.attention_flops.at(batch.length)
+            + self._pointwise(site.pointwise_per_token * tokens)
+        )
+
+    def _decoded(
+        self,
+        site: SiteCost,
+        batches: Sequence[MicroBatch],
+        num_rows: int,
+        context: float,
+    ) -> float:
+        rates, calls = self.rates, self.rates.calls
+        each = max(batch.rows for batch in batches)
+        is_joint = self.settings.is_coalesced and each < WIDE_ROWS and len(batches) > 1
+        width = min(MAX_ROWS, num_rows) if is_joint else each
+        times = num_rows / width
+        flops = site.flops_per_token * num_rows
+        products = rates.matmul_seconds(flops, width, site.weight_bytes * times)
+        per_call = calls.joint_module if is_joint else calls.decode_module
+        pointwise = site.pointwise_per_token * num_rows
+        return (
+            site.num_modules * per_call * len(batches)
+            + site.num_products * rates.product_seconds * times
+            + products
+            + pointwise * self.shape.itemsize / rates.decode_bytes
+            + self._kv_seconds(site, num_rows, context)
+            + self._kv_call(site) * len(batches)
+        )
+
+    def _kv_call(self, site: SiteCost) -> float:
+        is_kept = site.kv_per_token and self.settings.kv_tier != "auto"
+        return self.rates.calls.kv_layer if is_kept else 0.0
+
+    def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
+        """Reading keys and values; where the cache is transformers' own, each token
+        that comes copies all of them."""
+        nbytes = float(site.kv_per_token * num_rows)
+        nbytes *= self.settings.kv_itemsize or self.shape.itemsize
+        touches = 3 if self.settings.kv_tier == "auto" else 1
+        return nbytes * site.context(context) * touches / self.rates.device_bytes
+
+    def _scored_head(self, site: SiteCost, batch: MicroBatch) -> float:
+        """In chunks of positions whose logits fit `logits_bytes`."""
+        per_position = batch.rows * site.vocabulary * _HEAD_BYTES_PER_LOGIT
+        step = max(1, self.settings.logits_bytes // per_position)
+        step = min(step, batch.length)
+        times = batch.length / step
+        flops = site.flops_per_token * batch.tokens
+        rows = step * batch.rows
+        products = self.rates.matmul_seconds(flops, rows, site.weight_bytes * times)
+        logits = batch.tokens * site.vocabulary * _HEAD_TOUCHES
+        overhead = self.rates.calls.module + self.rates.product_seconds
+        return products + self._pointwise(logits) + times * overhead
+
+    def _joint_head(
+        self, site: SiteCost, batches: Sequence[MicroBatch], num_rows: int
+    ) -> float:
+        """The last token's logits of every row."""
+        each = max(batch.rows for batch in batches)
+        width = num_rows if self.settings.is_coalesced else each
+        width = min(width, MAX_ROWS)
+        times = num_rows / width
+        flops = site.flops_per_token * num_rows
+        products = self.rates.matmul_seconds(flops, width, site.weight_bytes * times)
+        logits = self._pointwise(num_rows * site.vocabulary * _HEAD_TOUCHES)
+        return products + logits + len(batches) * self.rates.calls.joint_module
+
+    def _pointwise(self, elements: float) -> float:
+        return elements * self.shape.itemsize / self.rates.pointwise_bytes
+
+    def _outside(self, batch: MicroBatch) -> float:
+        return self.rates.calls.batch + self._gather(batch.tokens)
+
+    def _gather(self, tokens: int) -> float:
+        if not self.shape.gathers_rows:
+            return 0.0
+        vocabulary = max(1, self.shape.vocabulary)
+        distinct = vocabulary * (1.0 - (1.0 - 1.0 / vocabulary) ** tokens)
+        return distinct * self.rates.calls.row_read
+
+    def _pass(
+        self, compute: list[float], outside: float, moved: Sequence[Moved]
+    ) -> PassCost:
+        loads, stolen = self._loads()
+        out = [0.0] * len(compute)
+        for one in moved:
+            loads[one.site].append(one.load)
+            out[one.site] += one.out_seconds
+        for of_site in loads:
+            crossing = [self.rates.crossing_seconds(x.link, x.seconds) for x in of_site]
+            of_site += [Load("host", 0, seconds) for seconds in crossing if seconds]
+        compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
+        compute = [c + s for c, s in zip(compute, stolen, strict=True)]
+        stays = self.settings.placement
+        room = self.settings.capacity_bytes - self.shape.resident_bytes
+        room -= sum(
+            unit.nbytes
+            for unit, tier in zip(self.shape.units, stays, strict=True)
+            if tier == "device" and unit.sites and not unit.is_resident
+        )
+        time = run_passes(
+            compute,
+            loads,
+            room_bytes=room,
+            lookahead=self.settings.lookahead,
+            first_compute=self._first_compute(compute),
+            first_loads=self._first_loads(loads),
+        )
+        return PassCost(time, sum(compute), outside)
+
+    def _loads(self) -> tuple[list[list[Load]], list[float]]:
+        """The weights that each site waits for in every pass, and the seconds that
+        bringing them takes from computing where both share the cores."""
+        loads: list[list[Load]] = [[] for _ in self.shape.sites]
+        stolen = [0.0] * len(self.shape.sites)
+        for index in self.shape.streamed:
+            unit, tier = self.shape.units[index], self.settings.placement[index]
+            if tier == "device" or tier not in self.rates.links:
+                continue
+            for site in unit.sites:
+                if not self._runs(self.shape.sites[site]):
+                    continue
+                seconds = load_seconds(unit, tier, self.rates)
+                loads[site].append(Load(tier, unit.nbytes, seconds))
+                stolen[site] += stolen_seconds(unit, tier, self.rates)
+        return loads, stolen
+
+    def _first_compute(self, compute: list[float]) -> list[float]:
+        """The working set is filled for the first time, as far as it goes."""
+        left = float(self.settings.capacity_bytes)
+        found = list(compute)
+        for index in self.shape.streamed:
+            unit, tier = self.shape.units[index], self.settings.placement[index]
+            if tier == "device" or tier in self.rates.links:
+                nbytes = min(left, unit.nbytes)
+                found[unit.sites[0]] += nbytes * self.rates.calls.first_touch
+                left -= nbytes
+        return found
+
+    def _first_loads(self, loads: list[list[Load]]) -> list[list[Load]]:
+        """What stays on the device is read in the first pass; it has its own room."""
+        found = [list(of_site) for of_site in loads]
+        if "disk" not in self.rates.links:
+            return found
+        for index in self.shape.streamed:
+            unit = self.shape.units[index]
+            if self.settings.placement[index] == "device":
+                seconds = load_seconds(unit, "disk", self.rates)
+                found[unit.sites[0]].append(Load("disk", 0, seconds))
+        return found

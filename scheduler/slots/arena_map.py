@@ -1,0 +1,133 @@
+"""Which bytes of the arena hold which unit. Pure bookkeeping: moves nothing.
+
+Slots differ in size and are carved where they fit. Placement is two-ended: neighbours
+in time go to opposite ends, so that of any two units that fit together the second
+always finds its bytes in one piece while the first is being read.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ...io.event import Event
+from .cooling import Cooling
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A region of the arena that holds one unit."""
+
+    unit: int
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+class Slots:
+    """The slots of an arena of `capacity` bytes, kept in address order."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._slots: list[Slot] = []
+        self._cooling: Cooling[Event] = Cooling()
+
+    def __repr__(self) -> str:
+        used, total = self.used_bytes, self.capacity
+        return f"<Slots: {len(self._slots)}, {used}/{total} bytes>"
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(slot.nbytes for slot in self._slots)
+
+    def claim(self, unit: int, nbytes: int) -> Slot | None:
+        """Takes the smallest gap that holds `nbytes` (at least 1), or returns None.
+        Nothing that is claimed ever moves."""
+        assert nbytes > 0, f"unit {unit} has no bytes: nothing is to be claimed for it"
+        gaps = [(end - start, start, end) for start, end in self._gaps()]
+        fitting = [gap for gap in gaps if gap[0] >= nbytes]
+        if not fitting:
+            return None
+        _, start, end = min(fitting)
+        at_right_end = end == self.capacity and start > 0
+        slot = Slot(unit, end - nbytes if at_right_end else start, nbytes)
+        self._slots.append(slot)
+        self._slots.sort(key=lambda s: s.offset)
+        return slot
+
+    def reserve(self, unit: int, nbytes: int) -> Slot:
+        """A slot for good. There must be room: who decides what stays has counted."""
+        slot = self.claim(unit, nbytes)
+        assert slot is not None, f"no room for unit {unit}, which is to stay"
+        return slot
+
+    def release(
+        self, slot: Slot, after: Iterable[Event] = (), *, stays: bool = False
+    ) -> None:
+        """Gives a claimed slot back (or, if it `stays`, only its content): its bytes
+        may be written once all of `after` have passed."""
+        self._cooling.add(slot.offset, slot.end, after)
+        if not stays:
+            self._slots.remove(slot)
+
+    def pending(self, slot: Slot) -> tuple[Event, ...]:
+        """What the first to write into `slot` has to wait for."""
+        return self._cooling.take(slot.offset, slot.end)
+
+    def cheapest_room(self, nbytes: int, costs: Mapping[int, int]) -> list[int]:
+        """The units to evict so that `nbytes` fit in one piece: those with the least
+        sum of `costs`, of which only the keys may go. Empty when nothing helps."""
+        best: tuple[int, list[int]] | None = None
+        for first in range(len(self._slots)):
+            start = self._slots[first - 1].end if first else 0
+            evicted: list[int] = []
+            cost = 0
+            for index in range(first, len(self._slots)):
+                unit = self._slots[index].unit
+                if unit not in costs:
+                    break
+                evicted.append(unit)
+                cost += costs[unit]
+                is_last = index + 1 == len(self._slots)
+                end = self.capacity if is_last else self._slots[index + 1].offset
+                if end - start >= nbytes:
+                    if best is None or cost < best[0]:
+                        best = (cost, evicted)
+                    break
+        return best[1] if best else []
+
+    def largest_gap_beside(self, pinned: set[int]) -> int:
+        """Bytes that could be had in one piece if only `pinned` units stayed."""
+        gaps = self._only(pinned)._gaps()
+        return max((end - start for start, end in gaps), default=0)
+
+    def least_for(self, nbytes: int, pinned: set[int]) -> int:
+        """The least capacity with which `nbytes` more would fit beside `pinned`."""
+        least = self._only(pinned).used_bytes + nbytes
+        if least <= self.capacity:  # room enough, but in pieces
+            least = self.capacity + nbytes - self.largest_gap_beside(pinned)
+        return least
+
+    def fit_beside(self, pinned: set[int], sizes: Iterable[int]) -> bool:
+        """Whether slots of all these `sizes` could be had at once if only `pinned`
+        units stayed."""
+        trial = self._only(pinned)
+        return all(
+            trial.claim(-1, nbytes) is not None for nbytes in sorted(sizes)[::-1]
+        )
+
+    def _only(self, units: set[int]) -> "Slots":
+        kept = Slots(self.capacity)
+        kept._slots = [slot for slot in self._slots if slot.unit in units]
+        return kept
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        gaps, position = [], 0
+        for slot in self._slots:
+            if slot.offset > position:
+                gaps.append((position, slot.offset))
+            position = slot.end
+        if position < self.capacity:
+            gaps.append((position, self.capacity))
+        return gaps

@@ -1,0 +1,189 @@
+"""State that a model keeps in its own modules between calls, one copy a micro-batch.
+
+Most models keep theirs in a cache that the caller holds. Some write it to attributes of
+their modules (recurrent states, position offsets): interleaved calls would then read
+each other's. Which attributes those are is learnt by watching the micro-batches.
+"""
+
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterable
+from itertools import repeat
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...io.errors import PenstockError
+
+_ABSENT = object()
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+# Exactly these: a copy of them is one, which nobody promises for others.
+_BUILT_OF = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+_CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
+
+# A look walks the whole model, so their number is bounded. What a model keeps shows
+# early: in the first micro-batch, and in the first ones that take another way.
+_NUM_FIRST_LOOKS = 256
+_NUM_LOOKS_A_STEP = 4
+
+Values = tuple[Any, ...]
+"""What the watched attributes hold for one micro-batch."""
+
+
+class ModuleState:
+    """Swaps the attributes that calls change. Free where no call changes any.
+
+    Lists, dicts and sets that are changed in place are swapped, too. Of a tensor that
+    is written in place nobody has the old values: `conflict` names it. What hangs
+    deeper (an attribute of an attribute) is not seen.
+
+    Hooks and submodules belong to all. So does a mark that they were put in: else each
+    would put in its own (transformers, when hidden states are first asked for).
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._stores: list[tuple[str, dict[str, Any]]] = []
+        self._built: list[dict[str, Any]] = []
+        for module in modules:
+            name = type(module).__name__
+            self._stores += [(name, vars(module)), (name, module._buffers)]
+            self._built += [vars(module)[part] for part in _BUILT_OF]
+        self._first_looks_left = _NUM_FIRST_LOOKS
+        self._looks: Counter[tuple[int | None, int | None]] = Counter()
+        self._watched: list[tuple[dict[str, Any], str]] = []
+        self._seen: set[tuple[int, str]] = set()
+        self.conflict: str | None = None
+        """A tensor of the modules' that calls write to, if there is one."""
+        self.begin()
+
+    def begin(self) -> None:
+        """What the modules hold now is what every new micro-batch starts with."""
+        self._num_built = sum(map(len, self._built))
+        self._known: list[tuple[int, tuple[str, ...], tuple[Any, ...]]] = []
+        self._contents: dict[tuple[int, str], tuple[dict[str, Any], _Blank]] = {}
+        self._tensors: list[tuple[str, torch.Tensor, int]] = []
+        for owner, store in self._stores:
+            plain = dict(_plain(store))
+            self._known.append((len(store), tuple(plain), tuple(plain.values())))
+            for key, value in plain.items():
+                if type(value) in _CONTAINERS:
+                    self._contents[id(store), key] = (store, _Blank(value))
+                elif isinstance(value, torch.Tensor) and not value.is_inference():
+                    self._tensors.append((f"{owner}.{key}", value, value._version))
+        self._blank = [
+            self._before(store, key, store.get(key, _ABSENT))
+            for store, key in self._watched
+        ]
+
+    def look(self, index: int, previous: int | None, site: int | None) -> None:
+        """Micro-batch `index` went from site `previous` to `site` (None: its start, its
+        end; below 0: a place inside): learns what it changed, if that may be news."""
+        step = (previous, site)
+        if index == 0 and self._first_looks_left:
+            self._first_looks_left -= 1
+        elif self._looks[step] >= _NUM_LOOKS_A_STEP:
+            return
+        self._looks[step] += 1
+        self.learn()
+
+    def learn(self) -> None:
+        """Finds the attributes that changed since `begin`: from now on each micro-batch
+        has its own, and a new one starts with what they held before."""
+        before_num, self._num_built = self._num_built, sum(map(len, self._built))
+        was_built = self._num_built != before_num
+        for (_, store), (size, keys, values) in zip(
+            self._stores, self._known, strict=True
+        ):
+            found = map(store.get, keys, repeat(_ABSENT))
+            if len(store) == size and all(map(is_, found, values)):
+                continue
+            known, now = dict(zip(keys, values, strict=True)), dict(_plain(store))
+            for key in {**known, **now}:
+                before, after = known.get(key, _ABSENT), now.get(key, _ABSENT)
+                if before is after:
+                    continue
+                if was_built and after is True:
+                    self._seen.add((id(store), key))
+                else:
+                    self._watch(store, key, before)
+        for (_, key), (store, blank) in self._contents.items():
+            if not blank.is_unchanged():
+                self._watch(store, key, blank)
+        for name, tensor, version in self._tensors:
+            if tensor._version != version:
+                self.conflict = name
+
+    def check(self) -> None:
+        """Raises PenstockError where several micro-batches could not be kept apart."""
+        if self.conflict is not None:
+            raise PenstockError(
+                f"the model writes to {self.conflict} in place, where micro-batches "
+                "would read what others left: sweep with width=1"
+            )
+
+    def let_go(self) -> None:
+        """The modules are others' from now on: nothing of them is looked at, or put."""
+        self._stores, self._built, self._watched, self._blank = [], [], [], []
+        self.begin()
+
+    def take(self) -> Values:
+        """The running micro-batch's values; leaves the blank ones."""
+        if not self._watched:
+            return ()
+        values = tuple(store.get(key, _ABSENT) for store, key in self._watched)
+        self.put(())
+        return values
+
+    def put(self, values: Values) -> None:
+        """Makes `values` current; what was learnt after they were taken is blank."""
+        if not self._watched:
+            return
+        copies: dict[int, Any] = {}  # what two modules share, they share as a copy
+        for index, (store, key) in enumerate(self._watched):
+            value = values[index] if index < len(values) else self._blank[index]
+            if isinstance(value, _Blank):
+                value = copies.setdefault(id(value.original), value.copy())
+            if value is _ABSENT:
+                store.pop(key, None)
+            else:
+                store[key] = value
+
+    def _watch(self, store: dict[str, Any], key: str, before: Any) -> None:
+        if (id(store), key) not in self._seen:
+            self._seen.add((id(store), key))
+            self._watched.append((store, key))
+            self._blank.append(self._before(store, key, before))
+
+    def _before(self, store: dict[str, Any], key: str, value: Any) -> Any:
+        """What `key` held at `begin`: of a container, its contents of then."""
+        _, blank = self._contents.get((id(store), key), (None, value))
+        return blank
+
+
+class _Blank:
+    """What a container held at first: each micro-batch starts with a copy."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self._contents = copy.copy(original)
+
+    def copy(self) -> Any:
+        return copy.copy(self._contents)
+
+    def is_unchanged(self) -> bool:
+        now, before = self.original, self._contents
+        if isinstance(now, set):
+            return bool(now == before)
+        if isinstance(now, dict):
+            return now.keys() == before.keys() and _same(now.values(), before.values())
+        return _same(now, before)
+
+
+def _same(now: Collection[Any], before: Collection[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _plain(store: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    return ((key, value) for key, value in store.items() if key not in _INTERNAL)

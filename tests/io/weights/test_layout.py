@@ -1,0 +1,348 @@
+"""A layout, executed by hand, makes every parameter and touches nothing else."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import random_tensor, same_bits
+from penstock.io.checkpoint.index import open_files
+from penstock.io.extent import Extent
+from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, Move, Placed, layout
+from penstock.io.weights.recipe import Piece, Recipe, View, plain
+from recipes import Example, examples, make, write_packed
+
+ALIGNMENTS = st.sampled_from([64, 512, 4096])
+UNTOUCHED = 0xA5
+
+
+class Slot:
+    """A slot that counts how often each of its bytes is written."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.content = torch.full((nbytes,), UNTOUCHED, dtype=torch.uint8)
+        self.writes = torch.zeros(nbytes, dtype=torch.int32)
+        self.by_reads = torch.zeros(nbytes, dtype=torch.int32)
+
+    def run(self, plan: Layout) -> None:
+        """Does what `plan` says, one byte range after the other."""
+        for read in plan.reads:
+            data = stored_bytes(read.extent)
+            self._write(read.slot_offset, data)
+            # What lies past the end of the file is read into, too, by a direct read.
+            end = read.slot_offset + read.extent.nbytes
+            self.by_reads[read.slot_offset : end] += 1
+            assert end <= plan.nbytes
+        for copy in plan.copies:
+            data = stored_bytes(copy.extent)
+            assert len(data) == copy.extent.nbytes
+            source = copy.source.on(data.clone().view(copy.dtype))
+            size = copy.target_numel * copy.target_dtype.itemsize
+            start = copy.target_offset
+            assert start + size <= plan.nbytes
+            target = self.content[start : start + size].clone().view(copy.target_dtype)
+            copy.target.on(target).copy_(source)
+            touched = torch.zeros(copy.target_numel, dtype=torch.int32)
+            copy.target.on(touched).add_(1)
+            self.content[start : start + size] = target.view(torch.uint8)
+            self.writes[start : start + size] += touched.repeat_interleave(
+                copy.target_dtype.itemsize
+            )
+        for conversion in plan.conversions:
+            recipe = conversion.recipe
+            assert recipe.convert is not None
+            stored = {
+                e.name: stored_bytes(Extent(e.path, e.offset, e.nbytes))
+                .view(e.dtype)
+                .view(e.shape)
+                for e in recipe.entries
+            }
+            made = recipe.convert(stored).to(recipe.dtype).contiguous()
+            self._write(
+                conversion.target_offset, made.reshape(-1).view(torch.uint8).clone()
+            )
+        for move in plan.moves:
+            self._move(move)
+
+    def _move(self, move: Move) -> None:
+        assert 0 < move.source_offset - move.target_offset < TENSOR_ALIGNMENT
+        source = slice(move.source_offset, move.source_offset + move.nbytes)
+        target = slice(move.target_offset, move.target_offset + move.nbytes)
+        for of_bytes in (self.content, self.writes, self.by_reads):
+            moved = of_bytes[source].clone()
+            of_bytes[source] = UNTOUCHED if of_bytes is self.content else 0
+            of_bytes[target] = moved
+
+    def tensor(self, placed: Placed) -> torch.Tensor:
+        content = self.content[placed.offset : placed.offset + nbytes_of(placed)]
+        return content.clone().view(placed.dtype).view(placed.shape)
+
+    def _write(self, offset: int, data: torch.Tensor) -> None:
+        self.content[offset : offset + len(data)] = data
+        self.writes[offset : offset + len(data)] += 1
+
+
+def stored_bytes(extent: Extent) -> torch.Tensor:
+    data = extent.path.read_bytes()[extent.offset : extent.end]
+    return torch.tensor(list(data), dtype=torch.uint8)
+
+
+def nbytes_of(placed: Placed) -> int:
+    return torch.Size(placed.shape).numel() * placed.dtype.itemsize
+
+
+def lay_out(
+    recipes: Iterable[Recipe],
+    *,
+    alignment: int = 4096,
+    memory_alignment: int | None = None,
+    tensor_alignment: int = TENSOR_ALIGNMENT,
+    max_gap_bytes: int = 0,
+) -> Layout:
+    return layout(
+        "unit",
+        recipes,
+        alignment=alignment,
+        memory_alignment=min(memory_alignment or alignment, alignment),
+        tensor_alignment=tensor_alignment,
+        max_gap_bytes=max_gap_bytes,
+    )
+
+
+def check_aligned(plan: Layout, alignment: int, memory_alignment: int) -> None:
+    assert plan.nbytes % alignment == 0
+    assert plan.nbytes > 0
+    for read in plan.reads:
+        assert read.extent.offset % alignment == 0
+        assert read.extent.nbytes % alignment == 0
+        assert read.slot_offset % memory_alignment == 0
+        assert read.extent.nbytes > 0
+    for placed in plan.tensors:
+        assert placed.offset % placed.dtype.itemsize == 0
+        assert placed.offset + nbytes_of(placed) <= plan.nbytes
+
+
+def check_lies_like_the_resident(
+    recipes: Iterable[Recipe], plan: Layout, tensor_alignment: int
+) -> None:
+    """Modulo 64 bytes: what is used as stored as in the file, what is made at 0."""
+    for recipe, placed in zip(recipes, plan.tensors, strict=True):
+        extent = recipe.direct
+        if not recipe.nbytes:
+            continue
+        if extent is not None and extent.offset % recipe.dtype.itemsize == 0:
+            assert placed.offset % TENSOR_ALIGNMENT == extent.offset % TENSOR_ALIGNMENT
+        else:
+            assert placed.offset % tensor_alignment == 0
+
+
+@pytest.mark.slow
+@given(
+    example=examples(),
+    alignment=ALIGNMENTS,
+    memory_alignment=st.sampled_from([1, 4, 512, 4096]),
+    tensor_alignment=st.sampled_from([1, TENSOR_ALIGNMENT]),
+    max_gap_bytes=st.sampled_from([0, 64, 4096, 1 << 20]),
+)
+def test_every_byte_of_every_parameter_is_written_once_and_is_right(
+    example: Example,
+    alignment: int,
+    memory_alignment: int,
+    tensor_alignment: int,
+    max_gap_bytes: int,
+) -> None:
+    memory_alignment = min(memory_alignment, alignment)
+    with tempfile.TemporaryDirectory() as folder:
+        made = make(example, Path(folder))
+        plan = lay_out(
+            made.recipes,
+            alignment=alignment,
+            memory_alignment=memory_alignment,
+            tensor_alignment=tensor_alignment,
+            max_gap_bytes=max_gap_bytes,
+        )
+        check_aligned(plan, alignment, memory_alignment)
+        check_lies_like_the_resident(made.recipes, plan, tensor_alignment)
+        slot = Slot(plan.nbytes)
+        slot.run(plan)
+    assert [p.name for p in plan.tensors] == [r.name for r in made.recipes]
+    assert int(slot.writes.max()) <= 1, "two writers of one byte would be a race"
+    # Not even where a read ends behind its file does anybody else write.
+    assert int((slot.by_reads + (slot.writes > slot.by_reads)).max()) <= 1
+    for placed in plan.tensors:
+        part = slice(placed.offset, placed.offset + nbytes_of(placed))
+        assert torch.all(slot.writes[part] == 1)
+        wanted = made.wanted[placed.name]
+        assert (placed.dtype, placed.shape) == (wanted.dtype, tuple(wanted.shape))
+        assert same_bits(slot.tensor(placed), wanted)
+
+
+@settings(max_examples=10)
+@given(example=examples(), alignment=ALIGNMENTS)
+def test_stored_bytes_count_what_parameters_are_made_of(
+    example: Example, alignment: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = make(example, Path(folder))
+        plan = lay_out(made.recipes, alignment=alignment)
+    least = sum(
+        sum(p.source.numel * p.entry.dtype.itemsize for p in r.pieces)
+        for r in made.recipes
+    )
+    most = sum(
+        parameter.parts * parameter.rows * parameter.columns * parameter.stored.itemsize
+        for parameter in example.parameters
+    )
+    assert least <= plan.stored_bytes <= most
+
+
+def files_of(folder: Path, *tensors: torch.Tensor) -> dict[str, Recipe]:
+    """One file of `tensors`, side by side, and a plain recipe of each."""
+    path = folder / "x.safetensors"
+    write_packed(path, {str(i): tensor for i, tensor in enumerate(tensors)})
+    entries = open_files(folder, [path.name]).entries
+    return {n: plain(e, name=n, dtype=e.dtype) for n, e in entries.items()}
+
+
+def test_neighbours_are_one_read_and_no_copy(tmp_path: Path) -> None:
+    recipes = files_of(
+        tmp_path, *(random_tensor(torch.uint8, (n,)) for n in (5000, 1, 0, 77))
+    )
+    plan = lay_out(recipes.values())
+    assert len(plan.reads) == 1
+    assert plan.copies == ()
+    assert plan.stored_bytes == 5078
+    assert plan.nbytes == 8192
+
+
+def test_a_gap_that_is_too_wide_takes_no_room(tmp_path: Path) -> None:
+    recipes = files_of(
+        tmp_path, *(random_tensor(torch.uint8, (n,)) for n in (100, 100_000, 100))
+    )
+    wanted = [recipes["0"], recipes["2"]]
+    wide = lay_out(wanted, max_gap_bytes=1 << 20)
+    narrow = lay_out(wanted, max_gap_bytes=4096)
+    assert (len(wide.reads), len(narrow.reads)) == (1, 2)
+    assert narrow.nbytes == 8192 < wide.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_a_tensor_at_an_odd_offset_is_moved_to_an_even_one(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    for lead in range(9):  # one of two neighbouring leads makes the offset odd
+        folder = tmp_path / str(lead)
+        folder.mkdir()
+        recipes = files_of(
+            folder,
+            random_tensor(torch.uint8, (lead,)),
+            random_tensor(dtype, (3000,), seed=lead),
+        )
+        recipe = recipes["1"]
+        plan = lay_out([recipe])
+        is_odd = recipe.pieces[0].entry.offset % dtype.itemsize != 0
+        assert bool(plan.copies) == is_odd
+        assert bool(plan.reads) != is_odd
+        check_aligned(plan, 4096, 4096)
+
+
+def experts(
+    folder: Path, rows: int, order: tuple[int, ...], *, data_start: int
+) -> tuple[Recipe, torch.Tensor]:
+    """Tensors of `rows` KiB, side by side in the file, stacked in another order."""
+    stored = [random_tensor(torch.bfloat16, (rows, 512), seed=i) for i in order]
+    path = folder / "x.safetensors"
+    named = {str(i): tensor for i, tensor in enumerate(stored)}
+    write_packed(path, named, data_start=data_start)
+    entries = open_files(folder, [path.name]).entries
+    shape = (len(order), rows, 512)
+    target = torch.empty(shape, device="meta")
+    pieces = [
+        Piece(entries[str(i)], View.whole((rows, 512)), View.of(target[expert]))
+        for i, expert in enumerate(order)
+    ]
+    wanted = torch.stack([stored[order.index(i)] for i in range(len(order))])
+    return Recipe("experts", shape, torch.bfloat16, tuple(pieces)), wanted
+
+
+def run(recipe: Recipe, memory_alignment: int = 4096) -> tuple[int, int, torch.Tensor]:
+    """Bytes that are copied, bytes that are moved then, and the parameter."""
+    plan = lay_out([recipe], memory_alignment=memory_alignment)
+    check_aligned(plan, 4096, memory_alignment)
+    slot = Slot(plan.nbytes)
+    slot.run(plan)
+    copied = sum(copy.extent.nbytes for copy in plan.copies)
+    moved = sum(move.nbytes for move in plan.moves)
+    return copied, moved, slot.tensor(plan.tensors[0])
+
+
+@pytest.mark.parametrize("data_start", [4096, 4104, 8190])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_experts_of_whole_pages_are_read_in_place_but_for_their_edges(
+    order: tuple[int, ...], data_start: int, tmp_path: Path
+) -> None:
+    recipe, wanted = experts(tmp_path, 32, order, data_start=data_start)
+    copied, moved, made = run(recipe)
+    assert same_bits(made, wanted)
+    assert copied == (0 if data_start == 4096 else 3 * 4096)
+    assert moved == (0 if data_start == 4096 else recipe.nbytes)
+
+
+@pytest.mark.parametrize("memory_alignment", [1, 4])
+def test_experts_are_not_moved_where_reads_may_land_anywhere(
+    memory_alignment: int, tmp_path: Path
+) -> None:
+    recipe, wanted = experts(tmp_path, 32, (2, 0, 1), data_start=4104)
+    copied, moved, made = run(recipe, memory_alignment)
+    assert same_bits(made, wanted)
+    assert (copied, moved) == (3 * 4096, 0)
+
+
+@pytest.mark.parametrize("data_start", [4096, 4104, 8190])
+def test_experts_of_odd_sizes_are_read_in_place_if_stacked_as_they_lie(
+    data_start: int, tmp_path: Path
+) -> None:
+    recipe, wanted = experts(tmp_path, 33, (0, 1, 2), data_start=data_start)
+    copied, _, made = run(recipe)
+    assert same_bits(made, wanted)
+    assert copied <= 3 * 2 * 4096
+
+
+def test_experts_of_odd_sizes_in_another_order_are_copied(tmp_path: Path) -> None:
+    recipe, wanted = experts(tmp_path, 33, (2, 0, 1), data_start=4096)
+    copied, _, made = run(recipe)
+    assert same_bits(made, wanted)
+    assert copied >= 2 * 33 * 1024
+
+
+def test_a_parameter_at_an_odd_offset_is_right(tmp_path: Path) -> None:
+    recipe, wanted = experts(tmp_path, 32, (0, 1), data_start=4097)
+    copied, moved, made = run(recipe)
+    assert same_bits(made, wanted)
+    assert (copied, moved) == (recipe.nbytes, 0)
+
+
+def test_two_parameters_may_be_the_same_stored_tensor(tmp_path: Path) -> None:
+    recipes = files_of(tmp_path, random_tensor(torch.float32, (10, 10)))
+    stored = recipes["0"]
+    other = Recipe("other", stored.shape, stored.dtype, stored.pieces)
+    plan = lay_out([stored, other])
+    slot = Slot(plan.nbytes)
+    slot.run(plan)
+    assert plan.tensors[0].offset == plan.tensors[1].offset
+    assert same_bits(slot.tensor(plan.tensors[0]), slot.tensor(plan.tensors[1]))
+
+
+def test_a_unit_of_empty_tensors_has_a_slot_and_no_reads(tmp_path: Path) -> None:
+    recipes = files_of(tmp_path, random_tensor(torch.float32, (0, 3)))
+    plan = lay_out(recipes.values())
+    assert not plan.reads
+    assert not plan.copies
+    assert plan.tensors == (Placed("0", 0, torch.float32, (0, 3)),)
+    assert plan.nbytes == 4096
