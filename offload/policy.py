@@ -56,7 +56,7 @@ class IO(Section):
     of wrapped modules while they are streamed. None: the user's cache folder."""
 
 
-class Link(Section):
+class LinkPolicy(Section):
     """The speed that a link is held to."""
 
     bandwidth: Bytes
@@ -119,7 +119,9 @@ class Policy(Section):
     """Most bytes of host memory that are locked in place for copies to a GPU: the host
     tier and what weights are staged in. `auto`: all of both, as far as the system lets
     one. What is not locked is copied from more slowly, and announced."""
-    links: dict[Literal["peer", "host", "disk"], Link] = Field(default_factory=dict)
+    links: dict[Literal["peer", "host", "disk"], LinkPolicy] = Field(
+        default_factory=dict
+    )
     """Links to be held to a stated speed, by the tier at their end: to leave room on
     them, or to try out how a slower one would do."""
     activation_memory: AutoBytes = "auto"

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.offload.files.durable import Disk
+from penstock.offload.files.durable import DurableFiles
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done, read_parts
 from penstock.offload.files.parts import Cut, NumberedRows
 from penstock.offload.files.sources import Own, find_files
-from penstock.offload.jobs.kept import KeptOutput, Mode
+from penstock.offload.jobs.kept import Mode, ResumableOutput
 from penstock.offload.jobs.manifest import Manifest
 from penstock.offload.jobs.running import PartsRun
 
@@ -27,7 +27,7 @@ class Killed(BaseException):
     """Plays kill -9: nothing reaches the disk any more."""
 
 
-class FragileDisk(Disk):
+class FragileDisk(DurableFiles):
     """Counts steps. At step `last` the process ends in the middle of it, and what
     comes later has no effect; or, with an `error`, that step fails."""
 
@@ -108,7 +108,7 @@ def run_job(
     output: Path,
     *,
     mode: Mode = "resume",
-    disk: Disk | None = None,
+    disk: DurableFiles | None = None,
     work: Recorded | None = None,
     cut: Cut = CUT,
     own: Own | None = None,
@@ -120,7 +120,7 @@ def run_job(
     files = find_files(paths, own or Own())
     inputs = Inputs(files, SCORED_KEYS)
     manifest = manifest_of(inputs, cut, **meaning)
-    with KeptOutput(output, manifest, mode, disk or FragileDisk()) as kept:
+    with ResumableOutput(output, manifest, mode, disk or FragileDisk()) as kept:
         if kept.is_finished:
             if kept.is_input_doubtful:
                 check_done(inputs, kept.cut, kept.done)

@@ -21,7 +21,7 @@ from checkpoints import (
     write_raw,
 )
 from penstock.io.checkpoint.index import Checkpoint, open_files
-from penstock.io.weights.recipe import Piece, Recipe, View, plain
+from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
 
 Kind = Literal[
     "plain",  # the stored tensor itself
@@ -202,7 +202,7 @@ def _recipe(
         _target(parameter, wanted, part).copy_(source)
         stored = torch.empty_like(tensor, device="meta")
         pieces.append(
-            Piece(
+            TensorSlice(
                 entries[part],
                 View.of(_source(parameter, stored)),
                 View.of(_target(parameter, whole, part)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from penstock.io.timeline import Span
-from penstock.offload.monitoring.samples import Sample
+from penstock.offload.monitoring.samples import ResourceSample
 from penstock.offload.reports.recorded import Recorded
 
 BEGAN = 1000.0
@@ -35,9 +35,9 @@ def spans(
     return found
 
 
-def samples(num: int = 60) -> list[Sample]:
+def samples(num: int = 60) -> list[ResourceSample]:
     return [
-        Sample(
+        ResourceSample(
             seconds=0.25 * i,
             stage="loading" if i < 8 else "scoring",
             stage_seconds=0.25 * (i if i < 8 else i - 8),

@@ -124,7 +124,7 @@ TIERS = {
 CHOOSERS = ("offload/engine/readers.py", "offload/engine/tiers.py")
 REHEARSAL = "scheduler/simulation/rehearsal.py"
 """Puts them together with nothing behind them."""
-PARTS = {"Binding", "Doors", "Gate", "Order", "Tiers", "WorkingSet"}
+PARTS = {"Binding", "Doors", "ForwardEntry", "Order", "Tiers", "WorkingSet"}
 """What a streamed model is put together from."""
 
 
@@ -262,7 +262,7 @@ def test_a_folder_can_be_looked_through(floor: str) -> None:
         ("io.memory.arena", "penstock.io.readers.files", "Files", True),
         ("io.errors", "penstock.io.memory", "arena", True),
         ("io.readers.files", "penstock.io", "errors", False),
-        ("scheduler.cost.model", "penstock.scheduler.sweep.loop", "Hub", True),
+        ("scheduler.cost.model", "penstock.scheduler.sweep.loop", "SweepLoop", True),
         ("scheduler.sweep.loop", "penstock.scheduler.order", "Order", False),
     ],
 )
@@ -359,6 +359,16 @@ def test_no_file_is_named_like_a_module_of_the_standard_library() -> None:
 def test_files_stay_short_enough_to_read() -> None:
     lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
     assert [(label(p), num) for p, num in lines.items() if num > MAX_LINES] == []
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    names = Counter(
+        node.name
+        for path in FILES
+        for node in tree_of(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, num in names.items() if num > 1} == set()
 
 
 def test_every_file_begins_with_what_it_is_for() -> None:

@@ -9,10 +9,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from penstock.io.errors import UsageError
-from penstock.offload.files.parts import Part
+from penstock.offload.files.parts import OutputPart
 
 
-def _parts(link: Connection) -> Iterator[Part]:
+def _parts(link: Connection) -> Iterator[OutputPart]:
     while True:
         link.send(("want",))
         part = link.recv()
@@ -21,7 +21,7 @@ def _parts(link: Connection) -> Iterator[Part]:
         yield part
 
 
-def _lines(part: Part) -> list[bytes]:
+def _lines(part: OutputPart) -> list[bytes]:
     return [b"%d\n" % number for number, _ in part.numbered()]
 
 

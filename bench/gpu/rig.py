@@ -27,9 +27,14 @@ from penstock.io.memory.arena import Arena, Memory
 from penstock.io.memory.pinned import CudaRegistrar, Pinned
 from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link
-from penstock.io.weights.source import Kept
+from penstock.io.weights.source import ResidentSource
 from penstock.io.weights.transfer import packed
-from penstock.offload.units.sites import Found, FoundSite, FoundUnit, Place
+from penstock.offload.units.sites import (
+    FoundSite,
+    FoundUnit,
+    ModelDivision,
+    ParameterRef,
+)
 from penstock.offload.weights.binding import Binding
 from penstock.scheduler.slots.doors import Doors, Site
 from penstock.scheduler.slots.working_set import WorkingSet
@@ -148,7 +153,7 @@ def open_rig(
         part.synchronize()
         memory = device.allocate(num_slots * unit_bytes)
         stack.callback(memory.close)
-        source = Kept(host, {i: i * stride for i in range(num_layers)})
+        source = ResidentSource(host, {i: i * stride for i in range(num_layers)})
         link = stack.enter_context(
             Link("host", source, dict(enumerate(transfers)), memory, device, pace=None)
         )
@@ -224,9 +229,9 @@ def _layout(name: str, layer: nn.Module) -> Layout:
 
 def _found(
     layers: list[nn.Module],
-) -> tuple[Found, dict[str, list[Place]], dict[str, torch.Tensor]]:
+) -> tuple[ModelDivision, dict[str, list[ParameterRef]], dict[str, torch.Tensor]]:
     sites, units = [], []
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[ParameterRef]] = {}
     stand_ins: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(layers):
         name = f"layers.{index}"
@@ -235,8 +240,8 @@ def _found(
             owner, _, attribute = key.rpartition(".")
             full_name = f"{name}.{key}"
             names.append(full_name)
-            places[full_name] = [Place(layer.get_submodule(owner), attribute)]
+            places[full_name] = [ParameterRef(layer.get_submodule(owner), attribute)]
             stand_ins[full_name] = parameter
         sites.append(FoundSite(name, layer))
         units.append(FoundUnit(name, tuple(names), (index,), False))
-    return Found(tuple(sites), tuple(units)), places, stand_ins
+    return ModelDivision(tuple(sites), tuple(units)), places, stand_ins

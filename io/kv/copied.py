@@ -9,10 +9,10 @@ import torch
 from ..errors import ClosedError
 from .codec import Codec
 from .count import KvCount
-from .region import GONE, Region
+from .region import GONE, KvStorage
 from .shape import KvShape
-from .staging import Staged, Staging
-from .strip import Lease, Pair, Strip
+from .staging import StagedRows, Staging
+from .strip import KvLayerBuffer, Lease, Pair
 
 _GROWTH = 4
 """More tokens than was said come in pieces of a fourth of that."""
@@ -22,19 +22,19 @@ _ROOM = 7
 """Tokens more than the next ones for which a buffer has room, should it stay staged."""
 
 
-class CopiedStrip(Strip):
+class CopiedStrip(KvLayerBuffer):
     """Each token goes to `region` once; all that are seen come from there at each step,
     unless they are staged still. When the region is full and most of it forgotten, the
     rest moves to its start."""
 
-    _region: Region | None = None
-    _staged: Staged | None = None
+    _region: KvStorage | None = None
+    _staged: StagedRows | None = None
 
     def __init__(
         self,
         shape: KvShape,
         make_codec: Callable[[KvShape], Codec],
-        region: Region,
+        region: KvStorage,
         staging: Staging,
         lease: Lease,
         count: KvCount,
@@ -128,7 +128,7 @@ class CopiedStrip(Strip):
             region.close()
             self._lease.give_back()
 
-    def _open_region(self) -> Region:
+    def _open_region(self) -> KvStorage:
         if self._region is None:
             raise ClosedError(GONE)
         return self._region
@@ -145,7 +145,7 @@ class CopiedStrip(Strip):
             region.grow(more)
         region.append(rows)
 
-    def _compact(self, region: Region) -> None:
+    def _compact(self, region: KvStorage) -> None:
         """What is kept moves to the start, in place of at least as much that is
         forgotten."""
         encoded = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -158,14 +158,14 @@ class CopiedStrip(Strip):
             region.append(encoded)
             self._count.moved += encoded.nbytes
 
-    def _rows(self, start: int) -> tuple[int, int, Staged]:
+    def _rows(self, start: int) -> tuple[int, int, StagedRows]:
         """Where the tokens from `start` on lie in what is staged."""
         row = self._codec.row_bytes
         staged = self._stage(start, 0)
         low = staged.lead + (start - staged.first) * row
         return low, staged.lead + (self.length - staged.first) * row, staged
 
-    def _stage(self, start: int, num: int) -> Staged:
+    def _stage(self, start: int, num: int) -> StagedRows:
         """The tokens from `start` on, with room for `num` more behind them."""
         staged, row = self._staged, self._codec.row_bytes
         if staged is not None and not staged.is_dropped:
@@ -180,7 +180,7 @@ class CopiedStrip(Strip):
         self._count.wait_seconds += time.perf_counter() - began
         return self._staged
 
-    def _fetch(self, start: int, num: int, *, ahead: bool) -> Staged | None:
+    def _fetch(self, start: int, num: int, *, ahead: bool) -> StagedRows | None:
         region, row = self._open_region(), self._codec.row_bytes
         low = (start - self._base) * row
         end = (self.length - self._base) * row

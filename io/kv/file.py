@@ -19,7 +19,7 @@ from ..pace import Pace
 from ..readers.files import ALIGNMENT
 from ..timeline import Record, unrecorded
 from .pages import PAGE_BYTES, FreeList
-from .worker_stream import Courier
+from .worker_stream import WorkerStream
 
 _CHUNK_BYTES = 4 << 20
 
@@ -57,7 +57,9 @@ class KvFile(Closing):
         self._returned: deque[tuple[int, int]] = deque()
         self._buffer = Arena(_CHUNK_BYTES)
         self.writer, self.reader = (
-            Courier(name, max_pending_bytes=max_pending_bytes, pace=pace, record=record)
+            WorkerStream(
+                name, max_pending_bytes=max_pending_bytes, pace=pace, record=record
+            )
             for name, pace in (("kv-write", write_pace), ("kv-read", read_pace))
         )
         self._is_closed = False

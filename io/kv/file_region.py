@@ -8,20 +8,20 @@ from ..extent import align_down, align_up
 from ..handle import Handle
 from ..readers.files import ALIGNMENT
 from .file import KvFile, pages
-from .hop import Hop
+from .hop import HostBounce
 from .pages import PAGE_BYTES, plan_append, spans
-from .region import GONE, Arrival, Region
+from .region import GONE, Arrival, KvStorage
 
 _move = CpuStream().copy
 
 
-class FileRegion(Region):
+class FileRegion(KvStorage):
     """Appends are written behind, in order; a fetch reads what was appended before.
 
     What fails is raised by the `append` or the arrival that comes after it.
     """
 
-    def __init__(self, file: KvFile, device: Device, hop: Hop) -> None:
+    def __init__(self, file: KvFile, device: Device, hop: HostBounce) -> None:
         self._file = file
         self._device = device
         self._hop = hop

@@ -9,7 +9,7 @@ from ..closing import Closing
 from ..devices.device import Device, Stream
 from ..event import Event
 from ..memory.arena import Arena
-from .lender import Locked
+from .lender import PinnedPool
 from .region import Leaving
 
 
@@ -36,7 +36,7 @@ class Incoming(Protocol):
     def close(self) -> None: ...
 
 
-class Hop(Protocol):
+class HostBounce(Protocol):
     def out(self, rows: torch.Tensor) -> Outgoing: ...
 
     def back(self, target: torch.Tensor) -> Incoming: ...
@@ -87,7 +87,7 @@ class ThroughHost(Closing):
         self._device = device
         self._out = out
         self._back = back
-        self._lender = Locked(pin, out, back)
+        self._lender = PinnedPool(pin, out, back)
         self._leaving = Leaving(device)
 
     def out(self, rows: torch.Tensor) -> Outgoing:
@@ -112,7 +112,7 @@ class ThroughHost(Closing):
 
 class _Out:
     def __init__(
-        self, lender: Locked, buffer: Arena, nbytes: int, copied: Event
+        self, lender: PinnedPool, buffer: Arena, nbytes: int, copied: Event
     ) -> None:
         self._lender = lender
         self._buffer = buffer
@@ -130,7 +130,7 @@ class _Out:
 class _Back:
     def __init__(
         self,
-        lender: Locked,
+        lender: PinnedPool,
         buffer: Arena,
         target: torch.Tensor,
         back: Stream,

@@ -8,12 +8,12 @@ from ..errors import ClosedError
 from .count import KvCount
 from .region import GONE
 from .shape import KvShape
-from .strip import Lease, Pair, Strip
+from .strip import KvLayerBuffer, Lease, Pair
 
 _GROWTH = 1.25
 
 
-class InPlaceStrip(Strip):
+class InPlaceStrip(KvLayerBuffer):
     """Keeps [batch, heads, `capacity`, dim], of which views are given out. On the CPU
     memory that no token was written to costs nothing.
 

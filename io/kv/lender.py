@@ -14,7 +14,7 @@ from ..memory.arena import Arena, Memory
 from ..memory.host_buffers import HostBuffers
 
 
-class Lender(Protocol):
+class BufferPool(Protocol):
     """Lends memory that may be given back on any thread, once nothing is copied to or
     from it but what its two streams were given before."""
 
@@ -38,7 +38,7 @@ class Unpinned(Closing):
         """Nothing is kept."""
 
 
-class Locked(Closing):
+class PinnedPool(Closing):
     """Host memory that is locked in place, which takes long, and lent again."""
 
     def __init__(

@@ -13,7 +13,7 @@ PAGE_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class PageSpan:
     """Bytes of the stream that lie in one piece of a file or of memory."""
 
     piece: int
@@ -24,13 +24,13 @@ class Span:
     nbytes: int
 
 
-def spans(sizes: Sequence[int], start: int, end: int) -> Iterator[Span]:
+def spans(sizes: Sequence[int], start: int, end: int) -> Iterator[PageSpan]:
     """Where the bytes `start` ... `end` lie in pieces of these `sizes`."""
     low = 0
     for piece, size in enumerate(sizes):
         first, last = max(start, low), min(end, low + size)
         if first < last:
-            yield Span(piece, first - low, first - start, last - first)
+            yield PageSpan(piece, first - low, first - start, last - first)
         low += size
     assert end <= low, "the pieces hold all that is asked for"
 

@@ -12,13 +12,13 @@ from .copied import CopiedStrip
 from .count import KvCount
 from .file import KvFile, pages
 from .file_region import FileRegion
-from .hop import Hop
+from .hop import HostBounce
 from .in_place import InPlaceStrip
-from .lender import Lender
-from .region import Leaving, MemoryRegion, Region
+from .lender import BufferPool
+from .region import KvStorage, Leaving, MemoryRegion
 from .shape import KvShape
 from .staging import Staging
-from .strip import Lease, Strip
+from .strip import KvLayerBuffer, Lease
 
 PENDING_BYTES = 256 << 20
 """Most that waits to be written, beside what is being made."""
@@ -36,7 +36,7 @@ class InPlace(Closing):
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         return capacity * shape.row_bytes
 
-    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
         return InPlaceStrip(shape, capacity, self._device, lease, self._count)
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class _Elsewhere(Closing):
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         return capacity * self._make_codec(shape).row_bytes
 
-    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip:
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
         region = self._region()
         region.grow(self.bytes_of(shape, capacity))
         return CopiedStrip(
@@ -62,7 +62,7 @@ class _Elsewhere(Closing):
         )
 
     @abstractmethod
-    def _region(self) -> Region: ...
+    def _region(self) -> KvStorage: ...
 
 
 class Copied(_Elsewhere):
@@ -77,7 +77,7 @@ class Copied(_Elsewhere):
         *,
         out: Stream,
         back: Stream,
-        lender: Lender,
+        lender: BufferPool,
     ) -> None:
         super().__init__(staging, count, make_codec)
         self._device = device
@@ -86,7 +86,7 @@ class Copied(_Elsewhere):
         self._lender = lender
         self._leaving = Leaving(device)
 
-    def _region(self) -> Region:
+    def _region(self) -> KvStorage:
         return MemoryRegion(
             self._device, self._out, self._back, self._leaving, self._lender
         )
@@ -108,7 +108,7 @@ class OnDisk(_Elsewhere):
         count: KvCount,
         make_codec: MakeCodec,
         open_file: Callable[[], KvFile],
-        hop: Hop,
+        hop: HostBounce,
     ) -> None:
         super().__init__(staging, count, make_codec)
         self._device = device
@@ -120,7 +120,7 @@ class OnDisk(_Elsewhere):
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         return pages(super().bytes_of(shape, capacity))
 
-    def _region(self) -> Region:
+    def _region(self) -> KvStorage:
         if self.file is None:
             self.file = self._open_file()
         return FileRegion(self.file, self._device, self._hop)

@@ -11,7 +11,7 @@ from ..errors import ClosedError
 from ..event import Event
 from ..handle import Handle
 from ..memory.arena import Memory
-from .lender import Lender
+from .lender import BufferPool
 from .pages import spans
 
 _MAX_LEAVING = 2
@@ -36,7 +36,7 @@ class Arrival:
             self._device.compute.wait(self.ready)
 
 
-class Region(Closing):
+class KvStorage(Closing):
     """A stream of `nbytes` bytes, of at most `capacity` unless it is grown."""
 
     nbytes: int = 0
@@ -91,7 +91,7 @@ class Leaving:
         self._rows.clear()
 
 
-class MemoryRegion(Region):
+class MemoryRegion(KvStorage):
     """In memory that `lender` lends, to and from which `out` and `back` copy."""
 
     def __init__(
@@ -100,7 +100,7 @@ class MemoryRegion(Region):
         out: Stream,
         back: Stream,
         leaving: Leaving,
-        lender: Lender,
+        lender: BufferPool,
     ) -> None:
         self._device = device
         self._out = out

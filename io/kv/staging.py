@@ -20,7 +20,7 @@ one right after the other: all should be there by then."""
 
 
 @dataclass(eq=False, slots=True)
-class Staged:
+class StagedRows:
     """A strip's tokens from `first` on, as rows."""
 
     buffer: torch.Tensor
@@ -46,8 +46,8 @@ class Staging(Closing):
     def __init__(self, device: Device, max_bytes: int | None) -> None:
         self._device = device
         self._max_bytes = max_bytes
-        self._staged: list[Staged] = []
-        self._free: list[Staged] = []
+        self._staged: list[StagedRows] = []
+        self._free: list[StagedRows] = []
         self.peak_bytes = 0
 
     def __repr__(self) -> str:
@@ -58,7 +58,9 @@ class Staging(Closing):
         """Bytes of all buffers."""
         return sum(s.buffer.nbytes for s in (*self._staged, *self._free))
 
-    def lend(self, nbytes: int, lead: int, first: int, *, ahead: bool) -> Staged | None:
+    def lend(
+        self, nbytes: int, lead: int, first: int, *, ahead: bool
+    ) -> StagedRows | None:
         """A buffer for `nbytes`, `lead` included. None where it is for later (`ahead`)
         and there is no room without what is still to be used, or is looked at."""
         while self._is_full(nbytes):
@@ -68,12 +70,12 @@ class Staging(Closing):
                     return None
                 break
             self.drop(worst)
-        staged = Staged(self._buffer(nbytes), lead, first)
+        staged = StagedRows(self._buffer(nbytes), lead, first)
         self._staged.append(staged)
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         return staged
 
-    def use(self, staged: Staged) -> None:
+    def use(self, staged: StagedRows) -> None:
         """Who computes reads `staged`, which is there for what is queued from now on.
         Raises what bringing it raised; then it is dropped."""
         if staged.ready is not None:
@@ -87,12 +89,12 @@ class Staging(Closing):
         self._staged.remove(staged)
         self._staged.append(staged)
 
-    def put(self, staged: Staged, offset: int, rows: torch.Tensor) -> None:
+    def put(self, staged: StagedRows, offset: int, rows: torch.Tensor) -> None:
         """`rows` behind what is in `staged`, in the order of the device's work."""
         target = staged.buffer[offset : offset + rows.nbytes]
         self._device.compute.copy(target, rows)
 
-    def drop(self, staged: Staged) -> None:
+    def drop(self, staged: StagedRows) -> None:
         """May be dropped twice."""
         if not staged.is_dropped:
             staged.is_dropped = True
@@ -107,14 +109,14 @@ class Staging(Closing):
             self._forget(staged)
         self._free.clear()
 
-    def _free_of_use(self) -> Staged | None:
+    def _free_of_use(self) -> StagedRows | None:
         """What may be dropped for somebody's later use: it was read, and who read it
         keeps no view, so that its memory is free at once."""
         return next(
             (s for s in self._staged if s.is_used and _num_views(s.buffer) == 1), None
         )
 
-    def _least_wanted(self) -> Staged | None:
+    def _least_wanted(self) -> StagedRows | None:
         """What was read, else what was brought last: it is used after the others."""
         used = (staged for staged in self._staged if staged.is_used)
         return next(used, self._staged[-1] if self._staged else None)
@@ -132,7 +134,7 @@ class Staging(Closing):
         free, self._free = self._free, []
         num, held = 1 + len(self._staged), nbytes
         held += sum(staged.buffer.nbytes for staged in self._staged)
-        best: Staged | None = None
+        best: StagedRows | None = None
         for staged in sorted(free, key=lambda staged: staged.buffer.nbytes):
             if _num_views(staged.buffer) > 1:  # it goes with who views it
                 self._forget(staged)
@@ -145,7 +147,7 @@ class Staging(Closing):
                 self._forget(staged)
         return self._allocate(nbytes) if best is None else self._forget(best)
 
-    def _forget(self, staged: Staged) -> torch.Tensor:
+    def _forget(self, staged: StagedRows) -> torch.Tensor:
         """Its buffer, which nothing is on its way to any more: the memory may become
         another's. The strip that it was dropped by may keep `staged` for long."""
         if staged.ready is not None:

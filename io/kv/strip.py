@@ -24,7 +24,7 @@ class Lease(Protocol):
     def give_back(self) -> None: ...
 
 
-class Strip(Closing):
+class KvLayerBuffer(Closing):
     """Tokens are known by their number since the beginning: those from `first` up to
     `length` are kept. What `append` and `view` return is read at once, or kept: it
     stays as it is until the strip is changed other than by `append`."""

@@ -19,7 +19,7 @@ from ..timeline import Record, unrecorded
 _Job = tuple[Callable[[], None], int, bool, Handle]
 
 
-class Courier(Closing):
+class WorkerStream(Closing):
     """`give` work and wait for its handle, which raises what failed; the others go on.
     Who gives more than `max_pending_bytes` at one time waits.
 

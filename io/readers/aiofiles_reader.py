@@ -12,12 +12,12 @@ import aiofiles
 
 from ..checkpoint.header import FileStamp
 from ..errors import CheckpointError
-from .backlog import LAST, NORMAL, URGENT, Part
+from .backlog import LAST, NORMAL, URGENT, RequestPart
 from .daemon_pool import DaemonPool
 from .files import Files, OpenFile
 from .queued import QueuedReader
 
-_Part = Part[memoryview]
+_Part = RequestPart[memoryview]
 _Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]
 
 

@@ -23,7 +23,7 @@ class Sliceable(Protocol):
 Buffer = TypeVar("Buffer", bound=Sliceable)
 
 
-class Part(NamedTuple, Generic[Buffer]):
+class RequestPart(NamedTuple, Generic[Buffer]):
     """One read of the device, and the handle that it is a part of."""
 
     extent: Extent
@@ -39,7 +39,7 @@ class Part(NamedTuple, Generic[Buffer]):
 
 def line_up(
     extents: Iterable[Extent], buffer: Buffer
-) -> tuple[Handle, list[Part[Buffer]]]:
+) -> tuple[Handle, list[RequestPart[Buffer]]]:
     """The parts of a read whose consecutive `extents` fill `buffer` from its start."""
     extents = list(extents)
     handle = Handle(len(extents))
@@ -47,7 +47,7 @@ def line_up(
     for extent in extents:
         start = extent.offset - extents[0].offset
         view = buffer[start : start + extent.nbytes]
-        parts.append(Part(extent, view, handle))
+        parts.append(RequestPart(extent, view, handle))
     return handle, parts
 
 
@@ -56,17 +56,17 @@ class Backlog(Generic[Buffer]):
     once everything before has been taken."""
 
     def __init__(self) -> None:
-        self._queue: queue.PriorityQueue[tuple[int, int, Part[Buffer] | None]] = (
-            queue.PriorityQueue()
-        )
+        self._queue: queue.PriorityQueue[
+            tuple[int, int, RequestPart[Buffer] | None]
+        ] = queue.PriorityQueue()
         self._number = itertools.count()  # keeps equals in order, and parts uncompared
 
-    def put(self, parts: Iterable[Part[Buffer]], urgent: bool) -> None:
+    def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
         for part in parts:
             priority = URGENT if urgent else NORMAL
             self._queue.put((priority, next(self._number), part))
 
-    def take(self, *, wait: bool = True) -> Part[Buffer] | None:
+    def take(self, *, wait: bool = True) -> RequestPart[Buffer] | None:
         """The next part; None at the end. Raises queue.Empty when there is none yet and
         it is not to `wait` for one."""
         return self._queue.get(block=wait)[2]

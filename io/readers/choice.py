@@ -29,7 +29,7 @@ _NOISE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class ReaderTrial:
     """One reader's brief run."""
 
     reader: str
@@ -37,7 +37,7 @@ class Trial:
     cpu_seconds_per_gb: float
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
+def best_of(trials: Sequence[ReaderTrial]) -> ReaderTrial:
     """Among those as fast as the fastest, to within the noise, the one that costs the
     least CPU. Pure."""
     fastest = max(trial.bytes_per_second for trial in trials)
@@ -56,7 +56,7 @@ def measure(
     stamps: Mapping[Path, FileStamp],
     *,
     rounds: int = _ROUNDS,
-) -> list[Trial]:
+) -> list[ReaderTrial]:
     """Lets each reader read parts of the largest file, in turns, never the same ones.
     Empty where the file is too small to tell them apart."""
     path, stamp = max(stamps.items(), key=lambda item: item[1].size_bytes)
@@ -79,7 +79,7 @@ def measure(
                     cost = (time.process_time() - used) / SAMPLE_BYTES * 1e9
                     costs[name].append(cost)
         buffer.release()
-    return [Trial(n, median(rates[n]), median(costs[n])) for n in open_readers]
+    return [ReaderTrial(n, median(rates[n]), median(costs[n])) for n in open_readers]
 
 
 def choose(
@@ -90,7 +90,7 @@ def choose(
     *,
     direct: bool,
     settings: str,
-    remembered: "Remembered",
+    remembered: "RememberedChoice",
 ) -> tuple[str, tuple[str, ...]]:
     """The name of the reader to use, and what fell back, announced already.
 
@@ -130,20 +130,20 @@ def choose(
     return best.reader, tuple(fallbacks)
 
 
-class Remembered:
+class RememberedChoice:
     """The choices made on this computer, by drive: a JSON file that may be deleted at
     any time, and need not be writable."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def get(self, drive: str) -> Trial | None:
+    def get(self, drive: str) -> ReaderTrial | None:
         try:
-            return Trial(**read_json(self._path)[drive])
+            return ReaderTrial(**read_json(self._path)[drive])
         except (CheckpointError, KeyError, TypeError):
             return None
 
-    def put(self, drive: str, trial: Trial) -> None:
+    def put(self, drive: str, trial: ReaderTrial) -> None:
         try:
             known = read_json_object(self._path)
         except CheckpointError:

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint.header import FileStamp
 from ..closing import Closing
-from .backlog import Part
+from .backlog import RequestPart
 from .files import ALIGNMENT, Files, OpenFile, reads_directly
 from .queued import QueuedReader
 from .workers import Workers
@@ -131,7 +131,7 @@ class GdsReader(QueuedReader[torch.Tensor]):
             f"{self._count.num_bytes} bytes>"
         )
 
-    def _put(self, parts: Iterable[Part[torch.Tensor]], urgent: bool) -> None:
+    def _put(self, parts: Iterable[RequestPart[torch.Tensor]], urgent: bool) -> None:
         self._workers.put(parts, urgent)
 
     def _finish(self) -> None:

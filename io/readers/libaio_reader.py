@@ -15,7 +15,7 @@ from ..checkpoint.header import FileStamp
 from ..errors import ReadError
 from ..extent import Extent
 from ..handle import forget_frames
-from .backlog import Backlog, Part
+from .backlog import Backlog, RequestPart
 from .files import Files, OpenFile
 from .queued import QueuedReader
 
@@ -40,7 +40,7 @@ class _Lane:
     """One place in the kernel's queue, and the part that is read in it."""
 
     block: Any
-    part: Part[memoryview] | None = None
+    part: RequestPart[memoryview] | None = None
     file: OpenFile | None = None
     position: int = 0
     """Bytes of the part that are there."""
@@ -94,7 +94,7 @@ class LibaioReader(QueuedReader[memoryview]):
             f"{self._count.num_bytes} bytes>"
         )
 
-    def _put(self, parts: Iterable[Part[memoryview]], urgent: bool) -> None:
+    def _put(self, parts: Iterable[RequestPart[memoryview]], urgent: bool) -> None:
         self._backlog.put(parts, urgent)
 
     def _finish(self) -> None:

@@ -10,7 +10,7 @@ from ..errors import ClosedError
 from ..extent import Extent, chunks
 from ..handle import Handle
 from ..home import Home
-from .backlog import Buffer, Count, Part, line_up
+from .backlog import Buffer, Count, RequestPart, line_up
 from .files import ALIGNMENT, Files
 from .reader import ReaderStatistics
 
@@ -69,7 +69,7 @@ class QueuedReader(Closing, Generic[Buffer]):
         self._files.close()
 
     @abstractmethod
-    def _put(self, parts: Iterable[Part[Buffer]], urgent: bool) -> None: ...
+    def _put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None: ...
 
     @abstractmethod
     def _finish(self) -> None: ...

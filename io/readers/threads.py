@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..checkpoint.header import FileStamp
-from .backlog import Part
+from .backlog import RequestPart
 from .files import Files, OpenFile
 from .queued import QueuedReader
 from .workers import Workers
@@ -43,7 +43,7 @@ class ThreadReader(QueuedReader[memoryview]):
             f"{self._count.num_bytes} bytes>"
         )
 
-    def _put(self, parts: Iterable[Part[memoryview]], urgent: bool) -> None:
+    def _put(self, parts: Iterable[RequestPart[memoryview]], urgent: bool) -> None:
         self._workers.put(parts, urgent)
 
     def _finish(self) -> None:

@@ -6,7 +6,7 @@ from typing import Generic
 
 from ..closing import Closing
 from ..extent import Extent
-from .backlog import Backlog, Buffer, Count, Part
+from .backlog import Backlog, Buffer, Count, RequestPart
 from .files import Files, OpenFile
 
 
@@ -34,7 +34,7 @@ class Workers(Closing, Generic[Buffer]):
         for thread in self._threads:
             thread.start()
 
-    def put(self, parts: Iterable[Part[Buffer]], urgent: bool) -> None:
+    def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
         self._backlog.put(parts, urgent)
 
     def close(self) -> None:

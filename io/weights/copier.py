@@ -17,7 +17,7 @@ it has brought is idle for a fifth of the time, or more where the cores are busy
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CopyTask:
     """Bytes of a file, and what is to be done with them."""
 
     unit: str
@@ -28,7 +28,7 @@ class Piece:
     """One part of it is done when `place` has returned, or something failed."""
 
 
-class Copier(Closing):
+class BounceCopier(Closing):
     """Takes pieces in order. `submit` (unit, extent, buffer) starts a read of an extent
     that is aligned to `alignment`. Each of `num_threads`, started when first needed,
     has two buffers of `bounce_bytes`; a larger piece gets one of its own."""
@@ -46,11 +46,11 @@ class Copier(Closing):
         self._buffer_bytes = bounce_bytes + 2 * alignment
         self._num_threads = num_threads
         self._threads: list[threading.Thread] = []
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[CopyTask] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def put(self, pieces: Iterable[Piece]) -> None:
+    def put(self, pieces: Iterable[CopyTask]) -> None:
         """Returns at once. Raises ClosedError when it is closed, RuntimeError where no
         thread can be started; then nothing is under way."""
         found = list(pieces)
@@ -82,7 +82,7 @@ class Copier(Closing):
                 return
             self._threads.append(thread)
 
-    def _next(self, *, wait: bool) -> Piece | None:
+    def _next(self, *, wait: bool) -> CopyTask | None:
         """None if there is nothing now, or, after waiting, nothing any more."""
         with self._changed:
             while wait and not (self._pieces or self._is_closed):
@@ -102,7 +102,7 @@ class Copier(Closing):
                 free.append(self._end(reads.popleft()))
             piece = None  # what it places may be somebody's memory
 
-    def _begin(self, piece: Piece, buffer: memoryview | None) -> "_Read":
+    def _begin(self, piece: CopyTask, buffer: memoryview | None) -> "_Read":
         window = aligned(piece.extent, self._alignment)
         read = _Read(piece, window.offset)
         try:
@@ -132,7 +132,7 @@ class Copier(Closing):
 class _Read:
     """A piece on its way into `buffer`, which begins with the byte at `offset`."""
 
-    piece: Piece
+    piece: CopyTask
     offset: int
     buffer: memoryview | None = None
     handle: Handle | None = None

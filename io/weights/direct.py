@@ -47,7 +47,7 @@ def why_not(layouts: Sequence[Layout]) -> str | None:
     return None
 
 
-class Straight(Closing):
+class DirectToDevice(Closing):
     """Brings units that are stored as they are used into slots of `target`."""
 
     def __init__(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ..extent import Extent, align_down, align_up, windows
-from .recipe import Piece, Recipe, View
+from .recipe import Recipe, TensorSlice, View
 
 TENSOR_ALIGNMENT = 64
 """Bytes. What torch's allocator aligns to (c10::gAlignment), and the widest vector."""
@@ -188,7 +188,7 @@ def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
     return position + (extent.offset - target - position) % memory_alignment
 
 
-def _is_raw(recipe: Recipe, piece: Piece) -> bool:
+def _is_raw(recipe: Recipe, piece: TensorSlice) -> bool:
     """Whether the piece's bytes are copied one to one into one range of the slot."""
     extent = piece.source_extent
     return (
@@ -200,7 +200,7 @@ def _is_raw(recipe: Recipe, piece: Piece) -> bool:
 
 
 def _assemble(
-    recipe: Recipe, piece: Piece, base: int, alignment: int, memory_alignment: int
+    recipe: Recipe, piece: TensorSlice, base: int, alignment: int, memory_alignment: int
 ) -> tuple[list[Read], list[Copy]]:
     if not piece.source.numel:
         return [], []
@@ -231,7 +231,7 @@ def _byte_copy(extent: Extent, slot_offset: int) -> Copy:
     )
 
 
-def _strided_copy(recipe: Recipe, piece: Piece, base: int) -> Copy:
+def _strided_copy(recipe: Recipe, piece: TensorSlice, base: int) -> Copy:
     extent, source = piece.source_extent, piece.source
     if extent is None:  # a part that is no range: read its whole tensor
         entry = piece.entry

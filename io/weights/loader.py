@@ -18,7 +18,7 @@ from ..handle import Handle
 from ..memory.arena import HostMemory
 from ..readers.reader import Reader
 from ..timeline import CAST, Record, unrecorded
-from .copier import Copier, Piece
+from .copier import BounceCopier, CopyTask
 from .layout import Conversion, Copy, Layout
 from .recipe import View
 
@@ -99,7 +99,7 @@ class Loader:
         self._arena = arena
         self._reader = reader
         self._bounce_bytes = bounce_bytes
-        self._copier = Copier(
+        self._copier = BounceCopier(
             self._submit,
             alignment=reader.alignment,
             bounce_bytes=bounce_bytes,
@@ -174,7 +174,7 @@ class Loader:
             convert = partial(self._convert, plan.name, conversion, offset)
             acts.append((_NOTHING, convert))
         handle = Handle(len(acts))
-        self._copier.put(Piece(plan.name, *act, handle) for act in acts)
+        self._copier.put(CopyTask(plan.name, *act, handle) for act in acts)
         return handle
 
     def _move_after(
@@ -186,7 +186,7 @@ class Loader:
         def start() -> None:
             move = partial(self._move, plan, offset)
             try:
-                self._copier.put([Piece(plan.name, _NOTHING, move, moved)])
+                self._copier.put([CopyTask(plan.name, _NOTHING, move, moved)])
             except Exception as error:  # closed meanwhile
                 moved.done(error)
 

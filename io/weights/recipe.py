@@ -59,7 +59,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSlice:
     """A part of a stored tensor and the part of the parameter that it fills."""
 
     entry: TensorEntry
@@ -94,7 +94,7 @@ class Recipe:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TensorSlice, ...] = ()
     convert: Convert | None = None
     entries: tuple[TensorEntry, ...] = ()
 
@@ -136,4 +136,4 @@ class Recipe:
 def plain(entry: TensorEntry, *, name: str, dtype: torch.dtype) -> Recipe:
     """The recipe of a parameter that is `entry`, cast to `dtype` where they differ."""
     whole = View.whole(entry.shape)
-    return Recipe(name, entry.shape, dtype, (Piece(entry, whole, whole),))
+    return Recipe(name, entry.shape, dtype, (TensorSlice(entry, whole, whole),))

@@ -40,7 +40,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class Kept:
+class ResidentSource:
     """Units that stay where they are, `offsets` into `memory`."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Kept:
             self._pinned.close()
 
 
-class Staged:
+class StagedSource:
     """Units read from disk into a ring of host memory, as many ahead as fit there.
 
     `ask` may be called by any thread, the rest by the one that copies: the only one

@@ -76,7 +76,7 @@ def tune(
 
     Example: `penstock tune ./llama-3b texts.jsonl -o tuned.yaml`
     """
-    from ..files.durable import Disk
+    from ..files.durable import DurableFiles
     from ..machines.machine import find_machine
     from ..plans.plan import make_plan
     from ..plans.planner import Task
@@ -131,7 +131,7 @@ def tune(
             "same command again to go on",
             signal.SIGINT,
         ) from None
-    write(Disk(), output, tuned_yaml(tuning, verdict, log.timings))
+    write(DurableFiles(), output, tuned_yaml(tuning, verdict, log.timings))
     say(verdict_line(verdict))
     print(output)
 

@@ -18,7 +18,7 @@ from ...io.weights.transfer import Transfer
 from ...scheduler.order import Order
 from ...scheduler.slots.doors import Doors, Site
 from ...scheduler.slots.working_set import WorkingSet
-from ...scheduler.sweep.entry import Gate
+from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import open_kv
 from ..monitoring.heap import Heap
 from ..policy import Policy
@@ -27,14 +27,15 @@ from ..settings.memory_budget import MemoryRoom, Use
 from ..units.arrangement import arrange
 from ..units.division import check_overlap
 from ..units.row_wise import find_row_wise
-from ..units.sites import Found, Place
+from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
 from ..weights.moved import MovedTensors
 from ..weights.poison import StreamedParameter
 from ..weights.rows import RowGatherer
 from .engine import Engine
 from .readers import memory_alignment_of
-from .tiers import Tiers, open_device, transfer_of
+from .tiers import Tiers, open_device
+from .transfers import transfer_of
 
 if TYPE_CHECKING:
     from .compilation import Compilation
@@ -121,7 +122,7 @@ def build(
             working_set=working_set,
             binding=binding,
             doors=doors,
-            gate=Gate(
+            gate=ForwardEntry(
                 doors,
                 Order(len(found.sites)),
                 lookahead=policy.lookahead,
@@ -164,7 +165,7 @@ def _announce(policy: Policy) -> list[str]:
 
 
 def _move_rest(
-    model: nn.Module, places: Mapping[str, list[Place]], device: Device
+    model: nn.Module, places: Mapping[str, list[ParameterRef]], device: Device
 ) -> MovedTensors:
     """What is not streamed."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -177,7 +178,7 @@ def _move_rest(
 
 
 def _working_set(
-    found: Found,
+    found: ModelDivision,
     transfers: list[Transfer],
     capacity: int,
     tiers: Tiers,
@@ -201,7 +202,7 @@ def _working_set(
 
 
 def _doors(
-    found: Found, working_set: WorkingSet, binding: Binding, heap: Heap
+    found: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
 ) -> Doors:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
         heap.trim()  # the site before this one has freed its activations
@@ -214,7 +215,7 @@ def _doors(
     return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
 
 
-def _compilation(found: Found, policy: Policy) -> "Compilation | None":
+def _compilation(found: ModelDivision, policy: Policy) -> "Compilation | None":
     if not policy.compile:
         return None
     from .compilation import Compilation  # torch's compiler takes long to import
@@ -222,6 +223,6 @@ def _compilation(found: Found, policy: Policy) -> "Compilation | None":
     return Compilation(found)
 
 
-def _requires_grad(place: Place) -> bool:
+def _requires_grad(place: ParameterRef) -> bool:
     parameter = place.module._parameters.get(place.key)
     return parameter is not None and parameter.requires_grad

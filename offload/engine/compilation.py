@@ -21,7 +21,7 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
 )
 
-from ..units.sites import Found
+from ..units.sites import ModelDivision
 from ..weights.poison import StreamedParameter
 
 Note = Callable[[str], None]
@@ -52,7 +52,7 @@ class Compilation:
     dynamo's recompile limit.
     """
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: ModelDivision) -> None:
         self._found = found
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
         self._compiled: list[tuple[nn.Module, _Kind, Any]] = []

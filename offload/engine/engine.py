@@ -17,7 +17,7 @@ from ...scheduler.slots.doors import Doors
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.admission import Width
 from ...scheduler.sweep.coalescing import Coalescing, RowWise
-from ...scheduler.sweep.entry import Gate
+from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.module_state import ModuleState
 from ...scheduler.sweep.sweep import Sweep
 from ..kv.tiers import KvTiers
@@ -57,7 +57,7 @@ class Engine:
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
-        gate: Gate,
+        gate: ForwardEntry,
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",

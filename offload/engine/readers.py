@@ -9,7 +9,7 @@ from pathlib import Path
 from ...io.checkpoint.header import FileStamp
 from ...io.readers import libaio_reader as aio
 from ...io.readers.aiofiles_reader import AiofilesReader
-from ...io.readers.choice import Remembered, choose
+from ...io.readers.choice import RememberedChoice, choose
 from ...io.readers.files import memory_alignment
 from ...io.readers.libaio_reader import LibaioReader
 from ...io.readers.reader import Reader
@@ -32,7 +32,7 @@ def open_reader(
         stamps,
         direct=io.direct,
         settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
-        remembered=Remembered(cache_folder(io) / "readers.json"),
+        remembered=RememberedChoice(cache_folder(io) / "readers.json"),
     )
     if (no_cache := cache_fallback(io)) is not None:
         _log.warning(no_cache)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...scheduler.sweep.entry import Gate
-from ..units.sites import Found
+from ...scheduler.sweep.entry import ForwardEntry
+from ..units.sites import ModelDivision
 from ..weights.binding import Binding
 from ..weights.gradients import refuse_backward, refuse_training
 from .refusals import check_not_traced
@@ -24,8 +24,8 @@ class SiteHooks:
     def __init__(
         self,
         model: nn.Module,
-        found: Found,
-        gate: Gate,
+        found: ModelDivision,
+        gate: ForwardEntry,
         binding: Binding,
         keep_out: Callable[[Hook], Hook],
     ) -> None:

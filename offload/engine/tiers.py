@@ -22,16 +22,16 @@ from ...io.pace import Pace
 from ...io.readers import gds
 from ...io.timeline import Record
 from ...io.weights import direct
-from ...io.weights.direct import Straight
+from ...io.weights.direct import DirectToDevice
 from ...io.weights.host import HostTier
 from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
 from ...io.weights.link import Link
 from ...io.weights.loader import Loader
 from ...io.weights.peer import PeerTier, whole
-from ...io.weights.source import Kept, Source, Staged
-from ...io.weights.transfer import Transfer, as_it_lies, packed
-from ...scheduler.activations.evacuation import MIN_BYTES, Evacuation
+from ...io.weights.source import ResidentSource, Source, StagedSource
+from ...io.weights.transfer import Transfer
+from ...scheduler.activations.evacuation import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
 from ...scheduler.slots.load import Load
 from ..monitoring.progress import FillProgress
@@ -40,19 +40,11 @@ from ..settings.installed import version_of
 from .readers import open_reader
 
 _log = logging.getLogger("penstock")
-_SLOT_ALIGNMENT = 512  # of a GPU's slots and runs: what its allocator gives, too
 
 
 def open_device(name: str) -> Device:
     """The device called `name`. Raises PolicyError where there is none."""
     return CpuDevice() if name == "cpu" else CudaDevice(name)
-
-
-def transfer_of(is_host: bool, policy: Policy, plan: Layout) -> Transfer:
-    """How a unit is laid out in a slot of the host (`is_host`) or of a GPU."""
-    if is_host:
-        return as_it_lies(plan)
-    return packed(plan, alignment=_SLOT_ALIGNMENT, max_gap_bytes=policy.io.max_gap)
 
 
 class Tiers(Closing):
@@ -76,7 +68,7 @@ class Tiers(Closing):
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
-        self._evacuations: list[Evacuation] = []
+        self._evacuations: list[ActivationOffload] = []
         self.straight: gds.GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
@@ -96,7 +88,7 @@ class Tiers(Closing):
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
             self.fallbacks = list(fallbacks)
-            self.loaders: list[Loader | Straight] = []
+            self.loaders: list[Loader | DirectToDevice] = []
             self._open_disk(opened)
             for name in policy.peer:
                 self._open_peer(name, opened)
@@ -121,13 +113,13 @@ class Tiers(Closing):
         """The point that the device's work has come to; None if it does all at once."""
         return None if self.device.is_host else self.device.compute.record()
 
-    def evacuation(self) -> Evacuation:
+    def evacuation(self) -> ActivationOffload:
         """A way out of the device for what suspended micro-batches hold."""
         if self._ownership is None:  # what it learns holds for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
         buffers = HostBuffers(self.pin)
-        found = Evacuation(self.device, buffers, self._ownership, self._record)
+        found = ActivationOffload(self.device, buffers, self._ownership, self._record)
         self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
         return found
 
@@ -201,7 +193,7 @@ class Tiers(Closing):
         reader = gds.GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
-        way = Straight(layouts, transfers, self.memory, reader, record=record)
+        way = DirectToDevice(layouts, transfers, self.memory, reader, record=record)
         self._ways["disk"] = opened.enter_context(way).load
         self.loaders.append(way)
         self.straight = reader
@@ -215,7 +207,9 @@ class Tiers(Closing):
         memory = Arena(nbytes)
         self._note(device.settle(memory))
         pinned = self._pin(memory, device)
-        source = Staged(self._loader(memory), self._layouts, memory, pinned=pinned)
+        source = StagedSource(
+            self._loader(memory), self._layouts, memory, pinned=pinned
+        )
         pace = self._pace("disk")
         return self._link("disk", source, self._transfers, target, device, pace=pace)
 
@@ -242,7 +236,7 @@ class Tiers(Closing):
             )
         self.peers.append(peer)
         ways = {unit: whole(self._transfers[unit]) for unit in units}
-        source = Kept(peer.memory, peer.offsets)
+        source = ResidentSource(peer.memory, peer.offsets)
         self._open_link(name, source, ways, self._pace("peer"), opened)
 
     def _open_host(self, opened: ExitStack) -> None:
@@ -266,7 +260,7 @@ class Tiers(Closing):
         pace = self._pace("host")
         if not self.device.is_host or pace is not None:
             pinned = self._pin(self.host.memory, self.device)
-            source = Kept(self.host.memory, self.host.offsets, pinned=pinned)
+            source = ResidentSource(self.host.memory, self.host.offsets, pinned=pinned)
             self._open_link("host", source, self._transfers, pace, opened)
 
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:

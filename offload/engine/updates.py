@@ -20,7 +20,7 @@ from ...io.weights.layout import Layout
 from ...io.weights.overlay import overlaid
 from ...io.weights.recipe import Recipe, plain
 from ...scheduler.slots.working_set import WorkingSet
-from ...scheduler.sweep.entry import Gate
+from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
@@ -48,7 +48,7 @@ class Updates(Closing):
         tiers: Tiers,
         working_set: WorkingSet,
         binding: Binding,
-        gate: Gate,
+        gate: ForwardEntry,
         gatherers: Iterable[RowGatherer],
         policy: Policy,
     ) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...io.errors import InputError
-from .jsonl import Record, split_lines
+from .jsonl import RowRecord, split_lines
 from .keys import CHAT, SAMPLING
 
 _MOST_CHARACTERS = 1 << 30
@@ -39,7 +39,7 @@ def csv_header(
 
 def csv_records(
     chunks: Iterable[bytes], columns: Sequence[str], name: str, *, is_begun: bool
-) -> Iterator[Record]:
+) -> Iterator[RowRecord]:
     """The rows in `chunks`: behind the line that names the columns or, where the file
     `is_begun`, from the first byte on. Raises InputError for what cannot be divided
     into rows, such as a quote that has no end."""
@@ -51,7 +51,7 @@ def csv_records(
             is_begun = True
         elif values:
             parse = partial(_row, values, columns)
-            yield Record(b"".join(lines), num_bytes, num_lines, parse)
+            yield RowRecord(b"".join(lines), num_bytes, num_lines, parse)
             num_bytes = num_lines = 0
 
 

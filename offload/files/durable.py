@@ -10,7 +10,7 @@ NEW = ".new"
 """Ends the name of a file that is not whole yet."""
 
 
-class Disk:
+class DurableFiles:
     """The only way results come to disk, so that a test can end the process between
     any two steps. Methods raise OSError as the system does."""
 
@@ -47,7 +47,7 @@ class Disk:
         path.rmdir()
 
 
-def write_whole(disk: Disk, path: Path, chunks: Iterable[bytes]) -> None:
+def write_whole(disk: DurableFiles, path: Path, chunks: Iterable[bytes]) -> None:
     """The file `path` of these bytes: there as a whole, or as it was before."""
     new = path.with_name(path.name + NEW)
     try:
@@ -59,7 +59,7 @@ def write_whole(disk: Disk, path: Path, chunks: Iterable[bytes]) -> None:
         raise
 
 
-def put_in_place(disk: Disk, new: Path, path: Path) -> None:
+def put_in_place(disk: DurableFiles, new: Path, path: Path) -> None:
     """Gives the file `new`, which is on the device, its name `path` for good."""
     disk.rename(new, path)
     disk.sync(path.parent)

@@ -12,7 +12,7 @@ from .compression import CHUNK_BYTES, decompressed
 from .csv_rows import csv_header, csv_records
 from .fingerprint import fingerprint
 from .json_array import array_records
-from .jsonl import Record, checked, line_records, parse_row, split_lines, text_row
+from .jsonl import RowRecord, checked, line_records, parse_row, split_lines, text_row
 from .parts import InputRow, Position
 from .sources import InputFile
 
@@ -135,7 +135,7 @@ class Inputs:
                 end = Position(start.file, offset, number)
                 yield InputRow(row, record.content, end)
 
-    def _records(self, chunks: Iterator[bytes], start: Position) -> Iterator[Record]:
+    def _records(self, chunks: Iterator[bytes], start: Position) -> Iterator[RowRecord]:
         """The rows in the bytes of a file from `start` on."""
         file = self.files[start.file]
         is_begun = start.offset > 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...io.errors import InputError
-from .jsonl import Record, parse_row
+from .jsonl import RowRecord, parse_row
 
 _SPACE = " \t\r\n"
 _MOST_CHARACTERS = 1 << 30
@@ -15,7 +15,7 @@ _MOST_CHARACTERS = 1 << 30
 
 def array_records(
     chunks: Iterator[bytes], name: str, *, is_begun: bool
-) -> Iterator[Record]:
+) -> Iterator[RowRecord]:
     """The elements of the array in `chunks`, from its bracket on or, where it
     `is_begun`, from behind one of them. Raises InputError for what is no array."""
     text = _Text(chunks, name)
@@ -25,7 +25,7 @@ def array_records(
     text.skip(_SPACE + ",")
     while text.peek() != "]":
         content = text.element().encode()
-        yield Record(content, text.take_bytes(), 1, partial(parse_row, content))
+        yield RowRecord(content, text.take_bytes(), 1, partial(parse_row, content))
         text.skip(_SPACE)
         if text.peek() != "]":
             text.expect(",")

@@ -37,7 +37,7 @@ def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-class Record(NamedTuple):
+class RowRecord(NamedTuple):
     """A row where it stands in a file of bytes."""
 
     content: bytes
@@ -52,13 +52,13 @@ class Record(NamedTuple):
 
 def line_records(
     lines: Iterable[bytes], parse: Callable[[bytes, str], dict[str, Any]]
-) -> Iterator[Record]:
+) -> Iterator[RowRecord]:
     """A row a line; blank ones are passed over."""
     num_bytes = num_lines = 0
     for line in lines:
         num_bytes, num_lines = num_bytes + len(line), num_lines + 1
         if line.strip():
-            yield Record(line, num_bytes, num_lines, partial(parse, line))
+            yield RowRecord(line, num_bytes, num_lines, partial(parse, line))
             num_bytes = num_lines = 0
 
 

@@ -8,7 +8,7 @@ import xxhash
 
 from ...io.errors import InputError
 from .inputs import Inputs
-from .parts import Cut, InputRow, Part, PartRecord, Position
+from .parts import Cut, InputRow, OutputPart, PartRecord, Position
 
 
 def read_parts(
@@ -18,7 +18,7 @@ def read_parts(
     redo: frozenset[int] = frozenset(),
     *,
     is_checked: bool,
-) -> Iterator[Part]:
+) -> Iterator[OutputPart]:
     """The parts that are not in `done`, and those of it in `redo`, in order. A part of
     `done` that does not begin where the one before it ends is none.
 
@@ -77,7 +77,7 @@ class _Rows:
 
 def _read(
     rows: _Rows, cut: Cut, number: int, first_row: int, start: Position
-) -> Part | None:
+) -> OutputPart | None:
     """The part that begins at `start`; None at the end."""
     found = []
     digest = xxhash.xxh3_64()
@@ -90,10 +90,12 @@ def _read(
             break
     if not found:
         return None
-    return Part(number, first_row, found, row.end, digest.hexdigest(), start=start)
+    return OutputPart(
+        number, first_row, found, row.end, digest.hexdigest(), start=start
+    )
 
 
-def _check(part: Part | None, record: PartRecord) -> None:
+def _check(part: OutputPart | None, record: PartRecord) -> None:
     is_same = (
         part is not None
         and part.digest == record.input_digest

@@ -45,7 +45,7 @@ class InputRow(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class OutputPart:
     """Rows that are to be done."""
 
     number: int

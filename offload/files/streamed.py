@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from ...io.closing import Closing
 from ...io.errors import OutputError
-from .parts import Cut, Part, PartRecord
+from .parts import Cut, OutputPart, PartRecord
 
 STDOUT = "-"
 
@@ -44,10 +44,10 @@ class StreamedOutput(Closing):
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}") from error
 
-    def known(self, part: Part) -> Part:
+    def known(self, part: OutputPart) -> OutputPart:
         return part
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         try:
             self._file.writelines(lines)
             self._file.flush()

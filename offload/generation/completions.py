@@ -16,7 +16,7 @@ from ..rows.text import RowError
 from .decoding import Decoder, RowEnds, row_seed
 from .logits import FiniteCheck
 from .row_sampling import RowSampling
-from .way import Way, criteria_of, way_of
+from .way import DecodingOptions, criteria_of, way_of
 
 _NOT_FINITE = (
     "the model gave logits that are not finite: its weights or its dtype overflow on "
@@ -30,7 +30,7 @@ class Prompt:
 
     index: int
     identity: Any
-    way: Way
+    way: DecodingOptions
     ids: tuple[int, ...] = ()
     seed: int | None = None
     """The row's own: then its number does not matter."""
@@ -69,7 +69,7 @@ class Completions:
         self.way = self._way(RowSampling(), note)
         """Of rows that say nothing themselves."""
         self._criteria = criteria_of(tokenizer, self.way.stop)
-        self._ways: dict[RowSampling, Way] = {}
+        self._ways: dict[RowSampling, DecodingOptions] = {}
 
     @contextmanager
     def stop_strings_taken_over(self) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Completions:
         finally:
             self._model.generation_config = before
 
-    def way_for(self, sampling: RowSampling) -> Way:
+    def way_for(self, sampling: RowSampling) -> DecodingOptions:
         """The same one for the same, until they are forgotten. Raises RowError for what
         does not go together."""
         if sampling == RowSampling():
@@ -152,13 +152,15 @@ class Completions:
         for number in check.bad_prompts() if check else ():
             prompts[number].fail(_NOT_FINITE)
 
-    def _criteria_of(self, way: Way) -> StoppingCriteriaList:
+    def _criteria_of(self, way: DecodingOptions) -> StoppingCriteriaList:
         """Made anew for those of rows, which may all have others."""
         if way.stop == self.way.stop:
             return self._criteria
         return criteria_of(self.tokenizer, way.stop)
 
-    def _way(self, sampling: RowSampling, note: Callable[[str], None]) -> Way:
+    def _way(
+        self, sampling: RowSampling, note: Callable[[str], None]
+    ) -> DecodingOptions:
         limit, stop = sampling.max_new_tokens, sampling.stop
         return way_of(
             self._default,
@@ -189,7 +191,7 @@ class Completions:
         return ids, mask
 
     def _result(
-        self, ids: torch.Tensor, row: int, ends: RowEnds, way: Way
+        self, ids: torch.Tensor, row: int, ends: RowEnds, way: DecodingOptions
     ) -> dict[str, Any]:
         length = ends.lengths[row]
         new = ids[ends.start : ends.start + length].tolist()
@@ -204,7 +206,10 @@ class Completions:
 
 
 def _ends_of(
-    found: torch.Tensor, start: int, way: Way, criteria: StoppingCriteriaList
+    found: torch.Tensor,
+    start: int,
+    way: DecodingOptions,
+    criteria: StoppingCriteriaList,
 ) -> RowEnds:
     """Of rows that were not watched: up to the first end of text. Behind it stands
     padding, up to the longest of them."""

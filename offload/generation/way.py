@@ -83,7 +83,7 @@ _UNPADDED = ("no_repeat_ngram_size", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Way:
+class DecodingOptions:
     """How some rows are completed."""
 
     config: Any
@@ -127,7 +127,7 @@ def way_of(
     stop: Sequence[str],
     options: Mapping[str, Any],
     note: Callable[[str], None] = lambda text: None,
-) -> Way:
+) -> DecodingOptions:
     """By the model's generation config `default`, with `options` on top. What of the
     former has no place here is said by `note`. Raises UsageError for options that
     transformers does not know, that do not go together, or that nothing comes of."""
@@ -152,7 +152,7 @@ def way_of(
     if ends:
         config.eos_token_id = sorted(ends)
     stop = tuple(dict.fromkeys(stop))
-    return Way(config, stop, max_new_tokens, ends, pad)
+    return DecodingOptions(config, stop, max_new_tokens, ends, pad)
 
 
 def criteria_of(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList:

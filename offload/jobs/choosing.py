@@ -21,7 +21,7 @@ from ..monitoring.show import human_bytes
 from ..plans.dtypes import dtype_words
 from ..plans.plan import Plan, make_plan
 from ..plans.planned import Task
-from ..plans.trial import Trial
+from ..plans.trial import PlanTrial
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom
 from ..settings.room import coming_with, room_for
@@ -59,12 +59,14 @@ class Chosen:
         """What is predicted for."""
         return None if self.plan is None else self.plan.machine
 
-    def trial(self, model: Path, asked: Policy) -> Trial | None:
+    def trial(self, model: Path, asked: Policy) -> PlanTrial | None:
         """For advice to be tried with, to a user who `asked` for this."""
         if self.plan is None:
             return None
         settings = {key: getattr(self.policy, key) for key in left_open(asked)}
-        return Trial(model, _with(asked, settings), self.plan.machine, self.plan.task)
+        return PlanTrial(
+            model, _with(asked, settings), self.plan.machine, self.plan.task
+        )
 
     @property
     def words(self) -> str:

@@ -15,15 +15,15 @@ from ..model import engine_of, load_for, unwrap
 from ..policy import Policy
 from ..rows.text import load_tokenizer
 from ..settings.memory_budget import Use
-from ..tasks.task_progress import Progress
-from .look import Look, look_at
+from ..tasks.task_progress import TaskProgress
+from .look import ProgressSnapshot, look_at
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class WorkerResult:
     """What a process has counted while it computed."""
 
-    progress: Progress
+    progress: TaskProgress
     statistics: Statistics
     dtype: str
     """Of the largest tensor, as it computes."""
@@ -51,14 +51,14 @@ class Loaded(Closing):
         self._dtype = str(largest.dtype).removeprefix("torch.")
         self._is_closed = False
 
-    def look(self, progress: Progress) -> Look:
+    def look(self, progress: TaskProgress) -> ProgressSnapshot:
         return look_at(self.engine, progress)
 
-    def counted(self, progress: Progress) -> Computed:
+    def counted(self, progress: TaskProgress) -> WorkerResult:
         """So far."""
-        return Computed(progress, self.engine.statistics(), self._dtype)
+        return WorkerResult(progress, self.engine.statistics(), self._dtype)
 
-    def computed(self, progress: Progress) -> Computed:
+    def computed(self, progress: TaskProgress) -> WorkerResult:
         """All of it."""
         return replace(
             self.counted(progress),

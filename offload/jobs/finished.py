@@ -13,7 +13,7 @@ import xxhash
 
 from ...io.errors import OutputError
 from ...io.whole import MAX_INDEX_BYTES, read_whole
-from ..files.durable import Disk, write_whole
+from ..files.durable import DurableFiles, write_whole
 from ..files.fingerprint import fingerprint
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
@@ -78,7 +78,10 @@ def read_finished(output: Path) -> Finished | None:
 
 
 def write_manifest(
-    disk: Disk, output: Path, manifest: Manifest, records: Mapping[int, PartRecord]
+    disk: DurableFiles,
+    output: Path,
+    manifest: Manifest,
+    records: Mapping[int, PartRecord],
 ) -> None:
     """Says beside `output` what made it."""
     values = {

@@ -15,7 +15,7 @@ from ...io.errors import InputError, UsageError
 from ..files.inputs import Inputs
 from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
-from ..files.parts import Part
+from ..files.parts import OutputPart
 from ..files.sources import Own, check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
@@ -27,9 +27,9 @@ from ..reports.report import JobFigures, judge, make_report, write_report
 from .ahead import Ahead
 from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
-from .computed import Computed, Loaded
+from .computed import Loaded, WorkerResult
 from .identity import identify
-from .kept import KeptOutput, Mode, begun_as
+from .kept import Mode, ResumableOutput, begun_as
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
 from .stopping_parts import stopping
@@ -108,7 +108,7 @@ class Job:
             num_threads=threads,
             chosen=kept_of(self.policy, chosen.policy),
         )
-        with KeptOutput(output, manifest, self.mode) as kept:
+        with ResumableOutput(output, manifest, self.mode) as kept:
             if kept.is_finished:
                 if kept.is_input_doubtful:
                     check_done(inputs, kept.cut, kept.done)
@@ -177,8 +177,8 @@ class Job:
 
     def _compute(
         self,
-        parts: Iterable[Part],
-        ahead: Ahead[Part],
+        parts: Iterable[OutputPart],
+        ahead: Ahead[OutputPart],
         inputs: Inputs,
         output: Output,
         before: int,
@@ -208,8 +208,8 @@ class Job:
 
     def _share(
         self,
-        parts: Iterable[Part],
-        ahead: Ahead[Part],
+        parts: Iterable[OutputPart],
+        ahead: Ahead[OutputPart],
         inputs: Inputs,
         output: Output,
         before: int,
@@ -242,7 +242,7 @@ class Job:
 
     def _report(
         self,
-        computed: Computed,
+        computed: WorkerResult,
         seconds: float,
         began: float,
         watch: Watch,
@@ -287,7 +287,7 @@ class Job:
         )
 
     def _finish_parts(
-        self, loaded: Loaded, parts: Iterable[Part], output: Output
+        self, loaded: Loaded, parts: Iterable[OutputPart], output: Output
     ) -> PartsRun:
         """Runs the model until the parts have come to their end."""
         with PartsRun(parts, output) as run:

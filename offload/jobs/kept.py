@@ -9,9 +9,9 @@ from typing import Literal
 
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
-from ..files.durable import Disk
+from ..files.durable import DurableFiles
 from ..files.outputs import encoded, output_format
-from ..files.parts import Cut, Part, PartRecord, are_whole
+from ..files.parts import Cut, OutputPart, PartRecord, are_whole
 from .finished import Finished, read_finished, write_manifest
 from .manifest import Manifest, refusals, remarks
 from .part_store import PartStore, read_manifest
@@ -32,7 +32,7 @@ def begun_as(output: Path, mode: Mode) -> Manifest | None:
     return None if finished is None else finished.manifest
 
 
-class KeptOutput(Closing):
+class ResumableOutput(Closing):
     """The results of the job `manifest` on their way into the file `output`.
 
     Locks it, and finds what is done of it. Raises UsageError where what is there is
@@ -42,11 +42,15 @@ class KeptOutput(Closing):
     is_kept = True
 
     def __init__(
-        self, output: Path, manifest: Manifest, mode: Mode, disk: Disk | None = None
+        self,
+        output: Path,
+        manifest: Manifest,
+        mode: Mode,
+        disk: DurableFiles | None = None,
     ) -> None:
         self._output = output
         self._format = output_format(output)
-        self._disk = disk or Disk()
+        self._disk = disk or DurableFiles()
         self._store = PartStore(output, self._disk)
         self.manifest = manifest
         self._stamps = manifest.stamps
@@ -86,7 +90,7 @@ class KeptOutput(Closing):
         """Rows that failed, of the parts that are done."""
         return sum(record.num_errors for record in self.done.values())
 
-    def known(self, part: Part) -> Part:
+    def known(self, part: OutputPart) -> OutputPart:
         """`part` with those results that need not be made again."""
         if part.number not in self.redo:
             return part
@@ -94,7 +98,7 @@ class KeptOutput(Closing):
         known = {i: line for i, line in enumerate(lines) if not _is_error(line)}
         return replace(part, known=known)
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         """Keeps the results of a part. Called on one thread at a time."""
         self.done[part.number] = self._store.write(part, lines, num_errors)
         self._kept.add(part.number)

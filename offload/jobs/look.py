@@ -9,11 +9,11 @@ import psutil
 import torch
 
 from ..engine.engine import Engine
-from ..tasks.task_progress import Progress
+from ..tasks.task_progress import TaskProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class ProgressSnapshot:
     """Counters since the model was loaded; see `Sample`."""
 
     rows: float = 0.0
@@ -27,11 +27,11 @@ class Look:
     device_bytes: int | None = None
 
 
-def look_at(engine: Engine, progress: Progress) -> Look:
+def look_at(engine: Engine, progress: TaskProgress) -> ProgressSnapshot:
     """Asks a model of this process."""
     statistics, fraction = engine.statistics(), engine.pass_fraction
     figures = progress.figures(1.0)
-    return Look(
+    return ProgressSnapshot(
         rows=progress.rows_through(fraction),
         tokens=figures.get("output_tokens", figures["tokens"]),
         tokens_through=progress.tokens_through(fraction),
@@ -49,14 +49,14 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def all_of(looks: Iterable[Look]) -> Look:
+def all_of(looks: Iterable[ProgressSnapshot]) -> ProgressSnapshot:
     """The sums. Of memory, too: what processes share is counted in each of them."""
     looks = list(looks)
     read: Counter[str] = Counter()
     for look in looks:
         read.update(look.bytes_read)
     on_gpus = [look.device_bytes for look in looks if look.device_bytes is not None]
-    return Look(
+    return ProgressSnapshot(
         rows=sum(look.rows for look in looks),
         tokens=sum(look.tokens for look in looks),
         tokens_through=sum(look.tokens_through for look in looks),

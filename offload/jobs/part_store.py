@@ -21,8 +21,8 @@ import xxhash
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
 from ...io.whole import MAX_INDEX_BYTES, open_regular, read_whole
-from ..files.durable import Disk, put_in_place, write_whole
-from ..files.parts import Part, PartRecord
+from ..files.durable import DurableFiles, put_in_place, write_whole
+from ..files.parts import OutputPart, PartRecord
 from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest
 from .sealed import sealed, unsealed
@@ -72,7 +72,7 @@ class PartStore(Closing):
     closed. Raises OutputError where nothing can be written, UsageError where another
     process has the lock."""
 
-    def __init__(self, output: Path, disk: Disk) -> None:
+    def __init__(self, output: Path, disk: DurableFiles) -> None:
         self.output = output
         self.folder = parts_folder(output)
         self._disk = disk
@@ -114,7 +114,9 @@ class PartStore(Closing):
                 _log.warning("%s is another part: its rows are done again", path)
         return dict(sorted(found.items()))
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> PartRecord:
+    def write(
+        self, part: OutputPart, lines: Sequence[bytes], num_errors: int
+    ) -> PartRecord:
         """Keeps a part that is done. It is on disk when this returns."""
         self._check_held()
         digest = xxhash.xxh3_64()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ...io.closing import Closing
 from ...io.errors import InputError
 from ..files.jsonl import failed_line, line_of
-from ..files.parts import Cut, Part, PartRecord
+from ..files.parts import Cut, OutputPart, PartRecord
 
 _MOST_WRITES = 4
 
@@ -16,11 +16,11 @@ _MOST_WRITES = 4
 class Taker(Protocol):
     """Where the results of parts go."""
 
-    def known(self, part: Part) -> Part:
+    def known(self, part: OutputPart) -> OutputPart:
         """`part` with those results that need not be made again."""
         ...
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         """Takes the results of a part. Called on one thread at a time."""
         ...
 
@@ -74,10 +74,10 @@ class PartsRun(Closing):
     done; it stands in `failure` then.
     """
 
-    def __init__(self, parts: Iterable[Part], output: Taker) -> None:
+    def __init__(self, parts: Iterable[OutputPart], output: Taker) -> None:
         self._parts = parts
         self._output = output
-        self._under_way: deque[Part] = deque()
+        self._under_way: deque[OutputPart] = deque()
         self._results: list[Mapping[str, Any]] = []
         self._writer = ThreadPoolExecutor(1, "penstock-output")
         self._writes: deque[Future[None]] = deque()
@@ -116,7 +116,7 @@ class PartsRun(Closing):
         """Writes the parts that are whole, whatever became of the others."""
         self._writer.shutdown(wait=True)
 
-    def _write(self, part: Part, results: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, part: OutputPart, results: Sequence[Mapping[str, Any]]) -> None:
         """On the writer's thread."""
         left = iter(results)
         lines: list[bytes] = []

@@ -12,14 +12,14 @@ import torch
 from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
 from ...io.errors import UsageError
-from ..files.parts import Part
+from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
 from .budgets import Room, divided, threads_of
-from .computed import Computed, together
-from .look import Look, all_of
+from .computed import WorkerResult, together
+from .look import ProgressSnapshot, all_of
 from .running import Output
 from .work import Work
 from .worker import Assignment, run_worker
@@ -40,8 +40,8 @@ class Sharing(Closing):
         work: Work,
         model: Path,
         policy: Policy,
-        parts: Iterable[Part],
-        ahead: Ahead[Part],
+        parts: Iterable[OutputPart],
+        ahead: Ahead[OutputPart],
         output: Output,
     ) -> None:
         num_threads = threads_of(torch.get_num_threads(), num)
@@ -65,7 +65,7 @@ class Sharing(Closing):
             output,
         )
 
-    def look(self) -> Look:
+    def look(self) -> ProgressSnapshot:
         """At all of them. What a process did that died counts as far as it was handed
         in."""
         pool, found = self.pool, []
@@ -76,17 +76,17 @@ class Sharing(Closing):
             found.append(look)
         return all_of(found)
 
-    def computed(self) -> Computed:
+    def computed(self) -> WorkerResult:
         """What they counted together, once all are done; see `together`. The spans are
         one worker's."""
-        counted: list[Computed] = list(self.pool.counted.values())
+        counted: list[WorkerResult] = list(self.pool.counted.values())
         progress = self._work.progress
         add_up(progress, [one.progress for one in counted])
         progress.rows_done = self.pool.num_rows
         progress.rows_failed = self.pool.num_errors
         began = [one.first_unit_at for one in counted if one.first_unit_at is not None]
         last = counted[-1]
-        return Computed(
+        return WorkerResult(
             progress,
             together([one.statistics for one in counted], self._num),
             last.dtype,

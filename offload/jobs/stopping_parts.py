@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...io.errors import StoppedError
-from ..files.parts import Part
+from ..files.parts import OutputPart
 from .ahead import Ahead
 from .running import Output
 from .stopping import Stopping
@@ -16,7 +16,9 @@ _STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 @contextmanager
-def stopping(ahead: Ahead[Part], output: Output, *, is_quiet: bool) -> Iterator[None]:
+def stopping(
+    ahead: Ahead[OutputPart], output: Output, *, is_quiet: bool
+) -> Iterator[None]:
     """The first signal ends the parts, the second one the block. Raises StoppedError
     where parts are left."""
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from ...io.closing import Closing
 from ..monitoring.metrics import MetricsFile
 from ..monitoring.monitor import Every, Listener, Monitor
-from ..monitoring.pace import Pace
+from ..monitoring.pace import JobPace
 from ..monitoring.progress import (
     JSON_SECONDS,
     PLAIN_SECONDS,
@@ -20,8 +20,8 @@ from ..monitoring.progress import (
     JsonLines,
     PlainLines,
 )
-from ..monitoring.samples import Sample, Samples
-from .look import Look, resident_bytes
+from ..monitoring.samples import ResourceSample, Samples
+from .look import ProgressSnapshot, resident_bytes
 from .work import Work
 
 _METRICS_SECONDS = 5.0
@@ -59,8 +59,8 @@ class Watch(Closing):
         self._stage_began = self.began
         self._num_rows: Callable[[], float | None] = lambda: None
         self._rows_before = 0
-        self._look_at_model: Callable[[], Look] | None = None
-        self._pace = Pace()
+        self._look_at_model: Callable[[], ProgressSnapshot] | None = None
+        self._pace = JobPace()
         self._opened = ExitStack()
         listeners: list[Listener] = [lambda window: self.samples.add(window.now)]
         listeners.append(self._shown(console, watching))
@@ -79,7 +79,7 @@ class Watch(Closing):
     @contextmanager
     def computing(
         self,
-        look: Callable[[], Look],
+        look: Callable[[], ProgressSnapshot],
         num_rows: Callable[[], float | None],
         rows_before: int = 0,
     ) -> Iterator[None]:
@@ -104,11 +104,11 @@ class Watch(Closing):
             return self._opened.enter_context(JobBar(console))
         return Every(PLAIN_SECONDS, PlainLines(console))
 
-    def _look(self) -> Sample:
+    def _look(self) -> ResourceSample:
         now, look_at_model = self._clock(), self._look_at_model
         seconds, of_stage = now - self.began, now - self._stage_began
         if look_at_model is None:
-            return Sample(
+            return ResourceSample(
                 seconds=seconds,
                 stage=self._stage,
                 stage_seconds=of_stage,
@@ -117,7 +117,7 @@ class Watch(Closing):
             )
         look = look_at_model()
         num_rows = self._num_rows()
-        sample = Sample(
+        sample = ResourceSample(
             seconds=seconds,
             stage=self._stage,
             stage_seconds=of_stage,

@@ -15,7 +15,7 @@ from ..tasks.embed import embed_parts
 from ..tasks.generate import GenerateProgress, generate_parts, prompts_pooled
 from ..tasks.packed import micro_batches_in_flight, tokens_pooled
 from ..tasks.score import ScoreProgress, score_parts
-from ..tasks.task_progress import Progress
+from ..tasks.task_progress import TaskProgress
 
 # A part is two pools of what is packed together: a few passes over the weights, which
 # is what a job that is killed does again.
@@ -37,7 +37,7 @@ class Work(Protocol):
         ...
 
     @property
-    def progress(self) -> Progress: ...
+    def progress(self) -> TaskProgress: ...
 
     @property
     def row_keys(self) -> Mapping[str, str]: ...

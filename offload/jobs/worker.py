@@ -16,7 +16,7 @@ import torch
 
 from ...io.closing import Closing
 from ...io.errors import PenstockError
-from ..files.parts import Part
+from ..files.parts import OutputPart
 from ..policy import Policy
 from ..startup import hidden
 from .computed import Loaded
@@ -38,14 +38,14 @@ class Assignment:
     """Of torch's products."""
 
 
-class Link(Closing):
+class WorkerPipe(Closing):
     """The worker's end: any thread sends, one receives. The process ends when nobody is
     at the other end any more, whatever it does at that time."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self._parts: SimpleQueue[Part | None] = SimpleQueue()
+        self._parts: SimpleQueue[OutputPart | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -53,7 +53,7 @@ class Link(Closing):
         with self._lock:
             self._connection.send((kind, *values))
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[OutputPart]:
         """Each is asked for when it is needed."""
         while True:
             self.send("want")
@@ -81,15 +81,15 @@ class Link(Closing):
 class _Handed:
     """Parts that are done go to the process that writes."""
 
-    def __init__(self, link: Link, loaded: Loaded, work: Work) -> None:
+    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
         self._link = link
         self._loaded = loaded
         self._progress = work.progress
 
-    def known(self, part: Part) -> Part:
+    def known(self, part: OutputPart) -> OutputPart:
         return part
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         counted = self._loaded.counted(self._progress)
         self._link.send("done", part.number, list(lines), num_errors, counted)
 
@@ -97,7 +97,7 @@ class _Handed:
 class _Looks(Closing):
     """Tells how far the model is, a few times a second, on a thread of its own."""
 
-    def __init__(self, link: Link, loaded: Loaded, work: Work) -> None:
+    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
         self._is_over = threading.Event()
 
         def tell() -> None:
@@ -115,7 +115,7 @@ class _Looks(Closing):
 class _Announcements(logging.Handler):
     """What Penstock announces is said by the process that has the terminal."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: WorkerPipe) -> None:
         super().__init__()
         self._link = link
 
@@ -128,7 +128,7 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
     `log`, `ready`, and in the end `computed` or `failed`, with the error; then `bye`,
     which is answered."""
     torch.set_num_threads(assignment.num_threads)
-    with Link(connection) as link:
+    with WorkerPipe(connection) as link:
         logger = logging.getLogger("penstock")
         logger.addHandler(_Announcements(link))
         logger.propagate = False
@@ -139,7 +139,7 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
             link.send("failed", portable(error))
 
 
-def _compute(link: Link, assignment: Assignment) -> None:
+def _compute(link: WorkerPipe, assignment: Assignment) -> None:
     work = assignment.work
     with Loaded(assignment.model, assignment.policy, work.use) as loaded:
         link.send("ready")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...io.closing import Closing
 from ...io.errors import InputError, MachineError
-from ..files.parts import Part
+from ..files.parts import OutputPart
 from .running import Output
 
 _log = logging.getLogger("penstock")
@@ -38,7 +38,7 @@ class WorkerPool(Closing):
     def __init__(
         self,
         targets: Sequence[Callable[[Connection], None]],
-        parts: Iterable[Part],
+        parts: Iterable[OutputPart],
         output: Output,
     ) -> None:
         self._targets = targets
@@ -60,10 +60,10 @@ class WorkerPool(Closing):
         """of those, failed ones."""
         self._changed = threading.Condition()
         self._reading = threading.Lock()
-        self._again: deque[Part] = deque()
+        self._again: deque[OutputPart] = deque()
         self._deaths: Counter[int | None] = Counter()
         self._next_number: deque[int] = deque()
-        self._waiting: dict[int, tuple[Part, Sequence[bytes], int]] = {}
+        self._waiting: dict[int, tuple[OutputPart, Sequence[bytes], int]] = {}
         self._processes: dict[int, BaseProcess] = {}
         self._num_begun = 0
         self._said: set[str] = set()
@@ -106,7 +106,7 @@ class WorkerPool(Closing):
             process = _SPAWN.Process(
                 target=self._targets[index], args=(theirs,), name=f"penstock-{index}"
             )
-            held: dict[int, Part] = {}
+            held: dict[int, OutputPart] = {}
             with mine:
                 with theirs:
                     place = self._begin(process)
@@ -138,7 +138,9 @@ class WorkerPool(Closing):
             process.close()
         return code
 
-    def _listen(self, place: int, mine: Connection, held: dict[int, Part]) -> None:
+    def _listen(
+        self, place: int, mine: Connection, held: dict[int, OutputPart]
+    ) -> None:
         """Until the worker has come to its end. Raises EOFError where it dies."""
         while True:
             kind, *values = mine.recv()
@@ -169,7 +171,7 @@ class WorkerPool(Closing):
                 mine.send("bye")
                 return
 
-    def _next_part(self) -> Part | None:
+    def _next_part(self) -> OutputPart | None:
         """None where there is none any more."""
         with self._changed:
             while len(self._waiting) > 2 * len(self._targets) and not self._again:
@@ -191,7 +193,7 @@ class WorkerPool(Closing):
                 self._next_number.append(part.number)
             return part
 
-    def _take(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def _take(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         with self._changed:
             self._waiting[part.number] = part, lines, num_errors
             while self._waiting:
@@ -207,7 +209,7 @@ class WorkerPool(Closing):
                 self.num_errors += num_errors
             self._changed.notify_all()
 
-    def _bury(self, place: int, code: int | None, held: dict[int, Part]) -> None:
+    def _bury(self, place: int, code: int | None, held: dict[int, OutputPart]) -> None:
         """The parts of a process that died are done again. Raises MachineError."""
         with self._changed:
             if self._is_closed:

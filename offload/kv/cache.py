@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from ...scheduler.kv.store import KvStore, Series
+from ...scheduler.kv.store import CacheHandle, KvStore
 from .layers import TieredLayer, TieredSlidingLayer
 
 _PREPARE = "_prepare_cache_for_generation"
@@ -70,7 +70,7 @@ def replace_layers(cache: Cache, store: KvStore, capacity: int | None) -> None:
 
 
 def _replace(
-    cache: Cache, store: KvStore, series: Series, part: str, capacity: int | None
+    cache: Cache, store: KvStore, series: CacheHandle, part: str, capacity: int | None
 ) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
         store.note(f"kv: a {type(cache).__name__} stays as transformers made it")
@@ -91,7 +91,7 @@ def _replace(
 
 
 def _numbered(
-    cache: Cache, store: KvStore, series: Series, part: str, capacity: int | None
+    cache: Cache, store: KvStore, series: CacheHandle, part: str, capacity: int | None
 ) -> Any:
     """Makes the layers of a cache that appends them as they are needed."""
     layers = cache.layers

@@ -7,8 +7,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...io.errors import UsageError
 from ...io.kv.shape import KvShape
-from ...io.kv.strip import Pair, Strip
-from ...scheduler.kv.store import Key, KvStore, Series
+from ...io.kv.strip import KvLayerBuffer, Pair
+from ...scheduler.kv.store import CacheHandle, Key, KvStore
 
 
 class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -19,13 +19,13 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, store: KvStore, series: Series, key: Key, capacity: int | None
+        self, store: KvStore, series: CacheHandle, key: Key, capacity: int | None
     ) -> None:
         self._store = store
         self._series = series
         self._key = key
         self._capacity = capacity
-        self._strip: Strip | None = None
+        self._strip: KvLayerBuffer | None = None
         DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
 
     @property
@@ -106,7 +106,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             kept = kept if kept > 0 else length + kept
             self._strip.truncate(min(max(kept, 0), length))
 
-    def _open(self, keys: torch.Tensor, values: torch.Tensor) -> Strip:
+    def _open(self, keys: torch.Tensor, values: torch.Tensor) -> KvLayerBuffer:
         if self._strip is None:
             shape = KvShape.of(keys, values)
             capacity = self._needed(keys.shape[2])
@@ -117,11 +117,13 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Tokens to make room for when the first `num` come."""
         return max(num, self._capacity or 0, 1)
 
-    def _append(self, strip: Strip, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+    def _append(
+        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
+    ) -> Pair:
         return self._extended(strip, keys, values, 0)
 
     def _extended(
-        self, strip: Strip, keys: torch.Tensor, values: torch.Tensor, start: int
+        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor, start: int
     ) -> Pair:
         is_first = strip.length == 0
         pair = strip.append(keys, values, start)
@@ -146,7 +148,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
     def __init__(
         self,
         store: KvStore,
-        series: Series,
+        series: CacheHandle,
         key: Key,
         capacity: int | None,
         sliding_window: int,
@@ -188,7 +190,9 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
             num, wanted if self._capacity is None else min(self._capacity, wanted)
         )
 
-    def _append(self, strip: Strip, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+    def _append(
+        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
+    ) -> Pair:
         kept = self.sliding_window - 1
         num = keys.shape[2]
         if strip.length == 0 and 0 < kept < num and not self.record_past:
@@ -201,7 +205,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
             self._slide(strip)
         return pair
 
-    def _slide(self, strip: Strip) -> None:
+    def _slide(self, strip: KvLayerBuffer) -> None:
         strip.forget(max(strip.length - self.sliding_window + 1, strip.first))
 
 

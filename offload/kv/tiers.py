@@ -12,18 +12,18 @@ from ...io.devices.device import Device, Stream
 from ...io.kv.codec import Codec, Plain
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
-from ...io.kv.hop import Hop, NoHop, ThroughHost
-from ...io.kv.lender import Lender, Locked, OfDevice, Unpinned
+from ...io.kv.hop import HostBounce, NoHop, ThroughHost
+from ...io.kv.lender import BufferPool, OfDevice, PinnedPool, Unpinned
 from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ...io.kv.quantised import Quantised
 from ...io.kv.shape import KvShape
 from ...io.kv.staging import Staging
-from ...io.kv.worker_stream import Courier
+from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
 from ...io.pace import Pace
 from ...io.timeline import Record
 from ...scheduler.kv.budget import TIERS, KvBudget
-from ...scheduler.kv.store import KvStore, Place
+from ...scheduler.kv.store import KvStore, KvTier
 from ..policy import Policy, cache_folder
 from ..settings.contradictions import keeps_kv
 
@@ -85,7 +85,7 @@ class KvTiers(Closing):
     def close(self) -> None:
         self._opened.close()
 
-    def _place(self, tier: str, opened: ExitStack) -> Place:
+    def _place(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
         pace = self._pace(tier)
         if tier == "host" and self._attends_there:
@@ -95,7 +95,7 @@ class KvTiers(Closing):
             return opened.enter_context(self._on_disk())
         if is_there and self._kind is None:
             return InPlace(torch.device(device.name), self._count)
-        lender: Lender
+        lender: BufferPool
         out: Stream
         back: Stream
         if is_there:
@@ -103,7 +103,7 @@ class KvTiers(Closing):
         elif device.is_host:
             out, back = (
                 opened.enter_context(
-                    Courier(
+                    WorkerStream(
                         name,
                         max_pending_bytes=PENDING_BYTES,
                         pace=self._pace(tier),
@@ -115,7 +115,7 @@ class KvTiers(Closing):
             lender = Unpinned()
         else:
             out, back = device.stream(), device.stream()
-            lender = Locked(self._pin, out, back)
+            lender = PinnedPool(self._pin, out, back)
         return opened.enter_context(
             Copied(
                 device,
@@ -151,7 +151,7 @@ class KvTiers(Closing):
 
     def _on_disk(self) -> OnDisk:
         device = self._device
-        hop: Hop = NoHop()
+        hop: HostBounce = NoHop()
         if not device.is_host:
             hop = ThroughHost(device, device.stream(), device.stream(), self._pin)
         return OnDisk(

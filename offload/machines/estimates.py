@@ -17,7 +17,7 @@ from ...io.extent import Extent, align_down, align_up
 from ...io.memory.arena import Arena
 from ...io.readers.choice import drive_of
 from ..engine.readers import makers_of
-from ..files.durable import Disk as Files
+from ..files.durable import DurableFiles as Files
 from ..files.durable import write_whole
 from ..policy import IO, cache_folder
 from .machine import Calls, Disk, Machine
@@ -54,7 +54,7 @@ def estimated_machine(
     Estimates of the last day are taken from `estimates.json` in the cache folder. The
     machine says that it `is_estimate`. Raises OSError where no drive can be read.
     """
-    known = Remembered(cache_folder(io) / _FILE, clock)
+    known = RememberedEstimates(cache_folder(io) / _FILE, clock)
     began = time.perf_counter()
     matmul = {name: _products_of(name, known) for name in dtypes}
     memory = known.get_or("memory", _memory)
@@ -74,7 +74,7 @@ def estimated_machine(
     )
 
 
-class Remembered:
+class RememberedEstimates:
     """What was estimated on this computer and when: a JSON file that may be deleted at
     any time, and need not be writable. `clock` gives seconds since 1970."""
 
@@ -129,7 +129,7 @@ def _source(seconds: float, num_new: int) -> str:
     return f"quick estimate, {when}; `penstock machine` measures properly"
 
 
-def _products_of(dtype: str, known: Remembered) -> dict[int, int]:
+def _products_of(dtype: str, known: RememberedEstimates) -> dict[int, int]:
     made = known.get_or(f"products in {dtype}", partial(_products, dtype))
     return {int(rows): flops for rows, flops in made.items()}
 
@@ -183,7 +183,9 @@ def _calls(product: float) -> Calls:
     )
 
 
-def _disk_of(files: Mapping[Path, FileStamp], io: IO, known: Remembered) -> Disk:
+def _disk_of(
+    files: Mapping[Path, FileStamp], io: IO, known: RememberedEstimates
+) -> Disk:
     if files:
         path = max(files, key=lambda path: files[path].size_bytes)
         key = f"drive {drive_of(path)}, {_settings(io)}"

@@ -1,6 +1,6 @@
 """Measures copies between host memory and a GPU, and asks its driver what it is.
 
-Runs only where there is one; the calls it makes stand behind `Copier`, so that the
+Runs only where there is one; the calls it makes stand behind `CopyStarter`, so that the
 arithmetic is tested without."""
 
 import time
@@ -16,7 +16,7 @@ _BYTES = 256 << 20
 _TIMES = 5
 
 
-class Copier(Protocol):
+class CopyStarter(Protocol):
     """Starts copies of `nbytes` and waits for them."""
 
     def copy(self, way: str, *, pinned: bool) -> None:
@@ -34,7 +34,7 @@ def measure_copies(device: str) -> Copies:
 
 
 def copies_of(
-    copier: Copier, nbytes: int, clock: Callable[[], float] = time.perf_counter
+    copier: CopyStarter, nbytes: int, clock: Callable[[], float] = time.perf_counter
 ) -> Copies:
     """Bytes a second each way, of copies of `nbytes`, best of five."""
 
@@ -83,7 +83,7 @@ class CudaCopier:
         return self._peer is not None
 
     def copy(self, way: str, *, pinned: bool) -> None:
-        """See `Copier`."""
+        """See `CopyStarter`."""
         there, here = self._there, self._here[pinned]
         with torch.cuda.stream(self._streams[way]):
             if way == "in":

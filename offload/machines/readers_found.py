@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ...io.readers.choice import Trial, best_of
+from ...io.readers.choice import ReaderTrial, best_of
 from ..monitoring.show import human_rate
 from .machine import Disk
 
@@ -23,6 +23,6 @@ def reader_lines(disk: Disk, missing: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _trial(disk: Disk, name: str) -> Trial:
+def _trial(disk: Disk, name: str) -> ReaderTrial:
     cost = disk.cpu_seconds_per_gb.get(name, 0.0)
-    return Trial(name, disk.bandwidth[name], cost)
+    return ReaderTrial(name, disk.bandwidth[name], cost)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...io.closing import Closing
-from .samples import Sample, Window
+from .samples import ResourceSample, Window
 
 _log = logging.getLogger("penstock")
 _WINDOW_SECONDS = 5.0
@@ -54,7 +54,7 @@ class Monitor(Closing):
 
     def __init__(
         self,
-        look: Callable[[], Sample],
+        look: Callable[[], ResourceSample],
         listeners: Sequence[Listener],
         *,
         interval: Callable[[float], float] = interval_seconds,
@@ -63,7 +63,7 @@ class Monitor(Closing):
         self._listeners = list(listeners)
         self.failures: list[str] = []
         self._interval = interval
-        self._recent: deque[Sample] = deque()
+        self._recent: deque[ResourceSample] = deque()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 

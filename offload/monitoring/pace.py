@@ -4,13 +4,13 @@ rows never go back, and the time left does not jump. Pure."""
 import math
 from dataclasses import replace
 
-from .samples import Sample
+from .samples import ResourceSample
 
 _SMOOTH_SECONDS = 15.0
 """A new estimate has come through to two thirds after so long."""
 
 
-class Pace:
+class JobPace:
     """Follows the samples of one job, in their order."""
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Pace:
         self._left: float | None = None
         self._at = 0.0
 
-    def follow(self, sample: Sample) -> Sample:
+    def follow(self, sample: ResourceSample) -> ResourceSample:
         """`sample` with rows that are no fewer than before and no more than there are,
         and `seconds_left`: None in the first pass over the weights, whose own speed
         says little (it is when caches, clocks and the drive's are cold), and while the
@@ -28,7 +28,7 @@ class Pace:
         seen = replace(sample, rows=self._rows)
         return replace(seen, seconds_left=self._smoothed(seen))
 
-    def _smoothed(self, sample: Sample) -> float | None:
+    def _smoothed(self, sample: ResourceSample) -> float | None:
         estimate, last = estimated_seconds_left(sample), self._left
         passed = sample.seconds - self._at
         self._at = sample.seconds
@@ -41,7 +41,7 @@ class Pace:
         return self._left
 
 
-def estimated_seconds_left(sample: Sample) -> float | None:
+def estimated_seconds_left(sample: ResourceSample) -> float | None:
     """If the rest goes as the part that is done did; None while nobody knows."""
     done = sample.rows - sample.rows_before
     if not sample.num_rows or done <= 0:

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from ...io.closing import Closing
-from .samples import Sample, Window
+from .samples import ResourceSample, Window
 from .show import human_rate, human_seconds
 
 PLAIN_SECONDS = 30.0
@@ -40,20 +40,20 @@ def speeds_of(window: Window) -> str:
     return ", ".join(found)
 
 
-def rows_of(sample: Sample) -> str:
+def rows_of(sample: ResourceSample) -> str:
     """12/72 rows."""
     of = "" if sample.num_rows is None else f"/{sample.num_rows:,}"
     return f"{int(sample.rows):,}{of} rows"
 
 
-def time_left(sample: Sample) -> str:
+def time_left(sample: ResourceSample) -> str:
     """1:36, or why nobody knows."""
     if sample.seconds_left is not None:
         return human_seconds(sample.seconds_left)
     return "first pass" if sample.is_first_pass else "?"
 
 
-def _left(sample: Sample) -> str:
+def _left(sample: ResourceSample) -> str:
     left = time_left(sample)
     return f"{left} left" if sample.seconds_left is not None else left
 

@@ -9,7 +9,7 @@ _MAX_STEPS = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class ResourceSample:
     """Counters of a job at one time."""
 
     seconds: float
@@ -58,8 +58,8 @@ class Sample:
 class Window:
     """Two samples of one stage, a few seconds apart."""
 
-    before: Sample
-    now: Sample
+    before: ResourceSample
+    now: ResourceSample
 
     @property
     def bytes_per_second(self) -> dict[str, float]:
@@ -88,15 +88,15 @@ class Samples:
     def __init__(self, max_samples: int = MAX_SAMPLES) -> None:
         assert max_samples >= 2, "the first and the last"
         self._max_samples = max_samples
-        self._kept: list[Sample] = []
+        self._kept: list[ResourceSample] = []
         self._every = 1
         self._num_seen = 0
-        self._last: Sample | None = None
+        self._last: ResourceSample | None = None
 
     def __len__(self) -> int:
         return len(self.all())
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: ResourceSample) -> None:
         if self._num_seen % self._every == 0:
             if len(self._kept) >= self._max_samples - 1:
                 self._kept = self._kept[::2]
@@ -106,7 +106,7 @@ class Samples:
         self._num_seen += 1
         self._last = sample
 
-    def all(self) -> list[Sample]:
+    def all(self) -> list[ResourceSample]:
         """In order, the newest among them."""
         last = [] if self._last is None else [self._last]
         kept = list(self._kept)
@@ -122,7 +122,7 @@ class Step:
     tokens_per_second: float
 
 
-def speeds(samples: Sequence[Sample]) -> list[Step]:
+def speeds(samples: Sequence[ResourceSample]) -> list[Step]:
     """The speed of each pass, or of a few: rows of one pass are counted together at its
     end, so that shorter times would show nothing but that."""
     computing = [s for s in samples if s.passes]

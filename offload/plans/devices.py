@@ -18,7 +18,7 @@ from .planner import USABLE, Choice, Planner
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class DeviceOption:
     """One way to use the devices."""
 
     name: str
@@ -41,7 +41,7 @@ class Devices:
     """All ways, those that run first."""
 
     num: int
-    ways: tuple[Way, ...]
+    ways: tuple[DeviceOption, ...]
     crossover_tokens: float | None
     """That share a pass, from which on moving weights between devices moves less than
     moving tokens; None where there is no formula."""
@@ -100,14 +100,16 @@ def devices_of(planner: Planner, choice: Choice) -> Devices | None:
     return Devices(num, tuple(ways), crossover, note)
 
 
-def _alone(planner: Planner, choice: Choice, num: int) -> Way:
+def _alone(planner: Planner, choice: Choice, num: int) -> DeviceOption:
     idle = f"this plan; {num - 1} idle"
     note = "this plan" if planner.policy.peer else idle
     tokens = planner.task.in_flight(choice.policy)
-    return Way("one device", True, note, tokens, choice.prediction.pass_seconds)
+    return DeviceOption(
+        "one device", True, note, tokens, choice.prediction.pass_seconds
+    )
 
 
-def _peers(planner: Planner) -> Iterator[Way]:
+def _peers(planner: Planner) -> Iterator[DeviceOption]:
     """One device computes, the others keep weights for it."""
     machine = planner.machine
     if planner.policy.peer or machine.device_memory is None:
@@ -118,15 +120,15 @@ def _peers(planner: Planner) -> Iterator[Way]:
     try:
         found = planner.under(machine, {"device": "cuda:0", "peer": peer}).choose()
     except DoesNotFitError:
-        yield Way(name, True, "does not fit", 0, None)
+        yield DeviceOption(name, True, "does not fit", 0, None)
         return
     kept = found.forecast.bytes_by_tier["peer"]
     note = f"one computes; {kept / 1e9:,.0f} GB of weights on the others"
     tokens = planner.task.in_flight(found.policy)
-    yield Way(name, True, note, tokens, found.prediction.pass_seconds)
+    yield DeviceOption(name, True, note, tokens, found.prediction.pass_seconds)
 
 
-def _workers(planner: Planner) -> Way:
+def _workers(planner: Planner) -> DeviceOption:
     """A job on each: the drive and the host's memory are shared out; the copy of the
     weights in host memory is one for all of them, and each has a link of its own."""
     machine = planner.machine
@@ -136,11 +138,11 @@ def _workers(planner: Planner) -> Way:
     try:
         found = each.choose()
     except DoesNotFitError:
-        return Way(name, True, "does not fit", 0, None)
+        return DeviceOption(name, True, "does not fit", 0, None)
     found = each.with_shared_host(found, num) or found
     tokens = num * planner.task.in_flight(found.policy)
     note = f"{found.prediction.binds} binds; the drive is shared, host_shared: true"
-    return Way(name, True, note, tokens, found.prediction.pass_seconds)
+    return DeviceOption(name, True, note, tokens, found.prediction.pass_seconds)
 
 
 def _shared_out(machine: Machine) -> Machine:
@@ -220,14 +222,14 @@ def _link(planner: Planner, choice: Choice, weight_bytes: float) -> float:
     return links["disk"] / machine.num_devices
 
 
-def _formula(cost: LayoutCost, tokens: int, chips: Chips) -> Way:
+def _formula(cost: LayoutCost, tokens: int, chips: Chips) -> DeviceOption:
     if cost.chip_bytes > USABLE * chips.memory_bytes:
         note = f"does not fit: {cost.chip_bytes / 1e9:,.0f} GB of weights on each"
-        return Way(cost.name, False, note, tokens, None)
+        return DeviceOption(cost.name, False, note, tokens, None)
     parts = {
         "compute": cost.compute_seconds,
         "links": cost.link_seconds,
         "network": cost.network_seconds,
     }
     note = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
-    return Way(cost.name, False, note, tokens, cost.pass_seconds)
+    return DeviceOption(cost.name, False, note, tokens, cost.pass_seconds)

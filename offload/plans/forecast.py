@@ -10,10 +10,10 @@ from ...io.readers.files import ALIGNMENT
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import RUNTIME_BYTES
 from ...scheduler.cost.model import CostModel
-from ...scheduler.cost.shape import MicroBatch, ModelShape, Settings
+from ...scheduler.cost.shape import MicroBatchShape, ModelShape, Settings
 from ...scheduler.cost.workload import Generating, Scoring
 from ...scheduler.packing import alike, pack
-from ..engine.tiers import transfer_of
+from ..engine.transfers import transfer_of
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
@@ -183,7 +183,8 @@ def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
     """The work of scoring rows of `lengths` tokens, packed as a job packs them."""
     groups = pack(lengths, max_tokens=policy.micro_batch_tokens)
     batches = tuple(
-        MicroBatch(len(group), max(lengths[row] for row in group)) for group in groups
+        MicroBatchShape(len(group), max(lengths[row] for row in group))
+        for group in groups
     )
     return Scoring(
         batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
@@ -195,7 +196,7 @@ def scoring_alike(policy: Policy, num_rows: int, length: int) -> Scoring:
     for hundreds of thousands of them, many times."""
     groups = alike(num_rows, length, max_tokens=policy.micro_batch_tokens)
     return Scoring(
-        tuple(MicroBatch(num, length) for num in groups),
+        tuple(MicroBatchShape(num, length) for num in groups),
         max(1, policy.tokens_in_flight // policy.micro_batch_tokens),
     )
 

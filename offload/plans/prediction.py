@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...io.errors import PenstockError
-from ...scheduler.cost.shape import MicroBatch
+from ...scheduler.cost.shape import MicroBatchShape
 from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
@@ -66,7 +66,7 @@ def work_of(
             prompt_chunk(policy, each, num_sharing, in_parts=in_parts),
         )
     length = (counts["tokens"] + counts["tokens_padding"]) / (num * each)
-    batches = (MicroBatch(each, max(1, round(length))),) * num
+    batches = (MicroBatchShape(each, max(1, round(length))),) * num
     return Scoring(
         batches, max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
     )

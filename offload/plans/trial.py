@@ -14,7 +14,7 @@ from .planner import Planner
 
 
 @dataclass(frozen=True)
-class Trial:
+class PlanTrial:
     """The checkpoint `model` on a machine, under what the user asked for and what was
     chosen beside it."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...io.timeline import COMPUTE, STAGING, WAIT, Span, busy_seconds
-from ..monitoring.samples import Sample
+from ..monitoring.samples import ResourceSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Recorded:
     began_seconds: float
     spans: Sequence[Span]
     """Of the last passes."""
-    samples: Sequence[Sample]
+    samples: Sequence[ResourceSample]
 
 
 @dataclass(frozen=True, slots=True)

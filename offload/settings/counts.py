@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from ..policy import Policy
 
 
-class Part(NamedTuple):
+class ShareOfFlight(NamedTuple):
     """What a micro-batch may have of all that is in flight, unless told."""
 
     whole: str
@@ -18,9 +18,9 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "micro_batch_tokens": Part("tokens_in_flight", divisor=1, enough=0),
+    "micro_batch_tokens": ShareOfFlight("tokens_in_flight", divisor=1, enough=0),
     # Others come when there are as many places as they need: in quarters.
-    "micro_batch_sequences": Part("sequences_in_flight", divisor=4, enough=8),
+    "micro_batch_sequences": ShareOfFlight("sequences_in_flight", divisor=4, enough=8),
 }
 COUNTS = frozenset({"lookahead", *PARTS, *(part.whole for part in PARTS.values())})
 

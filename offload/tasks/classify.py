@@ -15,7 +15,7 @@ from ..rows.labels import Label, Labelled, tokenize_labels
 from ..rows.limits import limits_of
 from ..rows.text import RowError, tokenizer_of
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Piece, Row
+from .packed import LAZY_ROWS, Packed, Row, RowPiece
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
 
@@ -29,7 +29,7 @@ class _Row(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt(Piece[_Row]):
+class _Prompt(RowPiece[_Row]):
     """What all labels have in common; or, where they share nothing, one of them."""
 
     labels: tuple[tuple[int, Label], ...]

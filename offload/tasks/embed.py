@@ -15,7 +15,7 @@ from ..rows.limits import limits_of
 from ..rows.text import RowError, tokenize_texts, tokenizer_of
 from ..settings.values import Pooling
 from ..units.hidden import base_of
-from .packed import LAZY_ROWS, Packed, Piece, Row
+from .packed import LAZY_ROWS, Packed, Row, RowPiece
 from .pooling import pooled
 from .task_progress import ScoreProgress
 
@@ -104,7 +104,7 @@ class _Embedding:
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[_Row, Sequence[Piece[_Row]] | RowError]]:
+    ) -> Iterator[tuple[_Row, Sequence[RowPiece[_Row]] | RowError]]:
         found = tokenize_texts(self._tokenizer, rows)
         for source, ids in zip(rows, found, strict=True):
             row = _Row(source.get("id"))
@@ -119,7 +119,7 @@ class _Embedding:
                 yield row, error
                 continue
             row.num_tokens = len(ids)
-            yield row, [Piece(row, ids)]
+            yield row, [RowPiece(row, ids)]
 
     def _check(self, ids: Sequence[int]) -> None:
         self._limits.check_ids(ids)
@@ -130,7 +130,7 @@ class _Embedding:
             )
 
     def run(
-        self, pieces: Sequence[Piece[_Row]], ids: torch.Tensor, mask: torch.Tensor
+        self, pieces: Sequence[RowPiece[_Row]], ids: torch.Tensor, mask: torch.Tensor
     ) -> None:
         mask = mask.to(self._device)
         inputs = {"input_ids": ids.to(self._device), "attention_mask": mask}

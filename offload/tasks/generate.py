@@ -19,7 +19,7 @@ from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
-from ..generation.way import Way
+from ..generation.way import DecodingOptions
 from ..model import engine_of
 from ..policy import Policy
 from ..rows.limits import limits_of
@@ -28,7 +28,7 @@ from ..units.cache_kind import keeps_only_keys_and_values
 from .head import check_head
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .task_progress import GenerateProgress as GenerateProgress
-from .task_progress import InFlight
+from .task_progress import RowsInFlight
 
 # Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
@@ -199,7 +199,7 @@ class _Generating:
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
-            pools: dict[tuple[Way, int], list[Prompt]] = {}
+            pools: dict[tuple[DecodingOptions, int], list[Prompt]] = {}
             for prompt in prompts:
                 if prompt is not None:
                     same = len(prompt.ids) if prompt.way.company == "equal" else 0
@@ -261,7 +261,7 @@ class _Generating:
             return
         prompts, progress = group.prompts, self._progress
         progress.micro_batches_done += 1
-        in_flight = InFlight(progress, len(prompts))
+        in_flight = RowsInFlight(progress, len(prompts))
         try:
             with self._caches.holding(prompts), torch.inference_mode():
                 self._completions.run(

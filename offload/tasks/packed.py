@@ -43,7 +43,7 @@ R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece(Generic[R]):
+class RowPiece(Generic[R]):
     """What one call of the model has of a row."""
 
     row: R
@@ -55,10 +55,10 @@ class Piece(Generic[R]):
         return len(self.ids)
 
 
-P = TypeVar("P", bound=Piece[Any])
+P = TypeVar("P", bound=RowPiece[Any])
 
 
-class Task(Protocol[R, P]):
+class PackedTask(Protocol[R, P]):
     """What is done with rows that run through the model once."""
 
     def cut(
@@ -93,7 +93,7 @@ class Packed(Generic[R, P]):
     each are, bit for bit, the same without the others."""
 
     def __init__(
-        self, model: Any, task: Task[R, P], *, pad: int, progress: ScoreProgress
+        self, model: Any, task: PackedTask[R, P], *, pad: int, progress: ScoreProgress
     ) -> None:
         self._engine = engine_of(model)
         policy = self._engine.policy

@@ -16,7 +16,7 @@ from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.text import RowError, TokenRow, tokenize_all, tokenizer_of
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Piece, Row
+from .packed import LAZY_ROWS, Packed, Row, RowPiece
 from .task_progress import ScoreProgress as ScoreProgress
 
 
@@ -28,7 +28,7 @@ class _Row(Row):
 
 
 @dataclass(frozen=True, slots=True)
-class _Window(Piece[_Row]):
+class _Window(RowPiece[_Row]):
     scored: int
     """Index in `ids` of the first token to score."""
     start: int

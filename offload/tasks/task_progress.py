@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 
-class Progress(Protocol):
+class TaskProgress(Protocol):
     """How far a job is, and at what speed."""
 
     rows_done: int
@@ -91,7 +91,7 @@ class GenerateProgress:
         }
 
 
-class InFlight:
+class RowsInFlight:
     """The rows of one micro-batch that have a place."""
 
     def __init__(self, progress: GenerateProgress, num: int) -> None:
@@ -105,7 +105,7 @@ class InFlight:
         self._progress.rows_in_flight -= num
 
 
-def add_up(into: Progress, parts: Iterable[Progress]) -> None:
+def add_up(into: TaskProgress, parts: Iterable[TaskProgress]) -> None:
     """Sets the counters of `into` to the sums of those of `parts`, which are of its
     kind: processes that share a job."""
     parts = list(parts)

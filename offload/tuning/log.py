@@ -9,7 +9,7 @@ from typing import Any
 
 from ...io.errors import OutputError, UsageError
 from ...io.whole import read_json
-from ..files.durable import Disk, write_whole
+from ..files.durable import DurableFiles, write_whole
 from .race import Timing
 
 SUFFIX = ".measured.json"
@@ -26,11 +26,11 @@ class TuneLog:
         job: Mapping[str, Any],
         *,
         restart: bool,
-        disk: Disk | None = None,
+        disk: DurableFiles | None = None,
     ) -> None:
         self.path = output.with_name(output.name + SUFFIX)
         self._job = json.loads(json.dumps(job))
-        self._disk = disk or Disk()
+        self._disk = disk or DurableFiles()
         self.timings: list[Timing] = []
         if self.path.exists() and not restart:
             self.timings = self._read()
@@ -75,7 +75,7 @@ class TuneLog:
         return timings
 
 
-def write(disk: Disk, path: Path, text: str) -> None:
+def write(disk: DurableFiles, path: Path, text: str) -> None:
     """The file `path`, whole or as it was. Raises OutputError."""
     try:
         disk.make_folder(path.parent)

@@ -48,7 +48,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class RowSample:
     """The first rows of a job, or rows like them."""
 
     rows: tuple[Mapping[str, Any], ...]
@@ -80,10 +80,10 @@ class Sample:
         )
 
 
-def made_up(num_tokens: int) -> Sample:
+def made_up(num_tokens: int) -> RowSample:
     """Rows of so many tokens that mean nothing."""
     row = {"text": f"{num_tokens}"}
-    return Sample((row,), (num_tokens,), True, {"tokens": num_tokens})
+    return RowSample((row,), (num_tokens,), True, {"tokens": num_tokens})
 
 
 def sample_of(
@@ -92,7 +92,7 @@ def sample_of(
     *,
     generates: bool,
     trust_remote_code: bool = False,
-) -> Sample:
+) -> RowSample:
     """The first rows of some files. Raises InputError where there is none that can be
     done, and for standard input, whose rows come only once."""
     inputs = Inputs(find_files(sources), PROMPT_KEYS if generates else SCORED_KEYS)
@@ -116,7 +116,7 @@ def sample_of(
             f"first {_MOST_ROWS:,} that could be done, so nothing can be measured: "
             f"{why}"
         )
-    return Sample(
+    return RowSample(
         tuple(row for row, _ in good),
         tuple(num for _, num in good),
         False,

@@ -16,7 +16,7 @@ from ..policy import Policy
 from .candidates import Around, candidates, widest
 from .log import TuneLog
 from .race import START, Heat, Settings, Timing, Verdict, heats_left, next_heat
-from .slices import Sample, Slice, measured_rate, predicted_rate
+from .slices import RowSample, Slice, measured_rate, predicted_rate
 
 Measure = Callable[[Path, Policy, Slice], float]
 """Tokens a second of a checkpoint under a policy, for so much work."""
@@ -45,7 +45,7 @@ class Tuning:
     """A search around `plan`, measured on slices of `sample`."""
 
     plan: Plan
-    sample: Sample
+    sample: RowSample
     measure: Measure = measured_rate
     tried: list[Settings] = field(init=False)
     """What is tried beside the start."""

@@ -14,7 +14,7 @@ from ...scheduler.placement import place
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
 from .division import Divider, Division, capacity_of, check_least
-from .sites import Place
+from .sites import ParameterRef
 from .wish import Wishes
 
 
@@ -22,7 +22,7 @@ from .wish import Wishes
 class Arrangement:
     """The units of a model, their places, and the working set that they go through."""
 
-    places: Mapping[str, list[Place]]
+    places: Mapping[str, list[ParameterRef]]
     recipes: Mapping[str, Recipe]
     """Of each distinct tensor, by the one name that it has."""
     gathered: frozenset[str]
@@ -179,10 +179,10 @@ def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
 
 def _places(
     model: nn.Module, recipes: Mapping[str, Recipe]
-) -> tuple[dict[str, list[Place]], dict[str, Recipe]]:
+) -> tuple[dict[str, list[ParameterRef]], dict[str, Recipe]]:
     """Where each distinct tensor is used, under the one name that has a recipe."""
     by_tensor: dict[int, str] = {}
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[ParameterRef]] = {}
     for module_name, module in model.named_modules():
         for store, is_buffer in ((module._parameters, False), (module._buffers, True)):
             for key, tensor in store.items():
@@ -192,7 +192,7 @@ def _places(
                 if name in recipes:
                     by_tensor.setdefault(id(tensor), name)
                 places.setdefault(str(id(tensor)), []).append(
-                    Place(module, key, is_buffer)
+                    ParameterRef(module, key, is_buffer)
                 )
     named = {
         by_tensor[int(tensor)]: where
@@ -204,7 +204,7 @@ def _places(
 
 def _gathered(
     model: nn.Module,
-    places: Mapping[str, list[Place]],
+    places: Mapping[str, list[ParameterRef]],
     recipes: Mapping[str, Recipe],
     min_bytes: int,
     is_host: bool,

@@ -15,7 +15,7 @@ from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .cache_kind import keeps_only_keys_and_values
 from .division import Division
 from .hidden import base_of
-from .sites import Found
+from .sites import ModelDivision
 
 # Elements that operations between products touch, counted in transformers' Llama: a
 # norm reads and writes each of its own seven times, what comes out of a product is
@@ -144,7 +144,9 @@ def _active_share(config: Any) -> float:
     return min(1.0, chosen / there) if chosen and there else 1.0
 
 
-def _attention(found: Found, config: Any) -> dict[int, tuple[int, int, int | None]]:
+def _attention(
+    found: ModelDivision, config: Any
+) -> dict[int, tuple[int, int, int | None]]:
     """(width, elements of keys and values a token, window) of the sites that attend:
     of each layer the first that is called so, or its first one."""
     heads = getattr(config, "num_attention_heads", None)

@@ -17,7 +17,7 @@ from ...io.weights.transfer import Transfer
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget
-from .sites import Found, Place, find, module_sizes
+from .sites import ModelDivision, ParameterRef, find, module_sizes
 
 _log = logging.getLogger("penstock")
 
@@ -44,7 +44,7 @@ class Division:
     """The units of a model: how each lies in its files, and how in a slot. One is equal
     to itself alone."""
 
-    found: Found
+    found: ModelDivision
     layouts: list[Layout]
     transfers: list[Transfer]
 
@@ -68,7 +68,7 @@ class Divider:
     ask for another division, and each is looked at module by module."""
 
     model: nn.Module
-    places: Mapping[str, list[Place]]
+    places: Mapping[str, list[ParameterRef]]
     recipes: Mapping[str, Recipe]
     gathered: frozenset[str]
     transfer_of: Callable[[Layout], Transfer]
@@ -121,7 +121,7 @@ class Divider:
             self._known[key] = self._laid_out(found)
         return self._known[key]
 
-    def _laid_out(self, found: Found) -> Division:
+    def _laid_out(self, found: ModelDivision) -> Division:
         layouts = [
             layout(
                 unit.name,
@@ -141,7 +141,7 @@ class Divider:
         return sorted(module_sizes(self.model, self.places, self.nbytes))
 
 
-def needs(found: Found, sizes: Sequence[int]) -> tuple[int, list[int]]:
+def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
     """Bytes of the resident units, and those that each site needs at once, where units
     have `sizes`."""
     resident = 0

@@ -6,14 +6,14 @@ from torch import nn
 
 from ...scheduler.sweep.coalescing import RowWise
 from .row_probe import takes_rows_to_rows
-from .sites import Found
+from .sites import ModelDivision
 
 # What transformers' `use_experts_implementation` (>= 5.17, < 6) puts on a module. Its
 # forward takes tokens, and for each the chosen experts and their weights.
 _OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
 
 
-def find_row_wise(found: Found) -> tuple[RowWise, ...]:
+def find_row_wise(found: ModelDivision) -> tuple[RowWise, ...]:
     """`nn.Linear`, transformers' `Conv1D` and stacked experts, exactly these: what a
     subclass does with rows is its own affair. And what consists of such and of
     pointwise operations, as the whole of an MLP. In definition order."""

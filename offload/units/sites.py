@@ -9,7 +9,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ParameterRef:
     """Where a module refers to a tensor."""
 
     module: nn.Module
@@ -37,7 +37,7 @@ class FoundUnit:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelDivision:
     """The sites in definition order, and the units that they share out."""
 
     sites: tuple[FoundSite, ...]
@@ -46,13 +46,13 @@ class Found:
 
 def find(
     model: nn.Module,
-    places: Mapping[str, list[Place]],
+    places: Mapping[str, list[ParameterRef]],
     nbytes: Mapping[str, int],
     gathered: frozenset[str],
     *,
     max_site_bytes: int,
     resident_below: int,
-) -> Found:
+) -> ModelDivision:
     """Divides the tensors of `model` into units.
 
     `places` says where each tensor (by name; a tied one has several places) is used,
@@ -63,11 +63,13 @@ def find(
     names = _names(places)
     tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below)
     sites = tuple(tree.sites("", model, in_block=False))
-    return Found(sites, _units(sites, places, names, gathered))
+    return ModelDivision(sites, _units(sites, places, names, gathered))
 
 
 def module_sizes(
-    model: nn.Module, places: Mapping[str, list[Place]], nbytes: Mapping[str, int]
+    model: nn.Module,
+    places: Mapping[str, list[ParameterRef]],
+    nbytes: Mapping[str, int],
 ) -> set[int]:
     """Bytes of the modules of `model`, as `find` compares them with its limits."""
     names = _names(places)
@@ -77,7 +79,7 @@ def module_sizes(
     }
 
 
-def _names(places: Mapping[str, list[Place]]) -> dict[tuple[int, str], str]:
+def _names(places: Mapping[str, list[ParameterRef]]) -> dict[tuple[int, str], str]:
     return {(id(p.module), p.key): name for name, ps in places.items() for p in ps}
 
 
@@ -147,7 +149,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 def _units(
     sites: tuple[FoundSite, ...],
-    places: Mapping[str, list[Place]],
+    places: Mapping[str, list[ParameterRef]],
     names: Mapping[tuple[int, str], str],
     gathered: frozenset[str],
 ) -> tuple[FoundUnit, ...]:

@@ -12,7 +12,7 @@ from ...io.memory.arena import Memory
 from ...io.weights.host import HostTier
 from ...io.weights.layout import Placed
 from ...io.weights.transfer import Transfer
-from ..units.sites import Found, Place, tensors_in
+from ..units.sites import ModelDivision, ParameterRef, tensors_in
 from .bound import BoundParameter, is_ours, replaced, written
 
 
@@ -30,9 +30,9 @@ class Binding:
 
     def __init__(
         self,
-        found: Found,
+        found: ModelDivision,
         transfers: Sequence[Transfer],
-        places: Mapping[str, list[Place]],
+        places: Mapping[str, list[ParameterRef]],
         stand_ins: Mapping[str, torch.Tensor],
         arena: Memory,
         host: HostTier | None,

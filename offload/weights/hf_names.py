@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, ClosedError
-from ...io.weights.recipe import Piece, Recipe, View, plain
+from ...io.weights.recipe import Recipe, TensorSlice, View, plain
 
 
 @dataclass
@@ -168,7 +168,7 @@ def _merged(
     name: str,
     target: _Target,
     state: Mapping[str, torch.Tensor],
-) -> dict[str, list[Piece]]:
+) -> dict[str, list[TensorSlice]]:
     """Many stored tensors into one: the reverse operations, run on a meta parameter,
     give the view of it that each stored tensor fills."""
     meta = state[name]
@@ -177,7 +177,7 @@ def _merged(
     views = _run(
         reverse.operations, {reverse.source_patterns[0]: [whole]}, reverse, model, name
     )
-    pieces: list[Piece] = []
+    pieces: list[TensorSlice] = []
     for pattern, entries in target.sources.items():
         found = [
             (int(match[1]) if match.groups() else 0, view)
@@ -187,7 +187,9 @@ def _merged(
         found.sort(key=lambda item: item[0])
         for entry, (_, view) in zip(entries, found, strict=True):
             view = view[0] if isinstance(view, list) else view
-            pieces.append(Piece(entry, View.whole(entry.shape), _view_of(view, whole)))
+            pieces.append(
+                TensorSlice(entry, View.whole(entry.shape), _view_of(view, whole))
+            )
             _check_piece(pieces[-1])
     if sum(piece.target.numel for piece in pieces) != meta.numel():
         raise ValueError(f"{name} is not filled")
@@ -206,7 +208,7 @@ def _cut(
     name: str,
     target: _Target,
     state: Mapping[str, torch.Tensor],
-) -> dict[str, list[Piece]]:
+) -> dict[str, list[TensorSlice]]:
     """One stored tensor into many: the operations give views of the stored one."""
     ((pattern, (entry,)),) = target.sources.items()
     whole = _meta(entry.shape, entry.dtype)
@@ -216,7 +218,7 @@ def _cut(
     for key, view in _full_names(name, views).items():
         view = view[0] if isinstance(view, list) else view
         shape = tuple(state[key].shape)
-        pieces[key] = [Piece(entry, _view_of(view, whole), View.whole(shape))]
+        pieces[key] = [TensorSlice(entry, _view_of(view, whole), View.whole(shape))]
         _check_piece(pieces[key][0])
     return pieces
 
@@ -287,6 +289,6 @@ def _view_of(view: torch.Tensor, whole: torch.Tensor) -> View:
     return View.of(view)
 
 
-def _check_piece(piece: Piece) -> None:
+def _check_piece(piece: TensorSlice) -> None:
     if piece.source.shape != piece.target.shape:
         raise ValueError(f"{piece.entry.name}: {piece.source} does not fill its place")

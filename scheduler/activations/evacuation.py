@@ -61,7 +61,7 @@ class EvacuationStatistics:
     num_buffers_allocated: int
 
 
-class Evacuation(Closing):
+class ActivationOffload(Closing):
     """Moves the storages of suspended micro-batches, each known by a number.
 
     An interrupt may strike anywhere: what is in a buffer is there until the copy back
@@ -89,7 +89,7 @@ class Evacuation(Closing):
         self.is_closed = False
 
     def __repr__(self) -> str:
-        return f"<Evacuation: {len(self._parcels)} parcels in {self._buffers!r}>"
+        return f"<ActivationOffload: {len(self._parcels)} parcels in {self._buffers!r}>"
 
     def begin_turn(self, index: int, following: int | None) -> None:
         """Micro-batch `index` is about to compute, and then, probably, `following`."""

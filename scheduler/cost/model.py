@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from .load_cost import load_seconds, stolen_seconds
-from .pipeline import Load, PassCost, run_passes
+from .pipeline import PassCost, WeightLoad, run_passes
 from .rates import Rates
-from .shape import MicroBatch, ModelShape, Settings, SiteCost, total_tokens
+from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
 from .traffic import Moved, activations_moved, kv_moved
 
 _HEAD_BYTES_PER_LOGIT = 12
@@ -30,7 +30,7 @@ class CostModel:
     rates: Rates
     settings: Settings
 
-    def scoring(self, batches: Sequence[MicroBatch]) -> PassCost:
+    def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost:
         """A pass of `batches` whose tokens are scored."""
         alike = Counter(batches)
         compute = self._by_site(
@@ -40,7 +40,9 @@ class CostModel:
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         return self._pass(compute, outside, moved)
 
-    def prefill(self, batches: Sequence[MicroBatch], context: float = 0.0) -> PassCost:
+    def prefill(
+        self, batches: Sequence[MicroBatchShape], context: float = 0.0
+    ) -> PassCost:
         """The pass that takes in prompts and makes the first token of each, or a part
         of each prompt, of which `context` tokens have come in before."""
         num_rows = sum(batch.rows for batch in batches)
@@ -67,7 +69,7 @@ class CostModel:
         )
         return self._pass(compute, outside, moved)
 
-    def decode(self, batches: Sequence[MicroBatch], context: float) -> PassCost:
+    def decode(self, batches: Sequence[MicroBatchShape], context: float) -> PassCost:
         """A pass that adds a token to each row of `batches`, whose sequences are
         `context` tokens long."""
         num_rows = sum(batch.rows for batch in batches)
@@ -100,7 +102,7 @@ class CostModel:
     def _runs(self, site: SiteCost) -> bool:
         return site.makes_hidden or not self.settings.stops_at_hidden
 
-    def _scored(self, site: SiteCost, batch: MicroBatch) -> float:
+    def _scored(self, site: SiteCost, batch: MicroBatchShape) -> float:
         if site.vocabulary:
             return self._scored_head(site, batch)
         return self._block(site, batch, batch.tokens, self.rates.calls.module)
@@ -108,8 +110,8 @@ class CostModel:
     def _prompted(
         self,
         site: SiteCost,
-        batch: MicroBatch,
-        batches: Sequence[MicroBatch],
+        batch: MicroBatchShape,
+        batches: Sequence[MicroBatchShape],
         context: float,
     ) -> float:
         joint = batch.tokens
@@ -124,7 +126,7 @@ class CostModel:
     def _block(
         self,
         site: SiteCost,
-        batch: MicroBatch,
+        batch: MicroBatchShape,
         joint_rows: int,
         call_seconds: float,
         context: float = 0.0,
@@ -148,7 +150,7 @@ class CostModel:
     def _decoded(
         self,
         site: SiteCost,
-        batches: Sequence[MicroBatch],
+        batches: Sequence[MicroBatchShape],
         num_rows: int,
         context: float,
     ) -> float:
@@ -182,7 +184,7 @@ class CostModel:
         touches = 3 if self.settings.kv_tier == "auto" else 1
         return nbytes * site.context(context) * touches / self.rates.device_bytes
 
-    def _scored_head(self, site: SiteCost, batch: MicroBatch) -> float:
+    def _scored_head(self, site: SiteCost, batch: MicroBatchShape) -> float:
         """In chunks of positions whose logits fit `logits_bytes`."""
         per_position = batch.rows * site.vocabulary * _HEAD_BYTES_PER_LOGIT
         step = max(1, self.settings.logits_bytes // per_position)
@@ -196,7 +198,7 @@ class CostModel:
         return products + self._pointwise(logits) + times * overhead
 
     def _joint_head(
-        self, site: SiteCost, batches: Sequence[MicroBatch], num_rows: int
+        self, site: SiteCost, batches: Sequence[MicroBatchShape], num_rows: int
     ) -> float:
         """The last token's logits of every row."""
         each = max(batch.rows for batch in batches)
@@ -211,7 +213,7 @@ class CostModel:
     def _pointwise(self, elements: float) -> float:
         return elements * self.shape.itemsize / self.rates.pointwise_bytes
 
-    def _outside(self, batch: MicroBatch) -> float:
+    def _outside(self, batch: MicroBatchShape) -> float:
         return self.rates.calls.batch + self._gather(batch.tokens)
 
     def _gather(self, tokens: int) -> float:
@@ -231,7 +233,9 @@ class CostModel:
             out[one.site] += one.out_seconds
         for of_site in loads:
             crossing = [self.rates.crossing_seconds(x.link, x.seconds) for x in of_site]
-            of_site += [Load("host", 0, seconds) for seconds in crossing if seconds]
+            of_site += [
+                WeightLoad("host", 0, seconds) for seconds in crossing if seconds
+            ]
         compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
         compute = [c + s for c, s in zip(compute, stolen, strict=True)]
         stays = self.settings.placement
@@ -251,10 +255,10 @@ class CostModel:
         )
         return PassCost(time, sum(compute), outside)
 
-    def _loads(self) -> tuple[list[list[Load]], list[float]]:
+    def _loads(self) -> tuple[list[list[WeightLoad]], list[float]]:
         """The weights that each site waits for in every pass, and the seconds that
         bringing them takes from computing where both share the cores."""
-        loads: list[list[Load]] = [[] for _ in self.shape.sites]
+        loads: list[list[WeightLoad]] = [[] for _ in self.shape.sites]
         stolen = [0.0] * len(self.shape.sites)
         for index in self.shape.streamed:
             unit, tier = self.shape.units[index], self.settings.placement[index]
@@ -264,7 +268,7 @@ class CostModel:
                 if not self._runs(self.shape.sites[site]):
                     continue
                 seconds = load_seconds(unit, tier, self.rates)
-                loads[site].append(Load(tier, unit.nbytes, seconds))
+                loads[site].append(WeightLoad(tier, unit.nbytes, seconds))
                 stolen[site] += stolen_seconds(unit, tier, self.rates)
         return loads, stolen
 
@@ -280,7 +284,7 @@ class CostModel:
                 left -= nbytes
         return found
 
-    def _first_loads(self, loads: list[list[Load]]) -> list[list[Load]]:
+    def _first_loads(self, loads: list[list[WeightLoad]]) -> list[list[WeightLoad]]:
         """What stays on the device is read in the first pass; it has its own room."""
         found = [list(of_site) for of_site in loads]
         if "disk" not in self.rates.links:
@@ -289,5 +293,5 @@ class CostModel:
             unit = self.shape.units[index]
             if self.settings.placement[index] == "device":
                 seconds = load_seconds(unit, "disk", self.rates)
-                found[unit.sites[0]].append(Load("disk", 0, seconds))
+                found[unit.sites[0]].append(WeightLoad("disk", 0, seconds))
         return found

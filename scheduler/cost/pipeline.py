@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class WeightLoad:
     """What must be there before a site runs."""
 
     link: str
@@ -60,12 +60,12 @@ class PassCost:
 
 def run_passes(
     compute: Sequence[float],
-    loads: Sequence[Sequence[Load]],
+    loads: Sequence[Sequence[WeightLoad]],
     *,
     room_bytes: int,
     lookahead: int,
     first_compute: Sequence[float],
-    first_loads: Sequence[Sequence[Load]],
+    first_loads: Sequence[Sequence[WeightLoad]],
 ) -> PassTime:
     """How long passes take whose site i computes for `compute[i]` seconds once all of
     `loads[i]` have come, into a working set with `room_bytes` for them. `first_compute`
@@ -101,7 +101,9 @@ class _Clock:
         """and the bytes that had been loaded before each of them, and before the
         next."""
 
-    def run(self, compute: Sequence[float], loads: Sequence[Sequence[Load]]) -> float:
+    def run(
+        self, compute: Sequence[float], loads: Sequence[Sequence[WeightLoad]]
+    ) -> float:
         """One more pass; returns when it has ended."""
         for seconds, needed in zip(compute, loads, strict=True):
             ready = self._now
@@ -116,7 +118,7 @@ class _Clock:
                 self._loaded.append(self._loaded[-1] + nbytes)
         return self._now
 
-    def _bring(self, load: Load) -> float:
+    def _bring(self, load: WeightLoad) -> float:
         """When `load` has come."""
         ahead = len(self._begun) - self._lookahead
         asked = self._begun[ahead] if self._lookahead and ahead >= 0 else 0.0

@@ -107,7 +107,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatchShape:
     """Rows of one length, or padded to it."""
 
     rows: int
@@ -138,12 +138,12 @@ class Settings:
     """Whether only what makes hidden states runs, and is loaded."""
 
 
-def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatch]:
+def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatchShape]:
     """`num_rows` rows in micro-batches of `each`, the rest in a smaller one."""
     full, rest = divmod(num_rows, max(1, each))
-    found = [MicroBatch(max(1, each), length)] * full
-    return [*found, MicroBatch(rest, length)] if rest else found
+    found = [MicroBatchShape(max(1, each), length)] * full
+    return [*found, MicroBatchShape(rest, length)] if rest else found
 
 
-def total_tokens(batches: Sequence[MicroBatch]) -> int:
+def total_tokens(batches: Sequence[MicroBatchShape]) -> int:
     return sum(batch.tokens for batch in batches)

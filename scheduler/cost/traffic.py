@@ -4,9 +4,9 @@ Pure."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .pipeline import Load
+from .pipeline import WeightLoad
 from .rates import Rates
-from .shape import MicroBatch, ModelShape, Settings, total_tokens
+from .shape import MicroBatchShape, ModelShape, Settings, total_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,20 +14,23 @@ class Moved:
     """Of all micro-batches at one site, in a pass."""
 
     site: int
-    load: Load
+    load: WeightLoad
     """Over the link that weights from the same tier come over, too."""
     out_seconds: float
     """Beside computing, and beside what comes in."""
 
 
 def activations_moved(
-    shape: ModelShape, rates: Rates, settings: Settings, batches: Sequence[MicroBatch]
+    shape: ModelShape,
+    rates: Rates,
+    settings: Settings,
+    batches: Sequence[MicroBatchShape],
 ) -> list[Moved]:
     """Hidden states that wait in host memory come to each site and leave it again."""
     if not settings.activations_move:
         return []
     nbytes = total_tokens(batches) * shape.hidden * shape.itemsize
-    load = Load("host", 0, nbytes / rates.links.get("host", rates.device_bytes))
+    load = WeightLoad("host", 0, nbytes / rates.links.get("host", rates.device_bytes))
     out = nbytes / rates.out_bytes
     return [Moved(site, load, out) for site in range(len(shape.sites))]
 
@@ -55,5 +58,5 @@ def kv_moved(
             moved += num_new * each
         else:
             out = num_new * each / rates.out_bytes
-        found.append(Moved(number, Load(tier, 0, moved / rates.links[tier]), out))
+        found.append(Moved(number, WeightLoad(tier, 0, moved / rates.links[tier]), out))
     return found

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from .model import CostModel
 from .pipeline import PassCost
-from .shape import MicroBatch, split_rows, total_tokens
+from .shape import MicroBatchShape, split_rows, total_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """Micro-batches to score, `width` of them in each pass."""
 
-    batches: tuple[MicroBatch, ...]
+    batches: tuple[MicroBatchShape, ...]
     width: int
 
 
@@ -77,7 +77,7 @@ def _scoring(model: CostModel, work: Scoring) -> Prediction:
     width = max(1, work.width)
     starts = range(0, len(work.batches), width)
     groups = [work.batches[start : start + width] for start in starts]
-    known: dict[tuple[MicroBatch, ...], PassCost] = {}
+    known: dict[tuple[MicroBatchShape, ...], PassCost] = {}
     for group in groups:
         if group not in known:
             known[group] = model.scoring(group)

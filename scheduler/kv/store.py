@@ -14,7 +14,7 @@ from ...io.closing import Closing
 from ...io.errors import ClosedError, DoesNotFitError
 from ...io.kv.count import KvCount, KvStatistics
 from ...io.kv.shape import KvShape
-from ...io.kv.strip import Lease, Strip
+from ...io.kv.strip import KvLayerBuffer, Lease
 from .budget import KvBudget
 
 _log = logging.getLogger("penstock")
@@ -23,14 +23,14 @@ Key = tuple[str, int]
 """Which part of a cache (`self`, `cross`), and which of its layers."""
 
 
-class Place(Protocol):
+class KvTier(Protocol):
     """How strips are kept in one tier."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         """What `capacity` tokens take there."""
         ...
 
-    def open(self, shape: KvShape, capacity: int, lease: Lease) -> Strip: ...
+    def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer: ...
 
 
 class KvLease:
@@ -50,7 +50,7 @@ class KvLease:
         self._budget.give_back(self.tier, nbytes)
 
 
-class Series:
+class CacheHandle:
     """One cache of micro-batch `index`, or of a plain call (None). Its strips live as
     long as the layers that hold them."""
 
@@ -60,21 +60,21 @@ class Series:
         """What was touched last."""
         self.touched_at = 0
         """When that was, in touches of the store."""
-        self.strips: WeakValueDictionary[Key, Strip] = WeakValueDictionary()
+        self.strips: WeakValueDictionary[Key, KvLayerBuffer] = WeakValueDictionary()
 
 
 class KvStore(Closing):
     """For the thread that has the turn to run the model."""
 
     def __init__(
-        self, budget: KvBudget, places: Mapping[str, Place], count: KvCount
+        self, budget: KvBudget, places: Mapping[str, KvTier], count: KvCount
     ) -> None:
         self.fallbacks: list[str] = []
         self._budget = budget
         self._places = places
         self._count = count
-        self._series: WeakSet[Series] = WeakSet()
-        self._of: dict[int, WeakSet[Series]] = {}
+        self._series: WeakSet[CacheHandle] = WeakSet()
+        self._of: dict[int, WeakSet[CacheHandle]] = {}
         self._successor: dict[Key, Key] = {}
         self._num_touches = 0
         self._running: int | None = None
@@ -87,18 +87,20 @@ class KvStore(Closing):
 
     # What a cache calls.
 
-    def begin(self) -> Series:
+    def begin(self) -> CacheHandle:
         """A new cache, of who runs. May be called by any thread."""
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
         is_plain = threading.get_ident() != self._thread
-        series = Series(None if is_plain else self._running)
+        series = CacheHandle(None if is_plain else self._running)
         self._series.add(series)
         if series.index is not None:
             self._of.setdefault(series.index, WeakSet()).add(series)
         return series
 
-    def open(self, series: Series, key: Key, shape: KvShape, capacity: int) -> Strip:
+    def open(
+        self, series: CacheHandle, key: Key, shape: KvShape, capacity: int
+    ) -> KvLayerBuffer:
         """A strip for `capacity` tokens, in the first tier that has room for them all.
         Raises DoesNotFitError when none has."""
         if self._is_closed:
@@ -117,7 +119,7 @@ class KvStore(Closing):
             self.note(f"kv: no more room in {asked}: keys and values go to {tier}")
         return strip
 
-    def touch(self, series: Series, key: Key) -> None:
+    def touch(self, series: CacheHandle, key: Key) -> None:
         """`key` of `series` is about to be used."""
         if series.last is not None and series.last != key:
             self._successor[series.last] = key
@@ -184,7 +186,7 @@ class KvStore(Closing):
             gc.collect()
         return self._budget.take(needs)
 
-    def _prefetch(self, series: Series) -> bool:
+    def _prefetch(self, series: CacheHandle) -> bool:
         """What `series` will use next, as far as is known. False if there is no room
         for it now."""
         key = None if series.last is None else self._successor.get(series.last)
@@ -195,6 +197,6 @@ class KvStore(Closing):
         return True
 
 
-def _close(series: Series) -> None:
+def _close(series: CacheHandle) -> None:
     for strip in list(series.strips.values()):
         strip.close()

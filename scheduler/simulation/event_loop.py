@@ -50,7 +50,7 @@ class Lane:
 
 
 @dataclass(slots=True)
-class Walk:
+class RankProgress:
     """How far one device is, and when it was where."""
 
     rank: Rank
@@ -74,7 +74,7 @@ class Walk:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class SimulatedTransfer:
     """Weights that passed over one link."""
 
     rank: int
@@ -88,11 +88,11 @@ class EventLoop:
     """Runs `walks` over `links` until all are at their ends."""
 
     def __init__(
-        self, walks: Sequence[Walk], links: Mapping[str, SimulatedLink]
+        self, walks: Sequence[RankProgress], links: Mapping[str, SimulatedLink]
     ) -> None:
         self.walks = walks
         self.lanes = {name: Lane(link) for name, link in links.items()}
-        self.transfers: list[Transfer] = []
+        self.transfers: list[SimulatedTransfer] = []
         self.num_events = 0
         self._num_given = 0
         self._events: list[tuple[float, int, int, int, int]] = []
@@ -109,7 +109,7 @@ class EventLoop:
             else:
                 self._move(number, load, hop, now)
 
-    def _begin(self, number: int, walk: Walk) -> None:
+    def _begin(self, number: int, walk: RankProgress) -> None:
         walk.arrived = [float("inf")] * len(walk.schedule.loads)
         walk.written_at = [0.0] * len(walk.rank.sizes)
         walk.queue = _queue(walk)
@@ -136,7 +136,7 @@ class EventLoop:
             return
         lane = self.lanes[route[hop]]
         begin, end = lane.pass_weights(walk.rank.sizes[unit], now)
-        self.transfers.append(Transfer(number, route[hop], unit, begin, end))
+        self.transfers.append(SimulatedTransfer(number, route[hop], unit, begin, end))
         self._at(end + lane.link.latency_seconds, number, load, hop + 1)
 
     def _open(self, number: int, now: float) -> None:
@@ -150,7 +150,7 @@ class EventLoop:
         self._ask(number, 2 * visit + 1, now)
         self._at(self._compute(walk, visit, now), number, -1, 0)
 
-    def _compute(self, walk: Walk, visit: int, now: float) -> float:
+    def _compute(self, walk: RankProgress, visit: int, now: float) -> float:
         """When visit `visit`, opened `now`, ends; what moves for its micro-batches sets
         out."""
         turns, kv = walk.turns, walk.rank.kv
@@ -169,7 +169,9 @@ class EventLoop:
             self._fetch_first_kv(walk, visit + 1, last, now)
         return last + float(turns.last[at])
 
-    def _fetch_first_kv(self, walk: Walk, visit: int, asked: float, now: float) -> None:
+    def _fetch_first_kv(
+        self, walk: RankProgress, visit: int, asked: float, now: float
+    ) -> None:
         kv, at = walk.rank.kv, divmod(visit, len(walk.rank.sizes))
         if kv is None or visit == walk.schedule.num_visits:
             return
@@ -189,7 +191,7 @@ class EventLoop:
         heappush(self._events, (time, self._num_given, number, load, hop))
 
 
-def _queue(walk: Walk) -> list[tuple[int, int]]:
+def _queue(walk: RankProgress) -> list[tuple[int, int]]:
     """Loads by the tick at which they can begin. On one link none overtakes another."""
     latest: dict[str, int] = {}
     found = []

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .event_loop import EventLoop, Transfer, Walk
+from .event_loop import EventLoop, RankProgress, SimulatedTransfer
 from .rehearsal import Passes, rehearse
 from .schedule import Schedule
 from .simulated import STAYS, Floats, Rank, SimulatedLink
@@ -72,7 +72,7 @@ class Simulation:
     link_busy_seconds: Mapping[str, float]
     link_bytes: Mapping[str, float]
     visits: Visits
-    transfers: Sequence[Transfer]
+    transfers: Sequence[SimulatedTransfer]
     """Weights over links, in the order in which they were asked for."""
     num_events: int
 
@@ -121,7 +121,7 @@ def _walk(
     num_micro_batches: int,
     passes: Passes,
     schedules: dict[object, Schedule],
-) -> Walk:
+) -> RankProgress:
     staying = frozenset(u for u, tier in enumerate(rank.tiers) if tier == STAYS)
     # Devices that are alike decide alike.
     key = (tuple(rank.sizes), staying, rank.capacity, rank.lookahead)
@@ -141,7 +141,7 @@ def _walk(
         link_in=None if kv is None else links[kv.link_in],
         link_out=None if kv is None else links[kv.link_out],
     )
-    return Walk(rank, schedules[key], found)
+    return RankProgress(rank, schedules[key], found)
 
 
 def _result(loop: EventLoop, passes: Passes) -> Simulation:
@@ -174,7 +174,7 @@ def _result(loop: EventLoop, passes: Passes) -> Simulation:
     )
 
 
-def _visits(number: int, walk: Walk) -> Visits:
+def _visits(number: int, walk: RankProgress) -> Visits:
     index = np.arange(walk.schedule.num_visits)
     at, unit = np.divmod(index, len(walk.rank.sizes))
     times = (np.array(t) for t in (walk.opened, walk.began, walk.ended))

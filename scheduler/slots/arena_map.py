@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...io.event import Event
-from .cooling import Cooling
+from .cooling import PendingRanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Slots:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._slots: list[Slot] = []
-        self._cooling: Cooling[Event] = Cooling()
+        self._cooling: PendingRanges[Event] = PendingRanges()
 
     def __repr__(self) -> str:
         used, total = self.used_bytes, self.capacity

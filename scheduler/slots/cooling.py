@@ -18,7 +18,7 @@ class _Range(Generic[Mark]):
     mark: Mark
 
 
-class Cooling(Generic[Mark]):
+class PendingRanges(Generic[Mark]):
     """Remembers what to wait for, byte for byte."""
 
     def __init__(self) -> None:

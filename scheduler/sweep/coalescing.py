@@ -20,11 +20,11 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from ..order import Order
 from .micro_batch import MicroBatch
-from .parked import Parked
+from .parked import CoalescingQueue
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
 
 if TYPE_CHECKING:
-    from .loop import Hub
+    from .loop import SweepLoop
 
 _log = logging.getLogger("penstock")
 
@@ -89,8 +89,8 @@ class Coalescing:
 
     def __init__(self, modules: Sequence[RowWise], order: Order) -> None:
         self._modules = modules
-        self._parked = Parked(order)
-        self._hub: Hub | None = None
+        self._parked = CoalescingQueue(order)
+        self._hub: SweepLoop | None = None
         self._leader: MicroBatch | None = None
         """Who is taking the rows of several through a module just now."""
         self._replaced: list[tuple[nn.Module, Any]] = []
@@ -100,7 +100,7 @@ class Coalescing:
         self._num_rows = 0
         self._num_failed = 0
 
-    def start(self, hub: "Hub") -> None:
+    def start(self, hub: "SweepLoop") -> None:
         """`hub` begins to run micro-batches."""
         self._hub = hub
         # Before any is replaced: ours are nobody else's.
@@ -113,7 +113,7 @@ class Coalescing:
             self._replaced.append((module, forward))
             module.forward = forward
 
-    def stop(self, hub: "Hub | None" = None) -> None:
+    def stop(self, hub: "SweepLoop | None" = None) -> None:
         """Puts back what `start` replaced. Harmless at any time, and twice; also if it
         was started for another hub than `hub`."""
         if hub not in (None, self._hub):
@@ -125,7 +125,7 @@ class Coalescing:
         self._replaced.clear()
         self._hub = None
 
-    def clear(self, hub: "Hub") -> None:
+    def clear(self, hub: "SweepLoop") -> None:
         """Those who are parked are about to end."""
         if hub is self._hub:
             self._parked.clear()

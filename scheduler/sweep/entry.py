@@ -18,13 +18,13 @@ from ..slots.doors import Doors
 from .turn import Turn
 
 if TYPE_CHECKING:
-    from .loop import Hub
+    from .loop import SweepLoop
 
 _POLL_SECONDS = 0.2
 _STUCK_POLLS = 10
 
 
-class Gate:
+class ForwardEntry:
     """`before` and `after` every site, for sweeps and for plain calls.
 
     One thread at a time runs the model: the one that sweeps, or the one whose plain
@@ -52,8 +52,8 @@ class Gate:
         self._lookahead = lookahead
         self._records_gradients = False
         self._turn = Turn()
-        self._sweep: Hub | None = None
-        self._left: list[Hub] = []
+        self._sweep: SweepLoop | None = None
+        self._left: list[SweepLoop] = []
         """Sweeps that another thread has ended, to be stopped by their own."""
         self._sweeping_thread = 0
         self.position: int | None = None
@@ -166,7 +166,7 @@ class Gate:
         """Goes back to the earliest site that anybody waits at."""
         self.position = None
 
-    def start_sweep(self, sweep: "Hub") -> None:
+    def start_sweep(self, sweep: "SweepLoop") -> None:
         """Waits for the turn and keeps it until `end_sweep`."""
         self.home.check()
         who = self._take_turn()
@@ -185,7 +185,7 @@ class Gate:
                 self._turn.give_back(who)
             raise
 
-    def end_sweep(self, sweep: "Hub") -> None:
+    def end_sweep(self, sweep: "SweepLoop") -> None:
         """Lets others have their turn, if it was this sweep's."""
         if sweep in self._left:
             self._left.remove(sweep)
@@ -196,12 +196,12 @@ class Gate:
                 self._sweep = None
                 self._turn.give_up(sweep)
 
-    def take_over(self, sweep: "Hub") -> bool:
+    def take_over(self, sweep: "SweepLoop") -> bool:
         """The caller's thread ends `sweep`, which is not its own. False while that
         one's thread is in a plain call."""
         return self._turn.hand_over(sweep, threading.get_ident(), is_once=True)
 
-    def end_taken_over(self, sweep: "Hub") -> None:
+    def end_taken_over(self, sweep: "SweepLoop") -> None:
         """Lets others have their turn after `take_over`."""
         self._left.append(sweep)
         try:
@@ -222,7 +222,7 @@ class Gate:
             finally:
                 self._turn.give_up(who)
 
-    def _sweep_here(self) -> "Hub | None":
+    def _sweep_here(self) -> "SweepLoop | None":
         """The sweep whose running micro-batch is the caller, if it is in one."""
         sweep = self._sweep
         if sweep is not None and sweep.is_running_here():

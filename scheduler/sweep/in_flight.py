@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterator
 
 from ..slots.doors import Doors
 from .micro_batch import MicroBatch
-from .moves import Moves
+from .moves import SideTransfers
 from .thread_state import ThreadState
 
 # What could not be ended stays suspended: were it to die, it would run once more.
 _LEFT_BEHIND: list[MicroBatch] = []
 
 
-class InFlight:
+class MicroBatchesInFlight:
     """Those of one hub, whose thread state is `hub_state`."""
 
-    def __init__(self, doors: Doors, moves: Moves, hub_state: ThreadState) -> None:
+    def __init__(
+        self, doors: Doors, moves: SideTransfers, hub_state: ThreadState
+    ) -> None:
         self.running: MicroBatch | None = None
         """Who has the thread."""
         self._doors = doors

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class Job:
+class SweepInput:
     """What to do with each batch, and the batches that are left."""
 
     fn: Callable[[Any], Any]
@@ -36,7 +36,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Progress:
+class SweepProgress:
     """Counts micro-batches."""
 
     num_started: int = 0

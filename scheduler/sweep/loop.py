@@ -15,32 +15,32 @@ import torch
 
 from .admission import Admission
 from .coalescing import Coalescing
-from .entry import Gate
-from .in_flight import InFlight
-from .job import Job, Progress
+from .entry import ForwardEntry
+from .in_flight import MicroBatchesInFlight
+from .job import SweepInput, SweepProgress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
-from .moves import Moves
+from .moves import SideTransfers
 from .owner import Owner
 from .thread_state import ThreadState
 from .waiting import Waiting
 
 
-class Hub:
+class SweepLoop:
     """Runs the micro-batches of one job, in the thread that made it: `begin`, `round`
     until it `is_done`, `stop`. What ended is in `finished`. Another thread can only
     `leave` it, for its own one to stop what is suspended."""
 
     def __init__(
         self,
-        job: Job,
-        gate: Gate,
+        job: SweepInput,
+        gate: ForwardEntry,
         admission: Admission,
-        progress: Progress,
+        progress: SweepProgress,
         *,
         devices: tuple[str, ...],
         module_state: ModuleState,
-        moves: Moves,
+        moves: SideTransfers,
         coalescing: Coalescing,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
@@ -54,7 +54,7 @@ class Hub:
         self._coalescing = coalescing
         self._hub_state = ThreadState(devices)
         self._owner = Owner(self)
-        self._in_flight = InFlight(gate.doors, moves, self._hub_state)
+        self._in_flight = MicroBatchesInFlight(gate.doors, moves, self._hub_state)
         self._waiting = Waiting()
         self._serving: int | None = None
         self._is_stopping = False

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from ..activations.evacuation import Evacuation
+from ..activations.evacuation import ActivationOffload
 from ..kv.store import KvStore
 from .micro_batch import MicroBatch
 
 
-class Moves:
+class SideTransfers:
     """Tells those who move things, if there are any, whose turn it is."""
 
-    def __init__(self, evacuation: Evacuation | None, kv: KvStore | None) -> None:
+    def __init__(
+        self, evacuation: ActivationOffload | None, kv: KvStore | None
+    ) -> None:
         self._evacuation = evacuation
         self._kv = kv
 

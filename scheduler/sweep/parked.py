@@ -12,7 +12,7 @@ Key = tuple[int, Hashable]
 """A module's number, and what else calls must have in common to be made at once."""
 
 
-class Parked:
+class CoalescingQueue:
     """Knows who is parked where, and who has what it was parked for."""
 
     def __init__(self, order: Order) -> None:

@@ -13,16 +13,16 @@ from typing import Any, Generic, TypeVar
 
 from ...io.closing import Closing
 from ...io.errors import ClosedError, PenstockError
-from ..activations.evacuation import Evacuation
+from ..activations.evacuation import ActivationOffload
 from ..kv.store import KvStore
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
 from .endings import Endings
-from .entry import Gate
-from .job import Job, Progress
-from .loop import Hub
+from .entry import ForwardEntry
+from .job import SweepInput, SweepProgress
+from .loop import SweepLoop
 from .module_state import ModuleState
-from .moves import Moves
+from .moves import SideTransfers
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -86,14 +86,14 @@ class Sweep(Closing):
 
     def __init__(
         self,
-        gate: Gate,
+        gate: ForwardEntry,
         *,
         width: Width,
         activation_bytes: int | None,
         seed: int | None,
         devices: tuple[str, ...],
         module_state: ModuleState,
-        evacuation: Evacuation | None,
+        evacuation: ActivationOffload | None,
         coalescing: Coalescing,
         kv: KvStore | None,
     ) -> None:
@@ -112,8 +112,8 @@ class Sweep(Closing):
             activation_bytes=activation_bytes,
             num_sites=len(gate.doors.sites),
         )
-        self._progress = Progress()
-        self._hub: Hub | None = None
+        self._progress = SweepProgress()
+        self._hub: SweepLoop | None = None
         self._is_closed = False
 
     def map(
@@ -204,15 +204,15 @@ class Sweep(Closing):
             self._coalescing.stop()
         self._close_evacuation()
 
-    def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> Hub:
-        return Hub(
-            Job(fn, batches),
+    def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> SweepLoop:
+        return SweepLoop(
+            SweepInput(fn, batches),
             self._gate,
             self._admission,
             self._progress,
             devices=self._devices,
             module_state=self._module_state,
-            moves=Moves(self.evacuation, self._kv),
+            moves=SideTransfers(self.evacuation, self._kv),
             coalescing=self._coalescing,
         )
 
@@ -220,7 +220,7 @@ class Sweep(Closing):
         if self._is_closed:
             raise ClosedError("this sweep was closed before it had ended")
 
-    def _end(self, hub: Hub) -> None:
+    def _end(self, hub: SweepLoop) -> None:
         """Stops `hub`, or leaves it to its own thread, and lets others at the model, if
         it ever had its turn. Cut off by an interrupt, `close` does it again."""
         if not self._gate.home.is_here:  # its parent has it: nothing here runs again
@@ -245,7 +245,7 @@ class Sweep(Closing):
             self.evacuation.close()
 
 
-def _outcome(hub: Hub) -> Outcome[Any]:
+def _outcome(hub: SweepLoop) -> Outcome[Any]:
     me = hub.finished.popleft()
     error = me.error if isinstance(me.error, Exception) else None
     return Outcome(me.index, me.value, error)

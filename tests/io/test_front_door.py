@@ -154,10 +154,10 @@ def test_a_lock_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "out.jsonl.parts"
     folder.mkdir()
     (folder / "lock").symlink_to(tmp_path / "gone" / "lock")
-    from penstock.offload.files.durable import Disk
+    from penstock.offload.files.durable import DurableFiles
 
     with pytest.raises((OutputError, UsageError), match="lock"):
-        PartStore(tmp_path / "out.jsonl", Disk())
+        PartStore(tmp_path / "out.jsonl", DurableFiles())
 
 
 def test_a_policy_may_be_a_dict_of_its_keys() -> None:

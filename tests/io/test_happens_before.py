@@ -21,7 +21,7 @@ from penstock.io.memory.arena import Arena, HostMemory, Memory
 from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link, LinkLoad
 from penstock.io.weights.peer import PeerTier, whole
-from penstock.io.weights.source import Kept, Staged
+from penstock.io.weights.source import ResidentSource, StagedSource
 from penstock.io.weights.transfer import Transfer, packed
 from penstock.scheduler.slots.working_set import WorkingSet
 from recording import RecordingDevice, range_of
@@ -160,7 +160,7 @@ def machine(
     def from_disk(target: Memory, to: Any) -> Link:
         staging = Arena(plan.staging)
         loader: Any = FakeLoader(layouts, staging, device)
-        source = Staged(loader, layouts, staging)
+        source = StagedSource(loader, layouts, staging)
         return Link("disk", source, ways, target, to, pace=None)
 
     def units_of(tier: str) -> list[int]:
@@ -173,7 +173,9 @@ def machine(
         offsets[unit], end = end, end + plan.sizes[unit]
     links = {
         "disk": from_disk(memory, device),
-        "host": Link("host", Kept(host, offsets), ways, memory, device, pace=None),
+        "host": Link(
+            "host", ResidentSource(host, offsets), ways, memory, device, pace=None
+        ),
     }
     peer = None
     if units_of("peer"):
@@ -185,7 +187,7 @@ def machine(
             progress=lambda done, total: None,
         )
         there = {unit: whole(transfers[unit]) for unit in units_of("peer")}
-        kept = Kept(peer.memory, peer.offsets)
+        kept = ResidentSource(peer.memory, peer.offsets)
         links["peer"] = Link("peer", kept, there, memory, device, pace=None)
     for link in links.values():
         change_link(link)

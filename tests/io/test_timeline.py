@@ -12,7 +12,7 @@ import torch
 import penstock
 from nets import PAGE, Net, batches, make, streamed
 from penstock.io.handle import Handle
-from penstock.io.kv.worker_stream import Courier
+from penstock.io.kv.worker_stream import WorkerStream
 from penstock.io.timeline import Span, Timeline, busy_seconds, in_turn
 from penstock.offload.model import engine_of
 
@@ -103,7 +103,7 @@ def test_who_asks_is_told_once_all_parts_are_done() -> None:
 def test_a_courier_that_only_waits_does_no_work() -> None:
     timeline = Timeline(max_spans=9)
     ticks = iter(range(100))
-    with Courier(
+    with WorkerStream(
         "kv-out",
         max_pending_bytes=100,
         clock=lambda: float(next(ticks)),

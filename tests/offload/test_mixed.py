@@ -22,7 +22,7 @@ from nets import Net, batches, make, same, serially
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.io.weights.link import Link
-from penstock.io.weights.source import Staged
+from penstock.io.weights.source import StagedSource
 from penstock.offload.engine.engine import Engine
 from penstock.offload.engine.tiers import Tiers
 from penstock.offload.model import engine_of
@@ -270,7 +270,7 @@ def test_staging_holds_the_largest_unit_whatever_was_asked(asked: int | str) -> 
         engine = engine_of(net)
         (link,) = engine._tiers.links
         assert isinstance(link, Link)
-        assert isinstance(link._source, Staged)
+        assert isinstance(link._source, StagedSource)
         largest = max(plan.nbytes for plan in engine._tiers._layouts)
         wanted = {1: largest, "64KiB": 64 << 10, "auto": 3 * largest}
         assert link._source._memory.nbytes == wanted[asked]

@@ -17,12 +17,12 @@ from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
 from penstock.io.kv.hop import ThroughHost
-from penstock.io.kv.lender import Locked
+from penstock.io.kv.lender import PinnedPool
 from penstock.io.kv.places import Copied, OnDisk
 from penstock.io.kv.shape import KvShape
 from penstock.io.kv.staging import Staging
 from penstock.scheduler.kv.budget import KvBudget
-from penstock.scheduler.kv.store import KvStore, Place
+from penstock.scheduler.kv.store import KvStore, KvTier
 from recording import RecordingDevice, range_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -53,7 +53,7 @@ class Encoded(Plain):
 
 def place_of(
     kind: str, device: RecordingDevice, folder: Path, opened: contextlib.ExitStack
-) -> tuple[Place, KvCount, Staging]:
+) -> tuple[KvTier, KvCount, Staging]:
     staging = opened.enter_context(Staging(device, None))
     count = KvCount()
     out, back = device.stream("out"), device.stream("in")
@@ -71,7 +71,7 @@ def place_of(
         hop = ThroughHost(device, out, back, pin)
         place = OnDisk(device, staging, count, codec, open_file, hop)
     else:
-        lender = Locked(pin, out, back)
+        lender = PinnedPool(pin, out, back)
         place = Copied(device, staging, count, codec, out=out, back=back, lender=lender)
     return opened.enter_context(place), count, staging
 

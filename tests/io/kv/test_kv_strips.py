@@ -32,9 +32,9 @@ from penstock.io.kv.pages import PAGE_BYTES
 from penstock.io.kv.places import Copied, InPlace, OnDisk
 from penstock.io.kv.shape import KvShape
 from penstock.io.kv.staging import Staging
-from penstock.io.kv.worker_stream import Courier
+from penstock.io.kv.worker_stream import WorkerStream
 from penstock.scheduler.kv.budget import KvBudget
-from penstock.scheduler.kv.store import KvLease, KvStore, Place
+from penstock.scheduler.kv.store import KvLease, KvStore, KvTier
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -68,7 +68,7 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
             place = InPlace(torch.device("cpu"), count)
         elif kind == "copied":
             out, back = (
-                opened.enter_context(Courier(name, max_pending_bytes=1 << 20))
+                opened.enter_context(WorkerStream(name, max_pending_bytes=1 << 20))
                 for name in ("kv-out", "kv-back")
             )
             place = Copied(
@@ -380,7 +380,7 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
     tmp_path: Path,
 ) -> None:
     with place_of("copied", tmp_path) as (place, _, _):
-        places: dict[str, Place] = {"host": place}
+        places: dict[str, KvTier] = {"host": place}
         with KvStore(
             KvBudget(("host",), {"host": 1 << 20}), places, KvCount()
         ) as store:
@@ -404,7 +404,7 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
 
 def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
     with place_of("copied", tmp_path) as (place, count, _):
-        places: dict[str, Place] = {"host": place}
+        places: dict[str, KvTier] = {"host": place}
         store = KvStore(KvBudget(("host",), {"host": 1 << 20}), places, count)
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         new = torch.ones(1, 1, 1, 4)

@@ -15,8 +15,8 @@ from penstock.io.errors import ReadError
 from penstock.io.readers import choice
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.choice import (
-    Remembered,
-    Trial,
+    ReaderTrial,
+    RememberedChoice,
     best_of,
     choose,
     drive_of,
@@ -41,8 +41,8 @@ def stamps(tmp_path: Path) -> dict[Path, FileStamp]:
 
 
 @pytest.fixture
-def remembered(tmp_path: Path) -> Remembered:
-    return Remembered(tmp_path / "cache" / "readers.json")
+def remembered(tmp_path: Path) -> RememberedChoice:
+    return RememberedChoice(tmp_path / "cache" / "readers.json")
 
 
 def makers_of(
@@ -59,9 +59,9 @@ def makers_of(
 
 
 def test_among_equals_the_one_that_costs_less_cpu_is_best() -> None:
-    slow = Trial("slow", 0.9e9, 0.001)
-    fast = Trial("fast", 1.01e9, 0.1)
-    cheap = Trial("cheap", 0.99e9, 0.05)
+    slow = ReaderTrial("slow", 0.9e9, 0.001)
+    fast = ReaderTrial("fast", 1.01e9, 0.1)
+    cheap = ReaderTrial("cheap", 0.99e9, 0.05)
     assert best_of([slow, fast, cheap]) == cheap
     assert best_of([slow, fast]) == fast
     assert best_of([slow]) == slow
@@ -89,7 +89,7 @@ def test_every_reader_is_measured_in_turns_on_other_bytes(
 
 
 def test_a_small_file_is_not_measured(
-    stamps: dict[Path, FileStamp], remembered: Remembered
+    stamps: dict[Path, FileStamp], remembered: RememberedChoice
 ) -> None:
     opened: list[str] = []
     small = {p: s for p, s in stamps.items() if p.name == "small"}
@@ -99,7 +99,7 @@ def test_a_small_file_is_not_measured(
 
 def choose_auto(
     stamps: Mapping[Path, FileStamp],
-    remembered: Remembered,
+    remembered: RememberedChoice,
     opened: list[str],
     *,
     asked: str = "auto",
@@ -120,7 +120,7 @@ def choose_auto(
 
 def test_a_choice_is_measured_once_for_each_drive_and_setting(
     stamps: dict[Path, FileStamp],
-    remembered: Remembered,
+    remembered: RememberedChoice,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "penstock")
@@ -138,12 +138,12 @@ def test_a_choice_is_measured_once_for_each_drive_and_setting(
 
 def test_a_reader_that_was_best_but_is_gone_is_not_chosen_and_no_fallback(
     stamps: dict[Path, FileStamp],
-    remembered: Remembered,
+    remembered: RememberedChoice,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     opened: list[str] = []
     drive = f"{drive_of(next(iter(stamps)))}, "
-    remembered.put(drive, Trial("libaio", 1e9, 0.01))
+    remembered.put(drive, ReaderTrial("libaio", 1e9, 0.01))
     assert choose_auto(stamps, remembered, opened)[0] == "libaio"
     name, fallbacks = choose_auto(
         stamps, remembered, opened, missing={"libaio": "not there"}
@@ -158,7 +158,7 @@ def test_a_reader_that_was_best_but_is_gone_is_not_chosen_and_no_fallback(
 def test_what_is_missing_is_replaced_and_announced(
     asked: str,
     stamps: dict[Path, FileStamp],
-    remembered: Remembered,
+    remembered: RememberedChoice,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     missing = {asked: "pip install it", "libaio": "pip install it"}
@@ -172,7 +172,7 @@ def test_what_is_missing_is_replaced_and_announced(
 
 @pytest.mark.parametrize("asked", ["libaio", "threads", "aiofiles"])
 def test_what_was_asked_for_is_taken_unmeasured(
-    asked: str, stamps: dict[Path, FileStamp], remembered: Remembered
+    asked: str, stamps: dict[Path, FileStamp], remembered: RememberedChoice
 ) -> None:
     opened: list[str] = []
     assert choose_auto(stamps, remembered, opened, asked=asked) == (asked, ())
@@ -181,7 +181,7 @@ def test_what_was_asked_for_is_taken_unmeasured(
 
 def test_where_direct_reads_are_refused_the_cache_is_read_and_that_is_announced(
     stamps: dict[Path, FileStamp],
-    remembered: Remembered,
+    remembered: RememberedChoice,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -193,20 +193,20 @@ def test_where_direct_reads_are_refused_the_cache_is_read_and_that_is_announced(
 
 
 def test_reading_through_the_cache_on_purpose_is_no_fallback(
-    stamps: dict[Path, FileStamp], remembered: Remembered
+    stamps: dict[Path, FileStamp], remembered: RememberedChoice
 ) -> None:
     assert choose_auto(stamps, remembered, [], direct=False) == ("aiofiles", ())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', '{"x": {"reader": 1}}'])
 def test_a_broken_memory_is_no_memory(
-    content: str, remembered: Remembered, tmp_path: Path
+    content: str, remembered: RememberedChoice, tmp_path: Path
 ) -> None:
     path = tmp_path / "cache" / "readers.json"
     path.parent.mkdir()
     path.write_text(content)
     assert remembered.get("x") is None
-    trial = Trial("threads", 1e9, 0.1)
+    trial = ReaderTrial("threads", 1e9, 0.1)
     remembered.put("x", trial)
     assert remembered.get("x") == trial
     assert json.loads(path.read_text())["x"]["reader"] == "threads"
@@ -215,8 +215,8 @@ def test_a_broken_memory_is_no_memory(
 
 def test_a_memory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    remembered = Remembered(tmp_path / "file" / "readers.json")
-    remembered.put("x", Trial("threads", 1e9, 0.1))
+    remembered = RememberedChoice(tmp_path / "file" / "readers.json")
+    remembered.put("x", ReaderTrial("threads", 1e9, 0.1))
     assert remembered.get("x") is None
 
 

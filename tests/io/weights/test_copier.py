@@ -10,7 +10,7 @@ from penstock.io.errors import ClosedError
 from penstock.io.extent import Extent
 from penstock.io.handle import Handle
 from penstock.io.weights import copier as copying
-from penstock.io.weights.copier import Copier, Piece
+from penstock.io.weights.copier import BounceCopier, CopyTask
 
 PATH = Path("weights")
 
@@ -40,12 +40,14 @@ class Drive:
         handle.done(error)
 
 
-def pieces(num: int, found: list[tuple[int, bytes]], nbytes: int = 40) -> list[Piece]:
+def pieces(
+    num: int, found: list[tuple[int, bytes]], nbytes: int = 40
+) -> list[CopyTask]:
     def place(number: int, data: memoryview) -> None:
         found.append((number, bytes(data)))
 
     return [
-        Piece(
+        CopyTask(
             "unit",
             Extent(PATH, 5 + 100 * n, nbytes),
             lambda data, n=n: place(n, data),  # type: ignore[misc]
@@ -55,8 +57,8 @@ def pieces(num: int, found: list[tuple[int, bytes]], nbytes: int = 40) -> list[P
     ]
 
 
-def copier(drive: Drive, num_threads: int = 1, bounce_bytes: int = 64) -> Copier:
-    return Copier(
+def copier(drive: Drive, num_threads: int = 1, bounce_bytes: int = 64) -> BounceCopier:
+    return BounceCopier(
         drive.submit, alignment=16, bounce_bytes=bounce_bytes, num_threads=num_threads
     )
 

@@ -15,7 +15,7 @@ from checkpoints import random_tensor, same_bits
 from penstock.io.checkpoint.index import open_files
 from penstock.io.extent import Extent
 from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, Move, Placed, layout
-from penstock.io.weights.recipe import Piece, Recipe, View, plain
+from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
 from recipes import Example, examples, make, write_packed
 
 ALIGNMENTS = st.sampled_from([64, 512, 4096])
@@ -264,7 +264,7 @@ def experts(
     shape = (len(order), rows, 512)
     target = torch.empty(shape, device="meta")
     pieces = [
-        Piece(entries[str(i)], View.whole((rows, 512)), View.of(target[expert]))
+        TensorSlice(entries[str(i)], View.whole((rows, 512)), View.of(target[expert]))
         for i, expert in enumerate(order)
     ]
     wanted = torch.stack([stored[order.index(i)] for i in range(len(order))])

@@ -29,7 +29,7 @@ from penstock.io.weights.layout import Layout, Placed, Read
 from penstock.io.weights.link import Link
 from penstock.io.weights.loader import Loader
 from penstock.io.weights.peer import PeerTier
-from penstock.io.weights.source import Staged
+from penstock.io.weights.source import StagedSource
 from penstock.io.weights.transfer import as_it_lies
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -116,7 +116,7 @@ def opened(
         loader = Loader(units.layouts, memory, read, bounce_bytes=PAGE)
         change_loader(loader)
         ways = dict(enumerate(map(as_it_lies, units.layouts)))
-        source = Staged(loader, units.layouts, memory)
+        source = StagedSource(loader, units.layouts, memory)
         made = Link("disk", source, ways, target, device or CpuDevice(), **options)
         with made as link:
             yield link, target
@@ -322,7 +322,7 @@ def test_a_peer_that_cannot_be_filled_names_the_unit_and_keeps_nothing(
     def open_link(memory: Memory, device: Device) -> Link:
         staging = Arena(2 * PAGE)
         loader = Loader(units.layouts, staging, read, bounce_bytes=PAGE)
-        source = Staged(loader, units.layouts, staging)
+        source = StagedSource(loader, units.layouts, staging)
         return Link("disk", source, ways, memory, device, pace=None)
 
     def fill() -> PeerTier:

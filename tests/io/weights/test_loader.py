@@ -44,7 +44,7 @@ from penstock.io.readers.reader import Reader
 from penstock.io.readers.threads import ThreadReader
 from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, Placed, layout
 from penstock.io.weights.loader import Loader, UnitLoad
-from penstock.io.weights.recipe import Piece, Recipe, View, plain
+from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
 from recipes import Example, examples, make, write_packed
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -282,7 +282,7 @@ def test_a_copy_takes_no_more_memory_than_its_bounce_buffer(
     recipe = plain(entry, name="it", dtype=torch.bfloat16)
     if kind == "columns":  # of a parameter twice as wide
         target = View.of(torch.empty((300, 512), device="meta")[:, 256:])
-        piece = Piece(entry, View.whole((300, 256)), target)
+        piece = TensorSlice(entry, View.whole((300, 256)), target)
         recipe = Recipe("it", (300, 512), torch.bfloat16, (piece,))
     plan = layout(
         "unit",
@@ -314,7 +314,7 @@ def test_stacked_experts_are_right_on_page_borders_and_off_them(
     checkpoint = open_checkpoint(tmp_path)
     whole = torch.empty((3, 2 * rows, 512), device="meta")
     pieces = tuple(
-        Piece(
+        TensorSlice(
             checkpoint.entries[f"{i}.{kind}"],
             View.whole((rows, 512)),
             View.of(whole[i, j * rows : (j + 1) * rows]),

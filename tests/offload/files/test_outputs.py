@@ -168,9 +168,9 @@ def test_a_file_system_that_takes_nothing_is_named(source: Path, folder: str) ->
 def test_a_full_device_is_named(source: Path) -> None:
     device = Path("/dev/full")
     assert is_stream(device)
-    from penstock.offload.files.parts import Part, Position
+    from penstock.offload.files.parts import OutputPart, Position
 
-    part = Part(0, 0, [{}], Position(), "")
+    part = OutputPart(0, 0, [{}], Position(), "")
     with (
         StreamedOutput(device, Cut(4, 100)) as streamed,
         pytest.raises(OutputError, match="No space left on device; 0 rows"),

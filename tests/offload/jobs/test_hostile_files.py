@@ -21,7 +21,7 @@ from jobs import run_job, write_rows
 from penstock import Policy
 from penstock.io.checkpoint.index import INDEX_FILE, open_checkpoint
 from penstock.io.readers.checksums import read_side_file
-from penstock.offload.files.durable import Disk
+from penstock.offload.files.durable import DurableFiles
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS
 from penstock.offload.files.parts import Position
@@ -177,7 +177,7 @@ def of_manifests(folder: Path) -> Surface:
     store.mkdir()
 
     def begun() -> None:
-        with PartStore(folder / "begun.jsonl", Disk()) as parts:
+        with PartStore(folder / "begun.jsonl", DurableFiles()) as parts:
             parts.manifest()
 
     def check(changed: tuple[bytes, bytes]) -> None:

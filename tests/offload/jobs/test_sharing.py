@@ -21,7 +21,7 @@ from penstock.io.errors import StoppedError, UsageError
 from penstock.offload.jobs import worker_pool
 from penstock.offload.jobs.budgets import Room, divided, threads_of
 from penstock.offload.jobs.job import Done, Job
-from penstock.offload.jobs.look import Look, all_of
+from penstock.offload.jobs.look import ProgressSnapshot, all_of
 from penstock.offload.jobs.work import Work
 from penstock.offload.tasks.task_progress import GenerateProgress, add_up
 from shared_work import PARENT, Generating, Scoring
@@ -214,8 +214,10 @@ def test_counters_of_workers_add_up() -> None:
     parts = [GenerateProgress(output_tokens=n, max_new_tokens=8) for n in (3, 4)]
     add_up(progress, parts)
     assert (progress.output_tokens, progress.max_new_tokens) == (7, 8)
-    one = Look(rows=1.5, tokens=2, bytes_read={"disk": 3}, resident_bytes=5)
-    two = Look(rows=2.0, tokens=3, bytes_read={"disk": 4, "host": 1}, device_bytes=6)
+    one = ProgressSnapshot(rows=1.5, tokens=2, bytes_read={"disk": 3}, resident_bytes=5)
+    two = ProgressSnapshot(
+        rows=2.0, tokens=3, bytes_read={"disk": 4, "host": 1}, device_bytes=6
+    )
     both = all_of([one, two])
     assert (both.rows, both.tokens, both.resident_bytes) == (3.5, 5, 5)
     assert both.bytes_read == {"disk": 7, "host": 1}

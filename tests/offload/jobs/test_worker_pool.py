@@ -13,7 +13,7 @@ import pytest
 
 import worker_targets
 from penstock.io.errors import InputError, MachineError, UsageError
-from penstock.offload.files.parts import Cut, Part, PartRecord, Position
+from penstock.offload.files.parts import Cut, OutputPart, PartRecord, Position
 from penstock.offload.jobs.worker_pool import MOST_DEATHS, WorkerPool
 
 ROWS = 3
@@ -38,19 +38,19 @@ class Written:
         self.done: dict[int, PartRecord] = {}
         self.num_rows = self.num_errors = 0
 
-    def known(self, part: Part) -> Part:
+    def known(self, part: OutputPart) -> OutputPart:
         return part
 
-    def write(self, part: Part, lines: Sequence[bytes], num_errors: int) -> None:
+    def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
         assert part.number not in self.lines, "no part is written twice"
         self.lines[part.number] = list(lines)
 
     def finish(self) -> None: ...
 
 
-def parts(num: int, error: Exception | None = None) -> Iterator[Part]:
+def parts(num: int, error: Exception | None = None) -> Iterator[OutputPart]:
     for number in range(num):
-        yield Part(number, number * ROWS, [{}] * ROWS, Position(), "")
+        yield OutputPart(number, number * ROWS, [{}] * ROWS, Position(), "")
     if error is not None:
         raise error
 
@@ -58,7 +58,7 @@ def parts(num: int, error: Exception | None = None) -> Iterator[Part]:
 def run(
     targets: Sequence[Callable[[Connection], None]],
     output: Written,
-    found: Iterator[Part] | None = None,
+    found: Iterator[OutputPart] | None = None,
 ) -> WorkerPool:
     with WorkerPool(targets, parts(6) if found is None else found, output) as pool:
         pool.start()

@@ -14,13 +14,17 @@ import torch
 from checkpoints import write_checkpoint
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.offload.machines import estimates
-from penstock.offload.machines.estimates import DAY, Remembered, estimated_machine
+from penstock.offload.machines.estimates import (
+    DAY,
+    RememberedEstimates,
+    estimated_machine,
+)
 from penstock.offload.machines.machine import Machine
 from penstock.offload.policy import IO
 
 
-def remembered(path: Path, now: float) -> Remembered:
-    return Remembered(path, lambda: now)
+def remembered(path: Path, now: float) -> RememberedEstimates:
+    return RememberedEstimates(path, lambda: now)
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from penstock.offload.jobs.work import ScoreWork
 from penstock.offload.monitoring.metrics import MetricsFile
 from penstock.offload.monitoring.monitor import Every, Monitor, interval_seconds
 from penstock.offload.monitoring.progress import JobBar, JsonLines, PlainLines
-from penstock.offload.monitoring.samples import Sample, Window
+from penstock.offload.monitoring.samples import ResourceSample, Window
 from penstock.offload.tasks.generate import GenerateProgress
 from penstock.offload.tasks.score import ScoreProgress
 
-SAMPLE = Sample(
+SAMPLE = ResourceSample(
     seconds=30.0,
     stage="scoring",
     stage_seconds=20.0,
@@ -143,7 +143,7 @@ def test_a_monitor_looks_until_it_is_closed_and_once_more() -> None:
     has_looked = threading.Event()
     seen: list[Window] = []
 
-    def look() -> Sample:
+    def look() -> ResourceSample:
         return replace(SAMPLE, seconds=float(next(ticks)))
 
     def listen(window: Window) -> None:
@@ -211,7 +211,7 @@ def test_who_cannot_tell_is_told_no_more_and_the_job_goes_on(
 
 @pytest.mark.usefixtures("no_leaks")
 def test_a_look_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> None:
-    def look() -> Sample:
+    def look() -> ResourceSample:
         raise RuntimeError("changed size during iteration")
 
     monitor = Monitor(look, [], interval=lambda seconds: 0.0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine
-from penstock.offload.plans.devices import Way
+from penstock.offload.plans.devices import DeviceOption
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planner import Task
 from penstock.offload.policy import Policy
@@ -66,7 +66,7 @@ def planned(
     return make_plan(folder, Policy(**policy), machine, task or Task())
 
 
-def ways_of(made: Plan) -> dict[str, Way]:
+def ways_of(made: Plan) -> dict[str, DeviceOption]:
     assert made.devices is not None
     return {way.name: way for way in made.devices.ways}
 

@@ -9,7 +9,13 @@ import pytest
 
 import runs
 from penstock.io.timeline import Span
-from penstock.offload.monitoring.samples import Sample, Samples, Step, Window, speeds
+from penstock.offload.monitoring.samples import (
+    ResourceSample,
+    Samples,
+    Step,
+    Window,
+    speeds,
+)
 from penstock.offload.reports.recorded import (
     link_speeds,
     num_passes,
@@ -18,8 +24,8 @@ from penstock.offload.reports.recorded import (
 )
 
 
-def sample(seconds: float, **values: object) -> Sample:
-    empty = Sample(
+def sample(seconds: float, **values: object) -> ResourceSample:
+    empty = ResourceSample(
         seconds=seconds, stage="scoring", stage_seconds=seconds, bytes_read={}
     )
     return replace(empty, **values)  # type: ignore[arg-type]

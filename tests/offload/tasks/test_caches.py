@@ -4,12 +4,12 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from penstock.offload.generation.caches import Caches
 from penstock.offload.generation.completions import Prompt
-from penstock.offload.generation.way import Way
+from penstock.offload.generation.way import DecodingOptions
 
 
-def way(**options: int) -> Way:
+def way(**options: int) -> DecodingOptions:
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
-    return Way(config, StoppingCriteriaList(), (), 4, frozenset(), 0)
+    return DecodingOptions(config, StoppingCriteriaList(), (), 4, frozenset(), 0)
 
 
 def prompts(num: int, length: int, **options: int) -> list[Prompt]:

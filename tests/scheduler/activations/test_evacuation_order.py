@@ -17,7 +17,7 @@ import torch
 from penstock.io.event import Event
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.host_buffers import HostBuffers
-from penstock.scheduler.activations.evacuation import Evacuation
+from penstock.scheduler.activations.evacuation import ActivationOffload
 from penstock.scheduler.activations.ownership import Ownership, bytes_of
 from recording import FakeEvent, FakeStream, RecordingDevice, range_of
 
@@ -64,12 +64,16 @@ class MicroBatches:
 
 @contextmanager
 def evacuating(
-    seed: int, num: int, change: Callable[[Evacuation], None] = lambda moves: None
-) -> Iterator[tuple[MicroBatches, Evacuation]]:
+    seed: int,
+    num: int,
+    change: Callable[[ActivationOffload], None] = lambda moves: None,
+) -> Iterator[tuple[MicroBatches, ActivationOffload]]:
     random = Random(seed)
     device = RecordingDevice(random)
     buffers = HostBuffers(lambda buffer: None)
-    moves = Evacuation(device, buffers, Ownership(torch.device("cpu"), min_bytes=1))
+    moves = ActivationOffload(
+        device, buffers, Ownership(torch.device("cpu"), min_bytes=1)
+    )
     sizes = [
         [random.randrange(1, 5000) for _ in range(random.randrange(1, 4))]
         for _ in range(num)
@@ -81,7 +85,7 @@ def evacuating(
         moves.close()
 
 
-def sweep(found: MicroBatches, moves: Evacuation, rounds: int) -> None:
+def sweep(found: MicroBatches, moves: ActivationOffload, rounds: int) -> None:
     """Each computes once a round, in an order that is now and then another one than was
     expected."""
     random = found.device.random
@@ -165,29 +169,29 @@ def deaf(stream: FakeStream, to: str) -> None:
     stream.wait = wait  # type: ignore[method-assign]
 
 
-def streams(moves: Evacuation) -> tuple[Any, Any, Any]:
+def streams(moves: ActivationOffload) -> tuple[Any, Any, Any]:
     return moves._device.compute, moves._out, moves._back
 
 
-def forget_who_computed(moves: Evacuation) -> None:
+def forget_who_computed(moves: ActivationOffload) -> None:
     """A copy out that does not wait for the work that wrote it."""
     compute, out, _ = streams(moves)
     deaf(out, compute.name)
 
 
-def forget_the_copy_out(moves: Evacuation) -> None:
+def forget_the_copy_out(moves: ActivationOffload) -> None:
     """Memory that is given back while it is still copied from."""
     compute, out, _ = streams(moves)
     deaf(compute, out.name)
 
 
-def forget_who_had_the_memory(moves: Evacuation) -> None:
+def forget_who_had_the_memory(moves: ActivationOffload) -> None:
     """A copy in that does not wait for the work of who had this memory before."""
     compute, _, back = streams(moves)
     deaf(back, compute.name)
 
 
-def forget_the_copy_in(moves: Evacuation) -> None:
+def forget_the_copy_in(moves: ActivationOffload) -> None:
     """Work that does not wait for what it needs."""
     compute, _, back = streams(moves)
     deaf(compute, back.name)
@@ -203,7 +207,7 @@ def forget_the_copy_in(moves: Evacuation) -> None:
     ],
 )
 def test_a_planted_bug_is_caught(
-    change: Callable[[Evacuation], None], sign: str
+    change: Callable[[ActivationOffload], None], sign: str
 ) -> None:
     problems: list[str] = []
     for seed in range(5):

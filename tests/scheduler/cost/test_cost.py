@@ -16,10 +16,10 @@ from penstock.scheduler.cost.memory_need import (
     scoring_need,
 )
 from penstock.scheduler.cost.model import CostModel
-from penstock.scheduler.cost.pipeline import Load, run_passes
+from penstock.scheduler.cost.pipeline import WeightLoad, run_passes
 from penstock.scheduler.cost.rates import CallCosts, Curve, Rates
 from penstock.scheduler.cost.shape import (
-    MicroBatch,
+    MicroBatchShape,
     ModelShape,
     Settings,
     SiteCost,
@@ -34,7 +34,7 @@ NUM = 8
 
 
 def passes(compute: float, load: float, *, lookahead: int = 2, room: int = 3) -> float:
-    loads = [[Load("disk", BLOCK, load)]] * NUM
+    loads = [[WeightLoad("disk", BLOCK, load)]] * NUM
     found = run_passes(
         [compute] * NUM,
         loads,
@@ -65,7 +65,7 @@ def test_without_lookahead_or_room_nothing_overlaps() -> None:
 def test_a_pass_is_never_faster_than_its_parts_nor_slower_than_their_sum(
     compute: list[float], load: float, lookahead: int, room: int
 ) -> None:
-    loads = [[Load("disk", BLOCK, load)] for _ in compute]
+    loads = [[WeightLoad("disk", BLOCK, load)] for _ in compute]
     found = run_passes(
         compute,
         loads,
@@ -84,7 +84,9 @@ def test_half_of_the_blocks_behind_a_link_cost_max_of_compute_and_half_the_bytes
 ):
     """DESIGN's formula: L max(t_c, f W / B), f = 1/2, spread evenly."""
     for speed in (4.0, 1.0, 0.25):
-        loads = [[Load("host", BLOCK, 1.0 / speed)] if i % 2 else [] for i in range(32)]
+        loads = [
+            [WeightLoad("host", BLOCK, 1.0 / speed)] if i % 2 else [] for i in range(32)
+        ]
         found = run_passes(
             [1.0] * 32,
             loads,
@@ -155,14 +157,14 @@ def model_of(
 
 def test_few_tokens_wait_for_the_disk_and_many_do_not() -> None:
     model = model_of(disk=0.2e9)
-    few = model.scoring([MicroBatch(1, 64)])
-    many = model.scoring([MicroBatch(4, 128)] * 16)
+    few = model.scoring([MicroBatchShape(1, 64)])
+    many = model.scoring([MicroBatchShape(4, 128)] * 16)
     assert (few.binds, many.binds) == ("disk", "compute")
     assert few.steady == pytest.approx((NUM * BLOCK + 5 * MB) / 0.2e9, rel=0.01)
 
 
 def test_what_stays_on_the_device_is_read_in_the_first_pass_only() -> None:
-    cost = model_of(tier="device", disk=0.1e9).scoring([MicroBatch(1, 64)])
+    cost = model_of(tier="device", disk=0.1e9).scoring([MicroBatchShape(1, 64)])
     assert cost.time.wait == 0.0
     assert cost.first > cost.steady + 5.0
 
@@ -176,7 +178,7 @@ def test_products_that_are_shared_are_faster_in_decode() -> None:
 
 def test_a_cache_that_is_appended_to_is_read_once_a_token() -> None:
     """transformers' own is read, written and read again."""
-    batches, heavy = [MicroBatch(8, 1)], shape_of(kv=2**16)
+    batches, heavy = [MicroBatchShape(8, 1)], shape_of(kv=2**16)
     seconds = {
         tier: model_of(heavy, tier="device", kv_tier=tier).decode(batches, 4096).steady
         for tier in ("auto", "host")
@@ -186,7 +188,7 @@ def test_a_cache_that_is_appended_to_is_read_once_a_token() -> None:
 
 
 def test_keys_and_values_on_disk_share_its_link_with_the_weights() -> None:
-    batches = [MicroBatch(8, 1)]
+    batches = [MicroBatchShape(8, 1)]
     there = model_of(kv_tier="disk", disk=1e8).decode(batches, 4096)
     here = model_of(kv_tier="host", disk=1e8).decode(batches, 4096)
     more = 8 * 4096 * shape_of().kv_bytes_per_token / 1e8
@@ -195,7 +197,7 @@ def test_keys_and_values_on_disk_share_its_link_with_the_weights() -> None:
 
 def test_calls_cost_by_module_micro_batch_and_job() -> None:
     calls = CallCosts(job=5.0, module=0.1, batch=1.0)
-    batches = (MicroBatch(1, 64),) * 4
+    batches = (MicroBatchShape(1, 64),) * 4
     plain = predict(model_of(tier="device"), Scoring(batches, 2))
     dear = predict(model_of(tier="device", calls=calls), Scoring(batches, 2))
     more = 5.0 + 4 * (1.0 + NUM * 9 * 0.1 + 0.1)
@@ -206,7 +208,7 @@ def test_calls_cost_by_module_micro_batch_and_job() -> None:
 @pytest.mark.parametrize(("tier", "more"), [("auto", 0.0), ("host", 0.25)])
 def test_a_tier_of_keys_and_values_costs_calls(tier: str, more: float) -> None:
     """For each micro-batch and layer, whenever tokens come."""
-    batches = (MicroBatch(2, 8),) * 3
+    batches = (MicroBatchShape(2, 8),) * 3
     plain = model_of(tier="device", kv_tier=tier)
     dear = model_of(tier="device", kv_tier=tier, calls=CallCosts(kv_layer=0.25))
     for act in ("prefill", "decode"):
@@ -223,7 +225,7 @@ def test_what_is_cast_beside_computing_takes_from_it(
     """A share of two cores, or what was measured; where cores are spare, nothing."""
     shape = shape_of()
     units = [replace(unit, cast_bytes=unit.nbytes // 2) for unit in shape.units]
-    shape, batches = replace(shape, units=tuple(units)), [MicroBatch(8, 128)]
+    shape, batches = replace(shape, units=tuple(units)), [MicroBatchShape(8, 128)]
     model = model_of(shape, disk=1e12, calls=CallCosts(cast=measured))
     rates = replace(model.rates, cast_bytes=1e9, num_cores=2, num_cast_threads=99)
     seconds = {
@@ -254,7 +256,7 @@ def test_prompts_that_come_in_by_and_by_take_passes() -> None:
 
 
 def test_what_came_in_before_is_attended_to_and_read() -> None:
-    model, batches = model_of(), [MicroBatch(8, 16)] * 4
+    model, batches = model_of(), [MicroBatchShape(8, 16)] * 4
     first, later = model.prefill(batches), model.prefill(batches, 512.0)
     assert later.compute_seconds > first.compute_seconds
     settings = replace(model.settings, kv_tier="disk")
@@ -278,7 +280,7 @@ def test_more_in_flight_needs_more_memory() -> None:
 
 
 def test_what_is_appended_is_written_over_the_link_that_it_is_read_from() -> None:
-    batches = [MicroBatch(8, 64)]
+    batches = [MicroBatchShape(8, 64)]
     there = model_of(kv_tier="disk", disk=1e7).prefill(batches)
     here = model_of(kv_tier="host", disk=1e7).prefill(batches)
     more = 8 * 64 * shape_of().kv_bytes_per_token / 1e7
@@ -292,7 +294,7 @@ def test_activations_come_over_the_link_of_the_weights_in_host_memory() -> None:
         settings = replace(model.settings, activations_move=moves)
         return replace(model, rates=rates, settings=settings).scoring(batches).steady
 
-    batches = [MicroBatch(1, 1024)]
+    batches = [MicroBatchShape(1, 1024)]
     each = 1024 * 1024 * 4 / 1e7
     more = steady(moves=True) - steady(moves=False)
     assert more == pytest.approx((NUM + 1) * each, rel=0.01)
@@ -303,7 +305,7 @@ def test_keys_and_values_of_fewer_bits_move_fewer_bytes() -> None:
     less = replace(model, settings=replace(model.settings, kv_itemsize=1.0))
     weights = (NUM * BLOCK + 5 * MB) / 1e7
     whole, quarter = (
-        found.decode([MicroBatch(8, 1)], 4096).steady - weights
+        found.decode([MicroBatchShape(8, 1)], 4096).steady - weights
         for found in (model, less)
     )
     assert whole == pytest.approx(4 * quarter, rel=0.01)
@@ -358,7 +360,7 @@ def test_what_comes_from_disk_crosses_a_gpus_link_to_host_memory() -> None:
         links = {"disk": 1e8, "host": 1e8}
         rates = replace(model.rates, links=links, crosses_host=crosses)
         found = replace(model, rates=rates, settings=settings)
-        seconds.append(found.scoring([MicroBatch(1, 64)]).steady)
+        seconds.append(found.scoring([MicroBatchShape(1, 64)]).steady)
     whole = (NUM * BLOCK + 5 * MB) / 1e8
     assert seconds[1] == pytest.approx(whole, rel=0.01)
     assert seconds[0] < 0.6 * whole

@@ -18,10 +18,10 @@ from penstock.offload.units import division, sites
 from penstock.offload.weights.blueprint import blueprint
 from penstock.offload.weights.hf import Skeleton
 from penstock.scheduler.cost.model import CostModel
-from penstock.scheduler.cost.pipeline import Load, run_passes
+from penstock.scheduler.cost.pipeline import WeightLoad, run_passes
 from penstock.scheduler.cost.rates import Curve, Rates
 from penstock.scheduler.cost.shape import (
-    MicroBatch,
+    MicroBatchShape,
     ModelShape,
     Settings,
     SiteCost,
@@ -123,7 +123,7 @@ def test_equal_sites_are_worked_out_once() -> None:
         settings = Settings(("device",) * num, 1000, lookahead=2, logits_bytes=1)
         model = CostModel(ModelShape(sites, units, 4, 8), rates, settings)
         Counted.asked.clear()
-        cost = model.scoring([MicroBatch(2, 8), MicroBatch(1, 8)])
+        cost = model.scoring([MicroBatchShape(2, 8), MicroBatchShape(1, 8)])
         assert cost.compute_seconds == pytest.approx(num * alone(model, site))
         return len(Counted.asked)
 
@@ -135,12 +135,12 @@ def site_values(site: SiteCost) -> list[Any]:
 
 
 def alone(model: CostModel, site: SiteCost) -> float:
-    batches = (MicroBatch(2, 8), MicroBatch(1, 8))
+    batches = (MicroBatchShape(2, 8), MicroBatchShape(1, 8))
     return sum(model._scored(site, batch) for batch in batches)
 
 
 def plainly(
-    compute: list[float], loads: list[list[Load]], room_bytes: int, passes: int
+    compute: list[float], loads: list[list[WeightLoad]], room_bytes: int, passes: int
 ) -> float:
     """The end of the last pass, by looking back at all that was loaded."""
     now, link_free = 0.0, 0.0
@@ -166,14 +166,14 @@ def plainly(
 
 
 LOADS = st.lists(
-    st.builds(Load, st.just("disk"), st.integers(0, 5), st.floats(0.0, 3.0)),
+    st.builds(WeightLoad, st.just("disk"), st.integers(0, 5), st.floats(0.0, 3.0)),
     max_size=2,
 )
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), LOADS), min_size=1), st.integers(0, 12))
 def test_room_is_found_as_by_looking_back_at_all_that_was_loaded(
-    sites: list[tuple[float, list[Load]]], room_bytes: int
+    sites: list[tuple[float, list[WeightLoad]]], room_bytes: int
 ) -> None:
     compute, loads = [c for c, _ in sites], [of_site for _, of_site in sites]
     found = run_passes(

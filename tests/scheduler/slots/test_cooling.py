@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.scheduler.slots.cooling import Cooling
+from penstock.scheduler.slots.cooling import PendingRanges
 
 SIZE = 24
 
@@ -24,7 +24,7 @@ STEPS = st.lists(
 def test_the_marks_are_those_of_a_model_that_knows_every_byte(
     steps: list[tuple[bool, tuple[int, int], list[int]]],
 ) -> None:
-    cooling: Cooling[int] = Cooling()
+    cooling: PendingRanges[int] = PendingRanges()
     model: dict[int, set[int]] = defaultdict(set)
     for is_add, (start, end), marks in steps:
         if is_add:
@@ -47,7 +47,7 @@ def test_what_is_taken_before_it_is_added_to_stays_short(
     ranges: list[tuple[int, int]],
 ) -> None:
     """As slots do: claimed (take), read, released (add), with two marks each."""
-    cooling: Cooling[int] = Cooling()
+    cooling: PendingRanges[int] = PendingRanges()
     for turn, (start, end) in enumerate(ranges):
         cooling.take(start, end)
         cooling.add(start, end, (2 * turn, 2 * turn + 1))
@@ -55,7 +55,7 @@ def test_what_is_taken_before_it_is_added_to_stays_short(
 
 
 def test_what_is_left_of_a_range_lies_beside_what_was_taken() -> None:
-    cooling: Cooling[str] = Cooling()
+    cooling: PendingRanges[str] = PendingRanges()
     cooling.add(0, 10, ["a"])
     assert cooling.take(4, 6) == ("a",)
     assert cooling.take(4, 6) == ()
@@ -67,7 +67,7 @@ def test_what_is_left_of_a_range_lies_beside_what_was_taken() -> None:
 
 
 def test_neighbours_are_not_waited_for() -> None:
-    cooling: Cooling[str] = Cooling()
+    cooling: PendingRanges[str] = PendingRanges()
     cooling.add(0, 4, ["a"])
     cooling.add(8, 12, ["b"])
     assert cooling.take(4, 8) == ()
