@@ -14,6 +14,7 @@ from ..model import engine_of
 from ..weights.trust import check_files, loading, own_code, refuse_code
 from .chat import tokenize_chat
 from .row_error import RowError as RowError
+from .tokenizer_check import check_tokenizer
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     path = Path(folder) / "tokenizer_config.json"
     code = None
     check_files(Path(folder))
+    check_tokenizer(Path(folder))
     if path.exists():
         code = own_code(read_json_object(path))
     fix = "put the model's tokenizer files there"
