@@ -118,7 +118,7 @@ def test_weights_can_be_read_straight_into_slots(
     def open_reader(stamps: Any, **sizes: Any) -> GdsReader:
         return GdsReader(stamps, open_file=system.open, **sizes)
 
-    monkeypatch.setattr(tiers, "GdsReader", open_reader)
+    monkeypatch.setattr(gds, "GdsReader", open_reader)
     monkeypatch.setattr(gds, "why_not", lambda device, path: None)
     policy = Policy(
         device_memory=300_000, resident_below=1, **{"io": {"reader": "gds"}}

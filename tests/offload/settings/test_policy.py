@@ -141,7 +141,7 @@ def test_devices_are_known_by_torchs_names(name: str) -> None:
 def test_every_field_is_documented_in_the_schema() -> None:
     schema = Policy.model_json_schema()
     nested = schema["$defs"]["IO"]["properties"]
-    link = schema["$defs"]["Link"]["properties"]
+    link = schema["$defs"]["LinkPolicy"]["properties"]
     assert schema["properties"]["device"]["pattern"] == r"^(cpu|cuda(:\d+)?)$"
     for name, field in {**schema["properties"], **nested, **link}.items():
         field = schema["$defs"]["IO"] if "$ref" in field else field

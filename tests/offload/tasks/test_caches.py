@@ -1,6 +1,6 @@
 """How many completions have room for their keys and values."""
 
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from penstock.offload.generation.caches import Caches
 from penstock.offload.generation.completions import Prompt
@@ -9,7 +9,7 @@ from penstock.offload.generation.way import DecodingOptions
 
 def way(**options: int) -> DecodingOptions:
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
-    return DecodingOptions(config, StoppingCriteriaList(), (), 4, frozenset(), 0)
+    return DecodingOptions(config, (), 4, frozenset(), 0)
 
 
 def prompts(num: int, length: int, **options: int) -> list[Prompt]:

@@ -122,7 +122,7 @@ def test_a_token_that_the_model_has_not_is_that_rows_error(model: Any) -> None:
 
 @pytest.mark.parametrize("key", ["text", "seed", "temperature"])
 def test_an_error_of_a_row_is_short_and_can_be_printed(key: str, model: Any) -> None:
-    row = {"text": "1 2", key: "\x1b\ud800" * 9_999}
+    row: dict[str, Any] = {"text": "1 2", key: "\x1b\ud800" * 9_999}
     if key == "text":
         row[key] = [row[key], 5]
     row |= dict.fromkeys(map(str, range(9_999)), 0)
