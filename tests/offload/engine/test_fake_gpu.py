@@ -21,7 +21,7 @@ from penstock.io.memory.arena import HostMemory
 from penstock.io.memory.pinned import Pinned
 from penstock.io.readers import gds
 from penstock.io.readers.gds import GdsReader
-from penstock.offload.engine import build, tiers
+from penstock.offload.engine import build
 from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
