@@ -1,24 +1,26 @@
 """Adapters (LoRA and their like) on a streamed model, through the library PEFT. What
 they add is small: it is loaded whole and stays on the device."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..io.checkpoint.header import read_header
 from ..io.errors import CheckpointError, UsageError
 from ..io.whole import read_json_object
 from .patterns import check_patterns
-from .weights.trust import check_files
+from .weights.trust import all_of, check_files
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def apply_adapter(model: Any, folder: Path) -> None:
-    """Puts the adapter in `folder` into the modules of `model`, for inference. Raises
-    CheckpointError for a folder without one, UsageError where PEFT is missing or the
-    adapter does not fit."""
+def apply_adapter(model: Any, folder: Path) -> list[str]:
+    """Puts the adapter in `folder` into the modules of `model`, for inference. Returns
+    what is to be announced of it. Raises CheckpointError for a folder without one,
+    UsageError where PEFT is missing or the adapter does not fit."""
     config, kind = _config_of(folder)
     try:
         import peft
@@ -52,6 +54,24 @@ def apply_adapter(model: Any, folder: Path) -> None:
         )
     _check_filled(model, before, folder)
     model.train(False)
+    used = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return _unused(folder, set(used))
+
+
+def _unused(folder: Path, used: set[str]) -> list[str]:
+    """Says which tensors of the adapter have no place by its config. Where others have
+    come from none of these names, PEFT has renamed them, and nothing is said."""
+    path = folder / _WEIGHTS[0]
+    if not path.exists():
+        return []
+    names = {entry.name for entry in read_header(path)[1]}
+    left = sorted(names - used)
+    if not left or used - names:
+        return []
+    return [
+        f"{len(left)} of {len(names)} tensors of the adapter in {folder} have no place "
+        f"by its {CONFIG_FILE}, and are not used, such as {left[0]:.200}"
+    ]
 
 
 def _check_filled(model: Any, before: dict[str, Any], folder: Path) -> None:
@@ -112,4 +132,10 @@ def _config_of(folder: Path) -> tuple[dict[str, Any], str]:
             f"{config.get('megatron_core')!r:.100}), which is not run: take "
             "megatron_config out"
         )
+    for key, value in all_of(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(
+                f"{folder}/{CONFIG_FILE} has {key}: {value}, which is no number to "
+                "compute with: save the adapter again"
+            )
     return config, str(config.get("peft_type", "unknown"))[:40]

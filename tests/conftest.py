@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import weakref
@@ -21,6 +22,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What is remembered of this computer's drives is no business of tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="penstock-tests-")
+
+# Tests take helpers from each other.
+sys.path += [
+    str(path) for path in Path(__file__).parent.rglob("[a-z]*") if path.is_dir()
+]
 
 import pytest
 import torch

@@ -17,6 +17,8 @@ from .row_error import RowError as RowError
 from .tokenizer_check import check_tokenizer
 
 T = TypeVar("T")
+MOST_LETTERS = 4_000_000
+"""Of one text: about a million tokens, for which a tokenizer takes a gigabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,9 @@ def _or_error(make: Callable[[], T]) -> T | RowError:
 def _is_text(row: Mapping[str, Any]) -> bool:
     """Whether all that there is to tokenize is its text."""
     others = {"error", "prompt", "completion"}
-    return isinstance(row.get("text"), str) and not others & row.keys()
+    text = row.get("text")
+    is_text = isinstance(text, str) and len(text) <= MOST_LETTERS
+    return is_text and not others & row.keys()
 
 
 def _outcome(
@@ -206,5 +210,10 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
         raise RowError(
             f'{key!r} {what}: a row needs "text", or "prompt" and "completion" '
             f"(it has: {keys})"
+        )
+    if len(value) > MOST_LETTERS:
+        raise RowError(
+            f"{key!r} has {len(value):,} letters: a text may have {MOST_LETTERS:,}; "
+            "split it into several rows"
         )
     return value

@@ -82,7 +82,7 @@ def read_config(folder: Path, *, is_trusted: bool) -> dict[str, Any]:
 
 
 def _check_kernels(folder: Path, values: Mapping[str, Any]) -> None:
-    for key, value in _all_of(values):
+    for key, value in all_of(values):
         own = _KERNELS.get(key.lstrip("_").removesuffix("_internal"))
         if own is None or value is None:
             continue
@@ -135,7 +135,7 @@ def without_code(config: Any) -> None:
             without_code(value)
 
 
-def _all_of(values: Any) -> Iterator[tuple[str, Any]]:
+def all_of(values: Any) -> Iterator[tuple[str, Any]]:
     """All keys at any depth, with their values."""
     open_ = [values]
     while open_:

@@ -545,3 +545,10 @@ def test_ids_that_json_has_not_do_not_end_a_job(tmp_path: Path) -> None:
     assert [row["id"] for row in bad[:3]] == [1, 2, 3]
     assert good["id"] == [1, {"a": 2}]
     assert json.dumps(bad)
+
+
+def test_a_text_that_no_tokenizer_should_get_is_an_error_of_its_row(model: Any) -> None:
+    long = "1 " * 2_000_001
+    for name, found in tasks(model, [GOOD, long, GOOD]).items():
+        assert "has 4,000,002 letters: a text may have" in found[1]["error"], name
+        assert "error" not in found[0] | found[2], name

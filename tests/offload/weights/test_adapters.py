@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,30 @@ def test_an_adapter_brings_no_code_and_stops_nobody(base: Path, tmp_path: Path) 
     os.mkfifo(config)
     with pytest.raises(CheckpointError, match="no regular file"):
         penstock.load(base, POLICY, adapter=tmp_path)
+
+
+def test_what_an_adapter_does_not_use_of_its_tensors_is_announced(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "less")
+    config = tmp_path / "less" / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"target_modules": ["q_proj"]}
+    config.write_text(json.dumps(values))
+    for folder, is_said in ((tmp_path / "less", True), (adapter, False)):
+        with penstock.load(base, POLICY, adapter=folder) as model:
+            said = penstock.statistics(model).fallbacks
+            assert any("have no place" in s and "up_proj" in s for s in said) == is_said
+
+
+def test_an_adapter_has_no_number_that_is_none(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter, tmp_path / "nan")
+    config = tmp_path / "nan" / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"lora_alpha": float("nan")}
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="lora_alpha: nan"):
+        penstock.load(base, POLICY, adapter=tmp_path / "nan")
 
 
 def test_without_peft_it_is_said_in_one_sentence(
