@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from machine import card
+from common.machine import card
 from penstock.io.weights.residue import clone_at
 
 RESIDUES = (0, 8, 32)

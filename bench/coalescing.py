@@ -33,8 +33,8 @@ from transformers import (
     LogitsProcessorList,
 )
 
-import machine
 import penstock
+from common import machine
 from penstock import Policy
 
 VOCABULARY = 4096

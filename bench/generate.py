@@ -36,13 +36,12 @@ from typing import Any
 
 import torch
 
-import limits
-import machine
-from beside import Beside
-from generate_ceiling import Rates, Size, ceiling
+from common import limits, machine
+from common.beside import Beside
+from common.generate_ceiling import Rates, Size, ceiling
+from common.turns import in_turns
 from penstock.offload.policy import parse_bytes
 from stream import disk_bytes_per_second
-from turns import in_turns
 
 HERE = Path(__file__).parent
 AROUND_BYTES, BESIDE_BYTES = 2 << 30, 768 << 20

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import penstock
-from id_tokenizer import Numbers
+from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.offload.monitoring.memory import peak_resident_bytes
 from penstock.offload.tasks.generate import GenerateProgress

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import machine
 import penstock
+from common import machine
 from penstock import Policy
 from penstock.offload.engine.engine import Engine
 from penstock.offload.model import engine_of

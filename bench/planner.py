@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 
 from rich.console import Console
 
+from common.prediction_cases import SHAPES, make_model
 from penstock.io.errors import PenstockError
 from penstock.offload.machines.machine import Machine
 from penstock.offload.machines.measuring import measure_machine
@@ -38,7 +39,6 @@ from penstock.offload.policy import IO, Policy
 from penstock.offload.settings.values import parse_bytes
 from penstock.offload.tuning.slices import Slice, made_up, measured_rate, predicted_rate
 from penstock.scheduler.cost.memory_need import RUNTIME_BYTES
-from prediction_cases import SHAPES, make_model
 
 GOAL = 0.97
 SHAPE = 2

@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.progress import track
 
 import penstock
-from drift import Probe, drifted
+from common.drift import Probe, drifted
+from common.prediction_cases import SHAPES, Case, cases, make_model
 from penstock import Policy
 from penstock.offload.machines.machine import Machine
 from penstock.offload.machines.measure_calls import CountingTokenizer
@@ -43,7 +44,6 @@ from penstock.offload.tasks.generate import generate
 from penstock.offload.tasks.score import score
 from penstock.offload.weights.blueprint import blueprint
 from penstock.scheduler.cost.workload import Generating, Prediction, Scoring, predict
-from prediction_cases import SHAPES, Case, cases, make_model
 
 
 @dataclass(frozen=True)

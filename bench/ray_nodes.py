@@ -25,7 +25,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import machine
+from common import machine
 from penstock import Mapper
 
 HERE = Path(__file__).parent

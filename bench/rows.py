@@ -31,7 +31,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from checkpoint import make_checkpoint
-from machine import card
+from common.machine import card
 from penstock import Policy
 from penstock.offload.jobs.job import Job
 from penstock.offload.jobs.work import ScoreWork

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-import machine
+from common import machine
 from penstock.scheduler.simulation.simulate import simulate
 from penstock.scheduler.simulation.simulated import Rank, SimulatedLink, Traffic
 

@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 
-import limits
-import machine
+from common import limits, machine
+from common.turns import in_turns
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.extent import Extent, align_up
 from penstock.io.readers.threads import ThreadReader
 from penstock.offload.policy import parse_bytes
-from turns import in_turns
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))

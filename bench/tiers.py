@@ -26,15 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import copying
-import machine
+from common import copying, machine
+from common.ways import Case, by_reader, fio, make_file, plain_loop, reader_of
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.shared import SharedArena
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.choice import best_of, measure
 from penstock.offload.policy import parse_bytes
-from ways import Case, by_reader, fio, make_file, plain_loop, reader_of
 
 HERE = Path(__file__).parent
 SLOT_BYTES = 256 << 20

@@ -59,7 +59,7 @@ def gpu() -> dict[str, Any]:
 
 
 def computer(part: Part) -> dict[str, Any]:
-    import machine
+    from common import machine
 
     return machine.card(part.work)
 

@@ -138,10 +138,10 @@ def matmuls(part: Part) -> None:
 
 def disk(part: Part) -> dict[str, Any]:
     """Each reader over a cold file, in chunks of 8 MiB, four reads under way."""
-    import machine
+    from common import machine
+    from common.ways import Case, by_reader, make_file, plain_loop
     from penstock.io.memory.arena import Arena
     from penstock.io.readers import libaio_reader as aio
-    from ways import Case, by_reader, make_file, plain_loop
 
     path = (part.work / "links.bin").resolve()
     nbytes = 16 * MIB if part.is_dry else 4096 * MIB
@@ -165,7 +165,7 @@ def disk(part: Part) -> dict[str, Any]:
 
 def _gds(part: Part, path: Any, nbytes: int) -> Any:
     """Straight from the drive into the device."""
-    import machine
+    from common import machine
     from penstock.io.checkpoint.header import FileStamp
     from penstock.io.extent import Extent
     from penstock.io.readers.gds import GdsReader, why_not

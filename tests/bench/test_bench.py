@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-import beside
 import forked_python
-import turns
 from checkpoint import make_checkpoint
-from generate_ceiling import Rates, Size, ceiling
+from common import beside, turns
+from common.generate_ceiling import Rates, Size, ceiling
 
 BENCH = Path(__file__).parents[2] / "bench"
 

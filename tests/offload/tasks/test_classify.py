@@ -14,7 +14,7 @@ from test_score import read, run, settings
 import penstock
 import zoo
 from checkpoint import make_checkpoint
-from id_tokenizer import Numbers
+from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 

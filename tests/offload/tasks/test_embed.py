@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 import penstock
 import zoo
 from checkpoint import make_checkpoint
-from id_tokenizer import Numbers
+from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import CheckpointError, UsageError
 

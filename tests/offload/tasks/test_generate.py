@@ -23,7 +23,7 @@ from transformers import (
 import penstock
 import zoo
 from checkpoint import make_checkpoint
-from id_tokenizer import Numbers
+from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 from penstock.offload.generation.decoding import RowSampler

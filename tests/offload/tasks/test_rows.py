@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import penstock
-from id_tokenizer import Numbers
+from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 from penstock.offload.files.keys import SAMPLING, UNUSED, refused

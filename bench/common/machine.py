@@ -1,6 +1,6 @@
 """Prints the machine card: what a figure was measured on, in a form to paste anywhere.
 
-`python bench/machine.py [FOLDER]`: the last line is one JSON object. FOLDER (default:
+`python bench/common/machine.py [FOLDER]`: the last line is one JSON object. FOLDER (default:
 here) says which disk is meant.
 """
 

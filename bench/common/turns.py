@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import limits
-import machine
-from beside import Beside
+from common import limits, machine
+from common.beside import Beside
 
 
 def run(
