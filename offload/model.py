@@ -97,8 +97,8 @@ def _adapt(model: Any, engine: Engine, path: Path) -> None:
             raise UsageError(
                 "an adapter changes modules that are compiled: take compile: false"
             )
-        for note in apply_adapter(model, adapter):
-            engine.note(note)
+        for unused in apply_adapter(model, adapter):
+            engine.note(unused)
     elif (note := adapter_beside(path)) is not None:
         engine.note(note)
 
