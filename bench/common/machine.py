@@ -1,7 +1,7 @@
 """Prints the machine card: what a figure was measured on, in a form to paste anywhere.
 
-`python bench/common/machine.py [FOLDER]`: the last line is one JSON object. FOLDER (default:
-here) says which disk is meant.
+`python bench/common/machine.py [FOLDER]`: the last line is one JSON object. FOLDER
+(default: here) says which disk is meant.
 """
 
 import json
