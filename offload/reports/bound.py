@@ -22,8 +22,8 @@ _GIB = 1 << 30
 
 
 def what_bound(counts: Counts) -> Bound:
-    """The first of: overhead, keys and values, a link, padding, a busy machine,
-    narrow products, computing itself."""
+    """The first of: overhead, keys and values, a link, a busy machine or padding
+    (whichever is more), narrow products, computing itself."""
     waited = sum(counts.wait_seconds.values())
     busy = waited + counts.compute_seconds
     overhead = max(0.0, counts.seconds - busy)
@@ -34,10 +34,11 @@ def what_bound(counts: Counts) -> Bound:
     if busy and waited / busy > _WAITING_BINDS:
         return _waiting(counts, waited / busy)
     positions = counts.tokens + counts.tokens_padding
-    if positions and counts.tokens_padding / positions > _PADDING_BINDS:
-        return _padding(counts, counts.tokens_padding / positions)
-    if counts.taken_elsewhere > _BUSY_BINDS:
+    padding = counts.tokens_padding / positions if positions else 0.0
+    if counts.taken_elsewhere > max(_BUSY_BINDS, padding):
         return _busy(counts)
+    if padding > _PADDING_BINDS:
+        return _padding(counts, padding)
     if 0 < counts.rows_per_product < WIDE_ROWS:
         return _narrow(counts, waited / busy if busy else 0.0)
     return _computing(counts, waited / busy if busy else 0.0)

@@ -249,3 +249,11 @@ def test_a_machine_that_was_busy_elsewhere_is_no_slow_device() -> None:
     assert "2.0x as fast" in bound.advice[-1].effect
     assert what_bound(replace(SCORING, taken_elsewhere=0.1)).by == "compute"
     assert what_bound(replace(SCORING, **WAITING, taken_elsewhere=0.5)).by == "disk"
+
+
+@pytest.mark.parametrize(("elsewhere", "by"), [(0.7, "busy"), (0.16, "padding")])
+def test_of_padding_and_a_busy_machine_what_is_more_is_named(
+    elsewhere: float, by: str
+) -> None:
+    padded = replace(SCORING, tokens_padding=SCORING.tokens // 3)
+    assert by in what_bound(replace(padded, taken_elsewhere=elsewhere)).by
