@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .io.errors import PenstockError
+    from .io.errors import (
+        CheckpointError,
+        DoesNotFitError,
+        InputError,
+        MachineError,
+        OutputError,
+        PenstockError,
+        UsageError,
+    )
+    from .offload.engine.counters import Statistics
     from .offload.mapper import Mapper
     from .offload.model import load, statistics, sweep, unwrap, update, wrap
     from .offload.policy import Policy
@@ -14,12 +23,21 @@ if TYPE_CHECKING:
     from .offload.tasks.embed import embed
     from .offload.tasks.generate import generate
     from .offload.tasks.score import score
+    from .scheduler.sweep.sweep import Sweep
 
 # Imported on first use: importing the package must cost nothing and touch nothing.
 _HOMES = {
+    "CheckpointError": "io.errors",
+    "DoesNotFitError": "io.errors",
+    "InputError": "io.errors",
+    "MachineError": "io.errors",
     "Mapper": "offload.mapper",
+    "OutputError": "io.errors",
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
+    "Statistics": "offload.engine.counters",
+    "Sweep": "scheduler.sweep.sweep",
+    "UsageError": "io.errors",
     "classify": "offload.tasks.classify",
     "embed": "offload.tasks.embed",
     "generate": "offload.tasks.generate",
@@ -33,9 +51,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckpointError",
+    "DoesNotFitError",
+    "InputError",
+    "MachineError",
     "Mapper",
+    "OutputError",
     "PenstockError",
     "Policy",
+    "Statistics",
+    "Sweep",
+    "UsageError",
     "classify",
     "embed",
     "generate",

@@ -37,6 +37,10 @@ from transformers import (
 BOS, EOS = "<s>", "</s>"
 SPECIAL_TOKENS = (BOS, EOS)
 MAX_TOKENS = 2048
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -250,6 +254,7 @@ def write_tokenizer(folder: Path, size: Size) -> None:
         bos_token=BOS,
         eos_token=EOS,
         model_max_length=MAX_TOKENS,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
 
 

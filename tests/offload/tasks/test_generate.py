@@ -622,7 +622,9 @@ def test_a_bad_row_is_an_error_of_its_own(folder: Path) -> None:
         {"id": "d", "messages": [{"role": "user", "content": "hi"}]},
         {"id": "e", "prompt": 5},
     ]
-    found = completions(folder, rows, max_new_tokens=3)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    found = completions(folder, rows, max_new_tokens=3, tokenizer=tokenizer)
     assert [result["id"] for result in found] == list("abcde")
     assert found[1]["tokens"] == 3
     errors = [result.get("error", "") for result in found]
