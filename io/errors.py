@@ -16,15 +16,18 @@ PenstockError
 """
 
 MAX_MESSAGE_CHARACTERS = 1_900
-"""Of the longest message: what was found in a file may be megabytes long."""
+"""Most characters of a message: a value from a file may be megabytes long."""
 
 
 def readable(text: str) -> str:
-    """`text` as one line that is safe to print: what a terminal would obey (escape
-    sequences, line ends, right-to-left marks) or could not encode (half of a surrogate
-    pair) is escaped as in Python, and the middle of a long text is left out."""
+    """Returns `text` as one line that is safe to print.
+
+    Characters that control a terminal (escape sequences, line ends, right-to-left
+    marks) or cannot be encoded (half of a surrogate pair) are escaped as in Python. The
+    middle of a long text is left out.
+    """
     if len(text) > MAX_MESSAGE_CHARACTERS:
-        # Before anything is escaped, which makes characters more.
+        # Shorten before escaping, which adds characters.
         text = _shortened(text, 2 * MAX_MESSAGE_CHARACTERS)
     if not text.isprintable():
         text = "".join(
@@ -37,12 +40,12 @@ def readable(text: str) -> str:
 def _shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text
-    end = most // 3  # where the fix stands
+    end = most // 3  # the end of a message says how to fix it
     return f"{text[: most - end - 5]} ... {text[-end:]}"
 
 
 def _readable_lines(sentences: tuple[object, ...]) -> tuple[str, ...]:
-    """A line for each sentence, as far as all of them are short enough to be read."""
+    """One line for each sentence, up to the length limit of all of them together."""
     lines: list[str] = []
     left = MAX_MESSAGE_CHARACTERS
     for number, sentence in enumerate(sentences):
@@ -55,8 +58,11 @@ def _readable_lines(sentences: tuple[object, ...]) -> tuple[str, ...]:
 
 
 class PenstockError(Exception):
-    """Root of every error Penstock raises on purpose: a sentence, or a line for each of
-    several. Whatever a message quotes, it is short and can be printed (`readable`)."""
+    """The base class of all errors that Penstock raises on purpose.
+
+    The message is one sentence, or several, each on a line. It is short and safe to
+    print, whatever it quotes; see `readable`.
+    """
 
     exit_code = 3
 
@@ -127,5 +133,5 @@ class ClosedError(PenstockError):
 
 
 def closed() -> ClosedError:
-    """Somebody uses a model that was closed."""
+    """The error for the use of a closed model."""
     return ClosedError("this model was closed; load it again to use it")
