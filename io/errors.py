@@ -8,11 +8,11 @@ PenstockError
 │   └── CheckpointChangedError   it changed while it was being streamed
 ├── ReadError                the device below failed to read (exit code 3)
 ├── OutputError              the results cannot be written (exit code 3)
-├── DoesNotFitError          a budget is too small; says the least that works (3)
-├── MachineError             a budget is more than the machine has (exit code 3)
-├── StoppedError             it was told to stop; says how to go on (130, 143)
+├── DoesNotFitError          a budget is too small; names one that is enough (3)
+├── MachineError             a budget exceeds what the machine has (exit code 3)
+├── StoppedError             a signal ended the job; says how to resume (130, 143)
 ├── FaultError               weights touched outside the working set, under `strict`
-└── ClosedError              you closed it
+└── ClosedError              you used an object after you closed it
 """
 
 MAX_MESSAGE_CHARACTERS = 1_900
@@ -80,11 +80,11 @@ class UsageError(PenstockError):
 
 
 class PolicyError(UsageError):
-    """A policy's key, unit or value."""
+    """A key, unit or value of the policy is wrong."""
 
 
 class InputError(UsageError):
-    """The file of input rows."""
+    """The file of input rows is wrong."""
 
 
 class CheckpointError(PenstockError):
@@ -98,23 +98,23 @@ class CheckpointChangedError(CheckpointError):
 
 
 class ReadError(PenstockError):
-    """The storage below failed; names file, offset and unit."""
+    """Reading a file failed; the message names the file, the offset and the unit."""
 
 
 class OutputError(PenstockError):
-    """Results cannot be written; what was written before stays on disk."""
+    """Results cannot be written; results written before stay on disk."""
 
 
 class DoesNotFitError(PenstockError):
-    """A budget is too small; the message says the least that works."""
+    """A budget is too small; the message names the smallest one that is enough."""
 
 
 class MachineError(PenstockError):
-    """More was asked for than the machine has; the message says how much that is."""
+    """The policy asks for more than the machine has; the message says how much."""
 
 
 class StoppedError(PenstockError):
-    """A signal ended the job; what is done of it is kept."""
+    """A signal ended the job; results so far are kept."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -129,7 +129,7 @@ class FaultError(PenstockError):
 
 
 class ClosedError(PenstockError):
-    """The object was closed by its owner."""
+    """An object was used after its owner had closed it."""
 
 
 def closed() -> ClosedError:

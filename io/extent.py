@@ -17,14 +17,17 @@ class Extent:
 
     @property
     def end(self) -> int:
+        """The offset behind the last byte."""
         return self.offset + self.nbytes
 
 
 def align_down(value: int, alignment: int) -> int:
+    """The largest multiple of `alignment` that is at most `value`."""
     return value - value % alignment
 
 
 def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` that is at least `value`."""
     return value + -value % alignment
 
 

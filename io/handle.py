@@ -53,6 +53,7 @@ class Handle:
 
     @property
     def is_done(self) -> bool:
+        """Whether all parts are finished, with or without errors."""
         return self._finished.is_set()
 
     def wait(self) -> None:

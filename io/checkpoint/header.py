@@ -115,12 +115,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
     Raises ValueError.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{name!r} stands in it twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
@@ -132,7 +132,7 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     dtype_name = value["dtype"]
     stored = STORED_DTYPES.get(dtype_name)
     if stored is None or stored.torch is None:
-        known = ", ".join(key for key, found in STORED_DTYPES.items() if found.torch)
+        known = ", ".join(key for key, kind in STORED_DTYPES.items() if kind.torch)
         raise CheckpointError(
             f"{path}, {tensor}: torch has no dtype {dtype_name}; save the checkpoint "
             f"again in one of {known}"

@@ -32,16 +32,19 @@ class CudaStream:
         self._stream = stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues a copy of `source` to `target`, of the same shape."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
+        """An event that passes when all work queued so far is done."""
         # A thread that waits for it sleeps, and does not keep a core busy.
         event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaEvent(event)
 
     def wait(self, event: Event) -> None:
+        """Makes later work begin after `event`. Blocks for events of other devices."""
         if isinstance(event, CudaEvent):
             self._stream.wait_event(event.event)
         else:
@@ -76,6 +79,7 @@ class CudaMemory:
         return f"<CudaMemory: {self.nbytes} bytes on {self._device}, {state}>"
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """The bytes `offset` ... `offset + nbytes`, as a view: uint8 [nbytes]."""
         if self._buffer is None:
             raise ClosedError("this arena is closed; load the model again")
         return self._buffer[offset : offset + nbytes]
@@ -131,6 +135,7 @@ class CudaDevice:
         )
 
     def settle(self, memory: HostMemory) -> str | None:
+        """Binds `memory` to the NUMA node near this GPU; see `Device.settle`."""
         p: Any = torch.cuda.get_device_properties(self._device)
         pci = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
         node = node_near(pci)

@@ -106,6 +106,7 @@ class CpuStream:
     """Does its work at once, in the calling thread; see `Stream`."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies `source` to `target`: host memory, contiguous, equally many bytes."""
         # Not torch: it would split the copy over a thread pool that competes with the
         # computing thread. Not numpy: a storage that numpy has viewed can never be
         # resized again.
@@ -118,6 +119,7 @@ class CpuStream:
         return _Done()
 
     def wait(self, event: Event) -> None:
+        """Blocks until `event` has passed."""
         event.wait()
 
 

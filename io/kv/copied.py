@@ -61,6 +61,10 @@ class CopiedBuffer(KvLayerBuffer):
         return self._storage.capacity
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
+        """Writes [batch, heads, new tokens, dim] to the storage; stages older tokens.
+
+        See `KvLayerBuffer.append`. Raises the errors of the storage.
+        """
         num, row = keys.shape[2], self._codec.row_bytes
         rows = self._codec.encode(keys, values)
         seen = rows
@@ -79,6 +83,7 @@ class CopiedBuffer(KvLayerBuffer):
         return self._codec.decode(seen)
 
     def view(self, start: int) -> Pair:
+        """Stages all tokens from number `start` on; see `KvLayerBuffer.view`."""
         self._open_storage()
         if start == self.length:
             nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -87,6 +92,7 @@ class CopiedBuffer(KvLayerBuffer):
         return self._codec.decode(staged.buffer[low:end])
 
     def prefetch(self) -> bool:
+        """Starts a fetch of all kept tokens; see `KvLayerBuffer.prefetch`."""
         staged = self._staged
         is_there = staged is not None and not staged.is_dropped
         if self._storage is None or is_there or self.first >= self.length:
@@ -102,12 +108,14 @@ class CopiedBuffer(KvLayerBuffer):
         self.first = before
 
     def truncate(self, length: int) -> None:
+        """Removes all tokens from number `length` on, also from the storage."""
         storage = self._open_storage()
         self._unstage()
         storage.truncate((length - self._base) * self._codec.row_bytes)
         self.length = length
 
     def select(self, rows: torch.Tensor) -> None:
+        """Writes the selected sequences anew; `rows` is int64 [new batch]."""
         storage = self._open_storage()
         kept = self.view(self.first)
         rows = rows.to(kept[0].device)

@@ -41,6 +41,7 @@ class KvCount:
         self.wait_seconds = 0.0
 
     def append(self, tier: str, num_tokens: int, nbytes: int) -> None:
+        """Counts `num_tokens` tokens of `nbytes` that were appended in `tier`."""
         self.num_appended += num_tokens
         self.written[tier] += nbytes
 

@@ -53,6 +53,7 @@ class FileStorage(KvStorage):
         return max(align_up(nbytes, ALIGNMENT), nbytes + more)
 
     def append(self, rows: torch.Tensor) -> None:
+        """Queues a write of `rows` (uint8 [bytes], on the device)."""
         self._check()
         outgoing = self._bounce.out(rows)
 
@@ -66,6 +67,7 @@ class FileStorage(KvStorage):
         self.nbytes += rows.nbytes
 
     def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
+        """Queues a read into `target` (uint8 [bytes], on the device)."""
         self._check()
         arrival = Arrival(self._device)
         low = align_down(start, ALIGNMENT)

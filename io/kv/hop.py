@@ -74,9 +74,11 @@ class NoBounce:
     """For a device whose memory is host memory: nothing is copied."""
 
     def out(self, rows: torch.Tensor) -> Outgoing:
+        """Hands on `rows` themselves."""
         return _Unmoved(rows)
 
     def back(self, target: torch.Tensor) -> Incoming:
+        """Hands out `target` itself as the buffer."""
         return _Unmoved(target)
 
     def close(self) -> None:
@@ -100,6 +102,7 @@ class ThroughHost(Closing):
         self._leaving = Leaving(device)
 
     def out(self, rows: torch.Tensor) -> Outgoing:
+        """Queues a copy of `rows` (uint8 [bytes]) to pinned memory."""
         buffer = self._pool.take(rows.nbytes)
         self._out.wait(self._device.compute.record())
         self._out.copy(buffer.tensor(0, rows.nbytes), rows)
@@ -108,6 +111,7 @@ class ThroughHost(Closing):
         return _Out(self._pool, buffer, rows.nbytes, copied)
 
     def back(self, target: torch.Tensor) -> Incoming:
+        """Takes pinned memory for rows that go to `target` (uint8 [bytes])."""
         buffer = self._pool.take(target.nbytes)
         before = self._device.compute.record()  # earlier work may use the same memory
         return _Back(self._pool, buffer, target, self._back, before)

@@ -55,6 +55,10 @@ class InPlaceBuffer(KvLayerBuffer):
         return self._memory()[0].shape[2]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
+        """Copies [batch, heads, new tokens, dim] behind the kept tokens.
+
+        Returns views of all tokens from number `start` on. Raises DoesNotFitError.
+        """
         num = keys.shape[2]
         if self._high + num > self.capacity:
             self._make_room(num)
@@ -67,6 +71,7 @@ class InPlaceBuffer(KvLayerBuffer):
         return self.view(start)
 
     def view(self, start: int) -> Pair:
+        """Views of all tokens from number `start` on."""
         assert start >= self.first, "forgotten tokens cannot be viewed"
         keys, values = self._memory()
         low = self._low + start - self.first
@@ -81,6 +86,7 @@ class InPlaceBuffer(KvLayerBuffer):
         self.length = length
 
     def select(self, rows: torch.Tensor) -> None:
+        """Copies the selected sequences; `rows` is int64 [new batch]."""
         rows = rows.to(self._device)
         selected = [part.index_select(0, rows) for part in self.view(self.first)]
         if rows.shape[0] != self.shape.batch:

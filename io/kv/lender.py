@@ -24,7 +24,9 @@ class BufferPool(Protocol):
         """Memory of at least `nbytes`. Raises DoesNotFitError if there is no more."""
         ...
 
-    def give_back(self, memory: Memory) -> None: ...
+    def give_back(self, memory: Memory) -> None:
+        """Returns memory that `take` has lent."""
+        ...
 
     def close(self) -> None: ...
 
@@ -54,6 +56,7 @@ class PinnedPool(Closing):
         self._returned: deque[Arena] = deque()
 
     def take(self, nbytes: int) -> Arena:
+        """A pinned arena of at least `nbytes`. Raises DoesNotFitError."""
         with suppress(IndexError):
             while True:
                 buffer = self._returned.popleft()

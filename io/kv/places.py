@@ -34,9 +34,11 @@ class InPlace(Closing):
         self._count = count
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        """Bytes of a layer buffer for `capacity` tokens."""
         return capacity * shape.row_bytes
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
+        """A new layer buffer for `capacity` tokens, which takes over `lease`."""
         return InPlaceBuffer(shape, capacity, self._device, lease, self._count)
 
     def close(self) -> None:
@@ -52,9 +54,11 @@ class _Elsewhere(Closing):
         self._make_codec = make_codec
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        """Bytes of a layer buffer for `capacity` tokens."""
         return capacity * self._make_codec(shape).row_bytes
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
+        """A new layer buffer for `capacity` tokens, which takes over `lease`."""
         storage = self._new_storage()
         storage.grow(self.bytes_of(shape, capacity))
         return CopiedBuffer(

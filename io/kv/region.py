@@ -134,6 +134,7 @@ class MemoryStorage(KvStorage):
         self.capacity += nbytes
 
     def append(self, rows: torch.Tensor) -> None:
+        """Queues a copy of `rows` (uint8 [bytes], on the device)."""
         self._check()
         self._out.wait(self._device.compute.record())
         for span in spans(self._sizes, self.nbytes, self.nbytes + rows.nbytes):
@@ -145,6 +146,7 @@ class MemoryStorage(KvStorage):
         self.nbytes += rows.nbytes
 
     def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
+        """Queues a copy into `target` (uint8 [bytes], on the device)."""
         self._check()
         self._back.wait(self._device.compute.record())
         if self._written is not None:

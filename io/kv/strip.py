@@ -24,7 +24,9 @@ class Lease(Protocol):
         """
         ...
 
-    def give_back(self) -> None: ...
+    def give_back(self) -> None:
+        """Returns all bytes to the budget."""
+        ...
 
 
 class KvLayerBuffer(Closing):

@@ -92,9 +92,11 @@ class WorkerStream(Closing):
         self.give(act, source.nbytes)
 
     def record(self) -> Event:
+        """An event that passes when all work given so far is done."""
         return self._last
 
     def wait(self, event: Event) -> None:
+        """Makes later work begin after `event`. Does not block."""
         self.give(event.wait, is_work=False)
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ class HostBuffers(Closing):
 
 
 def size_class(nbytes: int) -> int:
-    """`nbytes` rounded up, by a quarter at most or to 64 KiB.
+    """`nbytes` rounded up: by a quarter at most, or to 64 KiB.
 
     A buffer of this size stays large enough for long if the need grows slowly.
     """

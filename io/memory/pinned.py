@@ -23,7 +23,9 @@ _PORTABLE = 1
 class Registrar(Protocol):
     """Pins ranges of memory. Both methods return 0, or CUDA's error code."""
 
-    def register(self, address: int, nbytes: int) -> int: ...
+    def register(self, address: int, nbytes: int) -> int:
+        """Pins `nbytes` from `address` on."""
+        ...
 
     def unregister(self, address: int) -> int: ...
 

@@ -211,14 +211,14 @@ def _open_own(path: Path) -> int | None:
     )
 
 
-def _why_not_ours(found: os.stat_result) -> str | None:
+def _why_not_ours(status: os.stat_result) -> str | None:
     """Why another user may have written the file; None if only this user could."""
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write to it: mode {stat.S_IMODE(found.st_mode):o}"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to it: mode {stat.S_IMODE(status.st_mode):o}"
     return None
 
 

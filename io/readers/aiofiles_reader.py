@@ -35,7 +35,7 @@ class AiofilesReader(QueuedReader[memoryview]):
         self, stamps: Mapping[Path, FileStamp], *, num_tasks: int, chunk_bytes: int
     ) -> None:
         super().__init__(
-            Files(stamps, direct=False),  # opens none: each task has its own
+            Files(stamps, direct=False),  # opens no file: each task opens its own
             chunk_bytes=chunk_bytes,
             num_lanes=num_tasks,
         )

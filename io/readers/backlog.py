@@ -72,6 +72,7 @@ class Backlog(Generic[Buffer]):
         )  # keeps equal priorities in order; parts are never compared
 
     def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
+        """Queues `parts` in order; never blocks."""
         for part in parts:
             priority = URGENT if urgent else NORMAL
             self._queue.put((priority, next(self._number), part))

@@ -141,12 +141,14 @@ class RememberedChoice:
         self._path = path
 
     def get(self, drive: str) -> ReaderTrial | None:
+        """The remembered trial for `drive`; None if there is none."""
         try:
             return ReaderTrial(**read_json(self._path)[drive])
         except (CheckpointError, KeyError, TypeError):
             return None
 
     def put(self, drive: str, trial: ReaderTrial) -> None:
+        """Remembers `trial` for `drive`, if the file can be written."""
         try:
             known = read_json_object(self._path)
         except CheckpointError:

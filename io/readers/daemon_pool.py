@@ -34,6 +34,7 @@ class DaemonPool(Executor):
     def submit(
         self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any
     ) -> Future[Result]:
+        """Queues `fn(*args, **kwargs)`. Raises ClosedError after `shutdown`."""
         future: Future[Result] = Future()
         with self._lock:
             if self._is_closed:

@@ -78,12 +78,12 @@ class OpenFile:
         Raises CheckpointChangedError instead if the file has changed.
         """
         self.check()
-        found = ReadError(
+        failure = ReadError(
             f"reading {extent.nbytes} bytes at {extent.offset} of {self.path} failed: "
             f"{error.strerror}"
         )
-        found.__cause__ = error
-        return found
+        failure.__cause__ = error
+        return failure
 
 
 class Files:
@@ -111,6 +111,7 @@ class Files:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
+        """Sentences that say where O_DIRECT was refused."""
         return tuple(self._fallbacks)
 
     def open(self, path: Path) -> OpenFile:

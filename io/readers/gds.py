@@ -49,6 +49,7 @@ class CuFile(Closing):
         self._file: GdsFile | None = GdsFile(path, os.O_RDONLY)
 
     def read(self, target: torch.Tensor, offset: int) -> int:
+        """Reads from `offset` into `target`; see `DeviceFile.read`."""
         assert self._file is not None, "a closed file is not read"
         assert self._file.handle is not None, "an open file is registered"
         with torch.cuda.device(target.device):

@@ -37,6 +37,7 @@ class Workers(Closing, Generic[Buffer]):
             thread.start()
 
     def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
+        """Queues `parts` in order; never blocks."""
         self._backlog.put(parts, urgent)
 
     def close(self) -> None:

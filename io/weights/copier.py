@@ -130,7 +130,7 @@ class BounceCopier(Closing):
         """Finishes `read`. Returns its buffer if it has the usual size, else None."""
         error = read.error or _place(read)
         if error is not None:
-            forget_way(error)  # this thread's frames have buffers in hand
+            forget_way(error)  # this thread's running frames hold buffers
         read.task.handle.done(error)
         buffer = read.buffer
         is_usual = buffer is not None and len(buffer) <= self._buffer_bytes

@@ -29,7 +29,7 @@ class DeviceReader(Protocol):
 
 def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
     """The byte ranges of files that make up `run`, each with its offset in the run."""
-    found: list[tuple[Extent, int]] = []
+    parts: list[tuple[Extent, int]] = []
     end = run.source_offset + run.nbytes
     for read in plan.reads:
         first = max(run.source_offset, read.slot_offset)
@@ -37,8 +37,8 @@ def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
         if first < last:
             offset = read.extent.offset + first - read.slot_offset
             extent = Extent(read.extent.path, offset, last - first)
-            found.append((extent, first - run.source_offset))
-    return found
+            parts.append((extent, first - run.source_offset))
+    return parts
 
 
 def why_not(layouts: Sequence[Layout]) -> str | None:

@@ -7,9 +7,13 @@ from typing import Protocol
 class Filling(Protocol):
     """A load that is under way."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Waits for the load; raises what failed."""
+        ...
 
-    def wait_quietly(self) -> None: ...
+    def wait_quietly(self) -> None:
+        """Waits until nothing is written any more; never raises."""
+        ...
 
 
 def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:

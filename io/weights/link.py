@@ -36,6 +36,7 @@ class LinkLoad:
 
     @property
     def is_done(self) -> bool:
+        """Whether the copy is queued, or has failed."""
         return self.handle.is_done
 
     def wait(self) -> None:

@@ -44,6 +44,7 @@ class View:
 
     @property
     def is_contiguous(self) -> bool:
+        """Whether the elements lie one behind the other in the tensor."""
         expected = 1
         for size, stride in zip(
             reversed(self.shape), reversed(self.stride), strict=True
