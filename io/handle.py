@@ -81,7 +81,7 @@ def forget_frames(error: BaseException) -> None:
                     frame.clear()
 
 
-def forget_way(error: BaseException) -> None:
+def forget_traceback(error: BaseException) -> None:
     """Removes the traceback of `error` and its causes, and notes where it was raised.
 
     For callers whose own running frames hold memory: `forget_frames` cannot clear them.

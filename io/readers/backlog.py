@@ -40,7 +40,7 @@ class RequestPart(NamedTuple, Generic[Buffer]):
         self.handle.done(error)
 
 
-def line_up(
+def split_read(
     extents: Iterable[Extent], buffer: Buffer
 ) -> tuple[Handle, list[RequestPart[Buffer]]]:
     """Splits a read whose consecutive `extents` fill `buffer` from its start.

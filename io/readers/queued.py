@@ -10,7 +10,7 @@ from ..errors import ClosedError
 from ..extent import Extent, chunks
 from ..handle import Handle
 from ..home import Home
-from .backlog import Buffer, Count, RequestPart, line_up
+from .backlog import Buffer, Count, RequestPart, split_read
 from .files import ALIGNMENT, Files
 from .reader import ReaderStatistics
 
@@ -48,7 +48,7 @@ class QueuedReader(Closing, Generic[Buffer]):
             max_chunk_bytes=self._chunk_bytes,
             max_concurrency=self._num_lanes,
         )
-        handle, parts = line_up(extents, buffer)
+        handle, parts = split_read(extents, buffer)
         with self._lock:
             if self._is_closed:
                 raise ClosedError("this reader is closed; load the model again")

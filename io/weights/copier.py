@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..closing import Closing
 from ..errors import ClosedError
 from ..extent import Extent, aligned
-from ..handle import Handle, forget_way
+from ..handle import Handle, forget_traceback
 
 _UNDER_WAY = 2
 """Tasks that each thread has under way: one is cast while the other is read. With one
@@ -130,7 +130,7 @@ class BounceCopier(Closing):
         """Finishes `read`. Returns its buffer if it has the usual size, else None."""
         error = read.error or _place(read)
         if error is not None:
-            forget_way(error)  # this thread's running frames hold buffers
+            forget_traceback(error)  # this thread's running frames hold buffers
         read.task.handle.done(error)
         buffer = read.buffer
         is_usual = buffer is not None and len(buffer) <= self._buffer_bytes

@@ -41,7 +41,7 @@ class Transfer:
     """Bytes of the checkpoint that make the unit."""
 
 
-def as_it_lies(plan: Layout) -> Transfer:
+def same_layout(plan: Layout) -> Transfer:
     """A transfer to a slot with the layout of `plan`: one run copies it whole."""
     runs = (Run(0, 0, plan.nbytes),)
     return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
