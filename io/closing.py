@@ -1,11 +1,11 @@
-"""What holds threads, files or memory is closed by the end of its `with` block."""
+"""The base class of objects that hold threads, files or memory."""
 
 from abc import ABC, abstractmethod
 from typing import Self
 
 
 class Closing(ABC):
-    """Closed by `close`, which may be called again, or by leaving its block."""
+    """A context manager that calls `close` at its end; `close` may be called again."""
 
     @abstractmethod
     def close(self) -> None: ...

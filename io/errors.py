@@ -8,23 +8,26 @@ PenstockError
 │   └── CheckpointChangedError   it changed while it was being streamed
 ├── ReadError                the device below failed to read (exit code 3)
 ├── OutputError              the results cannot be written (exit code 3)
-├── DoesNotFitError          a budget is too small; says the least that works (3)
-├── MachineError             a budget is more than the machine has (exit code 3)
-├── StoppedError             it was told to stop; says how to go on (130, 143)
+├── DoesNotFitError          a budget is too small; names one that is enough (3)
+├── MachineError             a budget exceeds what the machine has (exit code 3)
+├── StoppedError             a signal ended the job; says how to resume (130, 143)
 ├── FaultError               weights touched outside the working set, under `strict`
-└── ClosedError              you closed it
+└── ClosedError              you used an object after you closed it
 """
 
 MAX_MESSAGE_CHARACTERS = 1_900
-"""Of the longest message: what was found in a file may be megabytes long."""
+"""Most characters of a message: a value from a file may be megabytes long."""
 
 
 def readable(text: str) -> str:
-    """`text` as one line that is safe to print: what a terminal would obey (escape
-    sequences, line ends, right-to-left marks) or could not encode (half of a surrogate
-    pair) is escaped as in Python, and the middle of a long text is left out."""
+    """Returns `text` as one line that is safe to print.
+
+    Characters that control a terminal (escape sequences, line ends, right-to-left
+    marks) or cannot be encoded (half of a surrogate pair) are escaped as in Python. The
+    middle of a long text is left out.
+    """
     if len(text) > MAX_MESSAGE_CHARACTERS:
-        # Before anything is escaped, which makes characters more.
+        # Shorten before escaping, which adds characters.
         text = _shortened(text, 2 * MAX_MESSAGE_CHARACTERS)
     if not text.isprintable():
         text = "".join(
@@ -37,12 +40,12 @@ def readable(text: str) -> str:
 def _shortened(text: str, most: int) -> str:
     if len(text) <= most:
         return text
-    end = most // 3  # where the fix stands
+    end = most // 3  # the end of a message says how to fix it
     return f"{text[: most - end - 5]} ... {text[-end:]}"
 
 
 def _readable_lines(sentences: tuple[object, ...]) -> tuple[str, ...]:
-    """A line for each sentence, as far as all of them are short enough to be read."""
+    """One line for each sentence, up to the length limit of all of them together."""
     lines: list[str] = []
     left = MAX_MESSAGE_CHARACTERS
     for number, sentence in enumerate(sentences):
@@ -55,8 +58,11 @@ def _readable_lines(sentences: tuple[object, ...]) -> tuple[str, ...]:
 
 
 class PenstockError(Exception):
-    """Root of every error Penstock raises on purpose: a sentence, or a line for each of
-    several. Whatever a message quotes, it is short and can be printed (`readable`)."""
+    """The base class of all errors that Penstock raises on purpose.
+
+    The message is one sentence, or several, each on a line. It is short and safe to
+    print, whatever it quotes; see `readable`.
+    """
 
     exit_code = 3
 
@@ -74,11 +80,11 @@ class UsageError(PenstockError):
 
 
 class PolicyError(UsageError):
-    """A policy's key, unit or value."""
+    """A key, unit or value of the policy is wrong."""
 
 
 class InputError(UsageError):
-    """The file of input rows."""
+    """The file of input rows is wrong."""
 
 
 class CheckpointError(PenstockError):
@@ -92,23 +98,23 @@ class CheckpointChangedError(CheckpointError):
 
 
 class ReadError(PenstockError):
-    """The storage below failed; names file, offset and unit."""
+    """Reading a file failed; the message names the file, the offset and the unit."""
 
 
 class OutputError(PenstockError):
-    """Results cannot be written; what was written before stays on disk."""
+    """Results cannot be written; results written before stay on disk."""
 
 
 class DoesNotFitError(PenstockError):
-    """A budget is too small; the message says the least that works."""
+    """A budget is too small; the message names the smallest one that is enough."""
 
 
 class MachineError(PenstockError):
-    """More was asked for than the machine has; the message says how much that is."""
+    """The policy asks for more than the machine has; the message says how much."""
 
 
 class StoppedError(PenstockError):
-    """A signal ended the job; what is done of it is kept."""
+    """A signal ended the job; results so far are kept."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -123,9 +129,9 @@ class FaultError(PenstockError):
 
 
 class ClosedError(PenstockError):
-    """The object was closed by its owner."""
+    """An object was used after its owner had closed it."""
 
 
 def closed() -> ClosedError:
-    """Somebody uses a model that was closed."""
+    """The error for the use of a closed model."""
     return ClosedError("this model was closed; load it again to use it")

@@ -1,4 +1,4 @@
-"""Byte ranges of files and how they coalesce into aligned reads. Pure: no I/O."""
+"""Byte ranges of files, and how they are combined into aligned reads. Pure: no I/O."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ class Extent:
 
     @property
     def end(self) -> int:
+        """The offset behind the last byte."""
         return self.offset + self.nbytes
 
 
 def align_down(value: int, alignment: int) -> int:
+    """The largest multiple of `alignment` that is at most `value`."""
     return value - value % alignment
 
 
 def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` that is at least `value`."""
     return value + -value % alignment
 
 
@@ -40,7 +43,7 @@ def windows(
     """The aligned windows that cover `extents`, in file order.
 
     Two extents share a window when at most `max_gap_bytes` lie between their own
-    windows: one long read beats two short ones. Zero-length extents need no read.
+    windows, since one long read is faster than two short ones. Empty extents need none.
     """
     merged: list[Extent] = []
     for extent in sorted(e for e in extents if e.nbytes):
@@ -61,11 +64,11 @@ def windows(
 def chunks(
     extent: Extent, *, alignment: int, max_chunk_bytes: int, max_concurrency: int
 ) -> Iterator[Extent]:
-    """`extent`, which starts aligned, cut into consecutive pieces of nearly equal size,
-    each aligned and of at most `max_chunk_bytes` (or one page, if that is less).
+    """Cuts `extent`, whose start is aligned, into consecutive chunks of similar size.
 
-    Their number is a multiple of `max_concurrency`, as far as pieces of a megabyte
-    allow: as many lanes end together, and none idles while another reads the rest.
+    Each is aligned and has at most `max_chunk_bytes`, or one page if that is more.
+    Their number is a multiple of `max_concurrency` if each then has a megabyte or more.
+    So all lanes end at the same time, and none is idle while another reads the rest.
     """
     if not extent.nbytes:
         return

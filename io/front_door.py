@@ -1,6 +1,8 @@
-"""The front door: what libraries raise about something that a user gave becomes one
-sentence, a PenstockError, with the original as its cause. What is wrong in our own code
-is nobody's mistake but ours, and stays what it is."""
+"""Turns errors caused by a user's files and values into PenstockErrors of one sentence.
+
+The original error becomes the cause. Errors of Penstock's own code are bugs, and are
+passed on unchanged.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,24 +11,27 @@ from pathlib import Path
 
 from .errors import MachineError, PenstockError, ReadError
 
-_HOUSE = tuple(
+_OWN_FOLDERS = tuple(
     f"{Path(__file__).parent.parent / floor}{os.sep}"
     for floor in ("io", "scheduler", "offload")
 )
-"""Where our own code is: an environment may lie beside it."""
+"""The folders of Penstock's code. A virtual environment may be next to them."""
 _USER_ERRORS = (OSError, RecursionError, UnicodeError)
-"""What files and arguments cause, whosever code meets it."""
+"""Errors that files and arguments cause, whichever code raises them."""
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-"""How torch says it, in a RuntimeError."""
+"""Words of torch's RuntimeErrors when memory runs out."""
 
 
 @contextmanager
 def about(
     what: str, error: type[PenstockError], *, fix: str = "", every: bool = False
 ) -> Iterator[None]:
-    """Around calls of a library with `what` a user gave (a file, an argument): what it
-    raises becomes `error`, which names `what` and says `fix`. An exception that our own
-    code raises passes, unless `every`: where only the user's values can cause one."""
+    """Use it around calls of a library with something a user gave, such as a file.
+
+    What the library raises becomes `error`, which names `what` and ends with `fix`.
+    Exceptions of Penstock's own code pass unchanged, unless `every` is set. Set it if
+    only the user's values can cause an exception.
+    """
     try:
         yield
     except PenstockError:
@@ -44,7 +49,7 @@ def about(
 
 @contextmanager
 def front_door() -> Iterator[None]:
-    """Around what a user calls: whatever files and memory do to it is one sentence."""
+    """Use it around public calls: errors of files and memory become one sentence."""
     try:
         yield
     except PenstockError:
@@ -58,8 +63,10 @@ def front_door() -> Iterator[None]:
 
 
 def in_words(problem: BaseException) -> str:
-    """What an exception says, as a part of a sentence: its first paragraph (what comes
-    after is advice on how to use the library), and of which kind it is."""
+    """The message and type of an exception, as a part of a sentence.
+
+    Only the first paragraph is used: what follows is advice on how to use the library.
+    """
     if isinstance(problem, OSError) and problem.strerror:
         name = f"{problem.filename}: " if problem.filename is not None else ""
         return f"{name}{problem.strerror}"
@@ -69,13 +76,12 @@ def in_words(problem: BaseException) -> str:
 
 
 def is_panic(problem: BaseException) -> bool:
-    """Whether it is what a library in Rust raises where it ought to have returned an
-    error: no Exception, as Python has it."""
+    """Whether it is a panic of a library in Rust, which is not an `Exception`."""
     return type(problem).__name__ == "PanicException"
 
 
 def is_memory(problem: BaseException) -> bool:
-    """Whether memory has run out."""
+    """Whether `problem` says that memory has run out."""
     if isinstance(problem, MemoryError):
         return True
     text = str(problem)[:2_000].lower() if isinstance(problem, RuntimeError) else ""
@@ -90,8 +96,10 @@ def _no_memory(what: str) -> MachineError:
 
 
 def _is_own(problem: BaseException) -> bool:
-    """Whether it was raised by a line of this package."""
+    """Whether a line of this package raised it."""
     trace = problem.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HOUSE)
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(
+        _OWN_FOLDERS
+    )

@@ -1,4 +1,4 @@
-"""The completion of work that other threads do: wait for it, once it is needed."""
+"""A handle to wait for work that other threads do."""
 
 import contextlib
 import inspect
@@ -10,10 +10,10 @@ _SUSPENDS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENER
 
 
 class Handle:
-    """Counts parts down; `wait` returns when all are done and raises what failed.
+    """Counts the parts of some work down; `wait` returns when all are done.
 
-    Parts finish on any thread (`done`); `wait` may be called by any thread, again and
-    again, and raises the same first error each time.
+    Any thread may call `done` when it has finished a part. Any thread may call `wait`,
+    also repeatedly. If a part failed, each `wait` raises the first error.
     """
 
     def __init__(self, parts: int) -> None:
@@ -26,21 +26,24 @@ class Handle:
             self._finished.set()
 
     def done(self, error: BaseException | None = None) -> None:
-        """One part is finished, with or without an error."""
+        """Reports that one part is finished, with `error` if it failed."""
         with self._lock:
             self._left -= 1
             if error is not None and self._error is None:
                 self._error = error
             is_last = self._left == 0
         if is_last:
-            # Before anybody goes on, who may close what it writes to.
+            # Before any waiting thread goes on, since it may close what these use.
             for then in self._then:
                 then()
             self._finished.set()
 
     def when_done(self, then: Callable[[], None]) -> None:
-        """Calls `then`, which must not raise, once all parts are finished: on the
-        thread of the last one, after those given before, or at once."""
+        """Calls `then` once all parts are finished; it must not raise.
+
+        It is called on the thread of the last part, after earlier callbacks; or at
+        once, if all parts are finished already.
+        """
         with self._lock:
             is_done = self._left == 0
             if not is_done:
@@ -50,44 +53,51 @@ class Handle:
 
     @property
     def is_done(self) -> bool:
+        """Whether all parts are finished, with or without errors."""
         return self._finished.is_set()
 
     def wait(self) -> None:
+        """Blocks until all parts are finished; raises the first error of a part."""
         self._finished.wait()
         if self._error is not None:
             raise self._error
 
     def wait_quietly(self) -> None:
-        """Waits until nobody writes any more; an error is no concern of the caller."""
+        """Blocks until all parts are finished, and ignores errors."""
         self._finished.wait()
 
 
 def forget_frames(error: BaseException) -> None:
-    """Whoever keeps `error`, or what caused it, must not keep the memory that the
-    functions it came through had in hand: a mapping lives as long as its views."""
-    for found in _with_causes(error):
-        for frame, _ in traceback.walk_tb(found.__traceback__):
-            # A coroutine that waits has more to do: clearing its frame would end it.
+    """Clears the frames of `error` and its causes.
+
+    Otherwise the error would keep the local variables of these frames alive. Among them
+    may be views of a mapping, which is freed only after its last view.
+    """
+    for cause in _with_causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            # Not those of coroutines: clearing a suspended frame would end it.
             if not frame.f_code.co_flags & _SUSPENDS:
-                with contextlib.suppress(RuntimeError):  # it runs just now
+                with contextlib.suppress(RuntimeError):  # the frame is running
                     frame.clear()
 
 
-def forget_way(error: BaseException) -> None:
-    """Nor even the frames, where those that called them and go on have memory in hand.
-    Where `error` was raised is told in a note."""
+def forget_traceback(error: BaseException) -> None:
+    """Removes the traceback of `error` and its causes, and notes where it was raised.
+
+    For callers whose own running frames hold memory: `forget_frames` cannot clear them.
+    """
     if error.__traceback__ is not None:
         place = traceback.extract_tb(error.__traceback__)[-1]
         error.add_note(f"raised in {place.name} ({place.filename}:{place.lineno})")
-    for found in list(_with_causes(error)):
-        found.__traceback__ = None
+    for cause in list(_with_causes(error)):
+        cause.__traceback__ = None
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it came from, each once."""
-    found: BaseException | None = error
+    """Yields `error` and all errors that led to it, each once."""
+    current: BaseException | None = error
     seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__

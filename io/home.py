@@ -1,5 +1,8 @@
-"""The process that something was made in. A fork has a copy of its memory, but none of
-its threads, and files and locks that are still its parent's."""
+"""Detects that an object is used in a forked process.
+
+A fork has a copy of the parent's memory, but none of its threads. Its files and locks
+still belong to the parent.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,19 +12,21 @@ from .errors import PenstockError
 
 
 class Home:
-    """Remembers the process that it was made in. `when_left`, a method of what this
-    does not keep alive, is called in each child that is forked later, before any code
-    of the child's own. It must not raise."""
+    """Remembers the process that created it.
+
+    `when_left` is a bound method, whose object is not kept alive. It is called in each
+    child process that is forked later, before any other code. It must not raise.
+    """
 
     def __init__(self, when_left: Callable[[], None] | None = None) -> None:
         self.is_here = True
-        """Whether the caller is in that process."""
+        """Whether this is still that process, and not a fork of it."""
         self._when_left = None if when_left is None else WeakMethod(when_left)
         self._pid = os.getpid()
         _HOMES.add(self)
 
     def check(self, what: str = "this model") -> None:
-        """Raises PenstockError in a child that was forked."""
+        """Raises PenstockError in a forked process; `what` names the object."""
         if not self.is_here:
             raise PenstockError(
                 f"{what} belongs to process {self._pid}, and its threads do not live "
@@ -31,7 +36,7 @@ class Home:
             )
 
     def leave(self) -> None:
-        """Called in the child, once for each fork on the way to it."""
+        """Called in the child process, once after each fork."""
         self.is_here = False
         when_left = None if self._when_left is None else self._when_left()
         if when_left is not None:
@@ -46,5 +51,5 @@ def _leave_all() -> None:
         home.leave()
 
 
-# Once for all: what is registered can never be taken back.
+# Registered once: a registration cannot be undone.
 os.register_at_fork(after_in_child=_leave_all)

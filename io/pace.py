@@ -1,10 +1,11 @@
-"""Holds a link to a stated speed: to leave room on it, or to try out a slower one."""
+"""Limits the speed of a link, to leave bandwidth free or to simulate a slow link."""
 
 
 class Pace:
-    """When transfers over a link of `bytes_per_second` end, and `latency_seconds` late.
+    """Computes when transfers end on a link with this bandwidth and latency.
 
-    One at a time: the next begins when the one before it has passed.
+    Transfers run one after the other; each begins when the previous one has left the
+    link.
     """
 
     def __init__(self, *, bytes_per_second: float, latency_seconds: float) -> None:
@@ -14,6 +15,6 @@ class Pace:
         self._free_at = float("-inf")
 
     def end_of(self, nbytes: int, now: float) -> float:
-        """The time at which `nbytes` that are given `now` have arrived."""
+        """The time in seconds at which `nbytes` arrive if they are queued at `now`."""
         self._free_at = max(now, self._free_at) + nbytes / self._bytes_per_second
         return self._free_at + self._latency_seconds

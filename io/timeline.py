@@ -1,4 +1,4 @@
-"""What happened when: a ring of the last spans of work, for the pictures of a run."""
+"""Records the last spans of work in a ring buffer, for plots of a run."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -10,24 +10,27 @@ MICRO_BATCHES = "micro-batches"
 WAIT = "wait"
 CAST = "cast"
 STAGING = "staging"
-"""From the host memory that is between disk and device."""
+"""Copies to the device from the host memory that disk reads go through."""
 ACTIVATIONS = "activations"
 
 MAX_SPANS = 32_768
-"""4 MiB of them: minutes of a model of 80 layers with 8 micro-batches."""
+"""4 MiB of spans: minutes of a model of 80 layers with 8 micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Work of one kind (`lane`: computing, or a link by the tier at its end) on one
-    thing (`name`: a site, a unit), in seconds of one clock."""
+    """A span of work, in seconds of one clock.
+
+    `lane` is the kind of work: computing, or a link, named by the tier that it serves.
+    `name` is what was worked on: a site or a unit.
+    """
 
     lane: str
     name: str
     start_seconds: float
     end_seconds: float
     nbytes: int = 0
-    """Moved meanwhile; 0 where nothing moves."""
+    """Bytes that were moved; 0 if nothing was."""
 
     @property
     def seconds(self) -> float:
@@ -35,8 +38,10 @@ class Span:
 
 
 class Record(Protocol):
-    """Writes a span down: (lane, name, start, end, bytes). May be called by any thread;
-    never raises, never waits."""
+    """Records a span: (lane, name, start, end, bytes).
+
+    Any thread may call it. It never raises and never waits.
+    """
 
     def __call__(
         self, lane: str, name: str, start: float, end: float, nbytes: int = 0, /
@@ -46,12 +51,14 @@ class Record(Protocol):
 def unrecorded(
     lane: str, name: str, start: float, end: float, nbytes: int = 0, /
 ) -> None:
-    """For those whom nobody watches."""
+    """A `Record` that records nothing."""
 
 
 class Timeline:
-    """Keeps the last `max_spans`, by any number of threads: a fifth of a microsecond
-    each, so it is always on."""
+    """Keeps the last `max_spans` spans. Any thread may record.
+
+    A span costs a fifth of a microsecond, so recording is always on.
+    """
 
     def __init__(self, max_spans: int = MAX_SPANS) -> None:
         self._spans: deque[tuple[str, str, float, float, int]] = deque(maxlen=max_spans)
@@ -65,31 +72,37 @@ class Timeline:
         self._spans.append((lane, name, start, end, nbytes))
 
     def spans(self) -> list[Span]:
-        """All that are kept, by their start. Those of before the last one that was
-        forgotten had ended are not whole, and left out."""
-        # A copy in one piece: iterating in Python would meet others' appends.
+        """All complete spans, sorted by their start.
+
+        Once old spans have been dropped, the time before the oldest kept end is
+        incomplete, so spans that start there are left out.
+        """
+        # An atomic copy: a loop in Python would meet appends of other threads.
         kept = self._spans.copy()
-        found = [Span(*span) for span in kept]
-        if found and len(kept) == self._spans.maxlen:
-            first = found[0].end_seconds
-            found = [span for span in found if span.start_seconds >= first]
-        return sorted(found, key=lambda span: (span.start_seconds, -span.end_seconds))
+        spans = [Span(*span) for span in kept]
+        if spans and len(kept) == self._spans.maxlen:
+            first = spans[0].end_seconds
+            spans = [span for span in spans if span.start_seconds >= first]
+        return sorted(spans, key=lambda span: (span.start_seconds, -span.end_seconds))
 
 
 def in_turn(spans: Iterable[Span]) -> list[Span]:
-    """The spans of one link, each from when the one before it had ended: a link brings
-    what it is asked for in turn, and is asked ahead of time. By their end."""
-    found: list[Span] = []
+    """The spans of one link, each cut to begin when the previous one ended.
+
+    A link serves requests one after the other, but they are made ahead of time. The
+    result is sorted by the end of the spans.
+    """
+    cut: list[Span] = []
     before = float("-inf")
     for span in sorted(spans, key=lambda span: span.end_seconds):
         start = min(max(span.start_seconds, before), span.end_seconds)
-        found.append(replace(span, start_seconds=start))
+        cut.append(replace(span, start_seconds=start))
         before = span.end_seconds
-    return found
+    return cut
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
-    """How long at least one of `spans` was under way."""
+    """The seconds in which at least one of `spans` was under way."""
     total, end = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start_seconds):
         total += max(0.0, span.end_seconds - max(span.start_seconds, end))

@@ -1,5 +1,7 @@
-"""Files that are read whole: regular ones, up to a stated size. What comes with a
-checkpoint may be a pipe that never ends, or a device that gives zeros for ever."""
+"""Reads whole files: only regular ones, up to a given size.
+
+A file in a checkpoint's folder could be a pipe or a device that never ends.
+"""
 
 import json
 import os
@@ -12,9 +14,9 @@ from typing import Any, BinaryIO
 from .errors import CheckpointError, PenstockError
 
 MAX_CONFIG_BYTES = 16 << 20
-"""Of a JSON file with settings: real ones have kilobytes."""
+"""Most bytes of a JSON file with settings. Real ones have kilobytes."""
 MAX_INDEX_BYTES = 100 << 20
-"""Of a list of all tensors, or of all parts of a job."""
+"""Most bytes of a list of all tensors, or of all parts of a job."""
 DOWNLOAD_AGAIN = "download or copy it again"
 
 
@@ -22,8 +24,10 @@ DOWNLOAD_AGAIN = "download or copy it again"
 def open_regular(
     path: Path, *, error: type[PenstockError] = CheckpointError
 ) -> Iterator[BinaryIO]:
-    """The file `path`, opened for reading; never waits for anybody at the other end of
-    a pipe. Raises `error` for what cannot be opened, or is no regular file."""
+    """Opens the file `path` for reading, and never waits for the writer of a pipe.
+
+    Raises `error` if it cannot be opened or is not a regular file.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL
@@ -39,8 +43,11 @@ def open_regular(
 def read_whole(
     path: Path, most_bytes: int, *, error: type[PenstockError] = CheckpointError
 ) -> bytes:
-    """All bytes of the file `path`. Raises `error` for what is no regular file, has
-    more than `most_bytes` or cannot be read."""
+    """All bytes of the file `path`.
+
+    Raises `error` if it is not a regular file, has more than `most_bytes`, or cannot be
+    read.
+    """
     with open_regular(path, error=error) as file:
         try:
             content = file.read(most_bytes + 1)
@@ -60,8 +67,11 @@ def read_json(
     error: type[PenstockError] = CheckpointError,
     fix: str = DOWNLOAD_AGAIN,
 ) -> Any:
-    """What the JSON file `path` holds. Raises `error` as `read_whole` does, and where
-    it is no JSON or too deep: `fix` says what to do then."""
+    """The value in the JSON file `path`.
+
+    Raises `error` as `read_whole` does, and if the file is not JSON or nested too
+    deeply. `fix` tells the user what to do then.
+    """
     content = read_whole(path, most_bytes, error=error)
     try:
         return json.loads(content)
@@ -78,7 +88,7 @@ def read_json_object(
     error: type[PenstockError] = CheckpointError,
     fix: str = DOWNLOAD_AGAIN,
 ) -> dict[str, Any]:
-    """As `read_json`, where the file must hold an object."""
+    """Like `read_json`, but raises `error` if the value is not an object."""
     values = read_json(path, most_bytes, error=error, fix=fix)
     if not isinstance(values, dict):
         raise error(f"{path} must hold an object, not {values!r:.40}; {fix}")

@@ -252,11 +252,9 @@ def _from_files(engine: Engine) -> Reference:
 
 def _assembled(recipe: Recipe) -> torch.Tensor:
     flat = torch.empty(torch.Size(recipe.shape).numel(), dtype=recipe.dtype)
-    for piece in recipe.pieces:
-        source = piece.source.on(
-            _stored(piece.entry.path, piece.entry.name).reshape(-1)
-        )
-        piece.target.on(flat).copy_(source)
+    for part in recipe.slices:
+        source = part.source.on(_stored(part.entry.path, part.entry.name).reshape(-1))
+        part.target.on(flat).copy_(source)
     return flat.view(recipe.shape)
 
 

@@ -1,2 +1,6 @@
-"""What a checkpoint's files hold, before any weight is read. `header` reads one
-safetensors header, `index` joins those of all files; `dtypes` names their types."""
+"""Reads what the files of a checkpoint hold, before any weight is read.
+
+`read_header` (header) turns the header of one safetensors file into `TensorEntry`s and
+the `FileStamp` of the file. `open_checkpoint` (index) joins those of all files into a
+`Checkpoint`. `dtypes` lists the dtypes of the format.
+"""

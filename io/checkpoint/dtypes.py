@@ -1,4 +1,4 @@
-"""Every dtype a safetensors header may name, its width, and torch's name for it."""
+"""All dtypes of the safetensors format, with their width and torch dtype."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class StoredDtype:
-    """A dtype as stored in a file. `torch` is None where torch has no such type."""
+    """A dtype of the format. `torch` is None if torch has no such dtype."""
 
     bits: int
     torch: torch.dtype | None
     packed: int = 1
-    """Stored elements to one torch element (two 4-bit floats share a byte)."""
+    """Stored elements in one torch element: two 4-bit floats share a byte."""
 
 
 # Source: the safetensors format's `Dtype` (0.8) and its torch binding.

@@ -1,4 +1,4 @@
-"""Reads a safetensors header strictly: a header that lies is an error, never a weight.
+"""Reads a safetensors header strictly: a wrong header is an error, never a weight.
 
 Format: 8 bytes of little-endian header length, a JSON object, then the tensors' bytes.
 """
@@ -23,12 +23,12 @@ _MAX_DIMENSIONS = 64  # torch's own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor as it lies in one file."""
+    """One tensor stored in a file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """In torch elements (a packed 4-bit dtype counts two values as one)."""
+    """In torch elements: a packed 4-bit dtype counts two values as one."""
     path: Path
     offset: int
     """Bytes from the start of the file."""
@@ -37,8 +37,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What must not change while a file is being streamed. Who writes to a file can put
-    its mtime back, but not its ctime."""
+    """The properties of a file that must not change while it is being streamed.
+
+    A program that writes to a file can restore its mtime, but not its ctime.
+    """
 
     size_bytes: int
     mtime_ns: int
@@ -48,12 +50,16 @@ class FileStamp:
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "FileStamp":
+        """The stamp of a file with the status `stat`."""
         size, mtime = stat.st_size, stat.st_mtime_ns
         return cls(size, mtime, stat.st_ino, stat.st_ctime_ns, stat.st_nlink)
 
     def is_of(self, stat: os.stat_result) -> bool:
-        """Whether the file is what it was. Who removes one of its names, or adds one,
-        changes its ctime and nothing in it."""
+        """Whether the file with the status `stat` is unchanged.
+
+        Adding or removing a hard link changes the ctime but not the content, so it does
+        not count as a change.
+        """
         now = FileStamp.of(stat)
         if now.num_links != self.num_links:
             now = replace(now, num_links=self.num_links, ctime_ns=self.ctime_ns)
@@ -61,7 +67,7 @@ class FileStamp:
 
 
 def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
-    """Parses the header of `path`; entries come in file order.
+    """Parses the header of `path`. Entries are in the order of their offsets.
 
     Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
@@ -105,13 +111,16 @@ def _broken(path: Path, what: str) -> CheckpointError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON allows a name twice and Python keeps the last: which one is the lie?"""
-    found: dict[str, Any] = {}
+    """Refuses a name that occurs twice: Python's parser would keep only the last one.
+
+    Raises ValueError.
+    """
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"{name!r} stands in it twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
@@ -123,7 +132,7 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     dtype_name = value["dtype"]
     stored = STORED_DTYPES.get(dtype_name)
     if stored is None or stored.torch is None:
-        known = ", ".join(key for key, found in STORED_DTYPES.items() if found.torch)
+        known = ", ".join(key for key, kind in STORED_DTYPES.items() if kind.torch)
         raise CheckpointError(
             f"{path}, {tensor}: torch has no dtype {dtype_name}; save the checkpoint "
             f"again in one of {known}"
@@ -143,7 +152,7 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
 
 
 def _is_sound(value: Any) -> bool:
-    """Whether a header entry has the types that the format demands."""
+    """Whether a header entry has the types that the format requires."""
     if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
         return False
     shape, offsets = value.get("shape"), value.get("data_offsets")
@@ -157,8 +166,11 @@ def _is_sound(value: Any) -> bool:
 def _check_coverage(
     path: Path, size_bytes: int, data_start: int, entries: list[TensorEntry]
 ) -> None:
-    """Tensors must fill the file from header to end without overlap, as the format
-    demands: a gap or an overlap means that some offset is a lie."""
+    """Checks that tensors fill the file from the header to its end, without overlap.
+
+    The format requires this: a gap or an overlap means that some offset is wrong.
+    Raises CheckpointError.
+    """
     position = data_start
     for entry in entries:
         if entry.offset < position:

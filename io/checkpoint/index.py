@@ -1,4 +1,4 @@
-"""A Hugging Face safetensors checkpoint as it lies on disk: files, tensors, stamps."""
+"""Describes a Hugging Face safetensors checkpoint: its files, tensors and stamps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Immutable description of a checkpoint; holds no open file."""
+    """An immutable description of a checkpoint; it holds no open file."""
 
     folder: Path
     entries: Mapping[str, TensorEntry]
-    """By tensor name as stored in the files."""
+    """Each stored tensor, by its name in the files."""
     stamps: Mapping[Path, FileStamp]
-    """Size and mtime of each file when its header was read."""
+    """The stamp of each file when its header was read."""
 
     @property
     def num_bytes(self) -> int:
@@ -30,15 +30,18 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads the headers of `folder`'s `model.safetensors`, or of all the shards that
-    its index names. Raises CheckpointError for anything missing or contradictory."""
+    """Describes the checkpoint in `folder`.
+
+    Reads the headers of `model.safetensors`, or of all shards that the index names.
+    Raises CheckpointError if anything is missing or contradictory.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is no folder; give the folder of a Hugging Face checkpoint "
             f"(with config.json and {SINGLE_FILE} or {INDEX_FILE})"
         )
-    if (folder / SINGLE_FILE).exists():  # where there is an index, too, as transformers
+    if (folder / SINGLE_FILE).exists():  # before an index, like transformers
         return open_files(folder, [SINGLE_FILE])
     index_path = folder / INDEX_FILE
     if index_path.exists():
@@ -62,7 +65,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def open_files(folder: Path, names: list[str]) -> Checkpoint:
-    """The checkpoint made of the files `names` in `folder`."""
+    """The checkpoint of the files `names` in `folder`.
+
+    Raises CheckpointError if a file is missing or a tensor is in two files.
+    """
     entries: dict[str, TensorEntry] = {}
     stamps: dict[Path, FileStamp] = {}
     for name in names:
@@ -72,8 +78,8 @@ def open_files(folder: Path, names: list[str]) -> Checkpoint:
                 f"shard {name} is missing from {folder}; the checkpoint has "
                 f"{len(names)} files: download or copy the missing one"
             )
-        stamps[path], found = read_header(path)
-        for entry in found:
+        stamps[path], stored = read_header(path)
+        for entry in stored:
             if entry.name in entries:
                 raise CheckpointError(
                     f"tensor {entry.name!r} is in two files of {folder}: "
@@ -100,7 +106,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _is_file_name(name: object) -> bool:
-    """A plain name of a shard: nothing that leads out of the folder."""
+    """Whether `name` is a plain file name of a shard, without any folder."""
     return (
         isinstance(name, str)
         and Path(name).name == name

@@ -1,2 +1,5 @@
-"""Where models compute. `device` says what is asked of a device (memory, streams,
-events) and is the CPU; `cuda` is a GPU."""
+"""Devices that models compute on.
+
+`Device` (device) is the contract: its memory, and its `Stream`s of work, whose order is
+given by events. `CpuDevice` (device) and `CudaDevice` (cuda) implement it.
+"""

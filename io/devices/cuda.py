@@ -1,4 +1,4 @@
-"""A CUDA GPU as a device: one arena, side streams, events instead of barriers."""
+"""A CUDA GPU as a device, with side streams and events in place of barriers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,12 +11,12 @@ from ..memory.arena import HostMemory, Memory
 from ..memory.numa import bind, node_near
 from ..memory.pinned import CudaRegistrar, Pinned
 
-_PIECE_BYTES = 1 << 30
-"""Pinned in one call: as it is pinned, memory is taken from the system."""
+_PINNED_CHUNK_BYTES = 1 << 30
+"""Bytes pinned by one call. Pinning makes the system provide the pages."""
 
 
 class CudaEvent:
-    """A point in the work of a CUDA stream."""
+    """A point in the work of a CUDA stream. `wait` blocks the calling thread."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
@@ -26,22 +26,25 @@ class CudaEvent:
 
 
 class CudaStream:
-    """A stream of one GPU."""
+    """A stream of one GPU; see `Stream`."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues a copy of `source` to `target`, of the same shape."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        # Who waits for it sleeps: a loader's thread must not keep a core busy.
+        """An event that passes when all work queued so far is done."""
+        # A thread that waits for it sleeps, and does not keep a core busy.
         event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return CudaEvent(event)
 
     def wait(self, event: Event) -> None:
+        """Makes later work begin after `event`. Blocks for events of other devices."""
         if isinstance(event, CudaEvent):
             self._stream.wait_event(event.event)
         else:
@@ -49,7 +52,10 @@ class CudaStream:
 
 
 class CudaMemory:
-    """One allocation on a GPU, aligned as the allocator aligns (512 bytes)."""
+    """One allocation on a GPU, aligned by torch's allocator to 512 bytes.
+
+    Raises DoesNotFitError if the GPU has too little free memory.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
@@ -58,8 +64,8 @@ class CudaMemory:
             self._buffer: torch.Tensor | None = torch.empty(
                 nbytes, dtype=torch.uint8, device=device
             )
-            # The allocator gives out what this stream may still be at work on; the
-            # copies that come are another stream's.
+            # The allocator may return memory that this stream still uses, and the
+            # copies to come run on another stream.
             torch.cuda.current_stream(device).synchronize()
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(device)
@@ -73,6 +79,7 @@ class CudaMemory:
         return f"<CudaMemory: {self.nbytes} bytes on {self._device}, {state}>"
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """The bytes `offset` ... `offset + nbytes`, as a view: uint8 [nbytes]."""
         if self._buffer is None:
             raise ClosedError("this arena is closed; load the model again")
         return self._buffer[offset : offset + nbytes]
@@ -84,7 +91,10 @@ class CudaMemory:
 
 
 class CudaDevice:
-    """The GPU called `name` ("cuda", "cuda:1")."""
+    """The GPU called `name`, such as "cuda" or "cuda:1"; see `Device`.
+
+    Raises PolicyError if there is no such GPU.
+    """
 
     is_host = False
 
@@ -120,11 +130,12 @@ class CudaDevice:
         return Pinned(
             memory.view(0, memory.nbytes),
             max_bytes=max_bytes,
-            chunk_bytes=_PIECE_BYTES,
+            chunk_bytes=_PINNED_CHUNK_BYTES,
             registrar=CudaRegistrar(),
         )
 
     def settle(self, memory: HostMemory) -> str | None:
+        """Binds `memory` to the NUMA node near this GPU; see `Device.settle`."""
         p: Any = torch.cuda.get_device_properties(self._device)
         pci = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
         node = node_near(pci)
@@ -138,7 +149,7 @@ class CudaDevice:
         return int(free + reserved - torch.cuda.memory_allocated(self._device))
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        with torch.cuda.device(self._device):  # of its current stream's pool
+        with torch.cuda.device(self._device):  # the pool of its current stream
             storage.resize_(nbytes)
 
     def peak_bytes(self) -> int | None:
@@ -149,8 +160,10 @@ class CudaDevice:
 
 
 def not_peers(device: str, others: Iterable[str]) -> list[str]:
-    """Those of `others` whose memory `device` cannot reach directly: copies from there
-    go through the host."""
+    """The devices of `others` whose memory `device` cannot access directly.
+
+    Copies from them go through the host.
+    """
     return [
         other
         for other in others

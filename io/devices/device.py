@@ -1,7 +1,7 @@
-"""What computes: its memory, its streams of work, and the order between them.
+"""The contract of a device (its memory, its streams, their order), and the CPU.
 
-Nothing here makes the host wait for the device but `Event.wait`, and only a thread that
-loads calls that.
+Only `Event.wait` and `Device.synchronize` make the host wait for the device. Only
+loading threads call `Event.wait`.
 """
 
 import ctypes
@@ -15,28 +15,30 @@ from ..memory.pinned import Pinned
 
 
 class Stream(Protocol):
-    """Work that is done in the order it is given, beside the work of other streams."""
+    """A queue of work that runs in order, at the same time as other streams."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies `source` to `target` (uint8, of one length). Both must stay as they
-        are until an event recorded afterwards has passed."""
+        """Copies `source` to `target`, both uint8 [bytes] of the same length.
+
+        Nobody may change or free them until an event recorded afterwards has passed.
+        """
         ...
 
     def record(self) -> Event:
-        """The point after all that was given so far."""
+        """An event that passes when all work queued so far is done."""
         ...
 
     def wait(self, event: Event) -> None:
-        """What is given from now on begins after `event`. Does not block."""
+        """Makes all work queued from now on begin after `event`. Does not block."""
         ...
 
 
 class Device(Protocol):
-    """A place where weights are computed with."""
+    """A processor with its memory."""
 
     name: str
     is_host: bool
-    """Its memory is the host's: what lies there need not be copied to be used."""
+    """Whether its memory is host memory, so that weights there need no copy."""
 
     @property
     def compute(self) -> Stream:
@@ -44,71 +46,85 @@ class Device(Protocol):
         ...
 
     def stream(self) -> Stream:
-        """A new stream beside it."""
+        """A new stream beside the compute stream."""
         ...
 
     def allocate(self, nbytes: int) -> Memory:
-        """Memory of this device. Raises DoesNotFitError when it has not as much."""
+        """Allocates memory of this device.
+
+        Raises DoesNotFitError if it has too little.
+        """
         ...
 
     def pin(self, memory: HostMemory, max_bytes: int) -> Pinned | None:
-        """Locks memory of the host in place, for copies from it at full speed. None
-        where that is of no use."""
+        """Pins up to `max_bytes` of host memory, for copies at full speed.
+
+        Returns None if this device has no use for pinned memory.
+        """
         ...
 
     def settle(self, memory: HostMemory) -> str | None:
-        """Asks for pages of `memory`, not yet written, that are near this device. A
-        sentence where that is of use and could not be done."""
+        """Asks for pages near this device for `memory`, which is not yet written.
+
+        Returns None, or a sentence that says why this failed.
+        """
         ...
 
     def free_bytes(self) -> int | None:
-        """Memory that can still be had; None if it is the host's."""
+        """Bytes that can still be allocated; None if the memory is host memory."""
         ...
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """Gives the memory of `storage` back (0), or takes it anew, what is in it
-        undefined, in the order of the calling thread's `compute`: that must have waited
-        for others' use of it before, others must wait for `compute` after."""
+        """Frees the memory of `storage` (`nbytes` 0), or allocates it again, undefined.
+
+        This happens in the order of the calling thread's `compute` stream. Before it,
+        `compute` must have waited for other streams that use the storage. After it,
+        other streams must wait for `compute`.
+        """
         ...
 
     def peak_bytes(self) -> int | None:
-        """Most memory of the device that this process has had at one time, if the
-        device counts that."""
+        """The most bytes that this process had allocated at one time.
+
+        None if the device does not count them.
+        """
         ...
 
     def synchronize(self) -> None:
-        """Waits for all its work: before its memory is given back, never before."""
+        """Blocks the calling thread until all work of the device is done."""
         ...
 
 
 class _Done:
-    """The event of work that is done when it is given."""
+    """The event of work that is already done."""
 
     def wait(self) -> None:
         pass
 
 
 class CpuStream:
-    """Does its work at once, in the calling thread."""
+    """Does its work at once, in the calling thread; see `Stream`."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        # Not by torch, which would share it out to a team of threads that fights with
-        # the one that computes; nor by numpy, whose view of a storage keeps it from
-        # being resized ever after.
-        assert target.nbytes == source.nbytes, "bytes, of one length"
-        assert target.is_contiguous(), "in one piece"
-        assert source.is_contiguous(), "in one piece"
+        """Copies `source` to `target`: host memory, contiguous, equally many bytes."""
+        # Not torch: it would split the copy over a thread pool that competes with the
+        # computing thread. Not numpy: a storage that numpy has viewed can never be
+        # resized again.
+        assert target.nbytes == source.nbytes, "copies need equally many bytes"
+        assert target.is_contiguous(), "copies need contiguous tensors"
+        assert source.is_contiguous(), "copies need contiguous tensors"
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
 
     def record(self) -> Event:
         return _Done()
 
     def wait(self, event: Event) -> None:
+        """Blocks until `event` has passed."""
         event.wait()
 
 
 class CpuDevice:
-    """The computer's own processor."""
+    """The CPU of this machine; see `Device`."""
 
     name = "cpu"
     is_host = True

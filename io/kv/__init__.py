@@ -1,3 +1,16 @@
-"""Keys and values of a sweep's caches, in the device's memory, in the host's, or in a
-file. A `strip` is one layer of one cache; a `region` holds its rows, a `place` opens
-strips in one tier, `staging` brings some of them to where attention reads them."""
+"""Stores the keys and values of caches on the device, in host memory, or in a file.
+
+    KvTier (scheduler)    one tier; its `open` makes a KvLayerBuffer
+      InPlace               -> InPlaceBuffer: attention reads it where it lies
+      Copied                -> CopiedBuffer with a MemoryStorage
+      OnDisk                -> CopiedBuffer with a FileStorage in the KvFile
+
+    CopiedBuffer --rows--> KvStorage       every appended token, once
+                 <-fetch-- KvStorage       into a StagedRows that Staging lends
+
+A `KvLayerBuffer` (strip) holds one layer of one cache. A `Codec` (codec, quantised)
+turns keys and values into rows of bytes, one row for each token, and back. `Staging`
+lends the device memory that rows are brought to before attention reads them. A
+`HostBounce` (hop) copies between the device and the threads of the file; each of these
+threads is a `WorkerStream`. A `BufferPool` (lender) provides the memory of copies.
+"""

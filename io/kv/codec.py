@@ -1,4 +1,4 @@
-"""Keys and values as rows of bytes, one for each token, and back."""
+"""Converts keys and values to rows of bytes, one row for each token, and back."""
 
 from typing import Protocol
 
@@ -9,22 +9,32 @@ from .strip import Pair
 
 
 class Codec(Protocol):
-    """A row is all that one token adds: keys [batch, heads, dim], then values."""
+    """Converts between keys and values and rows of bytes.
+
+    One row holds what one token adds: its keys [batch, heads, dim], then its values.
+    """
 
     row_bytes: int
     is_lossy: bool
+    """Whether decoded elements may differ from the encoded ones."""
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Rows, as uint8 [tokens * row_bytes], in memory of their own."""
+        """The rows of `keys` and `values` (each [batch, heads, tokens, dim]).
+
+        Returns uint8 [tokens * row_bytes] in new memory, on the device of `keys`.
+        """
         ...
 
     def decode(self, rows: torch.Tensor) -> Pair:
-        """What `encode` made rows of; it may be views of them."""
+        """The keys and values of `rows` (uint8 [tokens * row_bytes]).
+
+        Each is [batch, heads, tokens, dim] and may be a view of `rows`.
+        """
         ...
 
 
 class Plain:
-    """As the model computes with them; decoded without a copy."""
+    """Keeps the elements as the model computes with them; decodes without a copy."""
 
     is_lossy = False
 
@@ -33,6 +43,7 @@ class Plain:
         self.row_bytes = shape.row_bytes
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Copies [batch, heads, tokens, dim] into rows; see `Codec.encode`."""
         shape = self._shape
         num = keys.shape[2]
         with torch.inference_mode(False):
@@ -46,12 +57,13 @@ class Plain:
         return rows.view(torch.uint8).view(-1)
 
     def decode(self, rows: torch.Tensor) -> Pair:
+        """Views `rows` as [batch, heads, tokens, dim]; see `Codec.decode`."""
         shape = self._shape
         table = rows.view(shape.dtype).view(-1, shape.key_numel + shape.value_numel)
         return self._split(table)
 
     def _split(self, table: torch.Tensor) -> Pair:
-        """Views [batch, heads, tokens, dim] of rows of elements."""
+        """Views [batch, heads, tokens, dim] of `table` [tokens, elements of a row]."""
         shape = self._shape
         num = table.shape[0]
         keys = table[:, : shape.key_numel].view(

@@ -1,4 +1,4 @@
-"""A strip that is kept elsewhere and brought where attention reads it."""
+"""A layer buffer whose rows are stored in one place and staged in another."""
 
 import time
 from collections.abc import Callable
@@ -15,26 +15,27 @@ from .staging import StagedRows, Staging
 from .strip import KvLayerBuffer, Lease, Pair
 
 _GROWTH = 4
-"""More tokens than was said come in pieces of a fourth of that."""
-
+"""A full storage grows by at least one part in this number of its capacity."""
 
 _ROOM = 7
-"""Tokens more than the next ones for which a buffer has room, should it stay staged."""
+"""Extra tokens that a staging buffer has room for, in case it stays staged."""
 
 
-class CopiedStrip(KvLayerBuffer):
-    """Each token goes to `region` once; all that are seen come from there at each step,
-    unless they are staged still. When the region is full and most of it forgotten, the
-    rest moves to its start."""
+class CopiedBuffer(KvLayerBuffer):
+    """Writes each token to `storage` once, and fetches tokens from there for each step.
 
-    _region: KvStorage | None = None
+    No fetch is needed while the tokens are still staged. When the storage is full and
+    at least half of it is forgotten, the rest moves to its start.
+    """
+
+    _storage: KvStorage | None = None
     _staged: StagedRows | None = None
 
     def __init__(
         self,
         shape: KvShape,
         make_codec: Callable[[KvShape], Codec],
-        region: KvStorage,
+        storage: KvStorage,
         staging: Staging,
         lease: Lease,
         count: KvCount,
@@ -46,20 +47,24 @@ class CopiedStrip(KvLayerBuffer):
         self._lease = lease
         self._count = count
         self._base = 0
-        """The token that the region begins with."""
+        """The number of the first token in the storage."""
         self._last_num = 1
-        self._region = region
+        self._storage = storage
 
     def __repr__(self) -> str:
-        return f"<CopiedStrip: {self.length} tokens, {self._lease.tier}>"
+        return f"<CopiedBuffer: {self.length} tokens, {self._lease.tier}>"
 
     @property
     def device_bytes(self) -> int:
-        if self._region is None or self._lease.tier != "device":
+        if self._storage is None or self._lease.tier != "device":
             return 0
-        return self._region.capacity
+        return self._storage.capacity
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
+        """Writes [batch, heads, new tokens, dim] to the storage; stages older tokens.
+
+        See `KvLayerBuffer.append`. Raises the errors of the storage.
+        """
         num, row = keys.shape[2], self._codec.row_bytes
         rows = self._codec.encode(keys, values)
         seen = rows
@@ -72,13 +77,14 @@ class CopiedStrip(KvLayerBuffer):
             seen = staged.buffer[low : end + rows.nbytes]
         self._write(rows)
         if start >= self.length:
-            self._unstage()  # it did not get the new ones
+            self._unstage()  # the staged rows lack the new ones
         self._count.append(self._lease.tier, num * self.shape.batch, rows.nbytes)
         self.length += num
         return self._codec.decode(seen)
 
     def view(self, start: int) -> Pair:
-        self._open_region()
+        """Stages all tokens from number `start` on; see `KvLayerBuffer.view`."""
+        self._open_storage()
         if start == self.length:
             nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
             return self._codec.decode(nothing)
@@ -86,9 +92,10 @@ class CopiedStrip(KvLayerBuffer):
         return self._codec.decode(staged.buffer[low:end])
 
     def prefetch(self) -> bool:
+        """Starts a fetch of all kept tokens; see `KvLayerBuffer.prefetch`."""
         staged = self._staged
         is_there = staged is not None and not staged.is_dropped
-        if self._region is None or is_there or self.first >= self.length:
+        if self._storage is None or is_there or self.first >= self.length:
             return True
         self._staged = self._fetch(self.first, self._last_num, ahead=True)
         return self._staged is not None
@@ -101,72 +108,76 @@ class CopiedStrip(KvLayerBuffer):
         self.first = before
 
     def truncate(self, length: int) -> None:
-        region = self._open_region()
+        """Removes all tokens from number `length` on, also from the storage."""
+        storage = self._open_storage()
         self._unstage()
-        region.truncate((length - self._base) * self._codec.row_bytes)
+        storage.truncate((length - self._base) * self._codec.row_bytes)
         self.length = length
 
     def select(self, rows: torch.Tensor) -> None:
-        region = self._open_region()
-        found = self.view(self.first)
-        rows = rows.to(found[0].device)
-        keys, values = (part.index_select(0, rows) for part in found)
-        del found
+        """Writes the selected sequences anew; `rows` is int64 [new batch]."""
+        storage = self._open_storage()
+        kept = self.view(self.first)
+        rows = rows.to(kept[0].device)
+        keys, values = (part.index_select(0, rows) for part in kept)
+        del kept
         self._unstage()
         self.shape = replace(self.shape, batch=rows.shape[0])
         self._codec = self._make_codec(self.shape)
-        region.truncate(0)
+        storage.truncate(0)
         self._base = self.first
         encoded = self._codec.encode(keys, values)
         self._write(encoded)
         self._count.moved += encoded.nbytes
 
     def close(self) -> None:
-        region, self._region = self._region, None
-        if region is not None:
+        storage, self._storage = self._storage, None
+        if storage is not None:
             self._unstage()
-            region.close()
+            storage.close()
             self._lease.give_back()
 
-    def _open_region(self) -> KvStorage:
-        if self._region is None:
+    def _open_storage(self) -> KvStorage:
+        if self._storage is None:
             raise ClosedError(GONE)
-        return self._region
+        return self._storage
 
     def _write(self, rows: torch.Tensor) -> None:
-        region = self._open_region()
-        missing = region.nbytes + rows.nbytes - region.capacity
+        storage = self._open_storage()
+        missing = storage.nbytes + rows.nbytes - storage.capacity
         if missing > 0 and 2 * (self.length - self.first) <= self.length - self._base:
-            self._compact(region)
-            missing = region.nbytes + rows.nbytes - region.capacity
+            self._compact(storage)
+            missing = storage.nbytes + rows.nbytes - storage.capacity
         if missing > 0:
-            more = region.round(max(missing, region.capacity // _GROWTH))
-            self._lease.resize(region.capacity + more)
-            region.grow(more)
-        region.append(rows)
+            more = storage.round(max(missing, storage.capacity // _GROWTH))
+            self._lease.resize(storage.capacity + more)
+            storage.grow(more)
+        storage.append(rows)
 
-    def _compact(self, region: KvStorage) -> None:
-        """What is kept moves to the start, in place of at least as much that is
-        forgotten."""
+    def _compact(self, storage: KvStorage) -> None:
+        """Moves the kept rows to the start, over at least as many forgotten bytes."""
         encoded = torch.empty(0, dtype=torch.uint8, device="cpu")
         if self.first < self.length:
             low, end, staged = self._rows(self.first)
             encoded = staged.buffer[low:end].clone()
-        region.truncate(0)
+        storage.truncate(0)
         self._base = self.first
         if encoded.nbytes:
-            region.append(encoded)
+            storage.append(encoded)
             self._count.moved += encoded.nbytes
 
     def _rows(self, start: int) -> tuple[int, int, StagedRows]:
-        """Where the tokens from `start` on lie in what is staged."""
+        """Stages the tokens from `start` on.
+
+        Returns their first and last offset (bytes) in the buffer, and the staged rows.
+        """
         row = self._codec.row_bytes
         staged = self._stage(start, 0)
         low = staged.lead + (start - staged.first) * row
         return low, staged.lead + (self.length - staged.first) * row, staged
 
     def _stage(self, start: int, num: int) -> StagedRows:
-        """The tokens from `start` on, with room for `num` more behind them."""
+        """Stages the tokens from `start` on, with room for `num` more behind them."""
         staged, row = self._staged, self._codec.row_bytes
         if staged is not None and not staged.is_dropped:
             end = staged.lead + (self.length + num - staged.first) * row
@@ -174,22 +185,24 @@ class CopiedStrip(KvLayerBuffer):
                 self._unstage()
         if self._staged is None or self._staged.is_dropped:
             self._staged = self._fetch(start, num, ahead=False)
-        assert self._staged is not None, "who computes always gets a buffer"
+        assert self._staged is not None, (
+            "a fetch that is not ahead always gets a buffer"
+        )
         began = time.perf_counter()
         self._staging.use(self._staged)
         self._count.wait_seconds += time.perf_counter() - began
         return self._staged
 
     def _fetch(self, start: int, num: int, *, ahead: bool) -> StagedRows | None:
-        region, row = self._open_region(), self._codec.row_bytes
+        storage, row = self._open_storage(), self._codec.row_bytes
         low = (start - self._base) * row
         end = (self.length - self._base) * row
-        lead = region.lead(low)
-        nbytes = region.room(lead + end - low, (num + _ROOM) * row)
+        lead = storage.lead(low)
+        nbytes = storage.room(lead + end - low, (num + _ROOM) * row)
         staged = self._staging.lend(nbytes, lead, start, ahead=ahead)
         if staged is not None:
             try:
-                staged.ready = region.fetch(low, end, staged.buffer)
+                staged.ready = storage.fetch(low, end, staged.buffer)
             except BaseException:
                 self._staging.drop(staged)
                 raise

@@ -1,4 +1,4 @@
-"""Counts what keys and values cost: bytes written, read, moved again."""
+"""Counts the bytes of keys and values that are written, read, and moved."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,28 +7,31 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class KvStatistics:
-    """Counters of all caches since the model was loaded, by tier where there are
-    several: `device`, `host`, `disk`."""
+    """Counters of all caches since the model was loaded.
+
+    Mappings are by tier: `device`, `host`, `disk`.
+    """
 
     num_appended: int = 0
-    """Tokens that were appended, counted in every layer that keeps them."""
+    """Appended tokens, counted once in each layer that keeps them."""
     bytes_written: Mapping[str, int] = field(default_factory=dict)
-    """Each appended token once."""
+    """Bytes of appended tokens."""
     bytes_read: Mapping[str, int] = field(default_factory=dict)
-    """Brought to where attention reads them; nothing where that is where they lie."""
+    """Bytes that were fetched for attention; 0 where attention reads them in place."""
     bytes_moved: int = 0
-    """Of tokens that were there already: beams that change places, sliding windows that
-    come to the end of their memory, sequences longer than was said."""
+    """Bytes of old tokens that were moved. That happens if beams are reordered, if a
+    sliding window reaches the end of its memory, or if a sequence gets longer than was
+    announced."""
     bytes_held: Mapping[str, int] = field(default_factory=dict)
-    """Taken from each tier's budget now."""
+    """Bytes that are taken from each tier's budget now."""
     peak_bytes_held: Mapping[str, int] = field(default_factory=dict)
     wait_seconds: float = 0.0
-    """That the computing thread stood still for them; a GPU's own waiting for copies
-    that are queued is not seen."""
+    """How long the computing thread waited for fetches. The time that a GPU waits for
+    queued copies is not included."""
 
 
 class KvCount:
-    """The counters, as the caches of one model advance them."""
+    """Counts for all caches of one model."""
 
     def __init__(self) -> None:
         self.num_appended = 0
@@ -38,6 +41,7 @@ class KvCount:
         self.wait_seconds = 0.0
 
     def append(self, tier: str, num_tokens: int, nbytes: int) -> None:
+        """Counts `num_tokens` tokens of `nbytes` that were appended in `tier`."""
         self.num_appended += num_tokens
         self.written[tier] += nbytes
 

@@ -1,5 +1,7 @@
-"""One file for all strips that are on disk: without a name, so it goes with the process
-whatever happens to it."""
+"""The file for all layer buffers on disk.
+
+It has no name in its folder, so the system removes it when the process ends.
+"""
 
 import ctypes
 import errno
@@ -25,10 +27,13 @@ _CHUNK_BYTES = 4 << 20
 
 
 class KvFile(Closing):
-    """Ranges of whole pages of a file in `folder`, past the page cache where that can
-    be. One thread writes, one reads; `writer` and `reader` are for `give`.
+    """Hands out ranges of whole pages of a file in `folder`.
 
-    Raises OutputError when the file cannot be made.
+    With `direct`, reads and writes bypass the page cache if the file system allows it;
+    otherwise `fallback` says why not. One thread writes and one reads: give work to
+    `writer` and `reader`.
+
+    Raises OutputError when the file cannot be created.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class KvFile(Closing):
     ) -> None:
         self.folder = folder
         self.fallback: str | None = None
-        """What could not be had as asked."""
+        """Why the page cache is used although `direct` was asked for; else None."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._open(direct)
@@ -70,25 +75,27 @@ class KvFile(Closing):
 
     @property
     def nbytes(self) -> int:
-        """Up to the end of what is in use."""
+        """Bytes up to the end of the last range in use."""
         return self._free.end
 
     def take(self, nbytes: int) -> int:
-        """The offset of whole pages that nobody has."""
+        """Takes `nbytes` (whole pages) that are free, and returns their offset."""
         assert nbytes % PAGE_BYTES == 0, "whole pages"
         with self._lock:
             self._settle()
             return self._free.take(nbytes)
 
     def give_back(self, offset: int, nbytes: int) -> None:
-        """On any thread, in the middle of anything."""
+        """Frees a range. Any thread may call this at any moment; so may `__del__`."""
         self._returned.append((offset, nbytes))
         if not self._is_closed:
             self.writer.give(self._shrink)
 
     def write(self, offset: int, parts: list[torch.Tensor]) -> None:
-        """All of `parts`, whole pages together, to `offset`. In the writer's thread.
-        Raises OutputError."""
+        """Writes `parts` (contiguous, host memory), one behind the other, to `offset`.
+
+        Together they are whole pages. Only for the writer's thread. Raises OutputError.
+        """
         total = sum(part.nbytes for part in parts)
         queue = [(part.data_ptr(), part.nbytes) for part in parts]
         start = 0
@@ -99,8 +106,11 @@ class KvFile(Closing):
             start += num
 
     def read(self, offset: int, target: torch.Tensor) -> None:
-        """The bytes at `offset` to `target`: both aligned, whole blocks. In the
-        reader's thread. Raises ReadError."""
+        """Reads the bytes at `offset` into `target` (uint8, in host memory).
+
+        The offset, the address and the length are aligned to blocks. Only for the
+        reader's thread. Raises ReadError.
+        """
         view = _view(target)
         done = 0
         while done < target.nbytes:
@@ -115,7 +125,7 @@ class KvFile(Closing):
             done += num
 
     def close(self) -> None:
-        """After all strips; finishes what was given."""
+        """Finishes the given work. Call it after all layer buffers are closed."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -144,7 +154,7 @@ class KvFile(Closing):
             self._free.give_back(*self._returned.popleft())
 
     def _shrink(self) -> None:
-        """Gives the end of the file back that nobody has."""
+        """Truncates the file to the last range in use."""
         with self._lock:
             self._settle()
             size = os.fstat(self._descriptor).st_size
@@ -175,12 +185,15 @@ class KvFile(Closing):
 
 
 def pages(nbytes: int) -> int:
-    """`nbytes` in whole pages."""
+    """`nbytes` rounded up to whole pages."""
     return align_up(nbytes, PAGE_BYTES)
 
 
 def _gather(target: int, nbytes: int, queue: list[tuple[int, int]]) -> None:
-    """Moves `nbytes` of what `queue` holds (address, length) to `target`."""
+    """Copies the next `nbytes` of `queue` to the address `target`.
+
+    The queue holds (address, length) and loses what was copied.
+    """
     while nbytes:
         address, length = queue[0]
         num = min(length, nbytes)
@@ -193,14 +206,16 @@ def _gather(target: int, nbytes: int, queue: list[tuple[int, int]]) -> None:
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
-    """Of the memory of `tensor`, which the caller keeps."""
+    """The bytes of `tensor`, which the caller must keep alive."""
     array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
 
 
 def _open_direct(name: str) -> int | None:
-    """A descriptor that really writes directly, or None: some file systems refuse that
-    at the first write only."""
+    """A descriptor that writes with O_DIRECT, or None if that does not work.
+
+    A write is tried here, because some file systems refuse only at the first write.
+    """
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         return None

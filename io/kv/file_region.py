@@ -1,4 +1,4 @@
-"""The rows of one strip in a file: whole pages there, the rest of one in memory."""
+"""Stores rows in a file. A tail of less than a page stays in memory."""
 
 import torch
 
@@ -15,22 +15,23 @@ from .region import GONE, Arrival, KvStorage
 _move = CpuStream().copy
 
 
-class FileRegion(KvStorage):
-    """Appends are written behind, in order; a fetch reads what was appended before.
+class FileStorage(KvStorage):
+    """Writes appended rows in the background, in order.
 
-    What fails is raised by the `append` or the arrival that comes after it.
+    A fetch sees all rows that were appended before it. A failed write is raised by the
+    next `append` or `fetch`, or by the arrival of a later fetch.
     """
 
-    def __init__(self, file: KvFile, device: Device, hop: HostBounce) -> None:
+    def __init__(self, file: KvFile, device: Device, bounce: HostBounce) -> None:
         self._file = file
         self._device = device
-        self._hop = hop
+        self._bounce = bounce
         self._offsets: list[int] = []
         self._sizes: list[int] = []
         self._written: Handle = Handle(0)
         self._read: Handle = Handle(0)
         self._error: BaseException | None = None
-        # The writer's own, and of who waits for it.
+        # Only for the writer's thread, and for those who have waited for it.
         self._done = 0
         with torch.inference_mode(False):
             self._tail = torch.empty(PAGE_BYTES, dtype=torch.uint8, device="cpu")
@@ -52,8 +53,9 @@ class FileRegion(KvStorage):
         return max(align_up(nbytes, ALIGNMENT), nbytes + more)
 
     def append(self, rows: torch.Tensor) -> None:
+        """Queues a write of `rows` (uint8 [bytes], on the device)."""
         self._check()
-        outgoing = self._hop.out(rows)
+        outgoing = self._bounce.out(rows)
 
         def act() -> None:
             try:
@@ -65,10 +67,11 @@ class FileRegion(KvStorage):
         self.nbytes += rows.nbytes
 
     def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
+        """Queues a read into `target` (uint8 [bytes], on the device)."""
         self._check()
         arrival = Arrival(self._device)
         low = align_down(start, ALIGNMENT)
-        incoming = self._hop.back(target[: align_up(end, ALIGNMENT) - low])
+        incoming = self._bounce.back(target[: align_up(end, ALIGNMENT) - low])
         written = self._written
 
         def act() -> None:
@@ -88,7 +91,7 @@ class FileRegion(KvStorage):
         self._written.wait()
         flushed = align_down(self._done, PAGE_BYTES)
         low = align_down(nbytes, PAGE_BYTES)
-        if low < flushed and low < nbytes:  # a page that was whole is no more
+        if low < flushed and low < nbytes:  # this page is no longer whole
 
             def act() -> None:
                 self._read_pages(low, low + PAGE_BYTES, page)
@@ -115,7 +118,7 @@ class FileRegion(KvStorage):
         if self._error is not None:
             raise self._error
 
-    # In the writer's thread, and in the reader's, which waits for it.
+    # The writer's thread calls these, and the reader's, which waits for the writer.
 
     def _append(self, rows: torch.Tensor) -> None:
         if self._error is not None or self._is_closed:
@@ -140,15 +143,15 @@ class FileRegion(KvStorage):
             parts, skipped = [], span.position
             wanted = span.nbytes
             for part in whole:
-                piece = part[skipped : skipped + wanted]
+                rest = part[skipped : skipped + wanted]
                 skipped = max(skipped - part.nbytes, 0)
-                wanted -= piece.nbytes
-                if piece.nbytes:
-                    parts.append(piece)
-            self._file.write(self._offsets[span.piece] + span.offset, parts)
+                wanted -= rest.nbytes
+                if rest.nbytes:
+                    parts.append(rest)
+            self._file.write(self._offsets[span.segment] + span.offset, parts)
 
     def _fetch(self, start: int, end: int, target: torch.Tensor) -> None:
-        """To `target`, behind `lead(start)` bytes."""
+        """Reads bytes into `target`, behind its first `lead(start)` bytes."""
         low = align_down(start, ALIGNMENT)
         flushed = align_down(self._done, PAGE_BYTES)
         high = min(align_up(end, ALIGNMENT), flushed)
@@ -162,4 +165,4 @@ class FileRegion(KvStorage):
     def _read_pages(self, start: int, end: int, target: torch.Tensor) -> None:
         for span in spans(self._sizes, start, end):
             part = target[span.position : span.position + span.nbytes]
-            self._file.read(self._offsets[span.piece] + span.offset, part)
+            self._file.read(self._offsets[span.segment] + span.offset, part)

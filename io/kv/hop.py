@@ -1,4 +1,4 @@
-"""The way between the device's memory and the threads that read and write a file."""
+"""Copies rows between the device and the threads that read and write a file."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,38 +14,47 @@ from .region import Leaving
 
 
 class Outgoing(Protocol):
-    """Rows on their way out; closed when they are written."""
+    """Rows that leave the device; closed once they are written to the file."""
 
     def wait(self) -> torch.Tensor:
-        """The rows, in host memory. On the writer's thread."""
+        """Waits for the rows: uint8 in host memory. On the writer's thread."""
         ...
 
     def close(self) -> None: ...
 
 
 class Incoming(Protocol):
-    """Rows on their way back; closed when they are sent."""
+    """Rows that return to the device; closed once they are sent."""
 
     buffer: torch.Tensor
-    """Host memory to read them into."""
+    """uint8, in host memory: read the rows into it."""
 
     def send(self) -> Event | None:
-        """They are in `buffer`: brings them on. On the reader's thread."""
+        """Starts to copy `buffer` to the device. On the reader's thread.
+
+        Returns the event of the copy; None if no copy was needed.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class HostBounce(Protocol):
-    def out(self, rows: torch.Tensor) -> Outgoing: ...
+    """Copies rows through host memory. All tensors are uint8 and one-dimensional."""
 
-    def back(self, target: torch.Tensor) -> Incoming: ...
+    def out(self, rows: torch.Tensor) -> Outgoing:
+        """Starts to copy `rows` from the device to host memory."""
+        ...
+
+    def back(self, target: torch.Tensor) -> Incoming:
+        """Provides host memory for rows that are to be copied to `target`."""
+        ...
 
     def close(self) -> None: ...
 
 
-class _There:
-    """Is where it is to be."""
+class _Unmoved:
+    """Rows that need no copy."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer
@@ -54,28 +63,30 @@ class _There:
         return self.buffer
 
     def send(self) -> None:
-        """There it is."""
+        """Does nothing: the rows are already where they belong."""
 
     def close(self) -> None:
-        """A thread may keep the frame that made this."""
+        """Lets go of the buffer, even if a thread keeps the frame that made this."""
         del self.buffer
 
 
-class NoHop:
-    """The device is the host."""
+class NoBounce:
+    """For a device whose memory is host memory: nothing is copied."""
 
     def out(self, rows: torch.Tensor) -> Outgoing:
-        return _There(rows)
+        """Hands on `rows` themselves."""
+        return _Unmoved(rows)
 
     def back(self, target: torch.Tensor) -> Incoming:
-        return _There(target)
+        """Hands out `target` itself as the buffer."""
+        return _Unmoved(target)
 
     def close(self) -> None:
-        """There is nothing between them."""
+        """Does nothing."""
 
 
 class ThroughHost(Closing):
-    """By two streams and host memory that is locked in place."""
+    """Copies by the streams `out` and `back`, through pinned host memory."""
 
     def __init__(
         self,
@@ -87,34 +98,36 @@ class ThroughHost(Closing):
         self._device = device
         self._out = out
         self._back = back
-        self._lender = PinnedPool(pin, out, back)
+        self._pool = PinnedPool(pin, out, back)
         self._leaving = Leaving(device)
 
     def out(self, rows: torch.Tensor) -> Outgoing:
-        buffer = self._lender.take(rows.nbytes)
+        """Queues a copy of `rows` (uint8 [bytes]) to pinned memory."""
+        buffer = self._pool.take(rows.nbytes)
         self._out.wait(self._device.compute.record())
         self._out.copy(buffer.tensor(0, rows.nbytes), rows)
         copied = self._out.record()
         self._leaving.add(copied, rows)
-        return _Out(self._lender, buffer, rows.nbytes, copied)
+        return _Out(self._pool, buffer, rows.nbytes, copied)
 
     def back(self, target: torch.Tensor) -> Incoming:
-        buffer = self._lender.take(target.nbytes)
-        before = self._device.compute.record()  # may use the same memory
-        return _Back(self._lender, buffer, target, self._back, before)
+        """Takes pinned memory for rows that go to `target` (uint8 [bytes])."""
+        buffer = self._pool.take(target.nbytes)
+        before = self._device.compute.record()  # earlier work may use the same memory
+        return _Back(self._pool, buffer, target, self._back, before)
 
     def close(self) -> None:
-        """After all work."""
+        """Frees the host memory. Call it after all work with it."""
         self._device.synchronize()
         self._leaving.clear()
-        self._lender.close()
+        self._pool.close()
 
 
 class _Out:
     def __init__(
-        self, lender: PinnedPool, buffer: Arena, nbytes: int, copied: Event
+        self, pool: PinnedPool, buffer: Arena, nbytes: int, copied: Event
     ) -> None:
-        self._lender = lender
+        self._pool = pool
         self._buffer = buffer
         self._nbytes = nbytes
         self._copied = copied
@@ -124,20 +137,20 @@ class _Out:
         return self._buffer.tensor(0, self._nbytes)
 
     def close(self) -> None:
-        self._lender.give_back(self._buffer)
+        self._pool.give_back(self._buffer)
 
 
 class _Back:
     def __init__(
         self,
-        lender: PinnedPool,
+        pool: PinnedPool,
         buffer: Arena,
         target: torch.Tensor,
         back: Stream,
         before: Event,
     ) -> None:
         self.buffer = buffer.tensor(0, target.nbytes)
-        self._lender = lender
+        self._pool = pool
         self._memory = buffer
         self._target = target
         self._back = back
@@ -147,9 +160,9 @@ class _Back:
         self._back.wait(self._before)
         self._back.copy(self._target, self.buffer)
         copied = self._back.record()
-        copied.wait()  # what is read into the buffer next is not ordered by streams
+        copied.wait()  # the next read into the buffer follows no stream
         return copied
 
     def close(self) -> None:
         del self.buffer, self._target
-        self._lender.give_back(self._memory)
+        self._pool.give_back(self._memory)

@@ -1,4 +1,4 @@
-"""A strip that attention reads where it lies: nothing is copied but new tokens."""
+"""A layer buffer that attention reads in place: only new tokens are copied."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from .strip import KvLayerBuffer, Lease, Pair
 _GROWTH = 1.25
 
 
-class InPlaceStrip(KvLayerBuffer):
-    """Keeps [batch, heads, `capacity`, dim], of which views are given out. On the CPU
-    memory that no token was written to costs nothing.
+class InPlaceBuffer(KvLayerBuffer):
+    """Keeps keys and values as [batch, heads, `capacity`, dim]; returns views of them.
 
-    More tokens than `capacity` are copied to larger memory, unless enough of the first
-    ones are forgotten: then the others move to the start.
+    When tokens exceed `capacity`, they move to the start if enough older ones are
+    forgotten; otherwise all are copied to larger memory. On the CPU, memory that was
+    never written to takes no space.
     """
 
     _pair: Pair | None = None
@@ -41,7 +41,7 @@ class InPlaceStrip(KvLayerBuffer):
 
     def __repr__(self) -> str:
         state = "closed" if self._pair is None else f"{self._high - self._low} tokens"
-        return f"<InPlaceStrip: {state}, {self._lease.tier}>"
+        return f"<InPlaceBuffer: {state}, {self._lease.tier}>"
 
     @property
     def device_bytes(self) -> int:
@@ -51,10 +51,14 @@ class InPlaceStrip(KvLayerBuffer):
 
     @property
     def capacity(self) -> int:
-        """Tokens."""
+        """Tokens that fit without a move."""
         return self._memory()[0].shape[2]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
+        """Copies [batch, heads, new tokens, dim] behind the kept tokens.
+
+        Returns views of all tokens from number `start` on. Raises DoesNotFitError.
+        """
         num = keys.shape[2]
         if self._high + num > self.capacity:
             self._make_room(num)
@@ -67,7 +71,8 @@ class InPlaceStrip(KvLayerBuffer):
         return self.view(start)
 
     def view(self, start: int) -> Pair:
-        assert start >= self.first, "what is forgotten cannot be seen"
+        """Views of all tokens from number `start` on."""
+        assert start >= self.first, "forgotten tokens cannot be viewed"
         keys, values = self._memory()
         low = self._low + start - self.first
         return keys[:, :, low : self._high], values[:, :, low : self._high]
@@ -81,13 +86,14 @@ class InPlaceStrip(KvLayerBuffer):
         self.length = length
 
     def select(self, rows: torch.Tensor) -> None:
+        """Copies the selected sequences; `rows` is int64 [new batch]."""
         rows = rows.to(self._device)
-        found = [part.index_select(0, rows) for part in self.view(self.first)]
+        selected = [part.index_select(0, rows) for part in self.view(self.first)]
         if rows.shape[0] != self.shape.batch:
             shape = replace(self.shape, batch=rows.shape[0])
             self._lease.resize(self.capacity * shape.row_bytes)
             self._pair, self.shape = self._allocate(shape, self.capacity), shape
-        self._put(found, self._low)
+        self._put(selected, self._low)
 
     def close(self) -> None:
         if self._pair is not None:
@@ -101,18 +107,19 @@ class InPlaceStrip(KvLayerBuffer):
 
     def _make_room(self, num: int) -> None:
         kept = self._high - self._low
-        found: list[torch.Tensor] = list(self.view(self.first))
+        pair: list[torch.Tensor] = list(self.view(self.first))
         if 2 * kept + num <= self.capacity:
-            found = [part.clone() for part in found]
+            pair = [part.clone() for part in pair]
         else:
             capacity = int(max(2 * kept + num, self.capacity) * _GROWTH)
             self._lease.resize(capacity * self.shape.row_bytes)
             self._pair = self._allocate(self.shape, capacity)
-        self._put(found, 0)
+        self._put(pair, 0)
 
-    def _put(self, found: list[torch.Tensor], low: int) -> None:
+    def _put(self, pair: list[torch.Tensor], low: int) -> None:
+        """Copies the kept keys and values to the positions from `low` on."""
         kept = self._high - self._low
-        for part, old in zip(self._memory(), found, strict=True):
+        for part, old in zip(self._memory(), pair, strict=True):
             part[:, :, low : low + kept].copy_(old)
         self._low, self._high = low, low + kept
         self._count.moved += kept * self.shape.row_bytes
@@ -122,7 +129,7 @@ class InPlaceStrip(KvLayerBuffer):
             (shape.batch, shape.key_heads, capacity, shape.key_dim),
             (shape.batch, shape.value_heads, capacity, shape.value_dim),
         )
-        with torch.inference_mode(False):  # else it could be written nowhere else
+        with torch.inference_mode(False):  # so that it can be written outside that mode
             keys, values = (
                 torch.empty(size, dtype=shape.dtype, device=self._device)
                 for size in sizes

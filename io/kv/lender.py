@@ -1,4 +1,4 @@
-"""Memory for strips that are copied: of the host, or of the device itself."""
+"""Pools of memory for copied rows: host memory, or memory of the device."""
 
 from collections import deque
 from collections.abc import Callable
@@ -15,31 +15,37 @@ from ..memory.host_buffers import HostBuffers
 
 
 class BufferPool(Protocol):
-    """Lends memory that may be given back on any thread, once nothing is copied to or
-    from it but what its two streams were given before."""
+    """Lends memory. It may be given back on any thread.
 
-    def take(self, nbytes: int) -> Memory: ...
+    At that time, only copies already queued on the pool's two streams may still use it.
+    """
 
-    def give_back(self, memory: Memory) -> None: ...
+    def take(self, nbytes: int) -> Memory:
+        """Memory of at least `nbytes`. Raises DoesNotFitError if there is no more."""
+        ...
+
+    def give_back(self, memory: Memory) -> None:
+        """Returns memory that `take` has lent."""
+        ...
 
     def close(self) -> None: ...
 
 
 class Unpinned(Closing):
-    """Host memory for a device that is the host: it is gone at once."""
+    """Host memory for a device that is the host; freed when it is given back."""
 
     def take(self, nbytes: int) -> Memory:
         return Arena(nbytes)
 
     def give_back(self, memory: Memory) -> None:
-        memory.close()  # or with the last copy that is under way
+        memory.close()  # the last copy under way may free it later
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: the pool keeps no memory."""
 
 
 class PinnedPool(Closing):
-    """Host memory that is locked in place, which takes long, and lent again."""
+    """Pinned host memory. Buffers are used again, because pinning takes long."""
 
     def __init__(
         self, pin: Callable[[Arena], Closing | None], out: Stream, back: Stream
@@ -50,6 +56,7 @@ class PinnedPool(Closing):
         self._returned: deque[Arena] = deque()
 
     def take(self, nbytes: int) -> Arena:
+        """A pinned arena of at least `nbytes`. Raises DoesNotFitError."""
         with suppress(IndexError):
             while True:
                 buffer = self._returned.popleft()
@@ -58,17 +65,17 @@ class PinnedPool(Closing):
         return self._buffers.take(nbytes)
 
     def give_back(self, memory: Memory) -> None:
-        assert isinstance(memory, Arena), "lent here"
+        assert isinstance(memory, Arena), "this pool lends arenas"
         self._returned.append(memory)
 
     def close(self) -> None:
-        """After all work."""
+        """Frees all buffers. Call it after all work with them."""
         self._returned.clear()
         self._buffers.close()
 
 
 class OfDevice(Closing):
-    """The device's own memory, in the order of its work."""
+    """Memory of the device, for copies on its compute stream."""
 
     def __init__(self, device: Device) -> None:
         self._device = torch.device("cpu" if device.is_host else device.name)
@@ -80,11 +87,11 @@ class OfDevice(Closing):
         memory.close()
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: the pool keeps no memory."""
 
 
 class _Allocation:
-    """By torch, which gives it out again in the order of the computing stream."""
+    """Memory of torch's allocator, which reuses it in the compute stream's order."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes

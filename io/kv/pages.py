@@ -1,7 +1,7 @@
-"""Where a strip's bytes lie in a file, and what an append writes. Pure.
+"""Plans where the bytes of a storage lie in a file, and what an append writes. Pure.
 
-A strip is a stream of bytes, token after token. Whole pages of it are in the file, each
-written once; what is less than a page stays in memory until it is one.
+A storage is a sequence of bytes, token after token. The file holds whole pages of it,
+each written once. The rest, less than a page, stays in memory until the page is full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,56 +14,57 @@ PAGE_BYTES = 16 << 10
 
 @dataclass(frozen=True, slots=True)
 class PageSpan:
-    """Bytes of the stream that lie in one piece of a file or of memory."""
+    """A part of a byte range that lies in one segment of a file or of memory."""
 
-    piece: int
+    segment: int
+    """Index of the segment."""
     offset: int
-    """In the piece."""
+    """Where the part begins in the segment, in bytes."""
     position: int
-    """In what is asked for: 0 is its first byte."""
+    """Where the part begins in the requested range, in bytes."""
     nbytes: int
 
 
 def spans(sizes: Sequence[int], start: int, end: int) -> Iterator[PageSpan]:
-    """Where the bytes `start` ... `end` lie in pieces of these `sizes`."""
+    """Where the bytes `start` ... `end` lie in consecutive segments of `sizes`."""
     low = 0
-    for piece, size in enumerate(sizes):
+    for segment, size in enumerate(sizes):
         first, last = max(start, low), min(end, low + size)
         if first < last:
-            yield PageSpan(piece, first - low, first - start, last - first)
+            yield PageSpan(segment, first - low, first - start, last - first)
         low += size
-    assert end <= low, "the pieces hold all that is asked for"
+    assert end <= low, "the segments hold the whole range"
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """What an append to a stream does, whose last bytes are the tail in memory."""
+    """What an append does to a storage whose last bytes are a tail in memory."""
 
     write_start: int
-    """The whole pages `write_start` ... `write_end` of the stream go to the file: the
-    tail, then the first `num_written` bytes of what is new."""
+    """The bytes `write_start` ... `write_end`, whole pages, go to the file: first the
+    tail, then the first `num_written` new bytes."""
     write_end: int
     num_written: int
-    """Of what is new; the rest becomes the tail, or is added to it."""
+    """New bytes that are written; the other new bytes are added to the tail."""
 
 
 def plan_append(length: int, nbytes: int, page_bytes: int) -> Append:
-    """`nbytes` come to a stream of `length` bytes."""
+    """Plans how `nbytes` are appended to a storage of `length` bytes."""
     start = align_down(length, page_bytes)
     end = align_down(length + nbytes, page_bytes)
     return Append(start, end, max(end - length, 0))
 
 
 class FreeList:
-    """Byte ranges of a file that grows without end, the lowest that fit first."""
+    """Hands out byte ranges of a growing file, the lowest that fit first."""
 
     def __init__(self) -> None:
         self.end = 0
-        """Nothing beyond is in use."""
+        """The end of the last range in use."""
         self._gaps: list[tuple[int, int]] = []
 
     def take(self, nbytes: int) -> int:
-        """The offset of `nbytes` that nobody has."""
+        """Takes `nbytes` that are free, and returns their offset."""
         for index, (start, end) in enumerate(self._gaps):
             if end - start >= nbytes:
                 self._gaps[index : index + 1] = (
@@ -74,6 +75,7 @@ class FreeList:
         return start
 
     def give_back(self, offset: int, nbytes: int) -> None:
+        """Frees a range that was taken."""
         gaps = sorted([*self._gaps, (offset, offset + nbytes)])
         merged: list[tuple[int, int]] = []
         for start, end in gaps:

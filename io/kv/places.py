@@ -1,4 +1,4 @@
-"""How strips are kept in each tier."""
+"""The tiers of keys and values: each opens layer buffers of its kind."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -8,43 +8,45 @@ import torch
 from ..closing import Closing
 from ..devices.device import Device, Stream
 from .codec import Codec
-from .copied import CopiedStrip
+from .copied import CopiedBuffer
 from .count import KvCount
 from .file import KvFile, pages
-from .file_region import FileRegion
+from .file_region import FileStorage
 from .hop import HostBounce
-from .in_place import InPlaceStrip
+from .in_place import InPlaceBuffer
 from .lender import BufferPool
-from .region import KvStorage, Leaving, MemoryRegion
+from .region import KvStorage, Leaving, MemoryStorage
 from .shape import KvShape
 from .staging import Staging
 from .strip import KvLayerBuffer, Lease
 
 PENDING_BYTES = 256 << 20
-"""Most that waits to be written, beside what is being made."""
+"""Most bytes that wait to be written at one time."""
 
 MakeCodec = Callable[[KvShape], Codec]
 
 
 class InPlace(Closing):
-    """Memory that attention reads directly."""
+    """Keeps keys and values in memory of `device`, where attention reads them."""
 
     def __init__(self, device: torch.device, count: KvCount) -> None:
         self._device = device
         self._count = count
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        """Bytes of a layer buffer for `capacity` tokens."""
         return capacity * shape.row_bytes
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
-        return InPlaceStrip(shape, capacity, self._device, lease, self._count)
+        """A new layer buffer for `capacity` tokens, which takes over `lease`."""
+        return InPlaceBuffer(shape, capacity, self._device, lease, self._count)
 
     def close(self) -> None:
-        """The memory goes with the strips."""
+        """Does nothing: the memory belongs to the layer buffers."""
 
 
 class _Elsewhere(Closing):
-    """What is brought to where attention reads it."""
+    """Keeps keys and values in a storage, and stages them before attention."""
 
     def __init__(self, staging: Staging, count: KvCount, make_codec: MakeCodec) -> None:
         self._staging = staging
@@ -52,21 +54,26 @@ class _Elsewhere(Closing):
         self._make_codec = make_codec
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
+        """Bytes of a layer buffer for `capacity` tokens."""
         return capacity * self._make_codec(shape).row_bytes
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer:
-        region = self._region()
-        region.grow(self.bytes_of(shape, capacity))
-        return CopiedStrip(
-            shape, self._make_codec, region, self._staging, lease, self._count
+        """A new layer buffer for `capacity` tokens, which takes over `lease`."""
+        storage = self._new_storage()
+        storage.grow(self.bytes_of(shape, capacity))
+        return CopiedBuffer(
+            shape, self._make_codec, storage, self._staging, lease, self._count
         )
 
     @abstractmethod
-    def _region(self) -> KvStorage: ...
+    def _new_storage(self) -> KvStorage: ...
 
 
 class Copied(_Elsewhere):
-    """Memory that is copied from and to by two streams, which `lender` lends."""
+    """Keeps keys and values in memory of `pool`.
+
+    The stream `out` copies to it, and the stream `back` copies from it.
+    """
 
     def __init__(
         self,
@@ -77,29 +84,29 @@ class Copied(_Elsewhere):
         *,
         out: Stream,
         back: Stream,
-        lender: BufferPool,
+        pool: BufferPool,
     ) -> None:
         super().__init__(staging, count, make_codec)
         self._device = device
         self._out = out
         self._back = back
-        self._lender = lender
+        self._pool = pool
         self._leaving = Leaving(device)
 
-    def _region(self) -> KvStorage:
-        return MemoryRegion(
-            self._device, self._out, self._back, self._leaving, self._lender
+    def _new_storage(self) -> KvStorage:
+        return MemoryStorage(
+            self._device, self._out, self._back, self._leaving, self._pool
         )
 
     def close(self) -> None:
-        """After all strips."""
+        """Call it after all layer buffers are closed."""
         self._device.synchronize()
         self._leaving.clear()
-        self._lender.close()
+        self._pool.close()
 
 
 class OnDisk(_Elsewhere):
-    """A file that is read and written by threads."""
+    """Keeps keys and values in a file that threads read and write."""
 
     def __init__(
         self,
@@ -108,25 +115,25 @@ class OnDisk(_Elsewhere):
         count: KvCount,
         make_codec: MakeCodec,
         open_file: Callable[[], KvFile],
-        hop: HostBounce,
+        bounce: HostBounce,
     ) -> None:
         super().__init__(staging, count, make_codec)
         self._device = device
         self._open_file = open_file
-        self._hop = hop
+        self._bounce = bounce
         self.file: KvFile | None = None
-        """Opened when something is kept in it."""
+        """None until the first layer buffer is opened."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         return pages(super().bytes_of(shape, capacity))
 
-    def _region(self) -> KvStorage:
+    def _new_storage(self) -> KvStorage:
         if self.file is None:
             self.file = self._open_file()
-        return FileRegion(self.file, self._device, self._hop)
+        return FileStorage(self.file, self._device, self._bounce)
 
     def close(self) -> None:
-        """After all strips."""
+        """Call it after all layer buffers are closed."""
         if self.file is not None:
             self.file.close()
-        self._hop.close()
+        self._bounce.close()

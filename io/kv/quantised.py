@@ -1,4 +1,4 @@
-"""Keys and values in one byte an element, with a scale for each group of a head."""
+"""Stores keys and values in one byte per element, with a scale for each group."""
 
 import torch
 
@@ -9,15 +9,16 @@ from .strip import Pair
 _MOST_IN_GROUP = 32
 _ROW_ALIGNMENT = 16
 _LEAST_SCALE = 2.0**-14
-"""The least normal float16: what is smaller than its half becomes nothing."""
+"""The smallest normal float16. Elements below half of it become zero."""
 
 
 class Quantised:
-    """Symmetric: an element is its byte, `kind` (int8 or float8_e4m3fn), times the
-    float16 scale of its group, which spans up to 32 elements of one head of one token.
+    """Symmetric quantisation to `kind` (torch.int8 or torch.float8_e4m3fn).
 
-    The largest of a group is kept up to the scale's own rounding; the others are off by
-    half a step of int8 (1/254 of the largest) or by 1/16 of themselves in fp8.
+    An element is its byte times the float16 scale of its group. A group has up to 32
+    elements of one head of one token. Errors: the largest element of a group is exact
+    up to the rounding of the scale. The others are off by at most half a step: 1/254 of
+    the largest for int8, 1/16 of the element itself for fp8.
     """
 
     is_lossy = True
@@ -35,6 +36,7 @@ class Quantised:
         self.row_bytes = align_up(self._scales_end, _ROW_ALIGNMENT)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Quantises [batch, heads, tokens, dim] into rows; see `Codec.encode`."""
         num = keys.shape[2]
         with torch.inference_mode(False):
             table = torch.zeros(
@@ -47,6 +49,7 @@ class Quantised:
         return table.view(-1)
 
     def decode(self, rows: torch.Tensor) -> Pair:
+        """New tensors [batch, heads, tokens, dim]; see `Codec.decode`."""
         shape = self._shape
         elements, scales = self._parts(rows.view(-1, self.row_bytes))
         split, cut = shape.key_numel, self._num_key_scales
@@ -67,6 +70,10 @@ class Quantised:
         elements: torch.Tensor,
         scales: torch.Tensor,
     ) -> None:
+        """Quantises `new` [batch, heads, tokens, dim] into `elements` and `scales`.
+
+        Both have one row for each token.
+        """
         num = new.shape[2]
         exact = new.permute(2, 0, 1, 3).reshape(num, -1, group).float()
         largest = 127.0 if self._kind == torch.int8 else torch.finfo(self._kind).max
@@ -81,13 +88,14 @@ class Quantised:
     def _get(
         self, elements: torch.Tensor, scales: torch.Tensor, heads: int
     ) -> torch.Tensor:
+        """The inverse of `_put`: [batch, heads, tokens, dim] in the model's dtype."""
         num = elements.shape[0]
         exact = elements.float().view(num, scales.shape[1], -1)
         exact = exact * scales.unsqueeze(-1).float()
-        found = exact.view(num, self._shape.batch, heads, -1).to(self._shape.dtype)
-        return found.permute(1, 2, 0, 3)
+        result = exact.view(num, self._shape.batch, heads, -1).to(self._shape.dtype)
+        return result.permute(1, 2, 0, 3)
 
 
 def _group(dim: int) -> int:
-    """The most elements, up to 32, that `dim` is a multiple of."""
+    """The size of a group: the largest divisor of `dim` up to 32."""
     return max(size for size in range(1, _MOST_IN_GROUP + 1) if dim % size == 0)

@@ -1,4 +1,4 @@
-"""Where the rows of one strip are kept, other than where attention reads them."""
+"""Stores the rows of one layer buffer, apart from where attention reads them."""
 
 from abc import abstractmethod
 from collections import deque
@@ -18,18 +18,21 @@ _MAX_LEAVING = 2
 
 
 class Arrival:
-    """What is on its way to the device's memory."""
+    """Rows that are being fetched to the device."""
 
     handle: Handle | None = None
-    """Of who queues the last copy; None when it is queued."""
+    """Done when the last copy is queued; None if it is queued already."""
     ready: Event | None = None
-    """When the last byte is there; None where nothing is queued."""
+    """Passes when the last byte has arrived; None if no copy is queued."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
 
     def wait(self) -> None:
-        """It is there for the work that is queued from now on. Raises what failed."""
+        """Makes the rows available to all work queued on the device from now on.
+
+        Raises what failed.
+        """
         if self.handle is not None:
             self.handle.wait()
         if self.ready is not None:
@@ -37,62 +40,74 @@ class Arrival:
 
 
 class KvStorage(Closing):
-    """A stream of `nbytes` bytes, of at most `capacity` unless it is grown."""
+    """A sequence of `nbytes` bytes, at most `capacity` until `grow` is called."""
 
     nbytes: int = 0
     capacity: int = 0
 
     @abstractmethod
     def grow(self, nbytes: int) -> None:
-        """Makes room for `nbytes` more; nothing is moved."""
+        """Makes room for `nbytes` more; nothing is moved.
+
+        Raises DoesNotFitError when there is no memory.
+        """
 
     @abstractmethod
     def append(self, rows: torch.Tensor) -> None:
-        """Starts to write `rows` (uint8, on the device), which stay as they are."""
+        """Starts to write `rows` (uint8 [bytes], on the device) behind the others.
+
+        The caller must not change `rows` afterwards.
+        """
 
     @abstractmethod
     def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
-        """Starts to bring the bytes `start` ... `end` to `target`, behind its first
-        `lead(start)` ones."""
+        """Starts to copy the bytes `start` ... `end` to `target`.
+
+        `target` is uint8 [bytes], on the device. The bytes go behind its first
+        `lead(start)` ones.
+        """
 
     def lead(self, start: int) -> int:
-        """Bytes before those from `start` on that come with them."""
+        """Bytes before `start` that a fetch from `start` on brings as well."""
         return 0
 
     def round(self, nbytes: int) -> int:
-        """The next size that a piece can have."""
+        """`nbytes` rounded up to a size that `grow` can add."""
         return nbytes
 
     def room(self, nbytes: int, more: int) -> int:
-        """Bytes of a buffer to which `nbytes` are fetched and `more` are added."""
+        """Bytes of a buffer that `nbytes` are fetched into, with room for `more`."""
         return nbytes + more
 
     @abstractmethod
     def truncate(self, nbytes: int) -> None:
-        """Takes all bytes from `nbytes` on back."""
+        """Removes all bytes from `nbytes` on."""
 
 
 class Leaving:
-    """What is copied out of the device by a stream beside it, and must stay until it
-    is: at most a few at one time, so that the device's memory does not fill with it."""
+    """Keeps device rows alive until a side stream has copied them out.
+
+    At most a few are kept at one time, so that they do not fill the device's memory.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._rows: deque[tuple[Event, torch.Tensor]] = deque()
 
     def add(self, copied: Event, rows: torch.Tensor) -> None:
+        """Keeps `rows` (any tensor of the device) until `copied` has passed."""
         self._rows.append((copied, rows))
         while len(self._rows) > _MAX_LEAVING:
             event, _ = self._rows.popleft()
-            self._device.compute.wait(event)  # its memory is used again in that order
+            self._device.compute.wait(event)  # the compute stream reuses its memory
 
     def clear(self) -> None:
-        """After all work."""
+        """Drops all rows. Call it after all work with them."""
         self._rows.clear()
 
 
-class MemoryRegion(KvStorage):
-    """In memory that `lender` lends, to and from which `out` and `back` copy."""
+class MemoryStorage(KvStorage):
+    """Stores rows in memory of `pool`; `out` copies to it, `back` copies from it."""
 
     def __init__(
         self,
@@ -100,43 +115,45 @@ class MemoryRegion(KvStorage):
         out: Stream,
         back: Stream,
         leaving: Leaving,
-        lender: BufferPool,
+        pool: BufferPool,
     ) -> None:
         self._device = device
         self._out = out
         self._back = back
         self._leaving = leaving
-        self._lender = lender
-        self._pieces: list[Memory] = []
+        self._pool = pool
+        self._segments: list[Memory] = []
         self._sizes: list[int] = []
         self._written: Event | None = None
         self._fetched: Event | None = None
         self._is_closed = False
 
     def grow(self, nbytes: int) -> None:
-        self._pieces.append(self._lender.take(nbytes))
+        self._segments.append(self._pool.take(nbytes))
         self._sizes.append(nbytes)
         self.capacity += nbytes
 
     def append(self, rows: torch.Tensor) -> None:
+        """Queues a copy of `rows` (uint8 [bytes], on the device)."""
         self._check()
         self._out.wait(self._device.compute.record())
         for span in spans(self._sizes, self.nbytes, self.nbytes + rows.nbytes):
             part = rows[span.position : span.position + span.nbytes]
-            memory = self._pieces[span.piece]
+            memory = self._segments[span.segment]
             self._out.copy(memory.tensor(span.offset, span.nbytes), part)
         self._written = self._out.record()
         self._leaving.add(self._written, rows)
         self.nbytes += rows.nbytes
 
     def fetch(self, start: int, end: int, target: torch.Tensor) -> Arrival:
+        """Queues a copy into `target` (uint8 [bytes], on the device)."""
         self._check()
         self._back.wait(self._device.compute.record())
         if self._written is not None:
             self._back.wait(self._written)
         for span in spans(self._sizes, start, end):
             part = target[span.position : span.position + span.nbytes]
-            memory = self._pieces[span.piece]
+            memory = self._segments[span.segment]
             self._back.copy(part, memory.tensor(span.offset, span.nbytes))
         arrival = Arrival(self._device)
         arrival.ready = self._fetched = self._back.record()
@@ -151,9 +168,9 @@ class MemoryRegion(KvStorage):
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            pieces, self._pieces = self._pieces, []
-            for piece in pieces:
-                self._lender.give_back(piece)
+            segments, self._segments = self._segments, []
+            for segment in segments:
+                self._pool.give_back(segment)
 
     def _check(self) -> None:
         if self._is_closed:

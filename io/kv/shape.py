@@ -1,4 +1,4 @@
-"""What one token of one layer adds to a cache, for all sequences of a batch."""
+"""The shape of what one token adds to one layer of a cache, for a whole batch."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,8 @@ from ..errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """Keys are [batch, key_heads, tokens, key_dim], values likewise."""
+    """Keys are [batch, key_heads, tokens, key_dim]; values are
+    [batch, value_heads, tokens, value_dim] of the same dtype."""
 
     batch: int
     key_heads: int
@@ -20,7 +21,10 @@ class KvShape:
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "KvShape":
-        """Raises UsageError for what no tier can keep."""
+        """The shape of `keys` and `values`, each [batch, heads, tokens, dim].
+
+        Raises UsageError if they are not such a pair.
+        """
         is_pair = (
             keys.dim() == values.dim() == 4
             and keys.dtype == values.dtype
@@ -44,14 +48,15 @@ class KvShape:
 
     @property
     def key_numel(self) -> int:
-        """Elements of the keys of one token."""
+        """Elements of the keys of one token, for all sequences."""
         return self.batch * self.key_heads * self.key_dim
 
     @property
     def value_numel(self) -> int:
+        """Elements of the values of one token, for all sequences."""
         return self.batch * self.value_heads * self.value_dim
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token, as the model computes with it."""
+        """Bytes of one token in the model's dtype, for all sequences."""
         return (self.key_numel + self.value_numel) * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""A few strips at a time, in the device's memory, where attention reads them."""
+"""Device memory for a few layer buffers at a time, where attention reads them."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,35 +12,38 @@ from .region import Arrival
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 FEW_STRIPS = 3
-"""Of who computes, of who follows, and of who was before: there is always room for so
-many,"""
+"""Without a limit, there is room for this many layer buffers: the one in use, the next
+one, and the previous one."""
 FEW_BYTES = 256 << 20
-"""and for more in so many bytes, since micro-batches that share their products attend
-one right after the other: all should be there by then."""
+"""Without a limit, more layer buffers may be staged, up to this many bytes. The reason:
+micro-batches that share matrix products attend right after each other, and all should
+be staged by then."""
 
 
 @dataclass(eq=False, slots=True)
 class StagedRows:
-    """A strip's tokens from `first` on, as rows."""
+    """The rows of a layer buffer's tokens from `first` on, in device memory."""
 
     buffer: torch.Tensor
-    """uint8, its address aligned."""
+    """uint8 [bytes], at an aligned address."""
     lead: int
-    """Bytes before the row of `first`."""
+    """Bytes in the buffer before the row of `first`."""
     first: int
     ready: Arrival | None = None
-    """When the rows are there; None if nobody brings any."""
+    """The fetch under way; None if there is none."""
     is_used: bool = False
-    """Whether it was read since it was brought: then it goes first."""
+    """Whether it was read since it was fetched; such rows are dropped first."""
     is_dropped: bool = False
 
 
 class Staging(Closing):
-    """Lends out buffers, at most `max_bytes` of them unless who computes needs more;
-    None: for a few strips, or `FEW_BYTES`.
+    """Lends device buffers to layer buffers, `max_bytes` of them together.
 
-    A buffer that is dropped is used again when nobody views it any more: a model may
-    keep what one layer saw for another one.
+    The computing thread always gets a buffer, even beyond that limit. Without a limit
+    (None), `FEW_STRIPS` buffers or `FEW_BYTES` are lent, whichever is more.
+
+    A dropped buffer is used again once nobody views it. A model may keep the views of
+    one layer for another layer.
     """
 
     def __init__(self, device: Device, max_bytes: int | None) -> None:
@@ -55,29 +58,34 @@ class Staging(Closing):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
+        """Bytes of all buffers, lent or free."""
         return sum(s.buffer.nbytes for s in (*self._staged, *self._free))
 
     def lend(
         self, nbytes: int, lead: int, first: int, *, ahead: bool
     ) -> StagedRows | None:
-        """A buffer for `nbytes`, `lead` included. None where it is for later (`ahead`)
-        and there is no room without what is still to be used, or is looked at."""
+        """Lends a buffer for `nbytes`, `lead` included, for the tokens from `first` on.
+
+        With `ahead`, the buffer is for later use. Then the result is None if there is
+        room only after dropping rows that are not used yet or are still viewed.
+        """
         while self._is_full(nbytes):
-            worst = self._free_of_use() if ahead else self._least_wanted()
-            if worst is None:
+            victim = self._used_and_unviewed() if ahead else self._least_wanted()
+            if victim is None:
                 if ahead:
                     return None
                 break
-            self.drop(worst)
+            self.drop(victim)
         staged = StagedRows(self._buffer(nbytes), lead, first)
         self._staged.append(staged)
         self.peak_bytes = max(self.peak_bytes, self.nbytes)
         return staged
 
     def use(self, staged: StagedRows) -> None:
-        """Who computes reads `staged`, which is there for what is queued from now on.
-        Raises what bringing it raised; then it is dropped."""
+        """Makes `staged` available to all work queued on the device from now on.
+
+        If the fetch failed, `staged` is dropped and the error is raised.
+        """
         if staged.ready is not None:
             try:
                 staged.ready.wait()
@@ -90,34 +98,36 @@ class Staging(Closing):
         self._staged.append(staged)
 
     def put(self, staged: StagedRows, offset: int, rows: torch.Tensor) -> None:
-        """`rows` behind what is in `staged`, in the order of the device's work."""
+        """Copies `rows` (uint8 [bytes], on the device) to `offset` of the buffer.
+
+        The copy is queued on the compute stream.
+        """
         target = staged.buffer[offset : offset + rows.nbytes]
         self._device.compute.copy(target, rows)
 
     def drop(self, staged: StagedRows) -> None:
-        """May be dropped twice."""
+        """Frees the buffer of `staged`; harmless if it is dropped already."""
         if not staged.is_dropped:
             staged.is_dropped = True
             self._staged.remove(staged)
             self._free.append(staged)
 
     def close(self) -> None:
-        """After all work with them."""
+        """Frees all buffers. Call it after all work with them."""
         for staged in list(self._staged):
             self.drop(staged)
         for staged in self._free:
             self._forget(staged)
         self._free.clear()
 
-    def _free_of_use(self) -> StagedRows | None:
-        """What may be dropped for somebody's later use: it was read, and who read it
-        keeps no view, so that its memory is free at once."""
+    def _used_and_unviewed(self) -> StagedRows | None:
+        """Rows that were read and that nobody views: their memory is free at once."""
         return next(
             (s for s in self._staged if s.is_used and _num_views(s.buffer) == 1), None
         )
 
     def _least_wanted(self) -> StagedRows | None:
-        """What was read, else what was brought last: it is used after the others."""
+        """Rows that were read; else those fetched last, which are used last."""
         used = (staged for staged in self._staged if staged.is_used)
         return next(used, self._staged[-1] if self._staged else None)
 
@@ -136,7 +146,7 @@ class Staging(Closing):
         held += sum(staged.buffer.nbytes for staged in self._staged)
         best: StagedRows | None = None
         for staged in sorted(free, key=lambda staged: staged.buffer.nbytes):
-            if _num_views(staged.buffer) > 1:  # it goes with who views it
+            if _num_views(staged.buffer) > 1:  # the last view frees it
                 self._forget(staged)
             elif best is None and staged.buffer.nbytes >= nbytes:
                 best = staged
@@ -148,10 +158,12 @@ class Staging(Closing):
         return self._allocate(nbytes) if best is None else self._forget(best)
 
     def _forget(self, staged: StagedRows) -> torch.Tensor:
-        """Its buffer, which nothing is on its way to any more: the memory may become
-        another's. The strip that it was dropped by may keep `staged` for long."""
+        """Takes the buffer away from `staged`, after any fetch into it has ended.
+
+        Its layer buffer may keep `staged` itself for long.
+        """
         if staged.ready is not None:
-            with suppress(Exception):  # nobody waits for it any more
+            with suppress(Exception):  # nobody needs these rows any more
                 staged.ready.wait()
         buffer, staged.buffer = staged.buffer, _NOTHING
         return buffer
@@ -162,7 +174,7 @@ class Staging(Closing):
             whole = torch.empty(
                 size + ALIGNMENT, dtype=torch.uint8, device=self._device_of_torch()
             )
-            # Not a slice: that would keep `whole`, and so seem to be viewed for ever.
+            # Not a slice: it would keep `whole` alive, which counts as a view.
             start = -whole.data_ptr() % ALIGNMENT
             buffer = whole.new_empty(0)
             buffer.set_(whole.untyped_storage(), start, (size,), (1,))
@@ -174,6 +186,6 @@ class Staging(Closing):
 
 
 def _num_views(tensor: torch.Tensor) -> int:
-    """Tensors that view the storage of `tensor`, itself included."""
+    """The number of tensors that share the storage of `tensor`, itself included."""
     storage = tensor.untyped_storage()
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1

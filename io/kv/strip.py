@@ -1,4 +1,4 @@
-"""The keys and values of one layer of one cache: a strip, which grows at its end."""
+"""The contract of a layer buffer: the keys and values of one layer of one cache."""
 
 from abc import abstractmethod
 from typing import Protocol
@@ -13,61 +13,77 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Lease(Protocol):
-    """Bytes that were taken from the budget of a tier."""
+    """Bytes taken from the budget of one tier."""
 
     tier: str
 
     def resize(self, nbytes: int) -> None:
-        """Raises DoesNotFitError, and leaves it as it is."""
+        """Changes the lease to `nbytes`.
+
+        Raises DoesNotFitError when the budget has too little; the lease stays then.
+        """
         ...
 
-    def give_back(self) -> None: ...
+    def give_back(self) -> None:
+        """Returns all bytes to the budget."""
+        ...
 
 
 class KvLayerBuffer(Closing):
-    """Tokens are known by their number since the beginning: those from `first` up to
-    `length` are kept. What `append` and `view` return is read at once, or kept: it
-    stays as it is until the strip is changed other than by `append`."""
+    """The keys and values of one layer of one cache.
+
+    Tokens are numbered from the beginning of the sequence; those from `first` up to
+    `length` are kept. The tensors that `append` and `view` return stay valid until a
+    method other than `append` changes the buffer.
+    """
 
     shape: KvShape
     first: int = 0
     length: int = 0
 
     def __del__(self) -> None:
-        self.close()  # with the cache that it belonged to
+        self.close()  # the cache that it belonged to is gone
 
     @property
     @abstractmethod
     def device_bytes(self) -> int:
-        """Bytes of the device's own budget that it takes while its micro-batch
-        waits."""
+        """Bytes of the device's own budget that it holds between its uses."""
 
     def prefetch(self) -> bool:
-        """It will probably be used soon. False if there is no room for it now."""
+        """Starts to fetch the tokens, which will probably be used soon.
+
+        Returns False if there is no room for them now.
+        """
         return True
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> Pair:
-        """Adds tokens; returns all from `start` on, the new ones included."""
+        """Adds `keys` and `values`, each [batch, heads, new tokens, dim].
+
+        Returns all tokens from number `start` on, the new ones included. Raises
+        DoesNotFitError when the tier has no room for them.
+        """
 
     def skip(self, num: int) -> None:
-        """The first `num` tokens are never kept. Before anything is appended."""
-        assert self.length == 0, "what is there cannot be skipped"
+        """Leaves out the first `num` tokens. Call it before anything is appended."""
+        assert self.length == 0, "tokens that are kept cannot be skipped"
         self.first = self.length = num
 
     @abstractmethod
     def view(self, start: int) -> Pair:
-        """All tokens from `start` on."""
+        """All tokens from number `start` on."""
 
     @abstractmethod
     def forget(self, before: int) -> None:
-        """Nobody will ask for tokens before `before` any more."""
+        """Drops the tokens before number `before`: nobody will ask for them again."""
 
     @abstractmethod
     def truncate(self, length: int) -> None:
-        """Takes back all tokens from `length` on."""
+        """Removes all tokens from number `length` on."""
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
-        """Sequence i becomes what sequence `rows[i]` is; there may be more or less
-        than before."""
+        """Replaces sequence i by sequence `rows[i]`, for all i.
+
+        `rows` is int64 [new batch]; the batch may grow or shrink.
+        """

@@ -1,5 +1,4 @@
-"""A thread that does what it is given, one after the other: a stream of work where the
-device has none."""
+"""A thread that runs work in order: a stream for devices that have none."""
 
 import ctypes
 import queue
@@ -20,10 +19,11 @@ _Job = tuple[Callable[[], None], int, bool, Handle]
 
 
 class WorkerStream(Closing):
-    """`give` work and wait for its handle, which raises what failed; the others go on.
-    Who gives more than `max_pending_bytes` at one time waits.
+    """Runs work on a thread of its own, in the order in which it was given.
 
-    It copies host memory as a stream does, too, held to `pace`.
+    `give` returns a handle, which raises the error of that work; later work still runs.
+    `give` waits while more than `max_pending_bytes` are pending. The methods of a
+    `Stream` copy host memory, no faster than `pace` allows.
     """
 
     def __init__(
@@ -55,8 +55,12 @@ class WorkerStream(Closing):
     def give(
         self, act: Callable[[], None], nbytes: int = 0, *, is_work: bool = True
     ) -> Handle:
-        """Does `act` after all that was given before; it keeps `nbytes` until then.
-        What is no work, but waits for others', is not recorded."""
+        """Runs `act` after all earlier work.
+
+        `nbytes` is the memory that the work keeps until it is done. With `is_work`
+        False, `act` only waits for other work, and is not recorded in the timeline.
+        Raises ClosedError after `close`.
+        """
         handle = Handle(1)
         with self._room:
             while (
@@ -72,10 +76,11 @@ class WorkerStream(Closing):
             self._jobs.put((act, nbytes, is_work, handle))
         return handle
 
-    # As a stream.
+    # The methods of a Stream.
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert target.nbytes == source.nbytes, "bytes, of one length"
+        """Copies `source` to `target`: host memory, contiguous, equally many bytes."""
+        assert target.nbytes == source.nbytes, "copies need equally many bytes"
         given = self._clock()
 
         def act() -> None:
@@ -87,13 +92,15 @@ class WorkerStream(Closing):
         self.give(act, source.nbytes)
 
     def record(self) -> Event:
+        """An event that passes when all work given so far is done."""
         return self._last
 
     def wait(self, event: Event) -> None:
+        """Makes later work begin after `event`. Does not block."""
         self.give(event.wait, is_work=False)
 
     def close(self) -> None:
-        """Finishes what was given and ends the thread."""
+        """Finishes the given work and ends the thread."""
         with self._room:
             if self._is_closed:
                 return
@@ -108,7 +115,9 @@ class WorkerStream(Closing):
             start = self._clock()
             try:
                 act()
-            except BaseException as caught:  # raised by whoever waits for it
+            except (
+                BaseException
+            ) as caught:  # raised again where the handle is waited for
                 forget_frames(caught)
                 error = caught
             del act, job

@@ -1,4 +1,4 @@
-"""Host memory that units stand in, and what any such memory can do."""
+"""Host memory that holds units, and the contract of memory on any device."""
 
 import contextlib
 import ctypes
@@ -14,20 +14,22 @@ _HUGE_PAGE_BYTES = 2 << 20
 
 
 class Memory(Protocol):
-    """Bytes of some device that units are put into and viewed in."""
+    """Memory of a device that units are loaded into and viewed in."""
 
     nbytes: int
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
-        """The bytes `offset` ... `offset + nbytes`, as uint8 (at least one)."""
+        """The bytes `offset` ... `offset + nbytes`, as a view: uint8 [nbytes].
+
+        `nbytes` is at least 1. Raises ClosedError after `close`.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class HostMemory(Closing):
-    """`nbytes` of a mapping that is given back when this is closed and the last view
-    of it is gone."""
+    """A mapping of `nbytes`, freed when this is closed and its last view is gone."""
 
     _map: mmap.mmap
 
@@ -40,17 +42,20 @@ class HostMemory(Closing):
         return f"<{type(self).__name__}: {self.nbytes} bytes, {state}>"
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """The writable bytes `offset` ... `offset + nbytes`."""
+        """The writable bytes `offset` ... `offset + nbytes`.
+
+        Raises ClosedError after `close`.
+        """
         if self._view is None:
             raise ClosedError("this arena is closed; load the model again")
         return self._view[offset : offset + nbytes]
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
-        """The same as `view`, as a tensor of uint8 (of at least one byte)."""
+        """The same bytes as `view`, as a tensor: uint8 [nbytes], at least one byte."""
         return torch.frombuffer(self.view(offset, nbytes), dtype=torch.uint8)
 
     def close(self) -> None:
-        """Gives the memory back, or leaves that to the last tensor that views it."""
+        """Frees the memory, at once or when the last tensor that views it is gone."""
         if self._view is None:
             return
         self._view.release()
@@ -58,21 +63,22 @@ class HostMemory(Closing):
         try:
             self._map.close()
         except BufferError:
-            del self._map  # the user holds a view: its death unmaps
+            del self._map  # somebody holds a view; the last one unmaps
 
 
 class Arena(HostMemory):
-    """Anonymous memory, aligned to a huge page and advised to use them (4 KiB pages
-    cost TLB misses in every matrix product).
+    """Anonymous memory, aligned to a huge page.
 
-    Pages are taken from the system as they are first written.
+    The kernel is advised to use huge pages, because 4 KiB pages cost TLB misses in
+    every matrix product. It provides each page at its first write. Raises
+    DoesNotFitError if the system refuses the memory.
     """
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
         try:
-            # Exactly as much as was asked for, plus address space to align in. Private:
-            # most systems give no huge pages to shared memory.
+            # The extra bytes are address space for the alignment. Private, because most
+            # systems give no huge pages to shared memory.
             self._map = mmap.mmap(
                 -1,
                 nbytes + _HUGE_PAGE_BYTES,
@@ -84,17 +90,17 @@ class Arena(HostMemory):
                 "device_memory"
             ) from error
         self._advise("MADV_HUGEPAGE")
-        # A fork during a direct read into private memory may tear it: open(2), NOTES.
+        # A fork during a direct read may corrupt private memory: open(2), NOTES.
         self._advise("MADV_DONTFORK")
         anchor = ctypes.c_char.from_buffer(self._map)
         address = ctypes.addressof(anchor)
-        del anchor  # an exported buffer would keep the map from closing
+        del anchor  # it would keep the map from closing
         start = -address % _HUGE_PAGE_BYTES
         whole = memoryview(self._map)
         self._view = whole[start : start + nbytes]
         whole.release()
 
     def _advise(self, name: str) -> None:
-        """Advice is not taken on every system (a kernel without huge pages)."""
+        """Gives advice that some systems refuse, such as kernels without huge pages."""
         with contextlib.suppress(AttributeError, OSError):
             self._map.madvise(getattr(mmap, name))

@@ -1,4 +1,4 @@
-"""Buffers in host memory, lent out and used again."""
+"""Buffers in host memory that are lent and used again."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -12,12 +12,11 @@ _LEAST_BYTES = 64 << 10
 
 
 class HostBuffers(Closing):
-    """Lends out buffers of at least the bytes asked for, each an arena of its own.
+    """Lends buffers, each an arena of at least the requested size.
 
-    One that is given back is lent again; where none is large enough, a larger one takes
-    the place of one that is free, so there are never more than were lent at one time.
-    `pin(buffer)` locks a new one in place, for a GPU, until what it returns is closed.
-    For one thread.
+    A buffer that is given back is lent again. If no free buffer is large enough, a new
+    one replaces a free one. So there are never more buffers than were lent at one time.
+    `pin(buffer)` pins a new buffer until its result is closed. For one thread only.
     """
 
     def __init__(self, pin: Callable[[Arena], Closing | None]) -> None:
@@ -25,7 +24,7 @@ class HostBuffers(Closing):
         self._free: list[tuple[Arena, Event]] = []
         self._open: dict[int, tuple[Arena, Closing | None]] = {}
         self.num_allocated = 0
-        """Since this was made: in a steady state it stands still."""
+        """Buffers allocated since the start. In a steady state it does not grow."""
 
     def __repr__(self) -> str:
         return (
@@ -39,15 +38,17 @@ class HostBuffers(Closing):
         return sum(buffer.nbytes for buffer, _ in self._open.values())
 
     def take(self, nbytes: int) -> Arena:
-        """The smallest free buffer that holds `nbytes`. Work that writes there must
-        come after the last work of who gave it back. Raises DoesNotFitError when the
-        system refuses the memory of a new one."""
-        fitting = [found for found in self._free if found[0].nbytes >= nbytes]
+        """The smallest free buffer of at least `nbytes`, or a new one.
+
+        Work that writes to it must be ordered after all work of its previous user.
+        Raises DoesNotFitError if the system refuses the memory of a new buffer.
+        """
+        fitting = [free for free in self._free if free[0].nbytes >= nbytes]
         if fitting:
-            best = min(fitting, key=lambda found: found[0].nbytes)
-            self._free = [found for found in self._free if found is not best]
+            best = min(fitting, key=lambda free: free[0].nbytes)
+            self._free = [free for free in self._free if free is not best]
             return best[0]
-        if self._free:  # caches grow: what is too small now is so for ever
+        if self._free:  # caches grow, so it would stay too small
             buffer, used = self._free.pop()
             used.wait()
             self._drop(buffer)
@@ -58,14 +59,13 @@ class HostBuffers(Closing):
         return buffer
 
     def give_back(self, buffer: Arena, used: Event) -> None:
-        """`buffer` may be lent again; a device is done with it when `used` has
-        passed."""
+        """Returns `buffer` to the pool; a device may use it until `used` has passed."""
         is_free = any(free is buffer for free, _ in self._free)
         if id(buffer) in self._open and not is_free:
             self._free.append((buffer, used))
 
     def close(self) -> None:
-        """Frees all of them, lent or not: after all work with them."""
+        """Frees all buffers, lent or not. Call it after all work with them."""
         self._free.clear()
         with ExitStack() as left:
             for buffer, _ in list(self._open.values()):
@@ -80,6 +80,9 @@ class HostBuffers(Closing):
 
 
 def size_class(nbytes: int) -> int:
-    """`nbytes` rounded up, by a quarter at most: what grows slowly fits for long."""
+    """`nbytes` rounded up: by a quarter at most, or to 64 KiB.
+
+    A buffer of this size stays large enough for long if the need grows slowly.
+    """
     step = max(1 << (nbytes.bit_length() - 3), _LEAST_BYTES)
     return align_up(nbytes, step)

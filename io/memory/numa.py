@@ -1,4 +1,4 @@
-"""Which memory is near which GPU, on machines where that differs (NUMA nodes)."""
+"""Finds and uses the memory that is near a GPU, on machines with several NUMA nodes."""
 
 import ctypes
 import os
@@ -8,27 +8,29 @@ from pathlib import Path
 
 SYSFS = Path("/sys")
 _MBIND = {"x86_64": 237, "aarch64": 235}
-"""Number of the system call: asm/unistd_64.h, asm-generic/unistd.h."""
+"""Numbers of the system call. Source: asm/unistd_64.h, asm-generic/unistd.h."""
 _MPOL_PREFERRED = 1
 _MAX_NODES = 1024
 
 
 def nodes(sysfs: Path = SYSFS) -> tuple[int, ...]:
-    """The nodes of this machine; none where it does not tell."""
+    """The NUMA nodes of this machine; empty if they are not known."""
     try:
         text = (sysfs / "devices/system/node/online").read_text()
     except OSError:
         return ()
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.strip().split(","):  # like 0-1,3
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(found)
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)
 
 
 def node_near(pci: str, sysfs: Path = SYSFS) -> int | None:
-    """The node that the PCI device (like 0000:3b:00.0) is on. None where nothing is to
-    be gained: it is not known, or there is only one."""
+    """The NUMA node of the PCI device `pci` (such as 0000:3b:00.0).
+
+    None if it is not known, or if the machine has only one node.
+    """
     if len(nodes(sysfs)) < 2:
         return None
     try:
@@ -39,9 +41,11 @@ def node_near(pci: str, sysfs: Path = SYSFS) -> int | None:
 
 
 def bind(address: int, nbytes: int, node: int) -> str | None:
-    """Asks that pages from `address` (a page's) on are taken from `node` when they are
-    first written, as long as it has room: never a lack of memory. None, or a sentence
-    that says why it was not done. Source: mbind(2)."""
+    """Asks the kernel to take the pages of a range from `node` at their first write.
+
+    `address` is the start of a page. If the node is full, the kernel uses another one.
+    Returns None, or a sentence that says why it failed. Source: mbind(2).
+    """
     failed = f"memory is not bound to NUMA node {node}"
     number = _MBIND.get(platform.machine())
     if number is None or sys.platform != "linux":
@@ -56,7 +60,7 @@ def bind(address: int, nbytes: int, node: int) -> str | None:
         ctypes.c_ulong(nbytes),
         ctypes.c_ulong(_MPOL_PREFERRED),
         mask,
-        ctypes.c_ulong(_MAX_NODES + 1),  # the kernel counts one less
+        ctypes.c_ulong(_MAX_NODES + 1),  # the kernel subtracts one
         ctypes.c_ulong(0),
     )
     return f"{failed}: {os.strerror(ctypes.get_errno())}" if result else None

@@ -1,4 +1,4 @@
-"""Host memory that is locked in place, so that a GPU copies from it at full speed."""
+"""Pins host memory, so that a GPU copies from it at full speed."""
 
 import ctypes
 import logging
@@ -21,16 +21,20 @@ _PORTABLE = 1
 
 
 class Registrar(Protocol):
-    """Locks pages. Both answer 0, or the error code of CUDA."""
+    """Pins ranges of memory. Both methods return 0, or CUDA's error code."""
 
-    def register(self, address: int, nbytes: int) -> int: ...
+    def register(self, address: int, nbytes: int) -> int:
+        """Pins `nbytes` from `address` on."""
+        ...
 
     def unregister(self, address: int) -> int: ...
 
 
 class CudaRegistrar:
-    """cudaHostRegister of torch's own CUDA runtime. Raises what `torch.cuda.cudart`
-    raises where there is no CUDA."""
+    """Calls cudaHostRegister of torch's own CUDA runtime.
+
+    Raises what `torch.cuda.cudart` raises if there is no CUDA.
+    """
 
     def __init__(self) -> None:
         self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -43,26 +47,27 @@ class CudaRegistrar:
 
     def _checked(self, result: object) -> int:
         code = int(result)  # type: ignore[call-overload]
-        if code:  # it is kept, and the next launch of a kernel would raise it
+        if code:  # CUDA keeps the error, and the next kernel launch would raise it
             _forget_last_error()
         return int(code)
 
 
 def _forget_last_error() -> None:
-    """cudaGetLastError, which torch does not hand on, of the runtime it has loaded."""
+    """Calls cudaGetLastError, which torch does not offer, in torch's CUDA runtime."""
     name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
     with suppress(OSError, AttributeError):
         ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW).cudaGetLastError()
 
 
 class Pinned(Closing):
-    """Pins the whole pages of `memory` (writable) from its start on, `max_bytes` at
-    most, in pieces of `chunk_bytes` (made whole pages). What the system refuses stays
-    as it was; `fallback` says so.
+    """Pins the whole pages of `memory` (writable), from its start on.
 
-    Keeps a view of `memory` until it is closed: close it before the memory. A copy to
-    or from a GPU must not cross the end of a piece (CUDA refuses ranges that are
-    registered in part, or twice); `cut` divides it. Not for several threads at once.
+    At most `max_bytes` are pinned, in chunks of `chunk_bytes`, rounded to whole pages.
+    If the system refuses some, they stay unpinned and `fallback` says so.
+
+    A copy to or from a GPU must not cross the end of a chunk: CUDA refuses ranges that
+    are registered in part, or twice. Use `cut` to split it. This keeps a view of
+    `memory`, so close it before the memory. Not for several threads at once.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class Pinned(Closing):
         self._registrar = registrar
         self._chunk_bytes = max(align_down(chunk_bytes, _PAGE), _PAGE)
         self._nbytes = len(memory)
-        self._opened = ExitStack()  # undoes all of it, whatever fails
+        self._opened = ExitStack()  # undoes everything, whatever fails
         self._opened.callback(memory[:].release)
         self.pinned_bytes = 0
         self.fallback: str | None = None
@@ -107,14 +112,16 @@ class Pinned(Closing):
         return f"<Pinned: {self.pinned_bytes}/{self._nbytes} bytes>"
 
     def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int, bool]]:
-        """The bytes `offset` ... `offset + nbytes` of the memory as ranges that each
-        lie in one piece, or in none: (offset, nbytes, whether it is pinned)."""
+        """Splits the bytes `offset` ... `offset + nbytes` of the memory at chunk ends.
+
+        Yields (offset, nbytes, whether this range is pinned).
+        """
         start, end = self._start - self._address, offset + nbytes
         pinned_end = start + self.pinned_bytes
         while offset < end:
             if start <= offset < pinned_end:
-                next_piece = align_down(offset - start, self._chunk_bytes)
-                stop = min(start + next_piece + self._chunk_bytes, pinned_end)
+                chunk = align_down(offset - start, self._chunk_bytes)
+                stop = min(start + chunk + self._chunk_bytes, pinned_end)
                 is_pinned = True
             else:
                 stop = start if offset < start and self.pinned_bytes else end
@@ -124,19 +131,19 @@ class Pinned(Closing):
             offset = stop
 
     def close(self) -> None:
-        """Gives every page free again, and the view of the memory back."""
+        """Unpins every page, and releases the view of the memory."""
         self.pinned_bytes = 0
         self._opened.close()
 
     def _pin(self, nbytes: int) -> int:
-        """Pins `nbytes` from the start on; 0, or why not all of them."""
+        """Pins `nbytes` from the start on. Returns 0, or CUDA's error code."""
         for offset in range(0, nbytes, self._chunk_bytes):
             address = self._start + offset
-            piece_bytes = min(self._chunk_bytes, nbytes - offset)
-            if code := self._registrar.register(address, piece_bytes):
+            chunk_bytes = min(self._chunk_bytes, nbytes - offset)
+            if code := self._registrar.register(address, chunk_bytes):
                 return code
             self._opened.callback(self._unpin, address)
-            self.pinned_bytes += piece_bytes
+            self.pinned_bytes += chunk_bytes
         return 0
 
     def _unpin(self, address: int) -> None:

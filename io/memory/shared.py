@@ -1,18 +1,18 @@
-"""Memory that several processes of one machine share: one copy of what they all read.
+"""Shares one copy of read-only content between the processes of a machine.
 
-A file in the system's shared memory, named after its content. Locks on it say who is
-there, and the kernel takes them back from a process that dies:
+The memory is a file in /dev/shm, named after its content. Locks on the file say who
+uses it. The kernel releases the locks of a process that dies.
 
-- whoever fills it holds the exclusive lock, so others wait for the end of that;
-- whoever uses it holds the shared lock;
-- the last to close gets the exclusive lock at once, and removes the file;
-- a fork has its parent's lock, not one of its own: it leaves the file to the parent.
+- The process that fills the file holds the exclusive lock; others wait for its end.
+- Each process that uses the file holds the shared lock.
+- The last process to close gets the exclusive lock at once, and removes the file.
+- A forked process has its parent's lock, so it leaves the file to the parent.
 
-After a kill of all users the file stays. The next one to come uses it, if it wants just
-that and it was filled, and removes it if not.
+If all users are killed, the file stays. The next process uses it if it needs the same
+content and the file was filled; otherwise it removes the file.
 
-Anybody may put a file under that name, as /dev/shm is everybody's: one is used only if
-it is this user's, and nobody else can write to it.
+Every user of the machine may create files in /dev/shm. So a file is used only if it
+belongs to this user and nobody else can write to it.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class SharedArena(HostMemory):
-    """`nbytes` that are the same memory in every process which gives the same `key`
-    (whatever determines the content: two contents must not have one key).
+    """Memory of `nbytes` that is shared by all processes that give the same `key`.
 
-    `fill(arena)` is called in one of the processes, before any of them has the arena.
-    Raises DoesNotFitError when the system's shared memory is too small, MachineError
-    when the file of that name is somebody else's, or others can write to it.
+    The key must determine the content: two contents must not have the same key. One of
+    the processes calls `fill(arena)`; all others wait for that. Raises DoesNotFitError
+    if the system's shared memory is too small. Raises MachineError if the file belongs
+    to another user, or if others can write to it.
     """
 
     def __init__(
@@ -67,15 +67,21 @@ class SharedArena(HostMemory):
         )
 
     def close(self) -> None:
-        """Leaves; the last of all processes frees the memory. Done at exit, too."""
+        """Ends the use by this process; the last process frees the memory.
+
+        This also happens at exit.
+        """
         if self._view is None:
             return
         super().close()
         self._leave()
 
     def _remove_abandoned(self) -> None:
-        """Frees what users that were killed have left. One that is just being made, and
-        not locked yet, may be hit: its maker notices and makes another."""
+        """Removes files whose users were killed.
+
+        This may remove a file that another process has just created and not locked yet.
+        That process notices and creates a new one.
+        """
         for path in self.path.parent.glob(f"penstock-{os.geteuid()}-*"):
             if path == self.path:
                 continue
@@ -89,18 +95,20 @@ class SharedArena(HostMemory):
                     os.close(descriptor)
 
     def _attach(self, fill: Callable[["SharedArena"], None]) -> bool:
-        """Tries to be a user of the filled memory; False to try again."""
+        """Tries to become a user of the filled memory. False means: try again."""
         descriptor = _open_own(self.path)
-        if descriptor is None:  # removed since it was found
+        if descriptor is None:  # another process has removed it
             return False
         self._descriptor = descriptor
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # waits for one who fills
+            fcntl.flock(
+                self._descriptor, fcntl.LOCK_SH
+            )  # waits while another process fills it
             if self._is_named() and self._is_filled():
                 self._open()
                 return True
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            # Another one may be as far as this: only one of them gets it.
+            # Several processes may come here; only one gets the exclusive lock.
             if not _lock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 os.close(self._descriptor)
                 return False
@@ -108,8 +116,8 @@ class SharedArena(HostMemory):
                 os.close(self._descriptor)
                 return False
             self._fill(fill)
-            # Not atomic: whoever comes between finds it filled, and uses it, too; or is
-            # the last to close, and removes it: then this one's is a copy of its own.
+            # Not atomic. A process that gets the lock in between uses the filled file.
+            # If it closes and removes the file, this process keeps its own copy.
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
         except BaseException:
             self._view = None
@@ -120,7 +128,7 @@ class SharedArena(HostMemory):
     def _fill(self, fill: Callable[["SharedArena"], None]) -> None:
         try:
             os.ftruncate(self._descriptor, self.nbytes + _PAGE)
-            # Now, or a full /dev/shm would kill the process at the first touch.
+            # Allocate now: a full /dev/shm would kill the process at a later write.
             os.posix_fallocate(self._descriptor, 0, self.nbytes + _PAGE)
             self._open()
             fill(self)
@@ -163,8 +171,7 @@ def _leave(descriptor: int, path: Path, home: Home) -> None:
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether the file that is open is the one by that name: the last user may have
-    removed it since it was opened."""
+    """Whether the open file still has this name: its last user may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -172,8 +179,11 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _open_own(path: Path) -> int | None:
-    """The file `path`, made if there is none; None where it was removed meanwhile.
-    Raises MachineError for one that another user made or can write to."""
+    """Opens the file `path`, and creates it if there is none.
+
+    None if it was removed meanwhile. Raises MachineError if another user owns it or can
+    write to it.
+    """
     try:
         return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -187,7 +197,7 @@ def _open_own(path: Path) -> int | None:
         descriptor = os.open(path, _FLAGS)
     except FileNotFoundError:
         return None
-    except OSError as error:  # of another user's, or a link
+    except OSError as error:  # it belongs to another user, or is a link
         why = error.strerror or "it cannot be opened"
     else:
         reason = _why_not_ours(os.fstat(descriptor))
@@ -201,15 +211,14 @@ def _open_own(path: Path) -> int | None:
     )
 
 
-def _why_not_ours(found: os.stat_result) -> str | None:
-    """Why an open file may hold what somebody else has put there; None if nobody but
-    this user could."""
-    if not stat.S_ISREG(found.st_mode):
+def _why_not_ours(status: os.stat_result) -> str | None:
+    """Why another user may have written the file; None if only this user could."""
+    if not stat.S_ISREG(status.st_mode):
         return "it is no regular file"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write to it: mode {stat.S_IMODE(found.st_mode):o}"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to it: mode {stat.S_IMODE(status.st_mode):o}"
     return None
 
 

@@ -1,4 +1,12 @@
-"""Ways to read bytes from files. `reader` says what all of them do; `threads`,
-`libaio_reader`, `aiofiles_reader` and `gds` are the ways, `choice` tries which is the
-fastest. `files` opens and aligns, `checksums` compares what was read; `backlog`,
-`queued` and `workers` keep requests in order."""
+"""Readers bring bytes of files into buffers, in the background.
+
+`Reader` (reader) is the contract. The implementations are `ThreadReader` (threads),
+`LibaioReader` (libaio_reader), `AiofilesReader` (aiofiles_reader), and `GdsReader`
+(gds), which reads into GPU memory. All derive from `QueuedReader` (queued), which cuts
+a read into parts and queues them.
+
+Most queue them in a `Backlog` (backlog). `Workers` (workers) are threads that read
+parts one by one. `Files` (files) opens files, with O_DIRECT where possible, and notices
+changes. `choice` measures which reader is fastest. `checksums` finds bytes that have
+changed since they were written.
+"""

@@ -1,4 +1,4 @@
-"""The `aiofiles` reader: plain reads through the page cache, on any system."""
+"""The `aiofiles` reader: ordinary reads through the page cache, on any system."""
 
 import asyncio
 import itertools
@@ -22,11 +22,11 @@ _Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]
 
 
 class AiofilesReader(QueuedReader[memoryview]):
-    """Reads in `num_tasks` tasks of an event loop that has a thread of its own, each
-    with its own descriptors, in chunks of at most `chunk_bytes`.
+    """Reads in `num_tasks` tasks of an event loop, in chunks of at most `chunk_bytes`.
 
-    For file systems that refuse O_DIRECT and systems that do not know it. Bytes go
-    through the page cache, so the CPU copies them once.
+    The event loop has a thread of its own, and each task its own file descriptors. This
+    reader is for systems and file systems without O_DIRECT. Bytes go through the page
+    cache, so the CPU copies them once.
     """
 
     name = "aiofiles"
@@ -35,7 +35,7 @@ class AiofilesReader(QueuedReader[memoryview]):
         self, stamps: Mapping[Path, FileStamp], *, num_tasks: int, chunk_bytes: int
     ) -> None:
         super().__init__(
-            Files(stamps, direct=False),  # opens none: each task has its own
+            Files(stamps, direct=False),  # opens no file: each task opens its own
             chunk_bytes=chunk_bytes,
             num_lanes=num_tasks,
         )
@@ -81,7 +81,7 @@ class AiofilesReader(QueuedReader[memoryview]):
         while (part := (await self._queue.get())[2]) is not None:
             try:
                 idle = await files.open(part.extent.path)
-                handle, file = idle.pop()  # there is one for each task
+                handle, file = idle.pop()  # never empty: there is one for each task
                 try:
                     await self._read(handle, file, part)
                 finally:
@@ -90,7 +90,7 @@ class AiofilesReader(QueuedReader[memoryview]):
                 part.fail(error)
             else:
                 part.handle.done()
-            del part  # a mapping lives as long as its views
+            del part  # a mapping is freed only after its last view
 
     async def _read(self, handle: Any, file: OpenFile, part: _Part) -> None:
         extent = part.extent
@@ -110,8 +110,11 @@ class AiofilesReader(QueuedReader[memoryview]):
 
 
 class _OpenFiles:
-    """Each file is opened when it is first read, once for each task (a descriptor has
-    one position), all at that moment: what replaces it later is not seen."""
+    """Opens each file when it is first read, once for each task.
+
+    Each task needs its own descriptor, because a descriptor has one position. All are
+    opened at once, so a file that replaces this one later is not seen.
+    """
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class _OpenFiles:
         self._idle: dict[Path, list[tuple[Any, OpenFile]]] = {}
 
     async def open(self, path: Path) -> list[tuple[Any, OpenFile]]:
+        """The idle handles of `path`. Raises CheckpointError if it cannot be opened."""
         async with self._lock:
             if path not in self._idle:
                 self._idle[path] = [

@@ -1,4 +1,4 @@
-"""Reads that wait for their turn: urgent ones first, then in the order they came."""
+"""A queue of reads: urgent ones first, then in the order of their requests."""
 
 import itertools
 import queue
@@ -13,7 +13,7 @@ URGENT, NORMAL, LAST = range(3)
 
 
 class Sliceable(Protocol):
-    """What bytes are read into: a memoryview, or a tensor of bytes on a GPU."""
+    """A buffer to read into: a memoryview, or a uint8 tensor on a GPU."""
 
     def __len__(self) -> int: ...
 
@@ -24,23 +24,29 @@ Buffer = TypeVar("Buffer", bound=Sliceable)
 
 
 class RequestPart(NamedTuple, Generic[Buffer]):
-    """One read of the device, and the handle that it is a part of."""
+    """One read of the device, and the handle that counts it."""
 
     extent: Extent
     buffer: Buffer
     handle: Handle
 
     def fail(self, error: BaseException) -> None:
-        """The waiter raises `error`, on its own thread. Whoever keeps the error must
-        not keep the buffer with it: a mapping lives as long as its views."""
+        """Ends this part with `error`, which the waiting thread raises.
+
+        The frames of the error are cleared. Otherwise the error would keep the buffer
+        alive, and with it the mapping.
+        """
         forget_frames(error)
         self.handle.done(error)
 
 
-def line_up(
+def split_read(
     extents: Iterable[Extent], buffer: Buffer
 ) -> tuple[Handle, list[RequestPart[Buffer]]]:
-    """The parts of a read whose consecutive `extents` fill `buffer` from its start."""
+    """Splits a read whose consecutive `extents` fill `buffer` from its start.
+
+    Returns the handle of the whole read, and its parts.
+    """
     extents = list(extents)
     handle = Handle(len(extents))
     parts = []
@@ -52,23 +58,30 @@ def line_up(
 
 
 class Backlog(Generic[Buffer]):
-    """A priority queue of parts. `close` ends it: each of the `num_takers` gets None
-    once everything before has been taken."""
+    """A priority queue of parts.
+
+    After `close`, each of the `num_takers` gets None once all parts are taken.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.PriorityQueue[
             tuple[int, int, RequestPart[Buffer] | None]
         ] = queue.PriorityQueue()
-        self._number = itertools.count()  # keeps equals in order, and parts uncompared
+        self._number = (
+            itertools.count()
+        )  # keeps equal priorities in order; parts are never compared
 
     def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
+        """Queues `parts` in order; never blocks."""
         for part in parts:
             priority = URGENT if urgent else NORMAL
             self._queue.put((priority, next(self._number), part))
 
     def take(self, *, wait: bool = True) -> RequestPart[Buffer] | None:
-        """The next part; None at the end. Raises queue.Empty when there is none yet and
-        it is not to `wait` for one."""
+        """The next part; None at the end.
+
+        Without `wait`, raises queue.Empty if there is no part yet.
+        """
         return self._queue.get(block=wait)[2]
 
     def close(self, num_takers: int) -> None:
@@ -77,7 +90,7 @@ class Backlog(Generic[Buffer]):
 
 
 class Count:
-    """Reads and bytes, counted by any thread."""
+    """Counts reads and bytes. Any thread may call `add`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

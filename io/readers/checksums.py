@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's tensors, in a side file: has a bit flipped since?"""
+"""Checksums of a checkpoint's tensors, kept in a side file to detect changed bytes."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +24,13 @@ _DELETE = "delete it to have it written anew"
 def checksums(
     checkpoint: Checkpoint, reader: Reader, progress: Callable[[int, int], None]
 ) -> dict[str, str]:
-    """The xxh3 digest of each tensor's bytes, in hexadecimal, by name. Reads everything
-    once, hashing one buffer while the next is read; `progress(done_bytes,
-    total_bytes)` is called as it goes. Raises what reading raises."""
+    """The xxh3 digest of each tensor's bytes, in hexadecimal, by tensor name.
+
+    Reads all tensors once, and hashes one buffer while the next is read. Calls
+    `progress(done_bytes, total_bytes)` after each buffer. Raises what reading raises.
+    """
     entries = sorted(checkpoint.entries.values(), key=lambda e: (e.path, e.offset))
-    found = {entry.name: xxhash.xxh3_64() for entry in entries}
+    hashes = {entry.name: xxhash.xxh3_64() for entry in entries}
     parts = list(_parts(entries))
     done, total = 0, sum(part.nbytes for _, part in parts)
     size = align_up(_BUFFER_BYTES, reader.alignment) + 2 * reader.alignment
@@ -48,7 +50,7 @@ def checksums(
                 current.wait()
                 inside = part.offset % reader.alignment
                 with buffers[number % 2][inside : inside + part.nbytes] as view:
-                    found[name].update(view)
+                    hashes[name].update(view)
                 done += part.nbytes
                 progress(done, total)
         finally:
@@ -56,7 +58,7 @@ def checksums(
                 handle.wait_quietly()
             for buffer in buffers:
                 buffer.release()
-    return {name: digest.hexdigest() for name, digest in found.items()}
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
 def _parts(entries: list[TensorEntry]) -> Iterator[tuple[str, Extent]]:
@@ -67,7 +69,10 @@ def _parts(entries: list[TensorEntry]) -> Iterator[tuple[str, Extent]]:
 
 
 def write_side_file(path: Path, found: Mapping[str, str]) -> None:
-    """Raises OutputError where the folder cannot be written."""
+    """Writes the digests `found` (by tensor name) to `path`.
+
+    Raises OutputError if the folder cannot be written to.
+    """
     partial = path.with_name(f"{path.name}.partial")
     content = {"algorithm": ALGORITHM, "tensors": dict(found)}
     try:
@@ -81,7 +86,10 @@ def write_side_file(path: Path, found: Mapping[str, str]) -> None:
 
 
 def read_side_file(path: Path) -> dict[str, str]:
-    """Raises CheckpointError for a file that is no side file."""
+    """The digests in the side file `path`, by tensor name.
+
+    Raises CheckpointError if it is not such a file.
+    """
     try:
         content = read_json(path, MAX_INDEX_BYTES, fix=_DELETE)
         assert content["algorithm"] == ALGORITHM, "another algorithm"
@@ -94,13 +102,13 @@ def read_side_file(path: Path) -> dict[str, str]:
 
 
 def differences(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """What is not as it was, a sentence for each tensor."""
-    said = []
+    """One sentence for each tensor that differs between `known` and `found` digests."""
+    sentences = []
     for name in sorted(known.keys() | found.keys()):
         if name not in found:
-            said.append(f"tensor {name!r} is gone")
+            sentences.append(f"tensor {name!r} is gone")
         elif name not in known:
-            said.append(f"tensor {name!r} is new")
+            sentences.append(f"tensor {name!r} is new")
         elif known[name] != found[name]:
-            said.append(f"tensor {name!r} has other bytes than when it was summed")
-    return said
+            sentences.append(f"tensor {name!r} has other bytes than when it was summed")
+    return sentences

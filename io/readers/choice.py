@@ -1,4 +1,4 @@
-"""Which reader is best on this drive: measured briefly, once, and remembered."""
+"""Chooses the best reader for a drive by a short measurement, which is remembered."""
 
 import json
 import logging
@@ -25,12 +25,12 @@ _log = logging.getLogger("penstock")
 SAMPLE_BYTES = 64 << 20
 _ROUNDS = 2
 _NOISE = 0.03
-"""Rates closer than this are equal: the one that costs less CPU is better."""
+"""Rates that differ by less than this fraction count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderTrial:
-    """One reader's brief run."""
+    """The result of one reader's short run."""
 
     reader: str
     bytes_per_second: float
@@ -38,15 +38,14 @@ class ReaderTrial:
 
 
 def best_of(trials: Sequence[ReaderTrial]) -> ReaderTrial:
-    """Among those as fast as the fastest, to within the noise, the one that costs the
-    least CPU. Pure."""
+    """The cheapest in CPU time of the trials about as fast as the fastest. Pure."""
     fastest = max(trial.bytes_per_second for trial in trials)
     good = [t for t in trials if t.bytes_per_second >= fastest * (1 - _NOISE)]
     return min(good, key=lambda trial: trial.cpu_seconds_per_gb)
 
 
 def rounds_of(stamps: Mapping[Path, FileStamp], num_readers: int) -> int:
-    """Turns of each reader for which the largest file is long enough, six at most."""
+    """Rounds of measurement that the largest file is long enough for, at most six."""
     largest = max(stamp.size_bytes for stamp in stamps.values())
     return min(6, largest // (SAMPLE_BYTES * num_readers))
 
@@ -57,8 +56,10 @@ def measure(
     *,
     rounds: int = _ROUNDS,
 ) -> list[ReaderTrial]:
-    """Lets each reader read parts of the largest file, in turns, never the same ones.
-    Empty where the file is too small to tell them apart."""
+    """Measures each reader on the largest file. No part of it is read twice.
+
+    Returns an empty list if the file is too small to compare the readers.
+    """
     path, stamp = max(stamps.items(), key=lambda item: item[1].size_bytes)
     samples = iter(range(0, stamp.size_bytes - SAMPLE_BYTES + 1, SAMPLE_BYTES))
     if not rounds or stamp.size_bytes < SAMPLE_BYTES * rounds * len(open_readers):
@@ -68,7 +69,7 @@ def measure(
     with Arena(SAMPLE_BYTES) as arena:
         buffer = arena.view(0, SAMPLE_BYTES)
         for round_ in range(rounds):
-            # Back and forth, so that what changes with time is nobody's.
+            # Alternate the order, so that a drift in time favours no reader.
             for name in list(open_readers)[:: -1 if round_ % 2 else 1]:
                 with open_readers[name]() as reader:
                     reader.submit(Extent(path, 0, reader.alignment), buffer).wait()
@@ -92,12 +93,12 @@ def choose(
     settings: str,
     remembered: "RememberedChoice",
 ) -> tuple[str, tuple[str, ...]]:
-    """The name of the reader to use, and what fell back, announced already.
+    """The name of the reader to use, and the fallbacks, which are already logged.
 
-    `makers` opens each reader there is, but those `missing` (why) cannot be had.
-    `asked` is a name or "auto": the best for the files in `stamps` by a brief measure,
-    which is `remembered` by drive and `settings`. What "auto" cannot choose from is no
-    fallback: nobody asked for it.
+    `makers` has a function to open each reader. `missing` says why some readers are not
+    available. `asked` is the name of a reader, or "auto" for the best one for the files
+    in `stamps`. That is found by a short measurement, `remembered` by drive and
+    `settings`. A missing reader is a fallback only if it was asked for by name.
     """
     fallbacks: list[str] = []
 
@@ -115,13 +116,13 @@ def choose(
     if not reads_directly(path):
         fall_back(f"no O_DIRECT on {path.parent}: reading through the page cache")
         return "aiofiles", tuple(fallbacks)
-    able = {n: makers[n] for n in ("libaio", "threads") if n not in missing}
-    if len(able) == 1:
-        return next(iter(able)), tuple(fallbacks)
+    available = {n: makers[n] for n in ("libaio", "threads") if n not in missing}
+    if len(available) == 1:
+        return next(iter(available)), tuple(fallbacks)
     drive = f"{drive_of(path)}, {settings}"
     best = remembered.get(drive)
-    if best is None or best.reader not in able:
-        trials = measure(able, stamps)
+    if best is None or best.reader not in available:
+        trials = measure(available, stamps)
         if not trials:
             return "threads", tuple(fallbacks)
         best = best_of(trials)
@@ -131,19 +132,23 @@ def choose(
 
 
 class RememberedChoice:
-    """The choices made on this computer, by drive: a JSON file that may be deleted at
-    any time, and need not be writable."""
+    """The choices made on this computer, by drive, in the JSON file `path`.
+
+    The file may be deleted at any time, and need not be writable.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def get(self, drive: str) -> ReaderTrial | None:
+        """The remembered trial for `drive`; None if there is none."""
         try:
             return ReaderTrial(**read_json(self._path)[drive])
         except (CheckpointError, KeyError, TypeError):
             return None
 
     def put(self, drive: str, trial: ReaderTrial) -> None:
+        """Remembers `trial` for `drive`, if the file can be written."""
         try:
             known = read_json_object(self._path)
         except CheckpointError:
@@ -160,7 +165,7 @@ class RememberedChoice:
 
 
 def drive_of(path: Path) -> str:
-    """The drive that `path` lies on: its device and file system, as mounted here."""
+    """The drive that `path` lies on, as "device filesystem mountpoint"."""
     path = path.resolve()
     mounts = [
         part

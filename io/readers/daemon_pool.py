@@ -1,4 +1,4 @@
-"""An executor whose threads end with the interpreter, in whatever they are."""
+"""An executor with daemon threads: the interpreter does not wait for them at exit."""
 
 import queue
 import threading
@@ -13,13 +13,16 @@ Result = TypeVar("Result")
 
 
 class DaemonPool(Executor):
-    """Like ThreadPoolExecutor, which the interpreter ends before daemon threads: those
-    would then fail, with a traceback, in the middle of a read."""
+    """Like ThreadPoolExecutor, but with daemon threads.
+
+    At exit, the interpreter shuts a ThreadPoolExecutor down while daemon threads still
+    run. A daemon thread that uses it would then fail in the middle of a read.
+    """
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Any] | None]
         self._tasks = queue.SimpleQueue()
-        self._lock = threading.Lock()  # nothing is put behind the end
+        self._lock = threading.Lock()  # no task may be queued behind the end mark
         self._is_closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}_{number}", daemon=True)
@@ -31,6 +34,7 @@ class DaemonPool(Executor):
     def submit(
         self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any
     ) -> Future[Result]:
+        """Queues `fn(*args, **kwargs)`. Raises ClosedError after `shutdown`."""
         future: Future[Result] = Future()
         with self._lock:
             if self._is_closed:
@@ -39,7 +43,10 @@ class DaemonPool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Does what was given, unless it is cancelled, and ends the threads."""
+        """Finishes the queued tasks, except cancelled ones, and ends the threads.
+
+        With `wait`, waits for that. `cancel_futures` has no effect.
+        """
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -55,6 +62,8 @@ class DaemonPool(Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())
-                except BaseException as error:  # raised by whoever waits
+                except (
+                    BaseException
+                ) as error:  # raised again where the future is waited for
                     future.set_exception(error)
-            del task, future, call  # a mapping lives as long as its views
+            del task, future, call  # a mapping is freed only after its last view

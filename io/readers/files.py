@@ -1,5 +1,8 @@
-"""The files of a checkpoint as a reader opens them: once each, past the page cache
-where their file system allows it, and watched for changes."""
+"""Opens the files of a checkpoint for a reader.
+
+Each file is opened once, with O_DIRECT where its file system allows it, and is checked
+for changes after each read.
+"""
 
 import errno
 import logging
@@ -17,17 +20,17 @@ from ..extent import Extent, align_down
 _log = logging.getLogger("penstock")
 
 ALIGNMENT = 4096
-"""Of offsets, lengths and addresses. Every O_DIRECT file system accepts it; 512, where
-it is allowed, would save less than 8 KiB a read."""
+"""Bytes: alignment of offsets, lengths and addresses of direct reads. Every file system
+with O_DIRECT accepts it; where 512 is allowed, it would save less than 8 KiB a read."""
 
 
 _MEMORY_ALIGNMENTS = (4, 512)
-"""Those that drives are known to have, the best first."""
+"""Alignments of addresses that drives are known to accept, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """An open file, and what it must look like as long as it is read."""
+    """An open file, and the stamp that it must keep while it is read."""
 
     path: Path
     descriptor: int
@@ -39,17 +42,22 @@ class OpenFile:
         return max(min(extent.end, self.stamp.size_bytes) - extent.offset, 0)
 
     def check(self) -> None:
-        """Raises CheckpointChangedError when it is not what was opened. Called after a
-        read: what was read before a change is what the header described."""
+        """Raises CheckpointChangedError if the file has changed since it was opened.
+
+        Call it after a read: bytes that were read before a change are correct.
+        """
         if not self.stamp.is_of(os.fstat(self.descriptor)):
             raise CheckpointChangedError(
                 f"{self.path} was changed while it was being read; load it again"
             )
 
     def advance(self, extent: Extent, position: int, count: int) -> int:
-        """How far into `extent` one is after `count` more bytes have come. What comes
-        short goes on at a whole block: a direct read cannot start within one. Raises
-        CheckpointChangedError when there is nothing more to come."""
+        """The next position in `extent` after a read of `count` bytes at `position`.
+
+        After a short direct read, the position goes back to the start of a block,
+        because a direct read cannot start inside one. Raises CheckpointChangedError if
+        the file ends too early.
+        """
         end = position + count
         if end >= self.wanted(extent) or (count and not self.is_direct):
             return end
@@ -58,28 +66,31 @@ class OpenFile:
                 f"{self.path} ends at {extent.offset + end} bytes but had "
                 f"{self.stamp.size_bytes} when it was opened; load it again"
             )
-        if align_down(end, ALIGNMENT) == position:  # once more; or is this the end?
+        if (
+            align_down(end, ALIGNMENT) == position
+        ):  # no progress: has the file got shorter?
             self.check()
         return align_down(end, ALIGNMENT)
 
     def failed(self, extent: Extent, error: OSError) -> ReadError:
-        """What to raise when the device could not read `extent`; what it raised is in
-        it. Raises CheckpointChangedError where the file is not what it was: then that
-        is why."""
+        """The ReadError to raise when reading `extent` failed with `error`.
+
+        Raises CheckpointChangedError instead if the file has changed.
+        """
         self.check()
-        found = ReadError(
+        failure = ReadError(
             f"reading {extent.nbytes} bytes at {extent.offset} of {self.path} failed: "
             f"{error.strerror}"
         )
-        found.__cause__ = error
-        return found
+        failure.__cause__ = error
+        return failure
 
 
 class Files:
     """Opens the files that `stamps` describes, each when it is first read.
 
-    `direct` asks for O_DIRECT; a file system that refuses it is read through the page
-    cache, which is announced once and kept in `fallbacks`. Used by any thread.
+    `direct` asks for O_DIRECT. If a file system refuses it, the file is read through
+    the page cache; this is logged once and kept in `fallbacks`. Any thread may use it.
     """
 
     def __init__(self, stamps: Mapping[Path, FileStamp], *, direct: bool) -> None:
@@ -95,14 +106,16 @@ class Files:
     @property
     def is_direct(self) -> bool:
         """Whether every file so far was opened with O_DIRECT."""
-        with self._lock:  # others may be opened meanwhile
+        with self._lock:  # another thread may open a file meanwhile
             return self._direct and all(f.is_direct for f in self._files.values())
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
+        """Sentences that say where O_DIRECT was refused."""
         return tuple(self._fallbacks)
 
     def open(self, path: Path) -> OpenFile:
+        """The open file `path`. Raises CheckpointError if it cannot be opened."""
         with self._lock:
             if path not in self._files:
                 descriptor, is_direct = self._open(path)
@@ -130,13 +143,14 @@ class Files:
 
 
 def memory_alignment(path: Path) -> int:
-    """Bytes: what the address of a direct read of `path` must be a multiple of, as far
-    as reads show; 1 where it is read through the page cache. NVMe drives take 4 on
-    Linux 6.0 and newer, others their sector of 512 bytes (statx(2), stx_dio_mem_align).
+    """The alignment in bytes of addresses that `path` is read to, found by test reads.
+
+    1 if the file is read through the page cache. On Linux 6.0 and newer, NVMe drives
+    accept 4; other drives need their sector of 512 bytes (statx(2), stx_dio_mem_align).
     """
     try:
         descriptor = open_direct(path)
-    except OSError:  # whoever reads it says why
+    except OSError:  # the reader will report this
         return 1
     if descriptor is None:
         return 1
@@ -155,8 +169,11 @@ def memory_alignment(path: Path) -> int:
 
 
 def open_direct(path: Path) -> int | None:
-    """A descriptor that really reads directly, or None: file systems that refuse
-    O_DIRECT do so at open or at the first read, so both are tried."""
+    """A descriptor that reads with O_DIRECT, or None if the file system refuses it.
+
+    It may refuse at open or at the first read, so both are tried. Raises OSError if
+    the file cannot be opened at all.
+    """
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         return None
@@ -176,8 +193,7 @@ def open_direct(path: Path) -> int | None:
 
 
 def reads_directly(path: Path) -> bool:
-    """Whether `path` can be read past the page cache. False, too, where it cannot be
-    read at all: whoever reads it says why."""
+    """Whether `path` can be read with O_DIRECT. False if it cannot be read at all."""
     try:
         descriptor = open_direct(path)
     except OSError:

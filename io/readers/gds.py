@@ -1,5 +1,7 @@
-"""The `gds` reader: from the drive straight into the memory of a GPU (GPUDirect
-Storage), past host memory and the CPU."""
+"""The `gds` reader: reads from the drive into GPU memory (GPUDirect Storage).
+
+The bytes pass neither host memory nor the CPU.
+"""
 
 import ctypes
 import errno
@@ -20,11 +22,13 @@ from .workers import Workers
 
 
 class DeviceFile(Protocol):
-    """A file that is read into the memory of a GPU. Used by any thread."""
+    """A file that is read into GPU memory. Any thread may use it."""
 
     def read(self, target: torch.Tensor, offset: int) -> int:
-        """Fills `target` (bytes, one dimension, contiguous) from `offset` of the file;
-        says how many bytes came. Raises OSError."""
+        """Reads from `offset` of the file into `target` (uint8 [bytes], contiguous).
+
+        Returns the number of bytes read. Raises OSError.
+        """
 
     def close(self) -> None: ...
 
@@ -32,9 +36,9 @@ class DeviceFile(Protocol):
 class CuFile(Closing):
     """A file that torch has registered with NVIDIA's cuFile.
 
-    Torch's own `load_storage` keeps Python's lock for as long as it reads, and does not
-    say how much came: reading calls the library that torch has loaded. Raises OSError
-    or RuntimeError where one of system, driver and torch will not have it.
+    `read` calls the library that torch has loaded. Torch's own `load_storage` holds the
+    GIL during the read, and does not return the number of bytes. The constructor raises
+    OSError or RuntimeError if the system, the driver or torch does not support this.
     """
 
     def __init__(self, path: str) -> None:
@@ -45,10 +49,11 @@ class CuFile(Closing):
         self._file: GdsFile | None = GdsFile(path, os.O_RDONLY)
 
     def read(self, target: torch.Tensor, offset: int) -> int:
+        """Reads from `offset` into `target`; see `DeviceFile.read`."""
         assert self._file is not None, "a closed file is not read"
         assert self._file.handle is not None, "an open file is registered"
         with torch.cuda.device(target.device):
-            torch.cuda.current_stream().query()  # makes CUDA know this thread
+            torch.cuda.current_stream().query()  # initialises CUDA on this thread
             count: int = self._read(
                 ctypes.c_void_p(self._file.handle),
                 ctypes.c_void_p(target.data_ptr()),
@@ -68,7 +73,7 @@ class CuFile(Closing):
 
 
 def why_not(device: torch.device, path: Path) -> str | None:
-    """Why `path` cannot be read straight into `device`; None where it can."""
+    """Why `path` cannot be read directly into `device`; None if it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"it reads into the memory of a GPU, and the device is {device.type}"
     return probe(device, path, open_file=CuFile)
@@ -77,7 +82,7 @@ def why_not(device: torch.device, path: Path) -> str | None:
 def probe(
     device: torch.device, path: Path, *, open_file: Callable[[str], DeviceFile]
 ) -> str | None:
-    """What goes wrong when a block of `path` is really read; None when nothing does."""
+    """Reads one block of `path` as a test. Returns what went wrong, or None."""
     if not reads_directly(path):
         return f"no O_DIRECT on {path.parent}"
     target = torch.zeros(ALIGNMENT, dtype=torch.uint8, device=device)
@@ -97,12 +102,12 @@ def probe(
 
 
 class GdsReader(QueuedReader[torch.Tensor]):
-    """Reads into tensors (bytes, one dimension, contiguous) on a GPU in `num_threads`
-    threads, in chunks of at most `chunk_bytes` (made whole pages).
+    """Reads into GPU tensors (uint8 [bytes], contiguous) in `num_threads` threads.
 
-    Reading is in no stream's order: nothing on the GPU may use a target between
-    `submit` and the end of its handle. Where the driver nvidia-fs is missing, cuFile
-    may go through host memory by itself; the bytes are the same.
+    Chunks have at most `chunk_bytes`, rounded to whole pages. Reads follow no stream:
+    nothing on the GPU may use a target between `submit` and the end of its handle.
+    Without the driver nvidia-fs, cuFile may go through host memory; the bytes are the
+    same.
     """
 
     name = "gds"
@@ -143,13 +148,13 @@ class GdsReader(QueuedReader[torch.Tensor]):
     def _pread(self, file: OpenFile, target: torch.Tensor, offset: int) -> int:
         try:
             return self._registered(file).read(target, offset)
-        except RuntimeError as error:  # torch's way to say it
+        except RuntimeError as error:  # torch raises this for failed registrations
             raise OSError(errno.EIO, str(error)) from error
 
     def _registered(self, file: OpenFile) -> DeviceFile:
         with self._opening:
             if file.path not in self._device_files:
-                # The very file that is open, whatever has that name by now.
+                # By descriptor: another file may have this name by now.
                 same = f"/proc/self/fd/{file.descriptor}"
                 self._device_files[file.path] = self._open_file(same)
             return self._device_files[file.path]

@@ -1,5 +1,7 @@
-"""The `libaio` reader: the kernel keeps a deep queue of direct reads, one thread waits
-for their events."""
+"""The `libaio` reader: the kernel has a deep queue of direct reads.
+
+One thread submits them and waits for their events.
+"""
 
 import errno
 import os
@@ -25,7 +27,7 @@ _MAX_STALLS = 500
 
 
 def why_not() -> str | None:
-    """What is missing for this reader, and how to get it; None when nothing is."""
+    """What this reader lacks, and how to install it; None if it can be used."""
     try:
         import libaio  # noqa: F401
     except ImportError:
@@ -37,23 +39,24 @@ def why_not() -> str | None:
 
 @dataclass(slots=True)
 class _Lane:
-    """One place in the kernel's queue, and the part that is read in it."""
+    """One place in the kernel's queue, and the part that it reads."""
 
     block: Any
     part: RequestPart[memoryview] | None = None
     file: OpenFile | None = None
     position: int = 0
-    """Bytes of the part that are there."""
+    """Bytes of the part that have been read."""
     num_stalls: int = 0
-    """Times the kernel had no room though nothing was under way."""
+    """How often the kernel refused the read although no other read was under way."""
 
 
 class LibaioReader(QueuedReader[memoryview]):
     """Keeps up to `depth` reads of at most `chunk_bytes` in the kernel's queue.
 
-    One thread submits and collects, so a read costs one system call for each and no
-    switch of threads. Only O_DIRECT reads are asynchronous there: files of a file
-    system that refuses it are read all the same, one after the other, and announced.
+    One thread submits reads and collects their results. A read costs one system call
+    for each of these, and no switch of threads. Only O_DIRECT reads are asynchronous in
+    the kernel. If a file system refuses O_DIRECT, its files are read one after the
+    other, and this is logged.
     """
 
     name = "libaio"
@@ -71,7 +74,7 @@ class LibaioReader(QueuedReader[memoryview]):
         super().__init__(
             Files(stamps, direct=direct),
             chunk_bytes=chunk_bytes,
-            num_lanes=1,  # a queue this deep has no lane that idles
+            num_lanes=1,  # chunks need no balance: the deep queue keeps the drive busy
         )
         self._context = libaio.AIOContext(depth)
         self._depth = depth
@@ -82,7 +85,7 @@ class LibaioReader(QueuedReader[memoryview]):
         self._busy: dict[int, _Lane] = {}
         self._stalled: list[_Lane] = []
         self._is_fed = True
-        """Whether more parts may come."""
+        """Whether the backlog may deliver more parts."""
         self._thread = threading.Thread(
             target=self._work, name="penstock-read-aio", daemon=True
         )
@@ -103,7 +106,7 @@ class LibaioReader(QueuedReader[memoryview]):
 
     def _work(self) -> None:
         try:
-            with self._context:  # closed, it writes into no buffer any more
+            with self._context:  # once closed, it no longer writes into buffers
                 while self._is_fed or self._busy or self._stalled:
                     self._fill()
                     if self._busy:
@@ -115,9 +118,9 @@ class LibaioReader(QueuedReader[memoryview]):
             self._give_up(error)
 
     def _fill(self) -> None:
-        """Begins as many parts as there are idle lanes."""
+        """Starts parts until no lane is idle or no part is left."""
         while self._is_fed and self._idle:
-            try:  # wait only where there is nothing to collect
+            try:  # wait only if there is nothing to collect
                 has_work = self._busy or self._stalled
                 part = self._backlog.take(wait=not has_work)
             except queue.Empty:
@@ -127,16 +130,16 @@ class LibaioReader(QueuedReader[memoryview]):
                 break
             lane = self._idle.pop()
             lane.part, lane.position, lane.num_stalls = part, 0, 0
-            del part  # a mapping lives as long as its views
+            del part  # a mapping is freed only after its last view
             self._begin(lane)
 
     def _give_up(self, error: BaseException) -> None:
-        """The kernel's queue is broken: nobody may wait for it for ever."""
+        """Fails all parts: the kernel's queue is broken and would never end them."""
         lanes = [*self._busy.values(), *self._stalled]
         self._busy.clear()
         self._stalled.clear()
-        # A mapping lives as long as its views: those of reads that were not handed
-        # back are in the context, and others in the frames that the error came through.
+        # A mapping is freed only after its last view. The context holds the views of
+        # unfinished reads, and the frames of the error hold others.
         del self._context
         forget_frames(error)
         for lane in lanes:
@@ -156,7 +159,7 @@ class LibaioReader(QueuedReader[memoryview]):
         self._go_on(lane)
 
     def _go_on(self, lane: _Lane) -> None:
-        """Submits what is left of the lane's part, or ends it where nothing is."""
+        """Submits the rest of the lane's part, or ends the part if nothing is left."""
         part, file = lane.part, lane.file
         assert part is not None, "a lane that goes on has a part"
         assert file is not None, "and its file is open"
@@ -185,11 +188,11 @@ class LibaioReader(QueuedReader[memoryview]):
             num = 0
         if num:
             self._busy[id(lane.block)] = lane
-        else:  # no room in the kernel: until something ends
+        else:  # the kernel has no room until another read ends
             self._stalled.append(lane)
 
     def _collect(self) -> None:
-        """Waits for at least one read to end, and deals with all that have."""
+        """Waits until at least one read has ended, and handles all that have."""
         try:
             events = self._context.getEvents(min_nr=1)
         except InterruptedError:
@@ -198,7 +201,7 @@ class LibaioReader(QueuedReader[memoryview]):
             lane = self._busy.pop(id(block))
             self._count.add(reads=1)
             self._arrived(lane, result)
-            # At once: drives that end reads together idle until the next one comes.
+            # Refill at once: a drive that ended several reads together is idle now.
             self._fill()
 
     def _submit_stalled(self) -> None:
@@ -209,8 +212,8 @@ class LibaioReader(QueuedReader[memoryview]):
 
     def _arrived(self, lane: _Lane, result: int) -> None:
         part, file = lane.part, lane.file
-        assert part is not None, "what arrives was a part's"
-        assert file is not None, "of an open file"
+        assert part is not None, "a lane in use has a part"
+        assert file is not None, "and its file is open"
         try:
             if result >= 0:
                 lane.position = file.advance(part.extent, lane.position, result)
@@ -225,7 +228,7 @@ class LibaioReader(QueuedReader[memoryview]):
     def _end(self, lane: _Lane, error: BaseException | None = None) -> None:
         part = lane.part
         assert part is not None, "a lane ends once"
-        lane.block.buffer_list = ()  # a mapping lives as long as its views
+        lane.block.buffer_list = ()  # a mapping is freed only after its last view
         lane.part = lane.file = None
         self._idle.append(lane)
         if error is None:
@@ -235,9 +238,9 @@ class LibaioReader(QueuedReader[memoryview]):
 
 
 def _broken(extent: Extent, error: BaseException) -> ReadError:
-    found = ReadError(
+    broken = ReadError(
         f"reading {extent.nbytes} bytes at {extent.offset} of {extent.path} failed: "
         f"the kernel's queue of reads is broken ({error}); load the model again"
     )
-    found.__cause__ = error
-    return found
+    broken.__cause__ = error
+    return broken

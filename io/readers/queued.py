@@ -1,4 +1,4 @@
-"""What all readers share: a read is cut into parts, which wait for their turn."""
+"""The common part of all readers: it cuts a read into parts and queues them."""
 
 import threading
 from abc import abstractmethod
@@ -10,17 +10,17 @@ from ..errors import ClosedError
 from ..extent import Extent, chunks
 from ..handle import Handle
 from ..home import Home
-from .backlog import Buffer, Count, RequestPart, line_up
+from .backlog import Buffer, Count, RequestPart, split_read
 from .files import ALIGNMENT, Files
 from .reader import ReaderStatistics
 
 
 class QueuedReader(Closing, Generic[Buffer]):
-    """Cuts each read into parts of at most `chunk_bytes`, made whole pages, for
-    `num_lanes` that read at once.
+    """Cuts each read into parts, for `num_lanes` lanes that read at the same time.
 
-    Subclasses put parts into their queue (`_put`, in order and on any thread) and
-    finish what is there (`_finish`, once, after the last `_put`).
+    A part has at most `chunk_bytes`, rounded to whole pages. Subclasses implement
+    `_put`, which queues parts in order, on any thread, and `_finish`, which is called
+    once, after the last `_put`, and finishes the queued parts.
     """
 
     name: str
@@ -31,11 +31,15 @@ class QueuedReader(Closing, Generic[Buffer]):
         self._chunk_bytes = chunk_bytes
         self._num_lanes = num_lanes
         self._count = Count()
-        self._lock = threading.Lock()  # nothing is put once it is closed
+        self._lock = threading.Lock()  # nothing is queued after `close`
         self._is_closed = False
         self._home = Home()
 
     def submit(self, extent: Extent, buffer: Buffer, *, urgent: bool = False) -> Handle:
+        """Starts to read `extent` into `buffer`; see `Reader.submit`.
+
+        Raises ClosedError after `close`, and PenstockError in a forked process.
+        """
         assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
         self._home.check("this reader")
         extents = chunks(
@@ -44,7 +48,7 @@ class QueuedReader(Closing, Generic[Buffer]):
             max_chunk_bytes=self._chunk_bytes,
             max_concurrency=self._num_lanes,
         )
-        handle, parts = line_up(extents, buffer)
+        handle, parts = split_read(extents, buffer)
         with self._lock:
             if self._is_closed:
                 raise ClosedError("this reader is closed; load the model again")

@@ -1,4 +1,4 @@
-"""What every reader can do: bytes of a file into a buffer, in the background."""
+"""The contract of a reader: it reads bytes of files into buffers, in the background."""
 
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,7 +13,7 @@ class ReaderStatistics:
     """Counters since the reader was opened."""
 
     name: str
-    """Which reader it is: `threads`, `libaio`, ..."""
+    """The kind of reader: `threads`, `libaio`, ..."""
     bytes_read: int
     num_reads: int
     is_direct: bool
@@ -26,14 +26,15 @@ class Reader(Protocol):
 
     name: str
     alignment: int
-    """Offsets, lengths and addresses that are multiples of it are read directly."""
+    """Bytes: direct reads need offsets, lengths and addresses that are multiples."""
 
     def submit(
         self, extent: Extent, buffer: memoryview, *, urgent: bool = False
     ) -> Handle:
-        """Starts reading `extent` into `buffer` (at least as long). A window may end
-        past the end of the file; what stands there in the buffer is then undefined.
-        What is `urgent` (somebody waits for it already) goes before what is not.
+        """Starts to read `extent` into `buffer`, which is at least as long.
+
+        An extent may end past the end of the file; the buffer's bytes there are then
+        undefined. `urgent` reads, which a thread already waits for, go before others.
 
         The handle raises ReadError for an I/O error and CheckpointChangedError when
         the file is shorter than promised or no longer the one that was opened.
@@ -42,7 +43,7 @@ class Reader(Protocol):
     def statistics(self) -> ReaderStatistics: ...
 
     def close(self) -> None:
-        """Finishes what is under way, then frees threads and descriptors."""
+        """Finishes the reads under way, then ends threads and closes files."""
 
     def __enter__(self) -> Self: ...
 

@@ -1,4 +1,4 @@
-"""The `threads` reader: preadv by a small pool of threads."""
+"""The `threads` reader: a small pool of threads that call preadv."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,11 @@ from .workers import Workers
 
 
 class ThreadReader(QueuedReader[memoryview]):
-    """Reads in `num_threads` threads, in chunks of at most `chunk_bytes` (made whole
-    pages).
+    """Reads in `num_threads` threads, in chunks of at most `chunk_bytes`.
 
-    preadv drops the GIL and O_DIRECT leaves the copying to the device, so reading
-    costs compute next to nothing. `stamps` says what each file must look like; a read
-    from a file that changed fails.
+    Chunks are rounded to whole pages. preadv drops the GIL, and with O_DIRECT the
+    device does the copying, so reads take almost no time from the computation. A read
+    fails if the file no longer has its stamp in `stamps`.
     """
 
     name = "threads"

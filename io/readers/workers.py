@@ -1,4 +1,4 @@
-"""A few threads that read parts one by one, in the order of a backlog."""
+"""Threads that read parts one by one, in the order of a backlog."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -11,9 +11,11 @@ from .files import Files, OpenFile
 
 
 class Workers(Closing, Generic[Buffer]):
-    """`num_threads`, each of which takes a part and reads it whole by
-    `pread(file, buffer, offset)`, which says how many bytes came, as the system's does,
-    and raises OSError."""
+    """Runs `num_threads` threads; each takes one part at a time and reads it whole.
+
+    `pread(file, buffer, offset)` reads into the buffer and returns the number of bytes
+    read, like pread(2). It raises OSError.
+    """
 
     def __init__(
         self,
@@ -35,10 +37,11 @@ class Workers(Closing, Generic[Buffer]):
             thread.start()
 
     def put(self, parts: Iterable[RequestPart[Buffer]], urgent: bool) -> None:
+        """Queues `parts` in order; never blocks."""
         self._backlog.put(parts, urgent)
 
     def close(self) -> None:
-        """Finishes what was put; nothing may be put afterwards."""
+        """Finishes the queued parts; nothing may be put afterwards."""
         self._backlog.close(len(self._threads))
         for thread in self._threads:
             thread.join()
@@ -51,7 +54,7 @@ class Workers(Closing, Generic[Buffer]):
                 part.fail(error)
             else:
                 part.handle.done()
-            del part  # a mapping lives as long as its views
+            del part  # a mapping is freed only after its last view
 
     def _read(self, extent: Extent, buffer: Buffer) -> None:
         file = self._files.open(extent.path)

@@ -1,6 +1,19 @@
-"""From a checkpoint's tensors to a slot, where modules see them. A `recipe` says how a
-parameter is made of tensors, `layout` decides which bytes go where, and a `transfer`
-follows one unit on its way. Bytes come from files (`loader`), from host memory
-(`host`) or from another GPU (`peer`), over a `link`; `copier` moves what cannot land in
-its place, `direct` lets a GPU read files by itself, `overlay` and `layered` put updated
-tensors over those of the files."""
+"""Moves a unit's weights from where they are stored into a slot, as parameters.
+
+    Recipe (recipe)      which stored tensors make one parameter
+      -> Layout (layout)    which byte of which file lands where in the slot
+      -> Transfer (transfer)  which ranges are copied on to another device
+
+    files --Loader--> host memory --Source--> Link --> slot on the device
+                      HostTier: units that stay in host memory
+                      PeerTier: units that stay in the memory of another GPU
+    files --DirectToDevice------------------> slot on the device
+
+Recipes, layouts, transfers and overlays are pure plans; the other classes carry them
+out. `Loader` (loader) reads aligned ranges straight into place and hands the rest to
+`BounceCopier` (copier), which reads into a buffer, casts, and copies. A `Source`
+(source) gives a `Link` (link) the bytes of each unit: `ResidentSource` has them in
+memory already, `StagedSource` reads them from disk into a `Ring`. `DirectToDevice`
+(direct) lets the GPU read files itself. `overlay` and `layered` replace some tensors of
+a checkpoint by updated ones from other files.
+"""

@@ -1,4 +1,4 @@
-"""Threads that bring bytes by way of buffers: others are read while one is cast."""
+"""Threads that read into bounce buffers, and cast one buffer while the next is read."""
 
 import mmap
 import threading
@@ -9,29 +9,32 @@ from dataclasses import dataclass
 from ..closing import Closing
 from ..errors import ClosedError
 from ..extent import Extent, aligned
-from ..handle import Handle, forget_way
+from ..handle import Handle, forget_traceback
 
 _UNDER_WAY = 2
-"""Pieces of each thread that are read, or cast. A drive that waits for the cast of what
-it has brought is idle for a fifth of the time, or more where the cores are busy."""
+"""Tasks that each thread has under way: one is cast while the other is read. With one
+task only, the drive waits for each cast and is idle for a fifth of the time or more."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """Bytes of a file, and what is to be done with them."""
+    """A byte range of a file, and the function that puts its bytes in place."""
 
     unit: str
     extent: Extent
     place: Callable[[memoryview], None]
-    """Called with the bytes, which are valid until it returns."""
+    """Called with the bytes of `extent`; the view is valid until the call returns."""
     handle: Handle
-    """One part of it is done when `place` has returned, or something failed."""
+    """Counts one part down when `place` has returned, or when the task has failed."""
 
 
 class BounceCopier(Closing):
-    """Takes pieces in order. `submit` (unit, extent, buffer) starts a read of an extent
-    that is aligned to `alignment`. Each of `num_threads`, started when first needed,
-    has two buffers of `bounce_bytes`; a larger piece gets one of its own."""
+    """Runs copy tasks in the order in which they were put.
+
+    `submit(unit, extent, buffer)` starts a read of an extent that is aligned to
+    `alignment` bytes. The `num_threads` threads start with the first task. Each has two
+    buffers of about `bounce_bytes`; a larger task gets a buffer of its own.
+    """
 
     def __init__(
         self,
@@ -46,24 +49,27 @@ class BounceCopier(Closing):
         self._buffer_bytes = bounce_bytes + 2 * alignment
         self._num_threads = num_threads
         self._threads: list[threading.Thread] = []
-        self._pieces: deque[CopyTask] = deque()
+        self._tasks: deque[CopyTask] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def put(self, pieces: Iterable[CopyTask]) -> None:
-        """Returns at once. Raises ClosedError when it is closed, RuntimeError where no
-        thread can be started; then nothing is under way."""
-        found = list(pieces)
+    def put(self, tasks: Iterable[CopyTask]) -> None:
+        """Queues `tasks` and returns at once.
+
+        Raises ClosedError after `close`, and RuntimeError when no thread can be
+        started. Nothing is queued then.
+        """
+        added = list(tasks)
         with self._changed:
             if self._is_closed:
                 raise ClosedError("this loader is closed; load the model again")
-            if found and not self._threads:
+            if added and not self._threads:
                 self._start()
-            self._pieces.extend(found)
+            self._tasks.extend(added)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Does what was put, and ends the threads."""
+        """Finishes the queued tasks and ends the threads."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -76,35 +82,38 @@ class BounceCopier(Closing):
             thread = threading.Thread(target=self._work, name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # one does as well, slower
+            except RuntimeError:  # one thread is enough, only slower
                 if not self._threads:
                     raise
                 return
             self._threads.append(thread)
 
     def _next(self, *, wait: bool) -> CopyTask | None:
-        """None if there is nothing now, or, after waiting, nothing any more."""
+        """The oldest queued task.
+
+        None when the queue is empty; with `wait`, only when it is also closed.
+        """
         with self._changed:
-            while wait and not (self._pieces or self._is_closed):
+            while wait and not (self._tasks or self._is_closed):
                 self._changed.wait()
-            return self._pieces.popleft() if self._pieces else None
+            return self._tasks.popleft() if self._tasks else None
 
     def _work(self) -> None:
         free: list[memoryview | None] = [None] * _UNDER_WAY
         reads: deque[_Read] = deque()
         while True:
-            piece = self._next(wait=not reads)
-            if piece is not None:
-                reads.append(self._begin(piece, free.pop()))
+            task = self._next(wait=not reads)
+            if task is not None:
+                reads.append(self._begin(task, free.pop()))
             elif not reads:
                 return
-            if piece is None or not free:
+            if task is None or not free:
                 free.append(self._end(reads.popleft()))
-            piece = None  # what it places may be somebody's memory
+            task = None  # `place` may hold memory that its owner wants to free
 
-    def _begin(self, piece: CopyTask, buffer: memoryview | None) -> "_Read":
-        window = aligned(piece.extent, self._alignment)
-        read = _Read(piece, window.offset)
+    def _begin(self, task: CopyTask, buffer: memoryview | None) -> "_Read":
+        window = aligned(task.extent, self._alignment)
+        read = _Read(task, window.offset)
         try:
             if buffer is None or len(buffer) < window.nbytes:
                 nbytes = max(window.nbytes, self._buffer_bytes)
@@ -112,17 +121,17 @@ class BounceCopier(Closing):
             read.buffer = buffer
             if window.nbytes:
                 view = buffer[: window.nbytes]
-                read.handle = self._submit(piece.unit, window, view)
+                read.handle = self._submit(task.unit, window, view)
         except BaseException as error:
             read.error = error
         return read
 
     def _end(self, read: "_Read") -> memoryview | None:
-        """Returns the buffer, if it is of the usual size."""
+        """Finishes `read`. Returns its buffer if it has the usual size, else None."""
         error = read.error or _place(read)
         if error is not None:
-            forget_way(error)  # this thread's frames have buffers in hand
-        read.piece.handle.done(error)
+            forget_traceback(error)  # this thread's running frames hold buffers
+        read.task.handle.done(error)
         buffer = read.buffer
         is_usual = buffer is not None and len(buffer) <= self._buffer_bytes
         return buffer if is_usual else None
@@ -130,9 +139,12 @@ class BounceCopier(Closing):
 
 @dataclass(slots=True)
 class _Read:
-    """A piece on its way into `buffer`, which begins with the byte at `offset`."""
+    """A task whose bytes are read into `buffer`.
 
-    piece: CopyTask
+    The first byte of the buffer is the byte at `offset` of the file.
+    """
+
+    task: CopyTask
     offset: int
     buffer: memoryview | None = None
     handle: Handle | None = None
@@ -140,13 +152,14 @@ class _Read:
 
 
 def _place(read: _Read) -> BaseException | None:
-    """Waits for `read` and does what is to be done with it. Returns what failed."""
+    """Waits for `read`, then calls `place`. Returns the error if either fails."""
     try:
         if read.handle is not None:
             read.handle.wait()
-        assert read.buffer is not None, "what has none has failed"
-        start = read.piece.extent.offset - read.offset
-        read.piece.place(read.buffer[start : start + read.piece.extent.nbytes])
-    except BaseException as error:  # raised by whoever waits for the unit
+        assert read.buffer is not None, "a read without a buffer has failed"
+        extent = read.task.extent
+        start = extent.offset - read.offset
+        read.task.place(read.buffer[start : start + extent.nbytes])
+    except BaseException as error:  # raised again where the unit is waited for
         return error
     return None

@@ -1,4 +1,4 @@
-"""Units read from disk straight into slots in a GPU's memory, past the host's."""
+"""Reads units from disk into slots of GPU memory, without a copy in host memory."""
 
 import threading
 import time
@@ -20,14 +20,16 @@ from .transfer import Run, Transfer
 
 
 class DeviceReader(Protocol):
-    """Reads extents into tensors (uint8) of a device; in no stream's order."""
+    """Reads byte ranges of files into device memory, in no stream's order."""
 
-    def submit(self, extent: Extent, buffer: torch.Tensor) -> Handle: ...
+    def submit(self, extent: Extent, buffer: torch.Tensor) -> Handle:
+        """Starts to read `extent` into `buffer` (uint8 [extent.nbytes])."""
+        ...
 
 
 def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
-    """What of the files makes up `run`, and where in the run each part goes."""
-    found: list[tuple[Extent, int]] = []
+    """The byte ranges of files that make up `run`, each with its offset in the run."""
+    parts: list[tuple[Extent, int]] = []
     end = run.source_offset + run.nbytes
     for read in plan.reads:
         first = max(run.source_offset, read.slot_offset)
@@ -35,12 +37,12 @@ def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
         if first < last:
             offset = read.extent.offset + first - read.slot_offset
             extent = Extent(read.extent.path, offset, last - first)
-            found.append((extent, first - run.source_offset))
-    return found
+            parts.append((extent, first - run.source_offset))
+    return parts
 
 
 def why_not(layouts: Sequence[Layout]) -> str | None:
-    """Why some of these units cannot be read straight; None where all can."""
+    """Why these units cannot be read directly; None if all of them can."""
     made = [p.name for p in layouts if p.copies or p.conversions]
     if made:
         return f"{made[0]!r} is not stored as it is used (a cast, an assembled part)"
@@ -48,7 +50,7 @@ def why_not(layouts: Sequence[Layout]) -> str | None:
 
 
 class DirectToDevice(Closing):
-    """Brings units that are stored as they are used into slots of `target`."""
+    """Reads units that need no cast and no assembly into slots of `target`."""
 
     def __init__(
         self,
@@ -68,12 +70,15 @@ class DirectToDevice(Closing):
         self._reader = reader
         self._lock = threading.Lock()
         self._statistics = LoaderStatistics(0, 0, 0, 0)
-        # It waits for the device, whose work on the slot must have ended: the reads
-        # know of no streams. One thread: units come in the order they were asked for.
+        # The reads follow no stream, so this thread waits until the device's work on
+        # the slot has ended. One thread keeps units in the order of the requests.
         self._pool = DaemonPool(1, "penstock-straight")
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> UnitLoad:
-        """Starts to bring `unit` to `offset`, free when all of `after` have passed."""
+        """Starts to read `unit` to `offset` (bytes) of the target.
+
+        Its bytes there are free once all events of `after` have passed.
+        """
         plan, transfer = self._layouts[unit], self._transfers[unit]
         parts = [
             (extent, offset + run.target_offset + start)
@@ -99,7 +104,7 @@ class DirectToDevice(Closing):
                     under_way.append(self._reader.submit(extent, target))
                 for part in under_way:
                     part.wait()
-            except BaseException as error:  # raised by whoever waits for the unit
+            except BaseException as error:  # raised again where the unit is waited for
                 for part in under_way:
                     part.wait_quietly()
                 forget_frames(error)
@@ -120,5 +125,5 @@ class DirectToDevice(Closing):
             return self._statistics
 
     def close(self) -> None:
-        """Finishes what is under way and ends the thread."""
+        """Finishes the loads under way and ends the thread."""
         self._pool.shutdown(wait=True)

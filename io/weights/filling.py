@@ -1,19 +1,26 @@
-"""Fills memory with units that stay there, side by side."""
+"""Fills memory with units that stay there, one behind the other."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 
 class Filling(Protocol):
-    """A load under way."""
+    """A load that is under way."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Waits for the load; raises what failed."""
+        ...
 
-    def wait_quietly(self) -> None: ...
+    def wait_quietly(self) -> None:
+        """Waits until nothing is written any more; never raises."""
+        ...
 
 
 def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
-    """The offset of each unit of `sizes` bytes, and the bytes of all."""
+    """Places units of `sizes` (bytes) one behind the other.
+
+    Returns the offset of each unit, and the bytes of all together.
+    """
     offsets: dict[int, int] = {}
     nbytes = 0
     for unit, size in sizes.items():
@@ -28,8 +35,11 @@ def fill(
     *,
     total_bytes: int,
 ) -> None:
-    """Starts all `loads` (bytes, how to start), then waits for each and says so. When
-    this returns or raises, nothing is under way."""
+    """Starts all `loads`, then waits for each and reports it to `progress`.
+
+    A load is given as (bytes, function that starts it). Raises what a load raises.
+    When this returns or raises, no load is under way.
+    """
     begun: list[tuple[int, Filling]] = []
     try:
         for nbytes, start in loads:

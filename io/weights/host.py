@@ -1,4 +1,4 @@
-"""The host tier: units that are read once and stay in host memory."""
+"""The host tier: units are read once and stay in host memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,13 +15,17 @@ from .loader import Loader
 
 
 class HostTier(Closing):
-    """Holds `units` (numbers into `layouts`) side by side. They are read in parallel
-    while this is made; `progress(done_bytes, total_bytes)` is called as they come.
+    """Holds `units` (indices into `layouts`) one behind the other in host memory.
+
+    The constructor reads them all, in parallel, and calls `progress(done_bytes,
+    total_bytes)` after each.
 
     With `shared`, processes that hold the same units of the same files share one copy,
-    which the first of them reads; `version` is that of whatever makes weights of stored
-    tensors. Memory that is not shared goes through `prepare` before it is written.
-    Raises what reading raises; nothing stays open then.
+    which the first process reads. `version` identifies the code that makes parameters
+    from stored tensors; only processes of one version share. Without `shared`,
+    `prepare` is called with the memory before anything is written to it.
+
+    Raises the errors of the reads, and closes everything first.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class HostTier(Closing):
         self._bounce_bytes = bounce_bytes
         self._progress = progress
         self.offsets, nbytes = side_by_side({u: layouts[u].nbytes for u in units})
-        """Where each unit lies in `memory`."""
+        """The offset of each unit in `memory`, in bytes."""
         self.memory: HostMemory
         if shared:
             shared_memory = SharedArena(
@@ -64,7 +68,10 @@ class HostTier(Closing):
         return f"<HostTier: {len(self.offsets)} units in {self.memory!r}>"
 
     def load_again(self, units: Iterable[int]) -> None:
-        """What is stored of these `units` has changed. Nobody reads them meanwhile."""
+        """Reads `units` again after their files changed.
+
+        Nobody may use these units meanwhile.
+        """
         loader = self._loader(self.memory)
         try:
             for unit in units:
@@ -94,7 +101,7 @@ class HostTier(Closing):
             loader.close()
 
     def _key(self, stamps: Mapping[Path, FileStamp]) -> str:
-        """All that determines what lies where, but the code that puts it there."""
+        """All that determines the bytes of the memory, except the code version."""
         files = sorted((str(path.resolve()), stamps[path]) for path in stamps)
         units = [
             (plan.name, plan.nbytes, plan.tensors, plan.reads, plan.copies, plan.moves)

@@ -1,4 +1,4 @@
-"""A reader of a checkpoint's files and of others that lie over them for a while."""
+"""A reader that can take single files from other readers for a while."""
 
 from pathlib import Path
 
@@ -9,8 +9,11 @@ from ..readers.reader import Reader, ReaderStatistics
 
 
 class LayeredReader(Closing):
-    """Reads what lies in `below`, which stays its owner's, and files that are added,
-    each with a reader of its own that is closed when the file is removed."""
+    """Reads files with `below`, and each added file with the reader given for it.
+
+    The reader of an added file is closed when the file is removed. `below` is not
+    closed here: it stays with its owner.
+    """
 
     def __init__(self, below: Reader) -> None:
         self._below = below
@@ -23,11 +26,11 @@ class LayeredReader(Closing):
         return f"<LayeredReader: {len(self._above)} files over {self._below!r}>"
 
     def add(self, path: Path, reader: Reader) -> None:
-        """What is to be read of `path`, `reader` reads from now on."""
+        """From now on, `reader` does all reads of `path`."""
         self._above[path] = reader
 
     def remove(self, path: Path) -> None:
-        """`path` is not read any more."""
+        """Ends the use of `path` and closes its reader."""
         reader = self._above.pop(path)
         self._bytes_read += reader.statistics().bytes_read
         reader.close()
@@ -35,7 +38,7 @@ class LayeredReader(Closing):
     def submit(
         self, extent: Extent, buffer: memoryview, *, urgent: bool = False
     ) -> Handle:
-        """As a reader does."""
+        """Starts to read `extent` into `buffer`; see `Reader.submit`."""
         reader = self._above.get(extent.path, self._below)
         return reader.submit(extent, buffer, urgent=urgent)
 
@@ -44,7 +47,7 @@ class LayeredReader(Closing):
 
     @property
     def bytes_read_above(self) -> int:
-        """Bytes of the files that were added."""
+        """Bytes that were read from added files."""
         readers = list(self._above.values())
         return self._bytes_read + sum(r.statistics().bytes_read for r in readers)
 

@@ -1,15 +1,16 @@
-"""Where each byte of a unit lands in its slot. Pure: the I/O plan, not the I/O.
+"""Plans where each byte of a unit lands in its slot. Pure: no I/O happens here.
 
-Parameters that are one byte range of a file keep their place relative to the aligned
-window they are read with, so O_DIRECT reads go straight into the slot and parameters
-are views of it. Everything else is assembled behind the windows: interior blocks of a
-stacked piece are read in place where file and slot are congruent, the rest is copied.
+A parameter that is one byte range of a file is read with the aligned window around it.
+O_DIRECT can then read the window straight into the slot, and the parameter is a view of
+the slot. All other parameters are assembled behind the windows. The whole blocks inside
+a slice are read in place where their offsets in file and slot agree modulo the
+alignment; the rest is copied.
 
 On a CPU the last bits of a matrix product depend on the address of the weight, modulo
-the width of a vector register. So a parameter lies, modulo 64 bytes, where it would lie
-in the resident model: transformers maps a file into memory and leaves a tensor that is
-used as stored where it is, at its offset in the file; whatever it makes (a stack of
-experts, a cast) comes from torch's allocator, at a multiple of 64.
+the width of a vector register. So each parameter gets the address, modulo 64 bytes,
+that it would have in the resident model. There, transformers maps the file into memory,
+so that a tensor used as stored lies at its offset in the file. Any other tensor (a
+stack of experts, a cast) comes from torch's allocator, at a multiple of 64.
 """
 
 from collections.abc import Iterable
@@ -21,12 +22,13 @@ from ..extent import Extent, align_down, align_up, windows
 from .recipe import Recipe, TensorSlice, View
 
 TENSOR_ALIGNMENT = 64
-"""Bytes. What torch's allocator aligns to (c10::gAlignment), and the widest vector."""
+"""Bytes: the alignment of torch's allocator (c10::gAlignment), and the size of the
+widest vector register."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """An aligned window of a file, read straight into the slot."""
+    """An aligned window of a file that is read straight into the slot."""
 
     extent: Extent
     slot_offset: int
@@ -34,14 +36,14 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that go through a bounce buffer: a cast, a strided part, an edge block."""
+    """Bytes that pass a bounce buffer: a cast, a strided part, or part of a block."""
 
     extent: Extent
     dtype: torch.dtype
     source: View
-    """Of the elements in `extent`."""
+    """The elements of `extent` to copy."""
     target_offset: int
-    """Of the target tensor in the slot, in bytes."""
+    """Where the whole target tensor begins in the slot, in bytes."""
     target_dtype: torch.dtype
     target_numel: int
     target: View
@@ -49,7 +51,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A parameter made by a function of whole stored tensors."""
+    """A parameter that a function computes from whole stored tensors."""
 
     recipe: Recipe
     target_offset: int
@@ -57,7 +59,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Bytes of the slot that could not be read to where they belong: the last step."""
+    """Moves bytes within the slot that could not be read to their final offset."""
 
     source_offset: int
     target_offset: int
@@ -77,7 +79,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The whole plan of loading one unit into a slot of `nbytes`."""
+    """The whole plan for loading one unit into a slot of `nbytes`."""
 
     name: str
     nbytes: int
@@ -85,7 +87,7 @@ class Layout:
     copies: tuple[Copy, ...]
     conversions: tuple[Conversion, ...]
     moves: tuple[Move, ...]
-    """After all of the above, in any order."""
+    """To be done after all of the above; their own order does not matter."""
     tensors: tuple[Placed, ...]
     stored_bytes: int
     """Bytes of the checkpoint that make this unit, each counted once."""
@@ -100,13 +102,13 @@ def layout(
     tensor_alignment: int,
     max_gap_bytes: int,
 ) -> Layout:
-    """Lays out the unit `name`, made of `recipes`, in a slot that starts at a multiple
-    of `alignment`.
+    """Plans the slot of the unit `name`, whose parameters are made by `recipes`.
 
-    Extents of reads are aligned to `alignment` bytes, the addresses they are read to
-    only to `memory_alignment`, which divides it: 1 for reads through the page cache.
-    Assembled parameters lie at multiples of `tensor_alignment`: 64 where they are used
-    in place, 1 where each of them is copied on.
+    The slot starts at a multiple of `alignment` bytes, and so do reads in their file.
+    The memory they are read to is aligned to `memory_alignment`, a divisor of
+    `alignment`: 1 for reads through the page cache. Assembled parameters lie at
+    multiples of `tensor_alignment`: 64 if they are used in place, 1 if they are copied
+    on. Windows at most `max_gap_bytes` apart are read as one.
     """
     recipes = list(recipes)
     direct = {r.name: extent for r in recipes if (extent := _in_place(r)) is not None}
@@ -136,9 +138,9 @@ def layout(
         placed[recipe.name] = Placed(recipe.name, final, recipe.dtype, recipe.shape)
         if recipe.convert is not None:
             conversions.append(Conversion(recipe, base))
-        for piece in recipe.pieces:
+        for part in recipe.slices:
             more_reads, more_copies = _assemble(
-                recipe, piece, base, alignment, memory_alignment
+                recipe, part, base, alignment, memory_alignment
             )
             reads += more_reads
             copies += more_copies
@@ -155,8 +157,11 @@ def layout(
 
 
 def _in_place(recipe: Recipe) -> Extent | None:
-    """The extent whose bytes in the slot are the parameter itself. An offset that the
-    dtype does not divide would make a misaligned tensor: that one is copied."""
+    """The extent whose bytes can serve as the parameter without a copy, or None.
+
+    If the offset is no multiple of the element size, the tensor would be misaligned;
+    it is copied instead.
+    """
     extent = recipe.direct
     if extent is None or extent.offset % recipe.dtype.itemsize:
         return None
@@ -176,39 +181,40 @@ def _slot_offset(extent: Extent, reads: list[Read]) -> int:
 
 
 def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
-    """The first offset from `position` on at which file and slot agree modulo
-    `memory_alignment` for the first piece, so that its interior can be read in place.
+    """The first offset from `position` on where the first slice can be read in place.
+
+    There, its offsets in file and slot are equal modulo `memory_alignment`.
     """
-    if not recipe.pieces or not _is_raw(recipe, recipe.pieces[0]):
+    if not recipe.slices or not _is_raw(recipe, recipe.slices[0]):
         return position
-    piece = recipe.pieces[0]
-    extent = piece.source_extent
-    assert extent is not None, "a raw piece is contiguous"
-    target = piece.target.offset * recipe.dtype.itemsize
+    part = recipe.slices[0]
+    extent = part.source_extent
+    assert extent is not None, "a raw slice is contiguous"
+    target = part.target.offset * recipe.dtype.itemsize
     return position + (extent.offset - target - position) % memory_alignment
 
 
-def _is_raw(recipe: Recipe, piece: TensorSlice) -> bool:
-    """Whether the piece's bytes are copied one to one into one range of the slot."""
-    extent = piece.source_extent
+def _is_raw(recipe: Recipe, part: TensorSlice) -> bool:
+    """Whether the slice is copied byte by byte into one range of the slot."""
+    extent = part.source_extent
     return (
         extent is not None
-        and piece.entry.dtype == recipe.dtype
-        and piece.target.is_contiguous
+        and part.entry.dtype == recipe.dtype
+        and part.target.is_contiguous
         and extent.offset % recipe.dtype.itemsize == 0
     )
 
 
 def _assemble(
-    recipe: Recipe, piece: TensorSlice, base: int, alignment: int, memory_alignment: int
+    recipe: Recipe, part: TensorSlice, base: int, alignment: int, memory_alignment: int
 ) -> tuple[list[Read], list[Copy]]:
-    if not piece.source.numel:
+    if not part.source.numel:
         return [], []
-    if not _is_raw(recipe, piece):
-        return [], [_strided_copy(recipe, piece, base)]
-    extent = piece.source_extent
-    assert extent is not None, "a raw piece is contiguous"
-    slot = base + piece.target.offset * recipe.dtype.itemsize
+    if not _is_raw(recipe, part):
+        return [], [_strided_copy(recipe, part, base)]
+    extent = part.source_extent
+    assert extent is not None, "a raw slice is contiguous"
+    slot = base + part.target.offset * recipe.dtype.itemsize
     start = align_up(extent.offset, alignment)
     end = align_down(extent.end, alignment)
     if (slot - extent.offset) % memory_alignment or end <= start:
@@ -231,14 +237,14 @@ def _byte_copy(extent: Extent, slot_offset: int) -> Copy:
     )
 
 
-def _strided_copy(recipe: Recipe, piece: TensorSlice, base: int) -> Copy:
-    extent, source = piece.source_extent, piece.source
-    if extent is None:  # a part that is no range: read its whole tensor
-        entry = piece.entry
+def _strided_copy(recipe: Recipe, part: TensorSlice, base: int) -> Copy:
+    extent, source = part.source_extent, part.source
+    if extent is None:  # the part is not one byte range: read the whole tensor
+        entry = part.entry
         extent = Extent(entry.path, entry.offset, entry.nbytes)
     else:
         source = View.whole(source.shape)
     numel = recipe.nbytes // recipe.dtype.itemsize
     return Copy(
-        extent, piece.entry.dtype, source, base, recipe.dtype, numel, piece.target
+        extent, part.entry.dtype, source, base, recipe.dtype, numel, part.target
     )

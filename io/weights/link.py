@@ -1,4 +1,4 @@
-"""Moves units from one tier into the slots of a device, in order, beside computing."""
+"""Copies units from one tier into slots of a device while the device computes."""
 
 import contextlib
 import queue
@@ -21,22 +21,29 @@ from .transfer import Transfer
 
 
 class LinkLoad:
-    """One unit on its way into its slot. It is there for the compute stream, which
-    waits for the copy, as soon as the copy is queued: the host does not wait for it."""
+    """The load of one unit into its slot.
+
+    It counts as done as soon as its copy is queued. The compute stream waits for the
+    copy itself; the host does not.
+    """
 
     def __init__(self, unit_name: str, device: Device) -> None:
         self.ready: Event | None = None
-        """When the last byte is there; None until the copy is queued."""
+        """Passes when the last byte has arrived; None until the copy is queued."""
         self.handle = Handle(1)
         self._unit_name = unit_name
         self._device = device
 
     @property
     def is_done(self) -> bool:
+        """Whether the copy is queued, or has failed."""
         return self.handle.is_done
 
     def wait(self) -> None:
-        """Lets the compute stream wait for every byte; raises what failed."""
+        """Waits until the copy is queued, and makes the compute stream wait for it.
+
+        Raises PenstockError if reading or copying failed.
+        """
         try:
             self.handle.wait()
         except PenstockError:
@@ -45,11 +52,11 @@ class LinkLoad:
             raise PenstockError(
                 f"unit {self._unit_name!r} could not be copied: {error!r}"
             ) from error
-        assert self.ready is not None, "what is done without an error has an event"
+        assert self.ready is not None, "a load without an error has an event"
         self._device.compute.wait(self.ready)
 
     def wait_quietly(self) -> None:
-        """Waits until all that writes into the slot is queued, before `ready`."""
+        """Waits until all writes into the slot are queued; `ready` comes after them."""
         self.handle.wait_quietly()
 
 
@@ -71,12 +78,12 @@ class _Job:
 
 
 class Link(Closing):
-    """Copies units from `source` to `target`, memory of `device`, on a stream and in a
-    thread of its own. `pace` holds it to a stated speed. Its spans end when
-    a copy is queued, which on a CPU is when it is done.
+    """Copies units from `source` to `target`, which is memory of `device`.
 
-    A copy begins when the work that read the slot's bytes before has passed, which the
-    stream waits for, not the host.
+    The link has a thread and a stream of its own, and copies units in the order of the
+    calls of `load`. A copy begins when the earlier work on the slot is done: the stream
+    waits for that work, the host does not. `pace` limits the speed, if given. The
+    recorded spans end when a copy is queued; on a CPU it is then also done.
     """
 
     def __init__(
@@ -118,8 +125,11 @@ class Link(Closing):
         return f"<Link: {self.tier} to {self._device.name}, {state}>"
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> LinkLoad:
-        """Starts to bring `unit` to `offset` of the target, whose bytes are free when
-        all of `after` have passed."""
+        """Starts to copy `unit` to `offset` (bytes) of the target.
+
+        Its bytes there may be overwritten once all events of `after` have passed.
+        Raises ClosedError after `close`.
+        """
         load = LinkLoad(self._transfers[unit].name, self._device)
         with self._lock:
             if self._is_closed:
@@ -133,8 +143,8 @@ class Link(Closing):
         return self._statistics
 
     def close(self) -> None:
-        """Finishes what is under way and ends the thread."""
-        with self._lock:  # nothing is put behind the end
+        """Finishes the loads under way and ends the thread."""
+        with self._lock:  # no job may be queued behind the end mark
             if self._is_closed:
                 return
             self._is_closed = True
@@ -149,20 +159,20 @@ class Link(Closing):
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._ask_ahead()  # for the oldest there is room when there is no older
+            self._ask_ahead()  # once no older unit is left, this one has room
             error: BaseException | None = None
             try:
-                self._bring(job)
-            except BaseException as caught:  # raised by whoever waits for the unit
+                self._copy(job)
+            except BaseException as caught:  # raised again where the unit is waited for
                 forget_frames(caught)
                 error = caught
             job.load.handle.done(error)
-            # An error here is the device's, and every later copy raises it, too.
+            # An error here comes from the device; every later copy raises it, too.
             with contextlib.suppress(Exception):
                 self._source.give_back(job.load.ready)
             del job
 
-    def _bring(self, job: _Job) -> None:
+    def _copy(self, job: _Job) -> None:
         memory, start = self._source.get(job.unit)
         transfer = self._transfers[job.unit]
         begun = self._clock()
@@ -178,11 +188,11 @@ class Link(Closing):
                         self._target.tensor(offset + shift, nbytes),
                         memory.tensor(offset, nbytes),
                     )
-        finally:  # what is queued writes, even if the rest failed
+        finally:  # copies already queued still write if a later one failed
             job.load.ready = self._stream.record()
         nbytes = sum(run.nbytes for run in transfer.runs)
         if self._pace is not None:
-            # What a drive reads is what is stored, whatever is made of it.
+            # A drive reads the stored bytes, which a cast may have changed in number.
             paced = transfer.stored_bytes if self.tier == "disk" else nbytes
             end = self._pace.end_of(paced, job.given)
             self._sleep(max(0.0, end - self._clock()))

@@ -1,4 +1,4 @@
-"""Fills a slot with a unit: aligned windows straight into place, the rest by bounce."""
+"""Reads a unit into its slot: aligned windows in place, the rest by bounce buffers."""
 
 import ctypes
 import mmap
@@ -23,7 +23,7 @@ from .layout import Conversion, Copy, Layout
 from .recipe import View
 
 _SERIAL_NUMEL = 32_000
-"""Fewer elements than torch shares out (at::internal::GRAIN_SIZE is 32,768)."""
+"""Fewer elements than torch copies in parallel (at::internal::GRAIN_SIZE, 32,768)."""
 _NOTHING = Extent(Path(), 0, 0)
 
 
@@ -32,17 +32,17 @@ class LoaderStatistics:
     """Counters since the loader was made."""
 
     bytes_loaded: int
-    """Checkpoint bytes of all loads, each unit's counted once a load."""
+    """Checkpoint bytes of all loads; a unit counts at each of its loads."""
     num_loads: int
     bytes_copied: int
-    """Bytes that passed through a bounce buffer (casts, strided parts, edge blocks) or
-    were moved within their slot."""
+    """Bytes that passed a bounce buffer (casts, strided parts, parts of blocks) or were
+    moved within their slot."""
     bytes_converted: int
-    """Bytes made by a conversion of whole tensors."""
+    """Bytes of parameters that a function computed from whole tensors."""
 
 
 class UnitLoad:
-    """One unit on its way into its slot. Nothing of it is queued on a device."""
+    """The load of one unit into its slot in host memory; no device takes part."""
 
     ready = None
 
@@ -55,7 +55,7 @@ class UnitLoad:
         return all(handle.is_done for handle in self._handles)
 
     def wait(self) -> None:
-        """Waits for every byte; raises what failed, naming the unit."""
+        """Waits for every byte; raises a PenstockError that names the unit."""
         self.wait_quietly()
         try:
             for handle in self._handles:
@@ -74,11 +74,11 @@ class UnitLoad:
 
 
 class Loader:
-    """Loads units into an arena with a reader.
+    """Loads units from files into `arena`.
 
-    `load` returns at once; windows are filled by the reader's threads, copies by two
-    threads of its own, started when first needed. What is read is recorded in the lane
-    `disk`, from when it was asked for.
+    `load` returns at once. The threads of `reader` fill windows in place; two threads
+    of the loader, started when first needed, cast and copy the rest. Each read is
+    recorded in the lane `disk`, from its request to its end.
     """
 
     _COPY_THREADS = 2
@@ -109,8 +109,11 @@ class Loader:
         self._statistics = LoaderStatistics(0, 0, 0, 0)
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...] = ()) -> UnitLoad:
-        """Starts loading `unit` into the arena at `offset` (aligned), where a device
-        is at work until all of `after` have passed."""
+        """Starts to load `unit` into the arena at `offset` (bytes, aligned like reads).
+
+        First waits for all events of `after`: until then, a device may use the bytes
+        there. Raises ClosedError after `close`.
+        """
         for event in after:
             event.wait()
         plan = self._layouts[unit]
@@ -122,7 +125,7 @@ class Loader:
             handles.append(self._copy(plan, offset))
             if plan.moves:
                 handles.append(self._move_after(handles, plan, offset))
-        except BaseException:  # nothing is under way into a slot that nobody holds
+        except BaseException:  # the caller frees the slot: no read may still write it
             for handle in handles:
                 handle.wait_quietly()
             raise
@@ -134,7 +137,7 @@ class Loader:
             return self._statistics
 
     def close(self) -> None:
-        """Finishes the copies under way and ends their threads."""
+        """Finishes the copies under way and ends the copy threads."""
         self._copier.close()
 
     def _count(
@@ -159,35 +162,35 @@ class Loader:
         handle.when_done(note)
         return handle
 
-    @torch.inference_mode(False)  # the caller's mode is not that of who casts
+    @torch.inference_mode(False)  # the copy threads are not in the caller's mode
     def _copy(self, plan: Layout, offset: int) -> Handle:
-        """Starts all of `plan` that does not land by itself."""
-        acts: list[tuple[Extent, Callable[[memoryview], None]]] = []
+        """Starts the copies and conversions of `plan`."""
+        actions: list[tuple[Extent, Callable[[memoryview], None]]] = []
         for copy in plan.copies:
             nbytes = copy.target_numel * copy.target_dtype.itemsize
             memory = self._arena.view(offset + copy.target_offset, nbytes)
             target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
             for extent, source, part in _parts(copy, target, self._bounce_bytes):
                 cast = partial(self._cast, plan.name, copy.dtype, source, part)
-                acts.append((extent, cast))
+                actions.append((extent, cast))
         for conversion in plan.conversions:
             convert = partial(self._convert, plan.name, conversion, offset)
-            acts.append((_NOTHING, convert))
-        handle = Handle(len(acts))
-        self._copier.put(CopyTask(plan.name, *act, handle) for act in acts)
+            actions.append((_NOTHING, convert))
+        handle = Handle(len(actions))
+        self._copier.put(CopyTask(plan.name, *action, handle) for action in actions)
         return handle
 
     def _move_after(
         self, handles: Sequence[Handle], plan: Layout, offset: int
     ) -> Handle:
-        """Starts the moves of `plan` when all of `handles` are done."""
+        """Starts the moves of `plan` once all of `handles` are done."""
         moved, before = Handle(1), Handle(len(handles))
 
         def start() -> None:
             move = partial(self._move, plan, offset)
             try:
                 self._copier.put([CopyTask(plan.name, _NOTHING, move, moved)])
-            except Exception as error:  # closed meanwhile
+            except Exception as error:  # the loader was closed meanwhile
                 moved.done(error)
 
         before.when_done(start)
@@ -200,8 +203,8 @@ class Loader:
         for move in plan.moves:
             first = offset + move.target_offset
             nbytes = move.source_offset - move.target_offset + move.nbytes
-            region = self._arena.tensor(first, nbytes)
-            target = region.data_ptr()
+            both = self._arena.tensor(first, nbytes)
+            target = both.data_ptr()
             source = target + move.source_offset - move.target_offset
             ctypes.memmove(target, source, move.nbytes)  # drops the GIL
         nbytes = sum(move.nbytes for move in plan.moves)
@@ -225,7 +228,7 @@ class Loader:
         self, unit: str, conversion: Conversion, offset: int, _: memoryview
     ) -> None:
         recipe = conversion.recipe
-        assert recipe.convert is not None, "only recipes with a function convert"
+        assert recipe.convert is not None, "a conversion has a function"
         if not recipe.nbytes:
             return
         stored = {
@@ -243,7 +246,7 @@ class Loader:
         self._count(converted=recipe.nbytes)
 
     def _read(self, unit: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-        """The elements of `extent`, in memory of their own."""
+        """Reads `extent` into new memory: a one-dimensional tensor of `dtype`."""
         if not extent.nbytes:
             return torch.empty(0, dtype=dtype, device="cpu")
         window = aligned(extent, self._reader.alignment)
@@ -254,12 +257,15 @@ class Loader:
 
 
 def copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies and casts in this thread alone: larger pieces torch would share out to a
-    team of threads of its own, which fights with the one that computes."""
+    """Copies `source` to `target` (same shape, any dtypes, CPU), and casts.
+
+    It uses the calling thread only. Torch would split a large copy over its own thread
+    pool, which would compete with the thread that computes.
+    """
     if not (target.is_contiguous() and source.is_contiguous()):
         target.copy_(source)
         return
-    # One call: whoever computes needs the interpreter's lock, too.
+    # One call, so that the interpreter's lock is free for the computing thread.
     torch._foreach_copy_(
         list(torch.split(target.view(-1), _SERIAL_NUMEL)),
         list(torch.split(source.view(-1), _SERIAL_NUMEL)),
@@ -281,7 +287,7 @@ def _parts(
         shape = source.shape
     row = View.whole(shape[1:]).numel
     num = -(-shape[0] // max(1, max_bytes // (row * size)))
-    step = -(-shape[0] // num)  # of nearly one size
+    step = -(-shape[0] // num)  # parts of nearly equal size
     for start in range(0, shape[0], step):
         count = min(step, shape[0] - start)
         extent = Extent(

@@ -1,4 +1,4 @@
-"""A unit some of whose tensors have other values than in the checkpoint. Pure."""
+"""Plans the load of a unit whose tensors come partly from another file. Pure."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,15 +11,17 @@ from .layout import Copy, Layout, Placed, Read
 from .recipe import View
 
 _Range = tuple[int, int]
-"""From the first byte to behind the last one, in the slot."""
+"""Start and end of a byte range of the slot; the end is not part of it."""
 
 
 def overlaid(
     plan: Layout, entries: Mapping[str, TensorEntry], *, alignment: int
 ) -> Layout:
-    """`plan` with the tensors called in `entries` read from there. Every tensor stays
-    where it is in the slot, which keeps its size: what is read in one piece with such a
-    tensor now is read around it."""
+    """Returns `plan`, changed to read the tensors named in `entries` from there.
+
+    The slot keeps its size, and every tensor its offset. A window that contains such a
+    tensor is replaced by reads around it, aligned to `alignment` bytes.
+    """
     ranges = {tensor.name: _range(tensor) for tensor in plan.tensors}
     taken = [ranges[name] for name in entries]
     kept = sorted(r for name, r in ranges.items() if name not in entries)
@@ -62,18 +64,20 @@ def _common(one: _Range, other: _Range) -> _Range | None:
 
 
 def _merged(ranges: Iterator[_Range]) -> list[_Range]:
-    found: list[_Range] = []
+    merged: list[_Range] = []
     for start, end in ranges:
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
-            found.append((start, end))
-    return found
+            merged.append((start, end))
+    return merged
 
 
 def _cut(read: Read, part: _Range, alignment: int) -> tuple[list[Read], list[Copy]]:
-    """The bytes `part` of the slot, which `read` fills among others: whole blocks go on
-    to be read in place, what is left at both ends is copied."""
+    """Reads only the bytes `part` of the slot, instead of all that `read` fills.
+
+    Whole blocks are read in place; the rest at both ends is copied.
+    """
     ahead = read.extent.offset - read.slot_offset
     path, first, last = read.extent.path, part[0] + ahead, part[1] + ahead
     start, end = align_up(first, alignment), align_down(last, alignment)

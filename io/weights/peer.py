@@ -1,4 +1,4 @@
-"""The peer tier: units that stay in another device's memory."""
+"""The peer tier: units stay in the memory of another device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +13,12 @@ from .transfer import Run, Transfer
 
 
 class PeerTier(Closing):
-    """Holds `units` side by side in memory of `device`, laid out as in a slot. They are
-    read while this is made, over the link that `open_link(memory, device)` opens;
-    `progress(done_bytes, total_bytes)` is called as they come.
+    """Holds `units` one behind the other in memory of `device`, laid out as in a slot.
 
-    Raises what reading raises; nothing stays open then.
+    The constructor reads them all over the link that `open_link(memory, device)` opens,
+    and calls `progress(done_bytes, total_bytes)` after each.
+
+    Raises the errors of the reads, and closes everything first.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class PeerTier(Closing):
     ) -> None:
         self.device = device
         self.offsets, nbytes = side_by_side({u: transfers[u].nbytes for u in units})
-        """Where each unit stands in `memory`."""
+        """The offset of each unit in `memory`, in bytes."""
         self.memory = device.allocate(nbytes)
         try:
             with open_link(self.memory, device) as link:
@@ -54,7 +55,10 @@ class PeerTier(Closing):
     def load_again(
         self, units: Sequence[int], open_link: Callable[[Memory, Device], Link]
     ) -> None:
-        """What is stored of these `units` has changed. Nobody reads them meanwhile."""
+        """Reads `units` again after their files changed.
+
+        Nobody may use these units meanwhile.
+        """
         if not units:
             return
         with open_link(self.memory, self.device) as link:
@@ -67,5 +71,5 @@ class PeerTier(Closing):
 
 
 def whole(transfer: Transfer) -> Transfer:
-    """The way of a unit that is laid out as in its slot already: one run."""
+    """The transfer of a unit that is already laid out as in its slot: one run."""
     return replace(transfer, runs=(Run(0, 0, transfer.nbytes),))

@@ -1,7 +1,7 @@
-"""What a parameter is made of: which parts of which stored tensors land where.
+"""Says which parts of which stored tensors make a parameter.
 
-Most parameters are one stored tensor as it is. Others are stacked from many (experts),
-cut from one (fused projections), or cast to another dtype on the way in.
+Most parameters are one stored tensor, unchanged. Others are stacked from many tensors
+(experts), cut from one (fused projections), or cast to another dtype while loading.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..extent import Extent
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A strided part of a contiguous tensor, in elements."""
+    """A strided part of a contiguous tensor. All numbers count elements, not bytes."""
 
     offset: int
     shape: tuple[int, ...]
@@ -24,6 +24,7 @@ class View:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "View":
+        """All elements of a contiguous tensor of `shape`."""
         stride, step = [], 1
         for size in reversed(shape):
             stride.append(step)
@@ -32,6 +33,7 @@ class View:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "View":
+        """The part of its storage that `tensor` (any shape and dtype) views."""
         return cls(
             int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
         )
@@ -42,6 +44,7 @@ class View:
 
     @property
     def is_contiguous(self) -> bool:
+        """Whether the elements lie one behind the other in the tensor."""
         expected = 1
         for size, stride in zip(
             reversed(self.shape), reversed(self.stride), strict=True
@@ -52,7 +55,10 @@ class View:
         return True
 
     def on(self, flat: torch.Tensor) -> torch.Tensor:
-        """This view of the one-dimensional tensor `flat`."""
+        """This part of `flat` (one-dimensional, any dtype), as a view of `shape`.
+
+        Raises RuntimeError when the storage of `flat` is too short.
+        """
         return flat.as_strided(
             self.shape, self.stride, flat.storage_offset() + self.offset
         )
@@ -60,7 +66,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A part of a stored tensor and the part of the parameter that it fills."""
+    """A part of a stored tensor, and the part of the parameter that it fills."""
 
     entry: TensorEntry
     source: View
@@ -68,7 +74,7 @@ class TensorSlice:
 
     @property
     def source_extent(self) -> Extent | None:
-        """The bytes to read, where they are one range; else None."""
+        """The byte range of `source` in the file; None when it is not one range."""
         if not self.source.is_contiguous:
             return None
         size = self.entry.dtype.itemsize
@@ -80,21 +86,21 @@ class TensorSlice:
 
 
 Convert = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
-"""Builds a parameter from whole stored tensors, by name."""
+"""Computes a parameter from whole stored tensors, given by their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How one parameter of the model is made from the checkpoint.
 
-    Either `pieces` fill it, or (for transformations that are no views) `convert` makes
-    it from the whole tensors of `entries`.
+    Either `slices` fill it part by part, or `convert` computes it from the whole
+    tensors of `entries`, for transformations that are not views.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[TensorSlice, ...] = ()
+    slices: tuple[TensorSlice, ...] = ()
     convert: Convert | None = None
     entries: tuple[TensorEntry, ...] = ()
 
@@ -104,36 +110,42 @@ class Recipe:
 
     @property
     def direct(self) -> Extent | None:
-        """The one byte range of a file that *is* this parameter, or None where it
-        must be assembled or cast. Rows of it can be gathered."""
-        if len(self.pieces) != 1 or self.pieces[0].entry.dtype != self.dtype:
+        """The byte range of a file that holds exactly this parameter.
+
+        None when the parameter must be assembled or cast. Single rows can be read from
+        this range.
+        """
+        if len(self.slices) != 1 or self.slices[0].entry.dtype != self.dtype:
             return None
         return self.stored_rows
 
     @property
     def stored_rows(self) -> Extent | None:
-        """The one byte range that holds this parameter in the stored dtype, or None."""
-        if len(self.pieces) != 1:
+        """The byte range that holds this parameter in its stored dtype.
+
+        None when the parameter must be assembled.
+        """
+        if len(self.slices) != 1:
             return None
-        piece = self.pieces[0]
-        if piece.target != View.whole(self.shape):
+        part = self.slices[0]
+        if part.target != View.whole(self.shape):
             return None
-        return piece.source_extent
+        return part.source_extent
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that must be read to make this parameter."""
+        """Bytes to read from files to make this parameter."""
         if self.convert is not None:
             return sum(entry.nbytes for entry in self.entries)
         return sum(
-            piece.source.numel * piece.entry.dtype.itemsize
-            if piece.source.is_contiguous
-            else piece.entry.nbytes
-            for piece in self.pieces
+            part.source.numel * part.entry.dtype.itemsize
+            if part.source.is_contiguous
+            else part.entry.nbytes
+            for part in self.slices
         )
 
 
 def plain(entry: TensorEntry, *, name: str, dtype: torch.dtype) -> Recipe:
-    """The recipe of a parameter that is `entry`, cast to `dtype` where they differ."""
+    """The recipe of a parameter that is the stored tensor `entry`, cast to `dtype`."""
     whole = View.whole(entry.shape)
     return Recipe(name, entry.shape, dtype, (TensorSlice(entry, whole, whole),))

@@ -1,10 +1,10 @@
-"""Buffers that are given back in the order they were taken. Pure bookkeeping."""
+"""A ring buffer: ranges are given back in the order they were taken. Pure."""
 
 from collections import deque
 
 
 class Ring:
-    """Pieces of `capacity` bytes, each in one piece, used first in, first out."""
+    """Hands out contiguous ranges of `capacity` bytes, first in, first out."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -18,7 +18,7 @@ class Ring:
         return len(self._taken)
 
     def take(self, nbytes: int) -> int | None:
-        """The offset of `nbytes`, or None while older pieces are in the way."""
+        """The offset of `nbytes` free bytes; None while older ranges are in the way."""
         assert 0 < nbytes <= self.capacity, f"{nbytes} never fit into {self.capacity}"
         if not self._taken:
             start = 0
@@ -35,5 +35,5 @@ class Ring:
         return start
 
     def give_back(self) -> None:
-        """Frees the piece that was taken first."""
+        """Frees the oldest range."""
         self._taken.popleft()

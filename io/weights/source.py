@@ -1,4 +1,4 @@
-"""Where a link gets the bytes of its units from."""
+"""Provides the bytes of units to a link."""
 
 import threading
 from collections import deque
@@ -15,33 +15,42 @@ from .ring import Ring
 
 
 class Source(Protocol):
-    """Lends the bytes of units, in the order in which they were asked for."""
+    """Lends the memory of units, in the order in which `ask` was called for them."""
 
     def ask(self, unit: int) -> bool:
-        """Starts to get `unit` ready. False when there is no room for that yet: it is
-        asked for again, before any other, when the oldest was given back. What fails
-        is raised by `get`."""
+        """Starts to make `unit` available.
+
+        Returns False when there is no room yet. The caller then asks again after a
+        `give_back`, before it asks for any other unit. Errors are raised by `get`.
+        """
         ...
 
     def get(self, unit: int) -> tuple[Memory, int]:
-        """Waits for the oldest one asked for and not got: its memory and offset."""
+        """Waits for the oldest requested unit.
+
+        Returns the memory that holds it, and its offset there in bytes.
+        """
         ...
 
     def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """A range of that memory as ranges (offset, bytes) that can each be copied in
-        one piece: memory that is pinned in pieces cannot in any other."""
+        """Splits a range of that memory into ranges (offset, bytes) to copy one by one.
+
+        One copy must not cross the border between two separately pinned blocks.
+        """
         ...
 
     def give_back(self, event: Event | None) -> None:
-        """The oldest one got, or failed to be got (None), has been read when `event`
-        has passed."""
+        """Returns the oldest unit of `get`: its memory is free once `event` has passed.
+
+        `event` is None when `get` failed.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class ResidentSource:
-    """Units that stay where they are, `offsets` into `memory`."""
+    """Units that stay in `memory`, each at its offset (bytes) in `offsets`."""
 
     def __init__(
         self,
@@ -72,10 +81,11 @@ class ResidentSource:
 
 
 class StagedSource:
-    """Units read from disk into a ring of host memory, as many ahead as fit there.
+    """Units that are read from disk into a ring buffer in host memory.
 
-    `ask` may be called by any thread, the rest by the one that copies: the only one
-    that ever waits for the device, to use the ring again.
+    Reads run ahead as far as the ring has room. Any thread may call `ask`. Only the
+    thread of the link calls the other methods, and only it waits for the device before
+    a part of the ring is used again.
     """
 
     def __init__(
@@ -101,7 +111,7 @@ class StagedSource:
                 return False
             try:
                 load = self._loader.load(unit, offset)
-            except Exception as error:  # raised by who waits for it
+            except Exception as error:  # raised by `get`
                 failed = Handle(1)
                 failed.done(error)
                 load = UnitLoad(self._layouts[unit].name, [failed])

@@ -1,4 +1,4 @@
-"""Writes a safetensors file in which tensors lie where they are wanted, modulo 64."""
+"""Writes a safetensors file in which each tensor has a chosen offset modulo 64."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from ..checkpoint.dtypes import STORED_DTYPES
 from .layout import TENSOR_ALIGNMENT
 
 FILLER = "penstock.filler."
-"""The format allows no gaps: what keeps tensors apart is a tensor of this name and a
-number."""
+"""Prefix of the names of padding tensors: the format allows no gaps between tensors."""
 
 _STORED = {stored.torch: (name, stored) for name, stored in STORED_DTYPES.items()}
 
@@ -20,14 +19,17 @@ _STORED = {stored.torch: (name, stored) for name, stored in STORED_DTYPES.items(
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], residues: Mapping[str, int]
 ) -> None:
-    """Writes `tensors` (any device, any dtype that the format has), in their order,
-    each at an offset in the file that is `residues[name]` modulo 64 bytes.
+    """Writes `tensors` to `path`, in their order.
 
-    Raises OSError, and ValueError for a dtype that the format does not have.
+    Tensors may have any shape, lie on any device, and have any dtype of the format. The
+    offset of each in the file is `residues[name]` bytes modulo 64.
+
+    Raises OSError if the file cannot be written, and ValueError for a dtype that the
+    format does not have.
     """
     header: dict[str, Any] = {}
     fillers: dict[str, int] = {}
-    position = 0  # in the data, which starts at a multiple of 64
+    position = 0  # from the start of the data, which is a multiple of 64
     for name, tensor in tensors.items():
         fillers[name] = (residues[name] - position) % TENSOR_ALIGNMENT
         if fillers[name]:

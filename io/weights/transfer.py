@@ -1,10 +1,12 @@
-"""How a unit that lies in some memory is copied into its slot, in few large runs. Pure.
+"""Plans how a unit is copied from other memory into its slot, in few large runs. Pure.
 
-On the CPU a slot looks like what was read from disk. On a GPU tensors must be aligned
-(cuBLAS takes slow paths below 16 bytes), which in a file they are not; but those that
-lie side by side mostly need the same shift, so that one run moves them all. To 256
-bytes, because torch tells cuBLASLt how far pointers are aligned, up to that much: with
-less, it could choose another kernel than for the resident model, and other last bits.
+On the CPU a slot holds the same bytes as were read from disk. On a GPU tensors must be
+aligned (cuBLAS is slow below 16 bytes), and in a file they are not. Neighbouring
+tensors mostly need the same shift, so one run can move many of them.
+
+The alignment is 256 bytes. Torch tells cuBLASLt how far pointers are aligned, up to
+this value. With less, cuBLASLt could choose another kernel than for the resident model,
+and the last bits would differ.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ _TENSOR_ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Bytes copied in one piece."""
+    """A byte range that is copied at once."""
 
     source_offset: int
     target_offset: int
@@ -28,27 +30,30 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One unit's way from where it was read to, into a slot of `nbytes`."""
+    """The plan to copy one unit from where it was read to into a slot of `nbytes`."""
 
     name: str
     nbytes: int
     runs: tuple[Run, ...]
     tensors: tuple[Placed, ...]
-    """Where each parameter stands in the slot."""
+    """Where each parameter lies in the slot."""
     stored_bytes: int
-    """Of the checkpoint that make it."""
+    """Bytes of the checkpoint that make the unit."""
 
 
-def as_it_lies(plan: Layout) -> Transfer:
-    """The slot is a copy of what was read."""
+def same_layout(plan: Layout) -> Transfer:
+    """A transfer to a slot with the layout of `plan`: one run copies it whole."""
     runs = (Run(0, 0, plan.nbytes),)
     return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
 
 
 def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
-    """Every parameter aligned, without what lay between: a run begins at a multiple of
-    `alignment` and goes on as long as parameters in it are aligned, too (256 bytes are
-    enough), and at most `max_gap_bytes` apart."""
+    """A transfer to a slot where parameters are aligned and large gaps are left out.
+
+    A run begins at a multiple of `alignment` bytes. It goes on as long as the next
+    parameter is aligned in it (to 256 bytes, or `alignment` if that is less) and at
+    most `max_gap_bytes` behind the last one.
+    """
     aligned_to = min(alignment, _TENSOR_ALIGNMENT)
     runs: list[Run] = []
     placed: dict[str, Placed] = {}

@@ -12,7 +12,7 @@ from ...io.devices.device import Device, Stream
 from ...io.kv.codec import Codec, Plain
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
-from ...io.kv.hop import HostBounce, NoHop, ThroughHost
+from ...io.kv.hop import HostBounce, NoBounce, ThroughHost
 from ...io.kv.lender import BufferPool, OfDevice, PinnedPool, Unpinned
 from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ...io.kv.quantised import Quantised
@@ -95,11 +95,11 @@ class KvTiers(Closing):
             return opened.enter_context(self._on_disk())
         if is_there and self._kind is None:
             return InPlace(torch.device(device.name), self._count)
-        lender: BufferPool
+        pool: BufferPool
         out: Stream
         back: Stream
         if is_there:
-            out, back, lender = device.compute, device.compute, OfDevice(device)
+            out, back, pool = device.compute, device.compute, OfDevice(device)
         elif device.is_host:
             out, back = (
                 opened.enter_context(
@@ -112,10 +112,10 @@ class KvTiers(Closing):
                 )
                 for name in ("kv-out", "kv-back")
             )
-            lender = Unpinned()
+            pool = Unpinned()
         else:
             out, back = device.stream(), device.stream()
-            lender = PinnedPool(self._pin, out, back)
+            pool = PinnedPool(self._pin, out, back)
         return opened.enter_context(
             Copied(
                 device,
@@ -124,7 +124,7 @@ class KvTiers(Closing):
                 self._codec,
                 out=out,
                 back=back,
-                lender=lender,
+                pool=pool,
             )
         )
 
@@ -151,11 +151,11 @@ class KvTiers(Closing):
 
     def _on_disk(self) -> OnDisk:
         device = self._device
-        hop: HostBounce = NoHop()
+        bounce: HostBounce = NoBounce()
         if not device.is_host:
-            hop = ThroughHost(device, device.stream(), device.stream(), self._pin)
+            bounce = ThroughHost(device, device.stream(), device.stream(), self._pin)
         return OnDisk(
-            device, self._staging, self._count, self._codec, self._open_file, hop
+            device, self._staging, self._count, self._codec, self._open_file, bounce
         )
 
     def _open_file(self) -> KvFile:

@@ -34,7 +34,7 @@ class RowGatherer:
         assert stored is not None, "a table that is no byte range cannot be gathered"
         self._table = stored
         self._dtype = recipe.dtype
-        self._stored_dtype = recipe.pieces[0].entry.dtype
+        self._stored_dtype = recipe.slices[0].entry.dtype
         self._num_rows, *row_shape = recipe.shape
         self._row_shape = tuple(row_shape)
         self._row_bytes = stored.nbytes // max(self._num_rows, 1)

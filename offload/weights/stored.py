@@ -41,7 +41,7 @@ def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:
 
 def entries_of(recipe: Recipe) -> Sequence[TensorEntry]:
     """The stored tensors that a parameter is made of."""
-    return (*(piece.entry for piece in recipe.pieces), *recipe.entries)
+    return (*(part.entry for part in recipe.slices), *recipe.entries)
 
 
 def unused_words(names: Sequence[str], recipes: Mapping[str, Recipe]) -> str | None:

@@ -18,7 +18,7 @@ from nets import same
 from penstock import Policy
 from penstock.io.errors import PolicyError
 from penstock.io.kv.count import KvCount
-from penstock.io.kv.in_place import InPlaceStrip
+from penstock.io.kv.in_place import InPlaceBuffer
 from penstock.io.kv.shape import KvShape
 from penstock.offload.kv.attention import attend
 from penstock.offload.kv.layers import TieredLayer, TieredSlidingLayer
@@ -110,7 +110,7 @@ def test_a_prompt_that_comes_at_once_is_attended_to_where_it_is(
     """What comes later is attended to where it is kept."""
     with FakeTensorMode():
         keys, values = (torch.empty(2, 2, 5, 16, device="cuda") for _ in range(2))
-        strip = InPlaceStrip(
+        strip = InPlaceBuffer(
             KvShape.of(keys, values), 20, torch.device("cpu"), Lease(), KvCount()
         )
         store: Any = SimpleNamespace(open=lambda *a: strip, touch=lambda *a: None)

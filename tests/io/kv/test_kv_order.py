@@ -68,11 +68,11 @@ def place_of(
             write_pace=None,
             read_pace=None,
         )
-        hop = ThroughHost(device, out, back, pin)
-        place = OnDisk(device, staging, count, codec, open_file, hop)
+        bounce = ThroughHost(device, out, back, pin)
+        place = OnDisk(device, staging, count, codec, open_file, bounce)
     else:
-        lender = PinnedPool(pin, out, back)
-        place = Copied(device, staging, count, codec, out=out, back=back, lender=lender)
+        pool = PinnedPool(pin, out, back)
+        place = Copied(device, staging, count, codec, out=out, back=back, pool=pool)
     return opened.enter_context(place), count, staging
 
 

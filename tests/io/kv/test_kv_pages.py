@@ -29,7 +29,7 @@ def test_appends_and_reads_are_those_of_one_long_string(
             assert len(block) == plan.write_end - plan.write_start
             for span in spans(sizes, plan.write_start, plan.write_end):
                 piece = block[span.position : span.position + span.nbytes]
-                file[span.piece][span.offset : span.offset + span.nbytes] = piece
+                file[span.segment][span.offset : span.offset + span.nbytes] = piece
             written.append((plan.write_start, plan.write_end))
             tail = new[plan.num_written :]
         else:
@@ -45,7 +45,7 @@ def test_appends_and_reads_are_those_of_one_long_string(
     flushed = length - len(tail)
     found = bytearray(end - start)
     for span in spans(sizes, start, max(start, min(end, flushed))):
-        part = file[span.piece][span.offset : span.offset + span.nbytes]
+        part = file[span.segment][span.offset : span.offset + span.nbytes]
         found[span.position : span.position + span.nbytes] = part
     low = max(start, flushed)
     if low < end:

@@ -26,7 +26,7 @@ from penstock.io.kv import staging as kv_staging
 from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
-from penstock.io.kv.hop import NoHop
+from penstock.io.kv.hop import NoBounce
 from penstock.io.kv.lender import Unpinned
 from penstock.io.kv.pages import PAGE_BYTES
 from penstock.io.kv.places import Copied, InPlace, OnDisk
@@ -78,11 +78,11 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
                 Plain,
                 out=out,
                 back=back,
-                lender=Unpinned(),
+                pool=Unpinned(),
             )
         else:
             place = OnDisk(
-                device, staging, count, Plain, partial(file_in, folder), NoHop()
+                device, staging, count, Plain, partial(file_in, folder), NoBounce()
             )
         opened.enter_context(place)
         yield place, count, staging

@@ -192,7 +192,7 @@ def test_stored_bytes_count_what_parameters_are_made_of(
         made = make(example, Path(folder))
         plan = lay_out(made.recipes, alignment=alignment)
     least = sum(
-        sum(p.source.numel * p.entry.dtype.itemsize for p in r.pieces)
+        sum(p.source.numel * p.entry.dtype.itemsize for p in r.slices)
         for r in made.recipes
     )
     most = sum(
@@ -246,7 +246,7 @@ def test_a_tensor_at_an_odd_offset_is_moved_to_an_even_one(
         )
         recipe = recipes["1"]
         plan = lay_out([recipe])
-        is_odd = recipe.pieces[0].entry.offset % dtype.itemsize != 0
+        is_odd = recipe.slices[0].entry.offset % dtype.itemsize != 0
         assert bool(plan.copies) == is_odd
         assert bool(plan.reads) != is_odd
         check_aligned(plan, 4096, 4096)
@@ -331,7 +331,7 @@ def test_a_parameter_at_an_odd_offset_is_right(tmp_path: Path) -> None:
 def test_two_parameters_may_be_the_same_stored_tensor(tmp_path: Path) -> None:
     recipes = files_of(tmp_path, random_tensor(torch.float32, (10, 10)))
     stored = recipes["0"]
-    other = Recipe("other", stored.shape, stored.dtype, stored.pieces)
+    other = Recipe("other", stored.shape, stored.dtype, stored.slices)
     plan = lay_out([stored, other])
     slot = Slot(plan.nbytes)
     slot.run(plan)

@@ -30,7 +30,7 @@ from penstock.io.weights.link import Link
 from penstock.io.weights.loader import Loader
 from penstock.io.weights.peer import PeerTier
 from penstock.io.weights.source import StagedSource
-from penstock.io.weights.transfer import as_it_lies
+from penstock.io.weights.transfer import same_layout
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -115,7 +115,7 @@ def opened(
         memory = Arena(staging_pages * PAGE)
         loader = Loader(units.layouts, memory, read, bounce_bytes=PAGE)
         change_loader(loader)
-        ways = dict(enumerate(map(as_it_lies, units.layouts)))
+        ways = dict(enumerate(map(same_layout, units.layouts)))
         source = StagedSource(loader, units.layouts, memory)
         made = Link("disk", source, ways, target, device or CpuDevice(), **options)
         with made as link:
@@ -314,7 +314,7 @@ def test_a_peer_that_cannot_be_filled_names_the_unit_and_keeps_nothing(
     tmp_path: Path, preadv: Faulty
 ) -> None:
     units = Units(tmp_path / "weights", [1, 2, 1])
-    ways = dict(enumerate(map(as_it_lies, units.layouts)))
+    ways = dict(enumerate(map(same_layout, units.layouts)))
     stamps = {units.path: FileStamp.of(units.path.stat())}
     preadv.go.set()
     told: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.io.weights.layout import Layout, Placed
-from penstock.io.weights.transfer import Run, Transfer, as_it_lies, packed
+from penstock.io.weights.transfer import Run, Transfer, packed, same_layout
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 
@@ -137,7 +137,7 @@ def test_a_unit_of_no_bytes_has_no_run_but_a_slot() -> None:
 
 @given(layouts())
 def test_as_it_lies_nothing_moves(plan: Layout) -> None:
-    transfer = as_it_lies(plan)
+    transfer = same_layout(plan)
     slot, source = copied(plan, transfer)
     assert slot == source
     assert transfer.tensors == plan.tensors
