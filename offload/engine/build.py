@@ -122,7 +122,7 @@ def build(
             working_set=working_set,
             binding=binding,
             doors=doors,
-            gate=ForwardEntry(
+            entry=ForwardEntry(
                 doors,
                 Order(len(found.sites)),
                 lookahead=policy.lookahead,

@@ -57,7 +57,7 @@ class Engine:
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
@@ -69,7 +69,7 @@ class Engine:
         self.model = model
         self.policy = policy
         self.arrangement = arrangement
-        self.found = found = arrangement.division.found
+        self.model_division = model_division = arrangement.division.found
         self.recipes = arrangement.recipes
         self.budget = budget
         self.timeline = timeline
@@ -79,8 +79,8 @@ class Engine:
         self._binding = binding
         self.resident = binding.resident
         self._doors = doors
-        self._gate = gate
-        self.home = gate.home
+        self._entry = entry
+        self.home = entry.home
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
@@ -90,11 +90,11 @@ class Engine:
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
-            for index, unit in enumerate(found.units)
+            for index, unit in enumerate(model_division.units)
             for name in unit.tensors
         }
         self.updates = Updates(
-            arrangement, tiers, working_set, binding, gate, gatherers, policy
+            arrangement, tiers, working_set, binding, entry, gatherers, policy
         )
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
@@ -106,7 +106,7 @@ class Engine:
 
     def start(self) -> None:
         """Loads what is resident, hooks the sites, and fetches the first of them."""
-        for index, unit in enumerate(self.found.units):
+        for index, unit in enumerate(self.model_division.units):
             if unit.is_resident:
                 offset = self._working_set.acquire(index)
                 self._working_set.keep(index)
@@ -116,17 +116,19 @@ class Engine:
             self._compilation.keep_out if self._compilation else lambda hook: hook
         )
         self._hooks = SiteHooks(
-            self.model, self.found, self._gate, self._binding, keep_out
+            self.model, self.model_division, self._entry, self._binding, keep_out
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
-        self._doors.expect(range(min(1 + self.policy.lookahead, len(self.found.sites))))
+        self._doors.prefetch_sites(
+            range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
+        )
 
     def touch(self, name: str) -> torch.Tensor:
         """The real tensor `name`, touched while its unit is not bound: a fault. The
         unit is loaded on the spot and, where it fits, stays."""
         unit = self._unit_of[name]
-        with self._gate.turn():
+        with self._entry.turn():
             if not self._working_set.is_resident(unit):
                 self._count_fault(name, unit)
             offset = self._working_set.acquire(unit)
@@ -149,13 +151,13 @@ class Engine:
         """A sweep over this model; ends with it at the latest."""
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
-            self._gate,
+            self._entry,
             width=width,
             activation_bytes=self._activation_bytes(isinstance(width, int)),
             seed=seed,
             devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
-            evacuation=self._tiers.evacuation() if moves_out else None,
+            activation_offload=self._tiers.activation_offload() if moves_out else None,
             coalescing=self._coalescing(coalesce),
             kv=None if self._kv is None else self._kv.store,
         )
@@ -202,19 +204,19 @@ class Engine:
     @property
     def first_unit_at(self) -> float | None:
         """When the first site began to compute (`time.perf_counter`), if any did."""
-        return self._gate.first_visit_at
+        return self._entry.first_visit_at
 
     @property
     def pass_fraction(self) -> float:
         """How far the current pass over the weights is, 0 to 1."""
-        return self._gate.fraction
+        return self._entry.fraction
 
     def statistics(self) -> Statistics:
         working_set = self._working_set.statistics()
         reader = self._tiers.reader.statistics()
         loaders = [loader.statistics() for loader in self._tiers.loaders]
         by_tier = bytes_by_tier(
-            self.found.units,
+            self.model_division.units,
             self.recipes,
             self._tiers.placement,
             working_set.resident_units,
@@ -232,9 +234,9 @@ class Engine:
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
             bytes_copied=sum(x.bytes_copied + x.bytes_converted for x in loaders),
-            passes=self._gate.num_passes,
+            passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,
-            compute_seconds=self._gate.compute_seconds,
+            compute_seconds=self._entry.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
             max_in_flight=sweeps.max_in_flight,
@@ -290,7 +292,8 @@ class Engine:
         if self.policy.strict:
             raise FaultError(
                 f"{name!r} was used outside of the forward of its unit "
-                f"{self.found.units[unit].name!r}; strict: false loads it on the spot"
+                f"{self.model_division.units[unit].name!r}; strict: false loads it on "
+                "the spot"
             )
         if self._faults[name] == 1:
             used = "%s is used outside of the forward of its module: loaded on the spot"

@@ -25,11 +25,11 @@ class SiteHooks:
         self,
         model: nn.Module,
         found: ModelDivision,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         binding: Binding,
         keep_out: Callable[[Hook], Hook],
     ) -> None:
-        self._gate = gate
+        self._entry = entry
         self._binding = binding
         self._handles: list[Any] = []
         for index, site in enumerate(found.sites):
@@ -48,7 +48,7 @@ class SiteHooks:
     def _begin(self, module: nn.Module, args: Any) -> None:
         """The model's own forward begins."""
         check_not_traced()
-        self._gate.abandon_plain()
+        self._entry.abandon_plain()
         self._binding.check_resident()
         self._owes_gradients = False
 
@@ -62,13 +62,13 @@ class SiteHooks:
     ) -> None:
         def before(module: nn.Module, args: Any) -> None:
             check_not_traced()
-            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
+            self._entry.before(site)  # whatever a pre-hook returns replaces arguments
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_grad_enabled() and not self._keeps_its_weights(site):
                 refuse_backward(output, name)
                 self._owes_gradients |= self._binding.wants_gradients(site)
-            self._gate.after(site)
+            self._entry.after(site)
 
         self._handles += [
             module.register_forward_pre_hook(keep_out(before)),
@@ -78,5 +78,5 @@ class SiteHooks:
     def _keeps_its_weights(self, site: int) -> bool:
         """Whether a backward pass finds the weights of `site` as they were, and none of
         them waits for a gradient."""
-        stays = self._gate.doors.stays(site)
+        stays = self._entry.doors.stays(site)
         return stays and not self._binding.wants_gradients(site)

@@ -30,9 +30,9 @@ class SweepsStatistics:
             num_joint_rows=self.num_joint_rows + joint.num_rows,
             num_failed_joint_calls=self.num_failed_joint_calls + joint.num_failed,
         )
-        if sweep.evacuation is None:
+        if sweep.activation_offload is None:
             return found
-        moved = sweep.evacuation.statistics()
+        moved = sweep.activation_offload.statistics()
         return replace(
             found,
             bytes_out=self.bytes_out + moved.bytes_out,

@@ -31,7 +31,7 @@ from ...io.weights.loader import Loader
 from ...io.weights.peer import PeerTier, whole
 from ...io.weights.source import ResidentSource, Source, StagedSource
 from ...io.weights.transfer import Transfer
-from ...scheduler.activations.evacuation import MIN_BYTES, ActivationOffload
+from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
 from ...scheduler.slots.load import Load
 from ..monitoring.progress import FillProgress
@@ -68,7 +68,7 @@ class Tiers(Closing):
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
-        self._evacuations: list[ActivationOffload] = []
+        self._activation_offloads: list[ActivationOffload] = []
         self.straight: gds.GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
@@ -113,14 +113,16 @@ class Tiers(Closing):
         """The point that the device's work has come to; None if it does all at once."""
         return None if self.device.is_host else self.device.compute.record()
 
-    def evacuation(self) -> ActivationOffload:
+    def activation_offload(self) -> ActivationOffload:
         """A way out of the device for what suspended micro-batches hold."""
         if self._ownership is None:  # what it learns holds for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
         buffers = HostBuffers(self.pin)
         found = ActivationOffload(self.device, buffers, self._ownership, self._record)
-        self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
+        self._activation_offloads = [
+            e for e in self._activation_offloads if not e.is_closed
+        ] + [found]
         return found
 
     def pin(self, memory: Arena) -> Pinned | None:
@@ -141,8 +143,8 @@ class Tiers(Closing):
 
     def close(self) -> None:
         """Ends the threads and gives the memory back, after all work with it."""
-        for evacuation in self._evacuations:
-            evacuation.close()
+        for activation_offload in self._activation_offloads:
+            activation_offload.close()
         self.device.synchronize()
         self._opened.close()
 

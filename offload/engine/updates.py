@@ -48,7 +48,7 @@ class Updates(Closing):
         tiers: Tiers,
         working_set: WorkingSet,
         binding: Binding,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         gatherers: Iterable[RowGatherer],
         policy: Policy,
     ) -> None:
@@ -58,7 +58,7 @@ class Updates(Closing):
         self._tiers = tiers
         self._working_set = working_set
         self._binding = binding
-        self._gate = gate
+        self._entry = entry
         self._gatherers = {gatherer.name: gatherer for gatherer in gatherers}
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
@@ -80,7 +80,7 @@ class Updates(Closing):
         PenstockError during a sweep or a call, OutputError where the cache folder has
         no room."""
         values = new_values(model, tensors, self._binding.find, self._like)
-        with self._gate.idle(is_busy=_is_in_forward(model)):
+        with self._entry.idle(is_busy=_is_in_forward(model)):
             self._refuse_what_is_shared(values)
             streamed = {
                 each.streamed_name: each

@@ -16,7 +16,7 @@ _ROW_BYTES = 64 << 10
 
 _WITH_IT = 3
 """Micro-batches that the device holds where those that wait are in host memory: the one
-that computes, the one before it and the one after it (as in `evacuation`)."""
+that computes, the one before it and the one after it (as in `activation_offload`)."""
 STAGED_STRIPS, STAGED_BYTES = 3, 256 << 20
 """Layers of a micro-batch that keys and values from a slower tier have room for at
 least, and bytes that there is room for at least (`FEW_STRIPS`, `FEW_BYTES` of

@@ -70,7 +70,7 @@ def rehearse(
     sites = [Site(f"unit {unit}", (unit,)) for unit in range(num)]
     doors = Doors(sites, working_set, bind=lambda *_: None, unbind=lambda _: None)
     order = Order(num)
-    doors.expect(range(min(1 + lookahead, num)))  # as an engine starts
+    doors.prefetch_sites(range(min(1 + lookahead, num)))  # as an engine starts
     needs = []
     order.observe(None, 0, is_repeat=False)
     for visit in range(num * passes.total):
@@ -80,7 +80,9 @@ def rehearse(
         needs.append(stage.brought[site])
         stage.tick = 2 * visit + 1
         others = {0} if passes.others_follow(number) else set()
-        doors.expect(order.upcoming(site, {site} | others, lookahead, doors.stays))
+        doors.prefetch_sites(
+            order.upcoming(site, {site} | others, lookahead, doors.stays)
+        )
         _go_on(order, site, num, is_last=passes.is_last(number))
         doors.leave(site)
     return Schedule(num * passes.total, tuple(stage.loads), tuple(needs))

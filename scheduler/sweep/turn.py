@@ -1,30 +1,31 @@
-"""The turn to run a model: one sweep has it, or one thread for its plain calls."""
+"""The turn to run a model: a lock held by one sweep, or by one thread for its calls."""
 
 import threading
 from typing import Any
 
 
 class Turn:
-    """A lock that belongs to `who` takes it, not to a thread: a sweep may be ended, and
-    its turn given back, by a thread that did not begin it.
+    """A reentrant lock whose owner is the object `who`, not a thread: a sweep may be
+    ended, and its turn given back, by a thread that did not begin it.
 
-    Who has it may take it again, and gives it back as often. Called by any thread, by
-    the garbage collector's finalisers in the middle of anything.
+    All methods may be called by any thread, and by finalisers that the garbage
+    collector runs at any point of the program.
     """
 
     def __init__(self) -> None:
-        # A condition has a lock that its thread may take again, which a finaliser does.
+        # Its lock is reentrant: a finaliser may run while this thread holds the lock.
         self._changed = threading.Condition()
         self._owner: Any = None
         self._depth = 0
 
     @property
     def owner(self) -> Any:
-        """Who has it now; None if nobody."""
+        """The current owner; None if the turn is free."""
         return self._owner
 
     def take(self, who: Any, *, timeout_seconds: float = 0.0) -> bool:
-        """Waits at most that long. Returns whether `who` has the turn."""
+        """Waits for the turn, at most `timeout_seconds`. Returns whether `who` has it
+        now."""
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._owner is None or self._owner == who, timeout_seconds
@@ -35,7 +36,7 @@ class Turn:
             return True
 
     def give_back(self, who: Any) -> None:
-        """Once for each `take`; nothing if it has been given up meanwhile."""
+        """Undoes one `take`. Does nothing if `who` does not own the turn any more."""
         with self._changed:
             if self._owner == who:
                 self._depth -= 1
@@ -43,8 +44,9 @@ class Turn:
                     self._free()
 
     def hand_over(self, who: Any, to: Any, *, is_once: bool = False) -> bool:
-        """`to` has it from now on, taken once, in place of `who`. False where `who` has
-        it not, or, with `is_once`, has taken it more often than once."""
+        """Makes `to` the owner in place of `who`, as after one `take`. Returns False,
+        and changes nothing, if `who` is not the owner or, with `is_once`, has taken the
+        turn more than once."""
         with self._changed:
             if self._owner != who or (is_once and self._depth > 1):
                 return False
@@ -52,7 +54,7 @@ class Turn:
             return True
 
     def give_up(self, who: Any) -> None:
-        """However often `who` took it."""
+        """Frees the turn if `who` owns it, however often `who` took it."""
         with self._changed:
             if self._owner == who:
                 self._free()
