@@ -181,7 +181,7 @@ class KvStore(Closing):
             _close(handle)
 
     def _take(self, needs: Mapping[str, int]) -> str:
-        """Takes `needs` from the budget and returns the tier. If there is no room, frees
+        """Takes `needs` from the budget and returns the tier. Without room, frees the
         caches in reference cycles (an error and its own frames) and tries again."""
         try:
             return self._budget.take(needs)
