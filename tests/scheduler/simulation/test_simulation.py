@@ -475,7 +475,7 @@ def test_links_that_move_nothing_are_refused() -> None:
 def test_a_simulation_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from penstock.scheduler.simulation.simulate.simulate import Rank, simulate\n"
+        "from penstock.scheduler.simulation.simulate import Rank, simulate\n"
         "r = Rank(sizes=[1], tiers=['device'], capacity=1, compute_seconds=2.0)\n"
         "s = simulate([r], {}, num_micro_batches=3, num_passes=2)\n"
         "print(s.makespan_seconds)"
