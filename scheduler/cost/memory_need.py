@@ -84,7 +84,7 @@ def generating_need(
     staging_bytes: int | None = None,
     pending: int = 0,
 ) -> Need:
-    """The need of generating for `sequences` at a time, `each` of them in a micro-batch.
+    """The need of generating for `sequences` at a time, `each` of them a micro-batch.
 
     One pass computes `chunk_tokens` of each prompt (None: all). An element of keys and
     values takes `kv_itemsize` bytes (None: as many as in computing). `is_staged`: keys

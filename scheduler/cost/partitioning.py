@@ -183,7 +183,7 @@ def layout_costs(
 ) -> tuple[LayoutCost, ...]:
     """The cost of a pass of `tokens` in each layout. Attention and MLP of a block run
     one after the other, so activations move twice per block. Each chip has a link of
-    `link_bandwidth` bytes per second, over which its share of streamed weights comes."""
+    `link_bandwidth` bytes per second for its share of streamed weights."""
     weights = blocks.parameters * itemsize
     share = weights / chips.num
     each = 2.0 * blocks.parameters * tokens / (chips.num * chips.flops)
