@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,9 +23,6 @@ from ..order import Order
 from .coalescing_queue import CoalescingQueue
 from .micro_batch import MicroBatch
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
-
-if TYPE_CHECKING:
-    from .loop import SweepLoop
 
 _log = logging.getLogger("penstock")
 
@@ -79,6 +76,20 @@ class CoalescingStatistics:
     """Joint calls that failed and were repeated for each micro-batch by itself."""
 
 
+class ParkingLoop(Protocol):
+    """A sweep loop, as Coalescing sees it; `SweepLoop` describes the members."""
+
+    @property
+    def running(self) -> MicroBatch: ...
+
+    @property
+    def others_come(self) -> bool: ...
+
+    def is_running_here(self) -> bool: ...
+
+    def park(self, place: int) -> None: ...
+
+
 class Coalescing:
     """Replaces the forward of row-wise modules from `start` to `stop`, while one sweep
     loop runs. A call is not joined if it comes from outside the loop, records gradients
@@ -92,7 +103,7 @@ class Coalescing:
     def __init__(self, modules: Sequence[RowWise], order: Order) -> None:
         self._modules = modules
         self._queue = CoalescingQueue(order)
-        self._loop: SweepLoop | None = None
+        self._loop: ParkingLoop | None = None
         self._leader: MicroBatch | None = None
         """The micro-batch that is making a joint call now."""
         self._replaced: list[tuple[nn.Module, Any]] = []
@@ -102,7 +113,7 @@ class Coalescing:
         self._num_rows = 0
         self._num_failed = 0
 
-    def start(self, loop: "SweepLoop") -> None:
+    def start(self, loop: ParkingLoop) -> None:
         """Replaces the forwards: `loop` begins to run micro-batches."""
         self._loop = loop
         # Asked before any is replaced: a forward of ours is not the user's.
@@ -115,7 +126,7 @@ class Coalescing:
             self._replaced.append((module, forward))
             module.forward = forward
 
-    def stop(self, loop: "SweepLoop | None" = None) -> None:
+    def stop(self, loop: ParkingLoop | None = None) -> None:
         """Restores the forwards that `start` replaced. May be called at any time and
         repeatedly. Does nothing if another loop than `loop` is running."""
         if loop not in (None, self._loop):
@@ -127,7 +138,7 @@ class Coalescing:
         self._replaced.clear()
         self._loop = None
 
-    def clear(self, loop: "SweepLoop") -> None:
+    def clear(self, loop: ParkingLoop) -> None:
         """Forgets the parked micro-batches, which are about to end."""
         if loop is self._loop:
             self._queue.clear()

@@ -4,24 +4,37 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from ...io import handle
 from ...io.errors import PenstockError
 from ...io.home import Home
 from ...io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
-from ..activations.frames import wait_of
 from ..order import Order
 from ..slots.doors import Doors
-from .turn import Turn
+from .turn import RunningLoop, Turn, is_waited_for
 
-if TYPE_CHECKING:
-    from .loop import SweepLoop
 
-_POLL_SECONDS = 0.2
-_STUCK_POLLS = 10
+class EnteringLoop(RunningLoop, Protocol):
+    """A sweep loop, as ForwardEntry sees it; `SweepLoop` describes the members."""
+
+    @property
+    def is_mine(self) -> bool: ...
+
+    @property
+    def can_stop(self) -> bool: ...
+
+    @property
+    def is_unwanted(self) -> bool: ...
+
+    def is_running_here(self) -> bool: ...
+
+    def arrive(self, site: int) -> None: ...
+
+    def depart(self, site: int) -> None: ...
+
+    def end_with_thread(self) -> None: ...
 
 
 class ForwardEntry:
@@ -52,8 +65,8 @@ class ForwardEntry:
         self._lookahead = lookahead
         self._records_gradients = False
         self._turn = Turn()
-        self._sweep: SweepLoop | None = None
-        self._left: list[SweepLoop] = []
+        self._sweep: EnteringLoop | None = None
+        self._left: list[EnteringLoop] = []
         """Sweeps that another thread has closed; their own threads must stop them."""
         self._sweeping_thread = 0
         self.position: int | None = None
@@ -166,7 +179,7 @@ class ForwardEntry:
         """Makes `next_of` start again from the first site."""
         self.position = None
 
-    def start_sweep(self, sweep: "SweepLoop") -> None:
+    def start_sweep(self, sweep: EnteringLoop) -> None:
         """Waits for the turn and gives it to `sweep`, until `end_sweep`."""
         self.home.check()
         who = self._take_turn()
@@ -185,7 +198,7 @@ class ForwardEntry:
                 self._turn.give_back(who)
             raise
 
-    def end_sweep(self, sweep: "SweepLoop") -> None:
+    def end_sweep(self, sweep: EnteringLoop) -> None:
         """Gives the turn back if `sweep` has it."""
         if sweep in self._left:
             self._left.remove(sweep)
@@ -196,12 +209,12 @@ class ForwardEntry:
                 self._sweep = None
                 self._turn.give_up(sweep)
 
-    def take_over(self, sweep: "SweepLoop") -> bool:
+    def take_over(self, sweep: EnteringLoop) -> bool:
         """Gives the turn of `sweep`, which runs in another thread, to the caller's
         thread. Returns False while the other thread is in a plain call."""
         return self._turn.hand_over(sweep, threading.get_ident(), is_once=True)
 
-    def end_taken_over(self, sweep: "SweepLoop") -> None:
+    def end_taken_over(self, sweep: EnteringLoop) -> None:
         """Gives back the turn that `take_over` got."""
         self._left.append(sweep)
         try:
@@ -222,7 +235,7 @@ class ForwardEntry:
             finally:
                 self._turn.give_up(who)
 
-    def _sweep_here(self) -> "SweepLoop | None":
+    def _sweep_here(self) -> EnteringLoop | None:
         """The sweep of which the caller is the running micro-batch, if any."""
         sweep = self._sweep
         if sweep is not None and sweep.is_running_here():
@@ -279,22 +292,6 @@ class ForwardEntry:
         for left in [left for left in self._left if left.can_stop]:
             left.end_with_thread()
         self._recover()
-        who, polls = self._who(), 0
-        while not self._turn.take(who, timeout_seconds=_POLL_SECONDS):
-            polls = polls + 1 if self._is_waited_for() else 0
-            if polls >= _STUCK_POLLS:
-                raise PenstockError(
-                    "the thread that sweeps waits for this thread, which waits for the "
-                    "sweep: call the model from the micro-batch's own thread (a "
-                    "streamer's thread cannot take part in a sweep)"
-                )
-            who = self._who()  # another thread may have closed this thread's sweep
-        return who
-
-    def _is_waited_for(self) -> bool:
-        """Whether the sweeping thread may wait for the caller's thread: it joins it, or
-        a micro-batch waits for a lock. Waiting for a read of weights does not count."""
-        sweep = self._sweep
-        waits = wait_of(self._sweeping_thread, not_in=handle.__file__)
-        in_lock = waits == "lock" and sweep is not None and sweep.is_running
-        return waits == "caller" or in_lock
+        return self._turn.wait(
+            self._who, lambda: is_waited_for(self._sweeping_thread, self._sweep)
+        )

@@ -1,7 +1,24 @@
 """The turn to run a model: a lock held by one sweep, or by one thread for its calls."""
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ...io import handle
+from ...io.errors import PenstockError
+from ..activations.frames import wait_of
+
+_POLL_SECONDS = 0.2
+_STUCK_POLLS = 10
+
+
+class RunningLoop(Protocol):
+    """A sweep loop, as the turn sees it."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a micro-batch is running, and not the loop."""
+        ...
 
 
 class Turn:
@@ -35,6 +52,22 @@ class Turn:
             self._depth += 1
             return True
 
+    def wait(self, who: Callable[[], Any], is_waited_for: Callable[[], bool]) -> Any:
+        """Waits for the turn in the name of `who()`, which is asked again at each poll:
+        another thread may close the caller's sweep meanwhile. Returns the owner. Raises
+        PenstockError if `is_waited_for` is true for `_STUCK_POLLS` polls in a row."""
+        owner, polls = who(), 0
+        while not self.take(owner, timeout_seconds=_POLL_SECONDS):
+            polls = polls + 1 if is_waited_for() else 0
+            if polls >= _STUCK_POLLS:
+                raise PenstockError(
+                    "the thread that sweeps waits for this thread, which waits for the "
+                    "sweep: call the model from the micro-batch's own thread (a "
+                    "streamer's thread cannot take part in a sweep)"
+                )
+            owner = who()
+        return owner
+
     def give_back(self, who: Any) -> None:
         """Undoes one `take`. Does nothing if `who` does not own the turn any more."""
         with self._changed:
@@ -62,3 +95,12 @@ class Turn:
     def _free(self) -> None:
         self._owner, self._depth = None, 0
         self._changed.notify_all()
+
+
+def is_waited_for(sweeping_thread: int, sweep: RunningLoop | None) -> bool:
+    """Whether the thread that runs `sweep` may wait for the caller's thread: it joins
+    it, or a micro-batch waits for a lock. Waiting for a read of weights does not count.
+    """
+    waits = wait_of(sweeping_thread, not_in=handle.__file__)
+    in_lock = waits == "lock" and sweep is not None and sweep.is_running
+    return waits == "caller" or in_lock
