@@ -1,4 +1,4 @@
-"""The machinery behind one streamed model: hooks in, weights through, hooks out."""
+"""The engine of one streamed model, which owns all parts that stream its weights."""
 
 import logging
 from collections import Counter
@@ -42,8 +42,8 @@ _log = logging.getLogger("penstock")
 
 
 class Engine:
-    """Owns everything that streams one model: arena, reader, threads, hooks. Made by
-    `build`; closed once, by `close`. The model keeps working in between."""
+    """Owns all parts that stream one model: arena, reader, threads, hooks. Made by
+    `build`, ended by `close`; in between the model computes as usual."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Engine:
         return f"<Engine: {type(self.model).__name__}, {state}>"
 
     def start(self) -> None:
-        """Loads what is resident, hooks the sites, and fetches the first of them."""
+        """Loads the resident units, registers hooks, prefetches the first sites."""
         for index, unit in enumerate(self.model_division.units):
             if unit.is_resident:
                 offset = self._working_set.acquire(index)
@@ -125,8 +125,8 @@ class Engine:
         )
 
     def touch(self, name: str) -> torch.Tensor:
-        """The real tensor `name`, touched while its unit is not bound: a fault. The
-        unit is loaded on the spot and, where it fits, stays."""
+        """Returns the real tensor `name`, which was used while its unit is not bound (a
+        fault). Its unit is loaded now and, if there is room, becomes resident."""
         unit = self._unit_of[name]
         with self._entry.turn():
             if not self._working_set.is_resident(unit):
@@ -139,7 +139,7 @@ class Engine:
                 if self._working_set.keep(unit):
                     self._binding.bind_for_ever(unit, offset)
                     return tensor
-                # What comes of the touch may be a view that outlives the slot.
+                # Returns a copy: a view of it may be used after the slot is reused.
                 with torch.inference_mode(False):
                     return clone_like(tensor.detach())
             finally:
@@ -148,7 +148,7 @@ class Engine:
     def sweep(
         self, width: Width, seed: int | None, *, coalesce: bool | None = None
     ) -> Sweep:
-        """A sweep over this model; ends with it at the latest."""
+        """Opens a sweep over this model. `close` closes it, too."""
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
             self._entry,
@@ -165,7 +165,7 @@ class Engine:
         return sweep
 
     def _coalescing(self, is_wanted: bool | None) -> Coalescing:
-        """With nothing to coalesce unless the policy and the caller agree on it."""
+        """The coalescing of a sweep: none unless the policy and the caller want it."""
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
@@ -178,7 +178,7 @@ class Engine:
         return Coalescing(self.row_wise, self._row_order)
 
     def _activation_bytes(self, has_width: bool) -> int | None:
-        """What suspended micro-batches may hold; None: what a width bounds."""
+        """The bytes that suspended micro-batches may hold; None: width bounds them."""
         if self.policy.activation_memory != "auto":
             return self.policy.activation_memory
         on_gpu = self._tiers.device.free_bytes()
@@ -191,24 +191,24 @@ class Engine:
         return self._binding.name_of(parameters, key)
 
     def note(self, fallback: str) -> None:
-        """Announces, once, something that could not be had as asked."""
+        """Logs, once, a setting of the policy that could not be followed."""
         if fallback not in self._fallbacks:
             self._fallbacks.append(fallback)
             _log.warning(fallback)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: what it is given has to be there."""
+        """The device on which the model computes; its inputs have to be there."""
         return torch.device(self._tiers.device.name)
 
     @property
     def first_unit_at(self) -> float | None:
-        """When the first site began to compute (`time.perf_counter`), if any did."""
+        """When the first site began to compute (`time.perf_counter`); None before."""
         return self._entry.first_visit_at
 
     @property
     def pass_fraction(self) -> float:
-        """How far the current pass over the weights is, 0 to 1."""
+        """The part of the current pass over the weights that is done, 0 to 1."""
         return self._entry.fraction
 
     def statistics(self) -> Statistics:
@@ -260,14 +260,14 @@ class Engine:
 
     @property
     def closers(self) -> Sequence[Callable[[], None]]:
-        """What ends all that does not refer to the model, in this order."""
+        """Functions that close all parts that do not refer to the model, in order."""
         kv = () if self._kv is None else (self._kv.close,)
         return (*kv, self._working_set.close, self._tiers.close, give_freed_back)
 
     def close(self) -> None:
-        """Takes the hooks out and gives threads, descriptors and memory back. The
-        model's streamed weights say so when they are touched afterwards. In a child
-        that was forked it does nothing: all of it is the parent's."""
+        """Removes the hooks, ends the threads, and closes files and memory. A streamed
+        weight raises an error when it is used afterwards. In a forked child this does
+        nothing: all parts belong to the parent."""
         if self._is_closed or not self.home.is_here:
             return
         self._sweeps.close()
@@ -285,7 +285,7 @@ class Engine:
         self._tiers.close()
         self.updates.close()
         give_freed_back()
-        self._is_closed = True  # cut off by an interrupt, it is done again
+        self._is_closed = True  # set last: after an interrupt, `close` runs again
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1
