@@ -21,7 +21,7 @@ from penstock.io.memory.arena import HostMemory
 from penstock.io.memory.pinned import Pinned
 from penstock.io.readers import gds
 from penstock.io.readers.gds import GdsReader
-from penstock.offload.engine import build, tiers
+from penstock.offload.engine import build
 from penstock.offload.model import engine_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -118,7 +118,7 @@ def test_weights_can_be_read_straight_into_slots(
     def open_reader(stamps: Any, **sizes: Any) -> GdsReader:
         return GdsReader(stamps, open_file=system.open, **sizes)
 
-    monkeypatch.setattr(tiers, "GdsReader", open_reader)
+    monkeypatch.setattr(gds, "GdsReader", open_reader)
     monkeypatch.setattr(gds, "why_not", lambda device, path: None)
     policy = Policy(
         device_memory=300_000, resident_below=1, **{"io": {"reader": "gds"}}
