@@ -134,7 +134,7 @@ def _link_bytes(model: Any) -> int:
 def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> float:
     """Seconds of a pass of what `engine` streams, if all its blocks compute for `t_c`
     seconds together."""
-    tiers, found = engine._tiers, engine.found
+    tiers, found = engine._tiers, engine.model_division
     sites = [engine._binding.units_of_site(site) for site in range(len(found.sites))]
     units = [unit for (unit,) in sites if not found.units[unit].is_resident]
     blocks = [".layers." in found.units[unit].name for unit in units]
@@ -182,7 +182,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     everything = policy_of(args.tier, None, model_bytes, args.layers)
     t_first, *_, expected = run(folder, everything, batches, args.passes, args.sleep)
     with penstock.load(folder, everything) as model:
-        units = engine_of(model).found.units
+        units = engine_of(model).model_division.units
         blocks = [unit for unit in units if ".layers." in unit.name]
         recipes = engine_of(model).recipes
         block_bytes = sum(recipes[name].nbytes for u in blocks for name in u.tensors)

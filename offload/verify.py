@@ -74,7 +74,7 @@ def verify(
         fits = fits and not (Path(path) / CONFIG_FILE).exists()
         resident = _resident(model, path) if fits else None
         name = "transformers' own loading" if fits else "safetensors, unit by unit"
-        result = Verification(name, num_sites=len(engine.found.sites))
+        result = Verification(name, num_sites=len(engine.model_division.sites))
         reference = (
             _from_model(resident) if resident is not None else _from_files(engine)
         )
@@ -133,7 +133,7 @@ class _comparing:
         self._hooks: list[Any] = []
 
     def __enter__(self) -> None:
-        for site in self._engine.found.sites:
+        for site in self._engine.model_division.sites:
             self._watch(site.name, site.module)
 
     def __exit__(self, *error: object) -> None:

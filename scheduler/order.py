@@ -1,18 +1,18 @@
-"""In which order sites run, learnt from what really follows what. Pure.
+"""The order in which sites run, learnt from observed calls. Pure.
 
-A site is a module at whose door a micro-batch waits until its units are there.
+A site is a module that a micro-batch may enter once its units of weights are loaded.
 """
 
 from collections.abc import Callable, Collection
 
 
 class Order:
-    """Predicts the next site and chooses among those that somebody waits at.
+    """Predicts the next site, and chooses among the sites that micro-batches wait for.
 
-    Before anything was seen, sites are expected in definition order. Every arrival
-    teaches: the sequence is the order in which micro-batches come to sites, the
-    successor of a site is what followed it last. A prediction may be wrong; it costs a
-    read, never a weight.
+    At first, sites are expected in definition order. Every observed arrival updates two
+    things: the sequence in which micro-batches reach sites, and for each site the
+    successor, which is the site that followed it last. A wrong prediction costs a
+    needless read; the computed result is never affected.
     """
 
     def __init__(self, num_sites: int) -> None:
@@ -36,13 +36,13 @@ class Order:
         sequence = self._sequence
         after = sequence.index(previous) if previous in sequence else -1
         if site not in sequence:
-            # Who skips a block must not put what follows in front of that block.
+            # A micro-batch may skip blocks: keep definition order among new sites.
             at, start = after + 1, -1 if previous is None else previous
             while at < len(sequence) and start < sequence[at] < site:
                 at += 1
             sequence.insert(at, site)
         elif not is_repeat and sequence.index(site) < after:
-            sequence.remove(site)  # so it comes later than it was thought to
+            sequence.remove(site)  # it comes later than it was expected to
             sequence.insert(after, site)
 
     def observe_end(self, last: int | None) -> None:
@@ -51,7 +51,8 @@ class Order:
             self._last.add(last)
 
     def predict(self, site: int) -> int | None:
-        """What followed `site` last, or what is defined after it; None if unknown."""
+        """The site that followed `site` last or, if none was seen, the one that is
+        defined after it. None if unknown."""
         if site in self._successor or site in self._last:
             return self._successor.get(site)
         following = site + 1
@@ -59,8 +60,8 @@ class Order:
         return following if unseen else None
 
     def nearest(self, site: int | None, waiting: Collection[int]) -> int:
-        """The first of `waiting` after `site`, going round: like a lift, so that each
-        round serves everybody once and stragglers are caught up with."""
+        """The first of `waiting` after `site` in the sequence, starting again from the
+        front at the end. So each round opens every site once."""
         return min(waiting, key=lambda other: self._distance(site, other))
 
     def upcoming(
@@ -70,25 +71,25 @@ class Order:
         depth: int,
         stays: Callable[[int], bool] = lambda site: False,
     ) -> tuple[int, ...]:
-        """The sites that are needed after `site`, as far as is known, until `depth` of
-        them are such as have to be brought: what `stays` is no work for a link."""
-        found: list[int] = []
+        """The sites that will run after `site`, as far as is known. Ends once `depth`
+        of them have to be loaded; those that `stays` is true for need no load."""
+        upcoming: list[int] = []
         here = site
-        while sum(not stays(other) for other in found) < depth:
-            candidates = {w for w in waiting if w != site} - set(found)
+        while sum(not stays(other) for other in upcoming) < depth:
+            candidates = {w for w in waiting if w != site} - set(upcoming)
             predicted = self.predict(here)
             if predicted is not None:
                 candidates.add(predicted)
             if not candidates:
                 break
             here = self.nearest(here, candidates)
-            if here == site or here in found:
+            if here == site or here in upcoming:
                 break
-            found.append(here)
-        return tuple(found)
+            upcoming.append(here)
+        return tuple(upcoming)
 
     def fraction(self, site: int | None) -> float:
-        """How much of a pass lies before `site`, 0 to 1."""
+        """The part of a pass that lies before `site`, 0 to 1."""
         if site not in self._sequence or not self._num_sites:
             return 0.0
         return self._sequence.index(site) / self._num_sites

@@ -1,4 +1,4 @@
-"""Rows of different lengths into micro-batches of similar lengths. Pure."""
+"""Packs rows of different lengths into micro-batches of similar lengths. Pure."""
 
 from collections.abc import Sequence
 
@@ -36,8 +36,8 @@ def pack(
 
 
 def alike(num_rows: int, length: int, *, max_tokens: int) -> tuple[int, ...]:
-    """How many rows each group has that `pack` makes of `num_rows` of one `length`,
-    without going through them."""
+    """The number of rows in each group that `pack` would make of `num_rows` rows of
+    one `length`; takes no time per row."""
     each = max(1, max_tokens // max(1, length))
     full, rest = divmod(num_rows, each)
     return (each,) * full + ((rest,) if rest else ())
@@ -46,9 +46,10 @@ def alike(num_rows: int, length: int, *, max_tokens: int) -> tuple[int, ...]:
 def chunk_tokens(
     num_rows: int, num_groups: int, *, tokens_in_flight: int, max_tokens: int
 ) -> int:
-    """Tokens of each prompt, in a group of `num_rows`, that come in with one pass, when
-    `num_groups` share it: together at least `tokens_in_flight`, so that the pass is
-    worth its weights, and in one call at least `max_tokens`."""
+    """How many tokens of each prompt of a group of `num_rows` are computed in one pass,
+    which `num_groups` groups share. All groups together have at least
+    `tokens_in_flight`, so that loading the weights pays; one call has at least
+    `max_tokens`."""
     in_call = max(max_tokens, -(-tokens_in_flight // num_groups))
     return max(1, in_call // num_rows)
 
@@ -65,13 +66,13 @@ def spans(
     """
     if not 0 < stride < window:
         raise ValueError(f"a stride of {stride} must be between 1 and {window - 1}")
-    found = []
+    windows = []
     scored = max(first, 1)
     end = min(length, window)
     while True:
         if end > scored:
-            found.append((max(0, end - window), end, scored))
+            windows.append((max(0, end - window), end, scored))
             scored = end
         if end >= length:
-            return found
+            return windows
         end = min(length, end + stride)

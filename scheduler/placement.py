@@ -1,4 +1,4 @@
-"""Which units stay in which tier. Pure."""
+"""Chooses the tier (memory or disk) in which each unit of weights stays. Pure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,9 +14,9 @@ def place(
     budgets: Mapping[str, int],
     rules: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """The tier of each unit of `sizes` bytes: what the first of `rules` (regular
-    expression on its name -> tier) says that matches, else the first tier of `budgets`
-    (in order of preference) that has room for its share, else "disk".
+    """Returns the tier of each unit of `sizes` bytes. The first of `rules` (regular
+    expression -> tier) that matches its name decides. Without one, it is the first tier
+    of `budgets` (bytes, in order of preference) that has room, else "disk".
 
     Raises PolicyError when rules put more into a tier than its budget holds.
     """
@@ -35,17 +35,17 @@ def place(
                 "fewer units match"
             )
         left[tier] = left.get(tier, 0) - need
-    found = list(ruled)
+    tiers = list(ruled)
     for tier, budget in left.items():
-        free = [unit for unit, where in enumerate(found) if where is None]
+        free = [unit for unit, where in enumerate(tiers) if where is None]
         for index in spread([sizes[unit] for unit in free], budget):
-            found[free[index]] = tier
-    return tuple(tier or "disk" for tier in found)
+            tiers[free[index]] = tier
+    return tuple(tier or "disk" for tier in tiers)
 
 
 def _matches(rule: str, name: str) -> bool:
-    """Raises PolicyError for an expression that would be tried for ever: some need a
-    time that doubles with each letter of a name."""
+    """Whether `rule` matches `name`. Raises PolicyError if that takes too long: some
+    expressions need exponential time."""
     try:
         return regex.search(rule, name, timeout=_MATCH_SECONDS) is not None
     except TimeoutError:
@@ -56,9 +56,9 @@ def _matches(rule: str, name: str) -> bool:
 
 
 def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
-    """As many of the units of `sizes` as fit into `budget`, spread evenly: between two
-    that stay there are always about as many that are streamed, so that the link is
-    busy all the time instead of waiting for the second half of a pass."""
+    """Chooses units of `sizes` bytes that fit into `budget`, spread evenly over the
+    model. The number of streamed units between two that stay is then about constant, so
+    that the link is busy during the whole pass."""
     total = sum(sizes)
     if total <= budget:
         return tuple(range(len(sizes)))
@@ -79,4 +79,5 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
 
 _MATCH_SECONDS = 1.0
 _KEYS = {"device": "device_memory", "host": "host_memory", "peer": "peer"}
-"""Of the policy; other tiers are the names of peers, "peer" is any."""
+"""The policy's key for the budget of each tier. Other tiers are names of peer devices.
+"""

@@ -74,7 +74,7 @@ PURE = {
     "offload/tuning/candidates.py",
     "offload/tuning/race.py",
     "scheduler/sweep/admission.py",
-    "scheduler/slots/cooling.py",
+    "scheduler/slots/pending_ranges.py",
     "scheduler/cost/model.py",
     "scheduler/simulation/event_loop.py",
     "scheduler/sweep/job.py",

@@ -114,7 +114,7 @@ class Rig:
     def _look_ahead(self, site: int) -> None:
         num = len(self.layers)
         ahead = [(site + 1 + n) % num for n in range(LOOKAHEAD)]
-        self.doors.expect([other for other in ahead if other != site])
+        self.doors.prefetch_sites([other for other in ahead if other != site])
 
     def _through(self, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
         return first_of(layer(state, position_embeddings=self.position))

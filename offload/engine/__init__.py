@@ -1,3 +1,12 @@
-"""What streams one model. `build` puts the parts together, `engine` holds them and ends
-them, `tiers` and `readers` choose where weights come from; `site_hooks` ties all of it
-to the model's modules."""
+"""The engine that streams the weights of one model.
+
+build()          makes all parts of an Engine and connects them
+Engine           owns the parts; close() ends them, Life does if it is dropped
+  SiteHooks      forward hooks on the model's modules, which call
+    ForwardEntry   (scheduler) lets a forward in once its weights are loaded
+  Tiers          where weights are kept, and how they get into slots
+    open_reader()  the reader of files that the policy asks for
+  Sweeps         all sweeps over the model, and their counters
+  Updates        replaces weights while the model is in use
+  Compilation    one compiled function for all blocks that are alike
+"""

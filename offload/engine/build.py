@@ -1,4 +1,4 @@
-"""Puts a streamed model together."""
+"""Makes the engine of a streamed model."""
 
 import logging
 from collections.abc import Mapping
@@ -52,10 +52,11 @@ def build(
     room: MemoryRoom,
     use: Use = "any",
 ) -> Engine:
-    """Streams the tensors of `recipes` (by their names in `model`) from `checkpoint`,
-    in the memory that `room` has, for what it is to be used for.
+    """Makes the engine that streams the tensors of `recipes` (by their names in
+    `model`) from `checkpoint`. It uses the memory of `room`, and divides it as suits
+    `use`.
 
-    Raises DoesNotFitError, saying the least that works, when that or device_memory is
+    Raises DoesNotFitError, which says how much is enough, if `room` or device_memory is
     too small. Nothing is left open when it raises.
     """
     device = open_device(policy.device)
@@ -75,7 +76,7 @@ def build(
     assert budget is not None, "there is room to divide"
     places, recipes = arranged.places, arranged.recipes
     division, capacity = arranged.division, arranged.capacity
-    found, transfers = division.found, division.transfers
+    model_division, transfers = division.found, division.transfers
     part_of = budget if policy.device_memory == "auto" and device.is_host else None
     fallbacks = (*check_overlap(division, capacity, part_of), *_announce(policy))
     timeline = Timeline()
@@ -90,7 +91,7 @@ def build(
         policy,
         record,
     )
-    with ExitStack() as opened:  # what fails leaves nothing open
+    with ExitStack() as opened:  # closes what was opened if a later step fails
         opened.callback(tiers.close)
         gatherers = {
             name: RowGatherer(
@@ -103,15 +104,15 @@ def build(
         }
         stand_ins: dict[str, torch.Tensor] = {}
         binding = Binding(
-            found, transfers, places, stand_ins, tiers.memory, tiers.in_place
+            model_division, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
-        working_set = _working_set(found, transfers, capacity, tiers, record)
-        doors = _doors(found, working_set, binding, Heap(budget.heap))
+        working_set = _working_set(model_division, transfers, capacity, tiers, record)
+        doors = _doors(model_division, working_set, binding, Heap(budget.heap))
         kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
         if kv is not None:
             opened.callback(kv.close)
         joins = policy.coalesce != "off" and not policy.compile
-        row_wise = find_row_wise(found) if joins else ()
+        row_wise = find_row_wise(model_division) if joins else ()
         engine = Engine(
             model,
             policy,
@@ -122,16 +123,16 @@ def build(
             working_set=working_set,
             binding=binding,
             doors=doors,
-            gate=ForwardEntry(
+            entry=ForwardEntry(
                 doors,
-                Order(len(found.sites)),
+                Order(len(model_division.sites)),
                 lookahead=policy.lookahead,
                 record=record,
                 home=Home(when_left=binding.poison_elsewhere),
             ),
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
-            compilation=_compilation(found, policy),
+            compilation=_compilation(model_division, policy),
             row_wise=row_wise,
             row_order=Order(len(row_wise)),
             kv=kv,
@@ -157,17 +158,17 @@ def build(
 
 
 def _announce(policy: Policy) -> list[str]:
-    """What was asked for and has no effect."""
-    found = without_effect(policy)
-    for message in found:
+    """Logs and returns the settings of `policy` that have no effect."""
+    messages = without_effect(policy)
+    for message in messages:
         _log.warning(message)
-    return found
+    return messages
 
 
 def _move_rest(
     model: nn.Module, places: Mapping[str, list[ParameterRef]], device: Device
 ) -> MovedTensors:
-    """What is not streamed."""
+    """Moves the tensors of `model` that are not streamed to `device`."""
     names = {id(module): name for name, module in model.named_modules()}
     streamed = frozenset(
         f"{names[id(place.module)]}.{place.key}".lstrip(".")
@@ -178,7 +179,7 @@ def _move_rest(
 
 
 def _working_set(
-    found: ModelDivision,
+    model_division: ModelDivision,
     transfers: list[Transfer],
     capacity: int,
     tiers: Tiers,
@@ -187,13 +188,13 @@ def _working_set(
     in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
     return WorkingSet(
         [plan.nbytes for plan in transfers],
-        names=[unit.name for unit in found.units],
+        names=[unit.name for unit in model_division.units],
         capacity=capacity,
         load=tiers.load,
         mark=tiers.mark,
         needed=frozenset(
             index
-            for index, unit in enumerate(found.units)
+            for index, unit in enumerate(model_division.units)
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
         staying=[u for u, tier in enumerate(tiers.placement) if tier == "device"],
@@ -202,25 +203,25 @@ def _working_set(
 
 
 def _doors(
-    found: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
+    model_division: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
 ) -> Doors:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
-        heap.trim()  # the site before this one has freed its activations
+        heap.trim()  # the previous site has just freed its activations
         binding.bind(site, offsets)
 
     sites = [
         Site(site.name, binding.units_of_site(index))
-        for index, site in enumerate(found.sites)
+        for index, site in enumerate(model_division.sites)
     ]
     return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
 
 
-def _compilation(found: ModelDivision, policy: Policy) -> "Compilation | None":
+def _compilation(model_division: ModelDivision, policy: Policy) -> "Compilation | None":
     if not policy.compile:
         return None
     from .compilation import Compilation  # torch's compiler takes long to import
 
-    return Compilation(found)
+    return Compilation(model_division)
 
 
 def _requires_grad(place: ParameterRef) -> bool:

@@ -1,9 +1,9 @@
-"""Compiles the forward of streamed blocks: one graph for all that are alike.
+"""Compiles the forward of streamed blocks: one graph for all blocks that are alike.
 
-CUDA graphs are not used. A captured graph replays kernels on the addresses it saw, but
-a unit stands at another offset of the arena on another pass, where meanwhile another
-unit's bytes lie: the replay would compute with those, without an error. Parameters are
-inputs of our graphs, and guards look at their shapes, never at where they are.
+CUDA graphs are not used. A captured graph replays kernels on the addresses of its
+capture, but a unit lies at another offset of the arena in another pass. The replay
+would silently compute with another unit's weights. Here parameters are inputs of the
+graphs; guards check their shapes, not their addresses.
 """
 
 import functools
@@ -27,11 +27,11 @@ from ..weights.poison import StreamedParameter
 Note = Callable[[str], None]
 
 _OURS = "_kept_out"
-"""In the name of what is never traced by our own wish."""
+"""Part of the name of functions that are kept out of graphs on purpose."""
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """torch's own compiler. Random numbers are those of eager mode."""
+    """Compiles `graph` with inductor. Random numbers are the same as in eager mode."""
     from torch._inductor.compile_fx import compile_fx
 
     options = {"triton.cudagraphs": False, "fallback_random": True}
@@ -40,29 +40,29 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..
 
 
 class Compilation:
-    """Puts a compiled forward into each site that has no other site inside.
+    """Gives a compiled forward to each site that contains no other site.
 
-    It replaces `module.forward` on the instance, not the module's call: hooks stay
-    outside of compiled code, and with them the switch from one micro-batch to the next,
-    which would take half of dynamo's thread-local state with it. `stop` takes every one
-    out again; one that somebody else has wrapped meanwhile runs eagerly from then on.
+    It replaces `module.forward` on the instance, so hooks stay outside compiled code.
+    This matters because hooks switch between micro-batches, and a switch inside
+    compiled code would mix up dynamo's thread-local state. `stop` restores every
+    forward; one that user code has wrapped meanwhile runs eagerly from then on.
 
-    Sites whose class and shapes are the same share one compiled function, to which the
-    module is an argument. Each engine has its own functions, and so its own share of
-    dynamo's recompile limit.
+    Sites of the same class and shapes share one compiled function, which takes the
+    module as an argument. Each engine has functions of its own, so engines do not use
+    up each other's recompile limit of dynamo.
     """
 
-    def __init__(self, found: ModelDivision) -> None:
-        self._found = found
+    def __init__(self, model_division: ModelDivision) -> None:
+        self._model_division = model_division
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
         self._compiled: list[tuple[nn.Module, _Kind, Any]] = []
 
     def start(self, note: Note) -> None:
-        """Replaces forwards; nothing is compiled before the first call. `note` is told,
-        once each, what cannot be compiled."""
+        """Replaces forwards. Nothing is compiled before the first call. `note` is
+        called with a sentence for each site that cannot be compiled."""
         _skip_faults()
-        sites = {id(site.module) for site in self._found.sites}
-        for site in self._found.sites:
+        sites = {id(site.module) for site in self._model_division.sites}
+        for site in self._model_division.sites:
             module = site.module
             if any(id(part) in sites for part in module.modules() if part != module):
                 continue
@@ -78,7 +78,7 @@ class Compilation:
             self._compiled.append((module, kind, forward))
 
     def stop(self) -> None:
-        """Puts back what `start` replaced. Harmless at any time, and twice."""
+        """Restores the forwards that `start` replaced. May be called repeatedly."""
         for module, kind, forward in self._compiled:
             kind.is_eager = True
             if vars(module).get("forward") is forward:
@@ -88,8 +88,8 @@ class Compilation:
 
     @staticmethod
     def keep_out(function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, never traced: it may switch to another micro-batch, even inside
-        of a block (one that calls a site which it does not contain)."""
+        """Returns `function` so wrapped that dynamo does not trace it. It may switch to
+        another micro-batch, even inside a block that calls a site outside itself."""
 
         def _kept_out(*args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
@@ -103,7 +103,7 @@ class _Kind:
 
     def __init__(self, name: str, note: Note) -> None:
         self.is_eager = False
-        """Once it has turned out that it cannot be compiled, or is over."""
+        """Set when compiling has failed, and by `Compilation.stop`."""
         self._name = name
         self._note = note
         self._num_graphs = 0
@@ -112,7 +112,7 @@ class _Kind:
         def run(module: nn.Module, args: Any, kwargs: Any) -> Any:
             return type(module).forward(module, *args, **kwargs)
 
-        # A code object of its own: dynamo keeps what it compiled, and counts, by that.
+        # A new code object: dynamo's cache and recompile limit are per code object.
         run.__code__ = run.__code__.replace()
         self._run = torch.compile(run, backend=self._build)
 
@@ -131,7 +131,7 @@ class _Kind:
                 output = self._run(module, args, kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             self._give_up(_first_line(error))
-            if self._has_run:  # again would be twice, for a cache for one
+            if self._has_run:  # a second run would, e.g., update a cache twice
                 raise
             return type(module).forward(module, *args, **kwargs)
         if self._num_graphs == 0:
@@ -146,7 +146,7 @@ class _Kind:
     def _build(
         self, graph: torch.fx.GraphModule, inputs: list[Any]
     ) -> Callable[..., Any]:
-        """Compiles one graph; runs it as it is where that fails."""
+        """Compiles one graph. If that fails, the graph runs uncompiled."""
         self._num_graphs += 1
         try:
             compiled = compile_graph(graph, inputs)
@@ -157,7 +157,7 @@ class _Kind:
 
         def run(*values: Any) -> Any:
             self._enter()
-            if not chosen:  # guards see to it that it is the same every time
+            if not chosen:  # dynamo's guards ensure the same choice for each call
                 is_real = not any(isinstance(v, StreamedParameter) for v in values)
                 chosen.append(compiled if is_real else graph.forward)
             return chosen[0](*values)
@@ -173,7 +173,7 @@ class _Kind:
 
 
 class _Counts:
-    """What dynamo has counted so far."""
+    """A snapshot of dynamo's counters."""
 
     def __init__(self) -> None:
         counters = torch._dynamo.utils.counters
@@ -184,7 +184,7 @@ class _Counts:
         return _Counts()._failed > self._failed
 
     def reason(self) -> str:
-        """Why dynamo left a frame since then, as far as it says."""
+        """Why dynamo broke a graph since the snapshot; "" if it gives no reason."""
         counters = torch._dynamo.utils.counters["graph_break"]
         new = [
             why.partition("\n")[0]
@@ -209,8 +209,9 @@ def _forward(module: nn.Module, kind: _Kind) -> Callable[..., Any]:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """dynamo's settings while a block runs. What it fails at runs eagerly; after a
-    break in an inner module it goes on there, so that a block stays two graphs."""
+    """Sets dynamo's options while a block runs. Code that it cannot compile runs
+    eagerly. After a graph break in an inner module it continues inside that module, so
+    that a block becomes two graphs only."""
     settings = {"suppress_errors": True, "fail_on_recompile_limit_hit": False}
     if hasattr(torch._dynamo.config, "nested_graph_breaks"):
         settings["nested_graph_breaks"] = True
@@ -220,8 +221,8 @@ def _settings() -> Iterator[None]:
 
 @contextmanager
 def _caches_apart(values: Iterable[Any], entered: Callable[[], None]) -> Iterator[None]:
-    """Keeps the updates of transformers' caches among `values` out of the graphs. Each
-    layer's would be traced for its own number: as many graphs as there are layers."""
+    """Keeps the updates of transformers' caches among `values` out of the graphs. They
+    depend on the layer's number, so each layer would need a graph of its own."""
     caches = [cache for value in values for cache in _caches_in(value)]
     for cache in caches:
         vars(cache)["update"] = _apart(cache.update, entered)
@@ -233,7 +234,7 @@ def _caches_apart(values: Iterable[Any], entered: Callable[[], None]) -> Iterato
 
 
 def _caches_in(value: Any) -> list[Any]:
-    """`value` if it is a cache, and those in it (of encoder and decoder)."""
+    """The caches in `value`: itself, and the caches of encoder and decoder in it."""
     module = sys.modules.get("transformers.cache_utils")
     if module is None or not isinstance(value, module.Cache):
         return []
@@ -250,7 +251,7 @@ def _apart(update: Callable[..., Any], entered: Callable[[], None]) -> Any:
 
 
 def _skip_faults() -> None:
-    """A fault reads files: dynamo must not trace it, where it traces what is around."""
+    """Makes dynamo skip `StreamedParameter.__torch_dispatch__`, which reads files."""
     dispatch: Any = StreamedParameter.__torch_dispatch__
     skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(dispatch.__func__.__code__, skip)

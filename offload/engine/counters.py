@@ -1,4 +1,4 @@
-"""What a streamed model has done so far, as plain numbers."""
+"""The counters of a streamed model."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Statistics:
     """Counters of one streamed model since it was loaded."""
 
     model_bytes: int
-    """Bytes of all the weights, tied ones once, in the dtype they compute in."""
+    """Bytes of all weights in the dtype of computing; tied weights count once."""
     device_memory_bytes: int
-    """The working set's budget."""
+    """Bytes of the working set."""
     budget: MemoryBudget
     """How the memory of the process was divided when the model was loaded."""
     bytes_by_tier: Mapping[str, int]
@@ -27,47 +27,49 @@ class Statistics:
     bytes_read: Mapping[str, int]
     """Bytes read from each tier, alignment and gaps included."""
     bytes_loaded: int
-    """Checkpoint bytes of the units that were loaded, each counted once a load."""
+    """Checkpoint bytes of the units that were loaded, counted at each load."""
     bytes_gathered: int
-    """Bytes of embedding rows that were looked up in the file."""
+    """Bytes of embedding rows that were read from the file, row by row."""
     bytes_copied: int
-    """Bytes that the CPU moved on their way: casts, assembled parameters."""
+    """Bytes that the CPU copied while loading: casts, assembled parameters."""
     passes: int
     wait_seconds: float
-    """Time for which computing stood still because weights were not there yet."""
+    """Time that computing waited for weights to be loaded."""
     compute_seconds: float
     """Time spent in the model's own code."""
     peak_device_bytes: int
-    """Most bytes of the working set in use at one time."""
+    """The most bytes of the working set in use at one time."""
     peak_host_bytes: int
-    """Most memory of this process at one time (resident set), activations and all."""
+    """The largest resident set of this process, activations included."""
     max_in_flight: int
-    """Most micro-batches that a sweep had under way at one time."""
+    """The most micro-batches of a sweep in flight at one time."""
     held_bytes_per_micro_batch: int
     """Activations that one suspended micro-batch keeps alive."""
     activation_bytes_out: int
     """Bytes of suspended micro-batches that were copied to host memory."""
     activation_bytes_in: int
-    """Bytes of them that were copied back; less, where who left came back at once."""
+    """Bytes of these that were copied back. Fewer than `activation_bytes_out` if some
+    micro-batch resumed before its device memory was freed."""
     num_activation_buffers: int
-    """Buffers in host memory that were allocated for that: it stands still in time."""
+    """Buffers in host memory that were allocated for that. They are reused, so this
+    number stops growing."""
     num_joint_calls: int
-    """Calls of a row-wise module that were made for several micro-batches at once."""
+    """Calls of a row-wise module that were made jointly for several micro-batches."""
     num_joint_rows: int
-    """Rows that went through modules in these calls."""
+    """Rows in all joint calls together."""
     num_failed_joint_calls: int
-    """Such calls that failed, and were then made for each micro-batch by itself."""
+    """Joint calls that failed and were repeated for each micro-batch by itself."""
     kv: KvStatistics
     """Keys and values that are kept in tiers; see `kv` in the policy."""
     num_unused_loads: int
     faults: Mapping[str, int]
-    """Weights touched outside of their unit's forward, by name."""
+    """How often each weight was used outside the forward of its module, by name."""
     fallbacks: tuple[str, ...]
-    """What could not be had as asked, each said once."""
+    """A sentence for each setting of the policy that could not be followed."""
 
     @property
     def rows_per_joint_call(self) -> float:
-        """The mean; 0 if there was no such call."""
+        """The mean number of rows of a joint call; 0 if there was none."""
         return self.num_joint_rows / max(1, self.num_joint_calls)
 
 
@@ -77,18 +79,18 @@ def bytes_by_tier(
     placement: Sequence[str],
     resident: Collection[int],
 ) -> dict[str, int]:
-    """Bytes of the model in `device`, `peer`, `host` and `disk`: by the tier that each
-    unit is placed in, unless it is one of the `resident` ones."""
-    found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+    """The bytes of the model in each of `device`, `peer`, `host` and `disk`. A unit
+    counts for the tier of its `placement`, a `resident` one for `device`."""
+    tier_bytes = dict.fromkeys(("device", "peer", "host", "disk"), 0)
     for index, unit in enumerate(units):
         tier = "device" if index in resident else placement[index]
-        found[tier if tier in found else "peer"] += sum(
+        tier_bytes[tier if tier in tier_bytes else "peer"] += sum(
             recipes[name].nbytes for name in unit.tensors
         )
     placed = {name for unit in units for name in unit.tensors}
-    found["disk"] += sum(
+    tier_bytes["disk"] += sum(
         recipe.nbytes
         for name, recipe in recipes.items()
-        if name not in placed  # rows of it are looked up
+        if name not in placed  # embeddings whose rows are read one by one
     )
-    return found
+    return tier_bytes

@@ -1,4 +1,4 @@
-"""The machinery behind one streamed model: hooks in, weights through, hooks out."""
+"""The engine of one streamed model, which owns all parts that stream its weights."""
 
 import logging
 from collections import Counter
@@ -42,8 +42,8 @@ _log = logging.getLogger("penstock")
 
 
 class Engine:
-    """Owns everything that streams one model: arena, reader, threads, hooks. Made by
-    `build`; closed once, by `close`. The model keeps working in between."""
+    """Owns all parts that stream one model: arena, reader, threads, hooks. Made by
+    `build`, ended by `close`; in between the model computes as usual."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Engine:
         working_set: WorkingSet,
         binding: Binding,
         doors: Doors,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
         compilation: "Compilation | None",
@@ -69,7 +69,7 @@ class Engine:
         self.model = model
         self.policy = policy
         self.arrangement = arrangement
-        self.found = found = arrangement.division.found
+        self.model_division = model_division = arrangement.division.found
         self.recipes = arrangement.recipes
         self.budget = budget
         self.timeline = timeline
@@ -79,8 +79,8 @@ class Engine:
         self._binding = binding
         self.resident = binding.resident
         self._doors = doors
-        self._gate = gate
-        self.home = gate.home
+        self._entry = entry
+        self.home = entry.home
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
@@ -90,11 +90,11 @@ class Engine:
         self._faults: Counter[str] = Counter()
         self._unit_of = {
             name: index
-            for index, unit in enumerate(found.units)
+            for index, unit in enumerate(model_division.units)
             for name in unit.tensors
         }
         self.updates = Updates(
-            arrangement, tiers, working_set, binding, gate, gatherers, policy
+            arrangement, tiers, working_set, binding, entry, gatherers, policy
         )
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
@@ -105,8 +105,8 @@ class Engine:
         return f"<Engine: {type(self.model).__name__}, {state}>"
 
     def start(self) -> None:
-        """Loads what is resident, hooks the sites, and fetches the first of them."""
-        for index, unit in enumerate(self.found.units):
+        """Loads the resident units, registers hooks, prefetches the first sites."""
+        for index, unit in enumerate(self.model_division.units):
             if unit.is_resident:
                 offset = self._working_set.acquire(index)
                 self._working_set.keep(index)
@@ -116,17 +116,19 @@ class Engine:
             self._compilation.keep_out if self._compilation else lambda hook: hook
         )
         self._hooks = SiteHooks(
-            self.model, self.found, self._gate, self._binding, keep_out
+            self.model, self.model_division, self._entry, self._binding, keep_out
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
-        self._doors.expect(range(min(1 + self.policy.lookahead, len(self.found.sites))))
+        self._doors.prefetch_sites(
+            range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
+        )
 
     def touch(self, name: str) -> torch.Tensor:
-        """The real tensor `name`, touched while its unit is not bound: a fault. The
-        unit is loaded on the spot and, where it fits, stays."""
+        """Returns the real tensor `name`, which was used while its unit is not bound (a
+        fault). Its unit is loaded now and, if there is room, becomes resident."""
         unit = self._unit_of[name]
-        with self._gate.turn():
+        with self._entry.turn():
             if not self._working_set.is_resident(unit):
                 self._count_fault(name, unit)
             offset = self._working_set.acquire(unit)
@@ -137,7 +139,7 @@ class Engine:
                 if self._working_set.keep(unit):
                     self._binding.bind_for_ever(unit, offset)
                     return tensor
-                # What comes of the touch may be a view that outlives the slot.
+                # Returns a copy: a view of it may be used after the slot is reused.
                 with torch.inference_mode(False):
                     return clone_like(tensor.detach())
             finally:
@@ -146,16 +148,16 @@ class Engine:
     def sweep(
         self, width: Width, seed: int | None, *, coalesce: bool | None = None
     ) -> Sweep:
-        """A sweep over this model; ends with it at the latest."""
+        """Opens a sweep over this model. `close` closes it, too."""
         moves_out = self.policy.activations == "host"
         sweep = Sweep(
-            self._gate,
+            self._entry,
             width=width,
             activation_bytes=self._activation_bytes(isinstance(width, int)),
             seed=seed,
             devices=tuple(dict.fromkeys(("cpu", self._tiers.device.name))),
             module_state=ModuleState(self.model.modules()),
-            evacuation=self._tiers.evacuation() if moves_out else None,
+            activation_offload=self._tiers.activation_offload() if moves_out else None,
             coalescing=self._coalescing(coalesce),
             kv=None if self._kv is None else self._kv.store,
         )
@@ -163,7 +165,7 @@ class Engine:
         return sweep
 
     def _coalescing(self, is_wanted: bool | None) -> Coalescing:
-        """With nothing to coalesce unless the policy and the caller agree on it."""
+        """The coalescing of a sweep: none unless the policy and the caller want it."""
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
@@ -176,7 +178,7 @@ class Engine:
         return Coalescing(self.row_wise, self._row_order)
 
     def _activation_bytes(self, has_width: bool) -> int | None:
-        """What suspended micro-batches may hold; None: what a width bounds."""
+        """The bytes that suspended micro-batches may hold; None: width bounds them."""
         if self.policy.activation_memory != "auto":
             return self.policy.activation_memory
         on_gpu = self._tiers.device.free_bytes()
@@ -189,32 +191,32 @@ class Engine:
         return self._binding.name_of(parameters, key)
 
     def note(self, fallback: str) -> None:
-        """Announces, once, something that could not be had as asked."""
+        """Logs, once, a setting of the policy that could not be followed."""
         if fallback not in self._fallbacks:
             self._fallbacks.append(fallback)
             _log.warning(fallback)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: what it is given has to be there."""
+        """The device on which the model computes; its inputs have to be there."""
         return torch.device(self._tiers.device.name)
 
     @property
     def first_unit_at(self) -> float | None:
-        """When the first site began to compute (`time.perf_counter`), if any did."""
-        return self._gate.first_visit_at
+        """When the first site began to compute (`time.perf_counter`); None before."""
+        return self._entry.first_visit_at
 
     @property
     def pass_fraction(self) -> float:
-        """How far the current pass over the weights is, 0 to 1."""
-        return self._gate.fraction
+        """The part of the current pass over the weights that is done, 0 to 1."""
+        return self._entry.fraction
 
     def statistics(self) -> Statistics:
         working_set = self._working_set.statistics()
         reader = self._tiers.reader.statistics()
         loaders = [loader.statistics() for loader in self._tiers.loaders]
         by_tier = bytes_by_tier(
-            self.found.units,
+            self.model_division.units,
             self.recipes,
             self._tiers.placement,
             working_set.resident_units,
@@ -232,9 +234,9 @@ class Engine:
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
             bytes_copied=sum(x.bytes_copied + x.bytes_converted for x in loaders),
-            passes=self._gate.num_passes,
+            passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,
-            compute_seconds=self._gate.compute_seconds,
+            compute_seconds=self._entry.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
             max_in_flight=sweeps.max_in_flight,
@@ -258,14 +260,14 @@ class Engine:
 
     @property
     def closers(self) -> Sequence[Callable[[], None]]:
-        """What ends all that does not refer to the model, in this order."""
+        """Functions that close all parts that do not refer to the model, in order."""
         kv = () if self._kv is None else (self._kv.close,)
         return (*kv, self._working_set.close, self._tiers.close, give_freed_back)
 
     def close(self) -> None:
-        """Takes the hooks out and gives threads, descriptors and memory back. The
-        model's streamed weights say so when they are touched afterwards. In a child
-        that was forked it does nothing: all of it is the parent's."""
+        """Removes the hooks, ends the threads, and closes files and memory. A streamed
+        weight raises an error when it is used afterwards. In a forked child this does
+        nothing: all parts belong to the parent."""
         if self._is_closed or not self.home.is_here:
             return
         self._sweeps.close()
@@ -283,14 +285,15 @@ class Engine:
         self._tiers.close()
         self.updates.close()
         give_freed_back()
-        self._is_closed = True  # cut off by an interrupt, it is done again
+        self._is_closed = True  # set last: after an interrupt, `close` runs again
 
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1
         if self.policy.strict:
             raise FaultError(
                 f"{name!r} was used outside of the forward of its unit "
-                f"{self.found.units[unit].name!r}; strict: false loads it on the spot"
+                f"{self.model_division.units[unit].name!r}; strict: false loads it on "
+                "the spot"
             )
         if self._faults[name] == 1:
             used = "%s is used outside of the forward of its module: loaded on the spot"

@@ -1,4 +1,4 @@
-"""Is the checkpoint on disk what it was? By checksums in a file beside it."""
+"""Checks a checkpoint on disk against a file of checksums beside it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,18 @@ from .readers import open_reader
 
 @dataclass(frozen=True, slots=True)
 class Integrity:
-    """What was found."""
+    """The result of `verify_checksums`."""
 
     side_file: Path
     was_written: bool
-    """There was no file of checksums: now there is."""
+    """Whether there was no file of checksums, and it was written now."""
     num_tensors: int
     differences: tuple[str, ...]
 
 
 def verify_checksums(path: str | Path, policy: Policy | None = None) -> Integrity:
-    """Sums every tensor of the checkpoint in `path` and compares with the file of
-    checksums beside it, which is written when there is none.
+    """Computes the checksum of every tensor of the checkpoint in `path`, and compares
+    it with the file of checksums beside it, which is written if there is none.
 
     Raises CheckpointError for a checkpoint or side file that cannot be read,
     OutputError where the side file cannot be written, ReadError from the device.
@@ -39,12 +39,12 @@ def verify_checksums(path: str | Path, policy: Policy | None = None) -> Integrit
     known = read_side_file(side_file) if side_file.exists() else None
     reader, _ = open_reader(checkpoint.stamps, (policy or Policy()).io)
     with reader, FillProgress("summing the checkpoint") as progress:
-        found = checksums(checkpoint, reader, progress)
+        sums = checksums(checkpoint, reader, progress)
     if known is None:
-        write_side_file(side_file, found)
+        write_side_file(side_file, sums)
     return Integrity(
         side_file,
         known is None,
-        len(found),
-        () if known is None else tuple(differences(known, found)),
+        len(sums),
+        () if known is None else tuple(differences(known, sums)),
     )

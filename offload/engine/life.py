@@ -1,4 +1,4 @@
-"""A streamed model's threads, files and memory end with it, wherever it is dropped."""
+"""Closes a streamed model's threads, files and memory when it is garbage collected."""
 
 import _thread
 import contextlib
@@ -10,13 +10,15 @@ from typing import Any
 from ...io.home import Home
 
 _MAX_SECONDS = 5.0
-"""That a dropped model is waited for. Reads under way take less; what takes longer, or
-waits for a lock of whoever made the garbage collector run, goes on by itself."""
+"""How long garbage collection waits until a dropped model is closed. Reads under way
+take less. Closing may take longer if it waits for a lock of the collecting thread; then
+it goes on in the background."""
 
 
 class Life:
-    """Calls all of `closers`, in this order, when `model` is garbage, unless `detach`
-    comes first. None of them may refer to the model, which would then never be."""
+    """Calls all `closers`, in this order, when `model` is garbage collected, unless
+    `detach` is called before. No closer may refer to the model: it would keep the model
+    alive."""
 
     def __init__(
         self, model: Any, closers: Sequence[Callable[[], None]], home: Home
@@ -29,13 +31,13 @@ class Life:
         return f"<Life: {'going on' if self._finaliser.alive else 'over'}>"
 
     def detach(self) -> None:
-        """The model is closed by its owner."""
+        """Cancels the calls: the model was closed by its owner."""
         self._finaliser.detach()
 
 
 def _end(closers: tuple[Callable[[], None], ...], home: Home) -> None:
-    """Called by the garbage collector: on any thread, one of those that are to end
-    included, in the middle of anything. So others close, in a thread of their own."""
+    """Runs `closers` in a new thread. The garbage collector calls this in any thread,
+    even one that a closer joins, and at any point of the program."""
     if not home.is_here:
         return
     has_begun = _thread.allocate_lock()
@@ -48,8 +50,8 @@ def _end(closers: tuple[Callable[[], None], ...], home: Home) -> None:
         closing.start()
         has_begun.release()
 
-    # `start` waits for the new thread, which waits for a lock of `threading` that the
-    # collector's caller may have: so not even that is done here.
+    # `closing.start` waits for the new thread, which takes a lock of `threading` that
+    # the interrupted code may hold. So another thread calls it.
     try:
         _thread.start_new_thread(begin, ())
     except RuntimeError:  # the interpreter is about to end
@@ -60,12 +62,12 @@ def _end(closers: tuple[Callable[[], None], ...], home: Home) -> None:
 
 def _close(closers: tuple[Callable[[], None], ...]) -> None:
     for close in closers:
-        with contextlib.suppress(Exception):  # nobody is there to be told
+        with contextlib.suppress(Exception):  # there is no caller to raise it to
             close()
 
 
 def _is_ours() -> bool:
-    """Whether the caller is one of the threads that may have to end."""
+    """Whether the caller is a thread of this library, which a closer may join."""
     here = threading.get_ident()
     return any(
         thread.ident == here and thread.name.startswith("penstock-")

@@ -22,8 +22,8 @@ _log = logging.getLogger("penstock")
 def open_reader(
     stamps: Mapping[Path, FileStamp], io: IO
 ) -> tuple[Reader, tuple[str, ...]]:
-    """The reader that `io` asks for or, where it cannot be had, the best that can, and
-    what was said of that."""
+    """Opens the reader that `io` asks for or, if it is not available, the best one that
+    is. Also returns a sentence for each such fallback."""
     makers, missing = makers_of(stamps, io)
     name, fallbacks = choose(
         io.reader,
@@ -41,7 +41,7 @@ def open_reader(
 
 
 def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
-    """Bytes: addresses that `io` reads these files to must be multiples of it."""
+    """The alignment, in bytes, of the memory that these files are read into."""
     if io.reader == "aiofiles" or not io.direct:
         return 1
     one_of_each_drive = {os.stat(path).st_dev: path for path in stamps}
@@ -51,7 +51,8 @@ def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
 def makers_of(
     stamps: Mapping[Path, FileStamp], io: IO
 ) -> tuple[dict[str, Callable[[], Reader]], dict[str, str]]:
-    """What opens each reader, by name, and why some cannot be had here."""
+    """Functions that open each reader, by name, and for each reader that is not
+    available the reason."""
     sizes = {"chunk_bytes": io.chunk}
     makers: dict[str, Callable[[], Reader]] = {
         "libaio": partial(

@@ -1,4 +1,4 @@
-"""What a streamed model says to those who treat it as one whose weights are there."""
+"""Refuses what cannot be done with a streamed model: its weights are not in memory."""
 
 import sys
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from ..weights.poison import cast_in_place
 
 
 def refusals(kind: type[nn.Module]) -> dict[str, Any]:
-    """Methods of a class that stands between a streamed model and its class `kind`.
-    They raise PenstockError before anything is changed, with what to do instead."""
+    """Returns the methods of a class that a streamed model gets, derived from its own
+    class `kind`. They raise PenstockError before anything is changed; the error says
+    what to do instead."""
 
     def apply_to_all(
         self: nn.Module, change: Callable[..., Any], recurse: bool = True
@@ -41,7 +42,7 @@ def refusals(kind: type[nn.Module]) -> dict[str, Any]:
         raise _no_compiler()
 
     def seen_by_a_compiler(self: nn.Module) -> Any:
-        """torch.compile asks for it first; others find that it is not there."""
+        """torch.compile reads this attribute first. Others get AttributeError."""
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("torch._dynamo"):
             raise _no_compiler()
@@ -62,7 +63,7 @@ def refusals(kind: type[nn.Module]) -> dict[str, Any]:
     def scripted(self: nn.Module) -> Any:
         raise _no_graph()
 
-    found: dict[str, Any] = {
+    methods: dict[str, Any] = {
         "__deepcopy__": copied,
         "__reduce_ex__": copied,
         "__copy__": getattr(kind, "__copy__", shallow_copy),
@@ -73,12 +74,12 @@ def refusals(kind: type[nn.Module]) -> dict[str, Any]:
         "_torchdynamo_orig_callable": property(seen_by_a_compiler),
     }
     if hasattr(kind, "resize_token_embeddings"):
-        found["resize_token_embeddings"] = resize
-    return found
+        methods["resize_token_embeddings"] = resize
+    return methods
 
 
 def check_not_compiled(module: nn.Module) -> None:
-    """Raises UsageError for what torch.compile made of a module."""
+    """Raises UsageError if torch.compile has made or compiled `module`."""
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         raise UsageError(
             f"this {type(module).__name__} is compiled as a whole, which needs all its "
@@ -88,8 +89,8 @@ def check_not_compiled(module: nn.Module) -> None:
 
 
 def check_not_traced() -> None:
-    """Raises UsageError where calls are recorded to be made again without the model:
-    they would be made with whatever weights are in the slots then."""
+    """Raises UsageError while torch traces calls into a graph. The graph would later
+    run with whatever weights are in the slots then."""
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     is_recorded = proxies is not None and proxies.get_proxy_mode() is not None
     if is_recorded or torch._C._get_tracing_state() is not None:
@@ -112,6 +113,6 @@ def _no_compiler() -> PenstockError:
 
 
 def _kinds_of_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """One of each dtype and device in `module`."""
+    """One tensor of `module` for each pair of dtype and device."""
     tensors = [*module.parameters(), *module.buffers()]
     return list({(t.dtype, t.device): t for t in tensors}.values())

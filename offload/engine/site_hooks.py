@@ -1,4 +1,4 @@
-"""The hooks that hang on the modules of a streamed model."""
+"""The forward hooks on the modules of a streamed model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,21 @@ Hook = Callable[..., Any]
 class SiteHooks:
     """The hooks on the sites of a model and on the model itself, until `remove`.
 
-    `keep_out` makes of a hook one that a compiler does not trace.
+    `keep_out` wraps a hook so that a compiler does not trace it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        found: ModelDivision,
-        gate: ForwardEntry,
+        model_division: ModelDivision,
+        entry: ForwardEntry,
         binding: Binding,
         keep_out: Callable[[Hook], Hook],
     ) -> None:
-        self._gate = gate
+        self._entry = entry
         self._binding = binding
         self._handles: list[Any] = []
-        for index, site in enumerate(found.sites):
+        for index, site in enumerate(model_division.sites):
             self._hang(site.module, index, site.name, keep_out)
         self._handles += [
             model.register_forward_pre_hook(self._begin),
@@ -48,12 +48,12 @@ class SiteHooks:
     def _begin(self, module: nn.Module, args: Any) -> None:
         """The model's own forward begins."""
         check_not_traced()
-        self._gate.abandon_plain()
+        self._entry.abandon_plain()
         self._binding.check_resident()
         self._owes_gradients = False
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """It has ended: somebody may go on to train it."""
+        """The model's own forward has ended: its output may be used for training."""
         if self._owes_gradients and torch.is_grad_enabled():
             refuse_training(output, (args, kwargs))
 
@@ -62,13 +62,13 @@ class SiteHooks:
     ) -> None:
         def before(module: nn.Module, args: Any) -> None:
             check_not_traced()
-            self._gate.before(site)  # whatever a pre-hook returns replaces arguments
+            self._entry.before(site)  # returns None: a result would replace `args`
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_grad_enabled() and not self._keeps_its_weights(site):
                 refuse_backward(output, name)
                 self._owes_gradients |= self._binding.wants_gradients(site)
-            self._gate.after(site)
+            self._entry.after(site)
 
         self._handles += [
             module.register_forward_pre_hook(keep_out(before)),
@@ -76,7 +76,7 @@ class SiteHooks:
         ]
 
     def _keeps_its_weights(self, site: int) -> bool:
-        """Whether a backward pass finds the weights of `site` as they were, and none of
-        them waits for a gradient."""
-        stays = self._gate.doors.stays(site)
+        """Whether a backward pass would find the weights of `site` unchanged, and none
+        of them requires a gradient."""
+        stays = self._entry.doors.stays(site)
         return stays and not self._binding.wants_gradients(site)

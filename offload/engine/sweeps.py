@@ -1,4 +1,4 @@
-"""The sweeps over one model: those that are open, and what the closed ones counted."""
+"""The sweeps over one model: the open ones, and the counters of the closed ones."""
 
 from dataclasses import dataclass, replace
 
@@ -19,10 +19,10 @@ class SweepsStatistics:
     num_failed_joint_calls: int = 0
 
     def and_of(self, sweep: Sweep) -> "SweepsStatistics":
-        """With what `sweep` has counted."""
+        """Returns these counters with those of `sweep` added."""
         statistics = sweep.statistics()
         held, joint = statistics.held_bytes_per_micro_batch, statistics.coalescing
-        found = replace(
+        total = replace(
             self,
             max_in_flight=max(self.max_in_flight, statistics.max_in_flight),
             held_bytes_per_micro_batch=max(self.held_bytes_per_micro_batch, held),
@@ -30,11 +30,11 @@ class SweepsStatistics:
             num_joint_rows=self.num_joint_rows + joint.num_rows,
             num_failed_joint_calls=self.num_failed_joint_calls + joint.num_failed,
         )
-        if sweep.evacuation is None:
-            return found
-        moved = sweep.evacuation.statistics()
+        if sweep.activation_offload is None:
+            return total
+        moved = sweep.activation_offload.statistics()
         return replace(
-            found,
+            total,
             bytes_out=self.bytes_out + moved.bytes_out,
             bytes_in=self.bytes_in + moved.bytes_in,
             num_buffers=self.num_buffers + moved.num_buffers_allocated,
@@ -42,7 +42,7 @@ class SweepsStatistics:
 
 
 class Sweeps:
-    """Keeps open sweeps, so that they end with the model; forgets closed ones."""
+    """Keeps the open sweeps, so that they are closed with the model."""
 
     def __init__(self) -> None:
         self._open: list[Sweep] = []
@@ -58,10 +58,10 @@ class Sweeps:
         self._open.append(sweep)
 
     def statistics(self) -> SweepsStatistics:
-        found, now_open = self._before, list(self._open)  # others may open one
+        total, now_open = self._before, list(self._open)  # others may open one
         for sweep in now_open:
-            found = found.and_of(sweep)
-        return found
+            total = total.and_of(sweep)
+        return total
 
     def close(self) -> None:
         for sweep in self._open:

@@ -1,6 +1,6 @@
-"""Opens the tiers that hold a model's weights, and the ways from them into slots.
+"""Opens the tiers that hold a model's weights, and the links from them into slots.
 
-The only file that names concrete ones.
+Only this file names concrete classes of tiers.
 """
 
 import logging
@@ -31,7 +31,7 @@ from ...io.weights.loader import Loader
 from ...io.weights.peer import PeerTier, whole
 from ...io.weights.source import ResidentSource, Source, StagedSource
 from ...io.weights.transfer import Transfer
-from ...scheduler.activations.evacuation import MIN_BYTES, ActivationOffload
+from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
 from ...scheduler.slots.load import Load
 from ..monitoring.progress import FillProgress
@@ -43,13 +43,13 @@ _log = logging.getLogger("penstock")
 
 
 def open_device(name: str) -> Device:
-    """The device called `name`. Raises PolicyError where there is none."""
+    """Returns the device called `name`. Raises PolicyError if there is none."""
     return CpuDevice() if name == "cpu" else CudaDevice(name)
 
 
 class Tiers(Closing):
-    """Holds the weights of `layouts`, unit by unit where `placement` says, and brings
-    them into slots of `memory`. Nothing stays open when making one raises."""
+    """Keeps each unit of `layouts` in the tier that `placement` says, and loads units
+    into slots of `memory`. If the constructor raises, nothing stays open."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Tiers(Closing):
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
-        self._evacuations: list[ActivationOffload] = []
+        self._activation_offloads: list[ActivationOffload] = []
         self.straight: gds.GdsReader | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
@@ -82,7 +82,7 @@ class Tiers(Closing):
             self.memory: Memory = device.allocate(capacity)
             opened.enter_context(closing(self.memory))
             io = policy.io
-            if io.reader == "gds" and not device.is_host:  # beside it, for the rest
+            if io.reader == "gds" and not device.is_host:  # for what gds cannot read
                 io = io.model_copy(update={"reader": "auto"})
             self.reader, fallbacks = open_reader(checkpoint.stamps, io)
             opened.enter_context(self.reader)
@@ -101,48 +101,53 @@ class Tiers(Closing):
 
     @property
     def in_place(self) -> HostTier | None:
-        """The host tier, if its units are used where they lie."""
+        """The host tier, if its units are computed with in place; else None."""
         return None if "host" in self._ways else self.host
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
-        """Starts to bring `unit` into the slot at `offset`."""
+        """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
         way = self._ways.get(self.placement[unit], self._ways["disk"])
         return way(unit, offset, after)
 
     def mark(self) -> Event | None:
-        """The point that the device's work has come to; None if it does all at once."""
+        """An event after all device work queued so far; None on the CPU, which works
+        synchronously."""
         return None if self.device.is_host else self.device.compute.record()
 
-    def evacuation(self) -> ActivationOffload:
-        """A way out of the device for what suspended micro-batches hold."""
-        if self._ownership is None:  # what it learns holds for all sweeps
+    def activation_offload(self) -> ActivationOffload:
+        """Makes the activation offload of one sweep."""
+        if self._ownership is None:  # its patterns hold for all sweeps
             device = torch.device(self.device.name)
             self._ownership = Ownership(device, min_bytes=MIN_BYTES)
         buffers = HostBuffers(self.pin)
-        found = ActivationOffload(self.device, buffers, self._ownership, self._record)
-        self._evacuations = [e for e in self._evacuations if not e.is_closed] + [found]
-        return found
+        activation_offload = ActivationOffload(
+            self.device, buffers, self._ownership, self._record
+        )
+        self._activation_offloads = [
+            e for e in self._activation_offloads if not e.is_closed
+        ] + [activation_offload]
+        return activation_offload
 
     def pin(self, memory: Arena) -> Pinned | None:
-        """Locks `memory` in place for copies to the device, as the policy allows."""
+        """Page-locks `memory` for copies to the device, as far as the policy allows."""
         return self._pin(memory, self.device)
 
     def bytes_read(self) -> dict[str, int]:
-        """Bytes that came from each tier so far."""
+        """The bytes loaded from each tier so far."""
         disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
-        found = {"disk": disk}
+        by_tier = {"disk": disk}
         if self.straight is not None:
-            found["disk"] += self.straight.statistics().bytes_read
+            by_tier["disk"] += self.straight.statistics().bytes_read
         for link in self.links:
             if link.tier != "disk":
                 tier = link.tier if link.tier == "host" else "peer"
-                found[tier] = found.get(tier, 0) + link.statistics().bytes_moved
-        return found
+                by_tier[tier] = by_tier.get(tier, 0) + link.statistics().bytes_moved
+        return by_tier
 
     def close(self) -> None:
-        """Ends the threads and gives the memory back, after all work with it."""
-        for evacuation in self._evacuations:
-            evacuation.close()
+        """Waits for all work, ends the threads and frees the memory."""
+        for activation_offload in self._activation_offloads:
+            activation_offload.close()
         self.device.synchronize()
         self._opened.close()
 
@@ -164,8 +169,8 @@ class Tiers(Closing):
         return loader
 
     def _open_disk(self, opened: ExitStack) -> None:
-        """Straight into the slots where a reader can; else through a ring in the host's
-        memory."""
+        """Opens the disk tier: it reads directly into slots if the reader can, else
+        through a ring buffer in host memory."""
         if self._policy.io.reader == "gds" and self._open_straight(opened):
             return
         if self.device.is_host and "disk" not in self._policy.links:
@@ -181,7 +186,7 @@ class Tiers(Closing):
     def _open_straight(self, opened: ExitStack) -> bool:
         """By cuFile, where all of system, drive, driver and model allow it."""
         if self.device.is_host:
-            return False  # the reader has said so
+            return False  # `open_reader` has announced that
         files = self._checkpoint.stamps
         largest = max(files, key=lambda path: files[path].size_bytes)
         reason = direct.why_not(self._layouts)
@@ -265,7 +270,7 @@ class Tiers(Closing):
 
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
         asked = self._policy.pinned_memory
-        self._pinned = [p for p in self._pinned if p.pinned_bytes]  # closed ones not
+        self._pinned = [p for p in self._pinned if p.pinned_bytes]  # drop closed ones
         used = sum(pinned.pinned_bytes for pinned in self._pinned)
         left = memory.nbytes if asked == "auto" else max(asked - used, 0)
         pinned = device.pin(memory, left)

@@ -1,4 +1,4 @@
-"""New values for the weights of a model that is being streamed, in its place."""
+"""Replaces weights of a streamed model while it is in use."""
 
 import contextlib
 import logging
@@ -34,12 +34,11 @@ _log = logging.getLogger("penstock")
 
 
 class Updates(Closing):
-    """Changes streamed weights while the model lives: their new values are written to
-    a file in the cache folder, which is read instead of the checkpoint from then on.
-    Slots, and all that stays in memory, are filled again where they are.
+    """Changes streamed weights. New values are written to a file in the cache folder,
+    which is read instead of the checkpoint from then on. Slots and tiers in memory that
+    hold old values are filled again in place.
 
-    The folder takes as many bytes as the tensors that were changed, each once. It is
-    removed when this is closed.
+    The folder holds each changed tensor once. `close` removes it.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Updates(Closing):
         tiers: Tiers,
         working_set: WorkingSet,
         binding: Binding,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         gatherers: Iterable[RowGatherer],
         policy: Policy,
     ) -> None:
@@ -58,7 +57,7 @@ class Updates(Closing):
         self._tiers = tiers
         self._working_set = working_set
         self._binding = binding
-        self._gate = gate
+        self._entry = entry
         self._gatherers = {gatherer.name: gatherer for gatherer in gatherers}
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
@@ -75,12 +74,11 @@ class Updates(Closing):
         return f"<Updates: {len(self._entries)} tensors in {self._num_files} files>"
 
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Gives `tensors`, by their names in `model`, to those who compute from now on:
-        all of them or, when it raises, none. Raises UsageError for what does not fit,
-        PenstockError during a sweep or a call, OutputError where the cache folder has
-        no room."""
+        """Replaces the tensors with these names in `model`: all of them or, when it
+        raises, none. Raises UsageError for a wrong name, shape or dtype, PenstockError
+        during a sweep or a forward, OutputError if the cache folder has no room."""
         values = new_values(model, tensors, self._binding.find, self._like)
-        with self._gate.idle(is_busy=_is_in_forward(model)):
+        with self._entry.idle(is_busy=_is_in_forward(model)):
             self._refuse_what_is_shared(values)
             streamed = {
                 each.streamed_name: each
@@ -95,8 +93,7 @@ class Updates(Closing):
                         each.standing.data.copy_(each.value)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The values that were given, by the names of the streamed tensors, as they are
-        computed with."""
+        """The new values by name of the streamed tensor, in the dtype of computing."""
         files = {path: load_file(path) for path in self._paths()}
         return {name: files[e.path][name] for name, e in self._entries.items()}
 
@@ -118,7 +115,7 @@ class Updates(Closing):
                 raise UsageError(f"{each.name!r} cannot be changed: {why}")
 
     def _write(self, values: Mapping[str, NewValue]) -> dict[str, TensorEntry]:
-        """A file of these values, in the dtypes that are computed with."""
+        """Writes `values` to a file, in the dtypes of computing. Returns its header."""
         if self._folder is None:
             self._folder = SpillFolder(cache_folder(self._policy.io), "updated-")
         stored = {}
@@ -128,7 +125,7 @@ class Updates(Closing):
                 cast_to = "update of %r: %s is cast to %s"
                 _log.warning(cast_to, each.name, each.value.dtype, dtype)
             value = each.value.to("cpu", dtype).contiguous()
-            # Two names of one storage: safetensors refuses that.
+            # safetensors refuses two names for one storage.
             stored[name] = value.clone() if value is each.value else value
         path = self._folder.path / f"{self._num_files}.safetensors"
         nbytes = sum(value.nbytes for value in stored.values())
@@ -144,14 +141,14 @@ class Updates(Closing):
                 f"({error}); set io.cache to a folder with room for them"
             ) from error
         self._num_files += 1
-        stamp, found = read_header(path)
+        stamp, entries = read_header(path)
         io = self._policy.io.model_copy(update={"reader": "threads"})
         reader, _ = open_reader({path: stamp}, io)
         self._tiers.layered.add(path, reader)
-        return {entry.name: entry for entry in found}
+        return {entry.name: entry for entry in entries}
 
     def _swap(self, entries: Mapping[str, TensorEntry]) -> None:
-        """From the old values to those of `entries`, or back to the old ones."""
+        """Switches to the values of `entries`. If that fails, switches back."""
         before = dict(self._entries)
         recipes = {name: self._recipes[name] for name in entries}
         paths = self._paths()
@@ -159,7 +156,7 @@ class Updates(Closing):
         try:
             self._put({**before, **entries}, new)
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error says why
+            with contextlib.suppress(Exception):  # the first error is raised
                 self._put(before, recipes)
             self._forget({entry.path for entry in entries.values()})
             raise
@@ -180,14 +177,14 @@ class Updates(Closing):
             self._recipes[name] = recipe
             if name in self._gatherers:
                 self._gatherers[name].read_from(recipe)
-        for unit in units:  # nothing of it is under way, then
+        for unit in units:  # ends the loads of these units that are under way
             self._working_set.load_again(unit)
         self._load_tiers_again(units)
         for unit in units:
             self._working_set.load_again(unit)
 
     def _load_tiers_again(self, units: Sequence[int]) -> None:
-        """Those of `units` that stay in host memory or on a peer."""
+        """Loads the units that stay in host memory or on a peer again."""
         tiers = self._tiers
         tiers.device.synchronize()
         if (host := tiers.host) is not None:
@@ -197,7 +194,7 @@ class Updates(Closing):
             peer.load_again(changed, tiers.link_from_disk)
 
     def _why_fixed(self, unit: int) -> str | None:
-        """Why `unit` can only be as it is in the checkpoint; None if it need not be."""
+        """Why `unit` cannot be changed; None if it can be."""
         if self._tiers.straight is not None:
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
         if self._policy.host_shared and self._tiers.placement[unit] == "host":
@@ -214,7 +211,7 @@ class Updates(Closing):
 
 
 def _is_in_forward(model: nn.Module) -> bool:
-    """Whether the caller is called by a forward of `model`, or of a part of it."""
+    """Whether the calling code runs inside a forward of `model` or of a part of it."""
     parts = {id(module) for module in model.modules()}
     frame = sys._getframe()
     while frame.f_back is not None:

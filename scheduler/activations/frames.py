@@ -1,4 +1,4 @@
-"""The frames that threads stand in."""
+"""The Python frames of running threads."""
 
 import gc
 import sys
@@ -6,16 +6,16 @@ import threading
 from types import FrameType
 from typing import Literal
 
-# Whether garbage is collected is one switch for all threads.
+# The garbage collector is switched off and on for all threads at once.
 _LOCK = threading.RLock()
 
 
 def current_frames() -> dict[int, FrameType]:
-    """The innermost frame of each thread, by the thread's number: its caller's, where
-    that is the thread that asks.
+    """The innermost frame of each thread, by thread number. For the calling thread it
+    is the caller's frame.
 
-    Until CPython 3.11.9, a garbage collection inside of `sys._current_frames` may stop
-    the interpreter for good (github.com/python/cpython/issues/106883): none begins.
+    Until CPython 3.11.9, a garbage collection inside `sys._current_frames` may deadlock
+    (github.com/python/cpython/issues/106883). So it is switched off meanwhile.
     """
     with _LOCK:
         was_enabled = gc.isenabled()
@@ -25,13 +25,14 @@ def current_frames() -> dict[int, FrameType]:
         finally:
             if was_enabled:
                 gc.enable()
-    frames[threading.get_ident()] = sys._getframe(1)  # this one is about to end
+    frames[threading.get_ident()] = sys._getframe(1)  # this function's own is over
     return frames
 
 
 def wait_of(thread: int, *, not_in: str) -> Literal["caller", "lock", None]:
-    """What the thread with this number waits for: the end of the caller's thread, or a
-    lock of some other kind, which the code in the file `not_in` does not count as."""
+    """What the thread with this number waits for: "caller", if it joins the calling
+    thread; "lock", for any other wait of `threading`, except one that is called from
+    the file `not_in`; else None."""
     frame = current_frames().get(thread)
     is_in_lock = False
     while frame is not None and frame.f_code.co_filename == threading.__file__:

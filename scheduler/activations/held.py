@@ -1,7 +1,7 @@
 """How many bytes a suspended micro-batch keeps alive: its hidden states, masks, caches.
 
-Found by walking the frames of its stack, so it is the same on every device and on
-every run; temporaries inside a running kernel are not in it.
+The frames of its stack are searched for tensors, so the result is the same on every
+device and in every run. Temporaries inside a running kernel are not counted.
 """
 
 import sys
@@ -18,7 +18,7 @@ _MAX_DEPTH = 12
 _MAX_ITEMS = 4096
 _MAX_OBJECTS = 50_000
 _ATOMS = frozenset({int, str, float, bool, bytes, type(None)})
-"""Most of what is met, ids above all: nothing is in them."""
+"""Types that contain nothing. Most objects met are of these, above all token ids."""
 _REFERENCES_TO_A_COPY = 3  # the frame, `values_of`, and the call that counts
 
 
@@ -26,9 +26,9 @@ def held_bytes(frame: FrameType | None, work: "partial[Any]") -> int:
     """Bytes of the distinct storages reachable from the locals of `frame` and of its
     callers, which run `work`, a function and its batch.
 
-    Not counted is what is nobody's alone: parameters (they belong to the working set),
-    what a function closes over, and the object whose method `work` is. Of the batch
-    only its own elements count: views of a data set do not hold it each.
+    Shared objects are not counted: parameters (they belong to the working set), the
+    variables that a function closes over, and the object whose method `work` is. Of
+    the batch only its own elements count: it may consist of views of a whole data set.
     """
     sizes: dict[int, int] = {}
     views: dict[int, int] = {}
@@ -67,18 +67,18 @@ def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[torch.Tensor]:
 def values_of(frame: FrameType) -> list[tuple[str, Any]]:
     """The local variables of `frame`, by their names."""
     values = frame.f_locals
-    found = list(values.items())
-    # Before Python 3.13 the frame keeps this dictionary, and with it, until somebody
-    # asks again, what its variables have long let go. Unless it is the user's, too.
+    items = list(values.items())
+    # Before Python 3.13 the frame keeps this dictionary, and its old values, until
+    # `f_locals` is read again. So it is emptied, unless user code refers to it, too.
     is_a_copy = frame.f_code.co_flags & CO_OPTIMIZED and type(values) is dict
     if is_a_copy and sys.getrefcount(values) <= _REFERENCES_TO_A_COPY:
         values.clear()
-    return found
+    return items
 
 
 def parts_of(value: Any) -> list[tuple[str | None, Any]] | None:
-    """What `value` consists of, with the names that it has for it; None if it is no
-    container, or one too long to search."""
+    """The parts of `value`, each with its name in `value` or None. Returns None if
+    `value` is no container, or too long to search."""
     if isinstance(value, dict):
         if len(value) > _MAX_ITEMS:
             return None
@@ -97,8 +97,8 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Objects whose attributes may be what the model keeps, such as a KV cache: not
-    modules, nor what torch and this library are made of (other micro-batches)."""
+    """Whether the attributes of `value` may be a micro-batch's own, as in a KV cache.
+    They are not in modules, nor in objects of torch or of this library."""
     if isinstance(value, (torch.nn.Module, type, ModuleType, FunctionType)):
         return False
     package = type(value).__module__.partition(".")[0]

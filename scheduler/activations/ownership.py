@@ -1,15 +1,16 @@
-"""Which storages are a suspended micro-batch's alone, so that they may be moved.
+"""Finds the storages that one suspended micro-batch alone uses, so that they may be
+moved.
 
-A storage is, if all of this holds:
-- it lies on the device, is worth it, and can be resized (memory of numpy, of files, of
-  slots and of other processes cannot);
-- every tensor that views it was found in the frames of this micro-batch, so no view is
-  anybody else's, and autograd holds none of them;
-- the way to each of these tensors is the micro-batch's own: neither its batch, nor what
-  a function closes over, nor anything that another micro-batch or an object outside
-  (a module, a hook's list, a global) holds.
+A storage may be moved if all of this holds:
+- It lies on the device, is large enough, and can be resized (memory of numpy, of files,
+  of slots and of other processes cannot).
+- Every tensor that views it was found in the frames of this micro-batch. So no other
+  code, and no autograd graph, has a view of it.
+- Every reference on the way to these tensors is the micro-batch's own. It does not come
+  from its batch, from a closure, from another micro-batch or from an outside object
+  such as a module, a hook's list or a global.
 
-What cannot be shown to be its own stays.
+A storage for which this cannot be shown stays where it is.
 """
 
 import sys
@@ -27,25 +28,25 @@ _MAX_NODES = 20_000
 
 
 class Ownership:
-    """Walks suspended micro-batches, each known by a number, and remembers what of
-    theirs others must not move."""
+    """Searches suspended micro-batches, each identified by its index, and remembers
+    which storages each of them reaches, so that no other one moves these."""
 
     def __init__(self, device: torch.device, *, min_bytes: int) -> None:
         self._device = device
         self._min_bytes = min_bytes
         self._referrers = Referrers()
         self._reached: dict[int, frozenset[int]] = {}
-        """By micro-batch: the storages that it reaches, wherever it is suspended."""
+        """By micro-batch: the addresses of the storages that it reaches."""
 
     def forget(self, index: int) -> None:
-        """Micro-batch `index` runs on, or has ended."""
+        """Micro-batch `index` resumes, or has ended."""
         self._reached.pop(index, None)
 
     def own(
         self, index: int, frame: FrameType | None, work: "partial[Any]"
     ) -> list[torch.UntypedStorage]:
-        """The storages that belong to micro-batch `index`, suspended in `frame`,
-        which runs `work`: a function and its batch."""
+        """The storages that only micro-batch `index` uses. It is suspended in `frame`
+        and runs `work`, a function and its batch."""
         walk = _Walk(self._min_bytes)
         try:
             walk.add(work.args, None, "batch", is_foreign=True)
@@ -78,12 +79,12 @@ class Ownership:
             address = storage._cdata
             if address not in storages:
                 storages[address] = storage
-                # torch makes one such object a storage. Somebody has it already?
+                # torch makes one Python object for a storage: is it referred to?
                 if sys.getrefcount(storage) > _REFERENCES_TO_A_NEW_ONE + 1:
                     others_objects.add(address)
             views.setdefault(address, []).append(node)
         others = frozenset().union(
-            *(found for other, found in self._reached.items() if other != index)
+            *(reached for other, reached in self._reached.items() if other != index)
         )
         self._reached[index] = frozenset(storages)
         return [
@@ -112,17 +113,17 @@ def _references_to_a_new_one() -> int:
 
 
 _REFERENCES_TO_A_NEW_ONE = _references_to_a_new_one()
-"""As this torch counts them, where one variable holds it."""
+"""The reference count of a new storage object that one variable refers to."""
 
 
 def _num_views(storage: torch.UntypedStorage) -> int:
-    """Tensors that view `storage`, known to Python or not."""
-    # The object `storage` is the one that is no tensor.
+    """The number of tensors that view `storage`, in Python and in C++."""
+    # One use is the Python object `storage` itself.
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
 class _Walk:
-    """Goes from frames down to tensors, each object once."""
+    """Searches from frames down to tensors, and visits each object once."""
 
     def __init__(self, min_bytes: int) -> None:
         self.nodes: dict[int, Node] = {}
@@ -162,30 +163,31 @@ class _Walk:
                 self.add(part, node, name)
 
     def tensors(self) -> list[Node]:
-        """Those that view enough memory; marks what leads to them, forgets the rest."""
-        found = [
+        """The tensors that view enough memory. Marks the nodes that lead to them and
+        forgets the others."""
+        tensors = [
             node
             for node in self.nodes.values()
             if _num_bytes(node.value) >= self._min_bytes
         ]
-        above = list(found)
+        above = list(tensors)
         while above:
             node = above.pop()
             if not node.leads:
                 node.leads = True
                 above.extend(node.parents)
         self.nodes = {key: node for key, node in self.nodes.items() if node.leads}
-        return found
+        return tensors
 
     def clear(self) -> None:
-        """Lets go of everything at once: nodes refer to each other."""
+        """Drops all references: nodes refer to each other in cycles."""
         for node in self._all:
             node.value = None
             node.parents.clear()
             node.children.clear()
 
     def spread(self) -> None:
-        """What hangs on something foreign is foreign."""
+        """Marks as foreign every node below a foreign one."""
         below = [node for node in self.nodes.values() if node.is_foreign]
         while below:
             for child in below.pop().children:
@@ -195,7 +197,7 @@ class _Walk:
 
 
 def _num_bytes(value: Any) -> int:
-    """Of the one storage that is all the memory of a tensor; 0 for anything else."""
+    """The bytes of the storage of a plain dense tensor; 0 for any other value."""
     if type(value) is not torch.Tensor or value.layout is not torch.strided:
         return 0
     if value.is_nested or value.device.type == "meta":
@@ -207,6 +209,6 @@ def _num_bytes(value: Any) -> int:
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """All of `storage`, as a tensor of uint8."""
-    found = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    return found.set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload, no-any-return]
+    """All of `storage` as a tensor of uint8, (bytes,)."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return whole.set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload, no-any-return]

@@ -1,10 +1,10 @@
-"""Whether anything outside of a suspended micro-batch refers to what it holds.
+"""Decides whether anything outside a suspended micro-batch refers to its objects.
 
-Python counts references, and does not say whose they are. Most were found on the walk
-through the micro-batch's frames; some are the interpreter's own (arguments on their way
-into a call). Whose the others are, the garbage collector can tell, but it looks at all
-objects for that. So it is asked once for each pattern: the same kind of object, held by
-the same things, with the same number of references, at the same place of the program.
+Python counts references and does not say where they are. Most of them were found in the
+micro-batch's frames; some are the interpreter's own (arguments of a call under way).
+The garbage collector can find the others, but it searches all objects for that. So it
+is asked once for each pattern, and the answer is remembered. A pattern is an object's
+type, what holds it, its reference count and the place in the program.
 """
 
 import gc
@@ -20,19 +20,20 @@ from .frames import current_frames
 from .held import values_of
 
 _MAX_LOOKS = 256
-"""A look takes 0.05 to 0.5 s; what is new after so many is taken for foreign."""
+"""A look takes 0.05 to 0.5 s. A pattern that is new after so many counts as foreign."""
 _MAX_STEPS = 8
 _NUM_EXAMPLES = 4
-"""Objects of one pattern that are looked at, at most."""
+"""How many objects of one pattern are looked at, at most."""
 _PASSING = (tuple, dict, CellType, FunctionType)
-"""What a call is made of: foreign, if anything but a call holds it."""
+"""Types that a call creates. Such an object is foreign if anything but a call holds it.
+"""
 _HERE = __name__.rpartition(".")[0]
 
 Where = tuple[tuple[CodeType, int], ...]
 
 
 class Node:
-    """A tensor of a micro-batch, or a container on the way to one."""
+    """A tensor of a micro-batch, or a container that leads to one."""
 
     __slots__ = ("children", "depth", "is_foreign", "kind", "leads", "parents", "value")
 
@@ -40,16 +41,16 @@ class Node:
         self.value = value
         self.depth = depth
         self.kind: Counter[Any] = Counter()
-        """How often it was found, in what and under what name."""
+        """How often it was found, by the type of its holder and its name there."""
         self.parents: list[Node] = []
         self.children: list[Node] = []
         self.leads = False
-        """Whether there is a tensor below it."""
+        """Whether a tensor lies below it."""
         self.is_foreign = False
 
 
 class Referrers:
-    """Remembers the patterns that it has seen."""
+    """Decides which nodes are foreign, and remembers the patterns that it has seen."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[tuple[int, int], ...], dict[Any, bool]] = {}
@@ -57,8 +58,8 @@ class Referrers:
         self.num_looks = 0
 
     def judge(self, where: Where, nodes: Collection[Node]) -> None:
-        """Marks as foreign those of `nodes` that something refers to which is none of
-        them. `where` is the place of the program that the micro-batch has come to."""
+        """Marks each of `nodes` to which an object outside `nodes` refers as foreign.
+        `where` is the place in the program where the micro-batch is suspended."""
         self._codes.update((id(code), code) for code, _ in where)
         place = tuple((id(code), at) for code, at in where)
         known = self._known.setdefault(place, {})
@@ -67,7 +68,7 @@ class Referrers:
         for node, pattern in zip(nodes, patterns, strict=True):
             if pattern not in known:
                 new.setdefault(pattern, []).append(node)
-        # What is frozen, the collector does not look at, either.
+        # `gc.get_referrers` does not find frozen objects.
         if new and self.num_looks < _MAX_LOOKS and not gc.get_freeze_count():
             self.num_looks += 1
             examples = [node for some in new.values() for node in some[:_NUM_EXAMPLES]]
@@ -87,25 +88,25 @@ def _pattern(node: Node) -> Any:
 
 
 def _num_owners(tensor: torch.Tensor) -> int:
-    """1, Python, and as many as are C++ objects, such as autograd's."""
+    """The number of owners: 1 for Python, plus C++ owners such as autograd."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
-def _foreign(nodes: Sequence[Node], found: set[int]) -> set[int]:
-    """The ids of the values that something refers to which is not in `found`, be it
-    through what calls are made of."""
+def _foreign(nodes: Sequence[Node], inside: set[int]) -> set[int]:
+    """The ids of the values of `nodes` to which an object not in `inside` (ids) refers,
+    directly or through objects that a call creates."""
     foreign = _ids_in_running_frames()
     for node in nodes:
         if isinstance(node.value, torch.Tensor) and _num_owners(node.value) != 1:
-            foreign.add(id(node.value))  # autograd's, or some C++ object's
+            foreign.add(id(node.value))  # autograd or another C++ object owns it
     asked: list[Any] = [node.value for node in nodes]
-    # What would be foreign, if the object of this id were.
+    # By the id of an object: the values that are foreign if that object is.
     stakes: dict[int, set[int]] = {id(value): {id(value)} for value in asked}
     for step in range(_MAX_STEPS):
         passing: list[Any] = []
         for holder in gc.get_referrers(*asked):
             is_ours = holder is asked or holder is passing or type(holder) is Node
-            if is_ours or id(holder) in found:
+            if is_ours or id(holder) in inside:
                 continue
             at_stake: set[int] = set()
             for part in gc.get_referents(holder):
@@ -122,13 +123,13 @@ def _foreign(nodes: Sequence[Node], found: set[int]) -> set[int]:
 
 
 def _ids_in_running_frames() -> set[int]:
-    """Of what the code has in its hands that runs the sweep, or another thread: the
-    collector does not see what a running function holds."""
-    found: set[int] = set()
+    """The ids of the local variables of all running frames: `gc.get_referrers` does not
+    find these references."""
+    ids: set[int] = set()
     for top in current_frames().values():
         frame: FrameType | None = top
         while frame is not None:
             if not str(frame.f_globals.get("__name__")).startswith(_HERE):
-                found.update(id(value) for _, value in values_of(frame))
+                ids.update(id(value) for _, value in values_of(frame))
             frame = frame.f_back
-    return found
+    return ids

@@ -1,2 +1,10 @@
-"""How long a pass takes, from rates and sizes. Pure. `shape` is the model, `rates` the
-machine, `workload` the rows; `model` and `pipeline` put them together."""
+"""Predicts how long a job takes, from sizes and rates alone. Pure.
+
+predict (workload)    a whole job: its passes, one after the other
+  CostModel (model)   one pass: compute time of each site
+    ModelShape        FLOPs and bytes of a model
+    Rates             FLOP/s and bytes/s of a machine
+    run_passes        when loads and computing overlap (pipeline)
+memory_need           bytes that a job needs beside its weights
+partitioning          formulas for one model over many chips
+"""

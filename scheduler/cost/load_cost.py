@@ -1,11 +1,11 @@
-"""What bringing a unit costs: its link's time, and what of the cores'. Pure."""
+"""What loading a unit costs: time on its link, and time of the CPU's cores. Pure."""
 
 from .rates import Rates
 from .shape import UnitCost
 
 
 def load_seconds(unit: UnitCost, tier: str, rates: Rates) -> float:
-    """Of one unit over its link alone, nobody computing."""
+    """Seconds to load one unit from `tier` while nothing else runs."""
     nbytes = unit.stored_bytes if tier == "disk" else unit.nbytes
     seconds = nbytes / rates.links[tier]
     if tier == "disk":
@@ -15,7 +15,7 @@ def load_seconds(unit: UnitCost, tier: str, rates: Rates) -> float:
 
 
 def stolen_seconds(unit: UnitCost, tier: str, rates: Rates) -> float:
-    """That computing loses to it, where both share the cores."""
+    """Seconds by which loading one unit delays computing on the same CPU cores."""
     if not rates.num_cores or tier != "disk":
         return 0.0
     cast = rates.calls.cast or 1.0 / (rates.cast_bytes * rates.num_cores)

@@ -1,46 +1,49 @@
-"""What a job keeps in memory beside its weights. Pure."""
+"""The memory that a job needs beside its weights. Pure."""
 
 from dataclasses import dataclass
 
 from .shape import ModelShape
 
 RUNTIME_BYTES = 500 << 20
-"""Python, torch and transformers with their heaps (measured on the 3B model of the
-log: 579 MiB beside the working set, activations among them)."""
+"""Python, torch and transformers with their heaps. Measured with the 3B model of
+bench/LOG.md: 579 MiB beside the working set, activations included."""
 _HELD_PER_TOKEN = 3
-"""Hidden states of one suspended token: its own, a residual, and what is allocated
-anew while the old one still lives."""
+"""Hidden states kept for one token of a suspended micro-batch: the current one, a
+residual, and a new one that is allocated before the old one is freed."""
 _ROW_BYTES = 64 << 10
-"""A row's stack, frames and masks."""
+"""The stack, frames and masks of one row."""
 
 
 _WITH_IT = 3
-"""Micro-batches that the device holds where those that wait are in host memory: the one
-that computes, the one before it and the one after it (as in `evacuation`)."""
+"""Micro-batches whose activations are on the device while those of the others are in
+host memory: the one that computes, the one before and the one after it (see
+`activation_offload`)."""
 STAGED_STRIPS, STAGED_BYTES = 3, 256 << 20
-"""Layers of a micro-batch that keys and values from a slower tier have room for at
-least, and bytes that there is room for at least (`FEW_STRIPS`, `FEW_BYTES` of
-`kv_staging`), each with an eighth more, since they grow."""
+"""The least size of the staging buffer for keys and values from a slower tier: so many
+layers of a micro-batch, and so many bytes (`FEW_STRIPS`, `FEW_BYTES` of `kv_staging`).
+An eighth is added to each, since caches grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes, by what they are for."""
+    """Bytes of memory that a job needs, by purpose."""
 
     activations: int
-    """Of who is in flight and of the one that computes, in the device's memory."""
+    """Device memory: activations of all micro-batches in flight on the device, and the
+    workspace of the one that computes."""
     kv: int
-    """Wherever they are kept."""
+    """Keys and values, in whichever tier keeps them."""
     waiting: int = 0
-    """Activations that have moved to host memory."""
+    """Host memory: activations that were moved out of the device."""
     staging: int = 0
-    """Of the device's memory, that keys and values from elsewhere come into."""
+    """Device memory: the buffer into which keys and values are loaded."""
     pending: int = 0
-    """Of host memory, for keys and values on their way to disk."""
+    """Host memory: keys and values that are being written to disk."""
 
     def beside_weights(self, kv_tier: str, *, is_shared: bool) -> tuple[int, int]:
-        """(device, host): what weights leave room for, with keys and values in
-        `kv_tier`. `is_shared`: the device's memory is the host's, and all is there."""
+        """(device, host): the bytes that are not available for weights if keys and
+        values are in `kv_tier`. `is_shared`: the device is the CPU, so that all bytes
+        are in one memory."""
         device, host = self.activations + self.staging, self.waiting + self.pending
         if kv_tier == "host":
             host += self.kv
@@ -57,7 +60,8 @@ def scoring_need(
     *,
     waits_on_host: bool = False,
 ) -> Need:
-    """Of scoring so many tokens at a time; `waits_on_host`: what waits is moved out."""
+    """The need of scoring `tokens_in_flight` at a time; logits take `logits` bytes.
+    `waits_on_host`: suspended micro-batches are moved to host memory."""
     each = shape.hidden * shape.itemsize * _HELD_PER_TOKEN
     there, waiting = tokens_in_flight, 0
     if waits_on_host:
@@ -80,11 +84,12 @@ def generating_need(
     staging_bytes: int | None = None,
     pending: int = 0,
 ) -> Need:
-    """Of completing so many sequences at a time, `each` in a micro-batch, of whose
-    prompts `chunk_tokens` (None: all) come in with one pass. Keys and values have
-    elements of `kv_itemsize` bytes (None: of what it computes with) and are brought to
-    where they are attended to (`is_staged`), through `staging_bytes` there (None: as
-    many as are taken unless somebody says how many)."""
+    """The need of generating for `sequences` at a time, `each` of them a micro-batch.
+
+    One pass computes `chunk_tokens` of each prompt (None: all). An element of keys and
+    values takes `kv_itemsize` bytes (None: as many as in computing). `is_staged`: keys
+    and values are loaded into a buffer of `staging_bytes` before attention reads them
+    (None: the default size)."""
     chunk = min(chunk_tokens or prompt_tokens, prompt_tokens)
     held = sequences * chunk * shape.hidden * shape.itemsize
     held += sequences * _ROW_BYTES + sequences * shape.vocabulary * 4
@@ -103,7 +108,7 @@ def generating_need(
 
 
 def _workspace(shape: ModelShape, tokens: int) -> int:
-    """Of the block that computes: what its operations touch exists for a while, at
-    most about half of it at one time."""
+    """Bytes of temporaries in the block that computes: about half of what its
+    operations touch exists at one time."""
     touched = max((site.pointwise_per_token for site in shape.sites), default=0.0)
     return int(tokens * touched * shape.itemsize / 4)

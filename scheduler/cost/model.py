@@ -1,8 +1,8 @@
-"""How long passes over the weights take: the cost model. Pure.
+"""The cost model: how long a pass over the weights takes. Pure.
 
-A pass takes as long as what binds it: computing, the device's memory, a link, the disk.
-Computing is counted site by site, each product at the rate that this machine has for
-its rows; loading unit by unit, beside computing (see `pipeline`).
+The slowest resource bounds a pass: computing, device memory, a link or the disk. The
+time of computing is summed over sites; each matrix product runs at the measured rate
+for its number of rows. Units are loaded while sites compute (see `pipeline`).
 """
 
 from collections import Counter
@@ -17,21 +17,21 @@ from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
 from .traffic import Moved, activations_moved, kv_moved
 
 _HEAD_BYTES_PER_LOGIT = 12
-"""What scoring takes for each: the logit, its float32 copy, a temporary."""
+"""Bytes that scoring takes for each logit: the logit, its float32 copy, a temporary."""
 _HEAD_TOUCHES = 4
-"""Times that each logit is read or written after its product."""
+"""How often each logit is read or written after the product that computes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What passes of one model on one machine, so placed, would take."""
+    """The time that passes of one model take on one machine, with given settings."""
 
     shape: ModelShape
     rates: Rates
     settings: Settings
 
     def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost:
-        """A pass of `batches` whose tokens are scored."""
+        """The cost of a pass that scores the tokens of `batches`."""
         alike = Counter(batches)
         compute = self._by_site(
             lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
@@ -43,8 +43,8 @@ class CostModel:
     def prefill(
         self, batches: Sequence[MicroBatchShape], context: float = 0.0
     ) -> PassCost:
-        """The pass that takes in prompts and makes the first token of each, or a part
-        of each prompt, of which `context` tokens have come in before."""
+        """The cost of a prefill pass over `batches` of prompts, or over a part of each
+        prompt, of which earlier passes have computed `context` tokens."""
         num_rows = sum(batch.rows for batch in batches)
         alike = Counter(batches)
         compute = self._by_site(
@@ -70,8 +70,8 @@ class CostModel:
         return self._pass(compute, outside, moved)
 
     def decode(self, batches: Sequence[MicroBatchShape], context: float) -> PassCost:
-        """A pass that adds a token to each row of `batches`, whose sequences are
-        `context` tokens long."""
+        """The cost of a pass that generates one token for each row of `batches`, whose
+        sequences are `context` tokens long."""
         num_rows = sum(batch.rows for batch in batches)
         compute = self._by_site(
             lambda site: (
@@ -92,7 +92,7 @@ class CostModel:
         return self._pass(compute, outside, moved)
 
     def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
-        """Of every site; most are equal, and worked out once."""
+        """Computes `seconds` for every site. Most sites are equal and computed once."""
         known = {
             site: seconds(site) if self._runs(site) else 0.0
             for site in set(self.shape.sites)
@@ -131,8 +131,8 @@ class CostModel:
         call_seconds: float,
         context: float = 0.0,
     ) -> float:
-        """All of one site for a micro-batch whose products have `joint_rows` rows,
-        with those of others."""
+        """Seconds of one site for a micro-batch whose matrix products are joined with
+        those of others to `joint_rows` rows."""
         rates, tokens = self.rates, batch.tokens
         share = tokens / max(joint_rows, tokens)
         flops = site.flops_per_token * tokens
@@ -177,15 +177,15 @@ class CostModel:
         return self.rates.calls.kv_layer if is_kept else 0.0
 
     def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
-        """Reading keys and values; where the cache is transformers' own, each token
-        that comes copies all of them."""
+        """Seconds to read keys and values. A cache of transformers copies all of them
+        for each new token."""
         nbytes = float(site.kv_per_token * num_rows)
         nbytes *= self.settings.kv_itemsize or self.shape.itemsize
         touches = 3 if self.settings.kv_tier == "auto" else 1
         return nbytes * site.context(context) * touches / self.rates.device_bytes
 
     def _scored_head(self, site: SiteCost, batch: MicroBatchShape) -> float:
-        """In chunks of positions whose logits fit `logits_bytes`."""
+        """Seconds of the head, run in chunks whose logits fit `logits_bytes`."""
         per_position = batch.rows * site.vocabulary * _HEAD_BYTES_PER_LOGIT
         step = max(1, self.settings.logits_bytes // per_position)
         step = min(step, batch.length)
@@ -200,7 +200,7 @@ class CostModel:
     def _joint_head(
         self, site: SiteCost, batches: Sequence[MicroBatchShape], num_rows: int
     ) -> float:
-        """The last token's logits of every row."""
+        """Seconds of the head for the last token of every row."""
         each = max(batch.rows for batch in batches)
         width = num_rows if self.settings.is_coalesced else each
         width = min(width, MAX_ROWS)
@@ -256,8 +256,8 @@ class CostModel:
         return PassCost(time, sum(compute), outside)
 
     def _loads(self) -> tuple[list[list[WeightLoad]], list[float]]:
-        """The weights that each site waits for in every pass, and the seconds that
-        bringing them takes from computing where both share the cores."""
+        """For each site, the loads that it waits for in every pass, and the seconds by
+        which they delay computing on the same cores."""
         loads: list[list[WeightLoad]] = [[] for _ in self.shape.sites]
         stolen = [0.0] * len(self.shape.sites)
         for index in self.shape.streamed:
@@ -273,25 +273,27 @@ class CostModel:
         return loads, stolen
 
     def _first_compute(self, compute: list[float]) -> list[float]:
-        """The working set is filled for the first time, as far as it goes."""
+        """Compute seconds of the first pass, which touches the working set's memory for
+        the first time."""
         left = float(self.settings.capacity_bytes)
-        found = list(compute)
+        seconds = list(compute)
         for index in self.shape.streamed:
             unit, tier = self.shape.units[index], self.settings.placement[index]
             if tier == "device" or tier in self.rates.links:
                 nbytes = min(left, unit.nbytes)
-                found[unit.sites[0]] += nbytes * self.rates.calls.first_touch
+                seconds[unit.sites[0]] += nbytes * self.rates.calls.first_touch
                 left -= nbytes
-        return found
+        return seconds
 
     def _first_loads(self, loads: list[list[WeightLoad]]) -> list[list[WeightLoad]]:
-        """What stays on the device is read in the first pass; it has its own room."""
-        found = [list(of_site) for of_site in loads]
+        """The loads of the first pass, which include the units that stay on the device.
+        Those have slots of their own."""
+        first = [list(of_site) for of_site in loads]
         if "disk" not in self.rates.links:
-            return found
+            return first
         for index in self.shape.streamed:
             unit = self.shape.units[index]
             if self.settings.placement[index] == "device":
                 seconds = load_seconds(unit, "disk", self.rates)
-                found[unit.sites[0]].append(WeightLoad("disk", 0, seconds))
-        return found
+                first[unit.sites[0]].append(WeightLoad("disk", 0, seconds))
+        return first

@@ -1,8 +1,8 @@
 """One model over many chips: the formulas of Efficiently Scaling Transformer Inference
 (arXiv 2211.05102, sections 3 and 4), and the crossover of streaming. Pure.
 
-T tokens, E hidden, F intermediate, n chips. A collective over a ring moves its bytes
-once; what gathers weights moves weights, what keeps them where they are moves tokens.
+T tokens, E hidden size, F intermediate size, n chips. A ring collective moves its bytes
+once. Layouts that gather weights move weights; stationary layouts move activations.
 """
 
 import math
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Chips:
-    """A slice of equal chips."""
+    """A slice of `num` equal chips. Bandwidths are in bytes per second."""
 
     num: int
     flops: float
-    """Of one, at its peak."""
+    """Peak FLOP/s of one chip."""
     memory_bytes: float
     memory_bandwidth: float
     network_bandwidth: float
-    """Of one, over all its links."""
+    """One chip's bandwidth over all its links together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,10 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How much of its peaks a slice reaches, and what a layer takes beside that.
+    """The fraction of each peak that a slice reaches, and the overhead of a layer.
 
-    These were fitted by least squares to the eight latencies of the paper's tables 2
-    and 3 (540B and 62B); a collective goes along one of a torus' three axes.
+    Fitted by least squares to the eight latencies of the paper's tables 2 and 3 (540B
+    and 62B). A collective uses one of the three axes of a torus.
     """
 
     compute: float = 0.85
@@ -49,14 +49,16 @@ class Shares:
 
 
 def one_dimensional_bytes(tokens: float, hidden: int, itemsize: int) -> float:
-    """Of a layer, weights stationary, split along F: independent of n."""
+    """Bytes that a chip moves for one layer; stationary weights, split along F. They do
+    not depend on n."""
     return 2.0 * tokens * hidden * itemsize
 
 
 def two_dimensional_bytes(
     tokens: float, hidden: int, intermediate: int, num: int, itemsize: int
 ) -> float:
-    """The same, split along E and F at the best aspect: less from n > 4 F/E on."""
+    """Bytes that a chip moves for one layer; stationary weights, split along E and F in
+    the best ratio. Fewer than `one_dimensional_bytes` if n > 4 F/E."""
     return 4.0 * tokens * math.sqrt(hidden * intermediate / num) * itemsize
 
 
@@ -68,31 +70,32 @@ def gathered_bytes(
     gathered_over: int,
     itemsize: int,
 ) -> float:
-    """The same, weights gathered over `gathered_over` of the chips."""
+    """Bytes that a chip moves for one layer; weights gathered over `gathered_over` of
+    the chips."""
     weights = 2.0 * hidden * intermediate * gathered_over / num
     return (weights + 2.0 * tokens * hidden / gathered_over) * itemsize
 
 
 def best_gather(tokens: float, intermediate: int, num: int) -> float:
-    """Chips to gather weights over, so that least is moved."""
+    """The number of chips to gather weights over that moves the fewest bytes."""
     return math.sqrt(tokens * num / intermediate)
 
 
 def layer_bytes(
     tokens: float, blocks: Blocks, num: int, itemsize: int = 2
 ) -> dict[str, float]:
-    """Bytes that a chip moves for one layer, by layout."""
+    """Bytes that a chip moves for one layer, by name of the layout."""
     hidden, wide = blocks.hidden, blocks.intermediate
-    found = {
+    by_layout = {
         "1d": one_dimensional_bytes(tokens, hidden, itemsize),
         "2d": two_dimensional_bytes(tokens, hidden, wide, num, itemsize),
     }
     for over in dict.fromkeys((4, 16, num)):
         if over <= num:
-            found[f"gathered over {over}"] = gathered_bytes(
+            by_layout[f"gathered over {over}"] = gathered_bytes(
                 tokens, hidden, wide, num, over, itemsize
             )
-    return found
+    return by_layout
 
 
 def pass_seconds(
@@ -104,8 +107,8 @@ def pass_seconds(
     context: float = 0.0,
     shares: Shares | None = None,
 ) -> float:
-    """One pass of `tokens` in the layout that moves least; with a `context`, each of
-    them reads so many keys and values, which are shared out by sequences."""
+    """Seconds of one pass of `tokens` in the layout that moves the fewest bytes. Each
+    token attends to `context` tokens, whose keys and values are split by sequence."""
     shares = shares or Shares()
     compute = 2.0 * blocks.parameters * tokens / (chips.num * chips.flops)
     kv = tokens * context * blocks.layers * kv_bytes(blocks)
@@ -120,16 +123,16 @@ def pass_seconds(
 
 
 def kv_bytes(blocks: Blocks, itemsize: int = 2) -> float:
-    """Of one token in one layer."""
+    """Bytes of keys and values of one token in one layer."""
     return 2.0 * blocks.kv_heads * blocks.head_size * itemsize
 
 
 def max_context(
     blocks: Blocks, chips: Chips, batch: int, *, by_batch: bool, share: float = 0.3
 ) -> float:
-    """Tokens of context for `batch` sequences with `share` of the memory for keys and
-    values, which are shared out by sequences (`by_batch`) or by heads. A head that
-    there are fewer of than chips stands on all of them."""
+    """The longest context, in tokens, for `batch` sequences if `share` of the memory
+    holds keys and values. They are split over chips by sequence (`by_batch`) or by
+    head; if there are fewer heads than chips, heads are replicated."""
     if by_batch:
         each = kv_bytes(blocks) * batch / chips.num
     else:
@@ -141,25 +144,27 @@ def max_context(
 def gather_crossover_tokens(
     layer_weight_bytes: float, hidden: int, itemsize: int
 ) -> float:
-    """Tokens from which gathering a layer's weights moves less between GPUs than its
-    tokens: T > W / (4 E bytes). Below it each keeps its share and tokens move."""
+    """The number of tokens T above which gathering a layer's weights between GPUs moves
+    fewer bytes than moving its activations: T > W / (4 E itemsize), for weights of W
+    bytes."""
     return layer_weight_bytes / (4.0 * hidden * itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCost:
-    """A pass of one layout, as its formula has it: a floor, for peaks are never reached
-    and attention, keys and values are left out."""
+    """The time of a pass in one layout by its formula. It is a lower bound: peak rates
+    are assumed, and attention, keys and values are left out."""
 
     name: str
     compute_seconds: float
     link_seconds: float = 0.0
-    """Of each chip's own link, for weights that do not stay."""
+    """Time on each chip's own link, over which streamed weights come."""
     network_seconds: float
     moves_weights: bool
-    """Between chips, ahead of who computes; or tokens, which computing waits for."""
+    """Whether weights move between chips, while others compute; else activations move,
+    and computing waits for them."""
     chip_bytes: float
-    """Of weights that a chip holds at one time."""
+    """Bytes of weights that a chip holds at one time."""
 
     @property
     def pass_seconds(self) -> float:
@@ -176,9 +181,9 @@ def layout_costs(
     link_bandwidth: float,
     itemsize: int,
 ) -> tuple[LayoutCost, ...]:
-    """A pass of `tokens` over blocks whose attention and MLP follow each other, so that
-    tokens move twice in each, whether weights stay on the chips or come over a link of
-    `link_bandwidth` bytes a second each, of every layer a share."""
+    """The cost of a pass of `tokens` in each layout. Attention and MLP of a block run
+    one after the other, so activations move twice per block. Each chip has a link of
+    `link_bandwidth` bytes per second for its share of streamed weights."""
     weights = blocks.parameters * itemsize
     share = weights / chips.num
     each = 2.0 * blocks.parameters * tokens / (chips.num * chips.flops)
@@ -188,7 +193,7 @@ def layout_costs(
     two = 2.0 * two_dimensional_bytes(
         tokens, blocks.hidden, blocks.intermediate, chips.num, itemsize
     )
-    # Of a layer that computes and of the one that comes.
+    # The layer that computes and the one that is being loaded.
     at_a_time = 2.0 * weights / blocks.layers
     return (
         LayoutCost(

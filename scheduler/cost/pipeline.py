@@ -1,7 +1,7 @@
-"""When weights arrive beside computing: a pass, site by site. Pure.
+"""The time of a pass in which weights are loaded while sites compute. Pure.
 
-One load after the other on each link, each asked for when the site `lookahead` before
-its own begins, and only once the slots of those that have run are free.
+Each link does one load after the other. A load may start when the site `lookahead`
+before its own begins, and once the slots of earlier sites leave room for it.
 """
 
 from bisect import bisect_left
@@ -11,36 +11,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class WeightLoad:
-    """What must be there before a site runs."""
+    """A transfer that must be done before a site runs."""
 
     link: str
     nbytes: int
-    """Of the working set that it takes."""
+    """Bytes of the working set that it takes."""
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class PassTime:
-    """Seconds of some passes, one after the other."""
+    """The times of repeated passes, in seconds."""
 
     first: float
-    """Until the first pass has ended, its weights loaded from nothing."""
+    """Time of the first pass, which begins with an empty working set."""
     steady: float
-    """Of each pass after it."""
+    """Time of each later pass."""
     wait: float
-    """Of `steady`, how long computing stood still."""
+    """How long computing waits in a later pass."""
     busy: Mapping[str, float]
-    """Seconds of each pass that each link is busy."""
+    """How long each link is busy in a later pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """One kind of pass, repeated."""
+    """The cost of one kind of pass, which is repeated."""
 
     time: PassTime
     compute_seconds: float
     outside_seconds: float
-    """Between the passes: what micro-batches do outside of all sites."""
+    """Time between the passes, which micro-batches spend outside all sites."""
 
     @property
     def first(self) -> float:
@@ -52,7 +52,7 @@ class PassCost:
 
     @property
     def binds(self) -> str:
-        """`compute`, or the tier at the end of the link that computing waits for."""
+        """`compute`, or the tier at the end of the link that is busiest."""
         if self.time.wait <= 0.02 * self.time.steady or not self.time.busy:
             return "compute"
         return max(self.time.busy, key=lambda tier: self.time.busy[tier])
@@ -67,10 +67,10 @@ def run_passes(
     first_compute: Sequence[float],
     first_loads: Sequence[Sequence[WeightLoad]],
 ) -> PassTime:
-    """How long passes take whose site i computes for `compute[i]` seconds once all of
-    `loads[i]` have come, into a working set with `room_bytes` for them. `first_compute`
-    and `first_loads` take their places in the first pass, in which what stays is
-    loaded, too."""
+    """Computes how long passes take. Site i computes for `compute[i]` seconds once all
+    of `loads[i]` are in the working set, which has `room_bytes` for them. The first
+    pass uses `first_compute` and `first_loads` instead: it also loads the units that
+    stay."""
     clock = _Clock(room_bytes, lookahead)
     first = clock.run(first_compute, first_loads)
     second = clock.run(compute, loads)
@@ -86,7 +86,7 @@ def run_passes(
 
 
 class _Clock:
-    """The state between sites: when links are free, what holds room and until when."""
+    """The state between sites: when each link is free, and when room is freed."""
 
     def __init__(self, room_bytes: int, lookahead: int) -> None:
         self._room_bytes = room_bytes
@@ -94,17 +94,16 @@ class _Clock:
         self._now = 0.0
         self._link_free: dict[str, float] = {}
         self._begun: list[float] = []
-        """When each site that weights are loaded for began, over all passes."""
+        """When each site with loads began to compute, over all passes."""
         self._until: list[float] = []
-        """When the sites that anything was loaded for had run,"""
+        """When each of these sites had run."""
         self._loaded: list[int] = [0]
-        """and the bytes that had been loaded before each of them, and before the
-        next."""
+        """The bytes loaded before each of these sites, and before the next one."""
 
     def run(
         self, compute: Sequence[float], loads: Sequence[Sequence[WeightLoad]]
     ) -> float:
-        """One more pass; returns when it has ended."""
+        """Runs one more pass. Returns the time at which it has ended."""
         for seconds, needed in zip(compute, loads, strict=True):
             ready = self._now
             nbytes = 0
@@ -119,7 +118,7 @@ class _Clock:
         return self._now
 
     def _bring(self, load: WeightLoad) -> float:
-        """When `load` has come."""
+        """Starts `load` as soon as possible. Returns the time at which it is done."""
         ahead = len(self._begun) - self._lookahead
         asked = self._begun[ahead] if self._lookahead and ahead >= 0 else 0.0
         if not self._lookahead:
@@ -131,10 +130,10 @@ class _Clock:
         return end
 
     def _free_room(self, nbytes: int) -> float:
-        """When the sites that ran last have left so much room that `nbytes` fit."""
+        """The time at which earlier sites have left enough room for `nbytes`."""
         must_go = self._loaded[-1] + nbytes - self._room_bytes
         if must_go <= 0 or not self._until:
             return 0.0
-        # Of those that came first, so many make that room together.
+        # Slots are freed in the order in which they were loaded.
         num = bisect_left(self._loaded, must_go)
         return self._until[min(num, len(self._until)) - 1]

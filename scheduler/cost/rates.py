@@ -1,4 +1,4 @@
-"""How fast a machine is, as the cost model sees it. Pure."""
+"""How fast a machine is: the rates that the cost model needs. Pure."""
 
 import itertools
 import math
@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A measured quantity at some points, straight lines in logarithms between them;
-    before the first and behind the last point it is what it is there."""
+    """A quantity measured at some points. Between them it is interpolated linearly in
+    log-log scale; outside them it is constant."""
 
     points: tuple[tuple[float, float], ...]
 
     @classmethod
     def of(cls, measured: Mapping[int, float]) -> "Curve":
-        """Raises ValueError for what has no points, or some that are not positive."""
+        """Makes a curve of {x: y}. Raises ValueError unless there are points and all
+        numbers are positive."""
         points = tuple(sorted((float(x), float(y)) for x, y in measured.items()))
         if not points or any(x <= 0 or y <= 0 for x, y in points):
             raise ValueError(f"{dict(measured)} is no curve: give positive numbers")
@@ -35,76 +36,76 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class CallCosts:
-    """Seconds that calls take beside what they compute: Python, hooks, switches. What
-    is not known is taken to cost nothing, which makes a prediction a ceiling."""
+    """Overheads in seconds: Python, hooks, switches. An unknown one is 0, so that the
+    predicted speed is an upper bound."""
 
     job: float = 0.0
-    """Of a job, before its first pass."""
+    """Overhead of a job, before its first pass."""
     first_touch: float = 0.0
-    """Of a byte of the working set that is filled for the first time."""
+    """Overhead of each byte of the working set that is written for the first time."""
     cast: float = 0.0
-    """Of a stored byte that is cast beside computing, on the same cores: what computing
-    loses. 0: not measured."""
+    """Delay of computing for each stored byte that is cast on the same cores at that
+    time. 0: not measured."""
     module: float = 0.0
-    """Of one module with weights, in a micro-batch that is scored."""
+    """Scoring: overhead of one module with weights in one micro-batch."""
     batch: float = 0.0
-    """Of one micro-batch that is scored, outside of all modules."""
+    """Scoring: overhead of one micro-batch, outside all modules."""
     joint_module: float = 0.0
-    """Of one module with weights and one micro-batch, in decode, when products are
-    made once for all micro-batches."""
+    """Decode: overhead of one module with weights in one micro-batch, if products are
+    joined."""
     decode_module: float = 0.0
-    """The same when each micro-batch makes its own."""
+    """Decode: the same overhead if each micro-batch computes its own products."""
     kv_layer: float = 0.0
-    """Of one layer's keys and values of a micro-batch, where a tier keeps them."""
+    """Overhead of one layer's keys and values of a micro-batch, if kept in a tier."""
     step: float = 0.0
-    """Of one micro-batch and one token of its rows, outside of all modules."""
+    """Decode: overhead of one token of a micro-batch, outside all modules."""
     row_read: float = 0.0
-    """Of one row of an embedding that is read from its file."""
+    """Overhead of one embedding row that is read from its file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one machine does in a second, for weights of one dtype."""
+    """The rates of one machine, for weights of one dtype: FLOPs or bytes per second,
+    unless a field says otherwise."""
 
     matmul_flops: Curve
-    """Of one device, by the rows of the product."""
+    """Matrix products on one device, by the number of rows."""
     attention_flops: Curve
-    """By the length of the sequences; all products counted, masked ones too."""
+    """Attention, by the length of the sequences; masked products are counted."""
     device_bytes: float
-    """Read from or written to the computing device's memory."""
+    """Reads or writes of the device's memory."""
     pointwise_bytes: float
-    """Touched by operations between products."""
+    """Bytes touched by the operations between products."""
     decode_bytes: float
-    """The same, in decode."""
+    """The same in decode."""
     links: Mapping[str, float]
-    """Bytes over the link from a tier (`disk`, `host`, `peer`) to the device; a tier
-    that is not named is used where it lies."""
+    """The link from each tier (`disk`, `host`, `peer`) to the device. Weights of a tier
+    without a link are used in place."""
     cast_bytes: float = math.inf
-    """Stored bytes that one thread casts."""
+    """Casting of stored bytes, in one thread."""
     num_cast_threads: int = 2
     num_cores: int = 1
-    """That casting and reading share with computing; 0: they share nothing."""
+    """CPU cores that casting and reading share with computing; 0: they share none."""
     read_cpu_seconds_per_byte: float = 0.0
     out_bytes: float = math.inf
-    """From the device to host memory."""
+    """Copies from the device to host memory."""
     product_seconds: float = 0.0
-    """What each product takes beside its FLOPs."""
+    """Seconds of overhead of each matrix product."""
     latency_seconds: Mapping[str, float] = field(default_factory=dict)
-    """That a load from a tier takes before its first byte comes."""
+    """Seconds before the first byte of a load, by tier."""
     calls: CallCosts = CallCosts()
     crosses_host: bool = False
-    """Whether what comes from disk crosses the link of host memory, too: a GPU has one
-    way in."""
+    """Whether bytes from disk also use the link of host memory, as on a GPU."""
 
     def crossing_seconds(self, tier: str, seconds: float) -> float:
-        """That bytes which keep the link of `tier` busy for `seconds` need on the link
-        of host memory beside that."""
+        """Seconds on the link of host memory for bytes that take `seconds` on the link
+        of `tier`."""
         if not self.crosses_host or tier != "disk" or "host" not in self.links:
             return 0.0
         return seconds * self.links["disk"] / self.links["host"]
 
     def matmul_seconds(self, flops: float, rows: float, weight_bytes: float) -> float:
-        """Of products of `rows` rows with weights of `weight_bytes`."""
+        """Seconds of products of `rows` rows with `weight_bytes` of weights."""
         if not flops or not rows:
             return 0.0
         by_memory = weight_bytes / self.device_bytes

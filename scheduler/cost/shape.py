@@ -1,4 +1,4 @@
-"""What a model asks of a machine: the FLOPs and bytes of its sites and units. Pure."""
+"""The FLOPs and bytes of a model, by site and by unit of weights. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,50 +6,50 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SiteCost:
-    """What one site computes for a token. Sites that compute the same are equal,
+    """What one site computes for a token. Sites that compute the same compare equal,
     whatever their names."""
 
     name: str = field(compare=False)
     flops_per_token: float = 0.0
-    """Of products with weights, of the experts that are expected to be active."""
+    """Matrix products with weights; of experts, those expected to be active."""
     weight_bytes: float = 0.0
-    """Of its weights as they are computed with."""
+    """Bytes of its weights in the dtype of computing."""
     num_modules: int = 0
-    """With weights of their own."""
+    """Number of modules with weights of their own."""
     num_products: int = 0
     pointwise_per_token: float = 0.0
-    """Elements that operations between the products touch."""
+    """Elements touched by the operations between products."""
     attention_width: int = 0
-    """Heads times their dimension; 0 without attention."""
+    """Number of heads times head dimension; 0 without attention."""
     kv_per_token: int = 0
-    """Elements of keys and values that a token adds."""
+    """Elements of keys and values per token."""
     attention_window: int | None = None
-    """Most tokens that one attends to; None: all before it."""
+    """The most tokens that a token attends to; None: all before it."""
     vocabulary: int = 0
-    """Of a head, which scoring runs in chunks and generating for the last token only;
-    0 for other sites."""
+    """Number of logits of a head; 0 for other sites. Scoring computes a head in chunks,
+    generating only for the last token."""
     makes_hidden: bool = True
-    """Whether it is in the part of the model that embeds: no head, no decoder behind an
+    """Whether embedding runs it: it is neither a head nor the decoder behind an
     encoder."""
 
     def context(self, length: float) -> float:
-        """Tokens attended to, of `length`."""
+        """How many of the `length` tokens before it a token attends to."""
         window = self.attention_window
         return length if window is None else min(length, window)
 
 
 @dataclass(frozen=True, slots=True)
 class UnitCost:
-    """What loading one unit moves."""
+    """The bytes of loading one unit of weights."""
 
     name: str
     sites: tuple[int, ...]
     stored_bytes: int
-    """Read from the checkpoint."""
+    """Bytes read from the checkpoint."""
     nbytes: int
-    """Of its slot."""
+    """Bytes of its slot."""
     cast_bytes: int = 0
-    """Stored bytes that are cast or assembled on the way in."""
+    """Stored bytes that are cast or assembled while loading."""
     is_resident: bool = False
 
 
@@ -60,17 +60,17 @@ class ModelShape:
     sites: tuple[SiteCost, ...]
     units: tuple[UnitCost, ...]
     itemsize: int
-    """Bytes of an element of what it computes with."""
+    """Bytes of an element in the dtype of computing."""
     hidden: int
     gathers_rows: bool = False
-    """Whether the embedding's rows are read from its file."""
+    """Whether embedding rows are read from the file, one by one."""
     vocabulary: int = 0
     prompts_in_parts: bool = True
-    """Whether a prompt may come in with several calls."""
+    """Whether a prompt may be computed in several calls."""
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """The units that can be elsewhere than on the device."""
+        """The units that do not have to stay on the device."""
         return tuple(
             index
             for index, unit in enumerate(self.units)
@@ -87,7 +87,7 @@ class ModelShape:
 
     @property
     def largest_bytes(self) -> int:
-        """Of slots that one site needs at once."""
+        """The most bytes of slots that one site needs at once."""
         by_site = [0] * len(self.sites)
         for unit in self.units:
             for site in unit.sites:
@@ -108,7 +108,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchShape:
-    """Rows of one length, or padded to it."""
+    """A micro-batch of `rows`, all padded to `length` tokens."""
 
     rows: int
     length: int
@@ -120,29 +120,29 @@ class MicroBatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What of a policy the cost depends on."""
+    """The part of a policy on which the cost depends."""
 
     placement: tuple[str, ...]
     """The tier of each unit."""
     capacity_bytes: int
-    """Of the working set."""
+    """Bytes of the working set."""
     lookahead: int
     logits_bytes: int
     kv_tier: str = "auto"
     kv_itemsize: float | None = None
-    """Bytes of an element of keys and values as they are kept, scales counted; None: of
-    what it computes with."""
+    """Bytes of a stored element of keys and values, scales included; None: as in
+    computing."""
     is_coalesced: bool = False
     activations_move: bool = False
     stops_at_hidden: bool = False
-    """Whether only what makes hidden states runs, and is loaded."""
+    """Whether only sites with `makes_hidden` run and are loaded."""
 
 
 def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatchShape]:
-    """`num_rows` rows in micro-batches of `each`, the rest in a smaller one."""
+    """Splits `num_rows` rows into micro-batches of `each`; the last may be smaller."""
     full, rest = divmod(num_rows, max(1, each))
-    found = [MicroBatchShape(max(1, each), length)] * full
-    return [*found, MicroBatchShape(rest, length)] if rest else found
+    micro_batches = [MicroBatchShape(max(1, each), length)] * full
+    return [*micro_batches, MicroBatchShape(rest, length)] if rest else micro_batches
 
 
 def total_tokens(batches: Sequence[MicroBatchShape]) -> int:

@@ -1,5 +1,4 @@
-"""What comes to sites and leaves them beside weights: hidden states, keys and values.
-Pure."""
+"""Transfers other than weights: hidden states, keys and values. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from .shape import MicroBatchShape, ModelShape, Settings, total_tokens
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Of all micro-batches at one site, in a pass."""
+    """The transfers of all micro-batches at one site in one pass."""
 
     site: int
     load: WeightLoad
-    """Over the link that weights from the same tier come over, too."""
+    """The transfer to the device, over the link that also brings weights from that
+    tier."""
     out_seconds: float
-    """Beside computing, and beside what comes in."""
+    """The transfer from the device, which overlaps with computing and with `load`."""
 
 
 def activations_moved(
@@ -26,7 +26,7 @@ def activations_moved(
     settings: Settings,
     batches: Sequence[MicroBatchShape],
 ) -> list[Moved]:
-    """Hidden states that wait in host memory come to each site and leave it again."""
+    """The transfers of hidden states that wait in host memory between sites."""
     if not settings.activations_move:
         return []
     nbytes = total_tokens(batches) * shape.hidden * shape.itemsize
@@ -44,11 +44,11 @@ def kv_moved(
     num_rows: int = 0,
     context: float = 0.0,
 ) -> list[Moved]:
-    """Keys and values of `num_new` tokens go to their tier, and those of `num_rows`
-    sequences of `context` tokens come from there. A drive does one or the other, as
-    fast as it reads: a machine's file knows no other rate."""
+    """The transfers of keys and values: those of `num_new` tokens go to their tier, and
+    those of `num_rows` sequences of `context` tokens come from it. A drive is assumed
+    to do one at a time and to write as fast as it reads."""
     tier = settings.kv_tier
-    found: list[Moved] = []
+    transfers: list[Moved] = []
     for number, site in enumerate(shape.sites):
         each = site.kv_per_token * (settings.kv_itemsize or shape.itemsize)
         if tier not in rates.links or not each:
@@ -58,5 +58,7 @@ def kv_moved(
             moved += num_new * each
         else:
             out = num_new * each / rates.out_bytes
-        found.append(Moved(number, WeightLoad(tier, 0, moved / rates.links[tier]), out))
-    return found
+        transfers.append(
+            Moved(number, WeightLoad(tier, 0, moved / rates.links[tier]), out)
+        )
+    return transfers

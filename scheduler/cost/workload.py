@@ -1,4 +1,4 @@
-"""A whole job's time: its passes, one after the other. Pure."""
+"""The time of a whole job: its passes, one after the other. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,13 +25,14 @@ class Generating:
     new_tokens: int
     in_flight: int
     each: int
-    """Rows of a micro-batch."""
+    """Rows in a micro-batch."""
     chunk_tokens: int | None = None
-    """Of each prompt, that come in with one pass; None: all."""
+    """Tokens of each prompt that one pass computes; None: all."""
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Tokens of each prompt by pass: all alike, what is left comes last."""
+        """The number of prompt tokens of each prefill pass. All are equal except the
+        last one, which gets the rest."""
         chunk = min(self.chunk_tokens or self.prompt_tokens, self.prompt_tokens)
         whole, rest = divmod(self.prompt_tokens, max(1, chunk))
         return (chunk,) * whole + (rest,) * bool(rest) or (0,)
@@ -39,23 +40,24 @@ class Generating:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a job would take."""
+    """The predicted time of a job."""
 
     seconds: float
     passes: int
     tokens: int
-    """Through the model, padding counted; of generating: prompts and what is new."""
+    """Tokens computed by the model, padding included; when generating, prompt tokens
+    and new tokens."""
     output_tokens: int
     pass_seconds: float
-    """Of one pass in the middle of it; of generating, one that decodes."""
+    """Time of one pass in the middle of the job; when generating, a decode pass."""
     binds: str
-    """What a pass waits for: `compute`, or the tier at the end of a link."""
+    """What bounds that pass: `compute`, or the tier at the end of a link."""
     wait_seconds: float
-    """Of one such pass."""
+    """How long computing waits in that pass."""
     compute_seconds: float
-    """Of one such pass."""
+    """How long that pass computes."""
     busy_seconds: Mapping[str, float]
-    """Of one such pass, by link: keys, values and activations counted."""
+    """How long each link is busy in that pass, with weights, caches and activations."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +69,7 @@ class Prediction:
 
 
 def predict(model: CostModel, work: Scoring | Generating) -> Prediction:
-    """How long `work` takes, from its first pass to its last."""
+    """Predicts how long `work` takes, from its first pass to its last."""
     if isinstance(work, Scoring):
         return _scoring(model, work)
     return _generating(model, work)
@@ -111,8 +113,8 @@ def _generating(model: CostModel, work: Generating) -> Prediction:
 def _phases(
     model: CostModel, work: Generating, num_rows: int
 ) -> tuple[PassCost, PassCost, PassCost]:
-    """The first pass of `num_rows` rows, one of the others that prompts come in with,
-    halfway, and one that decodes."""
+    """The costs of the first prefill pass of `num_rows` rows, of a prefill pass halfway
+    through the prompts, and of a decode pass halfway."""
     first_tokens, *others_tokens = work.chunks
     batches = split_rows(num_rows, work.each, first_tokens)
     first = others = model.prefill(batches)

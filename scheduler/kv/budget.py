@@ -1,5 +1,5 @@
-"""Which tier keeps the keys and values that come: the one that was asked for, as long
-as there is room, then the next slower one. Pure."""
+"""Chooses the tier for new keys and values: the one that was asked for while it has
+room, then the next slower one. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,15 @@ TIERS = ("device", "host", "disk")
 
 
 class KvBudget:
-    """Bytes of each of `tiers`, tried in that order, of which `limits` may be taken."""
+    """Counts the bytes taken from each of `tiers`, up to `limits`. Tiers are tried in
+    order."""
 
     def __init__(self, tiers: Sequence[str], limits: Mapping[str, int]) -> None:
         self._tiers = tuple(tiers)
         self._limits = dict(limits)
         self._held: Counter[str] = Counter()
         self._peak: Counter[str] = Counter()
-        # A cache may die on any thread, in the middle of anything here.
+        # A cache may be garbage collected on any thread while a method here runs.
         self._returned: deque[tuple[str, int]] = deque()
 
     def __repr__(self) -> str:
@@ -36,8 +37,8 @@ class KvBudget:
         return {tier: self._peak[tier] for tier in self._tiers}
 
     def take(self, nbytes: Mapping[str, int]) -> str:
-        """The tier that keeps what needs `nbytes` in each of them. Raises
-        DoesNotFitError when there is room in none."""
+        """Takes `nbytes`, given by tier, from the first tier that has room, and returns
+        that tier. Raises DoesNotFitError if none has."""
         self._settle()
         for tier in self._tiers:
             if self._held[tier] + nbytes[tier] <= self._limits[tier]:
@@ -46,14 +47,15 @@ class KvBudget:
         raise DoesNotFitError(self._explain(nbytes))
 
     def resize(self, tier: str, old: int, new: int) -> None:
-        """What has `old` bytes of `tier` needs `new`. Raises DoesNotFitError."""
+        """Changes an allocation in `tier` from `old` to `new` bytes. Raises
+        DoesNotFitError if there is no room."""
         self._settle()
         if self._held[tier] + new - old > self._limits[tier]:
             raise DoesNotFitError(self._explain({tier: new - old}))
         self._add(tier, new - old)
 
     def give_back(self, tier: str, nbytes: int) -> None:
-        """On any thread."""
+        """Returns `nbytes` to `tier`. May be called by any thread."""
         self._returned.append((tier, nbytes))
 
     def _settle(self) -> None:

@@ -1,6 +1,5 @@
-"""The keys and values of all caches of one model: opened in the tier that has room,
-fetched ahead for who follows, freed with the cache or the micro-batch that they belong
-to."""
+"""The keys and values of all caches of one model. A buffer is opened in a tier that has
+room, prefetched before its micro-batch computes, and freed with its cache."""
 
 import gc
 import logging
@@ -24,17 +23,17 @@ Key = tuple[str, int]
 
 
 class KvTier(Protocol):
-    """How strips are kept in one tier."""
+    """Makes strips in one tier. A strip holds the keys and values of one layer."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
-        """What `capacity` tokens take there."""
+        """The bytes that `capacity` tokens of one layer take in this tier."""
         ...
 
     def open(self, shape: KvShape, capacity: int, lease: Lease) -> KvLayerBuffer: ...
 
 
 class KvLease:
-    """Bytes of one tier's budget."""
+    """Bytes taken from the budget of one tier, until `give_back`."""
 
     def __init__(self, budget: KvBudget, tier: str, nbytes: int) -> None:
         self.tier = tier
@@ -51,152 +50,156 @@ class KvLease:
 
 
 class CacheHandle:
-    """One cache of micro-batch `index`, or of a plain call (None). Its strips live as
-    long as the layers that hold them."""
+    """One cache of micro-batch `index`, or of a plain call (None). It refers weakly to
+    its strips, which the layers of the cache own."""
 
     def __init__(self, index: int | None) -> None:
         self.index = index
         self.last: Key | None = None
-        """What was touched last."""
+        """The key that was used last."""
         self.touched_at = 0
-        """When that was, in touches of the store."""
+        """The store's count of touches at that time."""
         self.strips: WeakValueDictionary[Key, KvLayerBuffer] = WeakValueDictionary()
 
 
 class KvStore(Closing):
-    """For the thread that has the turn to run the model."""
+    """All caches of one model. Methods are called by the thread that has the turn to
+    run the model, unless they say otherwise."""
 
     def __init__(
-        self, budget: KvBudget, places: Mapping[str, KvTier], count: KvCount
+        self, budget: KvBudget, tiers: Mapping[str, KvTier], count: KvCount
     ) -> None:
         self.fallbacks: list[str] = []
         self._budget = budget
-        self._places = places
+        self._tiers = tiers
         self._count = count
-        self._series: WeakSet[CacheHandle] = WeakSet()
-        self._of: dict[int, WeakSet[CacheHandle]] = {}
+        self._handles: WeakSet[CacheHandle] = WeakSet()
+        self._handles_of: dict[int, WeakSet[CacheHandle]] = {}
         self._successor: dict[Key, Key] = {}
         self._num_touches = 0
         self._running: int | None = None
         self._thread = 0
-        """That of `_running`."""
+        """The number of the thread that runs `_running`."""
         self._is_closed = False
 
     def __repr__(self) -> str:
-        return f"<KvStore: {len(self._series)} caches, {self._budget!r}>"
+        return f"<KvStore: {len(self._handles)} caches, {self._budget!r}>"
 
-    # What a cache calls.
+    # Called by caches.
 
     def begin(self) -> CacheHandle:
-        """A new cache, of who runs. May be called by any thread."""
+        """Registers a new cache of the running micro-batch, or of a plain call. May be
+        called by any thread."""
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
         is_plain = threading.get_ident() != self._thread
-        series = CacheHandle(None if is_plain else self._running)
-        self._series.add(series)
-        if series.index is not None:
-            self._of.setdefault(series.index, WeakSet()).add(series)
-        return series
+        handle = CacheHandle(None if is_plain else self._running)
+        self._handles.add(handle)
+        if handle.index is not None:
+            self._handles_of.setdefault(handle.index, WeakSet()).add(handle)
+        return handle
 
     def open(
-        self, series: CacheHandle, key: Key, shape: KvShape, capacity: int
+        self, handle: CacheHandle, key: Key, shape: KvShape, capacity: int
     ) -> KvLayerBuffer:
-        """A strip for `capacity` tokens, in the first tier that has room for them all.
-        Raises DoesNotFitError when none has."""
+        """Opens a strip for `capacity` tokens in the first tier that has room for them
+        all. Raises DoesNotFitError if none has."""
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
-        needs = {t: p.bytes_of(shape, capacity) for t, p in self._places.items()}
+        needs = {t: p.bytes_of(shape, capacity) for t, p in self._tiers.items()}
         tier = self._take(needs)
         lease = KvLease(self._budget, tier, needs[tier])
         try:
-            strip = self._places[tier].open(shape, capacity, lease)
+            strip = self._tiers[tier].open(shape, capacity, lease)
         except BaseException:
             lease.give_back()
             raise
-        series.strips[key] = strip
-        asked = next(iter(self._places))
+        handle.strips[key] = strip
+        asked = next(iter(self._tiers))
         if tier != asked:
             self.note(f"kv: no more room in {asked}: keys and values go to {tier}")
         return strip
 
-    def touch(self, series: CacheHandle, key: Key) -> None:
-        """`key` of `series` is about to be used."""
-        if series.last is not None and series.last != key:
-            self._successor[series.last] = key
-        series.last = key
+    def touch(self, handle: CacheHandle, key: Key) -> None:
+        """The strip `key` of `handle` is about to be used: learns which key follows
+        which."""
+        if handle.last is not None and handle.last != key:
+            self._successor[handle.last] = key
+        handle.last = key
         self._num_touches += 1
-        series.touched_at = self._num_touches
-        if series.index is None:
-            self._prefetch(series)
+        handle.touched_at = self._num_touches
+        if handle.index is None:
+            self._prefetch(handle)
 
     def note(self, fallback: str) -> None:
-        """Announces, once, something that could not be had as asked."""
+        """Logs, once, a setting of the policy that cannot be followed."""
         if fallback not in self.fallbacks:
             self.fallbacks.append(fallback)
             _log.warning(fallback)
 
-    # What the hub calls.
+    # Called by the sweep loop.
 
     def begin_turn(self, index: int, soon: Iterable[int]) -> None:
-        """Micro-batch `index` is about to compute, and others `soon`: who used its keys
-        and values longest ago will probably use the next ones first."""
+        """Micro-batch `index` is about to compute, and those of `soon` after it.
+        Prefetches their strips. The cache that was used longest ago comes first, since
+        it will probably be used first."""
         self._running, self._thread = index, threading.get_ident()
         turns = dict.fromkeys((index, *soon))
-        coming = [series for each in turns for series in self._of.get(each, ())]
-        for series in sorted(coming, key=lambda series: series.touched_at):
-            if not self._prefetch(series):
+        coming = [handle for each in turns for handle in self._handles_of.get(each, ())]
+        for handle in sorted(coming, key=lambda handle: handle.touched_at):
+            if not self._prefetch(handle):
                 break
 
     def end(self, index: int, *, failed: bool) -> None:
-        """Micro-batch `index` has ended. What it made lives on only if it returned
-        it."""
-        for series in self._of.pop(index, ()):
-            if failed:  # the error may be kept, and with it all that it came through
-                _close(series)
+        """Micro-batch `index` has ended. A cache that it made lives on only if its
+        function returned it."""
+        for handle in self._handles_of.pop(index, ()):
+            if failed:  # whoever keeps the error would keep its frames and the cache
+                _close(handle)
 
     def end_turn(self) -> None:
-        """Nobody's turn: who makes a cache now does it in a plain call."""
+        """No micro-batch runs: a cache that is made now belongs to a plain call."""
         self._running = None
 
     def device_bytes_of(self, index: int) -> int:
-        """What micro-batch `index` has in the device's memory."""
+        """The bytes of device memory that the caches of micro-batch `index` take."""
         return sum(
             strip.device_bytes
-            for series in self._of.get(index, ())
-            for strip in series.strips.values()
+            for handle in self._handles_of.get(index, ())
+            for strip in handle.strips.values()
         )
 
     def statistics(self) -> KvStatistics:
         return self._count.statistics(self._budget.held, self._budget.peak)
 
     def close(self) -> None:
-        """Frees everything, whoever still refers to it."""
+        """Frees all strips, even if a cache still refers to them."""
         if self._is_closed:
             return
         self._is_closed = True
-        for series in list(self._series):
-            _close(series)
+        for handle in list(self._handles):
+            _close(handle)
 
     def _take(self, needs: Mapping[str, int]) -> str:
-        """The tier that keeps them. No room is only said when caches that nothing but
-        garbage refers to (an error in its own traceback's frames) are freed."""
+        """Takes `needs` from the budget and returns the tier. Without room, frees the
+        caches in reference cycles (an error and its own frames) and tries again."""
         try:
             return self._budget.take(needs)
         except DoesNotFitError:
             gc.collect()
         return self._budget.take(needs)
 
-    def _prefetch(self, series: CacheHandle) -> bool:
-        """What `series` will use next, as far as is known. False if there is no room
-        for it now."""
-        key = None if series.last is None else self._successor.get(series.last)
-        strip = None if key is None else series.strips.get(key)
+    def _prefetch(self, handle: CacheHandle) -> bool:
+        """Starts to fetch the strip that `handle` will probably use next. Returns False
+        if there is no room for it now."""
+        key = None if handle.last is None else self._successor.get(handle.last)
+        strip = None if key is None else handle.strips.get(key)
         if strip is not None:
-            with suppress(Exception):  # raised again to who needs it
+            with suppress(Exception):  # raised again when the strip is used
                 return strip.prefetch()
         return True
 
 
-def _close(series: CacheHandle) -> None:
-    for strip in list(series.strips.values()):
+def _close(handle: CacheHandle) -> None:
+    for strip in list(handle.strips.values()):
         strip.close()

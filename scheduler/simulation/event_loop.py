@@ -1,8 +1,8 @@
-"""Puts times to schedules: events in the order of their times, all devices and links
+"""Adds times to schedules by running events in order of time, for all devices and links
 together. Pure.
 
-A device's visit is one event: nothing that happens on a link changes it once it has
-begun. A transfer is one event for each link on its way.
+A visit of a device is one event: once it has begun, no transfer can change its length.
+A transfer is one event for each link on its route.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,12 @@ from .turns import Turns
 
 @dataclass(slots=True)
 class Lane:
-    """A link at work."""
+    """The state of one link."""
 
     link: SimulatedLink
     free_at: float = 0.0
     kv_free_at: float = 0.0
-    """When the keys and values asked for so far have passed: weights that wait let
-    them by."""
+    """When the keys and values requested so far have passed; they overtake weights."""
     busy_seconds: float = 0.0
     moved_bytes: float = 0.0
 
@@ -31,7 +30,7 @@ class Lane:
         return max(self.free_at, self.kv_free_at)
 
     def pass_weights(self, nbytes: int, now: float) -> tuple[float, float]:
-        """When `nbytes` that are asked for `now` begin and end to pass."""
+        """Returns when a transfer of `nbytes`, requested `now`, begins and ends."""
         start = max(now, self.free_at)
         seconds = nbytes / self.link.bytes_per_second
         self.free_at = start + seconds
@@ -40,8 +39,8 @@ class Lane:
         return start, self.free_at
 
     def pass_kv(self, seconds: float, nbytes: float, asked: float, now: float) -> float:
-        """When keys and values that take `seconds` and are asked for at `asked`, from
-        `now` on, have passed."""
+        """Returns when keys and values have passed that take `seconds` and are asked
+        for at time `asked`, not before `now`."""
         self.kv_free_at = max(asked, self.kv_free_at) + seconds
         self.free_at = max(now, self.free_at) + seconds
         self.busy_seconds += seconds
@@ -51,7 +50,7 @@ class Lane:
 
 @dataclass(slots=True)
 class RankProgress:
-    """How far one device is, and when it was where."""
+    """How far one device has come, and the times of its visits and loads."""
 
     rank: Rank
     schedule: Schedule
@@ -59,23 +58,23 @@ class RankProgress:
     opened: list[float] = field(default_factory=list)
     began: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
-    """Of each visit: its unit was there, its first micro-batch began, its last one
-    ended."""
+    """By visit: the time at which its unit was loaded (`opened`), its first micro-batch
+    began, its last one ended."""
     arrived: list[float] = field(default_factory=list)
-    """Of each load; infinity while it is under way."""
+    """By load: the time of its end; infinity while it is under way."""
     asked: int = 0
-    """Loads that have been asked for, of `queue`."""
+    """How many loads of `queue` have been requested."""
     queue: list[tuple[int, int]] = field(default_factory=list)
-    """(tick, load), in the order in which they can begin."""
+    """(tick, load), in the order in which loads can begin."""
     kv_there_at: float = 0.0
     """When the first micro-batch of the next visit has its keys and values."""
     written_at: list[float] = field(default_factory=list)
-    """By unit, when what its last visit wrote back has arrived."""
+    """By unit: when the keys and values that its last visit wrote have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTransfer:
-    """Weights that passed over one link."""
+    """One transfer of weights over one link."""
 
     rank: int
     link: str
@@ -85,7 +84,7 @@ class SimulatedTransfer:
 
 
 class EventLoop:
-    """Runs `walks` over `links` until all are at their ends."""
+    """Runs all `walks` (devices) over `links` until each has ended its last visit."""
 
     def __init__(
         self, walks: Sequence[RankProgress], links: Mapping[str, SimulatedLink]
@@ -96,7 +95,7 @@ class EventLoop:
         self.num_events = 0
         self._num_given = 0
         self._events: list[tuple[float, int, int, int, int]] = []
-        """(time, a number that keeps their order, rank, load or -1, hop)."""
+        """(time, serial number, rank, load or -1 for the end of a visit, hop)."""
 
     def run(self) -> None:
         for number, walk in enumerate(self.walks):
@@ -118,7 +117,7 @@ class EventLoop:
         self._open(number, 0.0)
 
     def _ask(self, number: int, tick: int, now: float) -> None:
-        """Loads that can begin at `tick` set out."""
+        """Starts the loads that can begin at `tick`."""
         walk = self.walks[number]
         while walk.asked < len(walk.queue) and walk.queue[walk.asked][0] <= tick:
             load = walk.queue[walk.asked][1]
@@ -126,7 +125,8 @@ class EventLoop:
             self._move(number, load, 0, now)
 
     def _move(self, number: int, load: int, hop: int, now: float) -> None:
-        """The unit of `load` has come to link `hop` of its way, or to its end."""
+        """Starts the transfer of `load` over link `hop` of its route, or ends it after
+        the last link."""
         walk = self.walks[number]
         unit = walk.schedule.loads[load].unit
         route = walk.rank.routes.get(walk.rank.tiers[unit], ())
@@ -140,7 +140,7 @@ class EventLoop:
         self._at(end + lane.link.latency_seconds, number, load, hop + 1)
 
     def _open(self, number: int, now: float) -> None:
-        """The next visit begins, if its turn has come and its unit is there."""
+        """Begins the next visit, if the one before has ended and its unit is loaded."""
         walk = self.walks[number]
         visit = len(walk.opened)
         is_turn = visit == len(walk.ended) and visit < walk.schedule.num_visits
@@ -151,8 +151,8 @@ class EventLoop:
         self._at(self._compute(walk, visit, now), number, -1, 0)
 
     def _compute(self, walk: RankProgress, visit: int, now: float) -> float:
-        """When visit `visit`, opened `now`, ends; what moves for its micro-batches sets
-        out."""
+        """Returns when visit `visit`, opened `now`, ends. Starts the transfers of keys
+        and values of its micro-batches."""
         turns, kv = walk.turns, walk.rank.kv
         at = divmod(visit, len(walk.rank.sizes))
         begin = max(now, walk.kv_there_at)
@@ -187,18 +187,19 @@ class EventLoop:
         self._open(number, now)
 
     def _at(self, time: float, number: int, load: int, hop: int) -> None:
-        self._num_given += 1  # who was first at a time comes first
+        self._num_given += 1  # events of equal time run in the order of this number
         heappush(self._events, (time, self._num_given, number, load, hop))
 
 
 def _queue(walk: RankProgress) -> list[tuple[int, int]]:
-    """Loads by the tick at which they can begin. On one link none overtakes another."""
+    """The loads, sorted by the tick at which they can begin. None overtakes another on
+    the same link."""
     latest: dict[str, int] = {}
-    found = []
+    queue = []
     for index, load in enumerate(walk.schedule.loads):
         tick = 2 * (load.after + 1) if walk.rank.runs_ahead else load.tick
         route = walk.rank.routes.get(walk.rank.tiers[load.unit], ())
         if route:
             tick = latest[route[0]] = max(tick, latest.get(route[0], 0))
-        found.append((tick, index))
-    return sorted(found)
+        queue.append((tick, index))
+    return sorted(queue)

@@ -1,8 +1,8 @@
-"""Finds out what a sweep loads when, by running its own decisions with nothing behind
-them: the real working set, doors and order, with loads that end at once.
+"""Finds out what a sweep loads when, by running the real working set, doors and order
+with loads that finish at once and move no data.
 
-What is decided depends on what came before, never on how long it took: so the decisions
-can be had first, and times put to them afterwards.
+These decisions depend on the order of events and never on their times. So they can be
+computed first, and times are added afterwards.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from .schedule import Schedule, ScheduledLoad
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """Who makes the passes of a sweep, over weights that it may know already."""
+    """The passes of a sweep, and those of an earlier sweep."""
 
     num: int
-    """Of the sweep itself."""
+    """Number of passes of the sweep itself."""
     each: int
-    """That a micro-batch makes before another one takes its place: one when scoring,
-    as many as there are tokens when generating."""
+    """Passes that a micro-batch makes before a new one takes its place: one when
+    scoring, one per token when generating."""
     before: int = 0
-    """Of a sweep before this one, which nobody knew that this one would follow."""
+    """Passes of an earlier sweep, which did not know that this one would follow."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.each < 1 or self.before < 0:
@@ -36,12 +36,12 @@ class Passes:
         return self.before + self.num
 
     def is_last(self, number: int) -> bool:
-        """Whether pass `number` is the last one of those who make it."""
+        """Whether pass `number` is the last one of its micro-batches."""
         at = number - self.before
         return at == -1 or (at >= 0 and (at + 1) % self.each == 0) or at == self.num - 1
 
     def others_follow(self, number: int) -> bool:
-        """Whether it is known in pass `number` that others will take their places."""
+        """Whether it is known in pass `number` that new micro-batches will follow."""
         at = number - self.before
         return at >= 0 and (at // self.each + 1) * self.each < self.num
 
@@ -54,8 +54,8 @@ def rehearse(
     lookahead: int,
     passes: Passes,
 ) -> Schedule:
-    """What a sweep over units of `sizes` bytes loads, of which those `staying` have a
-    place of their own in a working set of `capacity` bytes. Raises DoesNotFitError."""
+    """Returns what a sweep over units of `sizes` bytes loads. Each of the `staying` has
+    its own slot in the working set of `capacity` bytes. Raises DoesNotFitError."""
     num = len(sizes)
     stage = _Stage()
     working_set = WorkingSet(
@@ -70,7 +70,7 @@ def rehearse(
     sites = [Site(f"unit {unit}", (unit,)) for unit in range(num)]
     doors = Doors(sites, working_set, bind=lambda *_: None, unbind=lambda _: None)
     order = Order(num)
-    doors.expect(range(min(1 + lookahead, num)))  # as an engine starts
+    doors.prefetch_sites(range(min(1 + lookahead, num)))  # as an engine starts
     needs = []
     order.observe(None, 0, is_repeat=False)
     for visit in range(num * passes.total):
@@ -80,14 +80,16 @@ def rehearse(
         needs.append(stage.brought[site])
         stage.tick = 2 * visit + 1
         others = {0} if passes.others_follow(number) else set()
-        doors.expect(order.upcoming(site, {site} | others, lookahead, doors.stays))
+        doors.prefetch_sites(
+            order.upcoming(site, {site} | others, lookahead, doors.stays)
+        )
         _go_on(order, site, num, is_last=passes.is_last(number))
         doors.leave(site)
     return Schedule(num * passes.total, tuple(stage.loads), tuple(needs))
 
 
 def _go_on(order: Order, site: int, num: int, *, is_last: bool) -> None:
-    """All micro-batches come to the next site, or others to the first one."""
+    """All micro-batches reach the next site, or new ones reach the first site."""
     if site + 1 < num:
         order.observe(site, site + 1, is_repeat=False)
     elif is_last:
@@ -99,33 +101,33 @@ def _go_on(order: Order, site: int, num: int, *, is_last: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The point at which a visit is over."""
+    """The event that a visit has ended."""
 
     visit: int
 
     def wait(self) -> None:
-        """Nothing runs here."""
+        """Returns at once: no device works here."""
 
 
 class _Loaded:
-    """A load that is there as soon as it is asked for."""
+    """A load that has finished at once."""
 
     ready = None
 
     def wait(self) -> None:
-        """It is there."""
+        """Returns at once."""
 
     def wait_quietly(self) -> None:
-        """It is there."""
+        """Returns at once."""
 
 
 @dataclass(slots=True)
 class _Stage:
-    """Notes what is asked for, in the part of the tiers and of the device."""
+    """Stands in for the tiers and the device, and records the loads."""
 
     loads: list[ScheduledLoad] = field(default_factory=list)
     brought: dict[int, int] = field(default_factory=dict)
-    """By unit, the load that brought it last."""
+    """By unit: the index of its last load."""
     tick: int = 0
     visit: int = -1
 

@@ -1,27 +1,25 @@
-"""Simulates sweeps: many micro-batches, layer-major, over weights that are brought in.
+"""Simulates sweeps: many micro-batches, layer by layer, over weights that are loaded.
 
     rank = Rank(
         sizes=[100 << 20] * 32,             # bytes of each unit
-        tiers=["device", "host"] * 16,      # every second one is brought in
+        tiers=["device", "host"] * 16,      # every second one is streamed
         routes={"host": ["pcie"]},
-        capacity=(16 + 3) * (100 << 20),    # what stays, and three slots
-        compute_seconds=1e-3,               # of a micro-batch in a unit
+        capacity=(16 + 3) * (100 << 20),    # units that stay, and three slots
+        compute_seconds=1e-3,               # for a micro-batch in a unit
     )
-    found = simulate(
+    simulation = simulate(
         [rank], {"pcie": SimulatedLink(bytes_per_second=25e9)},
         num_micro_batches=16, num_passes=4,
     )
-    found.steady_pass_seconds, found.link_busy_seconds, found.visits
+    simulation.steady_pass_seconds, simulation.link_busy_seconds, simulation.visits
 
-Which unit goes into which slot when is decided by the code that decides it in a real
-sweep (`rehearsal`), times are put to it by events (`event_loop`), and all micro-batches
-of a visit are one event (`turns`). Several devices are several ranks; a link that two
-of them name is shared.
+The code of a real sweep decides which unit is loaded into which slot (`rehearsal`). An
+event loop adds times (`event_loop`). All micro-batches of a visit are one event
+(`turns`). Each device is a rank; a link that two ranks name is shared by them.
 
-What is left out: the time that Python takes, what copies take from who computes on a
-CPU, and products that are shared between micro-batches (give their time instead). On a
-link that weights and keys and values share, the latter go first, and what is under way
-is not slowed by them.
+Not simulated: the time of Python code, the CPU time of copies, and products that are
+joined between micro-batches (pass the joined time instead). On a link that carries both
+weights and keys and values, the latter go first; a transfer under way is not slowed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,45 +39,45 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Visits:
-    """When each device computed what: (visits,) each, rank by rank."""
+    """When each device computed each unit. Arrays of shape (visits,), rank by rank."""
 
     rank: Ints
     pass_index: Ints
     unit: Ints
     opened: Floats
-    """Seconds at which its weights were there, and it was its turn."""
+    """Time at which the visit before had ended and its weights were loaded."""
     began: Floats
-    """Its first micro-batch had its keys and values."""
+    """Time at which its first micro-batch also had its keys and values."""
     ended: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What came out. Seconds from the start."""
+    """The result of a simulation. All times are seconds from the start."""
 
     passes: Passes
     makespan_seconds: float
-    """The last visit has ended."""
+    """When the last visit has ended."""
     drained_seconds: float
-    """And every link is idle."""
+    """When, in addition, every link is idle."""
     pass_ends: Floats
     """When each device has ended each pass: (ranks, passes)."""
     compute_seconds: Floats
     weight_wait_seconds: Floats
-    """For which a device stood still because a unit was not there: (ranks,)."""
+    """How long each device waited for units: (ranks,)."""
     kv_wait_seconds: Floats
-    """The same because of keys and values."""
+    """How long each device waited for keys and values: (ranks,)."""
     link_busy_seconds: Mapping[str, float]
     link_bytes: Mapping[str, float]
     visits: Visits
     transfers: Sequence[SimulatedTransfer]
-    """Weights over links, in the order in which they were asked for."""
+    """Transfers of weights, in the order in which they were requested."""
     num_events: int
 
     @property
     def steady_pass_seconds(self) -> float:
-        """Of a pass of the slowest device, once those before are over or, without
-        them, the first one, which has to learn what follows what."""
+        """The mean time of a pass on the slowest device. Left out are the passes of the
+        sweep before or, without one, the first pass, in which the order is learnt."""
         ends, skipped = self.pass_ends, max(self.passes.before, 1)
         if self.passes.total < 2:
             raise ValueError("one pass alone is not steady: simulate two at least")
@@ -96,13 +94,13 @@ def simulate(
     passes_each: int | None = None,
     passes_before: int = 0,
 ) -> Simulation:
-    """All `ranks` make `num_passes` passes over their own units, `num_micro_batches`
-    through each, of which others take the places after `passes_each` (1 when scoring;
-    None: all are made by the same, as when generating). `passes_before` are those of
-    a sweep before, in which others have learnt what follows what.
+    """Simulates `num_passes` passes of all `ranks` over their own units, each with
+    `num_micro_batches`. After `passes_each` passes, new micro-batches take the places
+    of the old ones (1 when scoring; None: never, as when generating). An earlier sweep
+    made `passes_before` passes, from which the order of sites is known.
 
-    Raises DoesNotFitError where a working set holds too little, and ValueError where a
-    link is not there."""
+    Raises DoesNotFitError if a working set is too small, and ValueError for a link that
+    is not given."""
     passes = Passes(num_passes, passes_each or num_passes, passes_before)
     named = {link for rank in ranks for way in rank.routes.values() for link in way}
     named |= {n for r in ranks if r.kv for n in (r.kv.link_in, r.kv.link_out)}
@@ -123,7 +121,7 @@ def _walk(
     schedules: dict[object, Schedule],
 ) -> RankProgress:
     staying = frozenset(u for u, tier in enumerate(rank.tiers) if tier == STAYS)
-    # Devices that are alike decide alike.
+    # Equal devices make equal decisions.
     key = (tuple(rank.sizes), staying, rank.capacity, rank.lookahead)
     if key not in schedules:
         schedules[key] = rehearse(
@@ -134,14 +132,14 @@ def _walk(
             passes=passes,
         )
     kv = rank.kv
-    found = turns(
+    visit_lengths = turns(
         rank.compute_seconds,
         (passes.total, len(rank.sizes), num_micro_batches),
         kv=kv,
         link_in=None if kv is None else links[kv.link_in],
         link_out=None if kv is None else links[kv.link_out],
     )
-    return RankProgress(rank, schedules[key], found)
+    return RankProgress(rank, schedules[key], visit_lengths)
 
 
 def _result(loop: EventLoop, passes: Passes) -> Simulation:
@@ -182,5 +180,5 @@ def _visits(number: int, walk: RankProgress) -> Visits:
 
 
 def _from(visits: Visits) -> Floats:
-    """When each visit's turn came: the one before it had ended."""
+    """When the visit before each visit had ended."""
     return np.concatenate([[0.0], visits.ended[:-1]])

@@ -1,6 +1,6 @@
-"""What a simulation is given: devices, the links between memories, and what runs. Pure.
+"""The input of a simulation: devices, links between memories, and work. Pure.
 
-A time is in seconds, a size in bytes, a speed in bytes per second.
+Times are in seconds, sizes in bytes, speeds in bytes per second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 STAYS = "device"
-"""The tier of units that have a place of their own in the working set."""
+"""The tier of units that have a slot of their own in the working set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedLink:
-    """A way between two memories: one transfer after the other, in the order asked for.
+    """A link between two memories. Transfers run one after the other, as requested.
 
-    Of several devices that share it each has a part of its speed."""
+    Devices that share a link share its speed."""
 
     bytes_per_second: float
     latency_seconds: float = 0.0
-    """That each transfer arrives later, without keeping the link busy."""
+    """Delay of each transfer's arrival, during which the link is not busy."""
 
     def __post_init__(self) -> None:
         if not self.bytes_per_second > 0 or not self.latency_seconds >= 0:
@@ -31,18 +31,18 @@ class SimulatedLink:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
-    """Keys and values: what each micro-batch has brought in before it runs through a
-    unit, one micro-batch ahead, and what it writes back after.
+    """Keys and values: what is loaded for each micro-batch before it runs a unit, while
+    the one before it computes, and what it writes back afterwards.
 
     They go before weights that wait for the same link. What was written must have
-    arrived before the same unit's are read in the next pass.
+    arrived before the next pass reads it.
     """
 
     link_in: str
     link_out: str
     bytes_in: ArrayLike
     bytes_out: ArrayLike
-    """Both as broadcast to (passes, units, micro-batches): caches grow."""
+    """Both are broadcast to (passes, units, micro-batches), since caches grow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +52,19 @@ class Rank:
     sizes: Sequence[int]
     """Bytes of each unit in its slot, in the order in which units run."""
     tiers: Sequence[str]
-    """Where each of them stays: "device", or a tier that has a route."""
+    """The tier of each unit: "device", or a tier that has a route."""
     capacity: int
-    """Bytes of the working set: what stays on the device, and slots for the rest."""
+    """Bytes of the working set: units that stay, and slots for the others."""
     compute_seconds: ArrayLike
-    """Of one micro-batch in one unit, as broadcast to (passes, units, micro-batches).
-    """
+    """Time of a micro-batch in a unit; broadcast to (passes, units, micro-batches)."""
     routes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The links that a unit of each tier comes over, one after the other, as a whole
-    each. Without a route for "device" what stays is there from the start."""
+    """For each tier, the links that a unit passes one after the other, as a whole.
+    Without a route for "device", units that stay are loaded from the start."""
     lookahead: int = 2
     kv: Traffic | None = None
     runs_ahead: bool = False
-    """Whether loads wait for the slot alone (a GPU, whose host has given them long
-    ago), or for the turn of the unit that they are fetched beside, too (a CPU)."""
+    """Whether a load only waits for its slot (a GPU: the host queued it long before).
+    Otherwise it also waits until the visit that requests it begins (a CPU)."""
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.tiers):

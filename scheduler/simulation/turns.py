@@ -1,8 +1,9 @@
-"""How long a visit takes, all micro-batches of it at once. Pure.
+"""How long each visit takes, for all of its micro-batches together. Pure.
 
-Micro-batch m begins to compute at s(m). Its keys and values are asked for when the one
-before it begins, so that s(m + 1) = s(m) + max(compute(m), transfer(m + 1)): how long a
-visit takes after its first micro-batch has begun does not depend on when that was.
+Micro-batch m begins to compute at time s(m). Its keys and values are requested when the
+micro-batch before it begins, so s(m + 1) = s(m) + max(compute(m), transfer(m + 1)).
+Therefore the length of a visit, from its first micro-batch on, does not depend on when
+it begins.
 """
 
 from collections.abc import Iterator
@@ -16,23 +17,23 @@ from .simulated import Floats, SimulatedLink, Traffic
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Of the visits of all passes, (passes, units) each."""
+    """The lengths of the visits of all passes. Arrays of shape (passes, units)."""
 
     compute: Floats
     """Seconds of computing."""
     to_last: Floats
-    """Seconds from the beginning of the first micro-batch to that of the last."""
+    """Seconds from the start of the first micro-batch to that of the last."""
     last: Floats
     """Seconds that the last one computes."""
     first_late: Floats
-    """Seconds after it was asked for that the first one's keys and values are there,
-    beyond those for which the link is busy with them."""
+    """Seconds of latency of the first one's keys and values: their delay less the time
+    for which the link is busy with them."""
     first_in: Floats
     """Seconds for which the link is busy with those of the first micro-batch."""
     rest_in: Floats
-    """And with those of the others."""
+    """Seconds for which the link is busy with those of the other micro-batches."""
     out: Floats
-    """Seconds for which the link is busy with what all of them write back."""
+    """Seconds for which the link is busy with what all micro-batches write back."""
     bytes_in: Floats
     bytes_out: Floats
 
@@ -45,8 +46,8 @@ def turns(
     link_in: SimulatedLink | None,
     link_out: SimulatedLink | None,
 ) -> Turns:
-    """Of visits of `shape` (passes, units, micro-batches)."""
-    found = np.zeros((9, *shape[:2]))
+    """Computes the visits of a sweep of `shape` (passes, units, micro-batches)."""
+    columns = np.zeros((9, *shape[:2]))
     into = outof = np.zeros(1)
     speed_in = speed_out = np.inf
     late = 0.0
@@ -62,7 +63,7 @@ def turns(
         transfer = bytes_in / speed_in
         there = np.where(transfer > 0, transfer + late, 0.0)
         beside = np.maximum(busy[:, :-1], there[:, 1:])
-        found[:, at] = (
+        columns[:, at] = (
             busy.sum(axis=1),
             beside.sum(axis=1),
             busy[:, -1],
@@ -74,19 +75,19 @@ def turns(
             bytes_out.sum(axis=1),
         )
         if not any(_changes(value) for value in (compute_seconds, into, outof)):
-            found[:] = found[:, :1]
+            columns[:] = columns[:, :1]
             break
-    return Turns(*found)
+    return Turns(*columns)
 
 
 def _passes(shape: tuple[int, int, int], *values: Floats) -> Iterator[list[Floats]]:
-    """Each of `values`, pass by pass: (units, micro-batches)."""
+    """Yields each of `values` pass by pass, in shape (units, micro-batches)."""
     whole = [np.broadcast_to(value, shape) for value in values]
     for at in range(shape[0]):
         yield [value[at] for value in whole]
 
 
 def _changes(value: ArrayLike) -> bool:
-    """From pass to pass."""
-    found = np.asarray(value)
-    return found.ndim == 3 and found.shape[0] > 1
+    """Whether `value` differs from pass to pass."""
+    array = np.asarray(value)
+    return array.ndim == 3 and array.shape[0] > 1

@@ -1,3 +1,8 @@
-"""The working set: which parts of the model have a slot. `working_set` decides what is
-loaded and dropped, `arena_map` where it lies, `load` follows one on its way, `doors`
-lets a module in once its weights are there."""
+"""Slots of fast memory for the weights that are needed now.
+
+Doors            a module may run once its units are loaded and bound
+  -> WorkingSet  loads, keeps and evicts units
+       -> Slots            which bytes of the arena hold which unit
+       -> PendingRanges    which freed bytes a device may still use
+       -> Load             one transfer under way (a Protocol)
+"""

@@ -1,15 +1,15 @@
-"""Which bytes of the arena hold which unit. Pure bookkeeping: moves nothing.
+"""Which bytes of the arena hold which unit. Pure bookkeeping: no data is moved here.
 
-Slots differ in size and are carved where they fit. Placement is two-ended: neighbours
-in time go to opposite ends, so that of any two units that fit together the second
-always finds its bytes in one piece while the first is being read.
+Slots differ in size and are allocated where they fit. Consecutive units are placed at
+opposite ends of the arena. So whenever two units fit together, the second one finds its
+bytes in one piece while the first is being read.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...io.event import Event
-from .cooling import PendingRanges
+from .pending_ranges import PendingRanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Slots:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._slots: list[Slot] = []
-        self._cooling: PendingRanges[Event] = PendingRanges()
+        self._pending_ranges: PendingRanges[Event] = PendingRanges()
 
     def __repr__(self) -> str:
         used, total = self.used_bytes, self.capacity
@@ -42,8 +42,8 @@ class Slots:
         return sum(slot.nbytes for slot in self._slots)
 
     def claim(self, unit: int, nbytes: int) -> Slot | None:
-        """Takes the smallest gap that holds `nbytes` (at least 1), or returns None.
-        Nothing that is claimed ever moves."""
+        """Allocates `nbytes` (at least 1) in the smallest gap that holds them; None if
+        no gap does. A slot never moves once it is claimed."""
         assert nbytes > 0, f"unit {unit} has no bytes: nothing is to be claimed for it"
         gaps = [(end - start, start, end) for start, end in self._gaps()]
         fitting = [gap for gap in gaps if gap[0] >= nbytes]
@@ -57,7 +57,8 @@ class Slots:
         return slot
 
     def reserve(self, unit: int, nbytes: int) -> Slot:
-        """A slot for good. There must be room: who decides what stays has counted."""
+        """Allocates a slot that is kept for good. There must be room for it: the
+        placement was computed so."""
         slot = self.claim(unit, nbytes)
         assert slot is not None, f"no room for unit {unit}, which is to stay"
         return slot
@@ -65,19 +66,20 @@ class Slots:
     def release(
         self, slot: Slot, after: Iterable[Event] = (), *, stays: bool = False
     ) -> None:
-        """Gives a claimed slot back (or, if it `stays`, only its content): its bytes
-        may be written once all of `after` have passed."""
-        self._cooling.add(slot.offset, slot.end, after)
+        """Frees a claimed slot, or, if it `stays`, only its content. Its bytes may be
+        written once all events of `after` have passed."""
+        self._pending_ranges.add(slot.offset, slot.end, after)
         if not stays:
             self._slots.remove(slot)
 
     def pending(self, slot: Slot) -> tuple[Event, ...]:
-        """What the first to write into `slot` has to wait for."""
-        return self._cooling.take(slot.offset, slot.end)
+        """The events that the first write into `slot` has to wait for."""
+        return self._pending_ranges.take(slot.offset, slot.end)
 
     def cheapest_room(self, nbytes: int, costs: Mapping[int, int]) -> list[int]:
-        """The units to evict so that `nbytes` fit in one piece: those with the least
-        sum of `costs`, of which only the keys may go. Empty when nothing helps."""
+        """The units to evict so that `nbytes` fit in one piece. Only the keys of
+        `costs` may be evicted; the choice has the least sum of costs. Empty where no
+        choice makes enough room."""
         best: tuple[int, list[int]] | None = None
         for first in range(len(self._slots)):
             start = self._slots[first - 1].end if first else 0
@@ -98,20 +100,22 @@ class Slots:
         return best[1] if best else []
 
     def largest_gap_beside(self, pinned: set[int]) -> int:
-        """Bytes that could be had in one piece if only `pinned` units stayed."""
+        """The largest piece, in bytes, that would be free if only `pinned` units
+        stayed."""
         gaps = self._only(pinned)._gaps()
         return max((end - start for start, end in gaps), default=0)
 
     def least_for(self, nbytes: int, pinned: set[int]) -> int:
-        """The least capacity with which `nbytes` more would fit beside `pinned`."""
+        """The least capacity, in bytes, with which `nbytes` more would fit beside the
+        `pinned` units."""
         least = self._only(pinned).used_bytes + nbytes
         if least <= self.capacity:  # room enough, but in pieces
             least = self.capacity + nbytes - self.largest_gap_beside(pinned)
         return least
 
     def fit_beside(self, pinned: set[int], sizes: Iterable[int]) -> bool:
-        """Whether slots of all these `sizes` could be had at once if only `pinned`
-        units stayed."""
+        """Whether slots of all these `sizes` (bytes) would fit at once if only the
+        `pinned` units stayed."""
         trial = self._only(pinned)
         return all(
             trial.claim(-1, nbytes) is not None for nbytes in sorted(sizes)[::-1]

@@ -1,7 +1,8 @@
-"""The doors of a model's sites: open while the site's units are there and bound.
+"""Opens and closes the sites of a model: a site is open while its units are loaded and
+bound to its parameters.
 
-A site is a module that runs as a whole (a block, an embedding, a head); it needs one
-unit, or several where it shares weights with others.
+A site is a module that runs as a whole (a block, an embedding, a head). It needs one
+unit of weights, or several where it shares weights with other sites.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,18 +14,20 @@ from .working_set import WorkingSet
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A module at whose door micro-batches wait."""
+    """A module that micro-batches wait for, and the units of weights that it needs."""
 
     name: str
     units: tuple[int, ...]
 
 
 class Doors:
-    """Counts who is inside each site and keeps its units until the last one left.
+    """Counts the callers inside each site, and keeps the site's units in their slots
+    until the last caller has left.
 
-    `bind(site, offsets)` makes the site's parameters real once its units stand at
-    `offsets`; `unbind(site)` takes them away before the bytes may be reused. Where one
-    of them raises, somebody has written to the weights: they are loaded again.
+    `bind(site, offsets)` points the site's parameters at its units, which lie at
+    `offsets` in the arena. `unbind(site)` undoes that before the bytes are reused. Both
+    raise PenstockError if user code has written to the weights; the units are then
+    loaded again. All methods are called by the thread that has the turn.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Doors:
         return self._inside[site] > 0
 
     def enter(self, site: int) -> None:
-        """Opens the door if nobody is inside: waits for the units and binds them."""
+        """Counts one more caller inside `site`. The first one waits until the site's
+        units are loaded, and binds them."""
         if self._inside[site] == 0:
             units = self.sites[site].units
             offsets = self._working_set.acquire_together(units)
@@ -72,18 +76,19 @@ class Doors:
         self._inside[site] += 1
 
     def bind_again(self, site: int) -> None:
-        """Binds what an open `site` has bound already, for another kind of reader."""
+        """Binds the units of an open `site` once more: the grad mode has changed."""
         self._bind(site, self._offsets[site])
 
     def leave(self, site: int) -> None:
-        """Closes the door behind the last one: the units may be overwritten."""
+        """Counts one caller less. After the last one the site is closed: its units are
+        unbound and may be overwritten."""
         self._inside[site] -= 1
         if self._inside[site] == 0:
             spoilt = False
             try:
                 self._unbind(site)
                 for other in self._sharing[site]:
-                    if self._inside[other]:  # it still needs what both had bound
+                    if self._inside[other]:  # it still needs the shared units
                         self._bind(other, self._offsets[other])
             except PenstockError:
                 spoilt = True
@@ -92,17 +97,18 @@ class Doors:
                 self._release(self.sites[site].units, spoilt=spoilt)
 
     def stays(self, site: int) -> bool:
-        """Whether the site's units are there for good."""
+        """Whether all units of `site` are loaded and are never evicted."""
         return all(self._working_set.stays(unit) for unit in self.sites[site].units)
 
-    def expect(self, sites: Iterable[int]) -> None:
-        """Starts loading what these sites will need, soonest first."""
+    def prefetch_sites(self, sites: Iterable[int]) -> None:
+        """Starts loading the units of `sites`, which are given in the order in which
+        they will run."""
         units = [unit for site in sites for unit in self.sites[site].units]
         self._working_set.prefetch(dict.fromkeys(units))
 
     def shut(self) -> None:
-        """Closes whatever is open. Called when nobody can be inside any more: an
-        interrupt (Ctrl-C) may strike between any two lines and cut a `leave` off."""
+        """Closes all sites. Called when no caller can be inside any more. An interrupt
+        (Ctrl-C) may come between any two lines, so a `leave` may be missing."""
         if not any(self._inside) and not self._working_set.has_readers:
             return
         self._working_set.release_all()

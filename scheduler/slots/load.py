@@ -1,4 +1,4 @@
-"""A load under way, and the unit that it brought, as the working set sees them."""
+"""A load under way, and a loaded unit, as the working set sees them."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,19 +8,22 @@ from .arena_map import Slot
 
 
 class Load(Protocol):
-    """A load under way into a slot."""
+    """The transfer of one unit into a slot, under way or finished."""
 
     @property
     def ready(self) -> Event | None:
-        """When all that it has queued on a device is done; None if there is none."""
+        """The event after all work that this load queued on a device; None if it
+        queued none."""
         ...
 
     def wait(self) -> None:
-        """Waits until work on the unit can be given; raises what failed."""
+        """Waits until work that reads the unit may be queued. Raises the error of a
+        load that failed."""
         ...
 
     def wait_quietly(self) -> None:
-        """Waits until all that it does is done, or queued before `ready`."""
+        """Waits until the load is finished or queued before `ready`. Never raises the
+        error of a load that failed."""
         ...
 
 
@@ -31,9 +34,9 @@ class Held:
     slot: Slot
     load: Load
     wanted_at: int
-    """The `prefetch` that expected it last."""
+    """The number of the last `prefetch` that named this unit."""
     users: int = 0
     was_read: bool = False
     released_at: int = 0
     last_read: Event | None = None
-    """The end of the device's work that its last reader had queued."""
+    """The event after the device work that the last reader queued."""

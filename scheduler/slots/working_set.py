@@ -1,7 +1,7 @@
-"""The units in fast memory: claimed, filled, read, released, and filled again.
+"""The units of weights in fast memory: loaded, read, released and replaced.
 
-The one rule that keeps weights right: a load goes only into bytes that nobody reads,
-and what nobody reads is known, because every reader says so (`acquire`, `release`).
+One rule keeps weights right: a load only writes to bytes that nobody reads. Every
+reader calls `acquire` and `release`, so it is known which bytes those are.
 """
 
 import time
@@ -18,16 +18,15 @@ from .working_set_statistics import WorkingSetStatistics
 class WorkingSet:
     """Holds units of `sizes` bytes in an arena of `capacity` bytes.
 
-    `load(unit, offset, after)` starts a load and returns it; if it raises, nothing is
-    under way. What a device still does with those bytes is over when all of `after`
-    have passed; `mark()` is the point that a device's work has come to, or None where
-    all work is done when it is given. `needed` units must find room whatever becomes
-    resident (others are only ever loaded by a fault). All methods are called by one
-    thread at a time; loads run elsewhere.
+    `load(unit, offset, after)` starts a load and returns it; if it raises, no load is
+    under way. The load waits for the events `after`: until then a device may use those
+    bytes. `mark()` records an event after all device work queued so far, or returns
+    None on a synchronous device. Each of the `needed` units always finds room (others
+    are only loaded by a fault). All methods are called by one thread at a time.
 
-    `staying` units have a place of their own, for good. Any other stays, released,
-    until its bytes are needed. The one released last goes first: in a cyclic sweep it
-    is needed again last, so as much as fits stays from pass to pass.
+    Each of the `staying` units has a slot for good. Any other unit, once released,
+    stays until its bytes are needed. The unit that was released last is evicted first:
+    a cyclic sweep needs it again last, so as much as fits stays from pass to pass.
     """
 
     def __init__(
@@ -71,12 +70,12 @@ class WorkingSet:
         )
 
     def acquire(self, unit: int) -> int:
-        """Waits until `unit` is there and returns its offset; it stays until as many
-        `release`. Raises DoesNotFitError when what is in use leaves no room."""
+        """Waits until `unit` is loaded and returns its offset in bytes; it stays until
+        `release`. Raises DoesNotFitError when the units in use leave no room for it."""
         return self.acquire_together((unit,))[0]
 
     def acquire_together(self, units: Sequence[int]) -> tuple[int, ...]:
-        """`acquire` of all `units` or, when it raises, of none."""
+        """Acquires all `units`, or none of them when it raises; see `acquire`."""
         start = time.perf_counter()
         try:
             claimed = self._claim_all(units)
@@ -88,16 +87,16 @@ class WorkingSet:
                 raise
         finally:
             self.wait_seconds += (end := time.perf_counter()) - start
-            if units:  # else they are used where they lie
+            if units:  # a site without units reads its weights in host memory
                 self._record(WAIT, self._names[units[0]], start, end)
         for held in claimed:
             held.was_read = True
         return tuple(held.slot.offset for held in claimed)
 
     def release(self, unit: int) -> None:
-        """One reader of `unit` is done with it."""
+        """Ends one `acquire` of `unit`."""
         if self._is_closed:
-            return  # closed under a reader: there is nothing left to give back
+            return  # closed while it was read: all slots are gone
         held = self._held[unit]
         assert held.users > 0, f"unit {unit} was released more often than acquired"
         held.users -= 1
@@ -106,14 +105,14 @@ class WorkingSet:
         held.last_read = self._mark()
 
     def release_all(self) -> None:
-        """Nobody reads any more: forgets the readers that an interrupt cut off."""
+        """Ends every `acquire`: an interrupt may have skipped a `release`."""
         for unit, held in self._held.items():
             if unit not in self._resident:
                 held.users = 0
 
     def prefetch(self, units: Iterable[int]) -> None:
-        """Starts loading `units`, soonest first, into bytes that nobody reads and
-        nobody waits for; stops at the first that finds no such bytes."""
+        """Starts loading `units`, in this order. Evicts only units that were read or
+        are not expected any more; stops at the first unit that finds no room."""
         wanted = [] if self._is_closed else list(units)
         self._num_prefetches += 1
         for unit in self._held.keys() & set(wanted):
@@ -135,12 +134,12 @@ class WorkingSet:
                 return
 
     def need_together(self, groups: Iterable[tuple[int, ...]]) -> None:
-        """The units of each group are acquired at once: `keep` leaves room for that."""
+        """Tells `keep` to leave room for each of these groups of units at once."""
         self._needed.update(groups)
 
     def keep(self, unit: int) -> bool:
-        """Makes `unit` (held already) resident: it is never thrown out again. Refuses,
-        returning False, where others that are needed would no longer find room."""
+        """Makes `unit`, which is loaded, resident: it is never evicted again. Returns
+        False, and changes nothing, if other needed units would not find room then."""
         pinned = self._resident | {unit} | set(self._places)
         for group in self._needed:
             sizes = [self._sizes[other] for other in group if other not in pinned]
@@ -150,8 +149,8 @@ class WorkingSet:
         return True
 
     def load_again(self, unit: int) -> None:
-        """What is stored of `unit` has changed, or its bytes here have: it is thrown
-        out or, where it must stay, loaded in place and waited for."""
+        """Drops the loaded values of `unit`, whose source or slot was written to. If it
+        cannot be evicted, loads it into its slot again and waits for that."""
         held = self._held.get(unit)
         if held is None:
             return
@@ -167,7 +166,7 @@ class WorkingSet:
         return unit in self._resident
 
     def stays(self, unit: int) -> bool:
-        """Whether `unit` is there and is never thrown out."""
+        """Whether `unit` is loaded and is never evicted."""
         return unit in self._resident or (unit in self._places and unit in self._held)
 
     def statistics(self) -> WorkingSetStatistics:
@@ -180,7 +179,7 @@ class WorkingSet:
         )
 
     def close(self) -> None:
-        """Waits for the loads under way; nothing may be acquired afterwards."""
+        """Waits for the loads under way. Afterwards `acquire` raises."""
         self._is_closed = True
         for held in self._held.values():
             held.load.wait_quietly()
@@ -189,11 +188,11 @@ class WorkingSet:
     def _claim_all(self, units: Sequence[int]) -> list[Held]:
         if self._is_closed:
             raise closed()
-        # What is here already first, so that the others do not throw it out.
+        # Units that are loaded come first, so that the others do not evict them.
         order = sorted(units, key=lambda unit: unit not in self._held)
         if not self._claim_each(order):
-            # Together they may fit where what one of them found in place, or what
-            # nobody reads, now stands in the way: start from an emptied arena.
+            # They may still fit where a unit that nobody reads lies in the way now,
+            # even one of `units`: evict all of those and try again.
             idle = {unit for unit in self._held if self._is_idle(unit)}
             stay = self._held.keys() - idle | self._places.keys()
             sizes = [self._sizes[unit] for unit in set(units) - stay]
@@ -206,7 +205,8 @@ class WorkingSet:
         return [self._held[unit] for unit in units]
 
     def _claim_each(self, units: Sequence[int]) -> bool:
-        """Makes the caller a reader of each, or of none and returns False."""
+        """Counts one more reader of each of `units`. Returns False, and counts none, if
+        one of them finds no room."""
         taken: list[Held] = []
         try:
             for unit in units:
@@ -226,7 +226,7 @@ class WorkingSet:
         return self._claim_and_load(unit, {o: self._cost(self._held[o]) for o in idle})
 
     def _give_up(self, units: Sequence[int]) -> None:
-        """Undoes an acquire whose loads failed: the next one loads anew."""
+        """Undoes an `acquire` whose loads failed. The next one loads again."""
         for unit in units:
             held = self._held[unit]
             held.users -= 1
@@ -238,13 +238,13 @@ class WorkingSet:
         return self._held[unit].users == 0 and not stays
 
     def _was_guessed_wrong(self, held: Held) -> bool:
-        """Whether nobody has expected it for two visits: a site that turned out not to
-        run must not keep its bytes for ever."""
+        """Whether the last two prefetches did not name this unit. A site that turns out
+        not to run must not keep its bytes for ever."""
         return held.wanted_at < self._num_prefetches - 1
 
     def _cost(self, held: Held) -> int:
-        """Of throwing a unit out: its bytes; among equals, the one released last goes;
-        one that was prefetched and not yet read costs more than all that were."""
+        """The cost of evicting a unit: its bytes and, among equals, least for the one
+        released last. A prefetched unit not yet read costs more than all others."""
         unread = 0 if held.was_read else 1 << 120
         return unread + (held.slot.nbytes << 64) - held.released_at
 
@@ -257,7 +257,7 @@ class WorkingSet:
         try:
             load = self._load(unit, slot.offset, after)
             held = self._held[unit] = Held(slot, load, self._num_prefetches)
-        except Exception:  # after an interrupt the slot is lost: who knows what writes
+        except Exception:  # after an interrupt a load may still write: keep the slot
             self._free(slot, after)
             raise
         return held
@@ -277,7 +277,7 @@ class WorkingSet:
 
     def _drop(self, unit: int) -> None:
         held = self._held[unit]
-        # Nobody may write into these bytes once they are somebody else's.
+        # A load may still write to these bytes, which become another unit's.
         held.load.wait_quietly()
         del self._held[unit]
         self._free(held.slot, (held.load.ready, held.last_read))

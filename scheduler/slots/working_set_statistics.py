@@ -1,4 +1,4 @@
-"""What a working set has counted."""
+"""The counters of a working set."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ class WorkingSetStatistics:
 
     capacity_bytes: int
     peak_bytes: int
-    """Most bytes claimed by slots at one time."""
+    """The largest number of bytes that slots held at one time."""
     wait_seconds: float
-    """Time for which computing stood still because a unit was not there yet."""
+    """Time that computing waited for units to be loaded."""
     num_unused_loads: int
-    """Units that were prefetched and thrown out before anybody read them."""
+    """Number of units that were prefetched and evicted before anything read them."""
     resident_units: tuple[int, ...]

@@ -1,28 +1,28 @@
-"""How many micro-batches may be in flight, by what they keep alive. Pure.
+"""How many micro-batches may be in flight, from the memory that each keeps alive. Pure.
 
-A micro-batch that waits holds its inputs, hidden states and masks; the caches of a
-model that generates grow with every block. What all of them will hold is worked out
-from a scout, the first one: it goes ahead by two sites, the growth over the second is
-taken for that of every site to come.
+A suspended micro-batch holds its inputs, hidden states and masks; the caches of a model
+that generates grow with every block. The first micro-batch serves as a scout: it runs
+two sites ahead of the others. Its growth over the second site is taken as the growth at
+each later site, which gives the memory that every micro-batch will need.
 """
 
 from collections.abc import Callable
 
-# A micro-batch's saved stack (10 KB, measured), frames and random state (5 KB).
+# A greenlet's saved stack (10 KB, measured), frames and random state (5 KB).
 _OVERHEAD_BYTES = 16 << 10
-# Keys and values of one block hold at most twice what its hidden states do.
+# Keys and values of one block take at most twice the bytes of its hidden states.
 _MOST_GROWTH = 2
 
 Width = int | Callable[[], bool] | None
 
 
 class Admission:
-    """Bounds the micro-batches in flight: by `width` (a number, or what says whether
-    the next one may start), and by `activation_bytes` for what they hold together. None
-    bounds nothing.
+    """Bounds the micro-batches in flight in two ways: by `width` (a number, or a
+    function that says whether the next one may start) and by `activation_bytes`, which
+    all of them may hold together. None is no bound.
 
-    `held_bytes` of a micro-batch at its n-th site come in through `note`, as often as
-    `wants` says. Batches differ: all are taken to be like the largest seen.
+    The caller measures `held_bytes` when `wants` says so, and reports it by `note`.
+    Batches differ in size: all are assumed to be as large as the largest one seen.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Admission:
         self._growth = 1.0 + _MOST_GROWTH * num_sites
         self.is_settled = False
         self.largest_held_bytes = 0
-        """The most that any micro-batch was seen to keep."""
+        """The most bytes that any micro-batch was seen to hold."""
 
     def has_room(self, num_in_flight: int) -> bool:
         """Whether one more may start beside `num_in_flight`."""
@@ -48,21 +48,21 @@ class Admission:
             return False
         if self._activation_bytes is None or num_in_flight == 0:
             return True
-        if not self._start_bytes:  # the scout has not yet shown what it keeps
+        if not self._start_bytes:  # the scout was not measured yet
             return False
         each = self._start_bytes * self._growth + _OVERHEAD_BYTES
         return (num_in_flight + 1) * each <= self._activation_bytes
 
     def wants(self, index: int, num_sites: int) -> bool:
-        """Whether to look at what micro-batch `index` holds at its `num_sites`-th
-        site: the scout early and then now and then, since caches grow; others, where
-        it matters how large they are, once they hold hidden states."""
+        """Whether to measure what micro-batch `index` holds at its `num_sites`-th site.
+        The scout is measured early and then at each power of two, since caches grow.
+        Any other is measured once, when it holds hidden states, if there is a bound."""
         if self._scout in (None, index):
             return num_sites == 3 or num_sites.bit_count() == 1
         return num_sites == 2 and self._activation_bytes is not None
 
     def note(self, index: int, num_sites: int, held_bytes: int) -> None:
-        """Micro-batch `index` waits at its `num_sites`-th site and holds this much."""
+        """Notes that micro-batch `index` holds this much at its `num_sites`-th site."""
         self.largest_held_bytes = max(self.largest_held_bytes, held_bytes)
         if num_sites == 2:
             self._start_bytes = max(self._start_bytes, held_bytes, 1)
@@ -72,7 +72,8 @@ class Admission:
             self._note_growth(num_sites, held_bytes)
 
     def finish(self, index: int, *, failed: bool) -> None:
-        """Micro-batch `index` has ended: what it did not show, another one will."""
+        """Micro-batch `index` has ended. If it was the scout, the next one measured
+        becomes the scout."""
         if index == self._scout:
             self._scout = None
             if not failed:
@@ -86,7 +87,7 @@ class Admission:
         self._settle(full / self._scout_bytes)
 
     def _settle(self, growth: float) -> None:
-        """The first look replaces the guess, later ones can only add to it."""
+        """The first measured growth replaces the guess; later ones only raise it."""
         self._growth = max(self._growth, growth) if self.is_settled else growth
         self._growth = max(self._growth, 1.0)
         self.is_settled = True

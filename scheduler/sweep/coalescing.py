@@ -1,16 +1,17 @@
-"""Makes the calls that many micro-batches have for one row-wise module into one call.
+"""Joins the calls that several micro-batches make of one row-wise module into one call.
 
-In decode each micro-batch has a few rows, and a product of few rows takes almost as
-long as one of many. So whoever comes to such a module inside of an open site is parked
-there; once nobody else is on the way, one of them takes the rows of all through it.
-Python of the model stays as it is: products are shared, and MLPs that keep rows apart.
+In decode each micro-batch has few rows, and a matrix product of few rows takes almost
+as long as one of many rows. So a micro-batch that reaches such a module inside an open
+site is parked there. Once no other micro-batch can still reach it, one of the parked
+ones calls the module with the rows of all. The model's own Python code still runs for
+each micro-batch; only linear layers and row-wise MLPs are called jointly.
 """
 
 import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,35 +20,33 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 
 from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from ..order import Order
+from .coalescing_queue import CoalescingQueue
 from .micro_batch import MicroBatch
-from .parked import CoalescingQueue
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
-
-if TYPE_CHECKING:
-    from .loop import SweepLoop
 
 _log = logging.getLogger("penstock")
 
-# The rows of all are copied together, and their outputs apart; what a whole MLP makes
-# in between is a few times as wide.
+# A bound for the output of one joint call. The intermediate values of an MLP take a few
+# times as much, and the inputs and outputs are copied.
 MAX_OUTPUT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RowWise:
-    """A module whose forward takes rows to rows. One may be a part of another: then
-    it is called for many at once with the other, or by itself."""
+    """A module that computes each row of its output from the same row of its inputs
+    alone. It may contain other such modules, which a joint call then includes."""
 
     module: nn.Module
     num_args: int
-    """Tensors that it is called with, each with a row for each row of the output."""
+    """The number of tensors that it takes; all have as many rows as the output."""
     parts: tuple[nn.Module, ...] = ()
-    """Modules in it that are called with the rows of all when it is."""
+    """The modules inside it."""
 
     @property
-    def is_as_found(self) -> bool:
-        """Whether nobody has come who would see, or draw for, the rows of all in place
-        of each one's own: hooks, another forward, another part, the training mode."""
+    def is_unmodified(self) -> bool:
+        """Whether a joint call is safe: nothing was added since the module was found
+        row-wise that would see the rows of all micro-batches, or draw random numbers
+        for them (hooks, another forward, another submodule, training mode)."""
         if "forward" in vars(self.module):
             return False
         if not self.parts:
@@ -70,74 +69,88 @@ class CoalescingStatistics:
     """Counters since the sweep was opened."""
 
     num_calls: int = 0
-    """Calls that were made for several micro-batches at once."""
+    """Joint calls: one call made for several micro-batches."""
     num_rows: int = 0
-    """That went through modules in these calls."""
+    """Rows in all joint calls together."""
     num_failed: int = 0
-    """Such calls that failed, and were then made for each micro-batch by itself."""
+    """Joint calls that failed and were repeated for each micro-batch by itself."""
+
+
+class ParkingLoop(Protocol):
+    """A sweep loop, as Coalescing sees it; `SweepLoop` describes the members."""
+
+    @property
+    def running(self) -> MicroBatch: ...
+
+    @property
+    def others_come(self) -> bool: ...
+
+    def is_running_here(self) -> bool: ...
+
+    def park(self, place: int) -> None: ...
 
 
 class Coalescing:
-    """Replaces the forward of row-wise modules from `start` to `stop`, the time that
-    one hub runs. A call from elsewhere, one that records gradients and one of
-    `WIDE_ROWS` or more is let through.
+    """Replaces the forward of row-wise modules from `start` to `stop`, while one sweep
+    loop runs. A call is not joined if it comes from outside the loop, records gradients
+    or has `WIDE_ROWS` rows or more.
 
-    `order` learns in which order the modules are called. Each is called by one of those
-    who are parked at it, in its own greenlet and under its own thread state; `key_of`
-    sees to it that the others' are the same.
+    `order` learns in which order the modules are called. One parked micro-batch makes
+    the joint call, in its greenlet and under its thread state. `key_of` ensures that
+    the state of the others is the same.
     """
 
     def __init__(self, modules: Sequence[RowWise], order: Order) -> None:
         self._modules = modules
-        self._parked = CoalescingQueue(order)
-        self._hub: SweepLoop | None = None
+        self._queue = CoalescingQueue(order)
+        self._loop: ParkingLoop | None = None
         self._leader: MicroBatch | None = None
-        """Who is taking the rows of several through a module just now."""
+        """The micro-batch that is making a joint call now."""
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._max_rows: dict[int, int] = {}
-        """By module, once it is known how long a row of its output is."""
+        """The most rows of a joint call, by module number; set by its first one."""
         self._num_calls = 0
         self._num_rows = 0
         self._num_failed = 0
 
-    def start(self, hub: "SweepLoop") -> None:
-        """`hub` begins to run micro-batches."""
-        self._hub = hub
-        # Before any is replaced: ours are nobody else's.
-        wanted = [found.is_as_found for found in self._modules]
-        for index, found in enumerate(self._modules):
-            if not wanted[index]:
+    def start(self, loop: ParkingLoop) -> None:
+        """Replaces the forwards: `loop` begins to run micro-batches."""
+        self._loop = loop
+        # Asked before any is replaced: a forward of ours is not the user's.
+        are_unmodified = [row_wise.is_unmodified for row_wise in self._modules]
+        for index, row_wise in enumerate(self._modules):
+            if not are_unmodified[index]:
                 continue
-            module = found.module
-            forward = self._forward(index, module.forward, found.num_args)
+            module = row_wise.module
+            forward = self._forward(index, module.forward, row_wise.num_args)
             self._replaced.append((module, forward))
             module.forward = forward
 
-    def stop(self, hub: "SweepLoop | None" = None) -> None:
-        """Puts back what `start` replaced. Harmless at any time, and twice; also if it
-        was started for another hub than `hub`."""
-        if hub not in (None, self._hub):
+    def stop(self, loop: ParkingLoop | None = None) -> None:
+        """Restores the forwards that `start` replaced. May be called at any time and
+        repeatedly. Does nothing if another loop than `loop` is running."""
+        if loop not in (None, self._loop):
             return
-        self._parked.clear()
+        self._queue.clear()
         for module, forward in self._replaced:
             if vars(module).get("forward") is forward:
                 del module.forward
         self._replaced.clear()
-        self._hub = None
+        self._loop = None
 
-    def clear(self, hub: "SweepLoop") -> None:
-        """Those who are parked are about to end."""
-        if hub is self._hub:
-            self._parked.clear()
+    def clear(self, loop: ParkingLoop) -> None:
+        """Forgets the parked micro-batches, which are about to end."""
+        if loop is self._loop:
+            self._queue.clear()
 
     def next(self, *, others_come: bool) -> MicroBatch | None:
-        """Who of those that are parked is to run on; None to let others come first, of
-        whom there are some (`others_come`), or because nobody is parked."""
-        parked = self._parked
-        may_wait = others_come and parked.num_rows < MAX_ROWS
-        if not parked.has_ready and parked.num_rows and not may_wait:
+        """The parked micro-batch that is to continue. None if none is parked, or if it
+        is better to wait for others, which exist if `others_come`."""
+        queue = self._queue
+        may_wait = others_come and queue.num_rows < MAX_ROWS
+        if not queue.has_ready and queue.num_rows and not may_wait:
             self._choose()
-        return parked.take_ready() if parked.has_ready else None
+        return queue.take_ready() if queue.has_ready else None
 
     def statistics(self) -> CoalescingStatistics:
         return CoalescingStatistics(self._num_calls, self._num_rows, self._num_failed)
@@ -152,23 +165,23 @@ class Coalescing:
         return forward
 
     def _call(self, index: int, original: Forward, args: tuple[Any, ...]) -> Any:
-        hub = self._hub
-        if hub is None or not hub.is_running_here():
+        loop = self._loop
+        if loop is None or not loop.is_running_here():
             return original(*args)
-        me = hub.running
+        me = loop.running
         if me is self._leader or not me.inside or me.records_gradients:
             return original(*args)
         num_rows = num_rows_of(args)
-        self._parked.observe(me, index)
-        is_alone = not self._parked and not hub.others_come
+        self._queue.observe(me, index)
+        is_alone = not self._queue and not loop.others_come
         if is_alone or not 0 < num_rows < WIDE_ROWS:
             return original(*args)
         call = RowCall(me, args, num_rows)
-        self._parked.add((index, (me.inside[-1], key_of(args))), call)
-        if not self._parked.has_ready and not hub.others_come:
+        self._queue.add((index, (me.inside[-1], key_of(args))), call)
+        if not self._queue.has_ready and not loop.others_come:
             self._choose(call)
         if not call.together:
-            hub.park(index)
+            loop.park(index)
         if call.together:
             self._call_together(index, original, call)
         if call.is_alone:
@@ -176,15 +189,16 @@ class Coalescing:
         return call.output
 
     def _choose(self, caller: RowCall | None = None) -> None:
-        """Whose rows are next. Who came first takes them through the module, and all go
-        on in the order in which they came: what they will need is fetched in it."""
-        key = self._parked.earliest()
+        """Chooses the calls that are joined next. The micro-batch that came first makes
+        the joint call. All continue in the order in which they came, because what they
+        need next is prefetched in that order."""
+        key = self._queue.earliest()
         assert key is not None, "only who is parked can be chosen"
-        calls = self._parked.take(key, self._max_rows.get(key[0], MAX_ROWS))
+        calls = self._queue.take(key, self._max_rows.get(key[0], MAX_ROWS))
         leader = calls[0]
         leader.together = calls
         if leader is not caller:
-            self._parked.make_ready(leader.me)
+            self._queue.make_ready(leader.me)
 
     def _call_together(self, index: int, original: Forward, call: RowCall) -> None:
         calls, call.together = call.together, []
@@ -195,7 +209,7 @@ class Coalescing:
         try:
             row_bytes = call_together(calls, original)
         except Exception as error:
-            # One may be to blame, or their being many: each is to see for itself.
+            # One call may be wrong, or the joint call too large: repeat each alone.
             if not self._num_failed:
                 kind = type(self._modules[index].module).__name__
                 _log.warning("a joint call of a %s failed: %r; each alone", kind, error)
@@ -210,4 +224,4 @@ class Coalescing:
             self._leader = None
         for each in calls:
             if each is not call:
-                self._parked.make_ready(each.me)
+                self._queue.make_ready(each.me)

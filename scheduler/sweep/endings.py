@@ -1,4 +1,5 @@
-"""What a thread has to end before it ends itself: greenlets run in no other."""
+"""Ends suspended work when its thread ends: a greenlet can only run in the thread that
+started it."""
 
 import atexit
 import sys
@@ -10,34 +11,36 @@ from ...io.home import Home
 
 
 class Ended(Protocol):
-    """What runs in one thread alone."""
+    """Work that can only run in one thread."""
 
     def end_with_thread(self) -> None:
-        """Called by that thread, which is about to end. Must not raise."""
+        """Ends the work. Called by its thread, which is about to end; never raises."""
         ...
 
 
 class Endings:
-    """Of one thread, which made it by `here`."""
+    """The work of one thread that has to end with it. The thread creates this by
+    `here`."""
 
     def __init__(self) -> None:
         self._home = Home()
         self.started: WeakSet[Ended] = WeakSet()
-        """What this thread began. It may well be dropped before."""
+        """Work that this thread began. It may be garbage collected before."""
         self.left: list[Ended] = []
-        """What another thread had to leave as it was: kept for this one to end, since
-        all that runs on when it is dropped would run in the middle of anything."""
+        """Work that another thread closed but could not end. The reference keeps it
+        alive: a greenlet that is dropped runs its `finally` blocks at once, wherever
+        the program is then."""
 
     @staticmethod
     def here() -> "Endings":
-        """Those of the caller's thread."""
+        """Returns the object of the calling thread."""
         guard = getattr(_local, "guard", None)
         if guard is None:
             guard = _local.guard = _Guard()
         return guard.endings
 
     def end_all(self) -> None:
-        if not self._home.is_here:  # a fork of that thread: the work is its parent's
+        if not self._home.is_here:  # in a forked child the work belongs to the parent
             return
         for ended in {*self.started, *self.left}:
             ended.end_with_thread()
@@ -45,12 +48,12 @@ class Endings:
 
 
 class _Guard:
-    """Dies with its thread, in it: what is local to a thread is dropped by it."""
+    """Is deleted by its thread when that ends, as all thread-local values are."""
 
     def __init__(self) -> None:
         self.endings = Endings()
         if threading.get_ident() == threading.main_thread().ident:
-            atexit.register(self.endings.end_all)  # while all that it needs is there
+            atexit.register(self.endings.end_all)  # modules are still loaded then
 
     def __del__(self) -> None:
         if not sys.is_finalizing():

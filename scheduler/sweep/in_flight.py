@@ -1,40 +1,41 @@
-"""The micro-batches of a sweep that have begun and not ended; how they end early."""
+"""The micro-batches of a sweep that have started and not ended."""
 
 from collections.abc import Callable, Iterator
 
 from ..slots.doors import Doors
 from .micro_batch import MicroBatch
-from .moves import SideTransfers
+from .side_transfers import SideTransfers
 from .thread_state import ThreadState
 
-# What could not be ended stays suspended: were it to die, it would run once more.
+# Micro-batches that could not be ended. A greenlet that is dropped would run once more.
 _LEFT_BEHIND: list[MicroBatch] = []
 
 
 class MicroBatchesInFlight:
-    """Those of one hub, whose thread state is `hub_state`."""
+    """The micro-batches in flight of one sweep loop, whose thread state is
+    `loop_state`."""
 
     def __init__(
-        self, doors: Doors, moves: SideTransfers, hub_state: ThreadState
+        self, doors: Doors, side_transfers: SideTransfers, loop_state: ThreadState
     ) -> None:
         self.running: MicroBatch | None = None
-        """Who has the thread."""
+        """The micro-batch that is running; None while the sweep loop runs."""
         self._doors = doors
-        self._moves = moves
-        self._hub_state = hub_state
-        self._found: dict[int, MicroBatch] = {}
+        self._side_transfers = side_transfers
+        self._loop_state = loop_state
+        self._by_index: dict[int, MicroBatch] = {}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._by_index)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self._found.values())
+        return iter(self._by_index.values())
 
     def __contains__(self, index: int) -> bool:
-        return index in self._found
+        return index in self._by_index
 
     def add(self, me: MicroBatch) -> None:
-        self._found[me.index] = me
+        self._by_index[me.index] = me
 
     def run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
         """Runs a `piece` of `me`."""
@@ -45,35 +46,35 @@ class MicroBatchesInFlight:
             self.running = None
 
     def leave(self, me: MicroBatch) -> None:
-        """`me` has ended. A failed forward leaves without its hook; nothing stays open
-        behind it."""
-        self._found.pop(me.index, None)
-        self._moves.leave(me)
+        """Forgets `me`, which has ended, and leaves the sites that it is still inside:
+        a failed forward may skip the hook that does so."""
+        self._by_index.pop(me.index, None)
+        self._side_transfers.leave(me)
         while me.inside:
             self._doors.leave(me.inside.pop())
 
     def end_all(self) -> list[BaseException]:
-        """Ends what still waits, under its own state, `finally` and all. Returns what
-        interrupted that."""
+        """Ends all micro-batches: each runs its `finally` blocks, under its own thread
+        state. Returns the errors and interrupts that came of it."""
         errors: list[BaseException] = []
         for me in list(self):
             try:
-                self._hub_state.resume()
+                self._loop_state.resume()
                 self._end(me)
             except BaseException as error:  # the others must end all the same
                 errors.append(error)
         return errors
 
     def let_go(self) -> None:
-        """They have nothing of the model any more; called once no door is to be left
-        by them. What they hold themselves they have as long as they wait."""
-        self._moves.let_go(self._found)
+        """Detaches all micro-batches from the model: they will not run inside it again.
+        The tensors that they refer to live on until their own thread ends them."""
+        self._side_transfers.let_go(self._by_index)
         for me in self:
             me.inside.clear()
 
     def _end(self, me: MicroBatch) -> None:
         try:
-            self._moves.bring_back(me.index)  # its `finally` may look at it
+            self._side_transfers.bring_back(me.index)  # its `finally` may look at it
             self.run(me, me.exit)
         finally:
             if me.is_alive:

@@ -1,4 +1,4 @@
-"""What a sweep has to do, and how much of it is done. Pure."""
+"""The batches that a sweep has to run, and how many it has run. Pure."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass
 class SweepInput:
-    """What to do with each batch, and the batches that are left."""
+    """The function to call with each batch, and the batches that are left."""
 
     fn: Callable[[Any], Any]
     batches: Iterable[Any]
     has_more: bool = True
-    """False once `batches` has come to its end."""
+    """False once `batches` is exhausted."""
     num_taken: int = 0
 
     def __post_init__(self) -> None:
@@ -21,11 +21,13 @@ class SweepInput:
 
     @property
     def expects_more(self) -> bool:
-        """Whether another batch is likely: the end of a list is seen beforehand."""
+        """Whether another batch is likely. The end of a list is known beforehand, that
+        of a generator only once it is reached."""
         return self.has_more and length_hint(self._left, 1) > 0
 
     def take(self) -> tuple[int, Any]:
-        """The next batch and its number; StopIteration at the end."""
+        """Returns the number of the next batch, and the batch. Raises StopIteration at
+        the end."""
         try:
             batch = next(self._left)
         except StopIteration:
@@ -44,6 +46,6 @@ class SweepProgress:
     max_in_flight: int = 0
 
     def start(self, num_in_flight: int) -> None:
-        """One more has started: so many are in flight."""
+        """One more has started: `num_in_flight` are in flight now."""
         self.num_started += 1
         self.max_in_flight = max(self.max_in_flight, num_in_flight)

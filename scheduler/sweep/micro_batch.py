@@ -1,4 +1,4 @@
-"""One micro-batch: the caller's function in a greenlet, and what is its alone."""
+"""One micro-batch: the user's function in a greenlet, and the state that is its own."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .thread_state import ThreadState
 
 _log = logging.getLogger("penstock")
 
-# A micro-batch may catch the exit and call the model again; not for ever.
+# A micro-batch may catch GreenletExit and call the model again: so often at most.
 _MAX_EXITS = 100
 
 
@@ -25,9 +25,9 @@ class MicroBatch:
     """Runs `work()` piece by piece: `start`, then `resume` until it `is_done`.
 
     Between pieces it keeps its own thread state, context variables, module state and
-    random state; the hub's are put back whenever it is not running. Only when it parks
-    the thread stays plain: the hub is about to let another one run, and twice the work
-    for each product would be felt.
+    random state, and the sweep loop's are restored. There is one exception: when a
+    micro-batch parks, the thread stays in plain inference mode, because another one
+    runs next at once and restoring the loop's state would double the cost of a switch.
     """
 
     def __init__(
@@ -36,28 +36,29 @@ class MicroBatch:
         work: "partial[Any]",
         *,
         devices: tuple[str, ...],
-        hub_state: ThreadState,
+        loop_state: ThreadState,
         module_state: ModuleState,
     ) -> None:
         self.index = index
         self.num_arrivals = 0
-        """Sites that it came to so far."""
+        """How many times it has reached a site."""
         self.last_site: int | None = None
         self.visited: set[int] = set()
         self.records_gradients = False
-        """Whether it did when it came to the site where it waits."""
+        """Whether grad mode was on when it reached its current site."""
         self.inside: list[int] = []
         self.is_parked = False
-        """Whether it waits inside of a site, for others to come where it is."""
+        """Whether it waits inside a site, at a row-wise module, for others to reach the
+        same module."""
         self.last_module: int | None = None
         self.called: set[int] = set()
-        """The row-wise modules that it called."""
+        """The row-wise modules that it has called."""
         self.value: Any = None
         self.error: BaseException | None = None
         self._num_exits = 0
         self._work = work
         self._state = ThreadState(devices)
-        self._hub_state = hub_state
+        self._loop_state = loop_state
         self._module_state = module_state
         self._module_values: Values = ()
         self._flow: Any = greenlet.greenlet(self._run)
@@ -69,26 +70,28 @@ class MicroBatch:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it was started and did not end."""
+        """Whether it has started and not ended."""
         return bool(self._flow)
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is this micro-batch's own code."""
+        """Whether the caller runs inside this micro-batch."""
         return self._flow is greenlet.getcurrent()
 
     def start(self, seed: int) -> None:
-        """Runs until the first wait or the end, with a random state of its own."""
+        """Runs until the first wait or the end. Its own random state starts from
+        `seed`."""
         self._switch(
-            lambda: self._state.start_like(self._hub_state, seed), self._flow.switch
+            lambda: self._state.start_like(self._loop_state, seed), self._flow.switch
         )
 
     def resume(self) -> None:
-        """Runs on until the next wait or the end."""
+        """Continues until the next wait or the end."""
         self._switch(self._state.resume, self._flow.switch)
 
     def exit(self) -> None:
-        """Unwinds what waits, `finally` and all, under its own state."""
+        """Raises GreenletExit where it waits, so that its `finally` blocks run, under
+        its own thread state."""
         if not self.is_alive:
             return
         self._switch(
@@ -96,7 +99,8 @@ class MicroBatch:
         )
 
     def exit_here(self) -> None:
-        """Called by the running micro-batch, which is to end."""
+        """Raises GreenletExit in the running micro-batch, which calls this. After
+        `_MAX_EXITS` of them it is suspended for ever."""
         self._num_exits += 1
         if self._num_exits <= _MAX_EXITS:
             raise greenlet.GreenletExit
@@ -105,48 +109,49 @@ class MicroBatch:
             self.wait()
 
     def park(self) -> None:
-        """Like `wait`, for a short time and inside of a site."""
+        """Suspends the running micro-batch inside a site, for a short time: see
+        `is_parked`."""
         self.is_parked = True
         self.wait()
 
     def wait(self) -> None:
-        """Called by the running micro-batch: back to the hub until resumed."""
+        """Suspends the running micro-batch, which calls this, until `resume`."""
         self._module_values = self._module_state.take()
         self._state.suspend()
         self._flow.parent.switch()
 
     def held_bytes(self) -> int:
-        """Bytes of activations that it keeps alive while it waits."""
+        """The bytes of activations that it keeps alive while it is suspended."""
         return held_bytes(self._flow.gr_frame, self._work)
 
     def own_storages(self, ownership: Ownership) -> list[torch.UntypedStorage]:
-        """The memory on the device that is its alone while it waits."""
+        """The storages on the device that only it refers to while it is suspended."""
         return ownership.own(self.index, self._flow.gr_frame, self._work)
 
     def _switch(self, put_state: Callable[[], None], go: Callable[[], Any]) -> None:
         self._flow.parent = greenlet.getcurrent()
         self.is_parked = False
-        hub_values = self._module_state.take()
+        loop_values = self._module_state.take()
         try:
-            if not self._hub_state.is_suspended:
-                self._hub_state.suspend()
+            if not self._loop_state.is_suspended:
+                self._loop_state.suspend()
             put_state()
             self._module_state.put(self._module_values)
             go()
         finally:
-            if self.is_done:  # an interrupt in `wait` left it suspended for ever
+            if self.is_done:  # an interrupt in `wait` may have left it suspended
                 self._state.resume()
                 self.is_parked = False
             if not self.is_parked:
-                self._hub_state.resume()
-            self._module_state.put(hub_values)
+                self._loop_state.resume()
+            self._module_state.put(loop_values)
 
     def _run(self) -> None:
         try:
             self.value = self._work()
         except greenlet.GreenletExit:
             self.error = ClosedError("the sweep was stopped before this finished")
-        except BaseException as error:  # the sweep's owner decides whose it is
+        except BaseException as error:  # the sweep loop raises it or reports it
             self.error = error
         finally:
             self._module_state.look(self.index, self.last_site, None)

@@ -1,8 +1,9 @@
 """State that a model keeps in its own modules between calls, one copy a micro-batch.
 
-Most models keep theirs in a cache that the caller holds. Some write it to attributes of
-their modules (recurrent states, position offsets): interleaved calls would then read
-each other's. Which attributes those are is learnt by watching the micro-batches.
+Most models keep such state in a cache that the caller holds. Some write it to
+attributes of their modules (recurrent states, position offsets). Interleaved calls
+would then read each other's values. This module watches the micro-batches, learns which
+attributes change, and swaps them.
 """
 
 import copy
@@ -19,28 +20,30 @@ from ...io.errors import PenstockError
 
 _ABSENT = object()
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-# Exactly these: a copy of them is one, which nobody promises for others.
+# Exactly these types, no subclasses: for them `copy.copy` is known to be enough.
 _BUILT_OF = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict))
 
-# A look walks the whole model, so their number is bounded. What a model keeps shows
-# early: in the first micro-batch, and in the first ones that take another way.
+# A look walks all modules, so the number of looks is bounded. State shows early: in the
+# first micro-batch, and the first times that a step from site to site occurs.
 _NUM_FIRST_LOOKS = 256
 _NUM_LOOKS_A_STEP = 4
 
 Values = tuple[Any, ...]
-"""What the watched attributes hold for one micro-batch."""
+"""The values of the watched attributes for one micro-batch."""
 
 
 class ModuleState:
-    """Swaps the attributes that calls change. Free where no call changes any.
+    """Swaps the attributes of `modules` that calls change. Costs nothing if no call
+    changes any.
 
-    Lists, dicts and sets that are changed in place are swapped, too. Of a tensor that
-    is written in place nobody has the old values: `conflict` names it. What hangs
-    deeper (an attribute of an attribute) is not seen.
+    Lists, dicts and sets that are changed in place are swapped, too. The old values of
+    a tensor that is written in place are lost; `conflict` names such a tensor. Changes
+    that lie deeper (an attribute of an attribute) are not seen.
 
-    Hooks and submodules belong to all. So does a mark that they were put in: else each
-    would put in its own (transformers, when hidden states are first asked for).
+    Hooks and submodules are shared by all micro-batches. So is a flag that is set to
+    True when they are added: otherwise each micro-batch would add its own (as
+    transformers does when hidden states are first requested).
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -55,11 +58,12 @@ class ModuleState:
         self._watched: list[tuple[dict[str, Any], str]] = []
         self._seen: set[tuple[int, str]] = set()
         self.conflict: str | None = None
-        """A tensor of the modules' that calls write to, if there is one."""
+        """The name of a module's tensor that calls write to in place; None if there is
+        none."""
         self.begin()
 
     def begin(self) -> None:
-        """What the modules hold now is what every new micro-batch starts with."""
+        """Records the current attributes: every new micro-batch starts with them."""
         self._num_built = sum(map(len, self._built))
         self._known: list[tuple[int, tuple[str, ...], tuple[Any, ...]]] = []
         self._contents: dict[tuple[int, str], tuple[dict[str, Any], _Blank]] = {}
@@ -78,8 +82,9 @@ class ModuleState:
         ]
 
     def look(self, index: int, previous: int | None, site: int | None) -> None:
-        """Micro-batch `index` went from site `previous` to `site` (None: its start, its
-        end; below 0: a place inside): learns what it changed, if that may be news."""
+        """Micro-batch `index` went from site `previous` to `site`, where None is its
+        start or end, and a number below 0 a place inside a site. Looks for changed
+        attributes unless this step was looked at often enough."""
         step = (previous, site)
         if index == 0 and self._first_looks_left:
             self._first_looks_left -= 1
@@ -89,15 +94,15 @@ class ModuleState:
         self.learn()
 
     def learn(self) -> None:
-        """Finds the attributes that changed since `begin`: from now on each micro-batch
-        has its own, and a new one starts with what they held before."""
+        """Finds the attributes that changed since `begin`. From now on they are swapped
+        for each micro-batch; a new one starts with the values of `begin`."""
         before_num, self._num_built = self._num_built, sum(map(len, self._built))
         was_built = self._num_built != before_num
         for (_, store), (size, keys, values) in zip(
             self._stores, self._known, strict=True
         ):
-            found = map(store.get, keys, repeat(_ABSENT))
-            if len(store) == size and all(map(is_, found, values)):
+            current = map(store.get, keys, repeat(_ABSENT))
+            if len(store) == size and all(map(is_, current, values)):
                 continue
             known, now = dict(zip(keys, values, strict=True)), dict(_plain(store))
             for key in {**known, **now}:
@@ -116,7 +121,8 @@ class ModuleState:
                 self.conflict = name
 
     def check(self) -> None:
-        """Raises PenstockError where several micro-batches could not be kept apart."""
+        """Raises PenstockError if a tensor was written in place, which micro-batches
+        would share."""
         if self.conflict is not None:
             raise PenstockError(
                 f"the model writes to {self.conflict} in place, where micro-batches "
@@ -124,12 +130,13 @@ class ModuleState:
             )
 
     def let_go(self) -> None:
-        """The modules are others' from now on: nothing of them is looked at, or put."""
+        """Stops watching and swapping: the modules belong to another sweep now."""
         self._stores, self._built, self._watched, self._blank = [], [], [], []
         self.begin()
 
     def take(self) -> Values:
-        """The running micro-batch's values; leaves the blank ones."""
+        """Returns the current values of the watched attributes, and resets these to the
+        values of `begin`."""
         if not self._watched:
             return ()
         values = tuple(store.get(key, _ABSENT) for store, key in self._watched)
@@ -137,10 +144,11 @@ class ModuleState:
         return values
 
     def put(self, values: Values) -> None:
-        """Makes `values` current; what was learnt after they were taken is blank."""
+        """Sets the watched attributes to `values`, and those that were found later than
+        `values` were taken to their values of `begin`."""
         if not self._watched:
             return
-        copies: dict[int, Any] = {}  # what two modules share, they share as a copy
+        copies: dict[int, Any] = {}  # two modules that share an object share its copy
         for index, (store, key) in enumerate(self._watched):
             value = values[index] if index < len(values) else self._blank[index]
             if isinstance(value, _Blank):
@@ -157,13 +165,13 @@ class ModuleState:
             self._blank.append(self._before(store, key, before))
 
     def _before(self, store: dict[str, Any], key: str, value: Any) -> Any:
-        """What `key` held at `begin`: of a container, its contents of then."""
+        """The value of `key` at `begin`; for a container, a copy of its contents."""
         _, blank = self._contents.get((id(store), key), (None, value))
         return blank
 
 
 class _Blank:
-    """What a container held at first: each micro-batch starts with a copy."""
+    """The contents of a container at `begin`: each micro-batch starts with a copy."""
 
     def __init__(self, original: Any) -> None:
         self.original = original

@@ -1,4 +1,4 @@
-"""The thread that a sweep runs in: greenlets can be switched in no other."""
+"""The thread that a sweep runs in. Its greenlets can be switched in no other thread."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,32 +10,33 @@ _WORK = "its thread"
 
 
 class Owner:
-    """Of `work`, which the calling thread begins. Another thread can only `leave` the
-    work to it, between two pieces: it is to be ended then, and never gone on with."""
+    """Ties `work` to the calling thread, which begins it. Another thread can only
+    `leave` the work, between two pieces of it; its own thread must end it then, and
+    cannot continue it."""
 
     def __init__(self, work: Ended) -> None:
         self._work = work
-        # Not the thread's number, which others get when it has ended.
+        # A thread's number would not do: it is used again once the thread has ended.
         self._endings = Endings.here()
         self._endings.started.add(work)
-        # By one step of the interpreter each: an interrupt could keep a lock locked.
-        # Whoever leaves the work claims it under a name that is nobody else's.
+        # Claimed by `dict.setdefault`, which is atomic. An interrupt could leave a real
+        # lock locked for ever. The value "by" says who is at work; None: nobody.
         self._claim: dict[str, object] = {}
 
     @property
     def is_here(self) -> bool:
-        """Whether the caller's thread is the one."""
+        """Whether the caller runs in the owning thread."""
         return self._endings is Endings.here()
 
     @property
     def is_idle_here(self) -> bool:
-        """Whether it is, and in no piece of the work."""
+        """Whether the caller is in the owning thread, and in no piece of the work."""
         return self.is_here and self._claim.get("by") != _WORK
 
     @contextlib.contextmanager
     def at_work(self, *, ends: bool = False) -> Iterator[None]:
-        """A piece of the work: a next one, or that which `ends` it. Raises ClosedError
-        where another thread has left no next one."""
+        """Runs one piece of the work, or, with `ends`, the piece that ends it. Raises
+        ClosedError if another thread has left the work; it may only be ended then."""
         if self._claim.setdefault("by", _WORK) != _WORK and not ends:
             raise ClosedError("this sweep was closed by another thread")
         try:
@@ -45,8 +46,8 @@ class Owner:
                 self._claim.clear()
 
     def leave(self, *, may_leave: Callable[[], bool]) -> bool:
-        """Called by another thread. False while a piece of the work is under way, or
-        where something else of that thread stands in the way."""
+        """Called by another thread: no further piece may begin. Returns False, and
+        changes nothing, while a piece is under way or if `may_leave` says no."""
         mine = object()
         if self._claim.setdefault("by", mine) is not mine:
             return False
@@ -56,11 +57,11 @@ class Owner:
         return False
 
     def end_later(self) -> None:
-        """What was left is kept until its thread comes by, or ends."""
+        """Keeps the work, which was left, until its thread ends it."""
         self._endings.left.append(self._work)
 
     def has_ended(self) -> None:
-        """Nothing of the work is suspended any more."""
+        """Forgets the work, of which nothing is suspended any more."""
         self._endings.started.discard(self._work)
         with contextlib.suppress(ValueError):
             self._endings.left.remove(self._work)

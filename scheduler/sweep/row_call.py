@@ -1,7 +1,7 @@
-"""One micro-batch's call of a row-wise module, and how several are made at once.
+"""One micro-batch's call of a row-wise module, and how several calls become one.
 
-A module is row-wise when each row of its output depends on the same row of its inputs
-alone. Rows of several callers may then go through it together.
+A module is row-wise if each row of its output depends on the same row of its inputs
+alone. One joint call can then compute the rows of several callers.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -19,25 +19,27 @@ _split_copy: Any = torch.split_with_sizes_copy  # torch's own types miss what it
 
 @dataclass(eq=False, slots=True)
 class RowCall:
-    """What one caller gives, and what it gets."""
+    """The arguments of one call and, later, its result."""
 
     me: MicroBatch
     args: tuple[torch.Tensor, ...]
     num_rows: int
     together: "list[RowCall]" = field(default_factory=list)
-    """Those whose rows its caller is to take through the module, its own among them;
-    empty if another one does it."""
+    """The calls that this caller has to make jointly, its own included. Empty if
+    another caller makes the joint call."""
     output: torch.Tensor | None = None
     is_alone: bool = False
-    """Whether it has to be made by itself, because it failed together."""
+    """Whether the call has to be made by itself: there is no other one to join, or the
+    joint call failed."""
 
     def give(self, rows: torch.Tensor) -> None:
-        """Its part of the output, in the shape of its input."""
+        """Stores its part of the output, (rows, width), in the shape of its input."""
         self.output = rows.view(*self.args[0].shape[:-1], rows.shape[-1])
 
 
 def num_rows_of(args: tuple[Any, ...]) -> int:
-    """How many rows `args` have; 0 if they are no rows of plain tensors."""
+    """The number of rows of `args`; 0 if these are not plain dense tensors of equally
+    many rows."""
     for arg in args:
         if type(arg) is not torch.Tensor or arg.layout is not torch.strided:
             return 0
@@ -45,7 +47,7 @@ def num_rows_of(args: tuple[Any, ...]) -> int:
             return 0
         if arg is not args[0] and arg.shape[:-1] != args[0].shape[:-1]:
             return 0
-    # Under vmap there are more rows than a tensor tells.
+    # Under vmap a tensor has more rows than its shape says.
     if not args or torch._C._functorch.peek_interpreter_stack() is not None:
         return 0
     first = args[0]
@@ -53,8 +55,8 @@ def num_rows_of(args: tuple[Any, ...]) -> int:
 
 
 def key_of(args: Sequence[torch.Tensor]) -> Hashable:
-    """What must be the same for all that are made at once: the width and the dtype of
-    rows, and what of the thread's state a call may depend on."""
+    """What calls must have in common to be joined: width and dtype of each argument,
+    and the part of torch's thread state that a call may depend on."""
     device = args[0].device
     is_autocast = torch.is_autocast_enabled(device.type)
     dispatch, function = current_modes()
@@ -69,10 +71,11 @@ def key_of(args: Sequence[torch.Tensor]) -> Hashable:
 
 
 def call_together(calls: Sequence[RowCall], forward: Forward) -> int:
-    """Makes all `calls` at once. Returns the bytes of one row of the output.
+    """Makes all `calls` by one call of `forward`. Returns the bytes of one output row.
+    Raises TypeError if the output does not have one row for each row.
 
-    What each one gets is a copy: a view would keep the rows of all alive for as long as
-    the caller keeps its own.
+    Each caller gets a copy of its rows: a view would keep the rows of all callers alive
+    as long as one of them keeps its own.
     """
     columns = zip(*(call.args for call in calls), strict=True)
     joined = [

@@ -1,8 +1,7 @@
-"""Many micro-batches through each unit while it is there: the model's own code, run in
-layer-major order by cooperative switching.
+"""Runs many micro-batches through each unit of weights while it is loaded.
 
-Each micro-batch runs the caller's function in a greenlet; `hub` says how they take
-turns.
+Each micro-batch runs the caller's function in a greenlet. The model's own code is run;
+`loop` switches between the greenlets so that layers are the outer loop.
 """
 
 import threading
@@ -13,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from ...io.closing import Closing
 from ...io.errors import ClosedError, PenstockError
-from ..activations.evacuation import ActivationOffload
+from ..activations.activation_offload import ActivationOffload
 from ..kv.store import KvStore
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
@@ -22,7 +21,7 @@ from .entry import ForwardEntry
 from .job import SweepInput, SweepProgress
 from .loop import SweepLoop
 from .module_state import ModuleState
-from .moves import SideTransfers
+from .side_transfers import SideTransfers
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -30,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[Result]):
-    """What became of one micro-batch: a value, or the error that ended it."""
+    """The result of one micro-batch: a value, or the error that ended it."""
 
     index: int
     value: Result | None
@@ -39,18 +38,18 @@ class Outcome(Generic[Result]):
 
 @dataclass(frozen=True, slots=True)
 class SweepStatistics:
-    """What the sweep has done so far."""
+    """The counters of a sweep so far."""
 
     num_started: int
     num_finished: int
     max_in_flight: int
     held_bytes_per_micro_batch: int
-    """Activations: the most that any one was seen to keep while it waited."""
+    """The most bytes of activations that one micro-batch kept while it waited."""
     coalescing: CoalescingStatistics
 
 
 class Outcomes(Closing, Iterator[Outcome[Result]], Generic[Result]):
-    """What `run` yields, for the thread that takes the first."""
+    """The outcomes that `run` yields. One thread takes them all."""
 
     def __init__(self, steps: Generator[Outcome[Result], None, None]) -> None:
         self._steps = steps
@@ -77,43 +76,45 @@ class Outcomes(Closing, Iterator[Outcome[Result]], Generic[Result]):
 
 
 class Sweep(Closing):
-    """Runs micro-batches in lock-step over one model; closed by `with`.
+    """Runs micro-batches over one model, all of them through a site before the next
+    site is loaded. A context manager.
 
-    `width` bounds how many are in flight (a number, or what says whether the next one
-    may start); `activation_bytes` bounds what they may keep alive between units,
-    measured on the first one. A finished one is replaced at once.
+    `width` bounds how many are in flight: a number, or a function that says whether the
+    next one may start. `activation_bytes` bounds the memory that they keep alive
+    between sites, as measured on the first one. A finished one is replaced at once.
     """
 
     def __init__(
         self,
-        gate: ForwardEntry,
+        entry: ForwardEntry,
         *,
         width: Width,
         activation_bytes: int | None,
         seed: int | None,
         devices: tuple[str, ...],
         module_state: ModuleState,
-        evacuation: ActivationOffload | None,
+        activation_offload: ActivationOffload | None,
         coalescing: Coalescing,
         kv: KvStore | None,
     ) -> None:
         if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
-        self._gate = gate
+        self._entry = entry
         self._seed = seed
         self._devices = devices
         self._module_state = module_state
-        self.evacuation = evacuation
-        """Moves what micro-batches hold while they are suspended; None: it stays."""
+        self.activation_offload = activation_offload
+        """Moves the activations of suspended micro-batches to host memory; None if they
+        stay on the device."""
         self._coalescing = coalescing
         self._kv = kv
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
-            num_sites=len(gate.doors.sites),
+            num_sites=len(entry.doors.sites),
         )
         self._progress = SweepProgress()
-        self._hub: SweepLoop | None = None
+        self._loop: SweepLoop | None = None
         self._is_closed = False
 
     def map(
@@ -123,12 +124,12 @@ class Sweep(Closing):
         *,
         return_exceptions: bool = False,
     ) -> list[Any]:
-        """`fn(batch)` for every batch, in order. `fn` may call the model as often as
-        it likes, `generate` included. It must hold no lock while it does: the next
-        micro-batch, on the same thread, would wait for that lock for ever.
+        """Returns `fn(batch)` for every batch, in order. `fn` may call the model any
+        number of times, and may call `generate`. It must hold no lock while it does:
+        the next micro-batch, on the same thread, would wait for that lock for ever.
 
-        All batches are run even if some fail. Then the first error is raised, or, with
-        `return_exceptions`, errors stand in the list in place of results.
+        All batches are run even if some fail. Then the first error is raised; with
+        `return_exceptions`, errors are put in the list in place of results.
         """
         outcomes = sorted(self.run(fn, batches), key=lambda outcome: outcome.index)
         if not return_exceptions:
@@ -145,14 +146,14 @@ class Sweep(Closing):
     def run(
         self, fn: Callable[[Batch], Result], batches: Iterable[Batch]
     ) -> Outcomes[Result]:
-        """Like `map`, but yields each outcome as it comes. Batches are taken from the
-        iterable as places become free, so it may be lazy and longer than memory.
+        """Like `map`, but yields each outcome as soon as there is one. Batches are read
+        from the iterable one by one, so it may be lazy and larger than memory.
 
         Each micro-batch has its own random state, seeded by the sweep's seed plus its
-        index; without a seed, by one number drawn from torch's generator.
+        index; without a seed, one is drawn from torch's generator.
 
-        All outcomes are taken in one thread, the one that takes the first. In another
-        one they raise PenstockError, and the sweep can be gone on with or closed.
+        All outcomes are taken in one thread, the one that takes the first. Another
+        thread gets PenstockError; the sweep can still be continued or closed then.
         """
         if self._is_closed:
             raise ClosedError("this sweep is closed: open another one")
@@ -162,21 +163,21 @@ class Sweep(Closing):
         self, fn: Callable[[Batch], Result], batches: Iterable[Batch]
     ) -> Generator[Outcome[Result], None, None]:
         self._check_open()
-        hub = self._make_hub(fn, batches)
+        loop = self._make_loop(fn, batches)
         try:
-            self._gate.start_sweep(hub)
-            self._hub = hub
-            hub.begin(self._seed)
-            while not hub.is_done:
+            self._entry.start_sweep(loop)
+            self._loop = loop
+            loop.begin(self._seed)
+            while not loop.is_done:
                 self._check_open()
-                with self._gate.computing():
-                    hub.round()
-                while hub.finished:
-                    yield _outcome(hub)
-            if hub.was_cut:
+                with self._entry.computing():
+                    loop.round()
+                while loop.finished:
+                    yield _outcome(loop)
+            if loop.was_cut:
                 self._check_open()
         finally:
-            self._end(hub)
+            self._end(loop)
 
     @property
     def is_closed(self) -> bool:
@@ -192,27 +193,27 @@ class Sweep(Closing):
         )
 
     def close(self) -> None:
-        """Stops the `run` under way, if there is one; there is none afterwards. From
-        inside of it, or while its thread is in the middle of it: at its next outcome.
-        From another thread: what is suspended unwinds when its own thread comes to the
-        model again, or ends."""
+        """Stops the `run` under way, and allows no other. Called inside the run, or
+        while its thread is running a micro-batch, it takes effect at the next outcome.
+        Called by another thread, suspended micro-batches end when their own thread
+        calls the model again or ends."""
         self._is_closed = True
-        hub = self._hub
-        if hub is not None and (hub.can_stop or not hub.is_mine):
-            self._end(hub)
-        if self._hub is None:  # an interrupt may have cut it off
+        loop = self._loop
+        if loop is not None and (loop.can_stop or not loop.is_mine):
+            self._end(loop)
+        if self._loop is None:  # an interrupt may have cut it off
             self._coalescing.stop()
-        self._close_evacuation()
+        self._close_activation_offload()
 
-    def _make_hub(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> SweepLoop:
+    def _make_loop(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> SweepLoop:
         return SweepLoop(
             SweepInput(fn, batches),
-            self._gate,
+            self._entry,
             self._admission,
             self._progress,
             devices=self._devices,
             module_state=self._module_state,
-            moves=SideTransfers(self.evacuation, self._kv),
+            side_transfers=SideTransfers(self.activation_offload, self._kv),
             coalescing=self._coalescing,
         )
 
@@ -220,32 +221,32 @@ class Sweep(Closing):
         if self._is_closed:
             raise ClosedError("this sweep was closed before it had ended")
 
-    def _end(self, hub: SweepLoop) -> None:
-        """Stops `hub`, or leaves it to its own thread, and lets others at the model, if
-        it ever had its turn. Cut off by an interrupt, `close` does it again."""
-        if not self._gate.home.is_here:  # its parent has it: nothing here runs again
-            Endings.here().left.append(hub)
+    def _end(self, loop: SweepLoop) -> None:
+        """Stops `loop`, or leaves it to its own thread, and gives its turn back. If an
+        interrupt cuts this off, `close` does it again."""
+        if not self._entry.home.is_here:  # in a forked child: the loop is the parent's
+            Endings.here().left.append(loop)
             return
-        if not hub.is_mine:
-            if hub.leave():
-                self._hub = None
+        if not loop.is_mine:
+            if loop.leave():
+                self._loop = None
             return
         try:
-            hub.stop()
+            loop.stop()
         finally:
-            self._gate.end_sweep(hub)
-            if self._hub is hub:
-                self._hub = None
+            self._entry.end_sweep(loop)
+            if self._loop is loop:
+                self._loop = None
             if self._is_closed:
-                self._close_evacuation()
+                self._close_activation_offload()
 
-    def _close_evacuation(self) -> None:
-        """Once nobody runs who may have something in host memory."""
-        if self._hub is None and self.evacuation is not None:
-            self.evacuation.close()
+    def _close_activation_offload(self) -> None:
+        """Closes the activation offload, unless a run may still need it."""
+        if self._loop is None and self.activation_offload is not None:
+            self.activation_offload.close()
 
 
-def _outcome(hub: SweepLoop) -> Outcome[Any]:
-    me = hub.finished.popleft()
+def _outcome(loop: SweepLoop) -> Outcome[Any]:
+    me = loop.finished.popleft()
     error = me.error if isinstance(me.error, Exception) else None
     return Outcome(me.index, me.value, error)

@@ -1,10 +1,10 @@
-"""torch's thread-local state, which greenlets of one thread would share.
+"""Saves and restores torch's thread-local state, which greenlets of one thread share.
 
-Grad mode, inference mode, autocast, function modes and the random generator belong to
-a thread, not to a greenlet. Left alone they leak from one micro-batch into the next,
-and killing one inside `inference_mode` would leave the caller in it. So do two things
-of the whole process that code sets for a while: the default dtype, and which attention
-kernels may be chosen (`sdpa_kernel`).
+Grad mode, inference mode, autocast, function modes and the random generator belong to a
+thread, not to a greenlet. They would leak from one micro-batch into the next, and
+ending one inside `inference_mode` would leave the caller in that mode. The same holds
+for two process-wide settings that code changes for a while: the default dtype, and the
+attention kernels that may be chosen (`sdpa_kernel`).
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-# torch's own guard. Leaving one restores exactly the state that entering it found,
-# grad mode and the set of dispatch keys included: entering is taking a snapshot.
+# torch's own guard. Entering it saves the grad mode and the set of dispatch keys;
+# leaving it restores exactly those.
 _Guard = torch._C._InferenceMode
 
 
-@dataclass(slots=True)  # frozen ones are slower to make, and this is made often
+@dataclass(slots=True)  # not frozen: those are slower to create
 class _Settings:
-    """The part of the state that is no dispatch key."""
+    """The part of the state that `_Guard` does not save."""
 
     autocast: list[tuple[str, bool, torch.dtype]]
     is_autocast_cached: bool
@@ -56,14 +56,14 @@ class _Settings:
 
 
 class ThreadState:
-    """What one flow of control sees while it runs, and keeps while it does not.
+    """The thread state of one flow of control (a micro-batch or the sweep loop).
 
-    A running flow is taken off the thread by `suspend` and put back by `resume`;
-    `start_like` runs a new flow under what a suspended one sees. Between two flows the
-    thread is in plain inference mode.
+    `suspend` saves the state of the running flow and `resume` restores it. `start_like`
+    starts a new flow with the state of a suspended one. Between two flows the thread is
+    in plain inference mode.
 
-    An interrupt (Ctrl-C) may cut either off: `resume` can be called again until it has
-    come to its end, and does nothing after that.
+    An interrupt (Ctrl-C) may cut off either method. `resume` can be called again until
+    it has run to its end, and does nothing after that.
     """
 
     def __init__(self, devices: tuple[str, ...]) -> None:
@@ -79,11 +79,11 @@ class ThreadState:
         return self._is_suspended
 
     def suspend(self) -> None:
-        """Remembers what this flow sees and leaves the thread plain."""
+        """Saves this flow's state and leaves the thread in plain inference mode."""
         self._settings = None
         self._dispatch_modes, self._function_modes = current_modes()
         self._is_suspended = True
-        # Modes first: nothing that follows is for them to see.
+        # Modes first: they would intercept the calls that follow.
         _drop_modes()
         self._settings = _Settings.current(self._devices)
         self._guard = _Guard(True)
@@ -92,11 +92,11 @@ class ThreadState:
             torch.set_autocast_enabled(_kind(device), False)
 
     def resume(self) -> None:
-        """Puts back what `suspend` took, whatever the last flow left behind."""
+        """Restores what `suspend` saved, whatever state the last flow has left."""
         if not self._is_suspended:
             return
         _drop_modes()
-        # Settings first: the guard restores the keys that they switch on and off.
+        # Settings first: they change dispatch keys, which the guard then restores.
         if self._settings is not None:
             self._settings.apply()
         if self._guard is not None:
@@ -106,8 +106,8 @@ class ThreadState:
         self._is_suspended = False
 
     def start_like(self, other: "ThreadState", seed: int) -> None:
-        """Starts this flow with the modes of the suspended `other`, in inference mode,
-        with a random state of its own."""
+        """Starts this flow with the settings and modes of the suspended `other`, in
+        inference mode, with a random state of its own from `seed`."""
         assert other._settings is not None, "only a suspended flow can be copied"
         other._settings.apply()
         for device in self._devices:
@@ -117,8 +117,8 @@ class ThreadState:
 
 
 def current_modes() -> tuple[list[Any], list[Any]]:
-    """The thread's stacks of dispatch and function modes. Empty ones, as most are, are
-    told by their lengths, which is faster."""
+    """The thread's stacks of dispatch and function modes. Most are empty; asking for
+    the length first is faster."""
     dispatch, function = [], []
     if torch._C._len_torch_dispatch_stack():
         dispatch = _get_current_dispatch_mode_stack()
@@ -160,7 +160,7 @@ def _set_attention_kernels(enabled: tuple[bool, ...]) -> None:
 
 
 def _kind(device: str) -> str:
-    """Autocast is set for all devices of a kind."""
+    """The device type ("cuda" of "cuda:1"), for which autocast is set as a whole."""
     return device.partition(":")[0]
 
 

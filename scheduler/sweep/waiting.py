@@ -1,4 +1,4 @@
-"""Who waits at which site, first come first served."""
+"""The micro-batches that wait at each site, in the order in which they came."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from .micro_batch import MicroBatch
 
 
 class Waiting:
-    """The micro-batches that wait, by the site at whose door they do."""
+    """One queue of suspended micro-batches for each site that is not open."""
 
     def __init__(self) -> None:
         self._queues: dict[int, deque[MicroBatch]] = {}
@@ -16,22 +16,22 @@ class Waiting:
         return bool(self._queues)
 
     def at(self, site: int | None) -> bool:
-        """Whether anybody waits at `site`."""
+        """Whether any micro-batch waits at `site`."""
         return site in self._queues
 
     def add(self, site: int, me: MicroBatch) -> None:
         self._queues.setdefault(site, deque()).append(me)
 
     def all_at(self, site: int | None) -> Iterable[MicroBatch]:
-        """Those that wait at `site`, in the order of their turns."""
+        """The micro-batches that wait at `site`, in order."""
         return () if site is None else self._queues.get(site, ())
 
     def first(self, site: int) -> MicroBatch:
-        """Whose turn it is at `site`, where somebody waits."""
+        """The first micro-batch in the queue of `site`, which is not empty."""
         return self._queues[site][0]
 
     def take(self, site: int) -> MicroBatch:
-        """Whose turn it is at `site`, who waits no longer."""
+        """Removes and returns the first micro-batch in the queue of `site`."""
         queue = self._queues[site]
         me = queue.popleft()
         if not queue:
@@ -39,12 +39,13 @@ class Waiting:
         return me
 
     def sites(self) -> set[int]:
-        """The sites where somebody waits."""
+        """The sites at which micro-batches wait."""
         return set(self._queues)
 
     def candidates(self) -> set[int]:
-        """The sites that come into question next: those where somebody waits inside of
-        another site, whose units stay in use meanwhile, else all."""
+        """The sites that may be opened next. A micro-batch that waits inside another
+        site keeps that site's units in use, so such sites come first; without any, all
+        sites at which micro-batches wait."""
         inner = {
             site
             for site, queue in self._queues.items()

@@ -216,7 +216,9 @@ def test_real_pretrained_weights_are_streamed_bit_for_bit() -> None:
     with penstock.load(folder, policy) as model:
         with penstock.sweep(model) as sweep:
             swept = sweep.map(lambda b: model(**b).last_hidden_state, batches)
-        blocks = [s for s in engine_of(model).found.sites if ".layer." in s.name]
+        blocks = [
+            s for s in engine_of(model).model_division.sites if ".layer." in s.name
+        ]
         assert len(blocks) == 6
         assert penstock.statistics(model).bytes_gathered > 0
     for one, other in zip(expected, swept, strict=True):

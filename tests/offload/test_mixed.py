@@ -49,14 +49,14 @@ def sizes_of(engine: Engine) -> dict[int, int]:
     """Bytes in a slot of each unit that is streamed."""
     return {
         index: engine._tiers._layouts[index].nbytes
-        for index, unit in enumerate(engine.found.units)
+        for index, unit in enumerate(engine.model_division.units)
         if unit.sites and not unit.is_resident
     }
 
 
 def room_to_stay(engine: Engine, lookahead: int) -> int:
     layouts = engine._tiers._layouts
-    resident, by_site = needs(engine.found, [plan.nbytes for plan in layouts])
+    resident, by_site = needs(engine.model_division, [plan.nbytes for plan in layouts])
     capacity = engine.statistics().device_memory_bytes
     return capacity - resident - (1 + lookahead) * max(by_site)
 
@@ -65,7 +65,7 @@ def rules_for(engine: Engine, lookahead: int) -> dict[str, str] | None:
     """The smallest unit stays on the device, if it fits; the others stand elsewhere, in
     turns."""
     sizes = sizes_of(engine)
-    names = {unit: engine.found.units[unit].name for unit in sizes}
+    names = {unit: engine.model_division.units[unit].name for unit in sizes}
     assert len(set(names.values())) == len(names), "a name stands for two units"
     smallest = min(sizes, key=lambda unit: sizes[unit])
     if sizes[smallest] > room_to_stay(engine, lookahead):
@@ -183,11 +183,13 @@ def test_each_pass_moves_exactly_what_does_not_stay(
     values = {**MIXED, "gather_rows": "1GiB", "lookahead": 0, "io": {"reader": reader}}
     with penstock.load(tmp_path, Policy(device_memory="1MiB", **values)) as probe:
         engine = engine_of(probe)
-        sizes = {engine.found.units[u].name: n for u, n in sizes_of(engine).items()}
+        sizes = {
+            engine.model_division.units[u].name: n for u, n in sizes_of(engine).items()
+        }
         resident_bytes = sum(
             plan.nbytes
             for unit, plan in zip(
-                engine.found.units, engine._tiers._layouts, strict=True
+                engine.model_division.units, engine._tiers._layouts, strict=True
             )
             if unit.is_resident
         )
@@ -251,7 +253,7 @@ def tensors_on(engine: Engine, tier: str) -> list[str]:
     """Names of the tensors there; what is always needed is on the device."""
     return [
         name
-        for index, unit in enumerate(engine.found.units)
+        for index, unit in enumerate(engine.model_division.units)
         if (engine._tiers.placement[index] == tier and not unit.is_resident)
         or (unit.is_resident and tier == "device")
         for name in unit.tensors

@@ -93,7 +93,7 @@ def test_units_are_loaded_in_the_order_of_a_real_sweep(
     net = make(Net, num_blocks)
     with streamed_net(net, slots=slots, lookahead=lookahead):
         engine = engine_of(net)
-        sites = range(len(engine.found.sites))
+        sites = range(len(engine.model_division.sites))
         order = [unit for i in sites for unit in engine._binding.units_of_site(i)]
         assert len(order) == len(sites) == num_blocks + 2
         placement = engine._tiers.placement

@@ -627,7 +627,7 @@ def test_who_calls_a_product_while_it_unwinds_gets_it() -> None:
     ("file", "every"),
     [
         ("sweep/coalescing.py", 5),
-        ("sweep/parked.py", 7),
+        ("sweep/coalescing_queue.py", 7),
         ("sweep/row_call.py", 7),
         ("sweep/loop.py", 13),
         ("sweep/micro_batch.py", 13),

@@ -29,13 +29,12 @@ from nets import (
 from penstock.io.errors import ClosedError
 from penstock.offload.engine import tiers
 from penstock.offload.model import engine_of
-from penstock.scheduler.sweep import in_flight
-from penstock.scheduler.sweep import loop as hub
+from penstock.scheduler.sweep import in_flight, loop
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-SCHEDULER = str(Path(hub.__file__).parents[1])
+SCHEDULER = str(Path(loop.__file__).parents[1])
 
 
 @pytest.fixture
@@ -344,10 +343,10 @@ def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) ->
 @pytest.mark.parametrize(
     ("file", "every"),
     [
-        ("activations/evacuation.py", 5),
+        ("activations/activation_offload.py", 5),
         ("activations/ownership.py", 201),
         ("activations/referrers.py", 111),
-        pytest.param("activations/evacuation.py", 2, marks=pytest.mark.whole),
+        pytest.param("activations/activation_offload.py", 2, marks=pytest.mark.whole),
         pytest.param("activations/ownership.py", 67, marks=pytest.mark.whole),
         pytest.param("activations/referrers.py", 37, marks=pytest.mark.whole),
     ],

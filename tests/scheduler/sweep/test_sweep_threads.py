@@ -27,14 +27,15 @@ from nets import (
 from penstock.io.errors import ClosedError, PenstockError
 from penstock.io.handle import Handle
 from penstock.offload.model import engine_of
-from penstock.scheduler.sweep import entry as gate_module
+from penstock.scheduler.sweep import entry as entry_module
+from penstock.scheduler.sweep import turn as turn_module
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(turn_module, "_POLL_SECONDS", 0.002)
 
 
 class Caller(threading.Thread):
@@ -166,17 +167,16 @@ def test_waiting_for_weights_is_not_waiting_for_a_thread(
         return net(item[1])  # type: ignore[no-any-return]
 
     with streamed(net):
-        gate = engine_of(net)._gate
-        is_waited_for, num_polls = gate._is_waited_for, 0
+        is_waited_for, num_polls = turn_module.is_waited_for, 0
 
-        def counted() -> bool:
+        def counted(*args: Any) -> bool:
             nonlocal num_polls
             num_polls += 1
-            if num_polls == 3 * gate_module._STUCK_POLLS:
+            if num_polls == 3 * turn_module._STUCK_POLLS:
                 slow.done()
-            return is_waited_for()
+            return is_waited_for(*args)
 
-        monkeypatch.setattr(gate, "_is_waited_for", counted)
+        monkeypatch.setattr(entry_module, "is_waited_for", counted)
         with penstock.sweep(net) as sweep:
             assert same(sweep.map(fn, enumerate(batches(2))), expected)
         caller.join()
@@ -222,14 +222,14 @@ def test_a_hook_of_another_thread_closes_nothing_of_mine() -> None:
     """torch calls `after` even where `before` has raised: with no turn of its own."""
     net = make(Net)
     with streamed(net):
-        gate = engine_of(net)._gate
-        gate.before(0)
-        other = Caller(lambda: gate.after(0))
+        entry = engine_of(net)._entry
+        entry.before(0)
+        other = Caller(lambda: entry.after(0))
         other.start()
         other.join()
         assert other.error is None
-        assert gate.doors.is_open(0)
-        gate.after(0)
+        assert entry.doors.is_open(0)
+        entry.after(0)
         assert open_sites(net) == []
 
 

@@ -123,35 +123,35 @@ def test_between_two_flows_the_thread_is_plain() -> None:
 
 
 def test_a_new_flow_begins_like_the_other_but_in_inference_mode() -> None:
-    hub, flow = ThreadState(("cpu",)), ThreadState(("cpu",))
+    loop, flow = ThreadState(("cpu",)), ThreadState(("cpu",))
     with torch.autocast("cpu", dtype=torch.float16), torch.device("meta"), doubles():
-        hub.suspend()
-        flow.start_like(hub, seed=3)
+        loop.suspend()
+        flow.start_like(loop, seed=3)
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.float16
         assert torch.get_default_dtype() == torch.float64
         assert torch.empty(1).device.type == "meta"
-        hub.resume()
+        loop.resume()
         assert not torch.is_inference_mode_enabled()
 
 
 def test_a_new_flow_samples_as_after_its_own_seed() -> None:
-    hub = ThreadState(("cpu",))
+    loop = ThreadState(("cpu",))
     flows = [ThreadState(("cpu",)) for _ in range(3)]
     drawn: list[list[float]] = [[] for _ in flows]
     for index, flow in enumerate(flows):
-        hub.suspend()
-        flow.start_like(hub, seed=index)
+        loop.suspend()
+        flow.start_like(loop, seed=index)
         drawn[index] += torch.rand(2).tolist()
         flow.suspend()
-        hub.resume()
-        torch.rand(index + 1)  # the hub draws, too
+        loop.resume()
+        torch.rand(index + 1)  # the loop draws, too
     for index in (2, 0, 1):
-        hub.suspend()
+        loop.suspend()
         flows[index].resume()
         drawn[index] += torch.randn(2).tolist()
-        hub.resume()
+        loop.resume()
     for index, numbers in enumerate(drawn):
         generator = torch.Generator().manual_seed(index)
         alone = torch.rand(2, generator=generator).tolist()
@@ -166,16 +166,16 @@ def seeded() -> None:
 
 def test_a_flow_that_ends_in_any_mode_does_not_spoil_the_next() -> None:
     """It was killed: none of its `with` blocks was left."""
-    hub, flow = ThreadState(("cpu",)), ThreadState(("cpu",))
+    loop, flow = ThreadState(("cpu",)), ThreadState(("cpu",))
     before = seen()
-    hub.suspend()
-    flow.start_like(hub, seed=0)
+    loop.suspend()
+    flow.start_like(loop, seed=0)
     torch._C._push_on_torch_dispatch_stack(dispatching())
     torch._C._push_on_torch_function_stack(PassingFunctions())
     torch.set_grad_enabled(True)
     torch.set_autocast_enabled("cpu", True)
     torch.set_default_dtype(torch.float64)
-    hub.resume()
+    loop.resume()
     assert seen() == before
 
 

@@ -1,5 +1,5 @@
-"""The micro-batches that stand inside of an open site, at a row-wise module, until all
-who are on their way there have come."""
+"""The calls that parked micro-batches have made of row-wise modules, and that wait to
+be joined with those of others."""
 
 from collections import deque
 from collections.abc import Hashable
@@ -9,11 +9,12 @@ from .micro_batch import MicroBatch
 from .row_call import RowCall
 
 Key = tuple[int, Hashable]
-"""A module's number, and what else calls must have in common to be made at once."""
+"""A module's number, and what else calls must have in common to be joined."""
 
 
 class CoalescingQueue:
-    """Knows who is parked where, and who has what it was parked for."""
+    """The waiting calls by key, and the micro-batches that are ready to continue.
+    `order` learns in which order modules are called."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -21,19 +22,19 @@ class CoalescingQueue:
         self._calls: dict[Key, deque[RowCall]] = {}
         self._ready: deque[MicroBatch] = deque()
         self.num_rows = 0
-        """Of all who are parked."""
+        """Rows of all waiting calls together."""
 
     def __bool__(self) -> bool:
-        """Whether anybody stands here, with or without what it came for."""
+        """Whether any micro-batch is parked, ready to continue or not."""
         return bool(self._calls or self._ready)
 
     def observe(self, me: MicroBatch, module: int) -> None:
-        """`me` calls `module`: learns what follows what."""
+        """Learns from `me`, which calls `module`, which module follows which."""
         step = (me.last_module, module)
         is_repeat = module in me.called
         me.last_module = module
         me.called.add(module)
-        if step not in self._steps:  # most are known: an order is slow to ask
+        if step not in self._steps:  # `Order.observe` is slow, and most are known
             self._steps.add(step)
             self._order.observe(*step, is_repeat=is_repeat)
 
@@ -42,7 +43,7 @@ class CoalescingQueue:
         self.num_rows += call.num_rows
 
     def make_ready(self, me: MicroBatch) -> None:
-        """`me` has what it was parked for."""
+        """`me` may continue."""
         self._ready.append(me)
 
     @property
@@ -53,8 +54,9 @@ class CoalescingQueue:
         return self._ready.popleft()
 
     def earliest(self) -> Key | None:
-        """Where the next call is to be made: at the module that comes first, so that
-        who is behind catches up with the others. None if nobody is parked."""
+        """The key of the calls to join next: those of the module that comes first in
+        the model, so that the micro-batches that are behind catch up with the others.
+        None if no call waits."""
         if not self._calls:
             return None
         if len(self._calls) == 1:
@@ -63,7 +65,8 @@ class CoalescingQueue:
         return next(key for key in self._calls if key[0] == module)
 
     def take(self, key: Key, max_rows: int) -> list[RowCall]:
-        """Those who have come there, the first ones if they have more rows."""
+        """Removes and returns the calls of `key`, in the order in which they came, up
+        to `max_rows` rows but at least one call."""
         calls, taken, num_rows = self._calls[key], list[RowCall](), 0
         while calls and (not taken or num_rows + calls[0].num_rows <= max_rows):
             num_rows += calls[0].num_rows

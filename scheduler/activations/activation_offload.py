@@ -1,16 +1,16 @@
-"""What suspended micro-batches keep alive moves to host memory, and back before they go
-on: the device holds the one that computes, the one before it and the one after it.
+"""Moves the activations of suspended micro-batches to host memory, and back before they
+resume. The device holds those of three micro-batches: the one that computes, the one
+before it and the one after it.
 
-Who waits for what, where micro-batches are served in the order a, b, c:
-- the copy out of a waits for the work of a (and, with it, for the last copy in from
-  its buffer, since whoever that was for has computed);
-- the memory of a is given back when b has run: the compute stream waits for the copy
-  out of a, which ran beside the work of b, and memory given back is used again in the
-  order of that stream;
-- memory for c is taken before b runs; the copy in of c waits for all work before that,
-  which may have been in the same memory (and, with it, for the copy out of c);
-- the work of c waits for its copy in.
-The host waits for nothing.
+Order of events, where micro-batches a, b, c compute one after the other:
+- The copy out of a waits for the kernels of a. These come after the last copy in from
+  the same buffer, whose micro-batch has computed since.
+- The device memory of a is freed when b has run. The compute stream then waits for the
+  copy out of a, which ran while b computed. Freed memory is reused in stream order.
+- Memory for c is allocated before b runs. The copy in of c waits for all kernels queued
+  before that, which may have used the same memory, and so for the copy out of c.
+- The kernels of c wait for its copy in.
+The host waits for none of this.
 """
 
 import time
@@ -30,30 +30,30 @@ from .ownership import Ownership, bytes_of
 
 _ALIGNMENT = 512
 MIN_BYTES = 16 << 10
-"""Smaller storages stay: they cost more to move than they take."""
+"""Smaller storages stay on the device: moving them costs more than it saves."""
 
 
 @dataclass(eq=False, slots=True)
 class _Parcel:
-    """What one suspended micro-batch has in its buffer."""
+    """The storages of one suspended micro-batch, and their copy in a host buffer."""
 
     buffer: Arena
     turn: int
-    """The turn that it left after."""
+    """The number of the turn in which its micro-batch computed."""
     is_leaving: bool = True
-    """Whether its memory on the device is to be given back."""
+    """Whether its device memory has yet to be freed."""
     copied: Event | None = None
-    """When all of it is in the buffer; None if it never came to that."""
+    """The event after the copy out; None if that was interrupted."""
     arrived: Event | None = None
-    """When all of it is back; None while it is not on its way."""
+    """The event after the copy in; None if none was queued."""
     is_away: bool = False
-    """Whether any memory on the device was given back."""
+    """Whether its device memory was freed."""
     storages: list[tuple[torch.UntypedStorage, int, int]] = field(default_factory=list)
-    """With the offset in the buffer and the length of each."""
+    """(storage, offset in the buffer, bytes) of each."""
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationStatistics:
+class ActivationOffloadStatistics:
     """Counters since the sweep was opened."""
 
     bytes_out: int
@@ -62,10 +62,10 @@ class EvacuationStatistics:
 
 
 class ActivationOffload(Closing):
-    """Moves the storages of suspended micro-batches, each known by a number.
+    """Moves the storages of suspended micro-batches, each identified by its index.
 
-    An interrupt may strike anywhere: what is in a buffer is there until the copy back
-    has been queued, so `bring_back` can be called again.
+    An interrupt may come anywhere. A buffer keeps its contents until the copy back has
+    been queued, so `bring_back` can be called again.
     """
 
     def __init__(
@@ -99,11 +99,12 @@ class ActivationOffload(Closing):
         self.ownership.forget(index)
         self.bring_back(index)
         if following is not None and following in self._parcels:
-            with suppress(RuntimeError, MemoryError):  # raised again when it must be
+            with suppress(RuntimeError, MemoryError):  # raised again by `bring_back`
                 self._fetch(self._parcels[following])
 
     def move_out(self, index: int, storages: list[torch.UntypedStorage]) -> None:
-        """Starts to move what micro-batch `index` holds, which has just computed."""
+        """Starts to copy out the `storages` of micro-batch `index`, which has just
+        computed."""
         assert index not in self._parcels, "who computes has nothing in a buffer"
         if not storages:
             return
@@ -125,28 +126,28 @@ class ActivationOffload(Closing):
         self._record(ACTIVATIONS, f"{index} out", start, time.perf_counter(), end)
 
     def bring_back(self, index: int) -> None:
-        """What micro-batch `index` holds is there for the work queued from now on.
-        Raises what the device raises when it has no memory; nothing is lost then."""
+        """Work that is queued from now on finds the storages of micro-batch `index`.
+        Raises the device's error if it has no memory; nothing is lost then."""
         parcel = self._parcels.get(index)
         if parcel is None:
             return
         self._fetch(parcel)
-        # Its memory may still be copied from, if it was not away for long.
+        # The copy out may still read this memory, if it was never freed.
         self._device.compute.wait(parcel.copied or self._out.record())
         if parcel.arrived is not None:
             self._device.compute.wait(parcel.arrived)
         used = parcel.arrived or self._out.record()
         del self._parcels[index]
-        parcel.storages = []  # what it refers to would look like somebody else's
+        parcel.storages = []  # `Ownership` would take it for another owner
         self._buffers.give_back(parcel.buffer, used)
 
-    def statistics(self) -> EvacuationStatistics:
-        return EvacuationStatistics(
+    def statistics(self) -> ActivationOffloadStatistics:
+        return ActivationOffloadStatistics(
             self._bytes_out, self._bytes_in, self._buffers.num_allocated
         )
 
     def close(self) -> None:
-        """Brings everything back, and frees the buffers."""
+        """Brings all storages back and frees the buffers."""
         try:
             for index in list(self._parcels):
                 self.bring_back(index)
@@ -156,7 +157,7 @@ class ActivationOffload(Closing):
             self.is_closed = True
 
     def _free(self, parcel: _Parcel) -> None:
-        """Gives the device's memory back once it is in the buffer."""
+        """Frees the device memory of `parcel` once it is copied to the buffer."""
         if not parcel.is_leaving or parcel.copied is None:
             return
         self._device.compute.wait(parcel.copied)
@@ -165,7 +166,7 @@ class ActivationOffload(Closing):
             self._device.resize(storage, 0)
 
     def _fetch(self, parcel: _Parcel) -> None:
-        """Starts to bring back what is away; what is not stays."""
+        """Starts to copy back `parcel` if its device memory was freed."""
         parcel.is_leaving = False
         if not parcel.is_away:
             return

@@ -1,7 +1,7 @@
-"""Bytes that nobody holds any more, while a device may still be at work on them. Pure.
+"""Bytes that were freed while a device may still work on them. Pure.
 
-The host runs ahead of the device: a slot is given back when the last kernel that reads
-it has been queued, not when it has run. Whoever writes there next must wait for that.
+The host runs ahead of the device: it frees a slot when the last kernel that reads it
+has been queued, not when that kernel has run. The next write must wait for the kernel.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,8 @@ class _Range(Generic[Mark]):
 
 
 class PendingRanges(Generic[Mark]):
-    """Remembers what to wait for, byte for byte."""
+    """Remembers, for each range of bytes, the marks to wait for before writing there.
+    A mark is anything that compares equal to itself, such as a CUDA event."""
 
     def __init__(self) -> None:
         self._ranges: list[_Range[Mark]] = []
@@ -28,12 +29,13 @@ class PendingRanges(Generic[Mark]):
         return len(self._ranges)
 
     def add(self, start: int, end: int, marks: Iterable[Mark]) -> None:
-        """The bytes from `start` to `end` are free after `marks`."""
+        """The bytes from `start` to `end` may be written once all `marks` passed."""
         self._ranges += [_Range(start, end, mark) for mark in marks]
 
     def take(self, start: int, end: int) -> tuple[Mark, ...]:
-        """What to wait for before the bytes from `start` to `end` are written. They
-        are the caller's from now on: what is left of older ranges lies beside them."""
+        """Returns what to wait for before writing the bytes from `start` to `end`, and
+        forgets it for these bytes: from now on the caller owns them. Ranges that reach
+        beyond them are cut, and the rest of them is kept."""
         marks: list[Mark] = []
         kept: list[_Range[Mark]] = []
         for r in self._ranges:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.scheduler.slots.cooling import PendingRanges
+from penstock.scheduler.slots.pending_ranges import PendingRanges
 
 SIZE = 24
 
@@ -24,22 +24,22 @@ STEPS = st.lists(
 def test_the_marks_are_those_of_a_model_that_knows_every_byte(
     steps: list[tuple[bool, tuple[int, int], list[int]]],
 ) -> None:
-    cooling: PendingRanges[int] = PendingRanges()
+    pending: PendingRanges[int] = PendingRanges()
     model: dict[int, set[int]] = defaultdict(set)
     for is_add, (start, end), marks in steps:
         if is_add:
-            cooling.add(start, end, marks)
+            pending.add(start, end, marks)
             for byte in range(start, end):
                 model[byte] |= set(marks)
             continue
-        found = cooling.take(start, end)
+        found = pending.take(start, end)
         assert len(found) == len(set(found)), "a mark is waited for twice"
         assert set(found) == set().union(
             *(model.pop(b, set()) for b in range(start, end))
         )
     for byte in range(SIZE):  # nothing else is left, and nothing is lost
-        assert set(cooling.take(byte, byte + 1)) == model[byte]
-    assert cooling.take(0, SIZE) == ()
+        assert set(pending.take(byte, byte + 1)) == model[byte]
+    assert pending.take(0, SIZE) == ()
 
 
 @given(st.lists(RANGES, min_size=1, max_size=200))
@@ -47,28 +47,28 @@ def test_what_is_taken_before_it_is_added_to_stays_short(
     ranges: list[tuple[int, int]],
 ) -> None:
     """As slots do: claimed (take), read, released (add), with two marks each."""
-    cooling: PendingRanges[int] = PendingRanges()
+    pending: PendingRanges[int] = PendingRanges()
     for turn, (start, end) in enumerate(ranges):
-        cooling.take(start, end)
-        cooling.add(start, end, (2 * turn, 2 * turn + 1))
-        assert len(cooling) <= 2 * SIZE
+        pending.take(start, end)
+        pending.add(start, end, (2 * turn, 2 * turn + 1))
+        assert len(pending) <= 2 * SIZE
 
 
 def test_what_is_left_of_a_range_lies_beside_what_was_taken() -> None:
-    cooling: PendingRanges[str] = PendingRanges()
-    cooling.add(0, 10, ["a"])
-    assert cooling.take(4, 6) == ("a",)
-    assert cooling.take(4, 6) == ()
-    assert cooling.take(3, 5) == ("a",)
-    assert cooling.take(0, 3) == ("a",)
-    assert cooling.take(0, 6) == ()
-    assert cooling.take(0, 10) == ("a",)
-    assert len(cooling) == 0
+    pending: PendingRanges[str] = PendingRanges()
+    pending.add(0, 10, ["a"])
+    assert pending.take(4, 6) == ("a",)
+    assert pending.take(4, 6) == ()
+    assert pending.take(3, 5) == ("a",)
+    assert pending.take(0, 3) == ("a",)
+    assert pending.take(0, 6) == ()
+    assert pending.take(0, 10) == ("a",)
+    assert len(pending) == 0
 
 
 def test_neighbours_are_not_waited_for() -> None:
-    cooling: PendingRanges[str] = PendingRanges()
-    cooling.add(0, 4, ["a"])
-    cooling.add(8, 12, ["b"])
-    assert cooling.take(4, 8) == ()
-    assert cooling.take(3, 9) == ("a", "b")
+    pending: PendingRanges[str] = PendingRanges()
+    pending.add(0, 4, ["a"])
+    pending.add(8, 12, ["b"])
+    assert pending.take(4, 8) == ()
+    assert pending.take(3, 9) == ("a", "b")

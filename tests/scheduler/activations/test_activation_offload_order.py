@@ -17,7 +17,7 @@ import torch
 from penstock.io.event import Event
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.host_buffers import HostBuffers
-from penstock.scheduler.activations.evacuation import ActivationOffload
+from penstock.scheduler.activations.activation_offload import ActivationOffload
 from penstock.scheduler.activations.ownership import Ownership, bytes_of
 from recording import FakeEvent, FakeStream, RecordingDevice, range_of
 
@@ -63,42 +63,42 @@ class MicroBatches:
 
 
 @contextmanager
-def evacuating(
+def offloading(
     seed: int,
     num: int,
-    change: Callable[[ActivationOffload], None] = lambda moves: None,
+    change: Callable[[ActivationOffload], None] = lambda offload: None,
 ) -> Iterator[tuple[MicroBatches, ActivationOffload]]:
     random = Random(seed)
     device = RecordingDevice(random)
     buffers = HostBuffers(lambda buffer: None)
-    moves = ActivationOffload(
+    offload = ActivationOffload(
         device, buffers, Ownership(torch.device("cpu"), min_bytes=1)
     )
     sizes = [
         [random.randrange(1, 5000) for _ in range(random.randrange(1, 4))]
         for _ in range(num)
     ]
-    change(moves)
+    change(offload)
     try:
-        yield MicroBatches(device, sizes), moves
+        yield MicroBatches(device, sizes), offload
     finally:
-        moves.close()
+        offload.close()
 
 
-def sweep(found: MicroBatches, moves: ActivationOffload, rounds: int) -> None:
+def sweep(micro_batches: MicroBatches, offload: ActivationOffload, rounds: int) -> None:
     """Each computes once a round, in an order that is now and then another one than was
     expected."""
-    random = found.device.random
-    order = list(range(len(found.storages)))
+    random = micro_batches.device.random
+    order = list(range(len(micro_batches.storages)))
     for _ in range(rounds):
         for place, index in enumerate(order):
             following: int | None = order[(place + 1) % len(order)]
             if random.random() < 0.2:
                 following = random.choice([None, *order])
-            moves.begin_turn(index, following if following != index else None)
-            found.compute(index)
-            moves.move_out(index, found.storages[index])
-            found.device.run(random.randrange(4))
+            offload.begin_turn(index, following if following != index else None)
+            micro_batches.compute(index)
+            offload.move_out(index, micro_batches.storages[index])
+            micro_batches.device.run(random.randrange(4))
         if random.random() < 0.3:
             random.shuffle(order)
 
@@ -109,49 +109,49 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("seed", "num"), cases())
 def test_every_access_waits_for_what_it_must(seed: int, num: int) -> None:
-    with evacuating(seed, num) as (found, moves):
-        sweep(found, moves, 6)
+    with offloading(seed, num) as (micro_batches, offload):
+        sweep(micro_batches, offload, 6)
         for index in range(num):
-            moves.bring_back(index)
-            found.compute(index)
-        found.device.synchronize()
-        assert found.wrong == []
-        assert found.device.problems == []
+            offload.bring_back(index)
+            micro_batches.compute(index)
+        micro_batches.device.synchronize()
+        assert micro_batches.wrong == []
+        assert micro_batches.device.problems == []
 
 
 @pytest.mark.parametrize(("seed", "num"), cases())
 def test_the_host_never_waits_for_the_device_once_buffers_fit(
     seed: int, num: int
 ) -> None:
-    with evacuating(seed, num) as (found, moves):
-        sweep(found, moves, 12)
-        found.device.num_host_waits.clear()
-        allocated = moves.statistics().num_buffers_allocated
-        sweep(found, moves, 6)
-        if moves.statistics().num_buffers_allocated == allocated:
-            assert found.device.num_host_waits == {}
+    with offloading(seed, num) as (micro_batches, offload):
+        sweep(micro_batches, offload, 12)
+        micro_batches.device.num_host_waits.clear()
+        allocated = offload.statistics().num_buffers_allocated
+        sweep(micro_batches, offload, 6)
+        if offload.statistics().num_buffers_allocated == allocated:
+            assert micro_batches.device.num_host_waits == {}
 
 
 def test_in_a_steady_state_no_buffer_is_allocated() -> None:
-    with evacuating(0, 5) as (found, moves):
-        sweep(found, moves, 20)
-        allocated = moves.statistics().num_buffers_allocated
-        sweep(found, moves, 20)
-        assert moves.statistics().num_buffers_allocated == allocated
-        assert moves.statistics().bytes_out > moves.statistics().bytes_in > 0
+    with offloading(0, 5) as (micro_batches, offload):
+        sweep(micro_batches, offload, 20)
+        allocated = offload.statistics().num_buffers_allocated
+        sweep(micro_batches, offload, 20)
+        assert offload.statistics().num_buffers_allocated == allocated
+        assert offload.statistics().bytes_out > offload.statistics().bytes_in > 0
 
 
 def test_the_device_holds_who_computes_and_its_neighbours() -> None:
-    with evacuating(0, 6) as (found, moves):
+    with offloading(0, 6) as (micro_batches, offload):
         for turn in range(24):
             index = turn % 6
-            moves.begin_turn(index, (index + 1) % 6)
+            offload.begin_turn(index, (index + 1) % 6)
             if turn >= 6:
-                held = [i for i, n in enumerate(found.bytes_on_device) if n]
+                held = [i for i, n in enumerate(micro_batches.bytes_on_device) if n]
                 near = {(index - 1) % 6, index, (index + 1) % 6}
                 assert set(held) == near
-            found.compute(index)
-            moves.move_out(index, found.storages[index])
+            micro_batches.compute(index)
+            offload.move_out(index, micro_batches.storages[index])
 
 
 # Each rule broken on purpose.
@@ -169,31 +169,31 @@ def deaf(stream: FakeStream, to: str) -> None:
     stream.wait = wait  # type: ignore[method-assign]
 
 
-def streams(moves: ActivationOffload) -> tuple[Any, Any, Any]:
-    return moves._device.compute, moves._out, moves._back
+def streams(offload: ActivationOffload) -> tuple[Any, Any, Any]:
+    return offload._device.compute, offload._out, offload._back
 
 
-def forget_who_computed(moves: ActivationOffload) -> None:
+def forget_who_computed(offload: ActivationOffload) -> None:
     """A copy out that does not wait for the work that wrote it."""
-    compute, out, _ = streams(moves)
+    compute, out, _ = streams(offload)
     deaf(out, compute.name)
 
 
-def forget_the_copy_out(moves: ActivationOffload) -> None:
+def forget_the_copy_out(offload: ActivationOffload) -> None:
     """Memory that is given back while it is still copied from."""
-    compute, out, _ = streams(moves)
+    compute, out, _ = streams(offload)
     deaf(compute, out.name)
 
 
-def forget_who_had_the_memory(moves: ActivationOffload) -> None:
+def forget_who_had_the_memory(offload: ActivationOffload) -> None:
     """A copy in that does not wait for the work of who had this memory before."""
-    compute, _, back = streams(moves)
+    compute, _, back = streams(offload)
     deaf(back, compute.name)
 
 
-def forget_the_copy_in(moves: ActivationOffload) -> None:
+def forget_the_copy_in(offload: ActivationOffload) -> None:
     """Work that does not wait for what it needs."""
-    compute, _, back = streams(moves)
+    compute, _, back = streams(offload)
     deaf(compute, back.name)
 
 
@@ -211,9 +211,9 @@ def test_a_planted_bug_is_caught(
 ) -> None:
     problems: list[str] = []
     for seed in range(5):
-        with evacuating(seed, 4, change) as (found, moves):
-            sweep(found, moves, 6)
-        problems += found.device.problems
+        with offloading(seed, 4, change) as (micro_batches, offload):
+            sweep(micro_batches, offload, 6)
+        problems += micro_batches.device.problems
     assert any(sign in problem for problem in problems)
 
 
@@ -221,11 +221,11 @@ def test_a_planted_bug_is_caught(
 
 
 def test_who_finds_no_memory_on_the_way_back_finds_everything_later() -> None:
-    with evacuating(1, 3) as (found, moves):
-        sweep(found, moves, 1)
+    with offloading(1, 3) as (micro_batches, offload):
+        sweep(micro_batches, offload, 1)
         for _ in range(2):  # all but the last are away
-            moves.begin_turn(-1, None)
-        resize, left = found.device.resize, 1
+            offload.begin_turn(-1, None)
+        resize, left = micro_batches.device.resize, 1
 
         def full(storage: torch.UntypedStorage, nbytes: int) -> None:
             nonlocal left
@@ -234,23 +234,23 @@ def test_who_finds_no_memory_on_the_way_back_finds_everything_later() -> None:
                 raise torch.OutOfMemoryError("full")
             resize(storage, nbytes)
 
-        found.storages[0].append(storage_of(0))
-        away = [i for i, n in enumerate(found.bytes_on_device) if not n]
-        found.device.resize = full  # type: ignore[method-assign]
+        micro_batches.storages[0].append(storage_of(0))
+        away = [i for i, n in enumerate(micro_batches.bytes_on_device) if not n]
+        micro_batches.device.resize = full  # type: ignore[method-assign]
         for index in away:
             left = 0
-            moves.begin_turn(-1, index)  # it only tried
+            offload.begin_turn(-1, index)  # it only tried
             with pytest.raises(torch.OutOfMemoryError):
-                moves.bring_back(index)
+                offload.bring_back(index)
         assert away
-        assert all(found.bytes_on_device[index] == 0 for index in away)
-        found.device.resize = resize  # type: ignore[method-assign]
+        assert all(micro_batches.bytes_on_device[index] == 0 for index in away)
+        micro_batches.device.resize = resize  # type: ignore[method-assign]
         for index in away:
-            moves.bring_back(index)
-            found.compute(index)
-        found.device.synchronize()
-        assert found.wrong == []
-        assert found.device.problems == []
+            offload.bring_back(index)
+            micro_batches.compute(index)
+        micro_batches.device.synchronize()
+        assert micro_batches.wrong == []
+        assert micro_batches.device.problems == []
 
 
 def test_buffers_grow_with_what_is_moved_and_are_not_more_than_are_lent() -> None:
