@@ -24,19 +24,36 @@ class SpillFolder:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache, prefix)
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=cache)).absolute()
-            lock = (self.path / _LOCK).open("w")
-            self._finaliser = weakref.finalize(self, _remove, self.path, lock, Home())
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.path, lock = _make(cache, prefix)
         except OSError as error:
             raise OutputError(
                 f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
                 "a folder that can be written"
             ) from error
+        self._finaliser = weakref.finalize(self, _remove, self.path, lock, Home())
 
     def cleanup(self) -> None:
         """Removes it. Nothing if that has been done."""
         self._finaliser()
+
+
+def _make(cache: Path, prefix: str) -> tuple[Path, TextIO]:
+    """A new folder, and its lock, which is held. Until it is, another process may take
+    the folder for one that was left, and remove it: then there is another try."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=cache)).absolute()
+        try:
+            lock = (path / _LOCK).open("w")
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            _remove(path, lock, Home())
+            raise
+        if (path / _LOCK).exists():
+            return path, lock
+        lock.close()
 
 
 def _remove(path: Path, lock: TextIO, home: Home) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
+import shutil
 import signal
 import textwrap
 import threading
@@ -27,6 +29,7 @@ from penstock.io.errors import OutputError
 from penstock.offload.engine import engine
 from penstock.offload.engine.tiers import Tiers
 from penstock.offload.weights.binding import Binding
+from penstock.offload.weights.spill_folder import SpillFolder
 
 pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
 
@@ -226,3 +229,23 @@ def test_a_sweep_that_ends_after_unwrap_leaves_the_weights_where_they_are(
     thread.join()
     hook.remove()
     assert same(serially(net, batches(2)), expected)
+
+
+def test_a_folder_taken_for_one_that_was_left_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process comes between its making and its lock."""
+    times = 0
+
+    def others_come_first(lock: Any, how: int) -> None:
+        nonlocal times
+        times += 1
+        if times == 1:
+            shutil.rmtree(Path(lock.name).parent)
+
+    monkeypatch.setattr(fcntl, "flock", others_come_first)
+    folder = SpillFolder(tmp_path, "wrapped-")
+    assert folder.path.exists()
+    assert times == 2
+    folder.cleanup()
+    assert list(tmp_path.iterdir()) == []
