@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from ...io.errors import UsageError
 from ...io.front_door import about
 from ..rows.limits import Limits
+from .option_values import set_numbers
 from .row_sampling import NUMBERS, number_of
 
 Company = Literal["any", "equal", "alone"]
@@ -208,8 +209,10 @@ def _configured(
         values["do_sample"] = False
     elif values.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         values.setdefault("do_sample", True)
+    for key, value in values.items():
+        setattr(config, key, value)
+    set_numbers(config)
     try:
-        config.update(**values)
         config.validate()
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"these options do not go together: {error}") from error

@@ -61,6 +61,11 @@ def check_layers(config: Any, folder: Path, *, num_tensors: int) -> None:
         for key, value in vars(part).items() if part is not None else ():
             if not isinstance(value, int) or not _LAYERS.search(key):
                 continue
+            if value < 0:
+                raise CheckpointError(
+                    f"{folder}/config.json: {key} is {value:,}, which is no number of "
+                    "blocks: download or copy it again"
+                )
             if value > max(num_tensors, _FEW_LAYERS):
                 raise CheckpointError(
                     f"{folder}/config.json: {key} is {value:,}, but the checkpoint has "

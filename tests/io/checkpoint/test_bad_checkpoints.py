@@ -206,6 +206,56 @@ DAMAGES: dict[str, tuple[Damage, type[PenstockError], list[str]]] = {
         CheckpointError,
         ["config.json is of another model"],
     ),
+    "config_is_a_list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        CheckpointError,
+        ["config.json must hold an object"],
+    ),
+    "config_is_too_deep": (
+        lambda f: (f / "config.json").write_text('{"a":' * 100_000),
+        CheckpointError,
+        ["config.json is no JSON: it is too deep"],
+    ),
+    "layers_as_text": (
+        lambda f: change_config(f, num_hidden_layers="4"),
+        CheckpointError,
+        ["config.json", "'num_hidden_layers'", "expected int"],
+    ),
+    "fewer_layers_than_none": (
+        lambda f: change_config(f, num_hidden_layers=-1),
+        CheckpointError,
+        ["config.json: num_hidden_layers is -1, which is no number"],
+    ),
+    "a_billion_layers": (
+        lambda f: change_config(f, num_hidden_layers=10**9),
+        CheckpointError,
+        ["config.json: num_hidden_layers is 1,000,000,000"],
+    ),
+    "no_heads": (
+        lambda f: change_config(f, num_attention_heads=0),
+        CheckpointError,
+        ["config.json"],
+    ),
+    "dtype_of_integers": (
+        lambda f: change_config(f, dtype="int8"),
+        CheckpointError,
+        ["config.json: dtype is torch.int8"],
+    ),
+    "model_type_is_a_list": (
+        lambda f: change_config(f, model_type=["llama"]),
+        CheckpointError,
+        ["config.json"],
+    ),
+    "architecture_of_another_kind": (
+        lambda f: change_config(f, architectures=["BertModel"]),
+        CheckpointError,
+        ["config.json contradicts itself", "BertConfig"],
+    ),
+    "generation_config_is_a_list": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        CheckpointError,
+        ["generation_config.json must hold an object"],
+    ),
     "config_with_more_layers": (
         lambda f: change_config(f, num_hidden_layers=4),
         CheckpointError,

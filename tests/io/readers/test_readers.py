@@ -438,6 +438,27 @@ def test_where_the_file_system_can_reads_are_direct(tmp_path: Path) -> None:
         assert reader.statistics().fallbacks == ()
 
 
+def test_statistics_may_be_asked_for_while_files_are_opened(
+    tmp_path: Path,
+) -> None:
+    paths = [tmp_path / str(n) for n in range(300)]
+    for path in paths:
+        path.write_bytes(b"x")
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with open_threads(stamps_of(*paths)) as reader:
+            opening = threading.Thread(
+                target=lambda: [read(reader, Extent(path, 0, 1)) for path in paths]
+            )
+            opening.start()
+            while opening.is_alive():
+                reader.statistics()
+            opening.join()
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_buffered_reads_that_were_asked_for_are_no_fallback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

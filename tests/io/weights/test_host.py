@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -106,6 +107,27 @@ def test_an_error_while_filling_names_the_unit_and_leaves_nothing_open(
     )
     with pytest.raises(ReadError, match=r"unit 'model\."):
         penstock.load(folder, policy)
+
+
+def test_shared_memory_is_not_that_of_a_file_that_was_changed_in_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    """With size and mtime as they were."""
+    policy = Policy(**POLICY, host_memory="1GiB", host_shared=True)
+    shutil.copytree(folder, tmp_path / "copy")
+    with penstock.load(tmp_path / "copy", policy) as first:
+        before = logits(first)
+        for path in (tmp_path / "copy").glob("*.safetensors"):
+            stat = path.stat()
+            with path.open("r+b") as file:
+                file.seek(-4096, os.SEEK_END)
+                file.write(bytes(4096))
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with penstock.load(tmp_path / "copy", policy) as second:
+            found = logits(second)
+    with penstock.load(tmp_path / "copy", Policy(**POLICY)) as model:
+        assert torch.equal(logits(model), found)
+    assert not torch.equal(before, found)
 
 
 def test_a_host_memory_that_is_no_size_is_refused() -> None:

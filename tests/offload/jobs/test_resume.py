@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import CUT, FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
-from penstock.io.errors import InputError, OutputError, UsageError
+from penstock.io.errors import InputError, OutputError, PenstockError, UsageError
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.jsonl import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done
@@ -324,6 +324,17 @@ def test_a_part_cut_short_is_named(source: Path, tmp_path: Path) -> None:
     part = tmp_path / "out.jsonl.parts" / "part-00000000.jsonl"
     part.write_bytes(part.read_bytes()[:-20])
     with pytest.raises(OutputError, match=r"part-00000000.jsonl is damaged"):
+        run_job(source, output)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{}", "\0"])
+def test_a_manifest_that_is_none_is_named(
+    text: str, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert killed_at(30, source, output)
+    (tmp_path / "out.jsonl.parts" / "manifest.json").write_text(text)
+    with pytest.raises(PenstockError, match=r"manifest\.json is damaged.*--restart"):
         run_job(source, output)
 
 

@@ -52,3 +52,11 @@ def test_modules_that_are_unknown_are_refused_by_name(tmp_path: Path) -> None:
     given = model(tmp_path, {"pooling_mode": "mean"}, "Dense")
     with pytest.raises(CheckpointError, match="Dense"):
         pooled(given, "auto", None)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1, 2]", '[{"type": 5}]', "\0"])
+def test_a_file_that_lists_no_modules_is_refused(text: str, tmp_path: Path) -> None:
+    given = model(tmp_path, {"pooling_mode": "mean"})
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"modules\.json is no"):
+        pooled(given, "auto", None)

@@ -456,6 +456,44 @@ def test_options_that_nothing_comes_of_are_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_beams", 0),
+        ("num_beams", 1.5),
+        ("num_return_sequences", "x"),
+        ("top_k", "x"),
+        ("top_p", [0.5]),
+        ("temperature", float("nan")),
+        ("repetition_penalty", 0),
+        ("no_repeat_ngram_size", "x"),
+        ("encoder_no_repeat_ngram_size", 10**9),
+        ("min_new_tokens", {"a": 1}),
+        ("typical_p", 0),
+        ("prompt_lookup_num_tokens", -1),
+    ],
+)
+def test_a_number_that_would_fail_with_every_row_is_refused(
+    key: str, value: Any
+) -> None:
+    """Wherever it was said: before any row runs."""
+    default = generation_config(do_sample=True)
+    setattr(default, key, value)  # a file is taken without a look at it
+    limits = Limits(NUM_IDS, 64)
+    with pytest.raises(UsageError, match=key):
+        way_of(default, Numbers(), limits, max_new_tokens=5, stop=(), options={})
+    with pytest.raises(UsageError, match=key):
+        way({"do_sample": True}, [], **{key: value})
+
+
+def test_numbers_of_the_checkpoint_are_what_transformers_wants() -> None:
+    config = way({"repetition_penalty": 2, "top_k": 20.0, "num_beams": 2.0}, []).config
+    assert (config.repetition_penalty, config.num_beams) == (2.0, 2)
+    assert isinstance(config.repetition_penalty, float)
+    assert isinstance(config.num_beams, int)
+    assert way({"top_k": -1, "top_p": 0.0}, []).config.do_sample is not True
+
+
 def test_sampling_at_temperature_0_is_refused_unless_something_else_is_asked_for() -> (
     None
 ):
