@@ -642,22 +642,26 @@ def test_in_steady_state_a_unit_costs_no_memory_and_no_copy(
             rig.load()
         mapped = mapped_bytes()
         gc.collect()
+        kept, faults = [], []
         tracemalloc.start()
         try:
-            before = tracemalloc.get_traced_memory()[0]
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(num_loads):
-                for load in rig.start():
-                    load.wait()
-                del load
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            gc.collect()
-            kept = tracemalloc.get_traced_memory()[0] - before
+            for _ in range(3):
+                before = tracemalloc.get_traced_memory()[0]
+                faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                for _ in range(num_loads):
+                    for load in rig.start():
+                        load.wait()
+                    del load
+                faults_after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                gc.collect()
+                kept.append(tracemalloc.get_traced_memory()[0] - before)
+                faults.append(faults_after - faults_before)
         finally:
             tracemalloc.stop()
         assert mapped_bytes() == mapped
-        assert kept < 200 * num_loads  # a unit of 2 MiB: not even its description
+        # What each load costs it costs each time; a table that grows once does not.
+        assert min(kept) < 200 * num_loads  # a unit of 2 MiB: not even its description
         # The slots have 2 x 2 MiB, 1,024 pages, and are filled 40 times.
-        assert faults < 1024
+        assert min(faults) < 1024
         statistics = rig.loader.statistics()
         assert statistics.bytes_copied == statistics.bytes_converted == 0
