@@ -9,7 +9,7 @@ from .extras import extra
 from .sources import Codec
 
 CHUNK_BYTES = 64 << 10
-"""Of a file that are read in one go."""
+"""Bytes of a file that are read in one go."""
 # Of those, what is decompressed in one go. Gzip makes a thousand times more of it at
 # most; zstd a block of 128 KiB of each four bytes.
 _GZIP_BYTES = CHUNK_BYTES

@@ -10,7 +10,7 @@ from .jsonl import RowRecord, parse_row
 
 _SPACE = " \t\r\n"
 _MOST_CHARACTERS = 1 << 30
-"""Of one element: what is longer is no row."""
+"""The longest element: what is longer is no row."""
 
 
 def array_records(

@@ -114,7 +114,7 @@ def results_of(path: Path) -> Iterator[bytes]:
 
 
 _KINDS = b"penstock"
-"""Of a schema's metadata: how each column's values are written."""
+"""Key of a schema's metadata that says how each column is written."""
 _MOST_EXACT = 2**53
 """Whole numbers up to it are themselves as floats, too; longer ones are "long"."""
 

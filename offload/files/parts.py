@@ -83,7 +83,7 @@ class PartRecord:
     """and where the next one does."""
     input_digest: str
     num_bytes: int
-    """Of its results, as lines."""
+    """Bytes of its results, as lines."""
     digest: str
     """xxh3 of these."""
 

@@ -38,7 +38,7 @@ class Caches:
         )
 
     def most_rows(self, prompts: Sequence[Prompt], most: int) -> int:
-        """Of a micro-batch, so that one has room: at most `most`, at least one."""
+        """How many rows of a micro-batch have room: 1 to `most`."""
         if self._room_bytes is None or not prompts:
             return most
         each = max(map(self._bytes_of, prompts))

@@ -67,7 +67,7 @@ class Completions:
         self._options = options
         self._pads_left = not model.config.is_encoder_decoder
         self.way = self._way(RowSampling(), note)
-        """Of rows that say nothing themselves."""
+        """The options of rows that set none."""
         self._criteria = criteria_of(tokenizer, self.way.stop)
         self._ways: dict[RowSampling, DecodingOptions] = {}
 

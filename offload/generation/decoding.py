@@ -124,7 +124,7 @@ class Decoder:
 
     draws: Sequence[tuple[int, int]]
     starts: Sequence[int]
-    """Of each row: how much padding stands before it."""
+    """How many padding tokens stand before each row."""
     ends: RowEnds
     tick: Callable[[int], None]
     check: FiniteCheck | None = None

@@ -22,7 +22,7 @@ class Room:
     model_bytes: int
     """At most, in the dtype that it computes in."""
     taken_bytes: int = 0
-    """Of the host's memory, by the process that hands the rows out."""
+    """Host memory that the process takes which hands the rows out."""
 
 
 class Budgets(NamedTuple):
@@ -80,7 +80,7 @@ def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
 
 
 def threads_of(num_threads: int, num: int) -> int:
-    """Of each of `num` processes, of those that one would have."""
+    """The share of each of `num` processes in what one would have."""
     return max(1, num_threads // num)
 
 

@@ -26,9 +26,9 @@ class WorkerResult:
     progress: TaskProgress
     statistics: Statistics
     dtype: str
-    """Of the largest tensor, as it computes."""
+    """The dtype that the largest tensor computes in."""
     spans: Sequence[Span] = ()
-    """Of the last passes; none while it goes on."""
+    """The spans of the last passes; none while the job goes on."""
     first_unit_at: float | None = None
     """When it began to compute (`time.perf_counter`)."""
 

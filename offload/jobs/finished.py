@@ -58,7 +58,7 @@ class Finished:
 
 
 def manifest_path(output: Path) -> Path:
-    """Of the file beside a finished output."""
+    """The path of the file beside a finished output."""
     return output.with_name(output.name + MANIFEST_SUFFIX)
 
 

@@ -44,9 +44,9 @@ class Done:
     """What became of a job."""
 
     num_rows: int
-    """Of its output."""
+    """Rows of its output."""
     num_errors: int
-    """Of those, failed ones."""
+    """Rows that failed, among those."""
     report: dict[str, Any] | None
     """None where all was done before."""
 

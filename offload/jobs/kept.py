@@ -82,7 +82,7 @@ class ResumableOutput(Closing):
 
     @property
     def num_rows(self) -> int:
-        """Of the parts that are done."""
+        """Rows of the parts that are done."""
         return sum(record.num_rows for record in self.done.values())
 
     @property

@@ -53,7 +53,7 @@ def parts_folder(output: Path) -> Path:
 
 
 def read_manifest(output: Path) -> tuple[Manifest, str] | None:
-    """Of the job that was begun for `output`, if one was, and its digest."""
+    """The manifest and digest of the job begun for `output`, if there is one."""
     path = parts_folder(output) / _MANIFEST
     if not path.exists():
         return None
@@ -83,7 +83,7 @@ class PartStore(Closing):
         """The digest of the manifest, which each part's record holds."""
 
     def manifest(self) -> Manifest | None:
-        """Of the job that was begun here, if one was."""
+        """The manifest of the job that was begun here, if there is one."""
         found = read_manifest(self.output)
         if found is None:
             return None

@@ -58,7 +58,7 @@ class Output(Taker, Protocol):
 
     @property
     def num_errors(self) -> int:
-        """Of those, failed ones."""
+        """Rows that failed, among those."""
         ...
 
     def finish(self) -> None:

@@ -35,7 +35,7 @@ class Assignment:
     model: Path
     policy: Policy
     num_threads: int
-    """Of torch's products."""
+    """Threads that torch uses for products."""
 
 
 class WorkerPipe(Closing):

@@ -20,7 +20,7 @@ from .running import Output
 
 _log = logging.getLogger("penstock")
 MOST_DEATHS = 3
-"""Of processes that had a certain part, or that had none yet."""
+"""How many processes may die with one part, or before they have any."""
 _SPAWN = multiprocessing.get_context("spawn")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 

@@ -28,7 +28,7 @@ def computer() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide how a model runs."""
+    """Versions of Python and of the packages that decide how a model runs."""
     return {"python": platform.python_version()} | {
         package: version_of(package) for package in _PACKAGES
     }

@@ -41,7 +41,7 @@ class Copies(Section):
     pinned_to_device: Bytes
     pinned_to_host: Bytes
     both_ways: Bytes | None = None
-    """Of each direction while the other one is busy, pinned."""
+    """Bytes a second of each direction, from pinned memory, while the other is busy."""
     pageable_to_device: Bytes | None = None
     pageable_to_host: Bytes | None = None
     peer: Bytes | None = None

@@ -112,7 +112,7 @@ def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
 
 
 def _row_read_seconds(path: Path, reader: Any) -> float:
-    """Of short reads that are all asked for at once, all over the file."""
+    """Seconds of short reads all over the file, all asked for at once."""
     size = max(4096, reader.alignment)
     stride = path.stat().st_size // _NUM_ROW_READS // size * size
     with Arena(size * _NUM_ROW_READS) as arena:

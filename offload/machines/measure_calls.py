@@ -137,7 +137,7 @@ def calls(device: str, cache: Path, product: float) -> Calls:
 
 
 def score_seconds(model: Any, num_rows: int, length: int) -> float:
-    """Of a job with texts of so many tokens."""
+    """Seconds of a job with texts of so many tokens."""
     texts = [{"id": i, "text": str(length)} for i in range(num_rows)]
     return _timed(score(model, texts, tokenizer=CountingTokenizer(VOCABULARY)))
 

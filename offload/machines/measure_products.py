@@ -50,7 +50,7 @@ class Products:
         return time.perf_counter() - start
 
     def usual(self) -> tuple[Rates, Rates]:
-        """Of products and of attention, in the mean of all looks."""
+        """Rates of products and of attention, the mean of all looks."""
         return (
             _rising(self._products, lambda rows: 2 * rows * _IN * _OUT),
             {

@@ -10,7 +10,7 @@ _NO_LIMIT = 1 << 60
 """Version 1 writes the largest number of pages where there is none."""
 _MOST_DIGITS = 20
 _ESCAPE = re.compile(r"\\([0-7]{3})")
-"""Of mountinfo: a blank is `\\040`."""
+"""An escape in mountinfo: a blank is `\\040`."""
 _FOLDERS = {1: "/sys/fs/cgroup/memory", 2: "/sys/fs/cgroup"}
 """Where hierarchies are mounted, should mountinfo not say it."""
 

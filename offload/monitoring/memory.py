@@ -24,9 +24,9 @@ class Usage:
     peak_bytes: int
     """The most that was resident at one time."""
     address_bytes: int = 0
-    """Of the address space, in use or not."""
+    """Size of the address space, in use or not."""
     data_bytes: int = 0
-    """Of that, private memory."""
+    """The private part of the address space."""
 
 
 def installed_bytes(root: Path = _ROOT) -> int:

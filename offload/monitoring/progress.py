@@ -158,7 +158,7 @@ class FillProgress:
 
 
 def search_bar(console: Console) -> Progress:
-    """Of tasks with fields `remark` and `left`, the time that is left."""
+    """A progress bar for tasks with the fields `remark` and `left` (the time left)."""
     return _bar(console, "ETA {task.fields[left]}")
 
 

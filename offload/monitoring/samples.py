@@ -21,9 +21,9 @@ class ResourceSample:
     rows: float = 0.0
     """Done, with the parts of those under way."""
     rows_before: int = 0
-    """Of these, that were done before the job was gone on with."""
+    """Those among them that an earlier run of the job had done."""
     num_rows: int | None = None
-    """Of the whole job, if that is known."""
+    """Rows of the whole job, if that is known."""
     tokens: int = 0
     """That are through the model (when generating: that it made),"""
     tokens_through: float = 0.0

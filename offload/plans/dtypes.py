@@ -11,7 +11,7 @@ from .planner import Choice, Planner
 HALF = ("bfloat16", "float16")
 WIDE = "float32"
 _FASTER = 1.1
-"""Of the rate of the checkpoint's own dtype, which wins below that."""
+"""Times the rate of the checkpoint's own dtype, which wins below it."""
 
 
 @dataclass(frozen=True)

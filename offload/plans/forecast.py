@@ -35,7 +35,7 @@ class Forecast:
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """Of weights as they are computed with."""
+        """Bytes of the weights in each tier, in the dtype that computes."""
         found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
         units = self.arrangement.division.found.units
         recipes = self.arrangement.recipes

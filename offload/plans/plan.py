@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def planner(self) -> Planner:
-        """Of the dtype that was chosen."""
+        """The planner for the dtype that was chosen."""
         return self.dtypes.taken.planner
 
     @property

@@ -32,7 +32,7 @@ class Task:
 
     @property
     def in_flight_key(self) -> str:
-        """Of a policy: how many tokens, or sequences, share a pass."""
+        """The policy's key for how many tokens, or sequences, share a pass."""
         return "sequences_in_flight" if self.generates else "tokens_in_flight"
 
     def in_flight(self, policy: Policy) -> int:

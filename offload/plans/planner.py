@@ -21,7 +21,7 @@ from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]
 USABLE = 0.9
-"""Of a memory: the rest is the system's, and what nobody counts."""
+"""Share of a memory; the rest is for the system and for what nobody counts."""
 _GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
 _STEP_BYTES = 64 << 20
 _MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)

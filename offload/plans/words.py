@@ -91,7 +91,7 @@ def prediction_busy(choice: Choice) -> float:
 
 
 def weight_seconds(choice: Choice) -> dict[str, float]:
-    """Of a pass, that each link is busy with weights."""
+    """Seconds of a pass that each link is busy with weights."""
     model = choice.forecast.model
     busy: dict[str, float] = {}
     for unit in model.shape.streamed:

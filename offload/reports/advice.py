@@ -11,7 +11,7 @@ from ..settings.values import exact_size
 from .counts import Advice, Bound
 
 _FASTER = 1.05
-"""Of the rate as it is: below, a dtype is not worth a try."""
+"""Times the present rate; a dtype that gains less is not worth a try."""
 _IN_FLIGHT = ("tokens_in_flight", "sequences_in_flight")
 
 

@@ -11,7 +11,7 @@ _WAITING_BINDS = 0.1
 _OVERHEAD_BINDS = 0.25
 _PADDING_BINDS = 0.15
 _BUSY_BINDS = 0.15
-"""Of CPU time: below it, the kernel's own work and clocks of two kinds."""
+"""Share of CPU time; less is the kernel's own work and clocks of two kinds."""
 _MANY_SEQUENCES = 64
 _FEW_CALLS = 4
 """Micro-batches of so many rows, or so few of them: what each calls by itself (all but

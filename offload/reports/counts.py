@@ -13,9 +13,9 @@ class Counts:
     wait_seconds: Mapping[str, float]
     """Computing stood still for weights of this tier."""
     kv_wait_seconds: float
-    """Of `compute_seconds`: it stood still for keys and values on their way."""
+    """The part of `compute_seconds` spent waiting for keys and values."""
     kv_bytes: Mapping[str, int]
-    """Of keys and values at one time, at most, by the tier that kept them."""
+    """Most bytes of keys and values at one time, by the tier that kept them."""
     has_lossy_kv: bool
     tokens: int
     tokens_padding: int

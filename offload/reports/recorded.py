@@ -15,7 +15,7 @@ class Recorded:
 
     began_seconds: float
     spans: Sequence[Span]
-    """Of the last passes."""
+    """The spans of the last passes."""
     samples: Sequence[ResourceSample]
 
 

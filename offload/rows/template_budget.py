@@ -20,11 +20,11 @@ _TEMPLATE = "<template>"
 _STEPS = (jinja2.filters.__file__, jinja2.sandbox.__file__)
 """Where functions are that a template calls."""
 MAX_LINES = 1_000_000
-"""Of the program that a template is: a chat takes hundreds of them."""
+"""Lines that a template may run; a chat takes hundreds."""
 MAX_GROWTH_BYTES = 1 << 30
-"""Of this process's memory."""
+"""How much this process's memory may grow."""
 MAX_SECONDS = 2.0
-"""Of this thread's processor: a chat takes thousandths of one."""
+"""Processor seconds of this thread; a chat takes thousandths of one."""
 
 
 @contextmanager
@@ -74,5 +74,5 @@ def template_budget(
 
 
 def _resident_bytes(statm: int) -> int:
-    """Of this process, as the open file `/proc/self/statm` has it."""
+    """Resident bytes of this process, by the open file `/proc/self/statm`."""
     return int(os.pread(statm, 64, 0).split()[1]) * _PAGE_BYTES

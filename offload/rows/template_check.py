@@ -11,7 +11,7 @@ from jinja2 import nodes
 from .template_steps import TemplateError
 
 _MOST_CHARACTERS = 1_000_000
-"""Of a template: long ones have tens of thousands."""
+"""The longest template that is taken; long ones have tens of thousands."""
 _MOST_NUMBER = 1_000_000
 _MOST_TIMES = 128
 _LONG_NUMBER = re.compile(r"\d{7,}")
@@ -53,9 +53,7 @@ def _why_not(node: nodes.Node) -> str:
             operands = (left, right)
             if not any(map(_is_small, operands)):
                 return "has a product that may be of any size"
-            if any(
-                isinstance(n, nodes.Mul) or n.find(nodes.Mul) for n in (left, right)
-            ):
+            if any(isinstance(of, nodes.Mul) or of.find(nodes.Mul) for of in operands):
                 return "has a product of a product"
     return ""
 

@@ -18,7 +18,7 @@ from .tokenizer_check import check_tokenizer
 
 T = TypeVar("T")
 MOST_LETTERS = 4_000_000
-"""Of one text: about a million tokens, for which a tokenizer takes a gigabyte."""
+"""The longest text: a million tokens, for which a tokenizer takes a gigabyte."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,7 +282,7 @@ class _Generating:
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
 
     def _complete_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
-        """Of `prompts` that have failed together, with `error`."""
+        """Completes one by one `prompts` that failed together with `error`."""
         if len(prompts) == 1:
             prompts[0].fail(f"the model failed: {type(error).__name__}: {error}")
             return

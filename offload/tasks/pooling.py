@@ -92,7 +92,7 @@ def _own(folder: Path, asked: str) -> Pooled | None:
 
 
 def _pooling_in(path: Path) -> Pooling:
-    """Of the options of sentence-transformers' own Pooling, in either spelling."""
+    """Reads the options of sentence-transformers' Pooling, in either spelling."""
     config = read_json_object(path)
     modes = [key for key, value in config.items() if "_mode_" in key and value is True]
     named = config.get("pooling_mode")

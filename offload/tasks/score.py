@@ -24,7 +24,7 @@ from .task_progress import ScoreProgress as ScoreProgress
 class _Row(Row):
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
-    """Of each window, by where it starts."""
+    """The log-probability of each window, by where it starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class _Window(RowPiece[_Row]):
     scored: int
     """Index in `ids` of the first token to score."""
     start: int
-    """Of this window in its row; orders the row's sums."""
+    """Where this window starts in its row; orders the row's sums."""
 
 
 def score(

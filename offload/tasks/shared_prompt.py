@@ -73,7 +73,7 @@ class SharedPrompts:
         )
 
     def _places(self, whole: torch.Tensor, num: int) -> dict[str, torch.Tensor]:
-        """Of the last `num` tokens, those before counted by the mask `whole`."""
+        """Positions of the last `num` tokens; the mask `whole` counts those before."""
         if not self._has_places:
             return {}
         return {"position_ids": (whole.cumsum(-1) - 1).clamp(min=0)[:, -num:]}

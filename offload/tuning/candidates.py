@@ -9,7 +9,7 @@ from .race import Settings
 
 _STEP_BYTES = 64 << 20
 _SLOWEST_READER = 0.5
-"""Of the best reader's speed: others are not worth a try."""
+"""Share of the best reader's speed; slower ones are not worth a try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Around:
     """Where the search starts."""
 
     values: Mapping[str, Any]
-    """Of the start's policy, by dotted key."""
+    """Values of the start's policy, by dotted key."""
     is_open: frozenset[str]
     """The keys that the user has not set."""
     generates: bool
@@ -78,7 +78,7 @@ def _in_flight(around: Around) -> Iterator[dict[str, Any]]:
 
 
 def _memory(around: Around) -> Iterator[dict[str, Any]]:
-    """Of the working set; more of it only fits where the planner left some."""
+    """Sizes of the working set; a larger one fits only where the plan left room."""
     asked = around.values["device_memory"]
     for nbytes in (asked * 2, (asked + around.least_bytes) // 2, around.least_bytes):
         size = -(-nbytes // _STEP_BYTES) * _STEP_BYTES

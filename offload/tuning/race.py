@@ -83,7 +83,7 @@ class Verdict:
     start_rate: float
     """Tokens a second, the median of the last rung's laps."""
     num_laps: int
-    """Of the start, in the last rung."""
+    """How many laps the start ran in the last rung."""
     finals: tuple[Final, ...]
     """Best first."""
 
@@ -210,7 +210,7 @@ def failures(timings: Iterable[Timing]) -> dict[Settings, str]:
 
 
 def rates_by_candidate(timings: Iterable[Timing]) -> dict[Settings, list[float]]:
-    """Of all who ran: the rates in the last rung that each came to."""
+    """The rates of each candidate that ran, in the last rung it came to."""
     ran = sorted(
         (t for t in timings if t.rate is not None),
         key=lambda t: (name_of(t.settings), t.rung),

@@ -38,7 +38,7 @@ class Slice:
     lengths: Sequence[int]
     """Tokens of each."""
     new_tokens: int
-    """Of each row that is completed; 0 where they are scored."""
+    """New tokens for each row that is completed; 0 where rows are scored."""
     is_made_up: bool
     """Whether a row's text is its number of tokens."""
 

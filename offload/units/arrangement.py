@@ -33,7 +33,7 @@ class Arrangement:
     placement: tuple[str, ...]
     """The tier of each unit."""
     budget: MemoryBudget | None = None
-    """Of the process; None where nobody said what there is."""
+    """The memory budget of the process; None where no memory was given."""
 
 
 class Arranger:

@@ -137,7 +137,7 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 def _active_share(config: Any) -> float:
-    """Of stacked experts, how many a token is expected to go through."""
+    """The share of the stacked experts that a token is expected to go through."""
     chosen = getattr(config, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     there = next((n for name in names if (n := getattr(config, name, None))), None)
@@ -171,7 +171,7 @@ def _attention(
 
 
 def _widths(config: Any, heads: int) -> tuple[int, int]:
-    """Of the heads together; and of the keys and values that one token adds."""
+    """Width of all heads; elements of the keys and values that one token adds."""
     if getattr(config, "kv_lora_rank", None):  # kept as transformers does: expanded
         keys = config.qk_nope_head_dim + config.qk_rope_head_dim
         return heads * keys, heads * (keys + config.v_head_dim)
@@ -191,7 +191,7 @@ def _cast_bytes(plan: Layout) -> int:
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:
-    """Of the dtype that most of the model computes with."""
+    """Bytes of an element in the dtype that most of the model computes with."""
     by_size: dict[int, int] = defaultdict(int)
     for recipe in recipes.values():
         by_size[recipe.dtype.itemsize] += recipe.nbytes

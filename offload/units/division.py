@@ -76,11 +76,11 @@ class Divider:
     """Bytes; as the policy says."""
     max_gap: int
     alignment: int
-    """Of offsets and sizes of reads, and of slots."""
+    """Alignment of the offsets and sizes of reads, and of slots."""
     memory_alignment: int
-    """Of addresses that are read to."""
+    """Alignment of the addresses that are read to."""
     tensor_alignment: int
-    """Of assembled tensors in memory that units are read to."""
+    """Alignment of assembled tensors in memory that units are read to."""
     _known: dict[tuple[int, int], Division] = field(default_factory=dict)
     """By how many modules are at most as large as a site may be, and below the size
     from which they are streamed: no more of the two limits is asked."""

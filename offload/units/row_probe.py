@@ -69,7 +69,7 @@ def takes_rows_to_rows(module: nn.Module) -> bool:
 
 
 def _width(module: nn.Module) -> int | None:
-    """Of the rows of the only argument, by the first product in it."""
+    """Width of the rows of the only argument, by the first product in it."""
     try:
         arguments = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # compiled, or C's own

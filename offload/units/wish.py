@@ -21,11 +21,11 @@ _BUFFERS = 4
 _LOGIT_BYTES = 12
 """In the model's dtype, in float32, and a temporary of that."""
 _LEAST_WORKSPACE = 8 << 20
-"""Of one micro-batch of a model that nobody can describe."""
+"""Bytes of one micro-batch of a model that cannot be described."""
 
 
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 64
-"""Of a completion, as long as nobody has said what there is to complete."""
+"""Tokens of a prompt and of its completion, until it is known what comes."""
 
 
 class _Activations(NamedTuple):

@@ -165,7 +165,7 @@ class AbsentParameter(StreamedParameter):
 
 
 def absent_parameter(name: str, like: torch.Tensor, folder: Path) -> AbsentParameter:
-    """Of `like`'s shape and dtype, for the model in `folder`."""
+    """A placeholder with the shape and dtype of `like`, for the model in `folder`."""
 
     def touch() -> torch.Tensor:
         raise CheckpointError(
