@@ -239,13 +239,7 @@ def _from_files(engine: Engine) -> Reference:
     """Straight from the files by the safetensors library, one tensor at a time."""
 
     def reference(name: str) -> torch.Tensor:
-        recipe = engine.recipes[name]
-        if recipe.convert is not None:
-            stored = {
-                entry.name: _stored(entry.path, entry.name) for entry in recipe.entries
-            }
-            return recipe.convert(stored).to(recipe.dtype)
-        return _assembled(recipe)
+        return _assembled(engine.recipes[name])
 
     return reference
 
@@ -253,8 +247,9 @@ def _from_files(engine: Engine) -> Reference:
 def _assembled(recipe: Recipe) -> torch.Tensor:
     flat = torch.empty(torch.Size(recipe.shape).numel(), dtype=recipe.dtype)
     for part in recipe.slices:
-        source = part.source.on(_stored(part.entry.path, part.entry.name).reshape(-1))
-        part.target.on(flat).copy_(source)
+        first, *others = (_stored(entry.path, entry.name) for entry in part.entries)
+        source = part.source.on(first.reshape(-1))
+        part.codec.decode((source, *others), part.target.on(flat))
     return flat.view(recipe.shape)
 
 

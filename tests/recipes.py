@@ -21,7 +21,7 @@ from checkpoints import (
     write_raw,
 )
 from penstock.io.checkpoint.index import Checkpoint, open_files
-from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
+from penstock.io.weights.recipe import Recipe, TensorSlice, View, computed, plain
 
 Kind = Literal[
     "plain",  # the stored tensor itself
@@ -189,9 +189,8 @@ def _recipe(
         return recipe, tensors[0].to(parameter.dtype)
     if parameter.kind == "convert":
         wanted = convert({n: t for n, t in zip(names, tensors, strict=True)})
-        recipe = Recipe(
-            name, tuple(wanted.shape), parameter.dtype, convert=convert, entries=entries
-        )
+        shape = tuple(wanted.shape)
+        recipe = computed(name, shape, parameter.dtype, convert, entries)
         return recipe, wanted.to(parameter.dtype)
     shape = _shape(parameter)
     whole = torch.empty(shape, dtype=parameter.dtype, device="meta")

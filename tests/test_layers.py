@@ -24,6 +24,7 @@ ORDER = {
     "io": (
         "weights",
         "kv",
+        "codecs",
         "readers",
         "checkpoint",
         "devices",

@@ -224,7 +224,7 @@ def _layout(name: str, layer: nn.Module) -> Layout:
         full_name = f"{name}.{key}"
         placed.append(Placed(full_name, end, parameter.dtype, tuple(parameter.shape)))
         end += parameter.nbytes
-    return Layout(name, end, (), (), (), (), tuple(placed), end)
+    return Layout(name, end, (), (), (), tuple(placed), end)
 
 
 def _found(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..extent import Extent
 from ..whole import open_regular
 from .dtypes import STORED_DTYPES
 
@@ -33,6 +34,11 @@ class TensorEntry:
     offset: int
     """Bytes from the start of the file."""
     nbytes: int
+
+    @property
+    def extent(self) -> Extent:
+        """The byte range of the file that holds it."""
+        return Extent(self.path, self.offset, self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

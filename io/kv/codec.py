@@ -8,7 +8,7 @@ from .shape import KvShape
 from .strip import Pair
 
 
-class Codec(Protocol):
+class KvCodec(Protocol):
     """Converts between keys and values and rows of bytes.
 
     One row holds what one token adds: its keys [batch, heads, dim], then its values.
@@ -43,7 +43,7 @@ class Plain:
         self.row_bytes = shape.row_bytes
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Copies [batch, heads, tokens, dim] into rows; see `Codec.encode`."""
+        """Copies [batch, heads, tokens, dim] into rows; see `KvCodec.encode`."""
         shape = self._shape
         num = keys.shape[2]
         with torch.inference_mode(False):
@@ -57,7 +57,7 @@ class Plain:
         return rows.view(torch.uint8).view(-1)
 
     def decode(self, rows: torch.Tensor) -> Pair:
-        """Views `rows` as [batch, heads, tokens, dim]; see `Codec.decode`."""
+        """Views `rows` as [batch, heads, tokens, dim]; see `KvCodec.decode`."""
         shape = self._shape
         table = rows.view(shape.dtype).view(-1, shape.key_numel + shape.value_numel)
         return self._split(table)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import ClosedError
-from .codec import Codec
+from .codec import KvCodec
 from .count import KvCount
 from .region import GONE, KvStorage
 from .shape import KvShape
@@ -34,7 +34,7 @@ class CopiedBuffer(KvLayerBuffer):
     def __init__(
         self,
         shape: KvShape,
-        make_codec: Callable[[KvShape], Codec],
+        make_codec: Callable[[KvShape], KvCodec],
         storage: KvStorage,
         staging: Staging,
         lease: Lease,

@@ -7,7 +7,7 @@ import torch
 
 from ..closing import Closing
 from ..devices.device import Device, Stream
-from .codec import Codec
+from .codec import KvCodec
 from .copied import CopiedBuffer
 from .count import KvCount
 from .file import KvFile, pages
@@ -23,7 +23,7 @@ from .strip import KvLayerBuffer, Lease
 PENDING_BYTES = 256 << 20
 """Most bytes that wait to be written at one time."""
 
-MakeCodec = Callable[[KvShape], Codec]
+MakeCodec = Callable[[KvShape], KvCodec]
 
 
 class InPlace(Closing):

@@ -36,7 +36,7 @@ class Quantised:
         self.row_bytes = align_up(self._scales_end, _ROW_ALIGNMENT)
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Quantises [batch, heads, tokens, dim] into rows; see `Codec.encode`."""
+        """Quantises [batch, heads, tokens, dim] into rows; see `KvCodec.encode`."""
         num = keys.shape[2]
         with torch.inference_mode(False):
             table = torch.zeros(
@@ -49,7 +49,7 @@ class Quantised:
         return table.view(-1)
 
     def decode(self, rows: torch.Tensor) -> Pair:
-        """New tensors [batch, heads, tokens, dim]; see `Codec.decode`."""
+        """New tensors [batch, heads, tokens, dim]; see `KvCodec.decode`."""
         shape = self._shape
         elements, scales = self._parts(rows.view(-1, self.row_bytes))
         split, cut = shape.key_numel, self._num_key_scales

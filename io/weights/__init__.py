@@ -10,8 +10,11 @@
     files --DirectToDevice------------------> slot on the device
 
 Recipes, layouts, transfers and overlays are pure plans; the other classes carry them
-out. `Loader` (loader) reads aligned ranges straight into place and hands the rest to
-`BounceCopier` (copier), which reads into a buffer, casts, and copies. A `Source`
+out. The bytes that lie in files are the *stored image* of a unit; the parameters in a
+slot are its *slot image*. Each slice of a recipe names the codec (io/codecs) between
+them. `Loader` (loader) reads aligned ranges straight into place where both images are
+equal. It hands the rest to `BounceCopier` (copier), which reads into a buffer and lets
+the codec decode it, in the parts that `decoding` cuts. A `Source`
 (source) gives a `Link` (link) the bytes of each unit: `ResidentSource` has them in
 memory already, `StagedSource` reads them from disk into a `Ring`. `DirectToDevice`
 (direct) lets the GPU read files itself. `overlay` and `layered` replace some tensors of

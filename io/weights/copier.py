@@ -3,8 +3,8 @@
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ..closing import Closing
 from ..errors import ClosedError
@@ -21,9 +21,9 @@ class CopyTask:
     """A byte range of a file, and the function that puts its bytes in place."""
 
     unit: str
-    extent: Extent
-    place: Callable[[memoryview], None]
-    """Called with the bytes of `extent`; the view is valid until the call returns."""
+    extents: Sequence[Extent]
+    place: Callable[[Sequence[memoryview]], None]
+    """Called with the bytes of each extent; the views are valid until it returns."""
     handle: Handle
     """Counts one part down when `place` has returned, or when the task has failed."""
 
@@ -33,7 +33,8 @@ class BounceCopier(Closing):
 
     `submit(unit, extent, buffer)` starts a read of an extent that is aligned to
     `alignment` bytes. The `num_threads` threads start with the first task. Each has two
-    buffers of about `bounce_bytes`; a larger task gets a buffer of its own.
+    buffers of about `bounce_bytes`. A larger task gets a buffer of its own, and nothing
+    else is under way on its thread meanwhile.
     """
 
     def __init__(
@@ -103,32 +104,45 @@ class BounceCopier(Closing):
         reads: deque[_Read] = deque()
         while True:
             task = self._next(wait=not reads)
+            is_large = task is not None and self._is_large(task)
+            while reads and is_large:
+                free.append(self._end(reads.popleft()))
             if task is not None:
                 reads.append(self._begin(task, free.pop()))
             elif not reads:
                 return
-            if task is None or not free:
+            if task is None or is_large or not free:
                 free.append(self._end(reads.popleft()))
             task = None  # `place` may hold memory that its owner wants to free
 
+    def _is_large(self, task: CopyTask) -> bool:
+        windows = (aligned(extent, self._alignment) for extent in task.extents)
+        return sum(window.nbytes for window in windows) > self._buffer_bytes
+
     def _begin(self, task: CopyTask, buffer: memoryview | None) -> "_Read":
-        window = aligned(task.extent, self._alignment)
-        read = _Read(task, window.offset)
+        windows = [aligned(extent, self._alignment) for extent in task.extents]
+        total = sum(window.nbytes for window in windows)
+        read = _Read(task)
         try:
-            if buffer is None or len(buffer) < window.nbytes:
-                nbytes = max(window.nbytes, self._buffer_bytes)
-                buffer = memoryview(mmap.mmap(-1, nbytes))
+            if buffer is None or len(buffer) < total:
+                buffer = memoryview(mmap.mmap(-1, max(total, self._buffer_bytes)))
             read.buffer = buffer
-            if window.nbytes:
-                view = buffer[: window.nbytes]
-                read.handle = self._submit(task.unit, window, view)
+            position = 0
+            for extent, window in zip(task.extents, windows, strict=True):
+                start = position + extent.offset - window.offset
+                read.views.append(buffer[start : start + extent.nbytes])
+                view = buffer[position : position + window.nbytes]
+                if window.nbytes:
+                    read.handles.append(self._submit(task.unit, window, view))
+                position += window.nbytes
         except BaseException as error:
             read.error = error
         return read
 
     def _end(self, read: "_Read") -> memoryview | None:
         """Finishes `read`. Returns its buffer if it has the usual size, else None."""
-        error = read.error or _place(read)
+        error = _place(read)
+        read.views.clear()
         if error is not None:
             forget_traceback(error)  # this thread's running frames hold buffers
         read.task.handle.done(error)
@@ -139,27 +153,26 @@ class BounceCopier(Closing):
 
 @dataclass(slots=True)
 class _Read:
-    """A task whose bytes are read into `buffer`.
-
-    The first byte of the buffer is the byte at `offset` of the file.
-    """
+    """A task whose bytes are read into `buffer`."""
 
     task: CopyTask
-    offset: int
     buffer: memoryview | None = None
-    handle: Handle | None = None
+    views: list[memoryview] = field(default_factory=list)
+    """The bytes of each extent of the task."""
+    handles: list[Handle] = field(default_factory=list)
     error: BaseException | None = None
 
 
 def _place(read: _Read) -> BaseException | None:
     """Waits for `read`, then calls `place`. Returns the error if either fails."""
+    for handle in read.handles:
+        handle.wait_quietly()  # nobody may write into the buffer after this
+    if read.error is not None:
+        return read.error
     try:
-        if read.handle is not None:
-            read.handle.wait()
-        assert read.buffer is not None, "a read without a buffer has failed"
-        extent = read.task.extent
-        start = extent.offset - read.offset
-        read.task.place(read.buffer[start : start + extent.nbytes])
+        for handle in read.handles:
+            handle.wait()
+        read.task.place(tuple(read.views))
     except BaseException as error:  # raised again where the unit is waited for
         return error
     return None

@@ -43,7 +43,7 @@ def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
 
 def why_not(layouts: Sequence[Layout]) -> str | None:
     """Why these units cannot be read directly; None if all of them can."""
-    made = [p.name for p in layouts if p.copies or p.conversions]
+    made = [plan.name for plan in layouts if plan.decodes]
     if made:
         return f"{made[0]!r} is not stored as it is used (a cast, an assembled part)"
     return None
@@ -69,7 +69,7 @@ class DirectToDevice(Closing):
         self._target = target
         self._reader = reader
         self._lock = threading.Lock()
-        self._statistics = LoaderStatistics(0, 0, 0, 0)
+        self._statistics = LoaderStatistics(0, 0, 0)
         # The reads follow no stream, so this thread waits until the device's work on
         # the slot has ended. One thread keeps units in the order of the requests.
         self._pool = DaemonPool(1, "penstock-straight")
@@ -116,7 +116,7 @@ class DirectToDevice(Closing):
         with self._lock:
             s = self._statistics
             self._statistics = LoaderStatistics(
-                s.bytes_loaded + plan.stored_bytes, s.num_loads + 1, 0, 0
+                s.bytes_loaded + plan.stored_bytes, s.num_loads + 1, 0
             )
         return UnitLoad(plan.name, [handle])
 

@@ -104,7 +104,10 @@ class HostTier(Closing):
         """All that determines the bytes of the memory, except the code version."""
         files = sorted((str(path.resolve()), stamps[path]) for path in stamps)
         units = [
-            (plan.name, plan.nbytes, plan.tensors, plan.reads, plan.copies, plan.moves)
+            (
+                *(plan.name, plan.nbytes, plan.tensors, plan.reads, plan.moves),
+                *((each.codec.identity, each) for each in plan.decodes),
+            )
             for plan in (self._layouts[unit] for unit in self.offsets)
         ]
         return f"{files} {units}"

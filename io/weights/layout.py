@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint.header import TensorEntry
+from ..codecs.cast import CAST
+from ..codecs.codec import Codec
 from ..extent import Extent, align_down, align_up, windows
 from .recipe import Recipe, TensorSlice, View
 
@@ -35,26 +38,35 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes that pass a bounce buffer: a cast, a strided part, or part of a block."""
+class Input:
+    """Elements of a stored tensor, as a decode takes them."""
 
     extent: Extent
     dtype: torch.dtype
-    source: View
-    """The elements of `extent` to copy."""
+    view: View
+    """The elements of `extent` that are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A part of a parameter that passes a bounce buffer.
+
+    Its codec may do no more than copy: parts of blocks, and strided parts, cannot be
+    read in place.
+    """
+
+    codec: Codec
+    inputs: tuple[Input, ...]
     target_offset: int
     """Where the whole target tensor begins in the slot, in bytes."""
     target_dtype: torch.dtype
     target_numel: int
     target: View
 
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A parameter that a function computes from whole stored tensors."""
-
-    recipe: Recipe
-    target_offset: int
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes to read for it."""
+        return sum(each.extent.nbytes for each in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +96,7 @@ class Layout:
     name: str
     nbytes: int
     reads: tuple[Read, ...]
-    copies: tuple[Copy, ...]
-    conversions: tuple[Conversion, ...]
+    decodes: tuple[Decode, ...]
     moves: tuple[Move, ...]
     """To be done after all of the above; their own order does not matter."""
     tensors: tuple[Placed, ...]
@@ -124,8 +135,7 @@ def layout(
         for r in recipes
         if r.name in direct
     }
-    copies: list[Copy] = []
-    conversions: list[Conversion] = []
+    decodes: list[Decode] = []
     moves: list[Move] = []
     for recipe in recipes:
         if recipe.name in direct:
@@ -136,20 +146,17 @@ def layout(
             moves.append(Move(base, final, recipe.nbytes))
         position = align_up(base + recipe.nbytes, alignment)
         placed[recipe.name] = Placed(recipe.name, final, recipe.dtype, recipe.shape)
-        if recipe.convert is not None:
-            conversions.append(Conversion(recipe, base))
         for part in recipe.slices:
-            more_reads, more_copies = _assemble(
+            more_reads, more_decodes = _assemble(
                 recipe, part, base, alignment, memory_alignment
             )
             reads += more_reads
-            copies += more_copies
+            decodes += more_decodes
     return Layout(
         name,
         max(align_up(position, alignment), alignment),
         tuple(reads),
-        tuple(copies),
-        tuple(conversions),
+        tuple(decodes),
         tuple(moves),
         tuple(placed[r.name] for r in recipes),
         sum(r.stored_bytes for r in recipes),
@@ -185,7 +192,7 @@ def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
 
     There, its offsets in file and slot are equal modulo `memory_alignment`.
     """
-    if not recipe.slices or not _is_raw(recipe, recipe.slices[0]):
+    if not _is_raw(recipe, recipe.slices[0]):
         return position
     part = recipe.slices[0]
     extent = part.source_extent
@@ -199,6 +206,7 @@ def _is_raw(recipe: Recipe, part: TensorSlice) -> bool:
     extent = part.source_extent
     return (
         extent is not None
+        and part.codec == CAST
         and part.entry.dtype == recipe.dtype
         and part.target.is_contiguous
         and extent.offset % recipe.dtype.itemsize == 0
@@ -207,44 +215,48 @@ def _is_raw(recipe: Recipe, part: TensorSlice) -> bool:
 
 def _assemble(
     recipe: Recipe, part: TensorSlice, base: int, alignment: int, memory_alignment: int
-) -> tuple[list[Read], list[Copy]]:
-    if not part.source.numel:
+) -> tuple[list[Read], list[Decode]]:
+    if not part.target.numel:
         return [], []
     if not _is_raw(recipe, part):
-        return [], [_strided_copy(recipe, part, base)]
+        return [], [_decode(recipe, part, base)]
     extent = part.source_extent
     assert extent is not None, "a raw slice is contiguous"
     slot = base + part.target.offset * recipe.dtype.itemsize
     start = align_up(extent.offset, alignment)
     end = align_down(extent.end, alignment)
     if (slot - extent.offset) % memory_alignment or end <= start:
-        return [], [_byte_copy(extent, slot)]
+        return [], [byte_copy(extent, slot)]
     inside = Extent(extent.path, start, end - start)
     head = Extent(extent.path, extent.offset, start - extent.offset)
     tail = Extent(extent.path, end, extent.end - end)
     edges = [
-        _byte_copy(edge, slot + edge.offset - extent.offset)
+        byte_copy(edge, slot + edge.offset - extent.offset)
         for edge in (head, tail)
         if edge.nbytes
     ]
     return [Read(inside, slot + start - extent.offset)], edges
 
 
-def _byte_copy(extent: Extent, slot_offset: int) -> Copy:
+def byte_copy(extent: Extent, slot_offset: int) -> Decode:
+    """Copies the bytes of `extent` to `slot_offset` as they are."""
     whole = View.whole((extent.nbytes,))
-    return Copy(
-        extent, torch.uint8, whole, slot_offset, torch.uint8, extent.nbytes, whole
-    )
+    source = Input(extent, torch.uint8, whole)
+    return Decode(CAST, (source,), slot_offset, torch.uint8, extent.nbytes, whole)
 
 
-def _strided_copy(recipe: Recipe, part: TensorSlice, base: int) -> Copy:
+def _decode(recipe: Recipe, part: TensorSlice, base: int) -> Decode:
     extent, source = part.source_extent, part.source
     if extent is None:  # the part is not one byte range: read the whole tensor
-        entry = part.entry
-        extent = Extent(entry.path, entry.offset, entry.nbytes)
+        extent = part.entry.extent
     else:
         source = View.whole(source.shape)
+    first = Input(extent, part.entry.dtype, source)
+    others = (whole_input(entry) for entry in part.companions)
     numel = recipe.nbytes // recipe.dtype.itemsize
-    return Copy(
-        extent, part.entry.dtype, source, base, recipe.dtype, numel, part.target
-    )
+    return Decode(part.codec, (first, *others), base, recipe.dtype, numel, part.target)
+
+
+def whole_input(entry: TensorEntry) -> Input:
+    """All elements of a stored tensor."""
+    return Input(entry.extent, entry.dtype, View.whole(entry.shape))

@@ -1,30 +1,25 @@
 """Reads a unit into its slot: aligned windows in place, the rest by bounce buffers."""
 
 import ctypes
-import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from ..codecs.codec import Codec
 from ..errors import PenstockError
 from ..event import Event
-from ..extent import Extent, aligned
+from ..extent import Extent
 from ..handle import Handle
 from ..memory.arena import HostMemory
 from ..readers.reader import Reader
 from ..timeline import CAST, Record, unrecorded
 from .copier import BounceCopier, CopyTask
-from .layout import Conversion, Copy, Layout
-from .recipe import View
-
-_SERIAL_NUMEL = 32_000
-"""Fewer elements than torch copies in parallel (at::internal::GRAIN_SIZE, 32,768)."""
-_NOTHING = Extent(Path(), 0, 0)
+from .decoding import parts_of
+from .layout import Input, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +30,8 @@ class LoaderStatistics:
     """Checkpoint bytes of all loads; a unit counts at each of its loads."""
     num_loads: int
     bytes_copied: int
-    """Bytes that passed a bounce buffer (casts, strided parts, parts of blocks) or were
-    moved within their slot."""
-    bytes_converted: int
-    """Bytes of parameters that a function computed from whole tensors."""
+    """Bytes that passed a bounce buffer (what a codec decodes, strided parts, parts of
+    blocks) or were moved within their slot."""
 
 
 class UnitLoad:
@@ -77,7 +70,7 @@ class Loader:
     """Loads units from files into `arena`.
 
     `load` returns at once. The threads of `reader` fill windows in place; two threads
-    of the loader, started when first needed, cast and copy the rest. Each read is
+    of the loader, started when first needed, decode and copy the rest. Each read is
     recorded in the lane `disk`, from its request to its end.
     """
 
@@ -106,7 +99,7 @@ class Loader:
             num_threads=self._COPY_THREADS,
         )
         self._lock = threading.Lock()
-        self._statistics = LoaderStatistics(0, 0, 0, 0)
+        self._statistics = LoaderStatistics(0, 0, 0)
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...] = ()) -> UnitLoad:
         """Starts to load `unit` into the arena at `offset` (bytes, aligned like reads).
@@ -122,7 +115,7 @@ class Loader:
             for read in plan.reads:
                 view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
                 handles.append(self._submit(plan.name, read.extent, view))
-            handles.append(self._copy(plan, offset))
+            handles.append(self._decode_all(plan, offset))
             if plan.moves:
                 handles.append(self._move_after(handles, plan, offset))
         except BaseException:  # the caller frees the slot: no read may still write it
@@ -140,16 +133,11 @@ class Loader:
         """Finishes the copies under way and ends the copy threads."""
         self._copier.close()
 
-    def _count(
-        self, *, loaded: int = 0, loads: int = 0, copied: int = 0, converted: int = 0
-    ) -> None:
+    def _count(self, *, loaded: int = 0, loads: int = 0, copied: int = 0) -> None:
         with self._lock:
             s = self._statistics
             self._statistics = LoaderStatistics(
-                s.bytes_loaded + loaded,
-                s.num_loads + loads,
-                s.bytes_copied + copied,
-                s.bytes_converted + converted,
+                s.bytes_loaded + loaded, s.num_loads + loads, s.bytes_copied + copied
             )
 
     def _submit(self, unit: str, extent: Extent, buffer: memoryview) -> Handle:
@@ -163,21 +151,19 @@ class Loader:
         return handle
 
     @torch.inference_mode(False)  # the copy threads are not in the caller's mode
-    def _copy(self, plan: Layout, offset: int) -> Handle:
-        """Starts the copies and conversions of `plan`."""
-        actions: list[tuple[Extent, Callable[[memoryview], None]]] = []
-        for copy in plan.copies:
-            nbytes = copy.target_numel * copy.target_dtype.itemsize
-            memory = self._arena.view(offset + copy.target_offset, nbytes)
-            target = copy.target.on(torch.frombuffer(memory, dtype=copy.target_dtype))
-            for extent, source, part in _parts(copy, target, self._bounce_bytes):
-                cast = partial(self._cast, plan.name, copy.dtype, source, part)
-                actions.append((extent, cast))
-        for conversion in plan.conversions:
-            convert = partial(self._convert, plan.name, conversion, offset)
-            actions.append((_NOTHING, convert))
-        handle = Handle(len(actions))
-        self._copier.put(CopyTask(plan.name, *action, handle) for action in actions)
+    def _decode_all(self, plan: Layout, offset: int) -> Handle:
+        """Starts the decodes of `plan`."""
+        parts: list[tuple[Sequence[Extent], Callable[[Sequence[memoryview]], None]]]
+        parts = []
+        for each in plan.decodes:
+            nbytes = each.target_numel * each.target_dtype.itemsize
+            memory = self._arena.view(offset + each.target_offset, nbytes)
+            target = each.target.on(torch.frombuffer(memory, dtype=each.target_dtype))
+            for inputs, rows in parts_of(each, target, self._bounce_bytes):
+                place = partial(self._decode, plan.name, each.codec, inputs, rows)
+                parts.append((tuple(one.extent for one in inputs), place))
+        handle = Handle(len(parts))
+        self._copier.put(CopyTask(plan.name, *part, handle) for part in parts)
         return handle
 
     def _move_after(
@@ -189,7 +175,7 @@ class Loader:
         def start() -> None:
             move = partial(self._move, plan, offset)
             try:
-                self._copier.put([CopyTask(plan.name, _NOTHING, move, moved)])
+                self._copier.put([CopyTask(plan.name, (), move, moved)])
             except Exception as error:  # the loader was closed meanwhile
                 moved.done(error)
 
@@ -198,7 +184,7 @@ class Loader:
             handle.when_done(before.done)
         return moved
 
-    def _move(self, plan: Layout, offset: int, _: memoryview) -> None:
+    def _move(self, plan: Layout, offset: int, _: Sequence[memoryview]) -> None:
         start = self._clock()
         for move in plan.moves:
             first = offset + move.target_offset
@@ -211,89 +197,27 @@ class Loader:
         self._record(CAST, plan.name, start, self._clock(), nbytes)
         self._count(copied=nbytes)
 
-    def _cast(
+    def _decode(
         self,
         unit: str,
-        dtype: torch.dtype,
-        source: View,
+        codec: Codec,
+        inputs: Sequence[Input],
         target: torch.Tensor,
-        stored: memoryview,
+        stored: Sequence[memoryview],
     ) -> None:
         start = self._clock()
-        copy_serially(target, source.on(torch.frombuffer(stored, dtype=dtype)))
-        self._record(CAST, unit, start, self._clock(), len(stored))
-        self._count(copied=len(stored))
-
-    def _convert(
-        self, unit: str, conversion: Conversion, offset: int, _: memoryview
-    ) -> None:
-        recipe = conversion.recipe
-        assert recipe.convert is not None, "a conversion has a function"
-        if not recipe.nbytes:
-            return
-        stored = {
-            entry.name: self._read(
-                unit, Extent(entry.path, entry.offset, entry.nbytes), entry.dtype
-            ).view(entry.shape)
-            for entry in recipe.entries
-        }
-        start = self._clock()
-        result = recipe.convert(stored).to(recipe.dtype)
-        memory = self._arena.view(offset + conversion.target_offset, recipe.nbytes)
-        target = torch.frombuffer(memory, dtype=recipe.dtype).view(recipe.shape)
-        target.copy_(result)
-        self._record(CAST, unit, start, self._clock(), recipe.nbytes)
-        self._count(converted=recipe.nbytes)
-
-    def _read(self, unit: str, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
-        """Reads `extent` into new memory: a one-dimensional tensor of `dtype`."""
-        if not extent.nbytes:
-            return torch.empty(0, dtype=dtype, device="cpu")
-        window = aligned(extent, self._reader.alignment)
-        buffer = memoryview(mmap.mmap(-1, window.nbytes))
-        self._submit(unit, window, buffer).wait()
-        start = extent.offset - window.offset
-        return torch.frombuffer(buffer[start : start + extent.nbytes], dtype=dtype)
+        tensors = [
+            each.view.on(_elements(content, each.dtype))
+            for each, content in zip(inputs, stored, strict=True)
+        ]
+        codec.decode(tensors, target)
+        nbytes = sum(map(len, stored))
+        self._record(CAST, unit, start, self._clock(), nbytes)
+        self._count(copied=nbytes)
 
 
-def copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies `source` to `target` (same shape, any dtypes, CPU), and casts.
-
-    It uses the calling thread only. Torch would split a large copy over its own thread
-    pool, which would compete with the thread that computes.
-    """
-    if not (target.is_contiguous() and source.is_contiguous()):
-        target.copy_(source)
-        return
-    # One call, so that the interpreter's lock is free for the computing thread.
-    torch._foreach_copy_(
-        list(torch.split(target.view(-1), _SERIAL_NUMEL)),
-        list(torch.split(source.view(-1), _SERIAL_NUMEL)),
-    )
-
-
-def _parts(
-    copy: Copy, target: torch.Tensor, max_bytes: int
-) -> Iterator[tuple[Extent, View, torch.Tensor]]:
-    """Cuts a copy into parts that fit a bounce buffer: (bytes, their view, target)."""
-    source, size = copy.source, copy.dtype.itemsize
-    if not source.is_contiguous or copy.extent.nbytes <= max_bytes:
-        yield copy.extent, source, target
-        return
-    if copy.target.is_contiguous:
-        shape: tuple[int, ...] = (source.numel,)
-        target = target.reshape(-1)
-    else:
-        shape = source.shape
-    row = View.whole(shape[1:]).numel
-    num = -(-shape[0] // max(1, max_bytes // (row * size)))
-    step = -(-shape[0] // num)  # parts of nearly equal size
-    for start in range(0, shape[0], step):
-        count = min(step, shape[0] - start)
-        extent = Extent(
-            copy.extent.path,
-            copy.extent.offset + start * row * size,
-            count * row * size,
-        )
-        view = View.whole((count, *shape[1:]))
-        yield extent, view, target[start : start + count]
+def _elements(content: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of `content`: one-dimensional, a view of it."""
+    if not content:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(content, dtype=dtype)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from ..checkpoint.header import TensorEntry
+from ..codecs.cast import CAST
 from ..extent import Extent, align_down, align_up
-from .layout import Copy, Layout, Placed, Read
+from .layout import Decode, Layout, Placed, Read, byte_copy, whole_input
 from .recipe import View
 
 _Range = tuple[int, int]
@@ -26,7 +27,7 @@ def overlaid(
     taken = [ranges[name] for name in entries]
     kept = sorted(r for name, r in ranges.items() if name not in entries)
     reads: list[Read] = []
-    copies = [c for c in plan.copies if not _is_in(c.target_offset, taken)]
+    decodes = [d for d in plan.decodes if not _is_in(d.target_offset, taken)]
     for read in plan.reads:
         window = read.slot_offset, read.slot_offset + read.extent.nbytes
         if not any(_common(window, other) for other in taken):
@@ -35,16 +36,13 @@ def overlaid(
         for part in _merged(filter(None, (_common(window, r) for r in kept))):
             inside, edges = _cut(read, part, alignment)
             reads += inside
-            copies += edges
+            decodes += edges
     placed = {tensor.name: tensor for tensor in plan.tensors}
-    copies += [_copy(e, placed[name]) for name, e in entries.items() if e.nbytes]
+    decodes += [_cast(e, placed[name]) for name, e in entries.items() if e.nbytes]
     return replace(
         plan,
         reads=tuple(reads),
-        copies=tuple(copies),
-        conversions=tuple(
-            c for c in plan.conversions if not _is_in(c.target_offset, taken)
-        ),
+        decodes=tuple(decodes),
         moves=tuple(m for m in plan.moves if not _is_in(m.target_offset, taken)),
     )
 
@@ -73,7 +71,7 @@ def _merged(ranges: Iterator[_Range]) -> list[_Range]:
     return merged
 
 
-def _cut(read: Read, part: _Range, alignment: int) -> tuple[list[Read], list[Copy]]:
+def _cut(read: Read, part: _Range, alignment: int) -> tuple[list[Read], list[Decode]]:
     """Reads only the bytes `part` of the slot, instead of all that `read` fills.
 
     Whole blocks are read in place; the rest at both ends is copied.
@@ -82,22 +80,15 @@ def _cut(read: Read, part: _Range, alignment: int) -> tuple[list[Read], list[Cop
     path, first, last = read.extent.path, part[0] + ahead, part[1] + ahead
     start, end = align_up(first, alignment), align_down(last, alignment)
     if end <= start:
-        return [], [_bytes(Extent(path, first, last - first), part[0])]
+        return [], [byte_copy(Extent(path, first, last - first), part[0])]
     edges = [(first, start), (end, last)]
     return (
         [Read(Extent(path, start, end - start), start - ahead)],
-        [_bytes(Extent(path, a, b - a), a - ahead) for a, b in edges if a < b],
+        [byte_copy(Extent(path, a, b - a), a - ahead) for a, b in edges if a < b],
     )
 
 
-def _bytes(extent: Extent, slot_offset: int) -> Copy:
-    whole = View.whole((extent.nbytes,))
-    kind = torch.uint8
-    return Copy(extent, kind, whole, slot_offset, kind, extent.nbytes, whole)
-
-
-def _copy(entry: TensorEntry, placed: Placed) -> Copy:
+def _cast(entry: TensorEntry, placed: Placed) -> Decode:
     whole = View.whole(entry.shape)
-    extent = Extent(entry.path, entry.offset, entry.nbytes)
-    numel = whole.numel
-    return Copy(extent, entry.dtype, whole, placed.offset, placed.dtype, numel, whole)
+    inputs = (whole_input(entry),)
+    return Decode(CAST, inputs, placed.offset, placed.dtype, whole.numel, whole)

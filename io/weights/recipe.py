@@ -1,16 +1,19 @@
 """Says which parts of which stored tensors make a parameter.
 
 Most parameters are one stored tensor, unchanged. Others are stacked from many tensors
-(experts), cut from one (fused projections), or cast to another dtype while loading.
+(experts), cut from one (fused projections), or decoded by a codec while loading.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..checkpoint.header import TensorEntry
+from ..codecs.cast import CAST
+from ..codecs.codec import Codec
+from ..codecs.computed import Compute, Computed
 from ..extent import Extent
 
 
@@ -71,6 +74,24 @@ class TensorSlice:
     entry: TensorEntry
     source: View
     target: View
+    codec: Codec = CAST
+    """How the elements of `target` are made from those of `source`."""
+    companions: tuple[TensorEntry, ...] = ()
+    """The other stored tensors that the codec needs, each as a whole."""
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """All stored tensors that it is made of, as the codec takes them."""
+        return (self.entry, *self.companions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes to read from files for it."""
+        if self.source.is_contiguous:
+            nbytes = self.source.numel * self.entry.dtype.itemsize
+        else:
+            nbytes = self.entry.nbytes
+        return nbytes + sum(entry.nbytes for entry in self.companions)
 
     @property
     def source_extent(self) -> Extent | None:
@@ -85,35 +106,30 @@ class TensorSlice:
         )
 
 
-Convert = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
-"""Computes a parameter from whole stored tensors, given by their names."""
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one parameter of the model is made from the checkpoint.
-
-    Either `slices` fill it part by part, or `convert` computes it from the whole
-    tensors of `entries`, for transformations that are not views.
-    """
+    """How one parameter of the model is made from the checkpoint: part by part."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    slices: tuple[TensorSlice, ...] = ()
-    convert: Convert | None = None
-    entries: tuple[TensorEntry, ...] = ()
+    slices: tuple[TensorSlice, ...]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors that the parameter is made of."""
+        return tuple(entry for part in self.slices for entry in part.entries)
+
+    @property
     def direct(self) -> Extent | None:
         """The byte range of a file that holds exactly this parameter.
 
-        None when the parameter must be assembled or cast. Single rows can be read from
-        this range.
+        None when the parameter must be assembled or decoded. Single rows can be read
+        from this range.
         """
         if len(self.slices) != 1 or self.slices[0].entry.dtype != self.dtype:
             return None
@@ -123,9 +139,9 @@ class Recipe:
     def stored_rows(self) -> Extent | None:
         """The byte range that holds this parameter in its stored dtype.
 
-        None when the parameter must be assembled.
+        None when the parameter must be assembled, or needs another codec than a cast.
         """
-        if len(self.slices) != 1:
+        if len(self.slices) != 1 or self.slices[0].codec != CAST:
             return None
         part = self.slices[0]
         if part.target != View.whole(self.shape):
@@ -135,17 +151,25 @@ class Recipe:
     @property
     def stored_bytes(self) -> int:
         """Bytes to read from files to make this parameter."""
-        if self.convert is not None:
-            return sum(entry.nbytes for entry in self.entries)
-        return sum(
-            part.source.numel * part.entry.dtype.itemsize
-            if part.source.is_contiguous
-            else part.entry.nbytes
-            for part in self.slices
-        )
+        return sum(part.stored_bytes for part in self.slices)
 
 
 def plain(entry: TensorEntry, *, name: str, dtype: torch.dtype) -> Recipe:
     """The recipe of a parameter that is the stored tensor `entry`, cast to `dtype`."""
     whole = View.whole(entry.shape)
     return Recipe(name, entry.shape, dtype, (TensorSlice(entry, whole, whole),))
+
+
+def computed(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    compute: Compute,
+    entries: Sequence[TensorEntry],
+) -> Recipe:
+    """The recipe of a parameter that `compute` makes from the whole `entries`."""
+    first, *others = entries
+    codec = Computed(tuple(entry.name for entry in entries), compute)
+    source, target = View.whole(first.shape), View.whole(shape)
+    part = TensorSlice(first, source, target, codec, tuple(others))
+    return Recipe(name, shape, dtype, (part,))

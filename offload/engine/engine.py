@@ -233,7 +233,7 @@ class Engine:
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
-            bytes_copied=sum(x.bytes_copied + x.bytes_converted for x in loaders),
+            bytes_copied=sum(loader.bytes_copied for loader in loaders),
             passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,
             compute_seconds=self._entry.compute_seconds,

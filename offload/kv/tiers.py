@@ -9,7 +9,7 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
-from ...io.kv.codec import Codec, Plain
+from ...io.kv.codec import KvCodec, Plain
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
 from ...io.kv.hop import HostBounce, NoBounce, ThroughHost
@@ -146,7 +146,7 @@ class KvTiers(Closing):
         opened.callback(undo)
         return True
 
-    def _codec(self, shape: KvShape) -> Codec:
+    def _codec(self, shape: KvShape) -> KvCodec:
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
     def _on_disk(self) -> OnDisk:

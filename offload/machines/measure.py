@@ -16,11 +16,11 @@ import torch
 from torch.nn import functional
 
 from ...io.checkpoint.header import FileStamp
+from ...io.codecs.cast import copy_serially
 from ...io.errors import UsageError
 from ...io.extent import Extent
 from ...io.memory.arena import Arena
 from ...io.readers.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
-from ...io.weights.loader import copy_serially
 from ..engine.readers import makers_of
 from ..monitoring.show import human_bytes
 from ..policy import IO

@@ -183,11 +183,7 @@ def _widths(config: Any, heads: int) -> tuple[int, int]:
 
 
 def _cast_bytes(plan: Layout) -> int:
-    copied = sum(copy.extent.nbytes for copy in plan.copies)
-    made = sum(
-        entry.nbytes for made in plan.conversions for entry in made.recipe.entries
-    )
-    return copied + made
+    return sum(each.stored_bytes for each in plan.decodes)
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, ClosedError
-from ...io.weights.recipe import Recipe, TensorSlice, View, plain
+from ...io.weights.recipe import Recipe, TensorSlice, View, computed, plain
 
 
 @dataclass
@@ -246,7 +246,7 @@ def _by_function(
         if key not in state:
             raise CheckpointError(f"{name}: transformers converts it to unknown {key}")
 
-        def convert(stored: Mapping[str, torch.Tensor], key: str = key) -> torch.Tensor:
+        def compute(stored: Mapping[str, torch.Tensor], key: str = key) -> torch.Tensor:
             tensors = {
                 pattern: [stored[e.name].to(first) for e in group]
                 for pattern, group in target.sources.items()
@@ -260,13 +260,8 @@ def _by_function(
             assert isinstance(tensor, torch.Tensor)
             return tensor
 
-        yield Recipe(
-            key,
-            tuple(state[key].shape),
-            dtypes.of(key, state[key]),
-            convert=convert,
-            entries=entries,
-        )
+        shape = tuple(state[key].shape)
+        yield computed(key, shape, dtypes.of(key, state[key]), compute, entries)
 
 
 def _plain_meta(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:

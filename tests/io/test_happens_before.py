@@ -80,7 +80,7 @@ def layout_of(unit: int, nbytes: int) -> Layout:
         Placed(f"{unit}.{name}", offset, torch.uint8, (length,))
         for name, offset, length in parts
     )
-    return Layout(f"unit{unit}", nbytes, (), (), (), (), tensors, nbytes)
+    return Layout(f"unit{unit}", nbytes, (), (), (), tensors, nbytes)
 
 
 @dataclass

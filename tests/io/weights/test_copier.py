@@ -49,8 +49,8 @@ def pieces(
     return [
         CopyTask(
             "unit",
-            Extent(PATH, 5 + 100 * n, nbytes),
-            lambda data, n=n: place(n, data),  # type: ignore[misc]
+            (Extent(PATH, 5 + 100 * n, nbytes),),
+            lambda data, n=n: place(n, data[0]),  # type: ignore[misc]
             Handle(1),
         )
         for n in range(num)

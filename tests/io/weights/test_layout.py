@@ -39,33 +39,22 @@ class Slot:
             end = read.slot_offset + read.extent.nbytes
             self.by_reads[read.slot_offset : end] += 1
             assert end <= plan.nbytes
-        for copy in plan.copies:
-            data = stored_bytes(copy.extent)
-            assert len(data) == copy.extent.nbytes
-            source = copy.source.on(data.clone().view(copy.dtype))
+        for copy in plan.decodes:
+            stored = []
+            for each in copy.inputs:
+                data = stored_bytes(each.extent)
+                assert len(data) == each.extent.nbytes
+                stored.append(each.view.on(data.clone().view(each.dtype)))
             size = copy.target_numel * copy.target_dtype.itemsize
             start = copy.target_offset
             assert start + size <= plan.nbytes
             target = self.content[start : start + size].clone().view(copy.target_dtype)
-            copy.target.on(target).copy_(source)
+            copy.codec.decode(stored, copy.target.on(target))
             touched = torch.zeros(copy.target_numel, dtype=torch.int32)
             copy.target.on(touched).add_(1)
             self.content[start : start + size] = target.view(torch.uint8)
             self.writes[start : start + size] += touched.repeat_interleave(
                 copy.target_dtype.itemsize
-            )
-        for conversion in plan.conversions:
-            recipe = conversion.recipe
-            assert recipe.convert is not None
-            stored = {
-                e.name: stored_bytes(Extent(e.path, e.offset, e.nbytes))
-                .view(e.dtype)
-                .view(e.shape)
-                for e in recipe.entries
-            }
-            made = recipe.convert(stored).to(recipe.dtype).contiguous()
-            self._write(
-                conversion.target_offset, made.reshape(-1).view(torch.uint8).clone()
             )
         for move in plan.moves:
             self._move(move)
@@ -216,7 +205,7 @@ def test_neighbours_are_one_read_and_no_copy(tmp_path: Path) -> None:
     )
     plan = lay_out(recipes.values())
     assert len(plan.reads) == 1
-    assert plan.copies == ()
+    assert plan.decodes == ()
     assert plan.stored_bytes == 5078
     assert plan.nbytes == 8192
 
@@ -247,7 +236,7 @@ def test_a_tensor_at_an_odd_offset_is_moved_to_an_even_one(
         recipe = recipes["1"]
         plan = lay_out([recipe])
         is_odd = recipe.slices[0].entry.offset % dtype.itemsize != 0
-        assert bool(plan.copies) == is_odd
+        assert bool(plan.decodes) == is_odd
         assert bool(plan.reads) != is_odd
         check_aligned(plan, 4096, 4096)
 
@@ -277,7 +266,7 @@ def run(recipe: Recipe, memory_alignment: int = 4096) -> tuple[int, int, torch.T
     check_aligned(plan, 4096, memory_alignment)
     slot = Slot(plan.nbytes)
     slot.run(plan)
-    copied = sum(copy.extent.nbytes for copy in plan.copies)
+    copied = sum(each.stored_bytes for each in plan.decodes)
     moved = sum(move.nbytes for move in plan.moves)
     return copied, moved, slot.tensor(plan.tensors[0])
 
@@ -343,6 +332,6 @@ def test_a_unit_of_empty_tensors_has_a_slot_and_no_reads(tmp_path: Path) -> None
     recipes = files_of(tmp_path, random_tensor(torch.float32, (0, 3)))
     plan = lay_out(recipes.values())
     assert not plan.reads
-    assert not plan.copies
+    assert not plan.decodes
     assert plan.tensors == (Placed("0", 0, torch.float32, (0, 3)),)
     assert plan.nbytes == 4096

@@ -44,7 +44,7 @@ from penstock.io.readers.reader import Reader
 from penstock.io.readers.threads import ThreadReader
 from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, Placed, layout
 from penstock.io.weights.loader import Loader, UnitLoad
-from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
+from penstock.io.weights.recipe import Recipe, TensorSlice, View, computed, plain
 from recipes import Example, examples, make, write_packed
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -214,7 +214,7 @@ def test_units_that_lie_as_they_are_needed_are_never_copied(
         )
     for name, wanted in loaded_by_safetensors(folder).items():
         assert same_bits(tensors[name], wanted)
-    assert statistics.bytes_copied == statistics.bytes_converted == 0
+    assert statistics.bytes_copied == 0
     assert statistics.bytes_loaded == checkpoint.num_bytes
     assert statistics.num_loads == 1
 
@@ -355,12 +355,12 @@ def test_a_conversion_sees_whole_tensors_as_stored(tmp_path: Path) -> None:
         seen.update(tensors)
         return tensors["a"].t() * len(tensors["b"])
 
-    recipe = Recipe(
+    recipe = computed(
         "it",
         (70, 300),
         torch.float32,
-        convert=convert,  # type: ignore[arg-type]
-        entries=tuple(checkpoint.entries.values()),
+        convert,  # type: ignore[arg-type]
+        tuple(checkpoint.entries.values()),
     )
     with opened(checkpoint, [recipe], bounce_bytes=100) as rig:
         made = rig.load()["it"]
@@ -368,20 +368,18 @@ def test_a_conversion_sees_whole_tensors_as_stored(tmp_path: Path) -> None:
     assert same_bits(made, (stored["a"].t() * 5).to(torch.float32))
     assert set(seen) == set(stored)
     assert all(same_bits(seen[name], stored[name]) for name in stored)
-    assert statistics.bytes_converted == recipe.nbytes
-    assert statistics.bytes_copied == 0
-    assert statistics.bytes_loaded == 300 * 70 * 2 + 5
+    assert statistics.bytes_copied == statistics.bytes_loaded == 300 * 70 * 2 + 5
 
 
 def test_a_conversion_to_nothing_makes_nothing(tmp_path: Path) -> None:
     write_packed(tmp_path / SINGLE_FILE, {"a": torch.ones(3)})
     checkpoint = open_checkpoint(tmp_path)
-    recipe = Recipe(
+    recipe = computed(
         "it",
         (0, 3),
         torch.float32,
-        convert=lambda stored: stored["a"][:0].view(0, 3),
-        entries=tuple(checkpoint.entries.values()),
+        lambda stored: stored["a"][:0].view(0, 3),
+        tuple(checkpoint.entries.values()),
     )
     with opened(checkpoint, [recipe]) as rig:
         assert rig.load()["it"].shape == (0, 3)
@@ -459,12 +457,12 @@ def test_a_conversion_that_fails_is_an_error_of_the_unit(tmp_path: Path) -> None
     def convert(stored: object) -> torch.Tensor:
         raise ArithmeticError("cannot be done")
 
-    recipe = Recipe(
+    recipe = computed(
         "it",
         (3,),
         torch.float32,
-        convert=convert,
-        entries=tuple(checkpoint.entries.values()),
+        convert,
+        tuple(checkpoint.entries.values()),
     )
     with opened(checkpoint, [recipe]) as rig:
         (load,) = rig.start()
@@ -664,4 +662,4 @@ def test_in_steady_state_a_unit_costs_no_memory_and_no_copy(
         # The slots have 2 x 2 MiB, 1,024 pages, and are filled 40 times.
         assert min(faults) < 1024
         statistics = rig.loader.statistics()
-        assert statistics.bytes_copied == statistics.bytes_converted == 0
+        assert statistics.bytes_copied == 0

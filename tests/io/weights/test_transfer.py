@@ -20,7 +20,7 @@ def nbytes_of(tensor: Placed) -> int:
 
 def layout_of(tensors: list[Placed]) -> Layout:
     end = max((t.offset + nbytes_of(t) for t in tensors), default=0)
-    return Layout("unit", end + 7, (), (), (), (), tuple(tensors), end)
+    return Layout("unit", end + 7, (), (), (), tuple(tensors), end)
 
 
 @st.composite

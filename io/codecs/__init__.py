@@ -1,0 +1,8 @@
+"""How the elements of a tensor are stored, and how parameters are made of them.
+
+A codec stands between the *stored image* of a unit (the bytes that lie in files) and
+its *slot image* (the parameters that modules see). `Codec` (codec) is the contract.
+`Cast` (cast) copies elements and changes their dtype; `Computed` (computed) calls a
+function on whole tensors. A recipe names the codec of each of its slices, so the code
+that reads, places and moves bytes never asks which one it is.
+"""

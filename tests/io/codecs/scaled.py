@@ -1,0 +1,33 @@
+"""A codec for tests: integers with one scale for several rows, and one offset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Row r is `stored[r] * scales[r // rows] + offset`; see `Codec`."""
+
+    rows: int
+
+    @property
+    def identity(self) -> str:
+        return f"scaled-1 {self.rows}"
+
+    @property
+    def rows_each(self) -> tuple[int, ...]:
+        return (1, self.rows, 0)
+
+    @property
+    def is_elementwise(self) -> bool:
+        return False
+
+    def decode(self, stored: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+        numbers, scales, offset = stored
+        assert len(scales) == -(-len(numbers) // self.rows)
+        each = scales.repeat_interleave(self.rows, dim=0)[: len(numbers)]
+        target.copy_(numbers.to(torch.float32) * each[:, None] + offset)
