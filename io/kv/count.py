@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from ..merging import Rule, counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,20 +14,20 @@ class KvStatistics:
     Mappings are by tier: `device`, `host`, `disk`.
     """
 
-    num_appended: int = 0
+    num_appended: int = counter(Rule.SUM)
     """Appended tokens, counted once in each layer that keeps them."""
-    bytes_written: Mapping[str, int] = field(default_factory=dict)
+    bytes_written: Mapping[str, int] = counter(Rule.SUM, dict)
     """Bytes of appended tokens."""
-    bytes_read: Mapping[str, int] = field(default_factory=dict)
+    bytes_read: Mapping[str, int] = counter(Rule.SUM, dict)
     """Bytes that were fetched for attention; 0 where attention reads them in place."""
-    bytes_moved: int = 0
+    bytes_moved: int = counter(Rule.SUM)
     """Bytes of old tokens that were moved. That happens if beams are reordered, if a
     sliding window reaches the end of its memory, or if a sequence gets longer than was
     announced."""
-    bytes_held: Mapping[str, int] = field(default_factory=dict)
+    bytes_held: Mapping[str, int] = counter(Rule.SUM, dict)
     """Bytes that are taken from each tier's budget now."""
-    peak_bytes_held: Mapping[str, int] = field(default_factory=dict)
-    wait_seconds: float = 0.0
+    peak_bytes_held: Mapping[str, int] = counter(Rule.SUM, dict)
+    wait_seconds: float = counter(Rule.MEAN, 0.0)
     """How long the computing thread waited for fetches. The time that a GPU waits for
     queued copies is not included."""
 

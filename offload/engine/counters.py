@@ -1,21 +1,23 @@
 """The counters of a streamed model."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...io.kv.count import KvStatistics
+from ...io.merging import Rule, counter
 from ...io.weights.recipe import Recipe
+from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
 from ..units.sites import FoundUnit
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+@dataclass(frozen=True, kw_only=True)
+class Statistics(SweepCounters):
     """Counters of one streamed model since it was loaded."""
 
     model_bytes: int
     """Bytes of all weights in the dtype of computing; tied weights count once."""
-    device_memory_bytes: int
+    device_memory_bytes: int = counter(Rule.ALIVE)
     """Bytes of the working set."""
     budget: MemoryBudget
     """How the memory of the process was divided when the model was loaded."""
@@ -24,47 +26,31 @@ class Statistics:
     lie) and `disk` (streamed)."""
     reader: str
     """How files are read: `libaio`, `threads`, ..."""
-    bytes_read: Mapping[str, int]
+    bytes_read: Mapping[str, int] = counter(Rule.SUM, dict)
     """Bytes read from each tier, alignment and gaps included."""
-    bytes_loaded: int
+    bytes_loaded: int = counter(Rule.SUM)
     """Checkpoint bytes of the units that were loaded, counted at each load."""
-    bytes_gathered: int
+    bytes_gathered: int = counter(Rule.SUM)
     """Bytes of embedding rows that were read from the file, row by row."""
-    bytes_copied: int
-    """Bytes that the CPU copied while loading: casts, assembled parameters."""
-    passes: int
-    wait_seconds: float
+    bytes_copied: int = counter(Rule.SUM)
+    """Bytes that the CPU copied while loading: what a codec decodes, assembled
+    parameters."""
+    passes: int = counter(Rule.SUM)
+    wait_seconds: float = counter(Rule.MEAN, 0.0)
     """Time that computing waited for weights to be loaded."""
-    compute_seconds: float
+    compute_seconds: float = counter(Rule.MEAN, 0.0)
     """Time spent in the model's own code."""
-    peak_device_bytes: int
+    peak_device_bytes: int = counter(Rule.ALIVE)
     """The most bytes of the working set in use at one time."""
-    peak_host_bytes: int
+    peak_host_bytes: int = counter(Rule.ALIVE)
     """The largest resident set of this process, activations included."""
-    max_in_flight: int
-    """The most micro-batches of a sweep in flight at one time."""
-    held_bytes_per_micro_batch: int
-    """Activations that one suspended micro-batch keeps alive."""
-    activation_bytes_out: int
-    """Bytes of suspended micro-batches that were copied to host memory."""
-    activation_bytes_in: int
-    """Bytes of these that were copied back. Fewer than `activation_bytes_out` if some
-    micro-batch resumed before its device memory was freed."""
-    num_activation_buffers: int
-    """Buffers in host memory that were allocated for that. They are reused, so this
-    number stops growing."""
-    num_joint_calls: int
-    """Calls of a row-wise module that were made jointly for several micro-batches."""
-    num_joint_rows: int
-    """Rows in all joint calls together."""
-    num_failed_joint_calls: int
-    """Joint calls that failed and were repeated for each micro-batch by itself."""
-    kv: KvStatistics
+    kv: KvStatistics = field(default_factory=KvStatistics)
     """Keys and values that are kept in tiers; see `kv` in the policy."""
-    num_unused_loads: int
-    faults: Mapping[str, int]
+    num_unused_loads: int = counter(Rule.SUM)
+    """Units that were loaded ahead and evicted before anything read them."""
+    faults: Mapping[str, int] = counter(Rule.SUM, dict)
     """How often each weight was used outside the forward of its module, by name."""
-    fallbacks: tuple[str, ...]
+    fallbacks: tuple[str, ...] = counter(Rule.EACH, ())
     """A sentence for each setting of the policy that could not be followed."""
 
     @property

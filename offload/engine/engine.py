@@ -10,6 +10,7 @@ from torch import nn
 
 from ...io.errors import FaultError, PenstockError
 from ...io.kv.count import KvStatistics
+from ...io.merging import counters_of
 from ...io.timeline import Timeline
 from ...io.weights.residue import clone_like
 from ...scheduler.order import Order
@@ -222,7 +223,6 @@ class Engine:
             working_set.resident_units,
         )
         on_gpu = self._tiers.device.peak_bytes()
-        sweeps = self._sweeps.statistics()
         kv = None if self._kv is None else self._kv.store
         return Statistics(
             model_bytes=sum(by_tier.values()),
@@ -239,14 +239,7 @@ class Engine:
             compute_seconds=self._entry.compute_seconds,
             peak_device_bytes=working_set.peak_bytes if on_gpu is None else on_gpu,
             peak_host_bytes=peak_resident_bytes(),
-            max_in_flight=sweeps.max_in_flight,
-            held_bytes_per_micro_batch=sweeps.held_bytes_per_micro_batch,
-            activation_bytes_out=sweeps.bytes_out,
-            activation_bytes_in=sweeps.bytes_in,
-            num_activation_buffers=sweeps.num_buffers,
-            num_joint_calls=sweeps.num_joint_calls,
-            num_joint_rows=sweeps.num_joint_rows,
-            num_failed_joint_calls=sweeps.num_failed_joint_calls,
+            **counters_of(self._sweeps.counters()),
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             kv=KvStatistics() if kv is None else kv.statistics(),

@@ -1,14 +1,12 @@
 """A model that is loaded for a job, and what computing with it came to: in one process,
 or in several that share the job."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...io.closing import Closing
-from ...io.kv.count import KvStatistics
 from ...io.timeline import Span
 from ..engine.counters import Statistics
 from ..model import engine_of, load_for, unwrap
@@ -70,61 +68,3 @@ class Loaded(Closing):
         if not self._is_closed:
             self._is_closed = True
             unwrap(self.model)
-
-
-def together(found: Sequence[Statistics], num_workers: int) -> Statistics:
-    """Of `num_workers` that shared a job, with those of processes that had to be begun
-    anew: counters and memory are sums (what processes share is counted in each), times
-    are means over the workers, so that they add up to the job's; what is a limit or a
-    most of one model is the most of any. Where weights are is as in the first."""
-    first = found[0]
-    sums = (
-        "bytes_loaded",
-        "bytes_gathered",
-        "bytes_copied",
-        "passes",
-        "activation_bytes_out",
-        "activation_bytes_in",
-        "num_activation_buffers",
-        "num_joint_calls",
-        "num_joint_rows",
-        "num_failed_joint_calls",
-        "num_unused_loads",
-    )
-    of_workers = found[-num_workers:]  # those that came to the end
-    memory = ("device_memory_bytes", "peak_device_bytes", "peak_host_bytes")
-    times = ("wait_seconds", "compute_seconds")
-    mosts = ("max_in_flight", "held_bytes_per_micro_batch")
-    changed: dict[str, Any] = {
-        **{name: sum(getattr(one, name) for one in found) for name in sums},
-        **{name: sum(getattr(one, name) for one in of_workers) for name in memory},
-        **{n: sum(getattr(one, n) for one in found) / num_workers for n in times},
-        **{name: max(getattr(one, name) for one in found) for name in mosts},
-    }
-    return replace(
-        first,
-        bytes_read=_sums(one.bytes_read for one in found),
-        faults=_sums(one.faults for one in found),
-        fallbacks=tuple(dict.fromkeys(f for one in found for f in one.fallbacks)),
-        kv=_kv([one.kv for one in found], num_workers),
-        **changed,
-    )
-
-
-def _kv(found: Sequence[KvStatistics], num_workers: int) -> KvStatistics:
-    return KvStatistics(
-        sum(one.num_appended for one in found),
-        _sums(one.bytes_written for one in found),
-        _sums(one.bytes_read for one in found),
-        sum(one.bytes_moved for one in found),
-        _sums(one.bytes_held for one in found),
-        _sums(one.peak_bytes_held for one in found),
-        sum(one.wait_seconds for one in found) / num_workers,
-    )
-
-
-def _sums(found: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for one in found:
-        total.update(one)
-    return dict(total)

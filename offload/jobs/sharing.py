@@ -12,13 +12,14 @@ import torch
 from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
 from ...io.errors import UsageError
+from ...io.merging import merged
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
 from .budgets import Room, divided, threads_of
-from .computed import WorkerResult, together
+from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
 from .running import Output
 from .work import Work
@@ -77,8 +78,8 @@ class Sharing(Closing):
         return all_of(found)
 
     def computed(self) -> WorkerResult:
-        """What they counted together, once all are done; see `together`. The spans are
-        one worker's."""
+        """What they counted together, once all are done; each counter by its rule. The
+        spans are one worker's."""
         counted: list[WorkerResult] = list(self.pool.counted.values())
         progress = self._work.progress
         add_up(progress, [one.progress for one in counted])
@@ -88,7 +89,7 @@ class Sharing(Closing):
         last = counted[-1]
         return WorkerResult(
             progress,
-            together([one.statistics for one in counted], self._num),
+            merged([one.statistics for one in counted], self._num),
             last.dtype,
             last.spans,
             min(began, default=None),

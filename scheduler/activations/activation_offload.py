@@ -25,6 +25,7 @@ from ...io.devices.device import Device
 from ...io.event import Event
 from ...io.memory.arena import Arena
 from ...io.memory.host_buffers import HostBuffers
+from ...io.merging import Rule, counter
 from ...io.timeline import ACTIVATIONS, Record, unrecorded
 from .ownership import Ownership, bytes_of
 
@@ -52,13 +53,18 @@ class _Parcel:
     """(storage, offset in the buffer, bytes) of each."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ActivationOffloadStatistics:
     """Counters since the sweep was opened."""
 
-    bytes_out: int
-    bytes_in: int
-    num_buffers_allocated: int
+    activation_bytes_out: int = counter(Rule.SUM)
+    """Bytes of suspended micro-batches that were copied to host memory."""
+    activation_bytes_in: int = counter(Rule.SUM)
+    """Bytes of these that were copied back. Fewer than `activation_bytes_out` if some
+    micro-batch resumed before its device memory was freed."""
+    num_activation_buffers: int = counter(Rule.SUM)
+    """Buffers in host memory that were allocated for that. They are reused, so this
+    number stops growing."""
 
 
 class ActivationOffload(Closing):
@@ -143,7 +149,9 @@ class ActivationOffload(Closing):
 
     def statistics(self) -> ActivationOffloadStatistics:
         return ActivationOffloadStatistics(
-            self._bytes_out, self._bytes_in, self._buffers.num_allocated
+            activation_bytes_out=self._bytes_out,
+            activation_bytes_in=self._bytes_in,
+            num_activation_buffers=self._buffers.num_allocated,
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
+from ...io.merging import Rule, counter
 from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from ..order import Order
 from .coalescing_queue import CoalescingQueue
@@ -64,15 +65,15 @@ class RowWise:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CoalescingStatistics:
     """Counters since the sweep was opened."""
 
-    num_calls: int = 0
-    """Joint calls: one call made for several micro-batches."""
-    num_rows: int = 0
+    num_joint_calls: int = counter(Rule.SUM)
+    """Calls of a row-wise module that were made jointly for several micro-batches."""
+    num_joint_rows: int = counter(Rule.SUM)
     """Rows in all joint calls together."""
-    num_failed: int = 0
+    num_failed_joint_calls: int = counter(Rule.SUM)
     """Joint calls that failed and were repeated for each micro-batch by itself."""
 
 
@@ -153,7 +154,11 @@ class Coalescing:
         return queue.take_ready() if queue.has_ready else None
 
     def statistics(self) -> CoalescingStatistics:
-        return CoalescingStatistics(self._num_calls, self._num_rows, self._num_failed)
+        return CoalescingStatistics(
+            num_joint_calls=self._num_calls,
+            num_joint_rows=self._num_rows,
+            num_failed_joint_calls=self._num_failed,
+        )
 
     def _forward(self, index: int, original: Forward, num_args: int) -> Forward:
         @functools.wraps(original)

@@ -12,7 +12,11 @@ from typing import Any, Generic, TypeVar
 
 from ...io.closing import Closing
 from ...io.errors import ClosedError, PenstockError
-from ..activations.activation_offload import ActivationOffload
+from ...io.merging import Rule, counter, counters_of
+from ..activations.activation_offload import (
+    ActivationOffload,
+    ActivationOffloadStatistics,
+)
 from ..kv.store import KvStore
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
@@ -36,16 +40,22 @@ class Outcome(Generic[Result]):
     error: Exception | None
 
 
-@dataclass(frozen=True, slots=True)
-class SweepStatistics:
+@dataclass(frozen=True, kw_only=True)
+class SweepCounters(CoalescingStatistics, ActivationOffloadStatistics):
+    """What is counted for a sweep, and for all sweeps of a model together."""
+
+    max_in_flight: int = counter(Rule.MOST)
+    """The most micro-batches of a sweep in flight at one time."""
+    held_bytes_per_micro_batch: int = counter(Rule.MOST)
+    """The most bytes of activations that one micro-batch kept while it waited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepStatistics(SweepCounters):
     """The counters of a sweep so far."""
 
-    num_started: int
-    num_finished: int
-    max_in_flight: int
-    held_bytes_per_micro_batch: int
-    """The most bytes of activations that one micro-batch kept while it waited."""
-    coalescing: CoalescingStatistics
+    num_started: int = counter(Rule.SUM)
+    num_finished: int = counter(Rule.SUM)
 
 
 class Outcomes(Closing, Iterator[Outcome[Result]], Generic[Result]):
@@ -185,11 +195,19 @@ class Sweep(Closing):
 
     def statistics(self) -> SweepStatistics:
         return SweepStatistics(
-            self._progress.num_started,
-            self._progress.num_finished,
-            self._progress.max_in_flight,
-            self._admission.largest_held_bytes,
-            self._coalescing.statistics(),
+            num_started=self._progress.num_started,
+            num_finished=self._progress.num_finished,
+            **counters_of(self.counters()),
+        )
+
+    def counters(self) -> SweepCounters:
+        """Those of its statistics that are counted for all sweeps together, too."""
+        moved = self.activation_offload
+        return SweepCounters(
+            max_in_flight=self._progress.max_in_flight,
+            held_bytes_per_micro_batch=self._admission.largest_held_bytes,
+            **counters_of(self._coalescing.statistics()),
+            **({} if moved is None else counters_of(moved.statistics())),
         )
 
     def close(self) -> None:

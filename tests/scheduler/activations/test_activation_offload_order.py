@@ -126,19 +126,23 @@ def test_the_host_never_waits_for_the_device_once_buffers_fit(
     with offloading(seed, num) as (micro_batches, offload):
         sweep(micro_batches, offload, 12)
         micro_batches.device.num_host_waits.clear()
-        allocated = offload.statistics().num_buffers_allocated
+        allocated = offload.statistics().num_activation_buffers
         sweep(micro_batches, offload, 6)
-        if offload.statistics().num_buffers_allocated == allocated:
+        if offload.statistics().num_activation_buffers == allocated:
             assert micro_batches.device.num_host_waits == {}
 
 
 def test_in_a_steady_state_no_buffer_is_allocated() -> None:
     with offloading(0, 5) as (micro_batches, offload):
         sweep(micro_batches, offload, 20)
-        allocated = offload.statistics().num_buffers_allocated
+        allocated = offload.statistics().num_activation_buffers
         sweep(micro_batches, offload, 20)
-        assert offload.statistics().num_buffers_allocated == allocated
-        assert offload.statistics().bytes_out > offload.statistics().bytes_in > 0
+        assert offload.statistics().num_activation_buffers == allocated
+        assert (
+            offload.statistics().activation_bytes_out
+            > offload.statistics().activation_bytes_in
+            > 0
+        )
 
 
 def test_the_device_holds_who_computes_and_its_neighbours() -> None:
