@@ -33,6 +33,7 @@ from ..weights.moved import MovedTensors
 from ..weights.poison import StreamedParameter
 from ..weights.rows import RowGatherer
 from .engine import Engine
+from .parts import Running, Weights
 from .readers import memory_alignment_of
 from .tiers import Tiers, open_device
 from .transfers import transfer_of
@@ -113,30 +114,27 @@ def build(
             opened.callback(kv.close)
         joins = policy.coalesce != "off" and not policy.compile
         row_wise = find_row_wise(model_division) if joins else ()
+        weights = Weights(
+            arranged,
+            tiers,
+            working_set,
+            binding,
+            gatherers,
+            _move_rest(model, places, device),
+        )
+        entry = ForwardEntry(
+            doors,
+            Order(len(model_division.sites)),
+            lookahead=policy.lookahead,
+            record=record,
+            home=Home(when_left=binding.poison_elsewhere),
+        )
+        compilation = _compilation(model_division, policy)
+        running = Running(
+            entry, compilation, row_wise, Order(len(row_wise)), kv, timeline
+        )
         engine = Engine(
-            model,
-            policy,
-            arrangement=arranged,
-            budget=budget,
-            tiers=tiers,
-            moved=_move_rest(model, places, device),
-            working_set=working_set,
-            binding=binding,
-            doors=doors,
-            entry=ForwardEntry(
-                doors,
-                Order(len(model_division.sites)),
-                lookahead=policy.lookahead,
-                record=record,
-                home=Home(when_left=binding.poison_elsewhere),
-            ),
-            gatherers=tuple(gatherers.values()),
-            fallbacks=fallbacks,
-            compilation=_compilation(model_division, policy),
-            row_wise=row_wise,
-            row_order=Order(len(row_wise)),
-            kv=kv,
-            timeline=timeline,
+            model, policy, weights=weights, running=running, fallbacks=fallbacks
         )
         opened.pop_all()
         opened.callback(engine.close)

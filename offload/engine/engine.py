@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,33 +11,19 @@ from torch import nn
 from ...io.errors import FaultError, PenstockError
 from ...io.kv.count import KvStatistics
 from ...io.merging import counters_of
-from ...io.timeline import Timeline
 from ...io.weights.residue import clone_like
-from ...scheduler.order import Order
-from ...scheduler.slots.doors import Doors
-from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.admission import Width
-from ...scheduler.sweep.coalescing import Coalescing, RowWise
-from ...scheduler.sweep.entry import ForwardEntry
+from ...scheduler.sweep.coalescing import Coalescing
 from ...scheduler.sweep.module_state import ModuleState
 from ...scheduler.sweep.sweep import Sweep
-from ..kv.tiers import KvTiers
 from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
-from ..settings.memory_budget import MemoryBudget
-from ..units.arrangement import Arrangement
-from ..weights.binding import Binding
-from ..weights.moved import MovedTensors
-from ..weights.rows import RowGatherer
 from .counters import Statistics, bytes_by_tier
+from .parts import Running, Weights
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps
-from .tiers import Tiers
 from .updates import Updates
-
-if TYPE_CHECKING:
-    from .compilation import Compilation
 
 _log = logging.getLogger("penstock")
 
@@ -51,52 +37,32 @@ class Engine:
         model: nn.Module,
         policy: Policy,
         *,
-        arrangement: Arrangement,
-        budget: MemoryBudget,
-        tiers: Tiers,
-        moved: MovedTensors,
-        working_set: WorkingSet,
-        binding: Binding,
-        doors: Doors,
-        entry: ForwardEntry,
-        gatherers: Sequence[RowGatherer],
+        weights: Weights,
+        running: Running,
         fallbacks: Sequence[str],
-        compilation: "Compilation | None",
-        row_wise: Sequence[RowWise],
-        row_order: Order,
-        kv: KvTiers | None,
-        timeline: Timeline,
     ) -> None:
         self.model = model
         self.policy = policy
-        self.arrangement = arrangement
-        self.model_division = model_division = arrangement.division.found
+        self.arrangement = arrangement = weights.arrangement
+        self.model_division = arrangement.division.found
         self.recipes = arrangement.recipes
-        self.budget = budget
-        self.timeline = timeline
-        self._tiers = tiers
-        self._moved = moved
-        self._working_set = working_set
-        self._binding = binding
-        self.resident = binding.resident
-        self._doors = doors
-        self._entry = entry
-        self.home = entry.home
-        self._gatherers = gatherers
+        assert arrangement.budget is not None, "there is room to divide"
+        self.budget = arrangement.budget
+        self.resident = weights.binding.resident
+        self.timeline = running.timeline
+        self.row_wise = running.row_wise
+        self.home = running.entry.home
+        self._weights = weights
+        self._running = running
+        self._tiers = weights.tiers
+        self._working_set = weights.working_set
+        self._binding = weights.binding
+        self._entry = running.entry
+        self._compilation = running.compilation
+        self._kv = running.kv
         self._fallbacks = list(fallbacks)
-        self._compilation = compilation
-        self.row_wise = row_wise
-        self._row_order = row_order
-        self._kv = kv
         self._faults: Counter[str] = Counter()
-        self._unit_of = {
-            name: index
-            for index, unit in enumerate(model_division.units)
-            for name in unit.tensors
-        }
-        self.updates = Updates(
-            arrangement, tiers, working_set, binding, entry, gatherers, policy
-        )
+        self.updates = Updates(weights, running.entry, policy)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
         self._is_closed = False
@@ -121,14 +87,14 @@ class Engine:
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
-        self._doors.prefetch_sites(
+        self._entry.doors.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
         )
 
     def touch(self, name: str) -> torch.Tensor:
         """Returns the real tensor `name`, which was used while its unit is not bound (a
         fault). Its unit is loaded now and, if there is room, becomes resident."""
-        unit = self._unit_of[name]
+        unit = self._weights.unit_of[name]
         with self._entry.turn():
             if not self._working_set.is_resident(unit):
                 self._count_fault(name, unit)
@@ -170,13 +136,13 @@ class Engine:
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
-            return Coalescing((), self._row_order)
+            return Coalescing((), self._running.row_order)
         if self._compilation is not None:
             raise PenstockError(
                 "a sweep of compiled blocks cannot be coalesced: micro-batches would "
                 "have to stop inside of them; take compile: false or coalesce=False"
             )
-        return Coalescing(self.row_wise, self._row_order)
+        return Coalescing(self.row_wise, self._running.row_order)
 
     def _activation_bytes(self, has_width: bool) -> int | None:
         """The bytes that suspended micro-batches may hold; None: width bounds them."""
@@ -222,6 +188,7 @@ class Engine:
             self._tiers.placement,
             working_set.resident_units,
         )
+        gatherers = self._weights.gatherers.values()
         on_gpu = self._tiers.device.peak_bytes()
         kv = None if self._kv is None else self._kv.store
         return Statistics(
@@ -232,7 +199,7 @@ class Engine:
             reader=reader.name,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
-            bytes_gathered=sum(g.bytes_gathered for g in self._gatherers),
+            bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),
             bytes_copied=sum(loader.bytes_copied for loader in loaders),
             passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,
@@ -271,10 +238,10 @@ class Engine:
         if self._compilation is not None:
             self._compilation.stop()
         self._working_set.close()
-        for gatherer in self._gatherers:
+        for gatherer in self._weights.gatherers.values():
             gatherer.close()
         self._binding.poison_all()
-        self._moved.close()
+        self._weights.moved.close()
         self._tiers.close()
         self.updates.close()
         give_freed_back()

@@ -19,16 +19,12 @@ from ...io.readers.files import ALIGNMENT
 from ...io.weights.layout import Layout
 from ...io.weights.overlay import overlaid
 from ...io.weights.recipe import Recipe, plain
-from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
-from ..units.arrangement import Arrangement
-from ..weights.binding import Binding
 from ..weights.new_values import NewValue, new_values
-from ..weights.rows import RowGatherer
 from ..weights.spill_folder import SpillFolder
+from .parts import Weights
 from .readers import open_reader
-from .tiers import Tiers
 
 _log = logging.getLogger("penstock")
 
@@ -43,29 +39,21 @@ class Updates(Closing):
 
     def __init__(
         self,
-        arrangement: Arrangement,
-        tiers: Tiers,
-        working_set: WorkingSet,
-        binding: Binding,
+        weights: Weights,
         entry: ForwardEntry,
-        gatherers: Iterable[RowGatherer],
         policy: Policy,
     ) -> None:
         self._policy = policy
-        division = arrangement.division
-        self._recipes = cast(dict[str, Recipe], arrangement.recipes)
-        self._tiers = tiers
-        self._working_set = working_set
-        self._binding = binding
+        division = weights.arrangement.division
+        self._recipes = cast(dict[str, Recipe], weights.arrangement.recipes)
+        self._tiers = weights.tiers
+        self._working_set = weights.working_set
+        self._binding = weights.binding
         self._entry = entry
-        self._gatherers = {gatherer.name: gatherer for gatherer in gatherers}
+        self._gatherers = weights.gatherers
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
-        self._unit_of = {
-            name: index
-            for index, unit in enumerate(division.found.units)
-            for name in unit.tensors
-        }
+        self._unit_of = weights.unit_of
         self._entries: dict[str, TensorEntry] = {}
         self._folder: SpillFolder | None = None
         self._num_files = 0

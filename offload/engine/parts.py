@@ -1,0 +1,64 @@
+"""What an engine is made of: the weights of a model, and how forwards run on them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ...io.timeline import Timeline
+from ...scheduler.order import Order
+from ...scheduler.slots.working_set import WorkingSet
+from ...scheduler.sweep.coalescing import RowWise
+from ...scheduler.sweep.entry import ForwardEntry
+from ..kv.tiers import KvTiers
+from ..units.arrangement import Arrangement
+from ..weights.binding import Binding
+from ..weights.moved import MovedTensors
+from ..weights.rows import RowGatherer
+from .tiers import Tiers
+
+if TYPE_CHECKING:
+    from .compilation import Compilation
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one model: where they are, and how they come into its modules."""
+
+    arrangement: Arrangement
+    """Which units there are, and the tier of each."""
+    tiers: Tiers
+    """Keeps units, and loads them into slots."""
+    working_set: WorkingSet
+    """The slots."""
+    binding: Binding
+    """Puts what slots hold into the model's modules."""
+    gatherers: Mapping[str, RowGatherer]
+    """Read single rows of tables that are in no unit, by the table's name."""
+    moved: MovedTensors
+    """The tensors that are not streamed; they are on the device."""
+
+    @cached_property
+    def unit_of(self) -> Mapping[str, int]:
+        """The unit of each streamed tensor, by its name."""
+        return {
+            name: index
+            for index, unit in enumerate(self.arrangement.division.found.units)
+            for name in unit.tensors
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How forwards of one model run."""
+
+    entry: ForwardEntry
+    """Every forward passes it; it asks for the weights of the sites to come."""
+    compilation: "Compilation | None"
+    row_wise: Sequence[RowWise]
+    """The modules that micro-batches of a sweep may call jointly."""
+    row_order: Order
+    """The order in which these are called."""
+    kv: KvTiers | None
+    """None if keys and values stay where transformers keeps them."""
+    timeline: Timeline
