@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import regex
 
 from ..io.errors import PolicyError
+from ..io.tier import Tier
 
 
 def place(
@@ -25,13 +26,13 @@ def place(
         for name in names
     ]
     left = dict(budgets)
-    for tier in dict.fromkeys(tier for tier in ruled if tier not in (None, "disk")):
+    for tier in dict.fromkeys(tier for tier in ruled if tier not in (None, Tier.DISK)):
         assert tier is not None, "None was left out"
         need = sum(n for n, where in zip(sizes, ruled, strict=True) if where == tier)
         if need > left.get(tier, 0):
             raise PolicyError(
                 f"placement puts {need} bytes into {tier!r}, which has room for "
-                f"{left.get(tier, 0)}: raise {_KEYS.get(tier, f'peer.{tier}')}, or let "
+                f"{left.get(tier, 0)}: raise {_setting(tier)}, or let "
                 "fewer units match"
             )
         left[tier] = left.get(tier, 0) - need
@@ -40,7 +41,12 @@ def place(
         free = [unit for unit, where in enumerate(tiers) if where is None]
         for index in spread([sizes[unit] for unit in free], budget):
             tiers[free[index]] = tier
-    return tuple(tier or "disk" for tier in tiers)
+    return tuple(tier or Tier.DISK for tier in tiers)
+
+
+def _setting(place: str) -> str | None:
+    """The policy's key for the budget of a tier, or of a peer device."""
+    return Tier(place).setting if place in set(Tier) else f"peer.{place}"
 
 
 def _matches(rule: str, name: str) -> bool:
@@ -78,6 +84,3 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
 
 
 _MATCH_SECONDS = 1.0
-_KEYS = {"device": "device_memory", "host": "host_memory", "peer": "peer"}
-"""The policy's key for the budget of each tier. Other tiers are names of peer devices.
-"""

@@ -63,6 +63,7 @@ MAX_FILES = 20
 """In a folder, without its note."""
 
 PURE = {
+    "io/tier.py",
     "io/timeline.py",
     "offload/files/parts.py",
     "offload/jobs/manifest.py",
@@ -104,6 +105,7 @@ PURE_IMPORTS = {
     "bisect",
     "collections",
     "dataclasses",
+    "enum",
     "heapq",
     "itertools",
     "math",

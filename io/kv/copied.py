@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import ClosedError
+from ..tier import Tier
 from .codec import KvCodec
 from .count import KvCount
 from .region import GONE, KvStorage
@@ -56,7 +57,7 @@ class CopiedBuffer(KvLayerBuffer):
 
     @property
     def device_bytes(self) -> int:
-        if self._storage is None or self._lease.tier != "device":
+        if self._storage is None or self._lease.tier != Tier.DEVICE:
             return 0
         return self._storage.capacity
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import ClosedError
+from ..tier import Tier
 from .count import KvCount
 from .region import GONE
 from .shape import KvShape
@@ -45,7 +46,7 @@ class InPlaceBuffer(KvLayerBuffer):
 
     @property
     def device_bytes(self) -> int:
-        if self._pair is None or self._lease.tier != "device":
+        if self._pair is None or self._lease.tier != Tier.DEVICE:
             return 0
         return self.capacity * self.shape.row_bytes
 

@@ -13,6 +13,7 @@ from ..extent import Extent
 from ..handle import Handle, forget_frames
 from ..memory.arena import Memory
 from ..readers.daemon_pool import DaemonPool
+from ..tier import Tier
 from ..timeline import Record, unrecorded
 from .layout import Layout
 from .loader import LoaderStatistics, UnitLoad
@@ -90,7 +91,7 @@ class DirectToDevice(Closing):
 
         def note() -> None:
             nbytes = sum(extent.nbytes for extent, _ in parts)
-            self._record("disk", plan.name, start, self._clock(), nbytes)
+            self._record(Tier.DISK, plan.name, start, self._clock(), nbytes)
 
         handle.when_done(note)
 

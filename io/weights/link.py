@@ -15,6 +15,7 @@ from ..event import Event
 from ..handle import Handle, forget_frames
 from ..memory.arena import Memory
 from ..pace import Pace
+from ..tier import Tier
 from ..timeline import STAGING, Record, unrecorded
 from .source import Source
 from .transfer import Transfer
@@ -100,7 +101,7 @@ class Link(Closing):
         record: Record = unrecorded,
     ) -> None:
         self.tier = tier
-        self._lane = STAGING if tier == "disk" else tier
+        self._lane = STAGING if tier == Tier.DISK else tier
         self._source = source
         self._transfers = transfers
         self._target = target
@@ -193,7 +194,7 @@ class Link(Closing):
         nbytes = sum(run.nbytes for run in transfer.runs)
         if self._pace is not None:
             # A drive reads the stored bytes, which a cast may have changed in number.
-            paced = transfer.stored_bytes if self.tier == "disk" else nbytes
+            paced = transfer.stored_bytes if self.tier == Tier.DISK else nbytes
             end = self._pace.end_of(paced, job.given)
             self._sleep(max(0.0, end - self._clock()))
         self._statistics = LinkStatistics(

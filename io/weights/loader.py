@@ -16,6 +16,7 @@ from ..extent import Extent
 from ..handle import Handle
 from ..memory.arena import HostMemory
 from ..readers.reader import Reader
+from ..tier import Tier
 from ..timeline import CAST, Record, unrecorded
 from .copier import BounceCopier, CopyTask
 from .decoding import parts_of
@@ -145,7 +146,7 @@ class Loader:
         handle = self._reader.submit(extent, buffer)
 
         def note() -> None:
-            self._record("disk", unit, start, self._clock(), extent.nbytes)
+            self._record(Tier.DISK, unit, start, self._clock(), extent.nbytes)
 
         handle.when_done(note)
         return handle

@@ -12,6 +12,7 @@ from torch import nn
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
 from ...io.home import Home
+from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
@@ -195,7 +196,7 @@ def _working_set(
             for index, unit in enumerate(model_division.units)
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
-        staying=[u for u, tier in enumerate(tiers.placement) if tier == "device"],
+        staying=[u for u, tier in enumerate(tiers.placement) if tier == Tier.DEVICE],
         record=record,
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ...io.kv.count import KvStatistics
 from ...io.merging import Rule, counter
+from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
 from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
@@ -67,14 +68,12 @@ def bytes_by_tier(
 ) -> dict[str, int]:
     """The bytes of the model in each of `device`, `peer`, `host` and `disk`. A unit
     counts for the tier of its `placement`, a `resident` one for `device`."""
-    tier_bytes = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+    tier_bytes: dict[str, int] = dict.fromkeys(Tier, 0)
     for index, unit in enumerate(units):
-        tier = "device" if index in resident else placement[index]
-        tier_bytes[tier if tier in tier_bytes else "peer"] += sum(
-            recipes[name].nbytes for name in unit.tensors
-        )
+        tier = Tier.DEVICE if index in resident else placement[index]
+        tier_bytes[tier_of(tier)] += sum(recipes[name].nbytes for name in unit.tensors)
     placed = {name for unit in units for name in unit.tensors}
-    tier_bytes["disk"] += sum(
+    tier_bytes[Tier.DISK] += sum(
         recipe.nbytes
         for name, recipe in recipes.items()
         if name not in placed  # embeddings whose rows are read one by one

@@ -20,6 +20,7 @@ from ...io.memory.host_buffers import HostBuffers
 from ...io.memory.pinned import Pinned
 from ...io.pace import Pace
 from ...io.readers import gds
+from ...io.tier import Tier, tier_of
 from ...io.timeline import Record
 from ...io.weights import direct
 from ...io.weights.direct import DirectToDevice
@@ -102,11 +103,11 @@ class Tiers(Closing):
     @property
     def in_place(self) -> HostTier | None:
         """The host tier, if its units are computed with in place; else None."""
-        return None if "host" in self._ways else self.host
+        return None if Tier.HOST in self._ways else self.host
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
         """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
-        way = self._ways.get(self.placement[unit], self._ways["disk"])
+        way = self._ways.get(self.placement[unit], self._ways[Tier.DISK])
         return way(unit, offset, after)
 
     def mark(self) -> Event | None:
@@ -135,12 +136,12 @@ class Tiers(Closing):
     def bytes_read(self) -> dict[str, int]:
         """The bytes loaded from each tier so far."""
         disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
-        by_tier = {"disk": disk}
+        by_tier: dict[str, int] = {Tier.DISK: disk}
         if self.straight is not None:
-            by_tier["disk"] += self.straight.statistics().bytes_read
+            by_tier[Tier.DISK] += self.straight.statistics().bytes_read
         for link in self.links:
-            if link.tier != "disk":
-                tier = link.tier if link.tier == "host" else "peer"
+            if link.tier != Tier.DISK:
+                tier = tier_of(link.tier)
                 by_tier[tier] = by_tier.get(tier, 0) + link.statistics().bytes_moved
         return by_tier
 
@@ -173,14 +174,14 @@ class Tiers(Closing):
         through a ring buffer in host memory."""
         if self._policy.io.reader == "gds" and self._open_straight(opened):
             return
-        if self.device.is_host and "disk" not in self._policy.links:
+        if self.device.is_host and Tier.DISK not in self._policy.links:
             assert isinstance(self.memory, Arena), "memory of the host"
             loader = self._loader(self.memory)
             opened.callback(loader.close)
-            self._ways["disk"] = loader.load
+            self._ways[Tier.DISK] = loader.load
         else:
             link = opened.enter_context(self.link_from_disk(self.memory, self.device))
-            self._ways["disk"] = link.load
+            self._ways[Tier.DISK] = link.load
             self.links.append(link)
 
     def _open_straight(self, opened: ExitStack) -> bool:
@@ -199,7 +200,7 @@ class Tiers(Closing):
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
         way = DirectToDevice(layouts, transfers, self.memory, reader, record=record)
-        self._ways["disk"] = opened.enter_context(way).load
+        self._ways[Tier.DISK] = opened.enter_context(way).load
         self.loaders.append(way)
         self.straight = reader
         return True
@@ -215,8 +216,8 @@ class Tiers(Closing):
         source = StagedSource(
             self._loader(memory), self._layouts, memory, pinned=pinned
         )
-        pace = self._pace("disk")
-        return self._link("disk", source, self._transfers, target, device, pace=pace)
+        pace = self._pace(Tier.DISK)
+        return self._link(Tier.DISK, source, self._transfers, target, device, pace=pace)
 
     def _open_peer(self, name: str, opened: ExitStack) -> None:
         units = self._units_of(name)
@@ -242,10 +243,10 @@ class Tiers(Closing):
         self.peers.append(peer)
         ways = {unit: whole(self._transfers[unit]) for unit in units}
         source = ResidentSource(peer.memory, peer.offsets)
-        self._open_link(name, source, ways, self._pace("peer"), opened)
+        self._open_link(name, source, ways, self._pace(Tier.PEER), opened)
 
     def _open_host(self, opened: ExitStack) -> None:
-        units = self._units_of("host")
+        units = self._units_of(Tier.HOST)
         if not units:
             return
         with FillProgress("reading into host memory") as progress:
@@ -262,11 +263,11 @@ class Tiers(Closing):
                     progress=progress,
                 )
             )
-        pace = self._pace("host")
+        pace = self._pace(Tier.HOST)
         if not self.device.is_host or pace is not None:
             pinned = self._pin(self.host.memory, self.device)
             source = ResidentSource(self.host.memory, self.host.offsets, pinned=pinned)
-            self._open_link("host", source, self._transfers, pace, opened)
+            self._open_link(Tier.HOST, source, self._transfers, pace, opened)
 
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
         asked = self._policy.pinned_memory

@@ -16,6 +16,7 @@ from ...io.checkpoint.header import TensorEntry, read_header
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
 from ...io.readers.files import ALIGNMENT
+from ...io.tier import Tier
 from ...io.weights.layout import Layout
 from ...io.weights.overlay import overlaid
 from ...io.weights.recipe import Recipe, plain
@@ -185,7 +186,7 @@ class Updates(Closing):
         """Why `unit` cannot be changed; None if it can be."""
         if self._tiers.straight is not None:
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
-        if self._policy.host_shared and self._tiers.placement[unit] == "host":
+        if self._policy.host_shared and self._tiers.placement[unit] == Tier.HOST:
             return "other processes share it; take host_shared: false"
         return None
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..settings.contradictions import KV_TIERS, keeps_kv
+from ...io.tier import KV_TIERS
+from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import reserve_of
 
 if TYPE_CHECKING:

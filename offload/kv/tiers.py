@@ -1,7 +1,7 @@
 """Opens the tiers that keep the keys and values of one model, as its policy says."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -21,13 +21,14 @@ from ...io.kv.staging import Staging
 from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
 from ...io.pace import Pace
+from ...io.tier import KV_TIERS, Tier
 from ...io.timeline import Record
-from ...scheduler.kv.budget import TIERS, KvBudget
+from ...scheduler.kv.budget import KvBudget
 from ...scheduler.kv.store import KvStore, KvTier
 from ..policy import Policy, cache_folder
 from ..settings.contradictions import keeps_kv
 
-_HOSTS = {"device", "host"}
+_HOSTS = {Tier.DEVICE, Tier.HOST}
 _KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 Pin = Callable[[Arena], Closing | None]
@@ -49,8 +50,8 @@ class KvTiers(Closing):
         from .cache import install  # transformers takes seconds to import
 
         kv = policy.kv
-        asked = "device" if kv.tier == "auto" else kv.tier
-        tiers = TIERS[TIERS.index(asked) :]
+        asked = Tier.DEVICE if kv.tier == "auto" else kv.tier
+        tiers: Sequence[str] = KV_TIERS[KV_TIERS.index(Tier(asked)) :]
         self._device = device
         self._policy = policy
         self._pin = pin
@@ -59,8 +60,8 @@ class KvTiers(Closing):
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
-        if device.is_host and "device" in tiers and not kv.limits.keys() & _HOSTS:
-            limits["host"] = 0  # the same memory: it has the room of both
+        if device.is_host and Tier.DEVICE in tiers and not kv.limits.keys() & _HOSTS:
+            limits[Tier.HOST] = 0  # the same memory: it has the room of both
         notes: list[str] = []
         with ExitStack() as opened:
             self._attends_there = self._attend_there(model, opened, notes)
@@ -88,10 +89,11 @@ class KvTiers(Closing):
     def _place(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
         pace = self._pace(tier)
-        if tier == "host" and self._attends_there:
+        if tier == Tier.HOST and self._attends_there:
             return InPlace(torch.device("cpu"), self._count)
-        is_there = tier == "device" or (tier == "host" and device.is_host and not pace)
-        if tier == "disk":
+        is_there = tier == Tier.DEVICE
+        is_there |= tier == Tier.HOST and device.is_host and not pace
+        if tier == Tier.DISK:
             return opened.enter_context(self._on_disk())
         if is_there and self._kind is None:
             return InPlace(torch.device(device.name), self._count)
@@ -164,8 +166,8 @@ class KvTiers(Closing):
             cache_folder(io),
             direct=io.direct,
             max_pending_bytes=PENDING_BYTES,
-            write_pace=self._pace("disk"),
-            read_pace=self._pace("disk"),
+            write_pace=self._pace(Tier.DISK),
+            read_pace=self._pace(Tier.DISK),
             record=self._record,
         )
         if file.fallback is not None:
@@ -182,11 +184,11 @@ class KvTiers(Closing):
         asked = self._policy.kv.limits.get(tier)  # type: ignore[call-overload]
         if asked is not None:
             return int(asked)
-        if tier == "disk":
+        if tier == Tier.DISK:
             folder = cache_folder(self._policy.io).absolute()
             there = next(path for path in (folder, *folder.parents) if path.exists())
             return shutil.disk_usage(there).free
-        on_gpu = self._device.free_bytes() if tier == "device" else None
+        on_gpu = self._device.free_bytes() if tier == Tier.DEVICE else None
         return self._free_bytes if on_gpu is None else on_gpu // 2
 
 

@@ -6,13 +6,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ...io.errors import DoesNotFitError
+from ...io.tier import KV_TIERS
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import RUNTIME_BYTES, Need
 from ...scheduler.cost.shape import ModelShape
 from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..settings.contradictions import KV_TIERS
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .planned import Budget, why_not
 from .planned import Choice as Choice
@@ -164,7 +164,7 @@ class Planner:
         # A tier that is slower than one with a limit would never reach it.
         slowest = min(map(KV_TIERS.index, self.policy.kv.limits), default=len(KV_TIERS))
         tiers = KV_TIERS[0 if is_gpu else 1 : slowest + 1]
-        return [{"kv": {"tier": tier}} for tier in tiers]
+        return [{"kv": {"tier": tier.value}} for tier in tiers]
 
     def _with(self, settings: dict[str, Any]) -> Policy:
         values = self.policy.model_dump(exclude_unset=True)

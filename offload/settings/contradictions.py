@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ...io.tier import KV_TIERS, Tier
 from ..monitoring.show import human_bytes
 from .counts import PARTS
 from .origin import KeyPath, Problem
@@ -10,7 +11,6 @@ from .origin import KeyPath, Problem
 if TYPE_CHECKING:
     from ..policy import Policy
 
-KV_TIERS = ("device", "host", "disk")
 """From fast to slow, as keys and values move on when a tier is full."""
 
 
@@ -38,7 +38,7 @@ def without_effect(policy: "Policy") -> list[str]:
                 "is the host's"
             )
         if policy.staging_memory != "auto" and not (
-            policy.peer or "disk" in policy.links
+            policy.peer or Tier.DISK in policy.links
         ):
             found.append(
                 "staging_memory has no effect: on a CPU weights are read straight into "
@@ -49,10 +49,10 @@ def without_effect(policy: "Policy") -> list[str]:
             "kv.attention: host has no effect: keys and values are not kept in host "
             "memory (kv.tier)"
         )
-    if "peer" in policy.links and not policy.peer:
+    if Tier.PEER in policy.links and not policy.peer:
         found.append("links.peer has no effect: there is no peer")
     keeps_nothing = policy.host_memory is None and not keeps_kv(policy)
-    if "host" in policy.links and keeps_nothing:
+    if Tier.HOST in policy.links and keeps_nothing:
         found.append("links.host has no effect: nothing is kept in host memory")
     return found
 
@@ -64,11 +64,11 @@ def keeps_kv(policy: "Policy") -> bool:
 
 def _placement(policy: "Policy") -> Iterator[Problem]:
     for rule, tier in policy.placement.items():
-        if tier == "host" and policy.host_memory is None:
+        if tier == Tier.HOST and policy.host_memory is None:
             fix = "set host_memory"
-        elif tier == "peer" and not policy.peer:
+        elif tier == Tier.PEER and not policy.peer:
             fix = "set peer, such as {cuda:1: 40GiB}"
-        elif tier not in (*KV_TIERS, "peer") and tier not in policy.peer:
+        elif tier not in (*KV_TIERS, Tier.PEER) and tier not in policy.peer:
             fix = f"set peer.{tier}"
         else:
             continue
@@ -108,9 +108,9 @@ def _kv(policy: "Policy") -> Iterator[Problem]:
             f"{kv.dtype} keeps something else: leave one of the two out",
             (("kv", "attention"), ("kv", "dtype")),
         )
-    asked = "device" if kv.tier == "auto" else kv.tier
+    asked = Tier.DEVICE if kv.tier == "auto" else kv.tier
     for tier in kv.limits:
-        if KV_TIERS.index(tier) < KV_TIERS.index(asked):
+        if Tier(tier).rank < Tier(asked).rank:
             yield Problem(
                 f"kv.limits.{tier} is never reached: keys and values begin in kv.tier "
                 f"{asked} and move on to slower ones only; take it out, or set kv.tier "

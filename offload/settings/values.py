@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from ...io.errors import PolicyError
+from ...io.tier import Tier
 from .marked_yaml import read_value
 
 _UNITS = {
@@ -146,16 +147,15 @@ def _device(text: str) -> str:
 
 
 def _tier(text: str) -> str:
-    if text not in TIERS and re.fullmatch(_DEVICE, text, re.ASCII) is None:
+    if text not in set(Tier) and re.fullmatch(_DEVICE, text, re.ASCII) is None:
         raise ValueError(
-            f"{text!r} is no tier: write {', '.join(TIERS)} or a peer's name (cuda:1)"
+            f"{text!r} is no tier: write {', '.join(Tier)} or a peer's name (cuda:1)"
         )
     return text
 
 
 Pooling = Literal["auto", "mean", "cls", "last", "max"]
 """How one vector is made of those of a text's tokens."""
-TIERS = ("device", "peer", "host", "disk")
 DeviceName = Annotated[
     str,
     AfterValidator(_device),

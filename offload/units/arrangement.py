@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...io.readers.files import ALIGNMENT
+from ...io.tier import Tier
 from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
@@ -138,28 +139,28 @@ def _placement(
         for index, unit in enumerate(found.units)
         if unit.sites and not unit.is_resident
     ]
-    first_peer = next(iter(policy.peer), "peer")
+    first_peer = next(iter(policy.peer), Tier.PEER)
     tiers = place(
         [transfers[unit].nbytes for unit in streamed],
         [found.units[unit].name for unit in streamed],
         budgets=_budgets(division, capacity, policy, is_host=is_host),
         rules={
-            rule: first_peer if tier == "peer" else tier
+            rule: first_peer if tier == Tier.PEER else tier
             for rule, tier in policy.placement.items()
         },
     )
     where = dict(zip(streamed, tiers, strict=True))
-    return tuple(where.get(unit, "disk") for unit in range(len(found.units)))
+    return tuple(where.get(unit, Tier.DISK) for unit in range(len(found.units)))
 
 
 def _budgets(
     division: Division, capacity: int, policy: Policy, *, is_host: bool
 ) -> dict[str, int]:
     """Bytes of each tier, the fastest first."""
-    host = {"host": policy.host_memory or 0}
+    host: dict[str, int] = {Tier.HOST: policy.host_memory or 0}
     room = _room_to_stay(division, capacity, policy.lookahead)
-    rest = {"device": room, **policy.peer}
-    is_in_place = is_host and "host" not in policy.links
+    rest: dict[str, int] = {Tier.DEVICE: room, **policy.peer}
+    is_in_place = is_host and Tier.HOST not in policy.links
     return {**host, **rest} if is_in_place else {**rest, **host}
 
 

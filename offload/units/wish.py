@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...io.kv.places import PENDING_BYTES
+from ...io.tier import Tier
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape
@@ -137,7 +138,7 @@ def _fixed(
     found = _BUFFERS * policy.io.bounce + (policy.host_memory or 0)
     found = min(found, _BUFFERS * policy.io.bounce + whole)
     found += min(policy.peer.get("cpu", 0), whole)
-    ways = int(not is_host or "disk" in policy.links) + len(policy.peer)
+    ways = int(not is_host or Tier.DISK in policy.links) + len(policy.peer)
     largest = max((plan.nbytes for plan in division.layouts), default=0)
     asked = policy.staging_memory
     found += ways * (3 * largest if asked == "auto" else max(asked, largest))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ...io.tier import Tier
 from .shape import ModelShape
 
 RUNTIME_BYTES = 500 << 20
@@ -45,9 +46,9 @@ class Need:
         values are in `kv_tier`. `is_shared`: the device is the CPU, so that all bytes
         are in one memory."""
         device, host = self.activations + self.staging, self.waiting + self.pending
-        if kv_tier == "host":
+        if kv_tier == Tier.HOST:
             host += self.kv
-        elif kv_tier != "disk":
+        elif kv_tier != Tier.DISK:
             device += self.kv
         return (device + host, 0) if is_shared else (device, host)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...io.tier import Tier
 from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from .load_cost import load_seconds, stolen_seconds
 from .pipeline import PassCost, WeightLoad, run_passes
@@ -234,7 +235,7 @@ class CostModel:
         for of_site in loads:
             crossing = [self.rates.crossing_seconds(x.link, x.seconds) for x in of_site]
             of_site += [
-                WeightLoad("host", 0, seconds) for seconds in crossing if seconds
+                WeightLoad(Tier.HOST, 0, seconds) for seconds in crossing if seconds
             ]
         compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
         compute = [c + s for c, s in zip(compute, stolen, strict=True)]
@@ -243,7 +244,7 @@ class CostModel:
         room -= sum(
             unit.nbytes
             for unit, tier in zip(self.shape.units, stays, strict=True)
-            if tier == "device" and unit.sites and not unit.is_resident
+            if tier == Tier.DEVICE and unit.sites and not unit.is_resident
         )
         time = run_passes(
             compute,
@@ -262,7 +263,7 @@ class CostModel:
         stolen = [0.0] * len(self.shape.sites)
         for index in self.shape.streamed:
             unit, tier = self.shape.units[index], self.settings.placement[index]
-            if tier == "device" or tier not in self.rates.links:
+            if tier == Tier.DEVICE or tier not in self.rates.links:
                 continue
             for site in unit.sites:
                 if not self._runs(self.shape.sites[site]):
@@ -279,7 +280,7 @@ class CostModel:
         seconds = list(compute)
         for index in self.shape.streamed:
             unit, tier = self.shape.units[index], self.settings.placement[index]
-            if tier == "device" or tier in self.rates.links:
+            if tier == Tier.DEVICE or tier in self.rates.links:
                 nbytes = min(left, unit.nbytes)
                 seconds[unit.sites[0]] += nbytes * self.rates.calls.first_touch
                 left -= nbytes
@@ -289,11 +290,11 @@ class CostModel:
         """The loads of the first pass, which include the units that stay on the device.
         Those have slots of their own."""
         first = [list(of_site) for of_site in loads]
-        if "disk" not in self.rates.links:
+        if Tier.DISK not in self.rates.links:
             return first
         for index in self.shape.streamed:
             unit = self.shape.units[index]
-            if self.settings.placement[index] == "device":
-                seconds = load_seconds(unit, "disk", self.rates)
-                first[unit.sites[0]].append(WeightLoad("disk", 0, seconds))
+            if self.settings.placement[index] == Tier.DEVICE:
+                seconds = load_seconds(unit, Tier.DISK, self.rates)
+                first[unit.sites[0]].append(WeightLoad(Tier.DISK, 0, seconds))
         return first

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ...io.tier import Tier
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -100,9 +102,9 @@ class Rates:
     def crossing_seconds(self, tier: str, seconds: float) -> float:
         """Seconds on the link of host memory for bytes that take `seconds` on the link
         of `tier`."""
-        if not self.crosses_host or tier != "disk" or "host" not in self.links:
+        if not self.crosses_host or tier != Tier.DISK or Tier.HOST not in self.links:
             return 0.0
-        return seconds * self.links["disk"] / self.links["host"]
+        return seconds * self.links[Tier.DISK] / self.links[Tier.HOST]
 
     def matmul_seconds(self, flops: float, rows: float, weight_bytes: float) -> float:
         """Seconds of products of `rows` rows with `weight_bytes` of weights."""

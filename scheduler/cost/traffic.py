@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...io.tier import Tier
 from .pipeline import WeightLoad
 from .rates import Rates
 from .shape import MicroBatchShape, ModelShape, Settings, total_tokens
@@ -30,7 +31,9 @@ def activations_moved(
     if not settings.activations_move:
         return []
     nbytes = total_tokens(batches) * shape.hidden * shape.itemsize
-    load = WeightLoad("host", 0, nbytes / rates.links.get("host", rates.device_bytes))
+    load = WeightLoad(
+        Tier.HOST, 0, nbytes / rates.links.get(Tier.HOST, rates.device_bytes)
+    )
     out = nbytes / rates.out_bytes
     return [Moved(site, load, out) for site in range(len(shape.sites))]
 
@@ -54,7 +57,7 @@ def kv_moved(
         if tier not in rates.links or not each:
             continue
         moved, out = num_rows * each * max(1.0, site.context(context)), 0.0
-        if tier == "disk":
+        if tier == Tier.DISK:
             moved += num_new * each
         else:
             out = num_new * each / rates.out_bytes

@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from ...io.errors import DoesNotFitError
 
-TIERS = ("device", "host", "disk")
-"""From fast to slow."""
-
 
 class KvBudget:
     """Counts the bytes taken from each of `tiers`, up to `limits`. Tiers are tried in

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...io.tier import Tier
+
 Floats = NDArray[np.float64]
-STAYS = "device"
+STAYS = Tier.DEVICE
 """The tier of units that have a slot of their own in the working set."""
 
 
