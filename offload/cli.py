@@ -15,7 +15,8 @@ from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError, readable
 from ..io.front_door import front_door
-from .commands import jobs, plan, tune
+from .commands import plan, tune
+from .commands.job_command import job_command
 from .commands.options import (
     Model,
     PolicyFile,
@@ -27,6 +28,7 @@ from .commands.options import (
 from .commands.policy import policy
 from .policy import Policy
 from .startup import hidden
+from .tasks.registry import TASKS
 
 app = typer.Typer(
     name="penstock",
@@ -54,10 +56,8 @@ def _callback() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-app.command()(jobs.score)
-app.command()(jobs.generate)
-app.command()(jobs.embed)
-app.command()(jobs.classify)
+for _task in TASKS.values():
+    app.command()(job_command(_task))
 plan.add_to(app)
 tune.add_to(app)
 

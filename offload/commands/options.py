@@ -3,15 +3,21 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ...io.errors import UsageError, readable
 from ..policy import Policy
+from ..tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from ..jobs.kept import Mode
+
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
+    """The name of a task: typer shows which there are, and takes no other."""
 
 SOURCES = (
     "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), a JSON array (.json), CSV, a row a "

@@ -20,7 +20,7 @@ from ..monitoring.memory import installed_bytes
 from ..monitoring.show import human_bytes
 from ..plans.dtypes import dtype_words
 from ..plans.plan import Plan, make_plan
-from ..plans.planned import Task
+from ..plans.planned import Workload
 from ..plans.trial import PlanTrial
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom
@@ -65,7 +65,7 @@ class Chosen:
             return None
         settings = {key: getattr(self.policy, key) for key in left_open(asked)}
         return PlanTrial(
-            model, _with(asked, settings), self.plan.machine, self.plan.task
+            model, _with(asked, settings), self.plan.machine, self.plan.workload
         )
 
     @property
@@ -104,7 +104,7 @@ def restored(asked: Policy, kept: Mapping[str, Any]) -> Policy:
     return _with(asked, {key: kept[key] for key in left_open(asked) if key in kept})
 
 
-def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
+def choose(model: Path, asked: Policy, workload: Workload, *, num: int = 1) -> Chosen:
     """What `asked` leaves open, for the checkpoint `model`, as the planner has it for
     one of `num` processes: by the file of `penstock machine` or by quick estimates of
     this computer. Raises what a wrong checkpoint raises."""
@@ -120,7 +120,7 @@ def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
             model,
             pinned,
             machine,
-            task,
+            workload,
             host_bytes=room.total // num,
             is_sparing=False,
         )
@@ -183,8 +183,8 @@ def _words(plan: Plan, room: MemoryRoom, *, is_begun: bool) -> list[str]:
     found = [f"computing in {dtype}"]
     if is_here:
         found.append(f"in {human_bytes(room.total)} of memory ({_why(room)})")
-    what = "sequences" if plan.task.generates else "tokens"
-    found.append(f"{plan.task.in_flight(policy):,} {what} a pass")
+    task = plan.task
+    found.append(f"{task.in_flight(policy):,} {task.unit_in_flight} a pass")
     by = " (quick estimate)" if plan.machine.is_estimate else ""
     binds = "computing" if choice.prediction.binds == "compute" else ""
     rate = f"{choice.rate:,.0f}" if choice.rate >= 10 else f"{choice.rate:.1f}"

@@ -30,10 +30,9 @@ class ProgressSnapshot:
 def look_at(engine: Engine, progress: TaskProgress) -> ProgressSnapshot:
     """Asks a model of this process."""
     statistics, fraction = engine.statistics(), engine.pass_fraction
-    figures = progress.figures(1.0)
     return ProgressSnapshot(
         rows=progress.rows_through(fraction),
-        tokens=figures.get("output_tokens", figures["tokens"]),
+        tokens=progress.tokens_counted,
         tokens_through=progress.tokens_through(fraction),
         passes=statistics.passes,
         wait_seconds=statistics.wait_seconds,

@@ -106,6 +106,13 @@ class PartsRun(Closing):
         ):
             self._writes.popleft().result()
 
+    def take_all(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Takes all rows' results, as they come, and waits until they are written.
+        Raises OutputError."""
+        for result in results:
+            self.take(result)
+        self.finish()
+
     def finish(self) -> None:
         """All results were taken: waits until they are written."""
         assert not self._under_way, "each row has a result"

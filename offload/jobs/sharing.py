@@ -15,13 +15,13 @@ from ...io.errors import UsageError
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
+from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
 from .budgets import Room, divided, threads_of
 from .computed import WorkerResult, together
 from .look import ProgressSnapshot, all_of
 from .running import Output
-from .work import Work
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool
 
@@ -37,7 +37,7 @@ class Sharing(Closing):
     def __init__(
         self,
         num: int,
-        work: Work,
+        task: Task,
         model: Path,
         policy: Policy,
         parts: Iterable[OutputPart],
@@ -52,12 +52,12 @@ class Sharing(Closing):
         )
         _log.warning("; ".join(self.notes))
         self._num = num
-        self._work = work
+        self._task = task
         self._ahead = ahead
         self.pool = WorkerPool(
             [
                 partial(
-                    run_worker, assignment=Assignment(work, model, own, num_threads)
+                    run_worker, assignment=Assignment(task, model, own, num_threads)
                 )
                 for own in budgets.policies
             ],
@@ -80,7 +80,7 @@ class Sharing(Closing):
         """What they counted together, once all are done; see `together`. The spans are
         one worker's."""
         counted: list[WorkerResult] = list(self.pool.counted.values())
-        progress = self._work.progress
+        progress = self._task.new_progress()
         add_up(progress, [one.progress for one in counted])
         progress.rows_done = self.pool.num_rows
         progress.rows_failed = self.pool.num_errors

@@ -22,7 +22,6 @@ from ..monitoring.progress import (
 )
 from ..monitoring.samples import ResourceSample, Samples
 from .look import ProgressSnapshot, resident_bytes
-from .work import Work
 
 _METRICS_SECONDS = 5.0
 
@@ -44,7 +43,7 @@ class Watch(Closing):
     def __init__(
         self,
         console: Console,
-        work: Work,
+        title: str,
         labels: dict[str, str],
         watching: Watching,
         *,
@@ -54,7 +53,7 @@ class Watch(Closing):
         self.is_quiet = console.quiet
         self.began = clock()
         self._clock = clock
-        self._work = work
+        self._title = title
         self._stage = "loading"
         self._stage_began = self.began
         self._num_rows: Callable[[], float | None] = lambda: None
@@ -87,7 +86,7 @@ class Watch(Closing):
         of them done before; meanwhile `look` may be called by any thread."""
         self._num_rows, self._rows_before = num_rows, rows_before
         self._look_at_model = look
-        self._stage, self._stage_began = self._work.title, self._clock()
+        self._stage, self._stage_began = self._title, self._clock()
         try:
             yield
         finally:

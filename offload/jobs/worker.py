@@ -19,9 +19,10 @@ from ...io.errors import PenstockError
 from ..files.parts import OutputPart
 from ..policy import Policy
 from ..startup import hidden
+from ..tasks.task import Task
+from ..tasks.task_progress import TaskProgress
 from .computed import Loaded
 from .running import PartsRun
-from .work import Work
 
 _LOOK_SECONDS = 0.5
 _ORPHANED = 70
@@ -31,7 +32,7 @@ _ORPHANED = 70
 class Assignment:
     """What a worker is to do."""
 
-    work: Work
+    task: Task
     model: Path
     policy: Policy
     num_threads: int
@@ -81,10 +82,12 @@ class WorkerPipe(Closing):
 class _Handed:
     """Parts that are done go to the process that writes."""
 
-    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
+    def __init__(
+        self, link: WorkerPipe, loaded: Loaded, progress: TaskProgress
+    ) -> None:
         self._link = link
         self._loaded = loaded
-        self._progress = work.progress
+        self._progress = progress
 
     def known(self, part: OutputPart) -> OutputPart:
         return part
@@ -97,12 +100,14 @@ class _Handed:
 class _Looks(Closing):
     """Tells how far the model is, a few times a second, on a thread of its own."""
 
-    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
+    def __init__(
+        self, link: WorkerPipe, loaded: Loaded, progress: TaskProgress
+    ) -> None:
         self._is_over = threading.Event()
 
         def tell() -> None:
             while not self._is_over.wait(_LOOK_SECONDS):
-                link.send("look", loaded.look(work.progress))
+                link.send("look", loaded.look(progress))
 
         self._thread = threading.Thread(target=tell, daemon=True)
         self._thread.start()
@@ -140,18 +145,17 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 
 def _compute(link: WorkerPipe, assignment: Assignment) -> None:
-    work = assignment.work
-    with Loaded(assignment.model, assignment.policy, work.use) as loaded:
+    task, progress = assignment.task, assignment.task.new_progress()
+    with Loaded(assignment.model, assignment.policy, task.use) as loaded:
         link.send("ready")
         with (
-            _Looks(link, loaded, work),
-            PartsRun(link.parts(), _Handed(link, loaded, work)) as run,
+            _Looks(link, loaded, progress),
+            PartsRun(link.parts(), _Handed(link, loaded, progress)) as run,
         ):
-            for result in work.results(loaded.model, loaded.tokenizer, run.feed()):
-                run.take(result)
-            run.finish()
-        link.send("look", loaded.look(work.progress))
-        link.send("computed", loaded.computed(work.progress))
+            model, tokenizer = loaded.model, loaded.tokenizer
+            run.take_all(task.results(model, tokenizer, run.feed(), progress))
+        link.send("look", loaded.look(progress))
+        link.send("computed", loaded.computed(progress))
 
 
 def portable(error: BaseException) -> BaseException:

@@ -88,10 +88,9 @@ def _speed(tried: Tried) -> float:
 def _width(choice: Choice, planner: Planner) -> int:
     """Rows of a product under `choice`."""
     policy = choice.policy
-    if not planner.task.generates:
-        return policy.micro_batch_tokens
     is_joint = choice.forecast.model.settings.is_coalesced
-    return policy.sequences_in_flight if is_joint else policy.micro_batch_sequences
+    key = planner.task.in_flight_key if is_joint else planner.task.micro_batch_key
+    return int(getattr(policy, key))
 
 
 def _products(dtypes: Sequence[str], machine: Machine, rows: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ from ..engine.transfers import transfer_of
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..settings.memory_budget import MemoryRoom, Use, reserve_of
+from ..settings.memory_budget import MemoryRoom, reserve_of
+from ..tasks.task import Task
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
@@ -59,16 +60,12 @@ class Forecaster:
         module: Any,
         recipes: Mapping[str, Recipe],
         machine: Machine,
-        *,
-        generates: bool = False,
-        embeds: bool = False,
+        task: Task,
     ) -> None:
         self._module = module
         self._recipes = recipes
         self._machine = machine
-        self._generates = generates
-        self._embeds = embeds
-        self._use: Use = "completions" if generates else "rows"
+        self._task = task
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
 
@@ -82,14 +79,15 @@ class Forecaster:
             policy,
             room=_room(machine, policy),
             device_bytes=None if on_gpu is None else on_gpu // 2,
-            use=self._use,
+            use=self._task.use,
         )
         division = arrangement.division
         if division not in self._described:
             self._described[division] = _described(self._module, arrangement)
         described = self._described[division]
-        found = _forecast(arrangement, *described, policy, machine, self._generates)
-        settings = replace(found.model.settings, stops_at_hidden=self._embeds)
+        found = _forecast(arrangement, *described, policy, machine, self._task)
+        stops = not self._task.runs_head
+        settings = replace(found.model.settings, stops_at_hidden=stops)
         return replace(found, model=replace(found.model, settings=settings))
 
     def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
@@ -111,12 +109,11 @@ def forecast(
     recipes: Mapping[str, Recipe],
     policy: Policy,
     machine: Machine,
-    *,
-    generates: bool = False,
+    task: Task,
 ) -> Forecast:
-    """The forecast of `module`, which may be on meta. Raises DoesNotFitError where the
-    policy's budgets are too small, and PolicyError."""
-    return Forecaster(module, recipes, machine, generates=generates).forecast(policy)
+    """The forecast of `module`, which may be on meta, for `task`. Raises
+    DoesNotFitError where the policy's budgets are too small, and PolicyError."""
+    return Forecaster(module, recipes, machine, task).forecast(policy)
 
 
 def of_arrangement(
@@ -124,12 +121,11 @@ def of_arrangement(
     arrangement: Arrangement,
     policy: Policy,
     machine: Machine,
-    *,
-    generates: bool,
+    task: Task,
 ) -> Forecast:
     """The same of what is arranged already."""
     described = _described(module, arrangement)
-    return _forecast(arrangement, *described, policy, machine, generates)
+    return _forecast(arrangement, *described, policy, machine, task)
 
 
 def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
@@ -157,7 +153,7 @@ def _forecast(
     dtype: str,
     policy: Policy,
     machine: Machine,
-    generates: bool,
+    task: Task,
 ) -> Forecast:
     settings = Settings(
         arrangement.placement,
@@ -166,7 +162,9 @@ def _forecast(
         logits_bytes=policy.logits_memory,
         kv_tier=policy.kv.tier,
         kv_itemsize=kv_itemsize(policy),
-        is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
+        is_coalesced=task.joins_products
+        and policy.coalesce != "off"
+        and not policy.compile,
         activations_move=policy.activations == "host" and policy.device != "cpu",
     )
     rates = rates_of(machine, policy, dtype)

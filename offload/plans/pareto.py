@@ -21,12 +21,11 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 def points_of(plan: Plan) -> list[tuple[float, float, int]]:
     """(seconds of a pass, tokens a second, in flight) of all that fits."""
-    asked = "sequences_in_flight" if plan.task.generates else "tokens_in_flight"
     return [
         (
             choice.prediction.pass_seconds,
             choice.rate,
-            int(getattr(choice.policy, asked)),
+            plan.task.in_flight(choice.policy),
         )
         for choice in plan.planner.choices()
     ]
@@ -62,14 +61,14 @@ def plot_pareto(plan: Plan, path: Path) -> None:
         color="C3",
         label="the plan",
     )
-    generates = plan.task.generates
-    what = "sequences" if generates else "tokens"
-    axes.set_xlabel("seconds of a pass" + (", which gives each a token" * generates))
-    axes.set_ylabel("output tokens/s" if generates else "tokens/s")
+    task = plan.task
+    gives = ", which gives each a token" if task.keeps_kv else ""
+    axes.set_xlabel(f"seconds of a pass{gives}")
+    axes.set_ylabel(task.rate_unit)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(loc="lower right", title=f"numbers: {what} in flight")
+    axes.legend(loc="lower right", title=f"numbers: {task.unit_in_flight} in flight")
     axes.set_title(f"{plan.model.resolve().name} on {plan.machine.name}", fontsize=11)
     try:
         figure.savefig(path)

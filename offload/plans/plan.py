@@ -13,9 +13,7 @@ from ...io.errors import PolicyError
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..tasks.generate import check_generates
-from ..tasks.head import check_causal
-from ..units.hidden import base_of
+from ..tasks.task import Task
 from ..weights.blueprint import blueprint
 from .devices import Devices, devices_of
 from .dtypes import (
@@ -27,7 +25,7 @@ from .dtypes import (
     try_dtype,
 )
 from .forecast import dtype_of
-from .planner import Choice, Objective, Planner, Task
+from .planner import Choice, Objective, Planner, Workload
 from .words import dtype_sentences, explain, kept_words
 
 
@@ -37,11 +35,15 @@ class Plan:
 
     model: Path
     machine: Machine
-    task: Task
+    workload: Workload
     asked: Policy
     """What the user set."""
     dtypes: DtypeChoice
     has_weights: bool
+
+    @property
+    def task(self) -> Task:
+        return self.workload.task
 
     @property
     def planner(self) -> Planner:
@@ -92,8 +94,7 @@ class Plan:
         lines = [
             f"# {self.title}",
             f"# predicted: {self.choice.rate:,.1f} "
-            f"{'output tokens/s' if self.task.generates else 'tokens/s'}, "
-            f"{prediction.binds} binds",
+            f"{self.task.rate_unit}, {prediction.binds} binds",
             *(f"# {sentence}" for sentence in self.sentences),
         ]
         values = self.policy.model_dump(mode="json", exclude_unset=True)
@@ -131,13 +132,13 @@ def make_plan(
     model: Path,
     policy: Policy,
     machine: Machine | None,
-    task: Task,
+    workload: Workload,
     objective: Objective = "throughput",
     *,
     host_bytes: int | None = None,
     is_sparing: bool = True,
 ) -> Plan:
-    """Plans `task` with the checkpoint in `model`, of which config.json is enough.
+    """Plans `workload` with the checkpoint in `model`, of which config.json is enough.
     Without a `machine`, for quick estimates of this computer, which take about a second
     (CPUs only). A dtype that the policy leaves open is chosen, too. `host_bytes`: most
     of the host's memory that the process may have (None: all there is); not
@@ -149,7 +150,7 @@ def make_plan(
     skeleton, has_weights = blueprint(
         model, policy.dtype, trust_remote_code=policy.trust_remote_code
     )
-    check_does(skeleton.model, task)
+    workload.task.check_model(skeleton.model)
     own = dtype_of(skeleton.recipes)
     device = policy.device if machine is None else machine.device
     beside = dtypes_beside(own, device)
@@ -159,10 +160,16 @@ def make_plan(
         host = min(machine.host_memory, host_bytes)
         machine = machine.model_copy(update={"host_memory": host})
     planner = Planner(
-        skeleton.model, skeleton.recipes, machine, policy, task, objective, is_sparing
+        skeleton.model,
+        skeleton.recipes,
+        machine,
+        policy,
+        workload,
+        objective,
+        is_sparing,
     )
     found = plan_dtypes(model, planner, own)
-    return Plan(model, machine, task, policy, found, has_weights)
+    return Plan(model, machine, workload, policy, found, has_weights)
 
 
 def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
@@ -210,16 +217,6 @@ def estimates_of(
             f"no machine file, and the drive of {model} cannot be estimated "
             f"({error.strerror or error}): run penstock machine, or give --machine"
         ) from error
-
-
-def check_does(model: Any, task: Task) -> None:
-    """Raises UsageError for a task that is not the model's."""
-    if task.embeds:
-        base_of(model)
-    elif task.generates:
-        check_generates(model)
-    else:
-        check_causal(model)
 
 
 def check_runs(machine: Machine) -> None:

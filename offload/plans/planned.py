@@ -1,11 +1,13 @@
 """What a planner is asked for, what it may take, and what it chooses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...scheduler.cost.memory_need import Need
 from ...scheduler.cost.workload import Prediction
 from ..monitoring.show import human_bytes
 from ..policy import Policy
+from ..tasks.score_task import Score
+from ..tasks.task import Task
 from .forecast import Forecast
 
 _SAFE = 0.7
@@ -13,31 +15,12 @@ _SAFE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What is to be done with the model."""
+class Workload:
+    """A task, and the length of the rows that it has."""
 
-    generates: bool = False
-    prompt_tokens: int = 128
-    """Of a row to complete; of a row to score or embed, all its tokens."""
-    new_tokens: int = 64
-    embeds: bool = False
-    """Rows become vectors, without a head."""
-
-    @property
-    def name(self) -> str:
-        """As the command is called."""
-        if self.embeds:
-            return "embed"
-        return "generate" if self.generates else "score"
-
-    @property
-    def in_flight_key(self) -> str:
-        """The policy's key for how many tokens, or sequences, share a pass."""
-        return "sequences_in_flight" if self.generates else "tokens_in_flight"
-
-    def in_flight(self, policy: Policy) -> int:
-        """Tokens, or sequences, that share a pass under `policy`."""
-        return int(getattr(policy, self.in_flight_key))
+    task: Task = field(default_factory=Score)
+    row_tokens: int = 128
+    """The tokens of a row; of a row that is completed, those of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,31 +5,35 @@ from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from .forecast import generating_of, kv_itemsize
-from .planned import Task
+from .planned import Workload
 
 
-def need_of(shape: ModelShape, policy: Policy, task: Task, *, is_shared: bool) -> Need:
-    """Of all that is in flight; `is_shared`: the device's memory is the host's."""
-    if not task.generates:
+def need_of(
+    shape: ModelShape, policy: Policy, workload: Workload, *, is_shared: bool
+) -> Need:
+    """What all that is in flight takes. `is_shared`: the device's memory is the
+    host's."""
+    task = workload.task
+    if not task.keeps_kv:
         return scoring_need(
             shape,
             policy.tokens_in_flight,
             policy.micro_batch_tokens,
-            0 if task.embeds else policy.logits_memory,
+            policy.logits_memory if task.runs_head else 0,
             waits_on_host=policy.activations == "host" and not is_shared,
         )
     in_flight, staging = policy.sequences_in_flight, policy.kv.staging_memory
     work = generating_of(
         policy,
         in_flight,
-        task.prompt_tokens,
+        workload.row_tokens,
         task.new_tokens,
         in_parts=shape.prompts_in_parts,
     )
     return generating_need(
         shape,
         in_flight,
-        task.prompt_tokens,
+        workload.row_tokens,
         task.new_tokens,
         work.each,
         chunk_tokens=work.chunk_tokens,

@@ -13,10 +13,11 @@ from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.contradictions import KV_TIERS
+from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .planned import Budget, why_not
 from .planned import Choice as Choice
-from .planned import Task as Task
+from .planned import Workload as Workload
 from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]
@@ -24,8 +25,11 @@ USABLE = 0.9
 """Share of a memory; the rest is for the system and for what nobody counts."""
 _GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
 _STEP_BYTES = 64 << 20
-_MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
-_MICRO_BATCH_SEQUENCES = (4, 8, 16, 32, 64)
+_MICRO_BATCHES: Mapping[str, tuple[int, ...]] = {
+    "tokens": (128, 256, 512, 1024, 2048),
+    "sequences": (4, 8, 16, 32, 64),
+}
+"""The sizes of a micro-batch that are tried, by the unit that is in flight."""
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -38,7 +42,7 @@ class Planner:
     recipes: Mapping[str, Recipe]
     machine: Machine
     policy: Policy
-    task: Task
+    workload: Workload
     objective: Objective = "throughput"
     is_sparing: bool = True
     """Whether weights take no more memory than makes it faster."""
@@ -47,13 +51,11 @@ class Planner:
 
     @cached_property
     def _forecaster(self) -> Forecaster:
-        return Forecaster(
-            self.module,
-            self.recipes,
-            self.machine,
-            generates=self.task.generates,
-            embeds=self.task.embeds,
-        )
+        return Forecaster(self.module, self.recipes, self.machine, self.task)
+
+    @property
+    def task(self) -> Task:
+        return self.workload.task
 
     def choose(self) -> Choice:
         """The best policy. Raises DoesNotFitError, saying what would make it run."""
@@ -93,7 +95,7 @@ class Planner:
     def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
         """The same for another machine, with more settings."""
         policy = _updated(self.policy, settings)
-        asked = (machine, policy, self.task, self.objective, self.is_sparing)
+        asked = (machine, policy, self.workload, self.objective, self.is_sparing)
         return Planner(self.module, self.recipes, *asked)
 
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
@@ -129,12 +131,8 @@ class Planner:
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """What to try for what is in flight; one micro-batch for the least latency."""
-        names = ("micro_batch_tokens", "tokens_in_flight")
-        sizes: tuple[int, ...] = _MICRO_BATCH_TOKENS
-        if self.task.generates:
-            names = ("micro_batch_sequences", "sequences_in_flight")
-            sizes = _MICRO_BATCH_SEQUENCES
-        each_name, all_name = names
+        each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
+        sizes = _MICRO_BATCHES[self.task.unit_in_flight]
         if not self._is_free(each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
@@ -156,7 +154,7 @@ class Planner:
         """Where what is in flight may be, beside the weights: the fastest first. What
         generates has little of its own beside keys and values."""
         is_gpu = self.machine.device_memory is not None
-        if not self.task.generates:
+        if not self.task.keeps_kv:
             moves = is_gpu and self._is_free("activations")
             return [{}, {"activations": "host"}] if moves else [{}]
         if self.policy.kv.tier != "auto" or self.policy.compile:
@@ -228,22 +226,22 @@ class Planner:
 
     def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
         """As much as is in flight at one time, in several passes."""
-        task = self.task
-        if task.generates:
+        length = self.workload.row_tokens
+        if self.task.keeps_kv:
             num_rows = policy.sequences_in_flight
             return generating_of(
                 policy,
                 num_rows,
-                task.prompt_tokens,
-                task.new_tokens,
+                length,
+                self.task.new_tokens,
                 in_parts=shape.prompts_in_parts,
             )
         times = 8 if self.objective == "throughput" else 1
-        rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
-        return scoring_alike(policy, rows, task.prompt_tokens)
+        rows = max(1, policy.tokens_in_flight // length) * times
+        return scoring_alike(policy, rows, length)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
-        return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
+        return need_of(shape, policy, self.workload, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
         """With a working set that all fits into, whatever `memory` there is."""

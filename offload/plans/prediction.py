@@ -9,11 +9,13 @@ from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..tasks.task import Task
 from ..units.arrangement import Arrangement
 from .forecast import of_arrangement
 
 
 def predicted(
+    task: Task,
     model: Any,
     arrangement: Arrangement,
     policy: Policy,
@@ -23,9 +25,8 @@ def predicted(
     """Seconds, tokens a second and what binds on `machine`, for the tokens that
     `counts` says the job had; or `note`, which says why there are none."""
     try:
-        generates = "output_tokens" in counts
-        made = of_arrangement(model, arrangement, policy, machine, generates=generates)
-        work = work_of(policy, counts, in_parts=made.shape.prompts_in_parts)
+        made = of_arrangement(model, arrangement, policy, machine, task)
+        work = work_of(task, policy, counts, in_parts=made.shape.prompts_in_parts)
         if work is None:
             return {"note": "no rows to predict for"}
         found = predict(made.model, work)
@@ -38,14 +39,14 @@ def predicted(
         "predicted_bound_by": found.binds,
         "predicted_by": machine.source,
     }
-    if generates:
+    if task.keeps_kv:
         output = counts["output_tokens"]
         result["predicted_output_tokens_per_second"] = output / found.seconds
     return result
 
 
 def work_of(
-    policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
+    task: Task, policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
 ) -> Scoring | Generating | None:
     """The job's work by its counts: micro-batches as the mean of them was. None
     without any."""
@@ -54,7 +55,7 @@ def work_of(
         return None
     rows = max(num, counts["rows"])
     each = max(1, round(rows / num))
-    if "output_tokens" in counts:
+    if task.keeps_kv:
         prompt = counts["prompt_tokens"] + counts["tokens_padding"]
         num_sharing = min(num, max(1, policy.sequences_in_flight // each))
         return Generating(

@@ -9,7 +9,7 @@ from ...io.errors import PenstockError
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..weights.blueprint import blueprint
-from .planned import Choice, Task
+from .planned import Choice, Workload
 from .planner import Planner
 
 
@@ -21,7 +21,7 @@ class PlanTrial:
     model: Path
     policy: Policy
     machine: Machine
-    task: Task
+    workload: Workload
 
     def __call__(self, settings: Mapping[str, Any]) -> Choice | None:
         """What the policy with `settings` would do; None where that does not fit, or is
@@ -39,7 +39,7 @@ class PlanTrial:
                 skeleton.recipes,
                 self.machine,
                 policy,
-                self.task,
+                self.workload,
                 is_sparing=False,
             )
             return planner.choose()

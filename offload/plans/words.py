@@ -34,10 +34,10 @@ def _binds(planner: Planner, choice: Choice) -> str:
     loading = weight_seconds(choice).get(tier, 0.0)
     # What is not weights grows with what is in flight, as computing does.
     grows = prediction.busy_seconds.get(tier, 0.0) - loading
-    what = "sequences" if planner.task.generates else "tokens"
+    what = planner.task.unit_in_flight
     says = f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; "
     if grows >= compute:
-        beside = "keys and values" if planner.task.generates else "activations"
+        beside = "keys and values" if planner.task.keeps_kv else "activations"
         return says + (
             f"{beside} take {grows:.2f} s of a pass on its link, and computing "
             f"{compute:.2f} s: more {what} in flight would not hide it"

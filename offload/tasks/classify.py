@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from ...io.errors import UsageError
-from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..rows.labels import Label, Labelled, tokenize_labels
 from ..rows.limits import limits_of
-from ..rows.text import RowError, tokenizer_of
+from ..rows.text import RowError
+from .classify_task import Classify
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Row, RowPiece
+from .packed import Row, RowPiece
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
 
@@ -59,34 +58,19 @@ def classify(
     A prompt is run once for all of its labels, with one more pass over the weights
     where labels have several tokens.
     """
-    return classify_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        labels=labels,
-        tokenizer=tokenizer,
-        progress=progress or ScoreProgress(),
-    )
+    task = Classify.of(labels=labels)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
-def classify_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    labels: Sequence[str],
-    tokenizer: Any,
-    progress: ScoreProgress,
-) -> Iterator[dict[str, Any]]:
-    """Like `classify`, of rows in parts: no two parts share a micro-batch."""
-    model = without_wrapper(model)
-    if len(set(labels)) < len(labels):
-        raise UsageError(f"a label is given twice: {', '.join(labels)}")
-    tokenizer = tokenizer or tokenizer_of(model)
-    task = _Classifying(model, tokenizer, tuple(labels))
-    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
+class ClassifyRunner:
+    """Runs prompts through a causal language model and reads the log-probabilities of
+    the labels that may follow. Raises UsageError where `task` does not fit the
+    model."""
 
-
-class _Classifying:
-    def __init__(self, model: Any, tokenizer: Any, labels: tuple[str, ...]) -> None:
+    def __init__(self, task: Classify, model: Any, tokenizer: Any) -> None:
+        labels = task.labels
+        if len(set(labels)) < len(labels):
+            raise UsageError(f"a label is given twice: {', '.join(labels)}")
         engine = engine_of(model)
         self._model = model
         self._device = engine.device

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -14,19 +14,19 @@ from ...io.errors import PenstockError, UsageError
 from ...io.front_door import about
 from ...scheduler.packing import pack
 from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
+from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
 from ..generation.way import DecodingOptions
 from ..model import engine_of
-from ..policy import Policy
 from ..rows.limits import limits_of
 from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
 from ..units.cache_kind import keeps_only_keys_and_values
+from .generate_task import Generate
 from .head import check_head
-from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
+from .pools import prompts_pooled
 from .task_progress import GenerateProgress as GenerateProgress
 from .task_progress import RowsInFlight
 
@@ -64,51 +64,8 @@ def generate(
     sampled by a generator of its own, seeded by `seed` and its number: what it was
     batched with does not matter, but for the rounding of products of another width.
     """
-    return generate_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        max_new_tokens=max_new_tokens,
-        tokenizer=tokenizer,
-        stop=stop,
-        seed=seed,
-        progress=progress or GenerateProgress(),
-        **options,
-    )
-
-
-def generate_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    max_new_tokens: int,
-    tokenizer: Any,
-    stop: Sequence[str],
-    seed: int,
-    progress: GenerateProgress,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
-    """Like `generate`, of numbered rows in parts: no two parts share a micro-batch, and
-    what is drawn for a row depends on its number, so that each part has the same tokens
-    without the others. Only products that micro-batches share (`coalesce`) have other
-    last bits in other company."""
-    model = without_wrapper(model)
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
-    check_generates(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    what = "the options of generate, or generation_config.json"
-    with about(what, UsageError, every=True):
-        completions = Completions(
-            model,
-            tokenizer,
-            limits_of(model),
-            max_new_tokens=max_new_tokens,
-            stop=tuple(stop),
-            seed=seed,
-            options=options,
-            note=engine_of(model).note,
-        )
-    return _Generating(model, completions, progress).run(parts)
+    task = Generate.of(max_new_tokens=max_new_tokens, stop=stop, seed=seed, **options)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
 def check_generates(model: Any) -> None:
@@ -118,14 +75,6 @@ def check_generates(model: Any) -> None:
     check_head(model)
 
 
-def prompts_pooled(policy: Policy) -> int:
-    """Rows that are packed together: of many micro-batches, so that lengths match
-    well."""
-    in_flight = policy.sequences_in_flight
-    each = min(policy.micro_batch_sequences, in_flight)
-    return max(each * POOL_MICRO_BATCHES, in_flight)
-
-
 class _Group(NamedTuple):
     """Rows that go on together, and how much of their prompts comes in with a pass."""
 
@@ -133,7 +82,39 @@ class _Group(NamedTuple):
     chunk_tokens: int | None
 
 
-class _Generating:
+class GenerateRunner:
+    """Runs micro-batches of prompts that go on together, token by token. What is drawn
+    for a row depends on its number, so that each part of a job has the same tokens
+    without the others; only products that micro-batches share (`coalesce`) have other
+    last bits in other company."""
+
+    @classmethod
+    def of(
+        cls, task: Generate, model: Any, tokenizer: Any, progress: GenerateProgress
+    ) -> Self:
+        """For a streamed `model`; a `tokenizer` of None is the one beside its
+        checkpoint. Raises UsageError where `task` does not fit the model."""
+        model = without_wrapper(model)
+        if task.max_new_tokens < 1:
+            raise UsageError(
+                f"max_new_tokens is {task.max_new_tokens}: at least 1 is generated"
+            )
+        check_generates(model)
+        tokenizer = tokenizer or tokenizer_of(model)
+        what = "the options of generate, or generation_config.json"
+        with about(what, UsageError, every=True):
+            completions = Completions(
+                model,
+                tokenizer,
+                limits_of(model),
+                max_new_tokens=task.max_new_tokens,
+                stop=task.stop,
+                seed=task.seed,
+                options=task.all_options,
+                note=engine_of(model).note,
+            )
+        return cls(model, completions, progress)
+
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
     ) -> None:

@@ -13,16 +13,12 @@ from ...io.errors import PenstockError, readable
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
-from ..policy import Policy
 from ..rows.text import RowError
+from .pools import micro_batches_in_flight, tokens_pooled
 from .task_progress import ScoreProgress
 
-POOL_MICRO_BATCHES = 16
-"""What is packed together: so many micro-batches, so that lengths match well."""
-# Rows that are given to the tokenizer in one call.
 _TOKENIZED_ROWS = 16
-LAZY_ROWS = 4096
-"""Rows of a part, of those that nobody has cut; failed ones wait for its end."""
+"""Rows that are given to the tokenizer in one call."""
 
 
 @dataclass(slots=True)
@@ -58,8 +54,11 @@ class RowPiece(Generic[R]):
 P = TypeVar("P", bound=RowPiece[Any])
 
 
-class PackedTask(Protocol[R, P]):
-    """What is done with rows that run through the model once."""
+class RowRunner(Protocol[R, P]):
+    """What a task does with rows that run through the model once."""
+
+    pad: int
+    """The token id that stands at padding."""
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]
@@ -77,28 +76,16 @@ class PackedTask(Protocol[R, P]):
         ...
 
 
-def tokens_pooled(policy: Policy) -> int:
-    """Tokens of the pieces that are packed together: of many micro-batches, so that
-    lengths match well."""
-    width = micro_batches_in_flight(policy)
-    return policy.micro_batch_tokens * max(POOL_MICRO_BATCHES, 2 * width)
-
-
-def micro_batches_in_flight(policy: Policy) -> int:
-    return max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
-
-
 class Packed(Generic[R, P]):
     """A task's rows, in parts: no two parts share a micro-batch, so that the results of
     each are, bit for bit, the same without the others."""
 
     def __init__(
-        self, model: Any, task: PackedTask[R, P], *, pad: int, progress: ScoreProgress
+        self, model: Any, runner: RowRunner[R, P], progress: ScoreProgress
     ) -> None:
         self._engine = engine_of(model)
         policy = self._engine.policy
-        self._task = task
-        self._pad = pad
+        self._runner = runner
         self._max_tokens = policy.micro_batch_tokens
         self._width = micro_batches_in_flight(policy)
         self._pool_tokens = tokens_pooled(policy)
@@ -117,7 +104,7 @@ class Packed(Generic[R, P]):
     def _finished(self) -> Iterator[dict[str, Any]]:
         while self._pending and self._pending[0].is_done:
             row = self._pending.popleft()
-            found = self._task.result(row) if row.error is None else {}
+            found = self._runner.result(row) if row.error is None else {}
             if row.error is not None:  # which the result may have found
                 found = {"id": row.identity, "error": row.error}
             self._progress.rows_done += 1
@@ -142,7 +129,7 @@ class Packed(Generic[R, P]):
             batch = list(islice(rows, _TOKENIZED_ROWS))
             if not batch:
                 break
-            for row, pieces in self._task.cut(batch):
+            for row, pieces in self._runner.cut(batch):
                 self._pending.append(row)
                 if isinstance(pieces, RowError):
                     row.error = str(pieces)
@@ -177,7 +164,7 @@ class Packed(Generic[R, P]):
         fail together each is run by itself, so that one does not fail the others."""
         ids, mask = self._padded(pieces)
         try:
-            self._task.run(pieces, ids, mask)
+            self._runner.run(pieces, ids, mask)
         except PenstockError:
             raise
         except Exception as error:
@@ -194,7 +181,7 @@ class Packed(Generic[R, P]):
 
     def _padded(self, pieces: Sequence[P]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(piece.ids) for piece in pieces)
-        ids = torch.full((len(pieces), longest), self._pad, dtype=torch.int64)
+        ids = torch.full((len(pieces), longest), self._runner.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for index, piece in enumerate(pieces):
             ids[index, : len(piece.ids)] = torch.tensor(piece.ids)

@@ -10,13 +10,12 @@ import torch
 
 from ...io.errors import UsageError
 from ...scheduler.packing import spans
-from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, TokenRow, tokenize_all, tokenizer_of
+from ..rows.text import RowError, TokenRow, tokenize_all
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Row, RowPiece
+from .packed import Row, RowPiece
+from .score_task import Score
 from .task_progress import ScoreProgress as ScoreProgress
 
 
@@ -54,37 +53,15 @@ def score(
     model's context in windows of that many tokens that advance by `stride` (default:
     half a window); without it such a row is an error.
     """
-    return score_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        tokenizer=tokenizer,
-        window=window,
-        stride=stride,
-        progress=progress or ScoreProgress(),
-    )
+    task = Score(window, stride)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
-def score_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    tokenizer: Any,
-    window: int | None,
-    stride: int | None,
-    progress: ScoreProgress,
-) -> Iterator[dict[str, Any]]:
-    """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
-    results of each are, bit for bit, the same without the others."""
-    model = without_wrapper(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    task = _Scoring(model, tokenizer, window, stride)
-    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
+class ScoreRunner:
+    """Runs rows through a causal language model and reads the log-probabilities of
+    their tokens. Raises UsageError where `task` does not fit the model."""
 
-
-class _Scoring:
-    def __init__(
-        self, model: Any, tokenizer: Any, window: int | None, stride: int | None
-    ) -> None:
+    def __init__(self, task: Score, model: Any, tokenizer: Any) -> None:
         engine = engine_of(model)
         policy = engine.policy
         self._device = engine.device
@@ -98,7 +75,7 @@ class _Scoring:
         self._limits = limits_of(model)
         self.pad = self._limits.pad_of(tokenizer.pad_token_id)
         self._context = self._limits.context
-        self._window, self._stride = _window(window, stride, self._context)
+        self._window, self._stride = _window(task.window, task.stride, self._context)
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]

@@ -11,6 +11,11 @@ class TaskProgress(Protocol):
     rows_done: int
     rows_failed: int
 
+    @property
+    def tokens_counted(self) -> int:
+        """The tokens that speeds are told in: those that came out, or went in."""
+        ...
+
     def rows_through(self, pass_fraction: float) -> float: ...
 
     def tokens_through(self, pass_fraction: float) -> float: ...
@@ -32,6 +37,10 @@ class ScoreProgress:
     """Tokens that went through the model, padding not counted."""
     tokens_padding: int = 0
     micro_batches_done: int = 0
+
+    @property
+    def tokens_counted(self) -> int:
+        return self.tokens_done
 
     def rows_through(self, pass_fraction: float) -> float:
         """Rows done, and the parts of those under way."""
@@ -66,6 +75,10 @@ class GenerateProgress:
     prompt_tokens: int = 0
     output_tokens: int = 0
     max_new_tokens: int = 1
+
+    @property
+    def tokens_counted(self) -> int:
+        return self.output_tokens
 
     def rows_through(self, pass_fraction: float) -> float:
         """Rows done, and the parts of those under way, at most their share."""

@@ -20,7 +20,12 @@ class Around:
     """Values of the start's policy, by dotted key."""
     is_open: frozenset[str]
     """The keys that the user has not set."""
-    generates: bool
+    micro_batch_key: str
+    """The policy's key for how much one call of the model has."""
+    in_flight_key: str
+    """The policy's key for how much is in flight."""
+    joins_products: bool
+    """Whether the task has products that micro-batches can share."""
     waits_for_links: bool
     """Whether what comes over links takes a good part of a pass, so that what makes it
     come sooner, or less of it, could pay."""
@@ -53,16 +58,14 @@ def _all(around: Around) -> Iterator[dict[str, Any]]:
         ahead = around.values["lookahead"]
         yield {"lookahead": ahead + 1}
         yield {"lookahead": max(1, ahead - 1)}
-    if around.generates and not around.is_compiled:
+    if around.joins_products and not around.is_compiled:
         is_off = around.values["coalesce"] == "off"
         yield {"coalesce": "auto" if is_off else "off"}
 
 
 def _in_flight(around: Around) -> Iterator[dict[str, Any]]:
     """More and less of them, wider and narrower, and both."""
-    each_key, all_key = "micro_batch_tokens", "tokens_in_flight"
-    if around.generates:
-        each_key, all_key = "micro_batch_sequences", "sequences_in_flight"
+    each_key, all_key = around.micro_batch_key, around.in_flight_key
     each, total = around.values[each_key], around.values[all_key]
     each = min(each, total)
     for new_each, new_total in (
@@ -102,7 +105,7 @@ def _reading(around: Around) -> Iterator[dict[str, Any]]:
 
 def widest(around: Around, tried: list[Settings]) -> int:
     """Most tokens (or sequences) in flight of the start and of what is tried."""
-    key = "sequences_in_flight" if around.generates else "tokens_in_flight"
+    key = around.in_flight_key
     totals: list[int] = [dict(settings).get(key, 0) for settings in tried]
     start: int = around.values[key]
     return max([start, *totals])

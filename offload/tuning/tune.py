@@ -10,6 +10,7 @@ import torch
 from ...io.errors import DoesNotFitError, MachineError, PolicyError
 from ..jobs.identity import model_digests
 from ..plans.plan import Plan
+from ..plans.planned import Workload
 from ..plans.planner import Choice
 from ..plans.words import prediction_busy
 from ..policy import Policy
@@ -59,16 +60,11 @@ class Tuning:
     @property
     def job(self) -> dict[str, Any]:
         """What tells this search from others, as JSON has it."""
-        task = self.plan.task
         return {
             "model": model_digests(self.plan.model),
             "policy": _dumped(self.plan.planner.policy),
             "start": _dumped(self.plan.policy),
-            "task": {
-                "generates": task.generates,
-                "prompt_tokens": task.prompt_tokens,
-                "new_tokens": task.new_tokens if task.generates else 0,
-            },
+            "task": _identity(self.plan.workload),
             "input": dict(self.sample.identity),
         }
 
@@ -116,8 +112,7 @@ class Tuning:
         by its plan; None where that says nothing."""
         work = self.slice_of(1)
         rate = predicted_rate(self.plan.choice, work)
-        each = len(work.rows) * work.new_tokens if work.generates else sum(work.lengths)
-        return self.slices_left(timings) * each / rate if rate else None
+        return self.slices_left(timings) * work.num_tokens / rate if rate else None
 
     def slices_left(self, timings: list[Timing]) -> int:
         """What there is to measure, in the shortest slices."""
@@ -133,12 +128,26 @@ def around(plan: Plan) -> Around:
     return Around(
         values={key: _value(policy, key) for key in _KEYS},
         is_open=frozenset(key for key in _KEYS if _is_open(asked, key)),
-        generates=plan.task.generates,
+        micro_batch_key=plan.task.micro_batch_key,
+        in_flight_key=plan.task.in_flight_key,
+        joins_products=plan.task.joins_products,
         waits_for_links=busy > _HIDDEN_PART * whole,
         is_compiled=policy.compile,
         readers={} if disk is None else dict(disk.bandwidth),
         least_bytes=costs.shape.resident_bytes + 2 * costs.shape.largest_bytes,
     )
+
+
+def _identity(workload: Workload) -> dict[str, Any]:
+    """What tells the workload from others. Those of scoring and of generating have no
+    name, as files that older versions wrote have none."""
+    task = workload.task
+    found = {
+        "generates": task.keeps_kv,
+        "prompt_tokens": workload.row_tokens,
+        "new_tokens": task.new_tokens,
+    }
+    return found if task.name in ("score", "generate") else {"name": task.name, **found}
 
 
 def with_settings(policy: Policy, settings: Settings) -> Policy:

@@ -63,17 +63,16 @@ def _head(tuning: Tuning, verdict: Verdict) -> list[str]:
     plan, winner = tuning.plan, verdict.winner
     work = tuning.slice_of(2)
     length = sum(work.lengths) / len(work.lengths)
-    unit = "output tokens/s" if work.generates else "tokens/s"
+    task = work.task
     rate = winner.rate if winner else verdict.start_rate
     predicted = predicted_rate(
         tuning.choice(winner.settings if winner else START), work
     )
-    each = f" that get {work.new_tokens} more" if work.generates else ""
+    each = f" that get {task.new_tokens} more" if task.new_tokens else ""
     rows = "made-up rows" if tuning.sample.is_made_up else "rows of the input"
     return [
-        f"{plan.model} on {plan.machine.name}, tuned to "
-        f"{'generate' if work.generates else 'score'}",
-        f"measured: {rate:,.1f} {unit}{_predicted(predicted)} (median of "
+        f"{plan.model} on {plan.machine.name}, tuned to {task.name}",
+        f"measured: {rate:,.1f} {task.rate_unit}{_predicted(predicted)} (median of "
         f"{verdict.num_laps})",
         f"verdict: {verdict_line(verdict)}",
         f"slices: up to {len(work.rows):,} {rows} of {length:,.0f} tokens{each}",
