@@ -1,5 +1,5 @@
-"""What runs on each worker of a Ray Data cluster: a model, through which tables of rows
-go. It imports no Ray: anything that calls it with Arrow tables may."""
+"""A task for tables of rows, for the workers of a Ray Data cluster. It imports no Ray:
+anything may call it with Arrow tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,9 +48,9 @@ class Mapper:
         self._tokenizer = own or tokenizer_of(self._model)
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
-        """`table` with what the task found for each row. Raises what ends the job; Ray
-        then does the rows again on another actor."""
-        # A column that only other rows have is not there.
+        """`table` with the columns of the task's results. Raises what ends a job; Ray
+        then gives the rows to another actor."""
+        # Arrow gives a row null for a key that only other rows have.
         rows = (
             {key: value for key, value in row.items() if value is not None}
             for row in table.to_pylist()
@@ -59,7 +59,7 @@ class Mapper:
         return _with_columns(table, results, self._task.columns)
 
     def close(self) -> None:
-        """Gives the model's memory and files back; twice does no harm."""
+        """Closes the model. May be called twice."""
         model, self._model = self._model, None
         if model is not None:
             unwrap(model)

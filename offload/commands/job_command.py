@@ -1,5 +1,5 @@
-"""What the commands that do something with rows have in common: files in and out, how
-the model is streamed, and who is told."""
+"""Makes a command of a task: the options that all jobs have and those of the task, and
+what is printed at the end."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -39,8 +39,8 @@ INTERRUPTED = 130
 
 
 def job_command(task: type[Task]) -> Callable[..., None]:
-    """The command of `task`, as typer takes it: the options that all jobs have, then
-    those of the task."""
+    """The command of `task`, as typer takes it: first the options that all jobs have,
+    then those of the task."""
     source = typer.Argument(
         metavar="INPUT", help=f"A row is {task.row_help}. {SOURCES}"
     )
@@ -86,8 +86,8 @@ def _with_signature(
     task: type[Task],
     parameters: Sequence[inspect.Parameter],
 ) -> Callable[..., None]:
-    """`command` with the name and help of `task`: typer reads the options off the
-    signature."""
+    """`command` with the name, the help and the parameters of the command of `task`.
+    typer reads the options off the signature."""
 
     def bound(**options: Any) -> None:
         command(**options)
@@ -102,7 +102,7 @@ def _with_signature(
 
 
 def run(job: "Job") -> None:
-    """Runs a job and says what became of it. The exit code is the job's."""
+    """Runs a job and prints how it ended. The process's exit code says so, too."""
     from ..monitoring.show import report_table
 
     console = Console(stderr=True)

@@ -124,14 +124,14 @@ TrustRemoteCode = Annotated[
 
 
 def mode_of(restart: bool, retry_errors: bool) -> "Mode":
-    """What is to be done with what is there."""
+    """What a job does with results that are there already. Raises UsageError."""
     if restart and retry_errors:
         raise UsageError("--restart does all rows again: leave --retry-errors out")
     return "restart" if restart else "retry" if retry_errors else "resume"
 
 
 def say(message: str) -> None:
-    """Tells the user, on standard error."""
+    """Prints `message` to standard error."""
     lines = "\n".join(map(readable, message.split("\n")))
     print(f"penstock: {lines}", file=sys.stderr)
 

@@ -21,7 +21,7 @@ from .options import (
 
 
 class ObjectiveName(StrEnum):
-    """What the planner goes for."""
+    """What the planner optimizes."""
 
     throughput = "throughput"
     latency = "latency"

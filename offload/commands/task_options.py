@@ -12,7 +12,7 @@ from ..tasks.task import Task, options_of
 
 
 def parameters_of(task: type[Task]) -> list[Parameter]:
-    """A parameter for each option of `task`, annotated for typer, in their order."""
+    """A parameter for each option of `task`, in order, annotated as typer needs it."""
     kinds, defaults = get_type_hints(task), {each.name: each for each in fields(task)}
     found = []
     for name, option in options_of(task).items():
@@ -33,8 +33,8 @@ def parameters_of(task: type[Task]) -> list[Parameter]:
 
 
 def task_from(task: type[Task], values: Mapping[str, Any]) -> Task:
-    """`task` with the values that the command line has for its options. Raises
-    UsageError for those that are none."""
+    """`task` with its options from the command line. Raises UsageError for values that
+    are wrong."""
     kinds = get_type_hints(task)
     return task(**{name: _read(kinds[name], value) for name, value in values.items()})
 

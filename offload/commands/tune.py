@@ -134,7 +134,7 @@ def tune(
 
 
 class _Show:
-    """Tells how far a search is: a bar on a terminal, plain lines elsewhere."""
+    """Shows how far a search is: as a bar on a terminal, as plain lines elsewhere."""
 
     def __init__(
         self, tuning: "Tuning", timings: "list[Timing]", console: Console
@@ -179,7 +179,8 @@ class _Show:
 
 
 def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
-    """What is going to be done, before the first of it is: that may take minutes."""
+    """One sentence, printed before the first measurement, that says how many will be
+    made and how long they may take."""
     from ..monitoring.show import human_seconds
     from ..tuning.race import heats_left
 

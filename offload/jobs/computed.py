@@ -1,5 +1,5 @@
-"""A model that is loaded for a job, and what computing with it came to: in one process,
-or in several that share the job."""
+"""A model that is loaded for a job, and the statistics of computing with it, in one
+process or several."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,20 +21,20 @@ from .look import ProgressSnapshot, look_at
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """What a process has counted while it computed."""
+    """The counters of one process that computed for a job."""
 
     progress: TaskProgress
     statistics: Statistics
     dtype: str
     """The dtype that the largest tensor computes in."""
     spans: Sequence[Span] = ()
-    """The spans of the last passes; none while the job goes on."""
+    """The timeline of the last passes; empty while the job runs."""
     first_unit_at: float | None = None
-    """When it began to compute (`time.perf_counter`)."""
+    """When the first unit began to compute (`time.perf_counter`)."""
 
 
 class Loaded(Closing):
-    """The checkpoint `model`, streamed as `policy` says, and its tokenizer. Raises what
+    """The checkpoint `model`, streamed under `policy`, and its tokenizer. Raises what
     `load` raises, and UsageError where there is no tokenizer."""
 
     def __init__(self, model: Path, policy: Policy, use: Use = "any") -> None:
@@ -55,11 +55,11 @@ class Loaded(Closing):
         return look_at(self.engine, progress)
 
     def counted(self, progress: TaskProgress) -> WorkerResult:
-        """So far."""
+        """The counters so far."""
         return WorkerResult(progress, self.engine.statistics(), self._dtype)
 
     def computed(self, progress: TaskProgress) -> WorkerResult:
-        """All of it."""
+        """The counters at the end, with the timeline."""
         return replace(
             self.counted(progress),
             spans=self.engine.timeline.spans(),
@@ -73,10 +73,11 @@ class Loaded(Closing):
 
 
 def together(found: Sequence[Statistics], num_workers: int) -> Statistics:
-    """Of `num_workers` that shared a job, with those of processes that had to be begun
-    anew: counters and memory are sums (what processes share is counted in each), times
-    are means over the workers, so that they add up to the job's; what is a limit or a
-    most of one model is the most of any. Where weights are is as in the first."""
+    """The statistics of a job that `num_workers` shared, from those of all its
+    processes, also of processes that died and were replaced. Counters and memory are
+    sums (memory that processes share is counted in each), times are means over the
+    workers, limits and maxima of one model are the largest of any. Where weights are is
+    taken from the first."""
     first = found[0]
     sums = (
         "bytes_loaded",
@@ -91,7 +92,7 @@ def together(found: Sequence[Statistics], num_workers: int) -> Statistics:
         "num_failed_joint_calls",
         "num_unused_loads",
     )
-    of_workers = found[-num_workers:]  # those that came to the end
+    of_workers = found[-num_workers:]  # the processes that reached the end
     memory = ("device_memory_bytes", "peak_device_bytes", "peak_host_bytes")
     times = ("wait_seconds", "compute_seconds")
     mosts = ("max_in_flight", "held_bytes_per_micro_batch")

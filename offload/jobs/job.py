@@ -42,24 +42,24 @@ _PARTS_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a job."""
+    """How a job ended."""
 
     num_rows: int
-    """Rows of its output."""
+    """The rows of its output."""
     num_errors: int
-    """Rows that failed, among those."""
+    """How many of those rows are errors."""
     report: dict[str, Any] | None
-    """None where all was done before."""
+    """The report; None where nothing was left to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Do `task` with the rows of `source` and the checkpoint `model` into `output`.
+    """Does `task` with the rows of `source` and the checkpoint `model`, into `output`.
 
     `source` is a path, a glob, a folder, `-` (standard input), or several of them;
-    `output` a file, or `-`. What is done is kept beside it until all is: killed at any
-    time and run again, the job goes on. Its signals are taken over while it runs on the
-    main thread.
+    `output` is a file, or `-` (standard output). Finished parts are kept beside the
+    output until all are done: a job that was killed goes on when it is run again. On
+    the main thread it handles SIGINT and SIGTERM while it runs.
     """
 
     task: Task
@@ -71,13 +71,13 @@ class Job:
     mode: Mode = "resume"
     watching: Watching = field(default_factory=Watching)
     workers: int = 1
-    """Processes that share it, each with a model of its own."""
+    """The number of processes that share the job, each with a model of its own."""
     chosen: Chosen | None = field(default=None, kw_only=True)
-    """What it runs with, once that is settled."""
+    """The policy that it runs with, once that is chosen."""
 
     def run(self, console: Console) -> Done:
-        """Runs the job. Raises PenstockError; StoppedError when a signal came, once
-        the parts under way are done, and at once when a second one came."""
+        """Runs the job. Raises PenstockError; StoppedError after a signal: once the
+        parts under way are done, or at once after a second signal."""
         check_workers(self.workers)
         source, output = self.source, self.output
         if not is_stream(output):
@@ -115,13 +115,13 @@ class Job:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
             if chosen.plan is None and kept.manifest.chosen is not None:
-                # Of what is left open: memory.
+                # Only memory is still open.
                 found = self._choose(chosen.policy, inputs)
                 chosen = replace(found, is_begun=True)
             return replace(self, chosen=chosen)._run(inputs, kept, console)
 
     def _begun_with(self, output: Path) -> Chosen | None:
-        """What the job began with that is gone on with; None where it begins now."""
+        """The values that the job was begun with; None where it begins now."""
         begun = begun_as(output, self.mode)
         if begun is None:
             return None
@@ -137,7 +137,7 @@ class Job:
         return self.chosen
 
     def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
-        """The parts that are not done; then they are joined."""
+        """Computes the parts that are not done, then finishes the output."""
         parts = read_parts(
             inputs,
             output.cut,
@@ -185,7 +185,8 @@ class Job:
         before: int,
         watch: Watch,
     ) -> tuple[dict[str, Any], Recorded]:
-        """Does the parts and returns the report, and what its pictures are made of."""
+        """Computes `parts` in this process. Returns the report, and what its pictures
+        are made of."""
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress = self.task.new_progress()
@@ -222,7 +223,7 @@ class Job:
         before: int,
         watch: Watch,
     ) -> tuple[dict[str, Any], Recorded]:
-        """As `_compute`, by several processes."""
+        """Computes `parts` in several processes; else like `_compute`."""
         sharing = Sharing(
             self.workers,
             self.task,
@@ -256,7 +257,8 @@ class Job:
         forecast: Mapping[str, Any],
         taken: float = 0.0,
     ) -> tuple[dict[str, Any], Recorded]:
-        """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
+        """The report of rows that took `seconds`, from `began` on
+        (`time.perf_counter`)."""
         progress, first = computed.progress, computed.first_unit_at
         counts = progress.figures(seconds)
         policy, words = self._settled.policy, self._settled.words

@@ -1,4 +1,4 @@
-"""A plan: the resolved policy, bytes per tier, what it will do, and why."""
+"""A plan: the resolved policy, bytes per tier, the predicted speed, and why."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,13 +31,13 @@ from .words import dtype_sentences, explain, kept_words
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner made of a policy for one model, machine and task."""
+    """What the planner chose for one model, machine and workload."""
 
     model: Path
     machine: Machine
     workload: Workload
     asked: Policy
-    """What the user set."""
+    """The policy as the user set it."""
     dtypes: DtypeChoice
     has_weights: bool
 
@@ -58,29 +58,29 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        """That most of the model computes in."""
+        """The dtype that most of the model computes in."""
         return self.dtypes.taken.dtype
 
     @property
     def policy(self) -> Policy:
-        """The resolved one."""
+        """The resolved policy."""
         return self.choice.policy
 
     @cached_property
     def devices(self) -> Devices | None:
-        """What the machine's devices could do together; None where it has one."""
+        """The ways to use the machine's devices; None where it has one."""
         return devices_of(self.planner, self.choice)
 
     @property
     def title(self) -> str:
-        """What is planned for, in one line."""
+        """The model and the machine, in one line."""
         alone = "" if self.has_weights else " (by its config.json alone)"
         how = f" ({self.machine.source})" if self.machine.is_estimate else ""
         return f"{self.model}{alone} on {self.machine.name}{how}"
 
     @property
     def sentences(self) -> list[str]:
-        """What binds, and what would change it."""
+        """What limits the speed, and what would change it."""
         is_open = self.asked.dtype == "auto"
         return [
             *explain(self.planner, self.choice),
@@ -101,7 +101,7 @@ class Plan:
         return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Sizes in bytes, times in seconds."""
+        """The values for `--json`. Sizes are in bytes, times in seconds."""
         found = self.choice.prediction
         tiers = self.choice.forecast.bytes_by_tier
         return {
@@ -138,13 +138,17 @@ def make_plan(
     host_bytes: int | None = None,
     is_sparing: bool = True,
 ) -> Plan:
-    """Plans `workload` with the checkpoint in `model`, of which config.json is enough.
-    Without a `machine`, for quick estimates of this computer, which take about a second
-    (CPUs only). A dtype that the policy leaves open is chosen, too. `host_bytes`: most
-    of the host's memory that the process may have (None: all there is); not
-    `is_sparing`: weights take what there is, even where that is no faster. Raises
-    DoesNotFitError (with what would make it run), PolicyError, CheckpointError and
-    UsageError."""
+    """Plans `workload` with the checkpoint in `model`; its config.json is enough.
+    Chooses a dtype, too, where the policy leaves it open.
+
+    A `machine` of None stands for this computer, by quick estimates that take about a
+    second (CPUs only). `host_bytes` is the most host memory that the process may have;
+    None: all there is. With `is_sparing`, weights take no more memory than makes it
+    faster; else they take what there is.
+
+    Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
+    and UsageError.
+    """
     if machine is not None:
         check_runs(machine)
     skeleton, has_weights = blueprint(
@@ -173,8 +177,8 @@ def make_plan(
 
 
 def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
-    """The dtype that is fastest, of those that come into question beside `own`, which
-    is what `planner` plans for."""
+    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside
+    it."""
     machine, asked = planner.machine, planner.policy
     others = []
     for name in dtypes_beside(own, machine.device):
@@ -194,15 +198,15 @@ def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
 
 
 def with_dtype(policy: Policy, dtype: str) -> Policy:
-    """`policy`, computing in `dtype`."""
+    """`policy` with `dtype`."""
     return Policy(**{**policy.model_dump(exclude_unset=True), "dtype": dtype})
 
 
 def estimates_of(
     model: Path, policy: Policy, dtypes: Iterable[str], *, has_weights: bool
 ) -> Machine:
-    """Quick estimates of this computer, for what the checkpoint in `model` needs.
-    Raises PolicyError for a GPU, which only `penstock machine` measures."""
+    """Quick estimates of this computer, with the drive of the checkpoint in `model`.
+    Raises PolicyError for a GPU: only `penstock machine` measures those."""
     if policy.device != "cpu":
         raise PolicyError(
             f"no machine file, and quick estimates are of CPUs: run penstock machine "
@@ -220,7 +224,7 @@ def estimates_of(
 
 
 def check_runs(machine: Machine) -> None:
-    """Raises PolicyError for machines that only the formulas know."""
+    """Raises PolicyError for machines that Penstock does not compute on."""
     if machine.device == "tpu":
         raise PolicyError(
             f"machine {machine.name!r} is for the formulas alone: Penstock computes on "

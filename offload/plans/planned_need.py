@@ -1,4 +1,4 @@
-"""What a task keeps in memory beside the weights, under a policy."""
+"""The memory that a workload needs beside the weights."""
 
 from ...io.kv.places import PENDING_BYTES
 from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
@@ -11,8 +11,8 @@ from .planned import Workload
 def need_of(
     shape: ModelShape, policy: Policy, workload: Workload, *, is_shared: bool
 ) -> Need:
-    """What all that is in flight takes. `is_shared`: the device's memory is the
-    host's."""
+    """The memory of all that is in flight. `is_shared`: device and host have one
+    memory."""
     task = workload.task
     if not task.keeps_kv:
         return scoring_need(
@@ -45,7 +45,7 @@ def need_of(
 
 
 def _is_staged(policy: Policy, *, is_shared: bool) -> bool:
-    """Whether keys and values are brought to where they are attended to."""
+    """Whether keys and values are copied to a buffer before attention reads them."""
     kv = policy.kv
     if kv.tier == "host" and not is_shared:
         return kv.attention != "host"

@@ -1,4 +1,4 @@
-"""What a job was predicted to do, for its report: measured beside it."""
+"""Predicts a job after it has run, for its report, which has both."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +22,9 @@ def predicted(
     machine: Machine,
     counts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Seconds, tokens a second and what binds on `machine`, for the tokens that
-    `counts` says the job had; or `note`, which says why there are none."""
+    """The predicted seconds, tokens a second and what binds on `machine`, for a job of
+    `task` with the tokens in `counts`; or `note`, which says why nothing is
+    predicted."""
     try:
         made = of_arrangement(model, arrangement, policy, machine, task)
         work = work_of(task, policy, counts, in_parts=made.shape.prompts_in_parts)
@@ -48,8 +49,8 @@ def predicted(
 def work_of(
     task: Task, policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
 ) -> Scoring | Generating | None:
-    """The job's work by its counts: micro-batches as the mean of them was. None
-    without any."""
+    """The job's work, of micro-batches as its mean ones were. None where it had
+    none."""
     num = counts["micro_batches"]
     if not num:
         return None

@@ -20,7 +20,7 @@ _SHOWN = (
 
 
 def plan_table(plan: Plan) -> Table:
-    """What was chosen, bytes per tier, and what is predicted."""
+    """A table of what was chosen, the bytes per tier, and what is predicted."""
     choice, found = plan.choice, plan.choice.prediction
     table = Table(show_header=False)
     table.add_column(style="bold")
@@ -52,7 +52,8 @@ def plan_table(plan: Plan) -> Table:
 
 
 def devices_table(devices: Devices) -> Table:
-    """What several devices could do: what Penstock runs first, formulas after it."""
+    """A table of the ways to use several devices: those that Penstock runs, then
+    formulas."""
     crossover = devices.crossover_tokens
     caption = devices.note
     if crossover is not None:

@@ -1,4 +1,4 @@
-"""Tells rows of text apart: which of some labels is the likeliest to come next?"""
+"""Classifies rows of text by how likely each of some labels is to come next."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,12 +24,13 @@ class _Row(Row):
     labels: tuple[Label, ...] = ()
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
-    """By the label's number."""
+    """The log-probability of each label, by its number among the row's labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt(RowPiece[_Row]):
-    """What all labels have in common; or, where they share nothing, one of them."""
+    """A prompt and the labels that may follow it. Where a model cannot share the
+    prompt's computation, there is one for each label."""
 
     labels: tuple[tuple[int, Label], ...]
 

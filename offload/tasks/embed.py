@@ -125,5 +125,6 @@ class EmbedRunner:
 
 
 def _numbers(vector: torch.Tensor) -> list[float]:
-    """As short as says which float32 each is."""
+    """The numbers of `vector`, each with as few digits as tell it from other float32
+    ones."""
     return [float(str(value)) for value in vector.numpy().astype(numpy.float32)]

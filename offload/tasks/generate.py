@@ -30,8 +30,8 @@ from .pools import prompts_pooled
 from .task_progress import GenerateProgress as GenerateProgress
 from .task_progress import RowsInFlight
 
-# Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
+"""The least share of a micro-batch's prompt tokens that are no padding."""
 
 
 def generate(
@@ -76,7 +76,8 @@ def check_generates(model: Any) -> None:
 
 
 class _Group(NamedTuple):
-    """Rows that go on together, and how much of their prompts comes in with a pass."""
+    """The prompts of one micro-batch, and how many tokens of each come in with a pass
+    (None: all at once)."""
 
     prompts: list[Prompt]
     chunk_tokens: int | None
@@ -131,15 +132,16 @@ class GenerateRunner:
         self._pool_rows = prompts_pooled(policy)
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
-        """Micro-batches that have not started."""
+        """The micro-batches that have not started."""
         in_parts = keeps_only_keys_and_values(model)
         self._chunk = partial(prompt_chunk, policy, in_parts=in_parts)
         self._shrinks = in_parts and policy.coalesce != "off"
         self._caches = Caches.of(self._engine, model)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
-        """Results in the order of rows: a row waits for those before it."""
-        # Compiled blocks cannot stop inside, for others to come.
+        """Yields results in the order of rows: a finished row waits for those before
+        it."""
+        # A compiled block cannot stop inside to wait for other micro-batches.
         coalesce = None if self._engine.policy.compile else True
         with (
             self._completions.stop_strings_taken_over(),
@@ -147,12 +149,13 @@ class GenerateRunner:
         ):
             for outcome in sweep.run(self._complete, self._micro_batches(parts)):
                 if outcome.error is not None:
-                    raise outcome.error  # ours: a row's own is in its result
+                    raise outcome.error  # the job's: those of rows are in results
                 yield from self._finished()
         yield from self._finished()
 
     def _has_room(self) -> bool:
-        """Whether the next micro-batch, as large as it may be, finds its places."""
+        """Whether there is room for the next micro-batch, at its largest: in the cache
+        and among the sequences in flight."""
         prompts = self._groups[0].prompts if self._groups else []
         if not self._caches.has_room(prompts):
             return False
@@ -172,11 +175,11 @@ class GenerateRunner:
             while self._fill(rows):
                 yield self._groups.popleft()
             if self._pending and self._pending[-1].result is not None:
-                yield _Group([], None)  # for its failed rows to be handed on now
+                yield _Group([], None)  # so that its failed rows are yielded now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
-        """Takes rows as they are needed and groups prompts of similar lengths; False
-        at the end."""
+        """Takes rows as they are needed and groups prompts of similar lengths. Returns
+        False at the end of `rows`."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
@@ -190,8 +193,8 @@ class GenerateRunner:
         return bool(self._groups)
 
     def _packed(self, pool: list[Prompt]) -> list[_Group]:
-        """Of prompts with one way. What comes in by and by may have more tokens than
-        one call."""
+        """Micro-batches of prompts that are decoded alike. Prompts that come in over
+        several passes may have more tokens together than one call may have."""
         is_whole = self._chunk(1, 1) is None
         most = 1 if pool[0].way.company == "alone" else self._max_rows
         groups = pack(
@@ -210,7 +213,8 @@ class GenerateRunner:
         ]
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
-        """Ready to go on from; None for a row that has failed already."""
+        """The prompt of a row, tokenized and checked; None for a row that has
+        failed."""
         prompt = Prompt(number, row.get("id"), self._completions.way)
         self._pending.append(prompt)
         try:
@@ -235,9 +239,9 @@ class GenerateRunner:
             )
 
     def _complete(self, group: _Group) -> None:
-        """Runs as one micro-batch of the sweep. What the model makes of these rows is
-        their error: of several that fail together each is run by itself, so that one
-        does not fail the others. What Penstock fails at is the job's."""
+        """Runs `group` as one micro-batch of the sweep. An exception of the model's is
+        an error of its rows: rows that fail together are run again one by one, so that
+        one of them does not fail the others. A PenstockError ends the job."""
         if not group.prompts:
             return
         prompts, progress = group.prompts, self._progress
@@ -263,7 +267,7 @@ class GenerateRunner:
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
 
     def _complete_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
-        """Completes one by one `prompts` that failed together with `error`."""
+        """Completes `prompts`, which failed together with `error`, one by one."""
         if len(prompts) == 1:
             prompts[0].fail(f"the model failed: {type(error).__name__}: {error}")
             return

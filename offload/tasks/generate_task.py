@@ -19,7 +19,8 @@ _OWN_OPTIONS = {
     "stop": "--stop",
     **dict.fromkeys(("model", "parts", "progress", "tokenizer"), "something else"),
 }
-"""Names that mean something else than an option of transformers, and what says it."""
+"""Names that are no options of transformers' `generate` here, and what to give
+instead."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Generate(Task):
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for options that are fields of this task."""
+        """Raises UsageError where `options` has a name that another field or argument
+        has."""
         if own := _OWN_OPTIONS.keys() & self.options.keys():
             key = min(own)
             raise UsageError(f"{key} is no --option: give {_OWN_OPTIONS[key]}")
@@ -82,7 +84,7 @@ class Generate(Task):
 
     @property
     def num_passes(self) -> int:
-        """One for each token, at most."""
+        """The most passes: one for each new token."""
         return self.max_new_tokens
 
     @property
@@ -90,15 +92,16 @@ class Generate(Task):
         return self.max_new_tokens
 
     def identity(self) -> dict[str, Any]:
-        """With the temperature among the options, as jobs always had it."""
+        """The name and options, with the temperature among those of transformers'
+        `generate`, where jobs have always had it."""
         found = super().identity()
         del found["temperature"]
         return {**found, "options": self.all_options}
 
     @classmethod
     def of(cls, *, stop: Sequence[str] = (), **options: Any) -> Self:
-        """As `penstock.generate` takes them: what is no field is an option of
-        transformers' `generate`."""
+        """The task with the arguments of `penstock.generate`: those that are no field
+        of this class are options of transformers' `generate`."""
         names = ("max_new_tokens", "seed")
         own = {name: options.pop(name) for name in names if name in options}
         return cls(**own, stop=tuple(stop), options=options)

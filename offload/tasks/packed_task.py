@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedTask(Task):
-    """A task that says what one row comes to; `Packed` does the rest."""
+    """A task that has a runner for pieces of rows. `Packed` does the packing and the
+    order of results."""
 
     @abstractmethod
     def runner(self, model: Any, tokenizer: Any) -> "RowRunner[Any, Any]":
-        """What cuts rows into pieces, runs the streamed `model` on some of them, and
+        """What cuts rows into pieces, runs the streamed `model` on some of them and
         makes results. Raises UsageError for options that do not fit the model."""
 
     def new_progress(self) -> ScoreProgress:

@@ -6,25 +6,25 @@ if TYPE_CHECKING:
     from ..policy import Policy
 
 _POOL_MICRO_BATCHES = 16
-"""Micro-batches that are packed together at least, so that their lengths match well."""
+"""The least number of micro-batches that are packed together: the more, the better
+their lengths match."""
 LAZY_ROWS = 4096
-"""Rows of a part, of rows that no job has cut; results of failed ones wait for its
-end."""
+"""Rows of a part where no job has cut them. Results of failed rows wait for its end."""
 
 
 def micro_batches_in_flight(policy: "Policy") -> int:
-    """Micro-batches of tokens that share a pass."""
+    """How many micro-batches share a pass, of tasks that count tokens."""
     return max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
 
 
 def tokens_pooled(policy: "Policy") -> int:
-    """Tokens that are packed together into micro-batches."""
+    """How many tokens are packed together into micro-batches."""
     width = micro_batches_in_flight(policy)
     return policy.micro_batch_tokens * max(_POOL_MICRO_BATCHES, 2 * width)
 
 
 def prompts_pooled(policy: "Policy") -> int:
-    """Prompts that are packed together into micro-batches."""
+    """How many prompts are packed together into micro-batches."""
     in_flight = policy.sequences_in_flight
     each = min(policy.micro_batch_sequences, in_flight)
     return max(each * _POOL_MICRO_BATCHES, in_flight)

@@ -18,7 +18,8 @@ TASKS: Mapping[str, type[Task]] = {
         Classify,
     )
 }
-"""In the order of `penstock --help`."""
+"""All tasks by name, in the order of `penstock --help`. A new task gets its line
+here."""
 
 
 def task_named(name: str) -> type[Task]:

@@ -1,4 +1,4 @@
-"""Scores rows of text: how likely is each under the model? Many rows share one pass
+"""Scores rows of text by their log-probability under a model. Many rows share one pass
 over the streamed weights."""
 
 import math
@@ -31,7 +31,7 @@ class _Window(RowPiece[_Row]):
     scored: int
     """Index in `ids` of the first token to score."""
     start: int
-    """Where this window starts in its row; orders the row's sums."""
+    """Where this window starts in its row. Windows are added up in this order."""
 
 
 def score(
@@ -119,8 +119,8 @@ class ScoreRunner:
             window.row.logprobs[window.start] = float(part.double().sum())
 
     def result(self, row: _Row) -> dict[str, Any]:
-        """Windows are added up in their order, so that the sum does not depend on which
-        was finished first."""
+        """The result of a row. Windows are added up by where they start, so that the
+        sum does not depend on which was finished first."""
         total = math.fsum(row.logprobs[start] for start in sorted(row.logprobs))
         if not math.isfinite(total):
             row.error = (

@@ -1,4 +1,4 @@
-"""Short slices of a job: the rows of one, and how fast a policy does them."""
+"""Short slices of a job, and the speed of a policy on them."""
 
 import gc
 import time
@@ -29,18 +29,19 @@ _NUM_IDS = 500
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows, and what is to be done with them."""
+    """Some rows of a job, and the task to do with them."""
 
     task: Task
     rows: Sequence[Mapping[str, Any]]
     lengths: Sequence[int]
     """The number of tokens of each row."""
     is_made_up: bool
-    """Whether a row's text is its number of tokens."""
+    """Whether the rows are made up: then a row's text is its number of tokens."""
 
     @property
     def num_tokens(self) -> int:
-        """The tokens that its speed is told in: those that come out, or go in."""
+        """The tokens that its speed is told in: generated ones, or those of the
+        rows."""
         if self.task.keeps_kv:
             return len(self.rows) * self.task.new_tokens
         return sum(self.lengths)
@@ -48,22 +49,22 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """The first rows of a job, or rows like them."""
+    """The first rows of a job, or made-up rows."""
 
     rows: tuple[Mapping[str, Any], ...]
     lengths: tuple[int, ...]
     is_made_up: bool
     identity: Mapping[str, Any]
-    """What tells them from others."""
+    """What identifies the rows, for the log of a search."""
 
     @property
     def mean_length(self) -> int:
         return max(1, round(sum(self.lengths) / len(self.lengths)))
 
     def cut(self, task: Task, in_flight: int, slices: int) -> Slice:
-        """Rows of `slices` times `in_flight` tokens; where rows are completed,
-        `in_flight` rows that get more tokens the more slices there are. Rows come again
-        where there are too few."""
+        """A slice of rows with `slices` times `in_flight` tokens. For a task that
+        generates, `in_flight` rows, which get more tokens the larger `slices` is. Rows
+        come again where there are too few."""
         rows = cycle(zip(self.rows, self.lengths, strict=True))
         if task.keeps_kv:
             found = list(islice(rows, in_flight))
@@ -78,8 +79,8 @@ class RowSample:
 
 
 def made_up(task: Task, num_tokens: int) -> RowSample:
-    """Rows of so many tokens that mean nothing. Raises UsageError for a task that only
-    real rows will do for."""
+    """Made-up rows of `num_tokens` each. Raises UsageError for a task that needs real
+    rows."""
     row = task.made_up_row(num_tokens)
     if row is None:
         raise UsageError(
@@ -95,8 +96,8 @@ def sample_of(
     *,
     trust_remote_code: bool = False,
 ) -> RowSample:
-    """The first rows of some files that `task` can do. Raises InputError where there is
-    none, and for standard input, whose rows come only once."""
+    """The first rows of `sources` that `task` can do. Raises InputError where there are
+    none, and for standard input, which can be read only once."""
     inputs = Inputs(find_files(sources), task.row_keys)
     if inputs.is_stream:
         raise InputError(
@@ -137,9 +138,9 @@ def _up_to(
 
 
 def measured_rate(folder: Path, policy: Policy, work: Slice) -> float:
-    """Tokens a second of `work` (new tokens, where rows are completed), measured once
-    the model is loaded and one row has been through it. Raises UsageError where no row
-    can be done, and what a job does."""
+    """Measures tokens a second of `work` (generated ones, where there are any), after
+    the model is loaded and one row has run. Raises UsageError where no row can be done,
+    and what a job raises."""
     model = load(folder, policy)
     try:
         tokenizer: Any = None
@@ -156,11 +157,11 @@ def measured_rate(folder: Path, policy: Policy, work: Slice) -> float:
     finally:
         unwrap(model)
         del model
-        gc.collect()  # before the next one is loaded
+        gc.collect()  # before the next model is loaded
 
 
 def _run(model: Any, work: Slice, tokenizer: Any) -> int:
-    """Does the rows. Returns the tokens that its speed is told in."""
+    """Does the rows of `work`. Returns the tokens that its speed is told in."""
     progress = work.task.new_progress()
     _check(work.task.run(model, work.rows, tokenizer=tokenizer, progress=progress))
     return progress.tokens_counted
@@ -176,7 +177,8 @@ def _check(results: Iterable[Mapping[str, Any]]) -> None:
 
 
 def predicted_rate(choice: Choice, work: Slice) -> float | None:
-    """What the plan of `choice` says of `work`; None where it says nothing."""
+    """The tokens a second that the plan of `choice` predicts for `work`; None where it
+    predicts nothing."""
     policy, costs = choice.policy, choice.forecast.model
     try:
         if work.task.keeps_kv:
