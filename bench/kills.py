@@ -40,7 +40,9 @@ from rich.console import Console
 from checkpoint import make_checkpoint
 from penstock import Policy
 from penstock.offload.jobs.job import Job
-from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task import Task
 
 assert transformers.models.llama.modeling_llama is not None, "imported for the forks"
 NUM_ROWS = {"score": 5000, "generate": 320}
@@ -58,15 +60,15 @@ def write_rows(path: Path, num_rows: int, seed: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def run_job(task: str, folder: Path, source: Path, output: Path) -> int:
+def run_job(name: str, folder: Path, source: Path, output: Path) -> int:
     """In the forked process. Returns the exit code."""
     torch.set_num_threads(1)
     # Products of micro-batches that share them depend on who shares: not bit for bit.
     policy = Policy(device_memory="1MiB", coalesce="off", sequences_in_flight=32)
-    work: Work = ScoreWork()
-    if task == "generate":
-        work = GenerateWork(3, options={"temperature": 1.0})
-    done = Job(work, folder, source, output, policy).run(Console(quiet=True))
+    task: Task = Score()
+    if name == "generate":
+        task = Generate(3, options={"temperature": 1.0})
+    done = Job(task, folder, source, output, policy).run(Console(quiet=True))
     return 0 if done.num_errors * 100 >= done.num_rows else 1
 
 

@@ -34,9 +34,10 @@ from penstock.io.errors import PenstockError
 from penstock.offload.machines.machine import Machine
 from penstock.offload.machines.measuring import measure_machine
 from penstock.offload.plans.plan import Plan, make_plan
-from penstock.offload.plans.planner import Choice, Task
+from penstock.offload.plans.planned import Choice, Workload
 from penstock.offload.policy import IO, Policy
 from penstock.offload.settings.values import parse_bytes
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.tuning.slices import Slice, made_up, measured_rate, predicted_rate
 from penstock.scheduler.cost.memory_need import RUNTIME_BYTES
 
@@ -236,7 +237,7 @@ def planned(folder: Path, args: argparse.Namespace, machine: Machine) -> Plan:
     if args.disk:
         asked["links"] = {"disk": {"bandwidth": args.disk}}
     small = limited(machine, parse_bytes(args.budget))
-    return make_plan(folder, Policy(**asked), small, Task(prompt_tokens=args.length))
+    return make_plan(folder, Policy(**asked), small, Workload(Score(), args.length))
 
 
 def run(folder: Path, args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def run(folder: Path, args: argparse.Namespace, machine: Machine) -> dict[str, A
 
     plan = planned(folder, args, machine)
     tokens = max(args.tokens, plan.policy.tokens_in_flight)
-    work = made_up(args.length).cut(plan.task, tokens, 1)
+    work = made_up(plan.task, args.length).cut(plan.task, tokens, 1)
     choices = others(plan, args.policies, args.seed, tokens)
 
     def rate(policy: Policy) -> float:

@@ -41,7 +41,9 @@ from penstock.offload.machines.measuring import measure_machine
 from penstock.offload.plans.forecast import forecast, generating_of, scoring_of
 from penstock.offload.policy import IO
 from penstock.offload.tasks.generate import generate
+from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.tasks.score import score
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.weights.blueprint import blueprint
 from penstock.scheduler.cost.workload import Generating, Prediction, Scoring, predict
 
@@ -71,9 +73,8 @@ class Result:
 def predicted(folder: Path, case: Case, machine: Machine) -> Prediction:
     policy = Policy(**case.settings)
     skeleton, _ = blueprint(folder, policy.dtype)
-    made = forecast(
-        skeleton.model, skeleton.recipes, policy, machine, generates=case.generates
-    )
+    task = Generate(case.new_tokens) if case.generates else Score()
+    made = forecast(skeleton.model, skeleton.recipes, policy, machine, task)
     work: Scoring | Generating = scoring_of(policy, [case.length] * case.num_rows)
     if case.generates:
         work = generating_of(

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from checkpoint import make_checkpoint
 from common.machine import card
 from penstock import Policy
 from penstock.offload.jobs.job import Job
-from penstock.offload.jobs.work import ScoreWork
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task_progress import ScoreProgress
 
 HERE = Path(__file__).parent
 MAX_GROWTH = 0.05
@@ -44,11 +46,21 @@ _SAMPLE_SECONDS = 0.02
 WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
 
 
+@dataclass(frozen=True)
+class Watched(Score):
+    """Scoring, of which another thread may see how far it is."""
+
+    progress: ScoreProgress = field(default_factory=ScoreProgress)
+
+    def new_progress(self) -> ScoreProgress:
+        return self.progress
+
+
 class Memory:
     """Resident bytes of this process, sampled by a thread, with how far the job is."""
 
-    def __init__(self, work: ScoreWork) -> None:
-        self._work = work
+    def __init__(self, task: Watched) -> None:
+        self._task = task
         self._process = psutil.Process()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -65,7 +77,7 @@ class Memory:
 
     def _sample(self) -> None:
         while not self._end.wait(_SAMPLE_SECONDS):
-            done = self._work.progress.rows_done
+            done = self._task.progress.rows_done
             self.samples.append((done, self._process.memory_info().rss))
 
 
@@ -81,10 +93,10 @@ def score(
     model: Path, source: Path, output: Path, policy: Policy
 ) -> tuple[dict[str, Any], list[tuple[int, int]], float]:
     """The report of a job, the memory it took, and seconds from reading to the end."""
-    work = ScoreWork()
+    task = Watched()
     start = time.perf_counter()
-    with Memory(work) as memory:
-        job = Job(work, model, source, output, policy, mode="restart")
+    with Memory(task) as memory:
+        job = Job(task, model, source, output, policy, mode="restart")
         done = job.run(Console(quiet=True))
     seconds = time.perf_counter() - start
     assert done.report is not None, "a job that begins anew does all its rows"

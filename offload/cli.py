@@ -1,4 +1,4 @@
-"""The command line: `penstock score`, `penstock generate`, `penstock verify`."""
+"""The command line `penstock`: a command for each task, and those around them."""
 
 import contextlib
 import io
@@ -15,7 +15,8 @@ from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError, readable
 from ..io.front_door import front_door
-from .commands import jobs, plan, tune
+from .commands import plan, tune
+from .commands.job_command import job_command
 from .commands.options import (
     Model,
     PolicyFile,
@@ -27,6 +28,7 @@ from .commands.options import (
 from .commands.policy import policy
 from .policy import Policy
 from .startup import hidden
+from .tasks.registry import TASKS
 
 app = typer.Typer(
     name="penstock",
@@ -45,19 +47,18 @@ Ctrl-C or SIGTERM (run it again to go on).""",
 
 @app.callback()
 def _callback() -> None:
-    """What has to be said before torch and transformers are imported."""
-    # A team of threads that spins between two products takes the cores from those who
-    # read and cast the next weights: 8 to 17 % of a pass of few tokens, on two cores.
+    """Sets environment variables that torch and transformers read when they are
+    imported."""
+    # OpenMP threads that spin between two matrix products take the cores from threads
+    # that read and cast the next weights: 8 to 17 % of a short pass, on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-app.command()(jobs.score)
-app.command()(jobs.generate)
-app.command()(jobs.embed)
-app.command()(jobs.classify)
+for _task in TASKS.values():
+    app.command()(job_command(_task))
 plan.add_to(app)
 tune.add_to(app)
 
@@ -124,7 +125,7 @@ app.command()(policy)
 
 
 class _Readable(logging.Formatter):
-    """A message with nothing in it that a terminal would obey."""
+    """Formats messages without characters that control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return readable(record.getMessage())
@@ -132,7 +133,7 @@ class _Readable(logging.Formatter):
 
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Shows what Penstock announces (fallbacks, faults) as it happens."""
+    """Prints log messages (fallbacks, faults) on standard error as they come."""
     handler = RichHandler(
         console=Console(stderr=True), show_time=False, show_path=False
     )
@@ -149,9 +150,8 @@ def _log_on_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_to_ask() -> Iterator[None]:
-    """Rows from standard input are read past Python's own object for it. Whatever else
-    would read there would ask a question, and take a row for the answer: it finds the
-    end of a file."""
+    """Gives Python's `sys.stdin` no input. Rows from standard input are read without
+    it; a library that asked a question there would take a row for the answer."""
     asked, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield

@@ -1,32 +1,17 @@
-"""What runs on each worker of a Ray Data cluster: a model, through which tables of rows
-go. It imports no Ray: anything that calls it with Arrow tables may."""
+"""A task for tables of rows, for the workers of a Ray Data cluster. It imports no Ray:
+anything may call it with Arrow tables."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io.errors import UsageError
 from .model import load, unwrap
 from .policy import Policy
 from .rows.text import tokenizer_of
-from .tasks.classify import classify
-from .tasks.embed import embed
-from .tasks.generate import generate
-from .tasks.score import score
+from .tasks.registry import task_named
 
 if TYPE_CHECKING:
     import pyarrow
-
-_TASKS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], dict[str, str]]] = {
-    "score": (score, {"logprob": "double", "tokens": "int64", "perplexity": "double"}),
-    "generate": (
-        generate,
-        {"completion": "string", "tokens": "int64", "finish_reason": "string"},
-    ),
-    "embed": (embed, {"embedding": "list<float>", "tokens": "int64"}),
-    "classify": (classify, {"label": "string", "tokens": "int64"}),
-}
-"""Of each task: who does it, and the columns that it adds, with their Arrow types."""
 
 
 class Mapper:
@@ -57,27 +42,24 @@ class Mapper:
         task: str = "score",
         **options: Any,
     ) -> None:
-        if task not in _TASKS:
-            raise UsageError(f"there is no task {task!r}: {', '.join(_TASKS)}")
-        self._run, self._columns = _TASKS[task]
-        self._options = options
+        own = options.pop("tokenizer", None)
+        self._task = task_named(task).of(**options)
         self._model = load(model, policy)
-        self._tokenizer = tokenizer_of(self._model)
+        self._tokenizer = own or tokenizer_of(self._model)
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
-        """`table` with what the task found for each row. Raises what ends the job; Ray
-        then does the rows again on another actor."""
-        # A column that only other rows have is not there.
+        """`table` with the columns of the task's results. Raises what ends a job; Ray
+        then gives the rows to another actor."""
+        # Arrow gives a row null for a key that only other rows have.
         rows = (
             {key: value for key, value in row.items() if value is not None}
             for row in table.to_pylist()
         )
-        options = {"tokenizer": self._tokenizer, **self._options}
-        results = list(self._run(self._model, rows, **options))
-        return _with_columns(table, results, self._columns)
+        results = list(self._task.run(self._model, rows, tokenizer=self._tokenizer))
+        return _with_columns(table, results, self._task.columns)
 
     def close(self) -> None:
-        """Gives the model's memory and files back; twice does no harm."""
+        """Closes the model. May be called twice."""
         model, self._model = self._model, None
         if model is not None:
             unwrap(model)

@@ -13,7 +13,9 @@ from typing import Any
 
 from penstock import Policy
 from penstock.offload.files.parts import Cut, NumberedRows
-from penstock.offload.jobs.work import GenerateWork, ScoreWork
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task_progress import TaskProgress
 
 PARENT, WORKER = "parent", "worker"
 
@@ -31,9 +33,13 @@ class Eventful:
         return Cut(6, 1 << 20)
 
     def results(
-        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Iterator[NumberedRows],
+        progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
-        found = super().results(model, tokenizer, parts)  # type: ignore[misc]
+        found = super().results(model, tokenizer, parts, progress)  # type: ignore[misc]
         for index, result in enumerate(found):
             if index == 2 and self.marker is not None:
                 self._happen(self.marker)
@@ -57,10 +63,10 @@ class Eventful:
 
 
 @dataclass(frozen=True)
-class Generating(Eventful, GenerateWork):
+class Generating(Eventful, Generate):
     pass
 
 
 @dataclass(frozen=True)
-class Scoring(Eventful, ScoreWork):
+class Scoring(Eventful, Score):
     pass

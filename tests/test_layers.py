@@ -252,13 +252,13 @@ def test_a_folder_can_be_looked_through(top: str) -> None:
 @pytest.mark.parametrize(
     ("importer", "module", "name", "is_up"),
     [
-        ("offload.kv.cache", "penstock.offload.jobs.work", "Work", True),
-        ("offload.kv.cache", "penstock.offload.jobs", "work", True),
+        ("offload.kv.cache", "penstock.offload.jobs.job", "Job", True),
+        ("offload.kv.cache", "penstock.offload.jobs", "job", True),
         ("offload.kv.cache", "penstock.offload", "model", True),
         ("offload.kv.cache", "penstock.offload.kv.layers", "Layer", False),
         ("offload.kv.cache", "penstock.offload.policy", "Policy", False),
         ("offload.kv.cache", "penstock.io.memory.arena", "Arena", False),
-        ("offload.jobs.work", "penstock.offload.kv.cache", "install", False),
+        ("offload.jobs.job", "penstock.offload.kv.cache", "install", False),
         ("offload.policy", "penstock.offload.engine.engine", "Engine", True),
         ("offload.engine.engine", "penstock.offload.policy", "Policy", False),
         ("offload.model", "penstock.offload.cli", "main", True),

@@ -1,1 +1,2 @@
-"""The commands of `penstock`, and the options that they share."""
+"""The commands of `penstock`, and the options that they share. `job_command.py` makes a
+command of each task."""

@@ -1,8 +1,8 @@
-"""What the commands that do something with rows have in common: files in and out, how
-the model is streamed, and who is told."""
+"""Makes a command of a task: the options that all jobs have and those of the task, and
+what is printed at the end."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..startup import rare_collections
+from ..tasks.task import Task
 from .options import (
     OUTPUTS,
     SOURCES,
@@ -28,30 +29,29 @@ from .options import (
     policy_of,
     say,
 )
+from .task_options import parameters_of, task_from
 
 if TYPE_CHECKING:
     from ..jobs.job import Job
-    from ..jobs.work import Work
 
 ROWS_WITH_ERRORS = 1
 INTERRUPTED = 130
 
 
-def job_command(
-    rows: str, results: str
-) -> Callable[[Callable[..., "Work"]], Callable[..., None]]:
-    """Makes a command of a function that takes the options of its own and returns what
-    is to be done. `rows` and `results` say what those look like, for `--help`."""
-    source = typer.Argument(metavar="INPUT", help=f"A row is {rows}. {SOURCES}")
+def job_command(task: type[Task]) -> Callable[..., None]:
+    """The command of `task`, as typer takes it: first the options that all jobs have,
+    then those of the task."""
+    source = typer.Argument(
+        metavar="INPUT", help=f"A row is {task.row_help}. {SOURCES}"
+    )
     output = typer.Option(
         "--output",
         "-o",
-        help=f'{results} or {{"id", "error"}} for each row, in the input\'s order. '
-        + OUTPUTS,
+        help=f'{task.result_help} or {{"id", "error"}} for each row, in the input\'s '
+        f"order. {OUTPUTS}",
     )
 
     def command(
-        work_of: Callable[..., "Work"],
         model: Model,
         source: Annotated[list[str], source],
         output: Annotated[Path, output],
@@ -74,34 +74,35 @@ def job_command(
         chosen = policy_of(policy, settings, trust_remote_code, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
-        work = work_of(**own)
-        run(Job(work, model, source, output, chosen, report, mode, watching, workers))
+        done = task_from(task, own)
+        run(Job(done, model, source, output, chosen, report, mode, watching, workers))
 
-    return lambda work_of: _with_options_of(work_of, command)
+    *common, _ = inspect.signature(command).parameters.values()
+    return _with_signature(command, task, [*common, *parameters_of(task)])
 
 
-def _with_options_of(
-    work_of: Callable[..., "Work"], command: Callable[..., None]
+def _with_signature(
+    command: Callable[..., None],
+    task: type[Task],
+    parameters: Sequence[inspect.Parameter],
 ) -> Callable[..., None]:
-    """`command` for this work, by its name: typer reads the options of both off the
-    signature."""
+    """`command` with the name, the help and the parameters of the command of `task`.
+    typer reads the options off the signature."""
 
     def bound(**options: Any) -> None:
-        command(work_of, **options)
+        command(**options)
 
-    _, *common, _ = inspect.signature(command).parameters.values()
-    own = inspect.signature(work_of).parameters.values()
     parameters = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*common, *own)
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters
     ]
-    bound.__name__, bound.__doc__ = work_of.__name__, work_of.__doc__
+    bound.__name__, bound.__doc__ = task.name, task.__doc__
     bound.__annotations__ = {each.name: each.annotation for each in parameters}
     bound.__dict__["__signature__"] = inspect.Signature(parameters)
     return bound
 
 
 def run(job: "Job") -> None:
-    """Runs a job and says what became of it. The exit code is the job's."""
+    """Runs a job and prints how it ended. The process's exit code says so, too."""
     from ..monitoring.show import report_table
 
     console = Console(stderr=True)

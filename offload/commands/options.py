@@ -3,15 +3,21 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ...io.errors import UsageError, readable
 from ..policy import Policy
+from ..tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from ..jobs.kept import Mode
+
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
+    """The name of a task: typer shows which there are, and takes no other."""
 
 SOURCES = (
     "JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), a JSON array (.json), CSV, a row a "
@@ -118,14 +124,14 @@ TrustRemoteCode = Annotated[
 
 
 def mode_of(restart: bool, retry_errors: bool) -> "Mode":
-    """What is to be done with what is there."""
+    """What a job does with results that are there already. Raises UsageError."""
     if restart and retry_errors:
         raise UsageError("--restart does all rows again: leave --retry-errors out")
     return "restart" if restart else "retry" if retry_errors else "resume"
 
 
 def say(message: str) -> None:
-    """Tells the user, on standard error."""
+    """Prints `message` to standard error."""
     lines = "\n".join(map(readable, message.split("\n")))
     print(f"penstock: {lines}", file=sys.stderr)
 

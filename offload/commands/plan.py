@@ -9,26 +9,19 @@ import typer
 from rich.console import Console
 
 from ...io.errors import OutputError, UsageError, readable
-from .options import PolicyFile, Settings, TrustRemoteCode, policy_of, say
-
-
-class TaskName(StrEnum):
-    """What is to be done with the rows."""
-
-    score = "score"
-    generate = "generate"
-
-
-class PlannedTask(StrEnum):
-    """What can be planned for."""
-
-    score = "score"
-    generate = "generate"
-    embed = "embed"
+from ..tasks.registry import TASKS
+from .options import (
+    PolicyFile,
+    Settings,
+    TaskName,
+    TrustRemoteCode,
+    policy_of,
+    say,
+)
 
 
 class ObjectiveName(StrEnum):
-    """What the planner goes for."""
+    """What the planner optimizes."""
 
     throughput = "throughput"
     latency = "latency"
@@ -118,9 +111,7 @@ def plan(
     policy: PolicyFile = None,
     settings: Settings = None,
     machine: MachineName = None,
-    task: Annotated[
-        PlannedTask, typer.Option(help="What to plan for.")
-    ] = PlannedTask.score,
+    task: Annotated[TaskName, typer.Option(help="What to plan for.")] = "score",
     prompt: Annotated[
         int, typer.Option(min=1, help="Tokens of a row, or of a prompt.")
     ] = 128,
@@ -158,7 +149,7 @@ def plan(
     from ..monitoring.memory import installed_bytes
     from ..plans.pareto import check_plot, plot_pareto
     from ..plans.plan import make_plan
-    from ..plans.planner import Task
+    from ..plans.planned import Workload
     from ..plans.table import devices_table, plan_table
 
     asked = policy_of(policy, settings, trust_remote_code)
@@ -167,8 +158,7 @@ def plan(
     if pareto is not None:
         check_plot(pareto)
     found = find_machine(machine, asked.io.cache)
-    generates, embeds = task is PlannedTask.generate, task is PlannedTask.embed
-    wanted = Task(generates, prompt, new, embeds)
+    wanted = Workload(TASKS[task].typical(new), prompt)
     made = make_plan(
         model,
         asked,

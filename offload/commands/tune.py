@@ -11,17 +11,19 @@ import typer
 from rich.console import Console
 
 from ...io.errors import StoppedError, UsageError
+from ..tasks.registry import TASKS
 from .options import (
     SOURCES,
     Model,
     PolicyFile,
     Restart,
     Settings,
+    TaskName,
     TrustRemoteCode,
     policy_of,
     say,
 )
-from .plan import MachineName, TaskName
+from .plan import MachineName
 
 if TYPE_CHECKING:
     from ..tuning.race import Timing
@@ -56,7 +58,7 @@ def tune(
     policy: PolicyFile = None,
     settings: Settings = None,
     machine: MachineName = None,
-    task: Annotated[TaskName, typer.Option(help="What to tune for.")] = TaskName.score,
+    task: Annotated[TaskName, typer.Option(help="What to tune for.")] = "score",
     prompt: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a made-up row, or prompt (default: 128)."),
@@ -79,7 +81,7 @@ def tune(
     from ..files.durable import DurableFiles
     from ..machines.machine import find_machine
     from ..plans.plan import make_plan
-    from ..plans.planner import Task
+    from ..plans.planned import Workload
     from ..settings.room import coming_with, room_for
     from ..tuning.log import TuneLog, write
     from ..tuning.race import Verdict
@@ -93,22 +95,17 @@ def tune(
         raise UsageError(
             "rows of INPUT have the lengths that they have: leave --prompt out"
         )
-    generates = task is TaskName.generate
+    wanted = TASKS[task].typical(new)
     sample = (
-        sample_of(
-            source,
-            model,
-            generates=generates,
-            trust_remote_code=chosen.trust_remote_code,
-        )
+        sample_of(source, model, wanted, trust_remote_code=chosen.trust_remote_code)
         if source
-        else made_up(prompt or 128)
+        else made_up(wanted, prompt or 128)
     )
     plan = make_plan(
         model,
         chosen,
         found,
-        Task(generates, sample.mean_length, new),
+        Workload(wanted, sample.mean_length),
         host_bytes=room_for(chosen, coming_with(model)).total,
     )
     tuning = Tuning(plan, sample)
@@ -137,7 +134,7 @@ def tune(
 
 
 class _Show:
-    """Tells how far a search is: a bar on a terminal, plain lines elsewhere."""
+    """Shows how far a search is: as a bar on a terminal, as plain lines elsewhere."""
 
     def __init__(
         self, tuning: "Tuning", timings: "list[Timing]", console: Console
@@ -182,7 +179,8 @@ class _Show:
 
 
 def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
-    """What is going to be done, before the first of it is: that may take minutes."""
+    """One sentence, printed before the first measurement, that says how many will be
+    made and how long they may take."""
     from ..monitoring.show import human_seconds
     from ..tuning.race import heats_left
 
@@ -191,8 +189,8 @@ def _first_words(tuning: "Tuning", timings: "list[Timing]") -> str:
         return f"all {len(timings)} measurements are there"
     work = tuning.slice_of(max(heat.slices for heat in left))
     what = f"{sum(work.lengths):,} tokens"
-    if work.generates:
-        what = f"{len(work.rows):,} rows that get {work.new_tokens} tokens"
+    if work.task.keeps_kv:
+        what = f"{len(work.rows):,} rows that get {work.task.new_tokens} tokens"
     seconds = tuning.predicted_seconds(timings)
     took = "" if seconds is None else f"; about {human_seconds(seconds)} and loading"
     began = f"goes on after {len(timings)} measurements: " if timings else ""

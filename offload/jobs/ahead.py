@@ -1,4 +1,4 @@
-"""Makes things ahead of who needs them, on a thread of its own."""
+"""Takes items from an iterator before they are needed, on a thread of its own."""
 
 import threading
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ Item = TypeVar("Item")
 
 
 class Ahead(Closing, Generic[Item]):
-    """The items of an iterator, at most `num` of them ahead. What the iterator raises
-    is raised where the item would have come. Closed by `with`, which closes a generator
-    on the thread that ran it."""
+    """The items of an iterator, of which at most `num` are taken before they are
+    needed. An exception of the iterator is raised where its item would have come.
+    Closed by `with`; a generator is closed on the thread that ran it."""
 
     def __init__(
         self,
@@ -25,12 +25,12 @@ class Ahead(Closing, Generic[Item]):
     ) -> None:
         self._items = items
         self._close_seconds = close_seconds
-        # Putting into it is the one thing that a signal handler may do to a thread.
+        # A SimpleQueue, because a signal handler may put into it.
         self._queue: SimpleQueue[tuple[str, Item | Exception | None]] = SimpleQueue()
         self._room = threading.Semaphore(num)
         self._is_stopping = False
         self.is_done = False
-        """Whether the end was come to, or an error."""
+        """Whether the iterator has ended or raised."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -53,14 +53,14 @@ class Ahead(Closing, Generic[Item]):
         return value  # type: ignore[return-value]
 
     def stop(self) -> None:
-        """No item comes any more, not even to who waits for one now. May be called by
-        a signal handler."""
+        """Ends the iteration, also for a thread that waits for an item now. A signal
+        handler may call it."""
         self._is_stopping = True
         self._queue.put(("end", None))
 
     def close(self) -> None:
-        """Waits for the thread, at most `close_seconds`: it may wait for bytes that
-        nobody sends."""
+        """Stops, and waits for the thread, for at most `close_seconds`: it may be
+        waiting for input that never comes."""
         self.stop()
         self._room.release()
         self._thread.join(self._close_seconds)

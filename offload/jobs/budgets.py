@@ -14,29 +14,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What there is to divide, in bytes."""
+    """The memory that is divided, in bytes."""
 
     num_gpus: int
     free_bytes: Mapping[str, int]
-    """By tier: `device` (of the GPU that has least; of the host, for a CPU), `host` and
-    `disk`."""
+    """Free bytes by tier: `device` (of the GPU with the least, or of the host where the
+    device is a CPU), `host` and `disk`."""
     model_bytes: int
-    """At most, in the dtype that it computes in."""
+    """The most bytes of the weights, in the dtype that is computed in."""
     taken_bytes: int = 0
-    """Host memory that the process takes which hands the rows out."""
+    """Host memory of the process that hands out the rows."""
 
 
 class Budgets(NamedTuple):
-    """What each process is asked for."""
+    """A policy for each process."""
 
     policies: Sequence["Policy"]
     notes: Sequence[str]
-    """What is not as the policy says, in a sentence each."""
+    """What differs from the user's policy, in a sentence each."""
 
 
 def divided(policy: "Policy", num: int, room: Room) -> Budgets:
-    """`policy` for each of `num` processes. Sizes that are `auto` are divided; those
-    that were said hold for each. With `device: cuda` process i has GPU i, in turn."""
+    """`policy` divided among `num` processes. Sizes that are `auto` are divided; sizes
+    that the user set hold for each process. With `device: cuda` process i uses GPU i,
+    modulo the number of GPUs."""
     settings: list[str] = []
     notes: list[str] = []
     sharing = num
@@ -71,8 +72,8 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
 
 
 def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
-    """Bytes of the host's memory that each process may take: the `shared` ones, which
-    all of them have in common, are in each one's."""
+    """Bytes of host memory that each process may take, with the `shared` ones that all
+    processes have in common."""
     free = room.free_bytes["host"]
     left = free - reserve_of(free)
     if policy.memory != "auto":
@@ -81,13 +82,15 @@ def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
 
 
 def threads_of(num_threads: int, num: int) -> int:
-    """The share of each of `num` processes in what one would have."""
+    """The threads of each of `num` processes, where one process would have
+    `num_threads`."""
     return max(1, num_threads // num)
 
 
 def _of_kv(policy: "Policy", num: int, sharing: int, room: Room) -> list[str]:
-    """Budgets of keys and values that nobody said, as they are for one process. In the
-    host's memory they are a part of each one's `memory`."""
+    """Settings that divide the memory for keys and values, where the user set none:
+    each process gets its share of what one process would have. In host memory they are
+    a part of its `memory`."""
     if not keeps_kv(policy):
         return []
     first = "device" if policy.kv.tier == "auto" else policy.kv.tier

@@ -20,7 +20,7 @@ from ..monitoring.memory import installed_bytes
 from ..monitoring.show import human_bytes
 from ..plans.dtypes import dtype_words
 from ..plans.plan import Plan, make_plan
-from ..plans.planned import Task
+from ..plans.planned import Workload
 from ..plans.trial import PlanTrial
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom
@@ -33,8 +33,8 @@ KEPT = (
     "micro_batch_sequences",
     "sequences_in_flight",
 )
-"""Of what is chosen, what decides on the last bits of results: a job that is gone on
-with keeps it."""
+"""The chosen keys that decide on the last bits of results. A job that goes on keeps
+their values."""
 _TEXTS = ("text", "prompt", "completion", "messages")
 _LOOKED_AT = 64
 _LETTERS_PER_TOKEN = 4.0
@@ -46,26 +46,26 @@ class Chosen:
     """What a job runs with."""
 
     policy: Policy
-    """As the user set it, with what was left open."""
+    """The user's policy, with values for what was left open."""
     plan: Plan | None = None
     room: MemoryRoom | None = None
     note: str = ""
-    """Why nothing is planned, where that is so."""
+    """Why nothing was planned; "" where there is a plan."""
     is_begun: bool = False
-    """Whether it was chosen before, and the job goes on with it."""
+    """Whether the values were chosen when the job began, and it goes on with them."""
 
     @property
     def machine(self) -> Machine | None:
-        """What is predicted for."""
+        """The machine that is predicted for; None without a plan."""
         return None if self.plan is None else self.plan.machine
 
     def trial(self, model: Path, asked: Policy) -> PlanTrial | None:
-        """For advice to be tried with, to a user who `asked` for this."""
+        """Tries advice for a user who `asked` for this; None without a plan."""
         if self.plan is None:
             return None
         settings = {key: getattr(self.policy, key) for key in left_open(asked)}
         return PlanTrial(
-            model, _with(asked, settings), self.plan.machine, self.plan.task
+            model, _with(asked, settings), self.plan.machine, self.plan.workload
         )
 
     @property
@@ -77,7 +77,7 @@ class Chosen:
 
 
 def say_chosen(chosen: Chosen, console: Console, *, as_json: bool) -> None:
-    """Tells the user what was chosen, in one line."""
+    """Prints what was chosen, in one line."""
     says = f"penstock: {chosen.words}"
     if as_json:
         says = json.dumps({"stage": "loading", "chosen": chosen.words})
@@ -94,20 +94,21 @@ def left_open(asked: Policy) -> tuple[str, ...]:
 
 
 def kept_of(asked: Policy, chosen: Policy) -> dict[str, Any]:
-    """What a job's manifest keeps of what was chosen. Pure."""
+    """The chosen values that a job's manifest keeps. Pure."""
     return {key: getattr(chosen, key) for key in left_open(asked)}
 
 
 def restored(asked: Policy, kept: Mapping[str, Any]) -> Policy:
-    """`asked` with what was chosen when the job began; what the user sets now counts
-    more. Pure."""
+    """`asked` with the values that were chosen when the job began. Keys that the user
+    sets now win. Pure."""
     return _with(asked, {key: kept[key] for key in left_open(asked) if key in kept})
 
 
-def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
-    """What `asked` leaves open, for the checkpoint `model`, as the planner has it for
-    one of `num` processes: by the file of `penstock machine` or by quick estimates of
-    this computer. Raises what a wrong checkpoint raises."""
+def choose(model: Path, asked: Policy, workload: Workload, *, num: int = 1) -> Chosen:
+    """Chooses what `asked` leaves open, for the checkpoint `model` on one of `num`
+    processes. The planner uses the file of `penstock machine`, or quick estimates of
+    this computer. Raises CheckpointError and UsageError for a checkpoint that is
+    wrong."""
     machine = find_machine(None, asked.io.cache)
     if machine is not None and machine.device != asked.device.partition(":")[0]:
         machine = None
@@ -120,25 +121,25 @@ def choose(model: Path, asked: Policy, task: Task, *, num: int = 1) -> Chosen:
             model,
             pinned,
             machine,
-            task,
+            workload,
             host_bytes=room.total // num,
             is_sparing=False,
         )
     except (DoesNotFitError, PolicyError) as error:
-        # The planner's memory is a forecast: whoever loads the model knows.
+        # The planner only estimates memory: loading the model decides.
         return Chosen(asked, note=f"nothing is planned or predicted: {error}")
     return Chosen(_resolved(asked, plan), plan, room)
 
 
 def mean_length(inputs: Inputs) -> int:
-    """Tokens of a row, about: by the letters of the first ones. Of a stream, whose rows
-    come only once, 128."""
+    """The mean number of tokens of a row, estimated from the letters of the first rows.
+    For a stream, whose rows can be read only once, it is 128."""
     if inputs.is_stream:
         return _USUAL_TOKENS
     try:
         with closing(inputs.rows(Position())) as found:
             letters = [_letters(row.row) for row in islice(found, _LOOKED_AT)]
-    except PenstockError:  # raised again by who reads them all
+    except PenstockError:  # raised again when all rows are read
         return _USUAL_TOKENS
     mean = sum(letters) / len(letters) if any(letters) else 0.0
     return max(8, round(mean / _LETTERS_PER_TOKEN)) if mean else _USUAL_TOKENS
@@ -156,8 +157,8 @@ _NO_GPU = (
 
 
 def _resolved(asked: Policy, plan: Plan) -> Policy:
-    """`asked` and what the plan says of the rest. Memory is divided when the model is
-    loaded, by what there is then."""
+    """`asked` with the plan's values for what it leaves open, except memory: that is
+    divided when the model is loaded, by what is free then."""
     found = plan.policy.model_dump(mode="json", exclude_unset=True)
     values = {key: found[key] for key in KEPT if key in found}
     if asked.dtype == "auto":
@@ -167,7 +168,8 @@ def _resolved(asked: Policy, plan: Plan) -> Policy:
 
 
 def _with(policy: Policy, values: Mapping[str, Any]) -> Policy:
-    """Keeps where the user wrote each key, for error messages."""
+    """`policy` with `values`. It still knows where the user wrote each key, for error
+    messages."""
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return policy.with_settings(settings) if settings else policy
 
@@ -183,8 +185,8 @@ def _words(plan: Plan, room: MemoryRoom, *, is_begun: bool) -> list[str]:
     found = [f"computing in {dtype}"]
     if is_here:
         found.append(f"in {human_bytes(room.total)} of memory ({_why(room)})")
-    what = "sequences" if plan.task.generates else "tokens"
-    found.append(f"{plan.task.in_flight(policy):,} {what} a pass")
+    task = plan.task
+    found.append(f"{task.in_flight(policy):,} {task.unit_in_flight} a pass")
     by = " (quick estimate)" if plan.machine.is_estimate else ""
     binds = "computing" if choice.prediction.binds == "compute" else ""
     rate = f"{choice.rate:,.0f}" if choice.rate >= 10 else f"{choice.rate:.1f}"
@@ -194,7 +196,7 @@ def _words(plan: Plan, room: MemoryRoom, *, is_begun: bool) -> list[str]:
 
 
 def _why(room: MemoryRoom) -> str:
-    """Where the size of `room` comes from."""
+    """Where the size of `room` comes from, in words."""
     if room.is_asked:
         return "as you set it"
     limit, total = installed_bytes(), psutil.virtual_memory().total

@@ -1,5 +1,5 @@
-"""A model that is loaded for a job, and what computing with it came to: in one process,
-or in several that share the job."""
+"""A model that is loaded for a job, and the statistics of computing with it, in one
+process or several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,20 +19,20 @@ from .look import ProgressSnapshot, look_at
 
 @dataclass(frozen=True, slots=True)
 class WorkerResult:
-    """What a process has counted while it computed."""
+    """The counters of one process that computed for a job."""
 
     progress: TaskProgress
     statistics: Statistics
     dtype: str
     """The dtype that the largest tensor computes in."""
     spans: Sequence[Span] = ()
-    """The spans of the last passes; none while the job goes on."""
+    """The timeline of the last passes; empty while the job runs."""
     first_unit_at: float | None = None
-    """When it began to compute (`time.perf_counter`)."""
+    """When the first unit began to compute (`time.perf_counter`)."""
 
 
 class Loaded(Closing):
-    """The checkpoint `model`, streamed as `policy` says, and its tokenizer. Raises what
+    """The checkpoint `model`, streamed under `policy`, and its tokenizer. Raises what
     `load` raises, and UsageError where there is no tokenizer."""
 
     def __init__(self, model: Path, policy: Policy, use: Use = "any") -> None:
@@ -53,11 +53,11 @@ class Loaded(Closing):
         return look_at(self.engine, progress)
 
     def counted(self, progress: TaskProgress) -> WorkerResult:
-        """So far."""
+        """The counters so far."""
         return WorkerResult(progress, self.engine.statistics(), self._dtype)
 
     def computed(self, progress: TaskProgress) -> WorkerResult:
-        """All of it."""
+        """The counters at the end, with the timeline."""
         return replace(
             self.counted(progress),
             spans=self.engine.timeline.spans(),

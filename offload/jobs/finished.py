@@ -1,4 +1,5 @@
-"""An output that is done, and what stands beside it: which job made it, of which parts.
+"""A finished output, and the file beside it that says which job made it, of which
+parts.
 
 `OUTPUT.manifest.json` has the manifest, each part's rows and checksums, and the
 fingerprint of the output.
@@ -25,7 +26,7 @@ from .sealed import sealed, unsealed
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What is known of a finished `output`."""
+    """A finished `output`, as the file beside it describes it."""
 
     output: Path
     manifest: Manifest
@@ -34,15 +35,15 @@ class Finished:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the output is the one that was written."""
+        """Whether the output is as it was written."""
         return fingerprint(self.output) == self.fingerprint
 
     def parts(
         self, replaced: Collection[int]
     ) -> Iterator[tuple[PartRecord, list[bytes]]]:
-        """The parts in order, with their results as lines. Those of `replaced` may be
-        others already, by a run that ended before it could say so here. Raises
-        OutputError where the others are not as they were written."""
+        """Yields the parts in order, with their results as lines. The parts `replaced`
+        may have changed, by a run that ended before it could write this file anew.
+        Raises OutputError where another part is not as it was written."""
         lines = results_of(self.output)
         has_lines = output_format(self.output)[0] == "lines"
         for record in self.records.values():
@@ -63,7 +64,8 @@ def manifest_path(output: Path) -> Path:
 
 
 def read_finished(output: Path) -> Finished | None:
-    """None where there is no output, or nothing that says what made it."""
+    """Reads the file beside `output`. None where there is no output, or no valid
+    file."""
     try:
         path = manifest_path(output)
         values = unsealed(read_whole(path, MAX_INDEX_BYTES, error=OutputError))
@@ -83,7 +85,7 @@ def write_manifest(
     manifest: Manifest,
     records: Mapping[int, PartRecord],
 ) -> None:
-    """Says beside `output` what made it."""
+    """Writes the file beside `output`."""
     values = {
         "manifest": manifest.as_json(),
         "fingerprint": fingerprint(output),

@@ -1,4 +1,4 @@
-"""What tells one job from another: its input, its model, and what it asks for."""
+"""Makes the manifest of a job: what its input, its model and its options are."""
 
 import os
 import platform
@@ -18,8 +18,8 @@ from ..policy import Policy
 from ..weights.trust import check_files
 from .manifest import Manifest
 
-# Beside the weights, what a model and its tokenizer are made of.
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""Suffixes of the files, beside the weights, that make a model and its tokenizer."""
 _MEANING = ("dtype",)
 _ROUNDING = (
     "device",
@@ -42,9 +42,9 @@ def identify(
     num_threads: int,
     chosen: Mapping[str, Any],
 ) -> Manifest:
-    """The manifest of a job that runs with `policy`, of which `chosen` was left open.
-    Reads at most 1 MiB of each file of weights or rows: sizes
-    and samples tell them apart, and what small files say."""
+    """The manifest of a job that runs with `policy`, whose values `chosen` were left
+    open by the user. Reads at most 1 MiB of each file of weights or rows, whose size
+    and samples identify it, and small files as a whole. Raises CheckpointError."""
     return Manifest(
         input=inputs.identity(),
         model=model_digests(model),
@@ -70,8 +70,7 @@ def identify(
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
-    """The digest of each file that an adapter is made of, by its name. Raises
-    CheckpointError."""
+    """The digests of the files of an adapter, by name. Raises CheckpointError."""
     check_files(folder)
     try:
         files = sorted(path for path in folder.glob("adapter_*") if path.is_file())
@@ -81,8 +80,7 @@ def adapter_digests(folder: Path) -> dict[str, str]:
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """The digest of each file that the model is made of, by its name. Raises
-    CheckpointError."""
+    """The digests of the files of a checkpoint, by name. Raises CheckpointError."""
     weights = {path.name for path in open_checkpoint(folder).stamps}
     found = {}
     try:

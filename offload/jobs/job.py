@@ -19,11 +19,13 @@ from ..files.parts import OutputPart
 from ..files.sources import Own, check_apart, find_files
 from ..files.streamed import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
+from ..plans.planned import Workload
 from ..plans.prediction import predicted
 from ..policy import Policy
 from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
 from ..reports.report import JobFigures, judge, make_report, write_report
+from ..tasks.task import Task
 from .ahead import Ahead
 from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
@@ -34,34 +36,33 @@ from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
 from .stopping_parts import stopping
 from .watch import Watch, Watching
-from .work import Work
 
 _PARTS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a job."""
+    """How a job ended."""
 
     num_rows: int
-    """Rows of its output."""
+    """The rows of its output."""
     num_errors: int
-    """Rows that failed, among those."""
+    """How many of those rows are errors."""
     report: dict[str, Any] | None
-    """None where all was done before."""
+    """The report; None where nothing was left to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Do `work` with the rows of `source` and the checkpoint `model` into `output`.
+    """Does `task` with the rows of `source` and the checkpoint `model`, into `output`.
 
     `source` is a path, a glob, a folder, `-` (standard input), or several of them;
-    `output` a file, or `-`. What is done is kept beside it until all is: killed at any
-    time and run again, the job goes on. Its signals are taken over while it runs on the
-    main thread.
+    `output` is a file, or `-` (standard output). Finished parts are kept beside the
+    output until all are done: a job that was killed goes on when it is run again. On
+    the main thread it handles SIGINT and SIGTERM while it runs.
     """
 
-    work: Work
+    task: Task
     model: Path
     source: str | Path | Sequence[str | Path]
     output: Path
@@ -70,13 +71,13 @@ class Job:
     mode: Mode = "resume"
     watching: Watching = field(default_factory=Watching)
     workers: int = 1
-    """Processes that share it, each with a model of its own."""
+    """The number of processes that share the job, each with a model of its own."""
     chosen: Chosen | None = field(default=None, kw_only=True)
-    """What it runs with, once that is settled."""
+    """The policy that it runs with, once that is chosen."""
 
     def run(self, console: Console) -> Done:
-        """Runs the job. Raises PenstockError; StoppedError when a signal came, once
-        the parts under way are done, and at once when a second one came."""
+        """Runs the job. Raises PenstockError; StoppedError after a signal: once the
+        parts under way are done, or at once after a second signal."""
         check_workers(self.workers)
         source, output = self.source, self.output
         if not is_stream(output):
@@ -85,7 +86,7 @@ class Job:
             [source] if isinstance(source, (str, Path)) else source,
             Own(output, self.report),
         )
-        inputs = Inputs(files, self.work.row_keys)
+        inputs = Inputs(files, self.task.row_keys)
         if is_stream(output):
             if self.mode == "retry":
                 raise UsageError(
@@ -93,7 +94,7 @@ class Job:
                     "again in a file"
                 )
             chosen = self._choose(self.policy, inputs)
-            cut = self.work.cut(chosen.policy)
+            cut = self.task.cut(chosen.policy)
             with StreamedOutput(output, cut) as streamed:
                 return replace(self, chosen=chosen)._run(inputs, streamed, console)
         check_apart(output, files)
@@ -103,8 +104,8 @@ class Job:
             inputs,
             self.model,
             chosen.policy,
-            self.work.task(),
-            self.work.cut(chosen.policy),
+            self.task.identity(),
+            self.task.cut(chosen.policy),
             num_threads=threads,
             chosen=kept_of(self.policy, chosen.policy),
         )
@@ -114,21 +115,21 @@ class Job:
                     check_done(inputs, kept.cut, kept.done)
                 return Done(kept.num_rows, kept.num_errors, None)
             if chosen.plan is None and kept.manifest.chosen is not None:
-                # Of what is left open: memory.
+                # Only memory is still open.
                 found = self._choose(chosen.policy, inputs)
                 chosen = replace(found, is_begun=True)
             return replace(self, chosen=chosen)._run(inputs, kept, console)
 
     def _begun_with(self, output: Path) -> Chosen | None:
-        """What the job began with that is gone on with; None where it begins now."""
+        """The values that the job was begun with; None where it begins now."""
         begun = begun_as(output, self.mode)
         if begun is None:
             return None
         return Chosen(restored(self.policy, begun.chosen or {}), note=OLDER)
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
-        task = self.work.planned(mean_length(inputs))
-        return choose(self.model, asked, task, num=self.workers)
+        workload = Workload(self.task, mean_length(inputs))
+        return choose(self.model, asked, workload, num=self.workers)
 
     @property
     def _settled(self) -> Chosen:
@@ -136,7 +137,7 @@ class Job:
         return self.chosen
 
     def _run(self, inputs: Inputs, output: Output, console: Console) -> Done:
-        """The parts that are not done; then they are joined."""
+        """Computes the parts that are not done, then finishes the output."""
         parts = read_parts(
             inputs,
             output.cut,
@@ -158,7 +159,7 @@ class Job:
             if first is not None:
                 say_chosen(self._settled, console, as_json=self.watching.log_json)
                 labels = {"model": str(self.model), "output": str(self.output)}
-                with Watch(console, self.work, labels, self.watching) as watch:
+                with Watch(console, self.task.title, labels, self.watching) as watch:
                     report, recorded = self._compute(
                         chain([first], ahead), ahead, inputs, output, before, watch
                     )
@@ -184,17 +185,24 @@ class Job:
         before: int,
         watch: Watch,
     ) -> tuple[dict[str, Any], Recorded]:
-        """Does the parts and returns the report, and what its pictures are made of."""
+        """Computes `parts` in this process. Returns the report, and what its pictures
+        are made of."""
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
-        progress = self.work.progress
+        progress = self.task.new_progress()
         policy = self._settled.policy
-        with Loaded(self.model, policy, self.work.use) as loaded:
+        with Loaded(self.model, policy, self.task.use) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
-                with stopping(ahead, output, is_quiet=watch.is_quiet):
-                    run = self._finish_parts(loaded, parts, output)
+                with (
+                    stopping(ahead, output, is_quiet=watch.is_quiet),
+                    PartsRun(parts, output) as run,
+                ):
+                    model, tokenizer = loaded.model, loaded.tokenizer
+                    run.take_all(
+                        self.task.results(model, tokenizer, run.feed(), progress)
+                    )
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
@@ -215,10 +223,10 @@ class Job:
         before: int,
         watch: Watch,
     ) -> tuple[dict[str, Any], Recorded]:
-        """As `_compute`, by several processes."""
+        """Computes `parts` in several processes; else like `_compute`."""
         sharing = Sharing(
             self.workers,
-            self.work,
+            self.task,
             self.model,
             self._settled.policy,
             parts,
@@ -249,11 +257,12 @@ class Job:
         forecast: Mapping[str, Any],
         taken: float = 0.0,
     ) -> tuple[dict[str, Any], Recorded]:
-        """Of rows that took `seconds` from `began` on (`time.perf_counter`)."""
+        """The report of rows that took `seconds`, from `began` on
+        (`time.perf_counter`)."""
         progress, first = computed.progress, computed.first_unit_at
         counts = progress.figures(seconds)
         policy, words = self._settled.policy, self._settled.words
-        planned = self.work.plan(policy, counts["micro_batches"])
+        promised = self.task.promised(policy, counts["micro_batches"])
         figures = JobFigures(
             rows=progress.rows_done,
             rows_failed=progress.rows_failed,
@@ -261,7 +270,7 @@ class Job:
             load_seconds=began - watch.began,
             seconds_to_first_unit=None if first is None else first - watch.began,
             counts=counts,
-            plan={**planned, **forecast, "chosen": words},
+            plan={**promised, **forecast, "chosen": words},
             dtype=computed.dtype,
             taken_elsewhere=taken,
         )
@@ -279,20 +288,10 @@ class Job:
         if machine is None:
             return {"note": self._settled.note}
         return predicted(
+            self.task,
             loaded.model,
             loaded.engine.arrangement,
             self._settled.policy,
             machine,
             counts,
         )
-
-    def _finish_parts(
-        self, loaded: Loaded, parts: Iterable[OutputPart], output: Output
-    ) -> PartsRun:
-        """Runs the model until the parts have come to their end."""
-        with PartsRun(parts, output) as run:
-            results = self.work.results(loaded.model, loaded.tokenizer, run.feed())
-            for result in results:
-                run.take(result)
-            run.finish()
-        return run

@@ -1,4 +1,4 @@
-"""A job's output while it grows: parts that are kept, gone on with, and joined."""
+"""A job's output while it grows: parts are kept, continued after a stop, and joined."""
 
 import json
 import logging
@@ -19,11 +19,13 @@ from .part_store import PartStore, read_manifest
 _log = logging.getLogger("penstock")
 
 Mode = Literal["resume", "restart", "retry"]
-"""Go on with what is there; begin anew; go on, and do failed rows again."""
+"""What to do with results that are there: go on; begin anew; go on and compute failed
+rows again."""
 
 
 def begun_as(output: Path, mode: Mode) -> Manifest | None:
-    """The job that made `output`, or began it; None where it begins now."""
+    """The manifest of the job that made `output` or began it; None where the job begins
+    now."""
     if mode == "restart":
         return None
     if (begun := read_manifest(output)) is not None:
@@ -33,10 +35,10 @@ def begun_as(output: Path, mode: Mode) -> Manifest | None:
 
 
 class ResumableOutput(Closing):
-    """The results of the job `manifest` on their way into the file `output`.
+    """Writes the results of the job `manifest` into the file `output`.
 
-    Locks it, and finds what is done of it. Raises UsageError where what is there is
-    another job's, OutputError where nothing can be written.
+    Locks the output, and finds which parts are done. Raises UsageError where another
+    job's results are there, OutputError where nothing can be written.
     """
 
     is_kept = True
@@ -55,13 +57,13 @@ class ResumableOutput(Closing):
         self.manifest = manifest
         self._stamps = manifest.stamps
         self.done: dict[int, PartRecord] = {}
-        """Parts that are done, by number."""
+        """The parts that are done, by number."""
         self.redo: frozenset[int] = frozenset()
-        """Those of them whose failed rows are to be done again."""
+        """The parts that are done but whose failed rows are computed again."""
         self.is_finished = False
-        """There is nothing to do."""
+        """Whether all is done."""
         self._kept: set[int] = set()
-        """Those whose results are in the folder; others are in the old output."""
+        """The parts whose results are in the folder. Others are in the old output."""
         self._old: Finished | None = None
         self._old_parts: Iterator[tuple[PartRecord, list[bytes]]] = iter(())
         try:
@@ -72,26 +74,27 @@ class ResumableOutput(Closing):
 
     @property
     def is_input_doubtful(self) -> bool:
-        """Its files were written since (or it has none): they may be as they were."""
+        """Whether the input may have changed since the job began: its files were
+        written, or it is a stream."""
         return self.manifest.stamps != self._stamps or 0 in self._stamps
 
     @property
     def cut(self) -> Cut:
-        """How rows are cut into parts: as they were when the job began."""
+        """How rows are cut into parts, as it was when the job began."""
         return Cut(**self.manifest.cut)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the parts that are done."""
+        """The rows of the parts that are done."""
         return sum(record.num_rows for record in self.done.values())
 
     @property
     def num_errors(self) -> int:
-        """Rows that failed, of the parts that are done."""
+        """How many rows of the parts that are done are errors."""
         return sum(record.num_errors for record in self.done.values())
 
     def known(self, part: OutputPart) -> OutputPart:
-        """`part` with those results that need not be made again."""
+        """`part` with the results that need not be computed again."""
         if part.number not in self.redo:
             return part
         lines = self._lines(part.number)
@@ -104,8 +107,8 @@ class ResumableOutput(Closing):
         self._kept.add(part.number)
 
     def finish(self) -> None:
-        """All parts are done: makes `output` of them. Raises OutputError where what was
-        kept of them is not there any more."""
+        """Joins all parts into the output. Raises OutputError where parts are missing
+        or damaged."""
         records = dict(sorted(self.done.items()))
         if not are_whole(records.values()):
             raise OutputError(
@@ -119,7 +122,8 @@ class ResumableOutput(Closing):
         self._store.finish()
 
     def close(self) -> None:
-        """Gives the lock back. What is done stays; where that is nothing, nothing."""
+        """Releases the lock. Parts that are done stay; where there are none, the folder
+        is removed."""
         try:
             self._store.abandon()
         finally:
@@ -143,7 +147,7 @@ class ResumableOutput(Closing):
     def _go_on(
         self, begun: Manifest, now: Manifest, finished: Finished | None, mode: Mode
     ) -> None:
-        """With a job that was begun."""
+        """Continues a job that was begun."""
         _compare(begun, now, f"{self._store.folder} holds parts of another job")
         _announce(begun, now)
         self.manifest = begun
@@ -161,7 +165,8 @@ class ResumableOutput(Closing):
         self.done |= kept
 
     def _begin_again(self, finished: Finished, now: Manifest, mode: Mode) -> None:
-        """Where the job is done already: with its failed rows, if that is wanted."""
+        """Does nothing for a job that is finished, unless its failed rows are to be
+        computed again."""
         _compare(finished.manifest, now, f"{self._output} is of another job")
         self.manifest = replace(finished.manifest, retries=True)
         self.done = dict(finished.records)
@@ -181,7 +186,8 @@ class ResumableOutput(Closing):
         self.redo = frozenset(failed - kept)
 
     def _lines(self, number: int) -> list[bytes]:
-        """Of a part that is done before. Numbers only go up, in what was finished."""
+        """The results of a part that is done. For a finished output, numbers must go up
+        from call to call."""
         if self._old is None:
             return self._store.lines(self.done[number])
         return next(

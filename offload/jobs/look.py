@@ -1,5 +1,4 @@
-"""How far a model is with a job's rows: counters at one time, of one process or of all
-that share the job."""
+"""A snapshot of how far a job is, in one process or in all that share it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from ..tasks.task_progress import TaskProgress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressSnapshot:
-    """Counters since the model was loaded; see `Sample`."""
+    """Counters since the model was loaded, as in `ResourceSample`."""
 
     rows: float = 0.0
     tokens: int = 0
@@ -28,12 +27,11 @@ class ProgressSnapshot:
 
 
 def look_at(engine: Engine, progress: TaskProgress) -> ProgressSnapshot:
-    """Asks a model of this process."""
+    """The snapshot of a model in this process."""
     statistics, fraction = engine.statistics(), engine.pass_fraction
-    figures = progress.figures(1.0)
     return ProgressSnapshot(
         rows=progress.rows_through(fraction),
-        tokens=figures.get("output_tokens", figures["tokens"]),
+        tokens=progress.tokens_counted,
         tokens_through=progress.tokens_through(fraction),
         passes=statistics.passes,
         wait_seconds=statistics.wait_seconds,
@@ -45,12 +43,12 @@ def look_at(engine: Engine, progress: TaskProgress) -> ProgressSnapshot:
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """The resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def all_of(looks: Iterable[ProgressSnapshot]) -> ProgressSnapshot:
-    """The sums. Of memory, too: what processes share is counted in each of them."""
+    """The sum of several snapshots. Memory that processes share is counted in each."""
     looks = list(looks)
     read: Counter[str] = Counter()
     for look in looks:

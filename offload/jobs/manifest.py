@@ -1,5 +1,5 @@
-"""What a job is: its input, its model, what it asks for. Says whether a job that was
-begun may be gone on with. Pure."""
+"""The manifest of a job: its input, its model and its options. Says whether a job that
+was begun may go on. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,34 +10,37 @@ FORMAT = 2
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The identity of a job. What differs in `input`, `model` or `meaning` makes it
-    another job; what differs in `rounding` or `versions` may change last bits."""
+    """The identity of a job. A difference in `input`, `model` or `meaning` makes it
+    another job; a difference in `rounding` or `versions` may change the last bits of
+    results."""
 
     input: Mapping[str, Any]
-    """By file: bytes and fingerprint."""
+    """The size and fingerprint of each file."""
     model: Mapping[str, str]
-    """By file: its digest."""
+    """The digest of each file."""
     meaning: Mapping[str, Any]
-    """The task, its options, and the policy's keys that change what comes out."""
+    """The task, its options, and the policy's keys that change results."""
     rounding: Mapping[str, Any]
-    """What says which rows share a product, and how it is added up."""
+    """What decides which rows share a matrix product and how sums are rounded."""
     versions: Mapping[str, str]
     cut: Mapping[str, int]
-    """How rows are cut into parts. That of the beginning holds."""
+    """How rows are cut into parts. A job that goes on keeps the values that it began
+    with."""
     stamps: Sequence[int]
-    """When each file of the input was changed last: nanoseconds, 0 for a stream."""
+    """When each file of the input was last changed, in nanoseconds; 0 for a stream."""
     chosen: Mapping[str, Any] | None = None
-    """Of the policy's keys that the user left open, what was chosen as the job began:
-    it is gone on with. None: by a version that chose nothing."""
+    """The values that were chosen, when the job began, for keys that the user left
+    open. A job that goes on keeps them. None: begun by a version that chose nothing."""
     retries: bool = False
-    """Whether this does failed rows of a finished output again."""
+    """Whether the job computes failed rows of a finished output again."""
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Raises KeyError or TypeError for what is no manifest of this format."""
+        """The manifest in `values`. Raises KeyError or TypeError where they are
+        none."""
         if values["format"] != FORMAT:
             raise TypeError(f"format {values['format']!r:.40}, not {FORMAT}")
         values = {"chosen": None, **values}
@@ -50,7 +53,7 @@ class Manifest:
 
 
 def refusals(begun: Manifest, now: Manifest) -> Sequence[str]:
-    """Why what was `begun` is another job than that of `now`, in words."""
+    """Why `begun` is another job than `now`, in words; empty where it is the same."""
     return [
         *_differences("its input", begun.input, now.input),
         *_differences("its model", begun.model, now.model),
@@ -59,7 +62,7 @@ def refusals(begun: Manifest, now: Manifest) -> Sequence[str]:
 
 
 def remarks(begun: Manifest, now: Manifest) -> Sequence[str]:
-    """What differs and may change last bits, in words."""
+    """The differences that may change last bits, in words."""
     return [
         *_differences("", begun.rounding, now.rounding),
         *_differences("", begun.versions, now.versions),

@@ -1,10 +1,10 @@
-"""The folder in which a job's results stand until it is done.
+"""The folder that holds a job's results until it is done.
 
 `OUTPUT.parts` holds `lock`, `manifest.json` (what job this is) and a file for each part
 that is done: its results, one JSON object a line, and its record as the last line. The
-record says which job and which rows the part is of, and holds a checksum of the results
-and one of itself. Each file appears as a whole, by a rename, so there is no list of
-them to keep in step. A folder without a manifest holds nothing.
+record says which job and which rows the part belongs to, and holds a checksum of the
+results and one of itself. Each file appears as a whole, by a rename, so there is no
+list of them to keep in step. A folder without a manifest holds nothing.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ _BEGIN_ANEW = "begin anew with --restart"
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into an OutputError that says how to go on."""
+    """Turns an OSError in the block into an OutputError that says how to go on."""
     try:
         yield
     except OSError as error:
@@ -48,12 +48,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the parts of `output` are kept until all are done."""
+    """The folder that holds the parts of `output` until all are done."""
     return output.with_name(output.name + PARTS_SUFFIX)
 
 
 def read_manifest(output: Path) -> tuple[Manifest, str] | None:
-    """The manifest and digest of the job begun for `output`, if there is one."""
+    """The manifest, and its digest, of the job that was begun for `output`; None
+    without one. Raises OutputError where it is damaged."""
     path = parts_folder(output) / _MANIFEST
     if not path.exists():
         return None
@@ -68,9 +69,9 @@ def read_manifest(output: Path) -> tuple[Manifest, str] | None:
 
 
 class PartStore(Closing):
-    """The parts of the job that writes `output`, locked for this process until it is
-    closed. Raises OutputError where nothing can be written, UsageError where another
-    process has the lock."""
+    """The parts of the job that writes `output`, locked for this process until closed.
+    Raises OutputError where nothing can be written, UsageError where another process
+    has the lock."""
 
     def __init__(self, output: Path, disk: DurableFiles) -> None:
         self.output = output
@@ -80,10 +81,10 @@ class PartStore(Closing):
             self._lock: IO[str] | None = self._locked()
         self._has_begun = (self.folder / _MANIFEST).exists()
         self._job = ""
-        """The digest of the manifest, which each part's record holds."""
+        """The digest of the manifest; each part's record holds it."""
 
     def manifest(self) -> Manifest | None:
-        """The manifest of the job that was begun here, if there is one."""
+        """The manifest of the job that was begun here; None without one."""
         found = read_manifest(self.output)
         if found is None:
             return None
@@ -91,7 +92,7 @@ class PartStore(Closing):
         return manifest
 
     def begin(self, manifest: Manifest) -> None:
-        """Forgets what is here and begins a job."""
+        """Removes what is here and begins a job."""
         with writing(self.folder):
             self._empty()
             text = sealed(manifest.as_json(), indent=1)
@@ -100,9 +101,9 @@ class PartStore(Closing):
         self._has_begun = True
 
     def records(self) -> dict[int, PartRecord]:
-        """Of the parts of this job that are done, by number. Raises OutputError for one
-        that is damaged; one that was put there from elsewhere does not count, and its
-        rows are done again."""
+        """The records of the parts that are done, by number. Raises OutputError for a
+        damaged part. A part of another job does not count: its rows are computed
+        again."""
         found = {}
         for path in self._part_paths():
             match = _NUMBER.fullmatch(path.name)
@@ -117,7 +118,7 @@ class PartStore(Closing):
     def write(
         self, part: OutputPart, lines: Sequence[bytes], num_errors: int
     ) -> PartRecord:
-        """Keeps a part that is done. It is on disk when this returns."""
+        """Writes a part that is done. It is on disk when this returns."""
         self._check_held()
         digest = xxhash.xxh3_64()
         for line in lines:
@@ -140,8 +141,8 @@ class PartStore(Closing):
         return record
 
     def lines(self, record: PartRecord) -> list[bytes]:
-        """The results of a part, compared with its checksum. Raises OutputError where
-        they are not those that were kept."""
+        """The results of a part as lines, after their checksum was compared. Raises
+        OutputError where it differs."""
         path = self._path(record.number)
         if not path.exists():
             raise OutputError(f"{path} is gone: run again, to do its rows again")
@@ -155,7 +156,7 @@ class PartStore(Closing):
         return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
     def publish(self, chunks: Iterable[bytes]) -> None:
-        """Gives `output` its content, once all of it is on disk."""
+        """Writes `chunks` to disk, then gives them the name `output`."""
         self._check_held()
         joined = self.folder / _JOINED
         with writing(self.output):
@@ -163,13 +164,13 @@ class PartStore(Closing):
             put_in_place(self._disk, joined, self.output)
 
     def finish(self) -> None:
-        """Removes the folder: `output` has all of it."""
+        """Removes the folder: all results are in `output`."""
         with writing(self.folder):
             self._empty()
         self._has_begun = False
 
     def close(self) -> None:
-        """Gives the lock back; removes the folder if no job has begun in it."""
+        """Releases the lock, and removes the folder if no job has begun in it."""
         lock, self._lock = self._lock, None
         if lock is None:
             return
@@ -178,12 +179,12 @@ class PartStore(Closing):
                 self._disk.remove(self.folder / _LOCK)
                 self._disk.remove_folder(self.folder)
         except OSError:
-            pass  # somebody else's files are in it, or it cannot be written
+            pass  # other files are in it, or it cannot be written
         finally:
             lock.close()
 
     def abandon(self) -> None:
-        """Forgets a job that has begun but of which nothing is done."""
+        """Removes a job that has begun but has no finished part."""
         if self._is_held() and not self._part_paths():
             self.finish()
 
@@ -191,7 +192,7 @@ class PartStore(Closing):
         return sorted(p for p in self.folder.iterdir() if _NUMBER.fullmatch(p.name))
 
     def _check_held(self) -> None:
-        """Raises OutputError where the folder is no longer the one that is locked."""
+        """Raises OutputError where the folder was replaced since it was locked."""
         if not self._is_held():
             raise OutputError(
                 f"{self.folder} was removed while the job ran, and what was done with "
@@ -205,7 +206,8 @@ class PartStore(Closing):
         return self.folder / _NAME.format(number)
 
     def _empty(self) -> None:
-        """The manifest goes first: from then on nothing else counts."""
+        """Removes all files of a job. The manifest goes first: without it the others do
+        not count."""
         self._disk.remove(self.folder / _MANIFEST)
         self._disk.sync(self.folder)
         for path in sorted(self.folder.iterdir()):
@@ -214,8 +216,8 @@ class PartStore(Closing):
                 self._disk.remove(path)
 
     def _locked(self) -> IO[str]:
-        """The open lock file. A process that ends removes it: then there is another
-        one of that name."""
+        """Opens and locks the lock file. A process that ends removes its file, and then
+        another file may have that name: so the name is checked again after locking."""
         path = self.folder / _LOCK
         while True:
             self._disk.make_folder(self.folder)
@@ -261,7 +263,8 @@ def _is_there(file: IO[str], path: Path) -> bool:
 
 
 def _last_line(path: Path) -> tuple[Any, PartRecord]:
-    """(job, record) of a part. Raises OutputError where it is not as it was written."""
+    """The digest of the job and the record of a part. Raises OutputError where the file
+    is not as it was written."""
     try:
         with open_regular(path, error=OutputError) as file:
             nbytes = file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""Hands parts to the work that is to be done with them, and their results on."""
+"""Hands the rows of parts to a task, and its results to an output."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ _MOST_WRITES = 4
 
 
 class Taker(Protocol):
-    """Where the results of parts go."""
+    """What takes the results of parts."""
 
     def known(self, part: OutputPart) -> OutputPart:
-        """`part` with those results that need not be made again."""
+        """`part` with the results that need not be computed again."""
         ...
 
     def write(self, part: OutputPart, lines: Sequence[bytes], num_errors: int) -> None:
@@ -26,10 +26,10 @@ class Taker(Protocol):
 
 
 class Output(Taker, Protocol):
-    """Where a job's results go, and what is there already."""
+    """A job's output: what it takes and what it has already."""
 
     is_kept: bool
-    """Whether the job can be gone on with after it was ended."""
+    """Whether results are kept, so that the job can go on after a stop."""
 
     @property
     def cut(self) -> Cut:
@@ -38,40 +38,41 @@ class Output(Taker, Protocol):
 
     @property
     def done(self) -> Mapping[int, PartRecord]:
-        """Parts that are done, by number."""
+        """The parts that are done, by number."""
         ...
 
     @property
     def redo(self) -> frozenset[int]:
-        """Those of them whose failed rows are to be done again."""
+        """The parts that are done but whose failed rows are computed again."""
         ...
 
     @property
     def is_input_doubtful(self) -> bool:
-        """Whether rows that were done must be compared with those of the input."""
+        """Whether the rows of parts that are done must be compared with the input."""
         ...
 
     @property
     def num_rows(self) -> int:
-        """That are done."""
+        """The rows that are done."""
         ...
 
     @property
     def num_errors(self) -> int:
-        """Rows that failed, among those."""
+        """How many of those rows are errors."""
         ...
 
     def finish(self) -> None:
-        """All parts are done."""
+        """Called when all parts are done."""
         ...
 
 
 class PartsRun(Closing):
-    """The parts under way between input and output. Results come in the order of rows;
-    a thread makes lines of those of a part, once it has all, and writes them.
+    """The parts that are being computed, between input and output. Results come in the
+    order of rows; when a part has all of them, a thread makes lines of them and writes
+    them.
 
-    An InputError ends the parts as the input's end would, so that those before it are
-    done; it stands in `failure` then.
+    An InputError ends the parts as the end of the input would, so that parts before it
+    are finished; `failure` has it then.
     """
 
     def __init__(self, parts: Iterable[OutputPart], output: Taker) -> None:
@@ -84,7 +85,7 @@ class PartsRun(Closing):
         self.failure: InputError | None = None
 
     def feed(self) -> Iterator[Sequence[tuple[int, Mapping[str, Any]]]]:
-        """The rows of each part that are left to do."""
+        """Yields the rows of each part that are left to compute, with their numbers."""
         try:
             for part in self._parts:
                 part = self._output.known(part)
@@ -94,7 +95,8 @@ class PartsRun(Closing):
             self.failure = error
 
     def take(self, result: Mapping[str, Any]) -> None:
-        """The next row's result. Raises OutputError, also of parts before."""
+        """Takes the result of the next row. Raises OutputError, also for parts written
+        before."""
         self._results.append(result)
         part = self._under_way[0]
         if len(self._results) == len(part.rows) - len(part.known):
@@ -106,18 +108,25 @@ class PartsRun(Closing):
         ):
             self._writes.popleft().result()
 
+    def take_all(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Takes the results of all rows as they come, and waits until they are written.
+        Raises OutputError."""
+        for result in results:
+            self.take(result)
+        self.finish()
+
     def finish(self) -> None:
-        """All results were taken: waits until they are written."""
+        """Waits until all results that were taken are written. Raises OutputError."""
         assert not self._under_way, "each row has a result"
         while self._writes:
             self._writes.popleft().result()
 
     def close(self) -> None:
-        """Writes the parts that are whole, whatever became of the others."""
+        """Waits until the parts that have all their results are written."""
         self._writer.shutdown(wait=True)
 
     def _write(self, part: OutputPart, results: Sequence[Mapping[str, Any]]) -> None:
-        """On the writer's thread."""
+        """Writes a part. Runs on the writer's thread."""
         left = iter(results)
         lines: list[bytes] = []
         num_errors = 0
@@ -132,8 +141,8 @@ class PartsRun(Closing):
 
 
 def _line(result: Mapping[str, Any]) -> tuple[bytes, bool]:
-    """A result as a line, and whether it is an error: that it has a number which JSON
-    has not, for one. Never fails."""
+    """A result as a line, and whether it is an error. A result with a number that JSON
+    does not have (such as NaN) becomes an error. Never raises."""
     try:
         return line_of(result), "error" in result
     except (ValueError, TypeError, RecursionError):

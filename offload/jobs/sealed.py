@@ -1,4 +1,4 @@
-"""JSON objects that carry a checksum of themselves. Pure."""
+"""JSON objects that hold a checksum of themselves. Pure."""
 
 import json
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ _CHECKSUM = "checksum"
 
 
 def sealed(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
-    """`values` as a line (or lines) of JSON, with a checksum in it."""
+    """`values` and their checksum as JSON: one line, or several with `indent`."""
     values = {**values, _CHECKSUM: _checksum(values)}
     return json.dumps(values, indent=indent).encode() + b"\n"
 
 
 def unsealed(text: bytes) -> dict[str, Any]:
-    """The values in `text`. Raises ValueError where they are not those that `sealed`
-    was given."""
+    """The values in `text`. Raises ValueError where they differ from what `sealed` was
+    given."""
     try:
         values = json.loads(text)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""A job that several processes of this machine share."""
+"""A job that several processes of this computer share."""
 
 import logging
 import shutil
@@ -16,29 +16,30 @@ from ...io.merging import merged
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
+from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
 from .budgets import Room, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
 from .running import Output
-from .work import Work
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool
 
 _log = logging.getLogger("penstock")
 _CAST = 4
-"""Bytes of a weight, at most, beside those of its file."""
+"""The most bytes of a weight after a cast, as a multiple of those in its file."""
 _PAGES = 8192
 
 
 class Sharing(Closing):
-    """`num` workers do the parts of `ahead`, `first` before them, into `output`."""
+    """`num` worker processes compute `parts` into `output`. `ahead` is where the parts
+    come from: closing stops it."""
 
     def __init__(
         self,
         num: int,
-        work: Work,
+        task: Task,
         model: Path,
         policy: Policy,
         parts: Iterable[OutputPart],
@@ -53,12 +54,12 @@ class Sharing(Closing):
         )
         _log.warning("; ".join(self.notes))
         self._num = num
-        self._work = work
+        self._task = task
         self._ahead = ahead
         self.pool = WorkerPool(
             [
                 partial(
-                    run_worker, assignment=Assignment(work, model, own, num_threads)
+                    run_worker, assignment=Assignment(task, model, own, num_threads)
                 )
                 for own in budgets.policies
             ],
@@ -67,8 +68,8 @@ class Sharing(Closing):
         )
 
     def look(self) -> ProgressSnapshot:
-        """At all of them. What a process did that died counts as far as it was handed
-        in."""
+        """The snapshot of all processes together. A process that died counts the rows
+        that it handed in."""
         pool, found = self.pool, []
         for place, look in list(pool.looks.items()):
             if place in pool.dead:
@@ -78,10 +79,10 @@ class Sharing(Closing):
         return all_of(found)
 
     def computed(self) -> WorkerResult:
-        """What they counted together, once all are done; each counter by its rule. The
-        spans are one worker's."""
+        """The counters of all processes together, once all are done, each by its rule.
+        The timeline is one worker's."""
         counted: list[WorkerResult] = list(self.pool.counted.values())
-        progress = self._work.progress
+        progress = self._task.new_progress()
         add_up(progress, [one.progress for one in counted])
         progress.rows_done = self.pool.num_rows
         progress.rows_failed = self.pool.num_errors
@@ -96,12 +97,12 @@ class Sharing(Closing):
         )
 
     def close(self) -> None:
-        self._ahead.stop()  # who waits for rows must not be waited for
+        self._ahead.stop()  # or a thread that waits for rows would be waited for
         self.pool.close()
 
 
 def check_workers(num: int) -> None:
-    """Raises UsageError."""
+    """Raises UsageError for a number of workers below 1."""
     if num < 1:
         raise UsageError(f"--workers {num}: at least one has to do it")
 

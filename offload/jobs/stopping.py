@@ -1,4 +1,4 @@
-"""What becomes of a job that is told to stop: first it finishes what is under way."""
+"""Handles signals that stop a job."""
 
 import signal
 import threading
@@ -11,22 +11,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Stopping:
     """While open, the first SIGINT or SIGTERM calls `stop` (in the signal handler, on
-    the main thread), the second one raises KeyboardInterrupt. Before and after, signals
-    do what they did; one that was ignored stays so. On another thread than the main one
-    this does nothing."""
+    the main thread) and the second raises KeyboardInterrupt. Afterwards signals are
+    handled as before; a signal that was ignored stays ignored. Does nothing on another
+    thread than the main one."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
         self._before: dict[signal.Signals, Any] = {}
         self.signal: int | None = None
-        """The first that came."""
+        """The number of the first signal; None before one."""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 before = signal.getsignal(number)
                 if before is not signal.SIG_IGN:  # as in a shell's background
-                    # None: other code's than Python's, which cannot be put back.
+                    # None: the handler was not set by Python and cannot be restored.
                     self._before[number] = signal.SIG_DFL if before is None else before
                     signal.signal(number, self._handle)
         return self

@@ -1,4 +1,4 @@
-"""A job that is told to stop does what is under way, and says how to go on."""
+"""Stops a job after the parts under way, and says how to go on."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ _STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 def stopping(
     ahead: Ahead[OutputPart], output: Output, *, is_quiet: bool
 ) -> Iterator[None]:
-    """The first signal ends the parts, the second one the block. Raises StoppedError
+    """The first signal ends the parts, the second ends the block. Raises StoppedError
     where parts are left."""
 
     def stop() -> None:

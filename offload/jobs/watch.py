@@ -1,5 +1,5 @@
-"""Watches one job from beginning to end: shows how far it is, writes its metrics, and
-keeps what the pictures of its report are made of."""
+"""Watches a job: shows how far it is, writes its metrics, and keeps the samples for the
+pictures of its report."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +22,13 @@ from ..monitoring.progress import (
 )
 from ..monitoring.samples import ResourceSample, Samples
 from .look import ProgressSnapshot, resident_bytes
-from .work import Work
 
 _METRICS_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Watching:
-    """Who is told how a job goes, beside the person at the terminal."""
+    """Where progress is written to, besides the terminal."""
 
     log_json: bool = False
     """One JSON object every few seconds on the console, instead of lines."""
@@ -38,13 +37,13 @@ class Watching:
 
 
 class Watch(Closing):
-    """From its making to `close`. The threads of a job may ask it anything; it looks at
-    the model while that is `computing`."""
+    """Watches a job until closed. All threads of the job may call it; it looks at the
+    model only inside `computing`."""
 
     def __init__(
         self,
         console: Console,
-        work: Work,
+        title: str,
         labels: dict[str, str],
         watching: Watching,
         *,
@@ -54,7 +53,7 @@ class Watch(Closing):
         self.is_quiet = console.quiet
         self.began = clock()
         self._clock = clock
-        self._work = work
+        self._title = title
         self._stage = "loading"
         self._stage_began = self.began
         self._num_rows: Callable[[], float | None] = lambda: None
@@ -68,12 +67,12 @@ class Watch(Closing):
             metrics = MetricsFile(watching.metrics, labels)
             listeners.append(Every(_METRICS_SECONDS, metrics, is_eager=True))
         self._monitor = self._opened.enter_context(Monitor(self._look, listeners))
-        self._monitor.tick()  # what cannot be written says so before the work
+        self._monitor.tick()  # what cannot be written fails before rows are computed
         self._monitor.start()
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What could not be shown or written any more, each said once."""
+        """What could not be shown or written, each said once."""
         return tuple(self._monitor.failures)
 
     @contextmanager
@@ -83,15 +82,16 @@ class Watch(Closing):
         num_rows: Callable[[], float | None],
         rows_before: int = 0,
     ) -> Iterator[None]:
-        """The job is at its rows, of which there may be `num_rows()`, `rows_before`
-        of them done before; meanwhile `look` may be called by any thread."""
+        """The block computes rows. `look` gives a snapshot of the model and may be
+        called by any thread; `num_rows()` estimates the rows of the input;
+        `rows_before` of them were done before."""
         self._num_rows, self._rows_before = num_rows, rows_before
         self._look_at_model = look
-        self._stage, self._stage_began = self._work.title, self._clock()
+        self._stage, self._stage_began = self._title, self._clock()
         try:
             yield
         finally:
-            self._monitor.close()  # who looks must not meet a model that closes
+            self._monitor.close()  # so that nobody looks at a model that is closing
             self._look_at_model = None
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
-"""What runs in each worker of a job: a model of its own, and parts of rows that come
-from the process that has the files."""
+"""A worker process of a job: it has a model of its own, and gets parts of rows from the
+process that reads the input."""
 
 import logging
 import os
@@ -19,9 +19,10 @@ from ...io.errors import PenstockError
 from ..files.parts import OutputPart
 from ..policy import Policy
 from ..startup import hidden
+from ..tasks.task import Task
+from ..tasks.task_progress import TaskProgress
 from .computed import Loaded
 from .running import PartsRun
-from .work import Work
 
 _LOOK_SECONDS = 0.5
 _ORPHANED = 70
@@ -29,18 +30,18 @@ _ORPHANED = 70
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker is to do."""
+    """The work of one process."""
 
-    work: Work
+    task: Task
     model: Path
     policy: Policy
     num_threads: int
-    """Threads that torch uses for products."""
+    """The threads that torch uses for matrix products."""
 
 
 class WorkerPipe(Closing):
-    """The worker's end: any thread sends, one receives. The process ends when nobody is
-    at the other end any more, whatever it does at that time."""
+    """The worker's end of its connection. Any thread may send, one receives. When the
+    other end closes, the process ends at once, whatever it is doing."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -54,7 +55,7 @@ class WorkerPipe(Closing):
             self._connection.send((kind, *values))
 
     def parts(self) -> Iterator[OutputPart]:
-        """Each is asked for when it is needed."""
+        """Yields parts. Each is asked for when it is needed."""
         while True:
             self.send("want")
             part = self._parts.get()
@@ -63,7 +64,7 @@ class WorkerPipe(Closing):
             yield part
 
     def close(self) -> None:
-        """Waits until the other end has taken all and is closed."""
+        """Waits until the other end has received everything and says so."""
         self.send("bye")
         self._thread.join()
 
@@ -79,12 +80,14 @@ class WorkerPipe(Closing):
 
 
 class _Handed:
-    """Parts that are done go to the process that writes."""
+    """Sends results of parts to the process that writes them."""
 
-    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
+    def __init__(
+        self, link: WorkerPipe, loaded: Loaded, progress: TaskProgress
+    ) -> None:
         self._link = link
         self._loaded = loaded
-        self._progress = work.progress
+        self._progress = progress
 
     def known(self, part: OutputPart) -> OutputPart:
         return part
@@ -95,14 +98,16 @@ class _Handed:
 
 
 class _Looks(Closing):
-    """Tells how far the model is, a few times a second, on a thread of its own."""
+    """Sends a snapshot of the model a few times a second, on a thread of its own."""
 
-    def __init__(self, link: WorkerPipe, loaded: Loaded, work: Work) -> None:
+    def __init__(
+        self, link: WorkerPipe, loaded: Loaded, progress: TaskProgress
+    ) -> None:
         self._is_over = threading.Event()
 
         def tell() -> None:
             while not self._is_over.wait(_LOOK_SECONDS):
-                link.send("look", loaded.look(work.progress))
+                link.send("look", loaded.look(progress))
 
         self._thread = threading.Thread(target=tell, daemon=True)
         self._thread.start()
@@ -113,7 +118,7 @@ class _Looks(Closing):
 
 
 class _Announcements(logging.Handler):
-    """What Penstock announces is said by the process that has the terminal."""
+    """Sends log messages to the process that has the terminal."""
 
     def __init__(self, link: WorkerPipe) -> None:
         super().__init__()
@@ -124,9 +129,10 @@ class _Announcements(logging.Handler):
 
 
 def run_worker(connection: Connection, assignment: Assignment) -> None:
-    """The whole life of a worker. It sends `want` (a part), `done` (one), `look`,
-    `log`, `ready`, and in the end `computed` or `failed`, with the error; then `bye`,
-    which is answered."""
+    """The main function of a worker process. It sends `ready` when the model is loaded,
+    `want` for a part, `done` with a part's results, `look` with a snapshot and `log`
+    with a message; at the end `computed`, or `failed` with the error; then `bye`, which
+    is answered."""
     torch.set_num_threads(assignment.num_threads)
     with WorkerPipe(connection) as link:
         logger = logging.getLogger("penstock")
@@ -140,22 +146,21 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 
 def _compute(link: WorkerPipe, assignment: Assignment) -> None:
-    work = assignment.work
-    with Loaded(assignment.model, assignment.policy, work.use) as loaded:
+    task, progress = assignment.task, assignment.task.new_progress()
+    with Loaded(assignment.model, assignment.policy, task.use) as loaded:
         link.send("ready")
         with (
-            _Looks(link, loaded, work),
-            PartsRun(link.parts(), _Handed(link, loaded, work)) as run,
+            _Looks(link, loaded, progress),
+            PartsRun(link.parts(), _Handed(link, loaded, progress)) as run,
         ):
-            for result in work.results(loaded.model, loaded.tokenizer, run.feed()):
-                run.take(result)
-            run.finish()
-        link.send("look", loaded.look(work.progress))
-        link.send("computed", loaded.computed(work.progress))
+            model, tokenizer = loaded.model, loaded.tokenizer
+            run.take_all(task.results(model, tokenizer, run.feed(), progress))
+        link.send("look", loaded.look(progress))
+        link.send("computed", loaded.computed(progress))
 
 
 def portable(error: BaseException) -> BaseException:
-    """`error`, if it can be sent to another process, else what says the same."""
+    """`error` if it can be pickled; else a PenstockError with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,5 +1,5 @@
-"""The processes that share a job: each has a model of its own and takes the next part
-when it is free. This one reads the parts and writes what comes of them."""
+"""The processes that share a job. Each has a model of its own and takes the next part
+when it is free; this process reads the parts and writes their results."""
 
 import logging
 import multiprocessing
@@ -20,19 +20,20 @@ from .running import Output
 
 _log = logging.getLogger("penstock")
 MOST_DEATHS = 3
-"""How many processes may die with one part, or before they have any."""
+"""How many processes may die with the same part, or before they have any, until the job
+fails."""
 _SPAWN = multiprocessing.get_context("spawn")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class WorkerPool(Closing):
-    """A process for each of `targets`, which is called there with a connection and
-    speaks as `run_worker` does; and a thread here, that listens to it.
+    """Runs a process for each of `targets`, which is called there with a connection and
+    speaks as `run_worker` does, and a thread here for each connection.
 
-    A process that dies is begun anew, and others do its parts again. What is kept
-    nowhere (standard output) is written in order, and workers wait for one that is far
-    behind. An InputError ends the parts as the input's end would; it stands in
-    `failure` then. Closing kills who still runs.
+    A process that dies is replaced, and its parts are computed again. Where nothing is
+    kept (standard output), results are written in order, and workers wait for one that
+    is far behind. An InputError ends the parts as the end of the input would; `failure`
+    has it then. Closing kills processes that still run.
     """
 
     def __init__(
@@ -46,18 +47,19 @@ class WorkerPool(Closing):
         self._output = output
         self.failure: InputError | None = None
         self.looks: dict[int, Any] = {}
-        """The last one of each process, by its place among all that were begun,"""
+        """The last snapshot of each process, by its number among all that were
+        started."""
         self.num_handed: Counter[int] = Counter()
-        """the rows that it handed in,"""
+        """The rows that each process handed in."""
         self.dead: set[int] = set()
-        """and those that died."""
+        """The processes that died."""
         self.counted: dict[int, Any] = {}
-        """What each process has counted, when it handed in a part or came to the end:
-        those that died first."""
+        """What each process had counted when it last handed in a part, or at its end.
+        Processes that died come first."""
         self.num_rows = 0
-        """That were done here, and were written;"""
+        """The rows that were computed and written."""
         self.num_errors = 0
-        """of those, failed ones."""
+        """How many of those rows are errors."""
         self._changed = threading.Condition()
         self._reading = threading.Lock()
         self._again: deque[OutputPart] = deque()
@@ -69,21 +71,22 @@ class WorkerPool(Closing):
         self._said: set[str] = set()
         self._is_ready = threading.Event()
         self._is_closed = False
-        # First: where it is begun with these signals blocked, it lets them through.
+        # First: starting it on a thread unblocks the signals that `_serve` blocks.
         resource_tracker.ensure_running()
         self._threads = ThreadPoolExecutor(len(targets), "penstock-worker")
         self._served: list[Future[None]] = []
 
     def start(self) -> None:
-        """Begins the processes, and waits until one has its model, or cannot."""
+        """Starts the processes, and waits until one of them has loaded its model or
+        failed."""
         for index in range(len(self._targets)):
             self._served.append(self._threads.submit(self._serve, index))
             self._served[-1].add_done_callback(lambda _: self._is_ready.set())
         self._is_ready.wait()
 
     def finish(self) -> None:
-        """Waits until all parts are done and written. Raises what a worker raised, or
-        MachineError where they die again and again."""
+        """Waits until all parts are written. Raises what a worker raised, or
+        MachineError where processes die again and again."""
         wait(self._served, return_when=FIRST_EXCEPTION)
         failed = [one for one in self._served if one.done() and one.exception()]
         for one in failed:
@@ -98,8 +101,9 @@ class WorkerPool(Closing):
         self._threads.shutdown(wait=True)
 
     def _serve(self, index: int) -> None:
-        """On a thread for each worker."""
-        # Processes that are begun here inherit it: who is told to stop is this one.
+        """Starts a worker, and another where it dies. Runs on a thread for each
+        worker."""
+        # Worker processes inherit it: only this process is to be stopped by signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while not self._is_closed:
             mine, theirs = _SPAWN.Pipe()
@@ -129,8 +133,8 @@ class WorkerPool(Closing):
         return place
 
     def _end(self, place: int, process: BaseProcess) -> int | None:
-        """The exit code of a process that has nothing more to say."""
-        with self._changed:  # beginning one looks at all, and may meet this otherwise
+        """Ends a process that has nothing more to say. Returns its exit code."""
+        with self._changed:  # starting a process polls the others, this one too
             process.kill()
             process.join()
             del self._processes[place]
@@ -141,7 +145,7 @@ class WorkerPool(Closing):
     def _listen(
         self, place: int, mine: Connection, held: dict[int, OutputPart]
     ) -> None:
-        """Until the worker has come to its end. Raises EOFError where it dies."""
+        """Answers a worker until it says `bye`. Raises EOFError where it dies."""
         while True:
             kind, *values = mine.recv()
             if kind == "want":
@@ -162,7 +166,7 @@ class WorkerPool(Closing):
             elif kind == "log":
                 self._say(*values)
             elif kind == "computed":
-                self.counted.pop(place, None)  # to the end of them all
+                self.counted.pop(place, None)  # so that it comes last
                 self.counted[place] = values[0]
             elif kind == "failed":
                 raise values[0]
@@ -172,7 +176,7 @@ class WorkerPool(Closing):
                 return
 
     def _next_part(self) -> OutputPart | None:
-        """None where there is none any more."""
+        """The next part for a worker; None where there are no more."""
         with self._changed:
             while len(self._waiting) > 2 * len(self._targets) and not self._again:
                 if self._is_closed:
@@ -210,7 +214,8 @@ class WorkerPool(Closing):
             self._changed.notify_all()
 
     def _bury(self, place: int, code: int | None, held: dict[int, OutputPart]) -> None:
-        """The parts of a process that died are done again. Raises MachineError."""
+        """Has the parts of a process that died computed again. Raises MachineError
+        where too many died with one part."""
         with self._changed:
             if self._is_closed:
                 return
@@ -237,7 +242,7 @@ class WorkerPool(Closing):
         _log.warning("a worker %s %s: another one is begun", how, rows)
 
     def _say(self, level: int, message: str) -> None:
-        """What several workers announce is said once."""
+        """Logs `message`, once for all workers."""
         with self._changed:
             if message in self._said:
                 return

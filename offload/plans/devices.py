@@ -1,5 +1,5 @@
-"""A machine with several devices: what Penstock runs on them and, apart from that, what
-the formulas of one model over all of them say."""
+"""Ways to use a machine with several devices: those that Penstock runs, and what
+formulas say of one model split over all of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,33 +23,33 @@ class DeviceOption:
 
     name: str
     is_run: bool
-    """By Penstock, today; else it is a formula alone."""
+    """Whether Penstock runs it; else it is only a formula."""
     note: str
     num_tokens: int
-    """That share a pass, over all devices."""
+    """The tokens (or sequences) that share a pass, over all devices."""
     pass_seconds: float | None
-    """None where it does not fit."""
+    """The seconds of a pass; None where it does not fit."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of passes alone."""
+        """The tokens (or sequences) of a pass by its seconds."""
         return self.num_tokens / self.pass_seconds if self.pass_seconds else None
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """All ways, those that run first."""
+    """All ways to use the devices; those that Penstock runs come first."""
 
     num: int
     ways: tuple[DeviceOption, ...]
     crossover_tokens: float | None
-    """That share a pass, from which on moving weights between devices moves less than
-    moving tokens; None where there is no formula."""
+    """The number of tokens in a pass from which on moving weights between devices moves
+    fewer bytes than moving tokens; None without a formula."""
     note: str
-    """Why there is none, or what it leaves out."""
+    """Why there is no formula, or what it leaves out."""
 
     def to_json(self) -> dict[str, Any]:
-        """Times in seconds."""
+        """The values for `--json`. Times are in seconds."""
         return {
             "num_devices": self.num,
             "crossover_tokens": self.crossover_tokens,
@@ -69,7 +69,8 @@ class Devices:
 
 
 def devices_of(planner: Planner, choice: Choice) -> Devices | None:
-    """None for machines with one device."""
+    """The ways to use the devices of the planner's machine; None where it has one
+    device."""
     machine = planner.machine
     num = machine.num_devices
     if num < 2 or machine.device != "cuda":
@@ -110,7 +111,8 @@ def _alone(planner: Planner, choice: Choice, num: int) -> DeviceOption:
 
 
 def _peers(planner: Planner) -> Iterator[DeviceOption]:
-    """One device computes, the others keep weights for it."""
+    """One device computes, the others keep weights for it. Nothing where the user has
+    set peers or the machine is no GPU."""
     machine = planner.machine
     if planner.policy.peer or machine.device_memory is None:
         return
@@ -129,8 +131,8 @@ def _peers(planner: Planner) -> Iterator[DeviceOption]:
 
 
 def _workers(planner: Planner) -> DeviceOption:
-    """A job on each: the drive and the host's memory are shared out; the copy of the
-    weights in host memory is one for all of them, and each has a link of its own."""
+    """A job on each device. They share the drive, the host's memory and one copy of the
+    weights in it; each has a link of its own."""
     machine = planner.machine
     num = machine.num_devices
     name = f"a job each (--workers {num})"
@@ -146,7 +148,7 @@ def _workers(planner: Planner) -> DeviceOption:
 
 
 def _shared_out(machine: Machine) -> Machine:
-    """What one of all devices has, at least."""
+    """The machine as each of its devices has it when all are used."""
     num, disk = machine.num_devices, machine.disk
     if disk is not None:
         rates = {reader: int(rate / num) for reader, rate in disk.bandwidth.items()}
@@ -157,7 +159,7 @@ def _shared_out(machine: Machine) -> Machine:
 
 
 def _no_formula(planner: Planner) -> str:
-    """Why there is none; nothing where there is."""
+    """Why there is no formula for this model and machine; "" where there is one."""
     machine, config = planner.machine, _config(planner)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers")
     missing = [s for s in sizes if not isinstance(getattr(config, s, None), int)]
@@ -214,8 +216,8 @@ def _chips(planner: Planner, choice: Choice, tokens: int) -> Chips:
 
 
 def _link(planner: Planner, choice: Choice, weight_bytes: float) -> float:
-    """Bytes a second to each device: its own link where the host's memory holds all
-    weights, else a share of the drive."""
+    """The bytes a second to each device: those of its own link where host memory holds
+    all weights, else a share of the drive's."""
     machine, links = planner.machine, choice.forecast.model.rates.links
     if weight_bytes <= USABLE * machine.host_memory or "disk" not in links:
         return links["host"]

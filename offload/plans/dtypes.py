@@ -1,4 +1,4 @@
-"""Which dtype a plan computes in where the policy leaves it open."""
+"""Chooses the dtype that a plan computes in where the policy leaves it open."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,48 +11,48 @@ from .planner import Choice, Planner
 HALF = ("bfloat16", "float16")
 WIDE = "float32"
 _FASTER = 1.1
-"""Times the rate of the checkpoint's own dtype, which wins below it."""
+"""Another dtype must have at least this many times the rate of the checkpoint's own."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What the planner made of one dtype."""
+    """What the planner chose for one dtype."""
 
     dtype: str
     planner: Planner
     choice: Choice | None
-    """None: it does not fit, as `refusal` says."""
+    """None where it does not fit; `refusal` says why."""
     refusal: DoesNotFitError | None = None
 
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """The dtype that a plan computes in, and the ones beside it."""
+    """The dtype that a plan computes in, and the others that were tried."""
 
     taken: Tried
     own: Tried
-    """The checkpoint's, or what the policy says."""
+    """The checkpoint's dtype, or the one that the policy sets."""
     others: Sequence[Tried]
     products: Mapping[str, float]
-    """FLOP/s of products as wide as those of the plan, by dtype."""
+    """The FLOP/s of matrix products by dtype, with as many rows as the plan's have."""
 
     @property
     def speed_up(self) -> float:
-        """Products in float32 to those in the checkpoint's own dtype; 1 where one of
-        them is not known."""
+        """The rate of float32 products over that of products in the checkpoint's dtype;
+        1 where one of them is unknown."""
         own, wide = self.products.get(self.own.dtype), self.products.get(WIDE)
         return wide / own if own and wide else 1.0
 
 
 def dtypes_beside(own: str, device: str) -> tuple[str, ...]:
-    """The dtypes that come into question beside the checkpoint's `own`. On a CPU that
-    emulates products in 16 bits, float32 is several times as fast; a dtype of fewer
-    bits than the checkpoint's is never taken unasked. Pure."""
+    """The dtypes to try beside `own`, the checkpoint's. A CPU that emulates 16-bit
+    products is several times as fast in float32. A dtype with fewer bits than `own` is
+    never tried. Pure."""
     return (WIDE,) if own in HALF and device == "cpu" else ()
 
 
 def try_dtype(dtype: str, planner: Planner) -> Tried:
-    """What `planner`, for a model in `dtype`, chooses."""
+    """What `planner` chooses for a model in `dtype`."""
     try:
         return Tried(dtype, planner, planner.choose())
     except DoesNotFitError as error:
@@ -62,9 +62,8 @@ def try_dtype(dtype: str, planner: Planner) -> Tried:
 def choose_dtype(
     own: Tried, others: Sequence[Tried], machine: Machine, *, is_open: bool
 ) -> DtypeChoice:
-    """The fastest of those that fit, by their plans, and `own` where none is clearly
-    faster, or where `is_open` is false. Raises what `own` was refused with where none
-    fits. Pure."""
+    """The fastest dtype that fits, by its plan; `own` where no other is clearly faster,
+    or where `is_open` is false. Raises the refusal of `own` where none fits. Pure."""
     fitting = [each for each in others if is_open and each.choice is not None]
     best = max(fitting, key=_speed, default=own)
     taken = best if _speed(best) > _FASTER * _speed(own) else own
@@ -77,7 +76,7 @@ def choose_dtype(
 
 
 def _speed(tried: Tried) -> float:
-    """Work a second by the plan; 0 where it does not fit."""
+    """The speed of a plan, by its objective; 0 where it does not fit."""
     if tried.choice is None:
         return 0.0
     if tried.planner.objective == "latency":
@@ -86,12 +85,11 @@ def _speed(tried: Tried) -> float:
 
 
 def _width(choice: Choice, planner: Planner) -> int:
-    """Rows of a product under `choice`."""
+    """The rows of a matrix product under `choice`."""
     policy = choice.policy
-    if not planner.task.generates:
-        return policy.micro_batch_tokens
     is_joint = choice.forecast.model.settings.is_coalesced
-    return policy.sequences_in_flight if is_joint else policy.micro_batch_sequences
+    key = planner.task.in_flight_key if is_joint else planner.task.micro_batch_key
+    return int(getattr(policy, key))
 
 
 def _products(dtypes: Sequence[str], machine: Machine, rows: int) -> dict[str, float]:
@@ -100,7 +98,7 @@ def _products(dtypes: Sequence[str], machine: Machine, rows: int) -> dict[str, f
 
 
 def dtype_words(found: DtypeChoice, *, is_open: bool, lacks: bool = False) -> str:
-    """What is computed in and why, as a part of a sentence. `lacks`: this processor is
+    """The dtype and the reason for it, as a part of a sentence. `lacks`: this CPU is
     known to have no instructions for the checkpoint's own dtype. Pure."""
     own, taken, times = found.own.dtype, found.taken.dtype, found.speed_up
     if not is_open:
@@ -118,7 +116,8 @@ def dtype_words(found: DtypeChoice, *, is_open: bool, lacks: bool = False) -> st
 
 
 def dtype_advice(found: DtypeChoice, *, is_open: bool) -> list[str]:
-    """A dtype that would be faster by its plan, where the user has set another."""
+    """Advice of a dtype that would be faster by its plan, where the user has set
+    another."""
     best = max(found.others, key=_speed, default=found.own)
     if is_open or _speed(best) <= _FASTER * _speed(found.own):
         return []

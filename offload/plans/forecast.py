@@ -1,4 +1,4 @@
-"""What a model, a policy and a machine come to: the cost model of all three."""
+"""The cost model of a model, a policy and a machine, and the work of tasks for it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from ..engine.transfers import transfer_of
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..settings.memory_budget import MemoryRoom, Use, reserve_of
+from ..settings.memory_budget import MemoryRoom, reserve_of
+from ..tasks.task import Task
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
@@ -35,7 +36,7 @@ class Forecast:
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """Bytes of the weights in each tier, in the dtype that computes."""
+        """The bytes of the weights in each tier, in the dtype that is computed in."""
         found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
         units = self.arrangement.division.found.units
         recipes = self.arrangement.recipes
@@ -51,29 +52,25 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts one model on one machine under many policies: what they have in
-    common is worked out once."""
+    """Forecasts one model on one machine for one task, under many policies. What the
+    policies have in common is computed once."""
 
     def __init__(
         self,
         module: Any,
         recipes: Mapping[str, Recipe],
         machine: Machine,
-        *,
-        generates: bool = False,
-        embeds: bool = False,
+        task: Task,
     ) -> None:
         self._module = module
         self._recipes = recipes
         self._machine = machine
-        self._generates = generates
-        self._embeds = embeds
-        self._use: Use = "completions" if generates else "rows"
+        self._task = task
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
 
     def forecast(self, policy: Policy) -> Forecast:
-        """Of the model under `policy`. Raises DoesNotFitError where its budgets are too
+        """The forecast under `policy`. Raises DoesNotFitError where its budgets are too
         small, and PolicyError."""
         is_host = policy.device == "cpu"
         machine = self._machine
@@ -82,14 +79,15 @@ class Forecaster:
             policy,
             room=_room(machine, policy),
             device_bytes=None if on_gpu is None else on_gpu // 2,
-            use=self._use,
+            use=self._task.use,
         )
         division = arrangement.division
         if division not in self._described:
             self._described[division] = _described(self._module, arrangement)
         described = self._described[division]
-        found = _forecast(arrangement, *described, policy, machine, self._generates)
-        settings = replace(found.model.settings, stops_at_hidden=self._embeds)
+        found = _forecast(arrangement, *described, policy, machine, self._task)
+        stops = not self._task.runs_head
+        settings = replace(found.model.settings, stops_at_hidden=stops)
         return replace(found, model=replace(found.model, settings=settings))
 
     def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
@@ -101,7 +99,7 @@ class Forecaster:
                 policy,
                 partial(transfer_of, is_host, policy),
                 is_host=is_host,
-                memory_alignment=ALIGNMENT,  # fits any drive
+                memory_alignment=ALIGNMENT,  # enough for any drive
             )
         return self._arrangers[key]
 
@@ -111,12 +109,11 @@ def forecast(
     recipes: Mapping[str, Recipe],
     policy: Policy,
     machine: Machine,
-    *,
-    generates: bool = False,
+    task: Task,
 ) -> Forecast:
-    """The forecast of `module`, which may be on meta. Raises DoesNotFitError where the
-    policy's budgets are too small, and PolicyError."""
-    return Forecaster(module, recipes, machine, generates=generates).forecast(policy)
+    """The forecast of `module`, which may be on meta, for `task`. Raises
+    DoesNotFitError where the policy's budgets are too small, and PolicyError."""
+    return Forecaster(module, recipes, machine, task).forecast(policy)
 
 
 def of_arrangement(
@@ -124,17 +121,16 @@ def of_arrangement(
     arrangement: Arrangement,
     policy: Policy,
     machine: Machine,
-    *,
-    generates: bool,
+    task: Task,
 ) -> Forecast:
-    """The same of what is arranged already."""
+    """The forecast of `module` with an arrangement that exists already."""
     described = _described(module, arrangement)
-    return _forecast(arrangement, *described, policy, machine, generates)
+    return _forecast(arrangement, *described, policy, machine, task)
 
 
 def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
-    """Of the host's memory. None where the policy has a size for what goes there, as a
-    plan's has: the planner divides the rest."""
+    """The host memory for weights and what is in flight; None where the policy has its
+    sizes, as a plan's policy has."""
     if policy.device != "cpu" or policy.device_memory != "auto":
         return None
     is_asked = policy.memory != "auto"
@@ -144,7 +140,7 @@ def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
 
 
 def _described(module: Any, arrangement: Arrangement) -> tuple[ModelShape, str]:
-    """Its shape, and the dtype that it computes with."""
+    """The shape of the model, and the dtype that it computes in."""
     recipes = arrangement.recipes
     is_gathered = bool(arrangement.gathered)
     shape = describe(module, arrangement.division, recipes, gathers_rows=is_gathered)
@@ -157,7 +153,7 @@ def _forecast(
     dtype: str,
     policy: Policy,
     machine: Machine,
-    generates: bool,
+    task: Task,
 ) -> Forecast:
     settings = Settings(
         arrangement.placement,
@@ -166,7 +162,9 @@ def _forecast(
         logits_bytes=policy.logits_memory,
         kv_tier=policy.kv.tier,
         kv_itemsize=kv_itemsize(policy),
-        is_coalesced=generates and policy.coalesce != "off" and not policy.compile,
+        is_coalesced=task.joins_products
+        and policy.coalesce != "off"
+        and not policy.compile,
         activations_move=policy.activations == "host" and policy.device != "cpu",
     )
     rates = rates_of(machine, policy, dtype)
@@ -174,13 +172,14 @@ def _forecast(
 
 
 def kv_itemsize(policy: Policy) -> float | None:
-    """Bytes of an element of keys and values as they are kept, with its part of a scale
-    (16 bits for 32 of them); None: those of what it computes with."""
+    """The bytes of an element of keys and values as they are kept, with its share of a
+    scale (16 bits for 32 elements). None: the size of the dtype that is computed in."""
     return None if policy.kv.dtype == "auto" else 1.0 + 2 / 32
 
 
 def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
-    """The work of scoring rows of `lengths` tokens, packed as a job packs them."""
+    """The work of rows of `lengths` tokens that run through the model once, packed as a
+    job packs them."""
     groups = pack(lengths, max_tokens=policy.micro_batch_tokens)
     batches = tuple(
         MicroBatchShape(len(group), max(lengths[row] for row in group))
@@ -192,8 +191,8 @@ def scoring_of(policy: Policy, lengths: Sequence[int]) -> Scoring:
 
 
 def scoring_alike(policy: Policy, num_rows: int, length: int) -> Scoring:
-    """As `scoring_of`, of `num_rows` rows that all have `length` tokens: a planner asks
-    for hundreds of thousands of them, many times."""
+    """As `scoring_of`, for `num_rows` rows of `length` tokens each. Planners call it
+    many times, with hundreds of thousands of rows."""
     groups = alike(num_rows, length, max_tokens=policy.micro_batch_tokens)
     return Scoring(
         tuple(MicroBatchShape(num, length) for num in groups),
@@ -209,21 +208,21 @@ def generating_of(
     *,
     in_parts: bool,
 ) -> Generating:
-    """The work of completing `num_rows` prompts of one length. `in_parts`: whether
-    each may come in with several calls, as the model's shape says."""
+    """The work of completing `num_rows` prompts of one length. `in_parts`: whether a
+    prompt may come in over several calls, as the model's shape says."""
     in_flight = policy.sequences_in_flight
     each = min(policy.micro_batch_sequences, in_flight)
     num_sharing = max(1, min(-(-num_rows // each), in_flight // each))
     rows = min(each, max(1, num_rows))
     chunk = prompt_chunk(policy, rows, num_sharing, in_parts=in_parts)
-    if chunk is None:  # then a call has at most so many tokens, too
+    if chunk is None:  # then micro_batch_tokens limits each call, too
         each = max(1, min(each, policy.micro_batch_tokens // max(1, prompt_tokens)))
     in_flight = in_flight // each * each
     return Generating(num_rows, prompt_tokens, new_tokens, in_flight, each, chunk)
 
 
 def dtype_of(recipes: Mapping[str, Recipe]) -> str:
-    """That most of the model computes with."""
+    """The dtype of most elements of `recipes`."""
     nbytes: dict[str, int] = {}
     for recipe in recipes.values():
         name = str(recipe.dtype).removeprefix("torch.")

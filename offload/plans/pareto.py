@@ -11,7 +11,7 @@ from .plan import Plan
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (seconds, tokens/s), those that none is better than in both; by seconds."""
+    """The points (seconds, tokens/s) that no other beats in both, by seconds."""
     found: list[tuple[float, float]] = []
     for seconds, rate in sorted(points, key=lambda p: (p[0], -p[1])):
         if not found or rate > found[-1][1]:
@@ -20,21 +20,21 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def points_of(plan: Plan) -> list[tuple[float, float, int]]:
-    """(seconds of a pass, tokens a second, in flight) of all that fits."""
-    asked = "sequences_in_flight" if plan.task.generates else "tokens_in_flight"
+    """(seconds of a pass, tokens a second, number in flight) of each policy that
+    fits."""
     return [
         (
             choice.prediction.pass_seconds,
             choice.rate,
-            int(getattr(choice.policy, asked)),
+            plan.task.in_flight(choice.policy),
         )
         for choice in plan.planner.choices()
     ]
 
 
 def check_plot(path: Path) -> None:
-    """Raises UsageError without matplotlib or for another kind of file, OutputError
-    where there is no such folder: before anything is planned."""
+    """Raises UsageError where matplotlib is missing or `path` is neither PNG nor SVG,
+    OutputError where its folder does not exist. Called before anything is planned."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise UsageError(f"{path}: give a name that ends in .png or .svg")
     if not path.parent.is_dir():
@@ -44,8 +44,8 @@ def check_plot(path: Path) -> None:
 
 
 def plot_pareto(plan: Plan, path: Path) -> None:
-    """Writes the plot to `path`, whose ending says what it is. Raises what `check_plot`
-    does, and OutputError where it cannot be written."""
+    """Writes the plot to `path`; its suffix says the format. Raises what `check_plot`
+    raises, and OutputError where the file cannot be written."""
     check_plot(path)
     from matplotlib.figure import Figure
 
@@ -62,14 +62,14 @@ def plot_pareto(plan: Plan, path: Path) -> None:
         color="C3",
         label="the plan",
     )
-    generates = plan.task.generates
-    what = "sequences" if generates else "tokens"
-    axes.set_xlabel("seconds of a pass" + (", which gives each a token" * generates))
-    axes.set_ylabel("output tokens/s" if generates else "tokens/s")
+    task = plan.task
+    gives = ", which gives each a token" if task.keeps_kv else ""
+    axes.set_xlabel(f"seconds of a pass{gives}")
+    axes.set_ylabel(task.rate_unit)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(loc="lower right", title=f"numbers: {what} in flight")
+    axes.legend(loc="lower right", title=f"numbers: {task.unit_in_flight} in flight")
     axes.set_title(f"{plan.model.resolve().name} on {plan.machine.name}", fontsize=11)
     try:
         figure.savefig(path)
@@ -78,7 +78,8 @@ def plot_pareto(plan: Plan, path: Path) -> None:
 
 
 def _draw(axes: Any, points: list[tuple[float, float, int]]) -> None:
-    """All that was tried, and who is best, with what each has in flight."""
+    """Draws all points, and a line through those that no other beats, with what each
+    has in flight."""
     axes.scatter(
         [seconds for seconds, _, _ in points],
         [rate for _, rate, _ in points],

@@ -1,4 +1,4 @@
-"""A plan: the resolved policy, bytes per tier, what it will do, and why."""
+"""A plan: the resolved policy, bytes per tier, the predicted speed, and why."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,9 +13,7 @@ from ...io.errors import PolicyError
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine
 from ..policy import Policy
-from ..tasks.generate import check_generates
-from ..tasks.head import check_causal
-from ..units.hidden import base_of
+from ..tasks.task import Task
 from ..weights.blueprint import blueprint
 from .devices import Devices, devices_of
 from .dtypes import (
@@ -27,21 +25,25 @@ from .dtypes import (
     try_dtype,
 )
 from .forecast import dtype_of
-from .planner import Choice, Objective, Planner, Task
+from .planner import Choice, Objective, Planner, Workload
 from .words import dtype_sentences, explain, kept_words
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner made of a policy for one model, machine and task."""
+    """What the planner chose for one model, machine and workload."""
 
     model: Path
     machine: Machine
-    task: Task
+    workload: Workload
     asked: Policy
-    """What the user set."""
+    """The policy as the user set it."""
     dtypes: DtypeChoice
     has_weights: bool
+
+    @property
+    def task(self) -> Task:
+        return self.workload.task
 
     @property
     def planner(self) -> Planner:
@@ -56,29 +58,29 @@ class Plan:
 
     @property
     def dtype(self) -> str:
-        """That most of the model computes in."""
+        """The dtype that most of the model computes in."""
         return self.dtypes.taken.dtype
 
     @property
     def policy(self) -> Policy:
-        """The resolved one."""
+        """The resolved policy."""
         return self.choice.policy
 
     @cached_property
     def devices(self) -> Devices | None:
-        """What the machine's devices could do together; None where it has one."""
+        """The ways to use the machine's devices; None where it has one."""
         return devices_of(self.planner, self.choice)
 
     @property
     def title(self) -> str:
-        """What is planned for, in one line."""
+        """The model and the machine, in one line."""
         alone = "" if self.has_weights else " (by its config.json alone)"
         how = f" ({self.machine.source})" if self.machine.is_estimate else ""
         return f"{self.model}{alone} on {self.machine.name}{how}"
 
     @property
     def sentences(self) -> list[str]:
-        """What binds, and what would change it."""
+        """What limits the speed, and what would change it."""
         is_open = self.asked.dtype == "auto"
         return [
             *explain(self.planner, self.choice),
@@ -92,15 +94,14 @@ class Plan:
         lines = [
             f"# {self.title}",
             f"# predicted: {self.choice.rate:,.1f} "
-            f"{'output tokens/s' if self.task.generates else 'tokens/s'}, "
-            f"{prediction.binds} binds",
+            f"{self.task.rate_unit}, {prediction.binds} binds",
             *(f"# {sentence}" for sentence in self.sentences),
         ]
         values = self.policy.model_dump(mode="json", exclude_unset=True)
         return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Sizes in bytes, times in seconds."""
+        """The values for `--json`. Sizes are in bytes, times in seconds."""
         found = self.choice.prediction
         tiers = self.choice.forecast.bytes_by_tier
         return {
@@ -131,25 +132,29 @@ def make_plan(
     model: Path,
     policy: Policy,
     machine: Machine | None,
-    task: Task,
+    workload: Workload,
     objective: Objective = "throughput",
     *,
     host_bytes: int | None = None,
     is_sparing: bool = True,
 ) -> Plan:
-    """Plans `task` with the checkpoint in `model`, of which config.json is enough.
-    Without a `machine`, for quick estimates of this computer, which take about a second
-    (CPUs only). A dtype that the policy leaves open is chosen, too. `host_bytes`: most
-    of the host's memory that the process may have (None: all there is); not
-    `is_sparing`: weights take what there is, even where that is no faster. Raises
-    DoesNotFitError (with what would make it run), PolicyError, CheckpointError and
-    UsageError."""
+    """Plans `workload` with the checkpoint in `model`; its config.json is enough.
+    Chooses a dtype, too, where the policy leaves it open.
+
+    A `machine` of None stands for this computer, by quick estimates that take about a
+    second (CPUs only). `host_bytes` is the most host memory that the process may have;
+    None: all there is. With `is_sparing`, weights take no more memory than makes it
+    faster; else they take what there is.
+
+    Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
+    and UsageError.
+    """
     if machine is not None:
         check_runs(machine)
     skeleton, has_weights = blueprint(
         model, policy.dtype, trust_remote_code=policy.trust_remote_code
     )
-    check_does(skeleton.model, task)
+    workload.task.check_model(skeleton.model)
     own = dtype_of(skeleton.recipes)
     device = policy.device if machine is None else machine.device
     beside = dtypes_beside(own, device)
@@ -159,15 +164,21 @@ def make_plan(
         host = min(machine.host_memory, host_bytes)
         machine = machine.model_copy(update={"host_memory": host})
     planner = Planner(
-        skeleton.model, skeleton.recipes, machine, policy, task, objective, is_sparing
+        skeleton.model,
+        skeleton.recipes,
+        machine,
+        policy,
+        workload,
+        objective,
+        is_sparing,
     )
     found = plan_dtypes(model, planner, own)
-    return Plan(model, machine, task, policy, found, has_weights)
+    return Plan(model, machine, workload, policy, found, has_weights)
 
 
 def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
-    """The dtype that is fastest, of those that come into question beside `own`, which
-    is what `planner` plans for."""
+    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside
+    it."""
     machine, asked = planner.machine, planner.policy
     others = []
     for name in dtypes_beside(own, machine.device):
@@ -187,15 +198,15 @@ def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
 
 
 def with_dtype(policy: Policy, dtype: str) -> Policy:
-    """`policy`, computing in `dtype`."""
+    """`policy` with `dtype`."""
     return Policy(**{**policy.model_dump(exclude_unset=True), "dtype": dtype})
 
 
 def estimates_of(
     model: Path, policy: Policy, dtypes: Iterable[str], *, has_weights: bool
 ) -> Machine:
-    """Quick estimates of this computer, for what the checkpoint in `model` needs.
-    Raises PolicyError for a GPU, which only `penstock machine` measures."""
+    """Quick estimates of this computer, with the drive of the checkpoint in `model`.
+    Raises PolicyError for a GPU: only `penstock machine` measures those."""
     if policy.device != "cpu":
         raise PolicyError(
             f"no machine file, and quick estimates are of CPUs: run penstock machine "
@@ -212,18 +223,8 @@ def estimates_of(
         ) from error
 
 
-def check_does(model: Any, task: Task) -> None:
-    """Raises UsageError for a task that is not the model's."""
-    if task.embeds:
-        base_of(model)
-    elif task.generates:
-        check_generates(model)
-    else:
-        check_causal(model)
-
-
 def check_runs(machine: Machine) -> None:
-    """Raises PolicyError for machines that only the formulas know."""
+    """Raises PolicyError for machines that Penstock does not compute on."""
     if machine.device == "tpu":
         raise PolicyError(
             f"machine {machine.name!r} is for the formulas alone: Penstock computes on "

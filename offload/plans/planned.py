@@ -1,57 +1,40 @@
-"""What a planner is asked for, what it may take, and what it chooses."""
+"""What a planner is asked for, the memory that it may use, and what it chooses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...scheduler.cost.memory_need import Need
 from ...scheduler.cost.workload import Prediction
 from ..monitoring.show import human_bytes
 from ..policy import Policy
+from ..tasks.score_task import Score
+from ..tasks.task import Task
 from .forecast import Forecast
 
 _SAFE = 0.7
-"""Of the time that computing takes, for what an estimated link does meanwhile."""
+"""The share of the computing time that an estimated link may be busy."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What is to be done with the model."""
+class Workload:
+    """A task and the length of its rows."""
 
-    generates: bool = False
-    prompt_tokens: int = 128
-    """Of a row to complete; of a row to score or embed, all its tokens."""
-    new_tokens: int = 64
-    embeds: bool = False
-    """Rows become vectors, without a head."""
-
-    @property
-    def name(self) -> str:
-        """As the command is called."""
-        if self.embeds:
-            return "embed"
-        return "generate" if self.generates else "score"
-
-    @property
-    def in_flight_key(self) -> str:
-        """The policy's key for how many tokens, or sequences, share a pass."""
-        return "sequences_in_flight" if self.generates else "tokens_in_flight"
-
-    def in_flight(self, policy: Policy) -> int:
-        """Tokens, or sequences, that share a pass under `policy`."""
-        return int(getattr(policy, self.in_flight_key))
+    task: Task = field(default_factory=Score)
+    row_tokens: int = 128
+    """The tokens of each row. For a task that generates, those of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be taken."""
+    """The bytes that a plan may use."""
 
     device: int
     host: int
     is_shared: bool
-    """Whether the device's memory is the host's: then `device` is all there is."""
+    """Whether device and host have one memory. Then `device` is all of it."""
 
     def beside(self, need: Need, kv_tier: str) -> "Budget":
-        """What `need`, with keys and values in `kv_tier`, leaves for weights; less than
-        nothing where it does not fit."""
+        """What is left for weights beside `need`, with keys and values in `kv_tier`.
+        Negative where it does not fit."""
         device, host = need.beside_weights(kv_tier, is_shared=self.is_shared)
         left = self.device - device
         return Budget(
@@ -61,7 +44,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One policy, and what it would do."""
+    """One policy, with its forecast, its prediction and the memory that it needs."""
 
     policy: Policy
     forecast: Forecast
@@ -70,14 +53,13 @@ class Choice:
 
     @property
     def rate(self) -> float:
-        """Tokens a second: those that come out, or those that are scored."""
+        """Tokens a second: generated ones, or those that run through the model."""
         found = self.prediction
         return found.output_tokens_per_second or found.tokens_per_second
 
     @property
     def is_safe(self) -> bool:
-        """Whether links may be slower than they were estimated, and be hidden all the
-        same."""
+        """Whether computing still hides the links if they are slower than estimated."""
         found = self.prediction
         busiest = max(found.busy_seconds.values(), default=0.0)
         return busiest <= _SAFE * found.compute_seconds
@@ -96,10 +78,10 @@ def why_not(
     *,
     whole_bytes: int,
 ) -> str:
-    """Why nothing fits on the machine `name`, and what would. All in bytes: the policy
-    `asked` for that working set, or for none; the largest part and what is always
-    needed take `least`, what is in flight `beside`; the device has `device` to give,
-    and one of `whole_bytes` would do."""
+    """Why nothing fits on the machine `name`, and what would. All numbers are bytes:
+    `asked` is the policy's device_memory, if it is set; the largest part and what is
+    always needed take `least`, what is in flight takes `beside`; the device has
+    `device` to give, and one with `whole_bytes` would do."""
     parts = (
         f"its largest part and what is always needed take {human_bytes(least)}, what "
         f"is in flight {human_bytes(beside)}"

@@ -1,4 +1,5 @@
-"""Chooses what a policy leaves open: what is in flight, and who stays in memory."""
+"""Chooses what a policy leaves open: what is in flight, and which weights stay in
+memory."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,47 +14,49 @@ from ...scheduler.cost.shape import ModelShape
 from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .planned import Budget, why_not
 from .planned import Choice as Choice
-from .planned import Task as Task
+from .planned import Workload as Workload
 from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]
 USABLE = 0.9
-"""Share of a memory; the rest is for the system and for what nobody counts."""
-_GOOD_ENOUGH = 0.99  # of the best: then the one that takes less
+"""The share of a memory that is planned with. The rest is for the system and for what
+is not counted."""
+_GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
 _STEP_BYTES = 64 << 20
-_MICRO_BATCH_TOKENS = (128, 256, 512, 1024, 2048)
-_MICRO_BATCH_SEQUENCES = (4, 8, 16, 32, 64)
+_MICRO_BATCHES: Mapping[str, tuple[int, ...]] = {
+    "tokens": (128, 256, 512, 1024, 2048),
+    "sequences": (4, 8, 16, 32, 64),
+}
+"""The micro-batch sizes that are tried, by the unit that is in flight."""
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for one model on one machine. `policy` is what the user asks for: what is
-    set there stays."""
+    """Plans a workload for one model on one machine. What `policy` sets is kept."""
 
     module: Any
     recipes: Mapping[str, Recipe]
     machine: Machine
     policy: Policy
-    task: Task
+    workload: Workload
     objective: Objective = "throughput"
     is_sparing: bool = True
-    """Whether weights take no more memory than makes it faster."""
+    """Whether weights use no more memory than makes it faster."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
 
     @cached_property
     def _forecaster(self) -> Forecaster:
-        return Forecaster(
-            self.module,
-            self.recipes,
-            self.machine,
-            generates=self.task.generates,
-            embeds=self.task.embeds,
-        )
+        return Forecaster(self.module, self.recipes, self.machine, self.task)
+
+    @property
+    def task(self) -> Task:
+        return self.workload.task
 
     def choose(self) -> Choice:
         """The best policy. Raises DoesNotFitError, saying what would make it run."""
@@ -69,15 +72,16 @@ class Planner:
         return self._less_memory(min(good, key=lambda choice: choice.in_flight))
 
     def choices(self) -> list[Choice]:
-        """All that fit, with as much of the model in memory as there is room for."""
+        """All policies that fit, each with as much of the model in memory as fits."""
         if not self._choices:
             tried = (self._choice(self._with(s)) for s in self._settings())
             self._choices.extend(choice for choice in tried if choice is not None)
         return self._choices
 
     def beside(self, start: Choice, policy: Policy) -> Choice | None:
-        """`policy`, which differs a little from that of `start`, with as much memory;
-        with less where what is in flight leaves no more, None where that is none."""
+        """The choice for `policy`, which differs a little from that of `start`. It gets
+        the same memory, or less where what is in flight leaves less; None where that
+        leaves too little."""
         roomy = self._choice(policy)
         if roomy is None or not self._is_free("device_memory"):
             return roomy
@@ -91,15 +95,14 @@ class Planner:
         return self._evaluate(_updated(roomy.policy, values), roomy.need)
 
     def under(self, machine: Machine, settings: Mapping[str, Any]) -> "Planner":
-        """The same for another machine, with more settings."""
+        """This planner for another machine and with more settings."""
         policy = _updated(self.policy, settings)
-        asked = (machine, policy, self.task, self.objective, self.is_sparing)
+        asked = (machine, policy, self.workload, self.objective, self.is_sparing)
         return Planner(self.module, self.recipes, *asked)
 
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
-        """`choice`, made for one of `num` parts of a machine, where all parts share one
-        copy of the weights in host memory: it may have what each has no need of. None
-        where the user has set its size."""
+        """`choice`, made for one of `num` parts of a machine, with one copy of the
+        weights in host memory for all parts. None where the user has set its size."""
         if not self._is_free("host_memory"):
             return None
         own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
@@ -110,12 +113,13 @@ class Planner:
         return self._evaluate(_updated(choice.policy, values), choice.need)
 
     def most_in_flight(self) -> int:
-        """Tokens (or sequences) in flight that there is memory for at all."""
+        """The most tokens (or sequences) in flight that there is memory for."""
         return max((self.task.in_flight(c.policy) for c in self.choices()), default=0)
 
     @property
     def budget(self) -> Budget:
-        """What the machine has, or the policy's `memory` of it, less the runtime."""
+        """The machine's memory, or the policy's `memory`, less what the runtime
+        takes."""
         asked, device = self.policy.memory, self.machine.device_memory
         host = int(self.machine.host_memory * USABLE)
         host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
@@ -128,13 +132,9 @@ class Planner:
         return key not in self.policy.model_fields_set or value == "auto"
 
     def _settings(self) -> Iterator[dict[str, Any]]:
-        """What to try for what is in flight; one micro-batch for the least latency."""
-        names = ("micro_batch_tokens", "tokens_in_flight")
-        sizes: tuple[int, ...] = _MICRO_BATCH_TOKENS
-        if self.task.generates:
-            names = ("micro_batch_sequences", "sequences_in_flight")
-            sizes = _MICRO_BATCH_SEQUENCES
-        each_name, all_name = names
+        """The settings to try for what is in flight: for latency, one micro-batch."""
+        each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
+        sizes = _MICRO_BATCHES[self.task.unit_in_flight]
         if not self._is_free(each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
@@ -153,15 +153,14 @@ class Planner:
                         yield {each_name: key[0], all_name: total, **where}
 
     def _places(self) -> list[dict[str, Any]]:
-        """Where what is in flight may be, beside the weights: the fastest first. What
-        generates has little of its own beside keys and values."""
+        """The places to try for activations (or keys and values), the fastest first."""
         is_gpu = self.machine.device_memory is not None
-        if not self.task.generates:
+        if not self.task.keeps_kv:
             moves = is_gpu and self._is_free("activations")
             return [{}, {"activations": "host"}] if moves else [{}]
         if self.policy.kv.tier != "auto" or self.policy.compile:
             return [{}]
-        # A tier that is slower than one with a limit would never reach it.
+        # From a tier slower than one with a limit on, that limit would never matter.
         slowest = min(map(KV_TIERS.index, self.policy.kv.limits), default=len(KV_TIERS))
         tiers = KV_TIERS[0 if is_gpu else 1 : slowest + 1]
         return [{"kv": {"tier": tier.value}} for tier in tiers]
@@ -173,15 +172,15 @@ class Planner:
             values["kv"] = {**values.get("kv", {}), **kv}
         if self.machine.device == "cuda" and "device" not in values:
             values["device"] = "cuda"
-        # Estimates tried one reader only: the best is found at loading.
+        # Estimates know one reader only: the best is found when loading.
         disk = None if self.machine.is_estimate else self.machine.disk
         if disk is not None and self.policy.io.reader == "auto":
             values["io"] = {**values.get("io", {}), "reader": disk.best_reader}
         return Policy(**{**values, **settings})
 
     def _choice(self, policy: Policy) -> Choice | None:
-        """`policy` with as much of the model in memory as fits beside what is in
-        flight; None where that leaves too little."""
+        """The choice for `policy`, with as much of the model in memory as fits beside
+        what is in flight; None where that leaves too little."""
         shape = self._any_shape(policy)
         need = self._need(shape, policy)
         budget = self.budget.beside(need, policy.kv.tier)
@@ -210,7 +209,7 @@ class Planner:
         return self._evaluate(_updated(policy, values), need)
 
     def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
-        """All that is left is for keys and values: of their own accord they would stop
+        """Gives keys and values all memory that is left. By themselves they would stop
         at half of what is free when the model is loaded, and go on to a slower tier."""
         kv = policy.kv
         if kv.tier not in ("device", "host") or self.policy.kv.limits:
@@ -227,32 +226,33 @@ class Planner:
         return Choice(policy, found, prediction, need)
 
     def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
-        """As much as is in flight at one time, in several passes."""
-        task = self.task
-        if task.generates:
+        """The work that is predicted: as much as is in flight, several times."""
+        length = self.workload.row_tokens
+        if self.task.keeps_kv:
             num_rows = policy.sequences_in_flight
             return generating_of(
                 policy,
                 num_rows,
-                task.prompt_tokens,
-                task.new_tokens,
+                length,
+                self.task.new_tokens,
                 in_parts=shape.prompts_in_parts,
             )
         times = 8 if self.objective == "throughput" else 1
-        rows = max(1, policy.tokens_in_flight // task.prompt_tokens) * times
-        return scoring_alike(policy, rows, task.prompt_tokens)
+        rows = max(1, policy.tokens_in_flight // length) * times
+        return scoring_alike(policy, rows, length)
 
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
-        return need_of(shape, policy, self.task, is_shared=self.budget.is_shared)
+        return need_of(shape, policy, self.workload, is_shared=self.budget.is_shared)
 
     def _any_shape(self, policy: Policy) -> ModelShape:
-        """With a working set that all fits into, whatever `memory` there is."""
+        """The model's shape under `policy`, with a working set that holds all of it."""
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
         roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
         return self._forecast(_updated(policy, {**roomy, "placement": {}})).shape
 
     def _forecast(self, policy: Policy) -> Forecast:
-        """Divided once for each pair of budgets: what is in flight changes nothing."""
+        """The forecast for `policy`. It is computed once for each division of memory:
+        what is in flight does not change it."""
         memory = (policy.device, policy.device_memory, policy.host_memory)
         ways = (policy.lookahead, policy.coalesce, policy.activations, policy.io.reader)
         key = (*memory, *ways)
@@ -265,8 +265,8 @@ class Planner:
         )
 
     def _less_memory(self, best: Choice) -> Choice:
-        """The same with less of the model in memory, where that is as fast: beside
-        the largest part, room for those that are fetched meanwhile."""
+        """`best` with less of the model in memory, where that is as fast: the largest
+        part, and room for those that are loaded meanwhile."""
         if not (self.is_sparing and self._is_free("device_memory")):
             return best
         shape = best.forecast.shape
@@ -283,7 +283,7 @@ class Planner:
         return best
 
     def _why_not(self) -> str:
-        """What is missing, and what would make it run."""
+        """Why nothing fits, and what would make it run."""
         smallest = self._with(next(iter(self._settings())))
         shape = self._any_shape(smallest)
         need, budget = self._need(shape, smallest), self.budget

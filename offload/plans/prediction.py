@@ -1,4 +1,4 @@
-"""What a job was predicted to do, for its report: measured beside it."""
+"""Predicts a job after it has run, for its report, which has both."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,25 @@ from ...scheduler.cost.workload import Generating, Scoring, predict
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..tasks.task import Task
 from ..units.arrangement import Arrangement
 from .forecast import of_arrangement
 
 
 def predicted(
+    task: Task,
     model: Any,
     arrangement: Arrangement,
     policy: Policy,
     machine: Machine,
     counts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Seconds, tokens a second and what binds on `machine`, for the tokens that
-    `counts` says the job had; or `note`, which says why there are none."""
+    """The predicted seconds, tokens a second and what binds on `machine`, for a job of
+    `task` with the tokens in `counts`; or `note`, which says why nothing is
+    predicted."""
     try:
-        generates = "output_tokens" in counts
-        made = of_arrangement(model, arrangement, policy, machine, generates=generates)
-        work = work_of(policy, counts, in_parts=made.shape.prompts_in_parts)
+        made = of_arrangement(model, arrangement, policy, machine, task)
+        work = work_of(task, policy, counts, in_parts=made.shape.prompts_in_parts)
         if work is None:
             return {"note": "no rows to predict for"}
         found = predict(made.model, work)
@@ -38,23 +40,23 @@ def predicted(
         "predicted_bound_by": found.binds,
         "predicted_by": machine.source,
     }
-    if generates:
+    if task.keeps_kv:
         output = counts["output_tokens"]
         result["predicted_output_tokens_per_second"] = output / found.seconds
     return result
 
 
 def work_of(
-    policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
+    task: Task, policy: Policy, counts: Mapping[str, Any], *, in_parts: bool
 ) -> Scoring | Generating | None:
-    """The job's work by its counts: micro-batches as the mean of them was. None
-    without any."""
+    """The job's work, of micro-batches as its mean ones were. None where it had
+    none."""
     num = counts["micro_batches"]
     if not num:
         return None
     rows = max(num, counts["rows"])
     each = max(1, round(rows / num))
-    if "output_tokens" in counts:
+    if task.keeps_kv:
         prompt = counts["prompt_tokens"] + counts["tokens_padding"]
         num_sharing = min(num, max(1, policy.sequences_in_flight // each))
         return Generating(

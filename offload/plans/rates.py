@@ -1,4 +1,4 @@
-"""From a machine's file and a policy to the rates of the cost model."""
+"""Makes the rates of the cost model from a machine's file and a policy."""
 
 import math
 
@@ -11,8 +11,8 @@ _HALF = ("bfloat16", "float16")
 
 
 def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
-    """What `machine` does for weights of `dtype` under `policy`, whose `links` hold
-    some of its links to less."""
+    """The rates of `machine` for weights of `dtype`. The `links` of `policy` limit some
+    of its links."""
     matmul = Curve.of(matmul_of(machine, dtype))
     attention = machine.attention.get(dtype)  # type: ignore[call-overload]
     device = machine.device_bandwidth or machine.host_bandwidth or math.inf
@@ -51,8 +51,8 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
 
 
 def matmul_of(machine: Machine, dtype: str) -> dict[int, float]:
-    """FLOP/s by rows; of the other half precision where this one is not known. Raises
-    PolicyError where neither is."""
+    """The FLOP/s of matrix products by their rows. Where a half precision is unknown,
+    those of the other one. Raises PolicyError where neither is known."""
     found = machine.matmul.get(dtype)  # type: ignore[call-overload]
     if found is None and dtype in _HALF:
         found = next((machine.matmul[d] for d in _HALF if d in machine.matmul), None)
@@ -65,7 +65,7 @@ def matmul_of(machine: Machine, dtype: str) -> dict[int, float]:
 
 
 def reader_of(machine: Machine, policy: Policy) -> str:
-    """The reader that the policy asks for, or the machine's best one."""
+    """The reader that the policy names, or the machine's best one."""
     asked = policy.io.reader
     if machine.disk is None or asked in machine.disk.bandwidth:
         return asked
@@ -73,14 +73,15 @@ def reader_of(machine: Machine, policy: Policy) -> str:
 
 
 def _links(machine: Machine, policy: Policy, reader: str) -> dict[str, float]:
-    """Bytes a second from each tier that is not used where it lies."""
+    """The bytes a second of the link from each tier whose weights are copied before
+    use."""
     copies, links = machine.copies, {}
     if machine.disk is not None:
         links["disk"] = float(machine.disk.bandwidth[reader])
     if copies is not None:
         links["host"] = float(copies.pinned_to_device)
         links["peer"] = float(copies.peer or copies.pinned_to_device)
-        if "disk" in links and reader != "gds":  # through the host's memory
+        if "disk" in links and reader != "gds":  # such reads pass through host memory
             links["disk"] = min(links["disk"], links["host"])
     for tier, held in policy.links.items():
         links[tier] = min(links.get(tier, math.inf), float(held.bandwidth))

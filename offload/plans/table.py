@@ -20,13 +20,13 @@ _SHOWN = (
 
 
 def plan_table(plan: Plan) -> Table:
-    """What was chosen, bytes per tier, and what is predicted."""
+    """A table of what was chosen, the bytes per tier, and what is predicted."""
     choice, found = plan.choice, plan.choice.prediction
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    if plan.task.generates:
-        table.add_row("output tokens/s", f"{found.output_tokens_per_second:,.1f}")
+    if plan.task.keeps_kv:
+        table.add_row(plan.task.rate_unit, f"{found.output_tokens_per_second:,.1f}")
     table.add_row("tokens/s", f"{found.tokens_per_second:,.1f}")
     table.add_row("a pass", f"{found.pass_seconds:.3f} s")
     table.add_row("  computing", f"{found.compute_seconds:.3f} s")
@@ -45,14 +45,15 @@ def plan_table(plan: Plan) -> Table:
         if key in chosen:
             value = getattr(plan.policy, key)
             table.add_row(key, _shown(key, value))
-    if plan.task.generates:
+    if plan.task.keeps_kv:
         table.add_row("kv.tier", plan.policy.kv.tier)
     table.add_row("io.reader", plan.policy.io.reader)
     return table
 
 
 def devices_table(devices: Devices) -> Table:
-    """What several devices could do: what Penstock runs first, formulas after it."""
+    """A table of the ways to use several devices: those that Penstock runs, then
+    formulas."""
     crossover = devices.crossover_tokens
     caption = devices.note
     if crossover is not None:

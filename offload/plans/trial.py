@@ -1,4 +1,4 @@
-"""Tries settings by the plan, before they are advised."""
+"""Tries settings with the planner before they are advised."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from ...io.errors import PenstockError
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..weights.blueprint import blueprint
-from .planned import Choice, Task
+from .planned import Choice, Workload
 from .planner import Planner
 
 
 @dataclass(frozen=True)
 class PlanTrial:
-    """The checkpoint `model` on a machine, under what the user asked for and what was
-    chosen beside it."""
+    """The checkpoint `model` on a machine, under `policy`: what the user set and what
+    was chosen."""
 
     model: Path
     policy: Policy
     machine: Machine
-    task: Task
+    workload: Workload
 
     def __call__(self, settings: Mapping[str, Any]) -> Choice | None:
-        """What the policy with `settings` would do; None where that does not fit, or is
-        no policy."""
+        """The choice for the policy with `settings`; None where that does not fit or is
+        no valid policy."""
         try:
             values = self.policy.model_dump(exclude_unset=True)
             policy = Policy(**_merged(values, settings))
@@ -39,7 +39,7 @@ class PlanTrial:
                 skeleton.recipes,
                 self.machine,
                 policy,
-                self.task,
+                self.workload,
                 is_sparing=False,
             )
             return planner.choose()
@@ -48,7 +48,7 @@ class PlanTrial:
 
 
 def _merged(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` over `values`, sections key by key."""
+    """`values` with `settings`, which win. Sections are merged key by key."""
     found = dict(values)
     for key, value in settings.items():
         old = found.get(key)

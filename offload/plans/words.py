@@ -1,4 +1,4 @@
-"""Says in sentences what binds a plan, and what would change it."""
+"""Says in sentences what limits the speed of a plan, and what would change it."""
 
 from ...scheduler.cost.load_cost import load_seconds
 from ..monitoring.show import human_bytes
@@ -8,8 +8,8 @@ from .planner import Choice, Planner
 
 
 def explain(planner: Planner, choice: Choice) -> list[str]:
-    """What binds `choice`, how much more in flight would hide it, what is kept beside
-    the weights, and where."""
+    """Sentences: what limits the speed of `choice`, how much more in flight would hide
+    it, and what is kept beside the weights, and where."""
     found = [_binds(planner, choice)]
     found += _kv(planner, choice)
     found += _activations(choice)
@@ -32,12 +32,12 @@ def _binds(planner: Planner, choice: Choice) -> str:
         )
     tier = prediction.binds
     loading = weight_seconds(choice).get(tier, 0.0)
-    # What is not weights grows with what is in flight, as computing does.
+    # Traffic other than weights grows with what is in flight, as computing does.
     grows = prediction.busy_seconds.get(tier, 0.0) - loading
-    what = "sequences" if planner.task.generates else "tokens"
+    what = planner.task.unit_in_flight
     says = f"{tier} binds: {links[tier] / 1e9:.2f} GB/s; "
     if grows >= compute:
-        beside = "keys and values" if planner.task.generates else "activations"
+        beside = "keys and values" if planner.task.keeps_kv else "activations"
         return says + (
             f"{beside} take {grows:.2f} s of a pass on its link, and computing "
             f"{compute:.2f} s: more {what} in flight would not hide it"
@@ -49,7 +49,7 @@ def _binds(planner: Planner, choice: Choice) -> str:
 
 
 def _kv(planner: Planner, choice: Choice) -> list[str]:
-    """Where keys and values go that come back over a link."""
+    """A sentence for keys and values that come back over a link."""
     tier, links = choice.policy.kv.tier, choice.forecast.model.rates.links
     if not choice.need.kv or tier not in links:
         return []
@@ -64,7 +64,7 @@ def _kv(planner: Planner, choice: Choice) -> list[str]:
 
 
 def _activations(choice: Choice) -> list[str]:
-    """Those that wait elsewhere."""
+    """A sentence for activations that wait in host memory."""
     if not choice.need.waiting:
         return []
     return [
@@ -75,7 +75,7 @@ def _activations(choice: Choice) -> list[str]:
 
 
 def _room(planner: Planner, choice: Choice) -> str:
-    """Why no more are in flight."""
+    """Why no more is in flight, as the end of a sentence."""
     if planner.objective == "latency":
         return ", which would take longer for each"
     key = planner.task.in_flight_key
@@ -86,12 +86,12 @@ def _room(planner: Planner, choice: Choice) -> str:
 
 
 def prediction_busy(choice: Choice) -> float:
-    """Seconds of a pass that its busiest link needs for weights."""
+    """The seconds of a pass that the busiest link needs for weights."""
     return max(weight_seconds(choice).values(), default=0.0)
 
 
 def weight_seconds(choice: Choice) -> dict[str, float]:
-    """Seconds of a pass that each link is busy with weights."""
+    """The seconds of a pass that each link needs for weights, by tier."""
     model = choice.forecast.model
     busy: dict[str, float] = {}
     for unit in model.shape.streamed:
@@ -106,8 +106,8 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
 
 
 def dtype_sentences(found: DtypeChoice, *, is_open: bool) -> list[str]:
-    """What it computes in where that is not the checkpoint's own dtype, or one that
-    would be faster."""
+    """A sentence for the dtype, where it is not the checkpoint's own or another would
+    be faster."""
     if not is_open:
         return dtype_advice(found, is_open=False)
     if not found.others:
@@ -116,6 +116,6 @@ def dtype_sentences(found: DtypeChoice, *, is_open: bool) -> list[str]:
 
 
 def kept_words(asked: Policy) -> list[str]:
-    """The keys that the user set."""
+    """A sentence that lists the keys that the user set."""
     kept = sorted(asked.model_fields_set)
     return [f"kept as you set them: {', '.join(kept)}"] if kept else []

@@ -1,4 +1,4 @@
-"""Tells rows of text apart: which of some labels is the likeliest to come next?"""
+"""Classifies rows of text by how likely each of some labels is to come next."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from ...io.errors import UsageError
-from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..rows.labels import Label, Labelled, tokenize_labels
 from ..rows.limits import limits_of
-from ..rows.text import RowError, tokenizer_of
+from ..rows.text import RowError
+from .classify_task import Classify
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Row, RowPiece
+from .packed import Row, RowPiece
 from .shared_prompt import SharedPrompts, can_share
 from .task_progress import ScoreProgress
 
@@ -25,12 +24,13 @@ class _Row(Row):
     labels: tuple[Label, ...] = ()
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
-    """By the label's number."""
+    """The log-probability of each label, by its number among the row's labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt(RowPiece[_Row]):
-    """What all labels have in common; or, where they share nothing, one of them."""
+    """A prompt and the labels that may follow it. Where a model cannot share the
+    prompt's computation, there is one for each label."""
 
     labels: tuple[tuple[int, Label], ...]
 
@@ -59,34 +59,19 @@ def classify(
     A prompt is run once for all of its labels, with one more pass over the weights
     where labels have several tokens.
     """
-    return classify_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        labels=labels,
-        tokenizer=tokenizer,
-        progress=progress or ScoreProgress(),
-    )
+    task = Classify.of(labels=labels)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
-def classify_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    labels: Sequence[str],
-    tokenizer: Any,
-    progress: ScoreProgress,
-) -> Iterator[dict[str, Any]]:
-    """Like `classify`, of rows in parts: no two parts share a micro-batch."""
-    model = without_wrapper(model)
-    if len(set(labels)) < len(labels):
-        raise UsageError(f"a label is given twice: {', '.join(labels)}")
-    tokenizer = tokenizer or tokenizer_of(model)
-    task = _Classifying(model, tokenizer, tuple(labels))
-    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
+class ClassifyRunner:
+    """Runs prompts through a causal language model and reads the log-probabilities of
+    the labels that may follow. Raises UsageError where `task` does not fit the
+    model."""
 
-
-class _Classifying:
-    def __init__(self, model: Any, tokenizer: Any, labels: tuple[str, ...]) -> None:
+    def __init__(self, task: Classify, model: Any, tokenizer: Any) -> None:
+        labels = task.labels
+        if len(set(labels)) < len(labels):
+            raise UsageError(f"a label is given twice: {', '.join(labels)}")
         engine = engine_of(model)
         self._model = model
         self._device = engine.device

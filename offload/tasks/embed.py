@@ -8,14 +8,13 @@ import numpy
 import torch
 
 from ...io.errors import UsageError
-from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, tokenize_texts, tokenizer_of
+from ..rows.text import RowError, tokenize_texts
 from ..settings.values import Pooling
 from ..units.hidden import base_of
-from .packed import LAZY_ROWS, Packed, Row, RowPiece
+from .embed_task import Embed
+from .packed import Row, RowPiece
 from .pooling import pooled
 from .task_progress import ScoreProgress
 
@@ -49,51 +48,24 @@ def embed(
     `rows` may be lazy and longer than memory. Raises UsageError for options that do not
     fit the model.
     """
-    return embed_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        tokenizer=tokenizer,
-        pooling=pooling,
-        normalize=normalize,
-        truncate=truncate,
-        progress=progress or ScoreProgress(),
-    )
+    task = Embed(pooling, normalize, truncate)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
-def embed_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    tokenizer: Any,
-    pooling: str,
-    normalize: bool | None,
-    truncate: int | None,
-    progress: ScoreProgress,
-) -> Iterator[dict[str, Any]]:
-    """Like `embed`, of rows in parts: no two parts share a micro-batch."""
-    model = without_wrapper(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    task = _Embedding(model, tokenizer, pooling, normalize, truncate)
-    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
+class EmbedRunner:
+    """Runs rows through a model without its head and makes a vector of each one's
+    hidden states. Raises UsageError where `task` does not fit the model."""
 
-
-class _Embedding:
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        pooling: str,
-        normalize: bool | None,
-        truncate: int | None,
-    ) -> None:
+    def __init__(self, task: Embed, model: Any, tokenizer: Any) -> None:
         self._device = engine_of(model).device
         self._tokenizer = tokenizer
         self._base = base_of(model)
-        self._pool = pooled(model, pooling, normalize)
+        self._pool = pooled(model, task.pooling, task.normalize)
         self._limits = limits_of(model)
         self.pad = self._limits.pad_of(tokenizer.pad_token_id)
         context = self._limits.context
         self._most = context
+        truncate = task.truncate
         if truncate is not None:
             if truncate < 1 or truncate > (context or truncate):
                 raise UsageError(
@@ -153,5 +125,6 @@ class _Embedding:
 
 
 def _numbers(vector: torch.Tensor) -> list[float]:
-    """As short as says which float32 each is."""
+    """The numbers of `vector`, each with as few digits as tell it from other float32
+    ones."""
     return [float(str(value)) for value in vector.numpy().astype(numpy.float32)]

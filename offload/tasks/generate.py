@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -14,24 +14,24 @@ from ...io.errors import PenstockError, UsageError
 from ...io.front_door import about
 from ...scheduler.packing import pack
 from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
+from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
 from ..generation.way import DecodingOptions
 from ..model import engine_of
-from ..policy import Policy
 from ..rows.limits import limits_of
 from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
 from ..units.cache_kind import keeps_only_keys_and_values
+from .generate_task import Generate
 from .head import check_head
-from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
+from .pools import prompts_pooled
 from .task_progress import GenerateProgress as GenerateProgress
 from .task_progress import RowsInFlight
 
-# Of a micro-batch's prompt tokens, at least so many are no padding.
 _MIN_FILL = 0.875
+"""The least share of a micro-batch's prompt tokens that are no padding."""
 
 
 def generate(
@@ -64,51 +64,8 @@ def generate(
     sampled by a generator of its own, seeded by `seed` and its number: what it was
     batched with does not matter, but for the rounding of products of another width.
     """
-    return generate_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        max_new_tokens=max_new_tokens,
-        tokenizer=tokenizer,
-        stop=stop,
-        seed=seed,
-        progress=progress or GenerateProgress(),
-        **options,
-    )
-
-
-def generate_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    max_new_tokens: int,
-    tokenizer: Any,
-    stop: Sequence[str],
-    seed: int,
-    progress: GenerateProgress,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
-    """Like `generate`, of numbered rows in parts: no two parts share a micro-batch, and
-    what is drawn for a row depends on its number, so that each part has the same tokens
-    without the others. Only products that micro-batches share (`coalesce`) have other
-    last bits in other company."""
-    model = without_wrapper(model)
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}: at least 1 is generated")
-    check_generates(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    what = "the options of generate, or generation_config.json"
-    with about(what, UsageError, every=True):
-        completions = Completions(
-            model,
-            tokenizer,
-            limits_of(model),
-            max_new_tokens=max_new_tokens,
-            stop=tuple(stop),
-            seed=seed,
-            options=options,
-            note=engine_of(model).note,
-        )
-    return _Generating(model, completions, progress).run(parts)
+    task = Generate.of(max_new_tokens=max_new_tokens, stop=stop, seed=seed, **options)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
 def check_generates(model: Any) -> None:
@@ -118,22 +75,47 @@ def check_generates(model: Any) -> None:
     check_head(model)
 
 
-def prompts_pooled(policy: Policy) -> int:
-    """Rows that are packed together: of many micro-batches, so that lengths match
-    well."""
-    in_flight = policy.sequences_in_flight
-    each = min(policy.micro_batch_sequences, in_flight)
-    return max(each * POOL_MICRO_BATCHES, in_flight)
-
-
 class _Group(NamedTuple):
-    """Rows that go on together, and how much of their prompts comes in with a pass."""
+    """The prompts of one micro-batch, and how many tokens of each come in with a pass
+    (None: all at once)."""
 
     prompts: list[Prompt]
     chunk_tokens: int | None
 
 
-class _Generating:
+class GenerateRunner:
+    """Runs micro-batches of prompts that go on together, token by token. What is drawn
+    for a row depends on its number, so that each part of a job has the same tokens
+    without the others; only products that micro-batches share (`coalesce`) have other
+    last bits in other company."""
+
+    @classmethod
+    def of(
+        cls, task: Generate, model: Any, tokenizer: Any, progress: GenerateProgress
+    ) -> Self:
+        """For a streamed `model`; a `tokenizer` of None is the one beside its
+        checkpoint. Raises UsageError where `task` does not fit the model."""
+        model = without_wrapper(model)
+        if task.max_new_tokens < 1:
+            raise UsageError(
+                f"max_new_tokens is {task.max_new_tokens}: at least 1 is generated"
+            )
+        check_generates(model)
+        tokenizer = tokenizer or tokenizer_of(model)
+        what = "the options of generate, or generation_config.json"
+        with about(what, UsageError, every=True):
+            completions = Completions(
+                model,
+                tokenizer,
+                limits_of(model),
+                max_new_tokens=task.max_new_tokens,
+                stop=task.stop,
+                seed=task.seed,
+                options=task.all_options,
+                note=engine_of(model).note,
+            )
+        return cls(model, completions, progress)
+
     def __init__(
         self, model: Any, completions: Completions, progress: GenerateProgress
     ) -> None:
@@ -150,15 +132,16 @@ class _Generating:
         self._pool_rows = prompts_pooled(policy)
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
-        """Micro-batches that have not started."""
+        """The micro-batches that have not started."""
         in_parts = keeps_only_keys_and_values(model)
         self._chunk = partial(prompt_chunk, policy, in_parts=in_parts)
         self._shrinks = in_parts and policy.coalesce != "off"
         self._caches = Caches.of(self._engine, model)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
-        """Results in the order of rows: a row waits for those before it."""
-        # Compiled blocks cannot stop inside, for others to come.
+        """Yields results in the order of rows: a finished row waits for those before
+        it."""
+        # A compiled block cannot stop inside to wait for other micro-batches.
         coalesce = None if self._engine.policy.compile else True
         with (
             self._completions.stop_strings_taken_over(),
@@ -166,12 +149,13 @@ class _Generating:
         ):
             for outcome in sweep.run(self._complete, self._micro_batches(parts)):
                 if outcome.error is not None:
-                    raise outcome.error  # ours: a row's own is in its result
+                    raise outcome.error  # the job's: those of rows are in results
                 yield from self._finished()
         yield from self._finished()
 
     def _has_room(self) -> bool:
-        """Whether the next micro-batch, as large as it may be, finds its places."""
+        """Whether there is room for the next micro-batch, at its largest: in the cache
+        and among the sequences in flight."""
         prompts = self._groups[0].prompts if self._groups else []
         if not self._caches.has_room(prompts):
             return False
@@ -191,11 +175,11 @@ class _Generating:
             while self._fill(rows):
                 yield self._groups.popleft()
             if self._pending and self._pending[-1].result is not None:
-                yield _Group([], None)  # for its failed rows to be handed on now
+                yield _Group([], None)  # so that its failed rows are yielded now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
-        """Takes rows as they are needed and groups prompts of similar lengths; False
-        at the end."""
+        """Takes rows as they are needed and groups prompts of similar lengths. Returns
+        False at the end of `rows`."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
@@ -209,8 +193,8 @@ class _Generating:
         return bool(self._groups)
 
     def _packed(self, pool: list[Prompt]) -> list[_Group]:
-        """Of prompts with one way. What comes in by and by may have more tokens than
-        one call."""
+        """Micro-batches of prompts that are decoded alike. Prompts that come in over
+        several passes may have more tokens together than one call may have."""
         is_whole = self._chunk(1, 1) is None
         most = 1 if pool[0].way.company == "alone" else self._max_rows
         groups = pack(
@@ -229,7 +213,8 @@ class _Generating:
         ]
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
-        """Ready to go on from; None for a row that has failed already."""
+        """The prompt of a row, tokenized and checked; None for a row that has
+        failed."""
         prompt = Prompt(number, row.get("id"), self._completions.way)
         self._pending.append(prompt)
         try:
@@ -254,9 +239,9 @@ class _Generating:
             )
 
     def _complete(self, group: _Group) -> None:
-        """Runs as one micro-batch of the sweep. What the model makes of these rows is
-        their error: of several that fail together each is run by itself, so that one
-        does not fail the others. What Penstock fails at is the job's."""
+        """Runs `group` as one micro-batch of the sweep. An exception of the model's is
+        an error of its rows: rows that fail together are run again one by one, so that
+        one of them does not fail the others. A PenstockError ends the job."""
         if not group.prompts:
             return
         prompts, progress = group.prompts, self._progress
@@ -282,7 +267,7 @@ class _Generating:
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
 
     def _complete_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
-        """Completes one by one `prompts` that failed together with `error`."""
+        """Completes `prompts`, which failed together with `error`, one by one."""
         if len(prompts) == 1:
             prompts[0].fail(f"the model failed: {type(error).__name__}: {error}")
             return

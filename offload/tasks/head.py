@@ -35,24 +35,25 @@ class CausalScorer:
 
     @property
     def is_chunked(self) -> bool:
-        """Whether head and hidden states could be told apart; else a micro-batch's
-        logits are made all at once."""
+        """Whether the model's head can be run on a few positions at a time. Else the
+        logits of a micro-batch are made all at once."""
         return self._tail is not None
 
     def log_probabilities(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
     ) -> torch.Tensor:
-        """Natural log-probability of every token of `ids` [rows, length] but the first,
-        given those before it: float32 [rows, length - 1]. What stands at padding (on
-        the right, 0 in `attention_mask`) is meaningless. `inputs` are more of the
-        model's, such as a cache of what was before."""
+        """The natural log-probability of every token of `ids` [rows, length] but the
+        first, given those before it: float32 [rows, length - 1]. `attention_mask` is 0
+        at padding, which is on the right; the values there mean nothing. `inputs` are
+        further arguments of the model, such as a cache of earlier tokens."""
         logits_of = self._run(ids, attention_mask, {"use_cache": False, **inputs})
         return _by_chunks(logits_of, ids[:, 1:], self._step(ids))
 
     def next_logits(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
     ) -> torch.Tensor:
-        """float32 [rows, vocabulary]: of what comes behind the last of `ids`."""
+        """The logits of the token that follows the last of `ids` [rows, length]:
+        float32 [rows, vocabulary]."""
         length = ids.shape[1]
         logits = self._run(ids, attention_mask, inputs)(slice(length - 1, length))
         return logits[:, -1].float()
@@ -63,7 +64,8 @@ class CausalScorer:
         attention_mask: torch.Tensor | None,
         inputs: dict[str, Any],
     ) -> Callable[[slice], torch.Tensor]:
-        """Runs the model; what is returned makes the logits of some positions."""
+        """Runs the model up to its hidden states. Returns a function from a slice of
+        positions to their logits."""
         inputs = {"input_ids": ids, **inputs}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
@@ -84,14 +86,15 @@ class CausalScorer:
         return logits_of
 
     def _step(self, ids: torch.Tensor) -> int:
-        """Positions a chunk: logits in the model's dtype, their float32 copy and one
-        temporary of it."""
+        """Positions whose logits are made at a time. Each takes its logits in the
+        model's dtype, their float32 copy and one float32 temporary."""
         per_position = ids.shape[0] * self._vocabulary * (4 + 4 + 4)
         return max(1, self._max_logits_bytes // per_position)
 
     def _make_tail(self, base: nn.Module) -> Any:
-        """The model around a base that hands out what `_outputs` holds. A shallow copy:
-        the model itself stays as it is, its head is the same module, hooks and all."""
+        """The model with `base` replaced by one that returns what `_outputs` holds. A
+        shallow copy: the model itself stays as it is, and the head is the same module
+        with the same hooks."""
         tail = copy.copy(self._model)
         tail.__dict__["_modules"] = {
             **self._model._modules,
@@ -102,12 +105,13 @@ class CausalScorer:
 
 
 class _Given(nn.Module):
-    """Stands for the base, and for the decoder in it where the tail calls that one:
-    returns the current micro-batch's outputs. Plain attributes are the base's."""
+    """Stands for the base, and for the decoder inside it where the tail calls that one.
+    Its forward returns the current micro-batch's outputs; attributes that are no
+    modules are the base's."""
 
     def __init__(self, outputs: ContextVar[Any], base: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_base"] = base  # not a child: its sites are none of the tail's
+        self.__dict__["_base"] = base  # not a submodule, so not a part of the tail
         self._outputs = outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +161,8 @@ def check_head(model: Any) -> None:
 
 
 def _base_of(model: Any) -> Any | None:
-    """The module that makes hidden states, where the tail can be run without it."""
+    """The module that makes hidden states; None where the tail cannot be run without
+    it."""
     base = getattr(model, model.base_model_prefix, None)
     parameters = inspect.signature(type(model).forward).parameters
     if base is None or base is model or "logits_to_keep" not in parameters:

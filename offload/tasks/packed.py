@@ -1,5 +1,5 @@
-"""Rows through a sweep: what each is cut into is packed into micro-batches of similar
-lengths, and results come in the order of rows."""
+"""Runs rows through a sweep: cuts them into pieces, packs pieces of similar lengths
+into micro-batches, and yields results in the order of rows."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,21 +13,17 @@ from ...io.errors import PenstockError, readable
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
-from ..policy import Policy
 from ..rows.text import RowError
+from .pools import micro_batches_in_flight, tokens_pooled
 from .task_progress import ScoreProgress
 
-POOL_MICRO_BATCHES = 16
-"""What is packed together: so many micro-batches, so that lengths match well."""
-# Rows that are given to the tokenizer in one call.
 _TOKENIZED_ROWS = 16
-LAZY_ROWS = 4096
-"""Rows of a part, of those that nobody has cut; failed ones wait for its end."""
+"""Rows that are given to the tokenizer in one call."""
 
 
 @dataclass(slots=True)
 class Row:
-    """A row on its way: its pieces come back one by one, in any order."""
+    """A row that is being computed. Its pieces are done one by one, in any order."""
 
     identity: Any
     num_pieces: int = 1
@@ -44,61 +40,55 @@ R = TypeVar("R", bound=Row)
 
 @dataclass(frozen=True, slots=True)
 class RowPiece(Generic[R]):
-    """What one call of the model has of a row."""
+    """The part of a row that goes through the model in one call."""
 
     row: R
     ids: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
-        """That run through the model at most at a time."""
+        """The most tokens of the piece that run through the model at a time."""
         return len(self.ids)
 
 
 P = TypeVar("P", bound=RowPiece[Any])
 
 
-class PackedTask(Protocol[R, P]):
-    """What is done with rows that run through the model once."""
+class RowRunner(Protocol[R, P]):
+    """What a task does with rows that run through the model once: cuts them into
+    pieces, runs pieces, and makes results."""
+
+    pad: int
+    """The token id that stands at padding."""
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[R, Sequence[P] | RowError]]:
-        """Each of `rows`, and its pieces or why it has none."""
+        """Yields each of `rows` with its pieces, or with the error why it has none."""
         ...
 
     def run(self, pieces: Sequence[P], ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """Runs the model on `pieces`, whose ids [rows, tokens] are padded on the right,
-        where `mask` is 0 (both on the CPU), and notes what it finds in their rows."""
+        """Runs the model on `pieces` and notes in their rows what it finds. `ids` and
+        `mask` are int64 [pieces, tokens] on the CPU, padded on the right, where `mask`
+        is 0."""
         ...
 
     def result(self, row: R) -> dict[str, Any]:
-        """What is written for a row that has no error."""
+        """The result of a row whose pieces are all done. Where the result is no number,
+        it sets the row's error instead."""
         ...
 
 
-def tokens_pooled(policy: Policy) -> int:
-    """Tokens of the pieces that are packed together: of many micro-batches, so that
-    lengths match well."""
-    width = micro_batches_in_flight(policy)
-    return policy.micro_batch_tokens * max(POOL_MICRO_BATCHES, 2 * width)
-
-
-def micro_batches_in_flight(policy: Policy) -> int:
-    return max(1, policy.tokens_in_flight // policy.micro_batch_tokens)
-
-
 class Packed(Generic[R, P]):
-    """A task's rows, in parts: no two parts share a micro-batch, so that the results of
-    each are, bit for bit, the same without the others."""
+    """Runs the rows of a job in parts. No two parts share a micro-batch, so the results
+    of a part are, bit for bit, the same without the others."""
 
     def __init__(
-        self, model: Any, task: PackedTask[R, P], *, pad: int, progress: ScoreProgress
+        self, model: Any, runner: RowRunner[R, P], progress: ScoreProgress
     ) -> None:
         self._engine = engine_of(model)
         policy = self._engine.policy
-        self._task = task
-        self._pad = pad
+        self._runner = runner
         self._max_tokens = policy.micro_batch_tokens
         self._width = micro_batches_in_flight(policy)
         self._pool_tokens = tokens_pooled(policy)
@@ -106,19 +96,20 @@ class Packed(Generic[R, P]):
         self._pending: deque[R] = deque()
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
-        """Results in the order of rows: a row waits for those before it."""
+        """Yields results in the order of rows: a finished row waits for those before
+        it."""
         with self._engine.sweep(self._width, seed=0) as sweep:
             for outcome in sweep.run(self._compute, self._micro_batches(parts)):
                 if outcome.error is not None:
-                    raise outcome.error  # ours: a row's own is in its result
+                    raise outcome.error  # the job's: those of rows are in results
                 yield from self._finished()
         yield from self._finished()
 
     def _finished(self) -> Iterator[dict[str, Any]]:
         while self._pending and self._pending[0].is_done:
             row = self._pending.popleft()
-            found = self._task.result(row) if row.error is None else {}
-            if row.error is not None:  # which the result may have found
+            found = self._runner.result(row) if row.error is None else {}
+            if row.error is not None:  # `result` may have set it
                 found = {"id": row.identity, "error": row.error}
             self._progress.rows_done += 1
             self._progress.rows_failed += "error" in found
@@ -133,7 +124,7 @@ class Packed(Generic[R, P]):
                 for group in pack(lengths, max_tokens=self._max_tokens):
                     yield [pool[index] for index in group]
             if self._pending and self._pending[-1].is_done:
-                yield []  # for its failed rows to be handed on now
+                yield []  # so that its failed rows are yielded now
 
     def _pool(self, rows: Iterator[Mapping[str, Any]]) -> list[P]:
         pool: list[P] = []
@@ -142,7 +133,7 @@ class Packed(Generic[R, P]):
             batch = list(islice(rows, _TOKENIZED_ROWS))
             if not batch:
                 break
-            for row, pieces in self._task.cut(batch):
+            for row, pieces in self._runner.cut(batch):
                 self._pending.append(row)
                 if isinstance(pieces, RowError):
                     row.error = str(pieces)
@@ -153,8 +144,8 @@ class Packed(Generic[R, P]):
         return pool
 
     def _compute(self, pieces: list[P]) -> None:
-        """Runs as one micro-batch of the sweep. What Penstock fails at is the job's
-        error."""
+        """Runs `pieces` as one micro-batch of the sweep. A PenstockError ends the
+        job."""
         if not pieces:
             return
         progress = self._progress
@@ -173,11 +164,11 @@ class Packed(Generic[R, P]):
             piece.row.pieces_left -= 1
 
     def _run(self, pieces: Sequence[P]) -> None:
-        """What the model makes of these rows is their error: of several pieces that
-        fail together each is run by itself, so that one does not fail the others."""
+        """Runs the model. Its exceptions are errors of rows: pieces that fail together
+        are run again one by one, so that one of them does not fail the others."""
         ids, mask = self._padded(pieces)
         try:
-            self._task.run(pieces, ids, mask)
+            self._runner.run(pieces, ids, mask)
         except PenstockError:
             raise
         except Exception as error:
@@ -194,7 +185,7 @@ class Packed(Generic[R, P]):
 
     def _padded(self, pieces: Sequence[P]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(piece.ids) for piece in pieces)
-        ids = torch.full((len(pieces), longest), self._pad, dtype=torch.int64)
+        ids = torch.full((len(pieces), longest), self._runner.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for index, piece in enumerate(pieces):
             ids[index, : len(piece.ids)] = torch.tensor(piece.ids)

@@ -1,4 +1,5 @@
-"""One vector for a text, of those of its tokens: which way is the model's own?"""
+"""Makes one vector for a text from the vectors of its tokens, as the checkpoint's files
+or the user say."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,32 +24,33 @@ _SENTENCE_MODES: dict[str, Pooling] = {
     "max": "max",
     "lasttoken": "last",
 }
-"""Since its version 6."""
+"""The names of `pooling_mode` in files of sentence-transformers 6 and later."""
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """How vectors are made."""
+    """A way to make one vector of several."""
 
     pooling: Pooling
     normalize: bool
-    """To length 1."""
+    """Whether the vector is scaled to length 1."""
 
     def __call__(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Of `hidden` [rows, tokens, dim], padded where `mask` [rows, tokens] is 0:
-        float32 [rows, dim]."""
+        """One vector a row, float32 [rows, dim], from `hidden` [rows, tokens, dim].
+        `mask` [rows, tokens] is 0 at padding."""
         found = _POOLINGS[self.pooling](hidden.float(), mask)
         return torch.nn.functional.normalize(found, dim=-1) if self.normalize else found
 
 
 def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
-    """What is asked for; `auto` and None are as the checkpoint's sentence-transformers
-    files say, else the mean of an encoder's tokens and the last token of a decoder,
-    which alone has seen all of the text, and no change of length.
+    """The pooling and normalization that are asked for. `auto` and None are as the
+    checkpoint's sentence-transformers files say; without such files, the mean of an
+    encoder's tokens or the last token of a decoder (the only one that has seen all of
+    the text), and no normalization.
 
     Raises UsageError for an unknown pooling, CheckpointError for one in the files that
-    Penstock has not.
+    Penstock does not have.
     """
     if pooling not in get_args(Pooling):
         known = ", ".join(get_args(Pooling))
@@ -64,8 +66,8 @@ def pooled(model: Any, pooling: str, normalize: bool | None) -> Pooled:
 
 
 def _own(folder: Path, asked: str) -> Pooled | None:
-    """As sentence-transformers keeps it beside a checkpoint, if it does. What it says
-    of pooling is not looked at where another one is `asked` for."""
+    """What the sentence-transformers files beside the checkpoint say; None without such
+    files. Their pooling is not read where another one is `asked` for."""
     if not (folder / "modules.json").is_file():
         return None
     modules = read_json(folder / "modules.json")
@@ -92,7 +94,8 @@ def _own(folder: Path, asked: str) -> Pooled | None:
 
 
 def _pooling_in(path: Path) -> Pooling:
-    """Reads the options of sentence-transformers' Pooling, in either spelling."""
+    """Reads the options of sentence-transformers' Pooling module, in either
+    spelling."""
     config = read_json_object(path)
     modes = [key for key, value in config.items() if "_mode_" in key and value is True]
     named = config.get("pooling_mode")

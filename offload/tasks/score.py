@@ -1,4 +1,4 @@
-"""Scores rows of text: how likely is each under the model? Many rows share one pass
+"""Scores rows of text by their log-probability under a model. Many rows share one pass
 over the streamed weights."""
 
 import math
@@ -10,13 +10,12 @@ import torch
 
 from ...io.errors import UsageError
 from ...scheduler.packing import spans
-from ..adapters import without_wrapper
-from ..files.parts import NumberedRows, lazy_parts
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, TokenRow, tokenize_all, tokenizer_of
+from ..rows.text import RowError, TokenRow, tokenize_all
 from .head import CausalScorer
-from .packed import LAZY_ROWS, Packed, Row, RowPiece
+from .packed import Row, RowPiece
+from .score_task import Score
 from .task_progress import ScoreProgress as ScoreProgress
 
 
@@ -32,7 +31,7 @@ class _Window(RowPiece[_Row]):
     scored: int
     """Index in `ids` of the first token to score."""
     start: int
-    """Where this window starts in its row; orders the row's sums."""
+    """Where this window starts in its row. Windows are added up in this order."""
 
 
 def score(
@@ -54,37 +53,15 @@ def score(
     model's context in windows of that many tokens that advance by `stride` (default:
     half a window); without it such a row is an error.
     """
-    return score_parts(
-        model,
-        lazy_parts(rows, LAZY_ROWS),
-        tokenizer=tokenizer,
-        window=window,
-        stride=stride,
-        progress=progress or ScoreProgress(),
-    )
+    task = Score(window, stride)
+    return task.run(model, rows, tokenizer=tokenizer, progress=progress)
 
 
-def score_parts(
-    model: Any,
-    parts: Iterator[NumberedRows],
-    *,
-    tokenizer: Any,
-    window: int | None,
-    stride: int | None,
-    progress: ScoreProgress,
-) -> Iterator[dict[str, Any]]:
-    """Like `score`, of rows in parts: no two parts share a micro-batch, so that the
-    results of each are, bit for bit, the same without the others."""
-    model = without_wrapper(model)
-    tokenizer = tokenizer or tokenizer_of(model)
-    task = _Scoring(model, tokenizer, window, stride)
-    return Packed(model, task, pad=task.pad, progress=progress).run(parts)
+class ScoreRunner:
+    """Runs rows through a causal language model and reads the log-probabilities of
+    their tokens. Raises UsageError where `task` does not fit the model."""
 
-
-class _Scoring:
-    def __init__(
-        self, model: Any, tokenizer: Any, window: int | None, stride: int | None
-    ) -> None:
+    def __init__(self, task: Score, model: Any, tokenizer: Any) -> None:
         engine = engine_of(model)
         policy = engine.policy
         self._device = engine.device
@@ -98,7 +75,7 @@ class _Scoring:
         self._limits = limits_of(model)
         self.pad = self._limits.pad_of(tokenizer.pad_token_id)
         self._context = self._limits.context
-        self._window, self._stride = _window(window, stride, self._context)
+        self._window, self._stride = _window(task.window, task.stride, self._context)
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]
@@ -142,8 +119,8 @@ class _Scoring:
             window.row.logprobs[window.start] = float(part.double().sum())
 
     def result(self, row: _Row) -> dict[str, Any]:
-        """Windows are added up in their order, so that the sum does not depend on which
-        was finished first."""
+        """The result of a row. Windows are added up by where they start, so that the
+        sum does not depend on which was finished first."""
         total = math.fsum(row.logprobs[start] for start in sorted(row.logprobs))
         if not math.isfinite(total):
             row.error = (

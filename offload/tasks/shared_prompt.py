@@ -1,4 +1,4 @@
-"""Several continuations of one prompt, whose computation they share."""
+"""Computes several continuations of one prompt, and the prompt only once."""
 
 import copy
 import inspect
@@ -13,13 +13,14 @@ from .head import CausalScorer
 
 
 def _shared(layer: Any, repeats: torch.Tensor) -> Any:
-    """`layer` of a cache as those that go on from it see it, each as its own: it holds
-    the prompts once, and keeps nothing of what comes after."""
+    """A copy of a cache's `layer` for continuations: each of them sees the keys and
+    values of its prompt, and those of the continuation are not kept."""
 
     def update(
         keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """[continuations, heads, tokens, dim] behind those of their prompts."""
+        """Appends `keys` and `values` [continuations, heads, tokens, dim] to those of
+        the prompts that they continue."""
         own = copy.copy(layer)
         own.keys = own.keys.index_select(0, repeats)
         own.values = own.values.index_select(0, repeats)
@@ -31,10 +32,10 @@ def _shared(layer: Any, repeats: torch.Tensor) -> Any:
 
 
 class SharedPrompts:
-    """Prompts that are run once, and what goes on from them.
+    """Prompts that are run once, and log-probabilities of what may follow them.
 
-    `ids` and `mask` are [prompts, tokens], padded on the left. `model` is one that
-    `can_share`, `scorer` its scorer.
+    `ids` and `mask` are int64 [prompts, tokens], padded on the left. `model` is one
+    that `can_share` accepts, `scorer` its scorer.
     """
 
     def __init__(
@@ -52,14 +53,16 @@ class SharedPrompts:
             use_cache=True,
             **self._places(mask, ids.shape[1]),
         )
-        """float32 [prompts, vocabulary]: of what comes first behind each."""
+        """The logits of the token that follows each prompt: float32 [prompts,
+        vocabulary]."""
 
     def log_probabilities(
         self, ids: torch.Tensor, mask: torch.Tensor, prompts: Sequence[int]
     ) -> torch.Tensor:
-        """float32 [continuations, tokens - 1]: of all but the first of `ids`
-        [continuations, tokens], padded on the right, each behind one of `prompts`
-        (their numbers)."""
+        """The log-probabilities of all but the first token of each continuation:
+        float32 [continuations, tokens - 1]. `ids` and `mask` are [continuations,
+        tokens], padded on the right; `prompts` has the number of the prompt that each
+        one continues."""
         repeats = torch.tensor(prompts, device=ids.device)
         cache = copy.copy(self._cache)
         cache.layers = [_shared(layer, repeats) for layer in cache.layers]
@@ -73,14 +76,15 @@ class SharedPrompts:
         )
 
     def _places(self, whole: torch.Tensor, num: int) -> dict[str, torch.Tensor]:
-        """Positions of the last `num` tokens; the mask `whole` counts those before."""
+        """The positions of the last `num` tokens of `whole`, a mask of all tokens, as
+        the model's `position_ids`; nothing for models that take none."""
         if not self._has_places:
             return {}
         return {"position_ids": (whole.cumsum(-1) - 1).clamp(min=0)[:, -num:]}
 
 
 def can_share(model: Any) -> bool:
-    """Whether prompts of `model` can be gone on from by several."""
+    """Whether `model` can continue one run of a prompt several times."""
     return keeps_only_keys_and_values(model)
 
 

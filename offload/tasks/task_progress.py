@@ -1,4 +1,4 @@
-"""How far each task is, and how fast."""
+"""Counters of how far a task is."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -6,10 +6,15 @@ from typing import Any, Protocol
 
 
 class TaskProgress(Protocol):
-    """How far a job is, and at what speed."""
+    """Counters of a job's rows and tokens, updated as it goes."""
 
     rows_done: int
     rows_failed: int
+
+    @property
+    def tokens_counted(self) -> int:
+        """The tokens of which speeds are told: generated ones, or those that ran."""
+        ...
 
     def rows_through(self, pass_fraction: float) -> float: ...
 
@@ -20,26 +25,30 @@ class TaskProgress(Protocol):
 
 @dataclass(slots=True)
 class ScoreProgress:
-    """How far a scoring job is; updated as it goes."""
+    """The counters of a task whose tokens run through the model once."""
 
     rows_done: int = 0
     rows_failed: int = 0
     rows_computed: float = 0.0
-    """With parts of those of which some pieces are; others before them may not be."""
+    """Rows whose pieces have run, in fractions. Rows before them may not be done."""
     rows_in_flight: float = 0.0
     tokens_in_flight: int = 0
     tokens_done: int = 0
-    """Tokens that went through the model, padding not counted."""
+    """Tokens that went through the model, without padding."""
     tokens_padding: int = 0
     micro_batches_done: int = 0
 
+    @property
+    def tokens_counted(self) -> int:
+        return self.tokens_done
+
     def rows_through(self, pass_fraction: float) -> float:
-        """Rows done, and the parts of those under way."""
+        """Rows that are done, plus `pass_fraction` of those in flight."""
         computed = max(self.rows_done, self.rows_computed)
         return computed + self.rows_in_flight * pass_fraction
 
     def tokens_through(self, pass_fraction: float) -> float:
-        """Tokens done, and the parts of those under way."""
+        """Tokens that are done, plus `pass_fraction` of those in flight."""
         return self.tokens_done + self.tokens_in_flight * pass_fraction
 
     def figures(self, seconds: float) -> dict[str, Any]:
@@ -54,12 +63,12 @@ class ScoreProgress:
 
 @dataclass(slots=True)
 class GenerateProgress:
-    """How far a job is; updated as it goes."""
+    """The counters of a task that generates tokens."""
 
     rows_done: int = 0
     rows_failed: int = 0
     rows_computed: int = 0
-    """Others before them may not be."""
+    """Rows that have run. Rows before them may not be done."""
     rows_in_flight: int = 0
     micro_batches_done: int = 0
     tokens_padding: int = 0
@@ -67,14 +76,19 @@ class GenerateProgress:
     output_tokens: int = 0
     max_new_tokens: int = 1
 
+    @property
+    def tokens_counted(self) -> int:
+        return self.output_tokens
+
     def rows_through(self, pass_fraction: float) -> float:
-        """Rows done, and the parts of those under way, at most their share."""
+        """Rows that are done, plus a fraction of those in flight, by the tokens that
+        they have."""
         made = self.output_tokens / self.max_new_tokens
         computed = max(self.rows_done, self.rows_computed)
         return max(computed, min(made, computed + self.rows_in_flight))
 
     def tokens_through(self, pass_fraction: float) -> float:
-        """Output tokens; each counts when it is there, which is soon."""
+        """The tokens that are generated. Each counts as soon as it is there."""
         return self.output_tokens
 
     def figures(self, seconds: float) -> dict[str, Any]:
@@ -92,7 +106,7 @@ class GenerateProgress:
 
 
 class RowsInFlight:
-    """The rows of one micro-batch that have a place."""
+    """The rows of one micro-batch that count as in flight."""
 
     def __init__(self, progress: GenerateProgress, num: int) -> None:
         self._progress = progress
@@ -100,14 +114,14 @@ class RowsInFlight:
         progress.rows_in_flight += num
 
     def leave(self, num: int) -> None:
-        """Others may come in their place."""
+        """Takes `num` rows out of those in flight."""
         self.num -= num
         self._progress.rows_in_flight -= num
 
 
 def add_up(into: TaskProgress, parts: Iterable[TaskProgress]) -> None:
-    """Sets the counters of `into` to the sums of those of `parts`, which are of its
-    kind: processes that share a job."""
+    """Sets the counters of `into` to the sums of those of `parts`, which come from the
+    processes that share a job and are of the same class."""
     parts = list(parts)
     for name in (field.name for field in fields(into)):  # type: ignore[arg-type]
         counts = [getattr(part, name) for part in parts]

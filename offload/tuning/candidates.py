@@ -1,5 +1,5 @@
-"""What `penstock tune` tries around a plan: one key changed at a time, and in flight
-two. Pure."""
+"""The settings that `penstock tune` tries around a plan: one key changed at a time, or
+the two for what is in flight. Pure."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,30 +9,35 @@ from .race import Settings
 
 _STEP_BYTES = 64 << 20
 _SLOWEST_READER = 0.5
-"""Share of the best reader's speed; slower ones are not worth a try."""
+"""The share of the best reader's speed below which a reader is not tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """Where the search starts."""
+    """The plan that the search starts from."""
 
     values: Mapping[str, Any]
-    """Values of the start's policy, by dotted key."""
+    """The values of its policy, by dotted key."""
     is_open: frozenset[str]
     """The keys that the user has not set."""
-    generates: bool
+    micro_batch_key: str
+    """The policy's key for how much one call of the model has."""
+    in_flight_key: str
+    """The policy's key for how much is in flight."""
+    joins_products: bool
+    """Whether matrix products of several micro-batches may be computed as one."""
     waits_for_links: bool
-    """Whether what comes over links takes a good part of a pass, so that what makes it
-    come sooner, or less of it, could pay."""
+    """Whether links are busy for a good part of a pass, so that faster or fewer loads
+    could pay."""
     is_compiled: bool
     readers: Mapping[str, float]
-    """Bytes a second by reader, of this machine."""
+    """The bytes a second of each reader on this machine."""
     least_bytes: int
-    """That the working set must have."""
+    """The least bytes of the working set."""
 
 
 def candidates(around: Around) -> list[Settings]:
-    """What to try, the likeliest first; the start is not among them."""
+    """The settings to try, the most promising first. The start is not among them."""
     found: dict[Settings, None] = {}
     for changed in _all(around):
         settings = tuple(
@@ -53,16 +58,14 @@ def _all(around: Around) -> Iterator[dict[str, Any]]:
         ahead = around.values["lookahead"]
         yield {"lookahead": ahead + 1}
         yield {"lookahead": max(1, ahead - 1)}
-    if around.generates and not around.is_compiled:
+    if around.joins_products and not around.is_compiled:
         is_off = around.values["coalesce"] == "off"
         yield {"coalesce": "auto" if is_off else "off"}
 
 
 def _in_flight(around: Around) -> Iterator[dict[str, Any]]:
-    """More and less of them, wider and narrower, and both."""
-    each_key, all_key = "micro_batch_tokens", "tokens_in_flight"
-    if around.generates:
-        each_key, all_key = "micro_batch_sequences", "sequences_in_flight"
+    """More and less in flight, wider and narrower micro-batches, and both."""
+    each_key, all_key = around.micro_batch_key, around.in_flight_key
     each, total = around.values[each_key], around.values[all_key]
     each = min(each, total)
     for new_each, new_total in (
@@ -78,7 +81,8 @@ def _in_flight(around: Around) -> Iterator[dict[str, Any]]:
 
 
 def _memory(around: Around) -> Iterator[dict[str, Any]]:
-    """Sizes of the working set; a larger one fits only where the plan left room."""
+    """Other sizes of the working set. A larger one fits only where the plan left
+    room."""
     asked = around.values["device_memory"]
     for nbytes in (asked * 2, (asked + around.least_bytes) // 2, around.least_bytes):
         size = -(-nbytes // _STEP_BYTES) * _STEP_BYTES
@@ -101,8 +105,8 @@ def _reading(around: Around) -> Iterator[dict[str, Any]]:
 
 
 def widest(around: Around, tried: list[Settings]) -> int:
-    """Most tokens (or sequences) in flight of the start and of what is tried."""
-    key = "sequences_in_flight" if around.generates else "tokens_in_flight"
+    """The most tokens (or sequences) in flight, in the start and in what is tried."""
+    key = around.in_flight_key
     totals: list[int] = [dict(settings).get(key, 0) for settings in tried]
     start: int = around.values[key]
     return max([start, *totals])

@@ -1,5 +1,5 @@
-"""What a search has measured, in a file beside its output: killed at any time and run
-again, the search goes on from there."""
+"""Keeps what a search has measured in a file beside its output, so that a search that
+was killed goes on when it is run again."""
 
 import json
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ _VERSION = 1
 
 
 class TuneLog:
-    """The timings of the search that writes `output`. Raises UsageError where what is
-    there is another one's, OutputError where nothing can be written."""
+    """The timings of the search that writes `output`. Raises UsageError where the file
+    is another search's, OutputError where nothing can be written."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class TuneLog:
                 f"{output} exists, and nothing beside it says that this search made "
                 "it: name another output, or write over it with --restart"
             )
-        self._write()  # what cannot be written is found before anything is measured
+        self._write()  # fails before anything is measured if it cannot be written
 
     def add(self, timing: Timing) -> None:
-        """Keeps one more, on disk when this returns."""
+        """Adds a timing. It is on disk when this returns."""
         self.timings.append(timing)
         self._write()
 
@@ -76,7 +76,7 @@ class TuneLog:
 
 
 def write(disk: DurableFiles, path: Path, text: str) -> None:
-    """The file `path`, whole or as it was. Raises OutputError."""
+    """Writes `text` to `path`: as a whole, or not at all. Raises OutputError."""
     try:
         disk.make_folder(path.parent)
         write_whole(disk, path, [text.encode()])

@@ -1,10 +1,10 @@
-"""Which of some settings are the fastest, measured: successive halving. Pure.
+"""Finds the fastest of some settings by measuring: successive halving. Pure.
 
-A race is a function of what was measured so far, so that one that was stopped goes on
+A race is a function of what was measured so far, so a race that was stopped goes on
 where it was. In each rung every candidate runs once, and the better half goes on to
-longer slices. The last rung runs the start and the finalists in turn, several times:
-who wins has beaten the start in each, by more than the laps' spread. Who loses one is
-out.
+longer slices. The last rung runs the start and the finalists in turn, several times.
+The winner has beaten the start in every lap, by more than the laps' spread; a finalist
+that loses a lap runs no more.
 
 Successive halving: Jamieson and Talwalkar, Non-stochastic Best Arm Identification,
 AISTATS 2016.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 Settings = tuple[tuple[str, Any], ...]
-"""Keys of the policy, dotted, and what they are instead of the start's."""
+"""Pairs of a dotted key of the policy and its value instead of the start's."""
 START: Settings = ()
 
 FINALISTS = 3
@@ -27,69 +27,70 @@ _MOST_SLICES = 2
 
 
 def name_of(settings: Settings) -> str:
-    """As `--set` would have it."""
+    """`settings` as `--set` takes them; "start" without any."""
     return ", ".join(f"{key}={value}" for key, value in settings) or "start"
 
 
 @dataclass(frozen=True, slots=True)
 class Heat:
-    """One measurement that is to be made."""
+    """A measurement to make."""
 
     settings: Settings
     rung: int
     lap: int
     slices: int
-    """How long it is."""
+    """How long it is, in slices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One that was made."""
+    """A measurement that was made."""
 
     settings: Settings
     rung: int
     lap: int
     rate: float | None
-    """Tokens a second; None: it could not run."""
+    """Tokens a second; None where it could not run."""
     error: str = ""
-    """Why not."""
+    """Why it could not run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """How a finalist did against the start."""
+    """A finalist's result against the start."""
 
     settings: Settings
     rate: float
     """Tokens a second, the median of its laps."""
     gain: float
-    """Median, over the laps, of its rate over the start's, less 1."""
+    """The median, over the laps, of its rate by the start's, minus 1."""
     spread: float
-    """Half of what that differs by between the laps."""
+    """Half of the difference between the largest and the smallest of these ratios."""
     least: float
-    """That of its worst lap."""
+    """The gain in its worst lap."""
 
     @property
     def has_won(self) -> bool:
-        """Faster in every lap, and by more than the spread: where nothing is faster in
-        truth, fewer than one in fifty (of 20,000 simulated, even noise)."""
+        """Whether it was faster in every lap, and by more than the spread. Where
+        nothing is faster in truth, fewer than one in fifty races have a winner (of
+        20,000 simulated with even noise)."""
         return self.least > 0 and self.gain > self.spread
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a race ended."""
+    """The result of a race."""
 
     start_rate: float
     """Tokens a second, the median of the last rung's laps."""
     num_laps: int
     """How many laps the start ran in the last rung."""
     finals: tuple[Final, ...]
-    """Best first."""
+    """The finalists, the best first."""
 
     @property
     def winner(self) -> Final | None:
-        """None: the start."""
+        """The best finalist that has won; None where the start stays."""
         return next((final for final in self.finals if final.has_won), None)
 
 
@@ -99,8 +100,8 @@ _Known = Mapping[tuple[Settings, int, int], Timing]
 def next_heat(
     candidates: Sequence[Settings], timings: Iterable[Timing]
 ) -> Heat | Verdict:
-    """What to measure next, or how it ended, for `candidates` beside the start. Those
-    that could not run are out. Timings of others are nobody's."""
+    """What to measure next, or the verdict, for `candidates` beside the start.
+    Candidates that could not run are out. Timings of other settings are ignored."""
     known = {(t.settings, t.rung, t.lap): t for t in timings}
     left = [settings for settings in candidates if settings != START]
     rung = 0
@@ -116,8 +117,7 @@ def next_heat(
 def heats_left(
     candidates: Sequence[Settings], timings: Iterable[Timing]
 ) -> Iterator[Heat]:
-    """Those that come, if none of them fails and all beat the start, at most: for
-    telling how long it takes."""
+    """The measurements that are left at most, if none fails and all beat the start."""
     known = list(timings)
     while isinstance(heat := next_heat(candidates, known), Heat):
         yield heat
@@ -135,7 +135,7 @@ def _rate(settings: Settings, rung: int, lap: int, known: _Known) -> float | Non
 
 
 def _best(left: Sequence[Settings], rung: int, known: _Known) -> list[Settings]:
-    """Those that ran, the fastest first; among equals the one that came first."""
+    """The candidates that ran, the fastest first; equal ones stay in order."""
     rates = {settings: _rate(settings, rung, 0, known) for settings in left}
     ran = [(rate, settings) for settings, rate in rates.items() if rate is not None]
     return [settings for _, settings in sorted(ran, key=lambda pair: -pair[0])]
@@ -144,7 +144,8 @@ def _best(left: Sequence[Settings], rung: int, known: _Known) -> list[Settings]:
 def _with_combination(
     finalists: list[Settings], rung: int, known: _Known
 ) -> list[Settings]:
-    """And all at once what was faster than the start, where no key is said twice."""
+    """`finalists`, and one more with all settings that beat the start, where no two of
+    them change one key."""
     if rung == 0:
         return finalists
     least = _rate(START, rung - 1, 0, known) or 0.0
@@ -160,8 +161,8 @@ def _with_combination(
 
 
 def _last(finalists: list[Settings], rung: int, known: _Known) -> Heat | Verdict:
-    """The last rung; every other lap goes backwards, so that a machine that slows down
-    slows down no one in particular. Who has lost a lap to the start runs no more."""
+    """The last rung. Every other lap goes backwards, so that a machine that slows down
+    favours nobody. A finalist that has lost a lap to the start runs no more."""
     failed = {t.settings for t in known.values() if t.rung == rung and t.rate is None}
     for lap in range(LAPS):
         hopeful = [s for s in finalists if not _has_lost(s, rung, lap, known)]
@@ -181,8 +182,8 @@ def _last(finalists: list[Settings], rung: int, known: _Known) -> Heat | Verdict
 
 
 def _has_lost(settings: Settings, rung: int, laps: int, known: _Known) -> bool:
-    """Whether the start was as fast in one of the first `laps`, so that it cannot win
-    any more."""
+    """Whether the start was at least as fast in one of the first `laps`, so that
+    `settings` cannot win."""
     for lap in range(laps):
         rate, start = (_rate(who, rung, lap, known) for who in (settings, START))
         if rate is None or start is None or rate <= start:
@@ -191,7 +192,7 @@ def _has_lost(settings: Settings, rung: int, laps: int, known: _Known) -> bool:
 
 
 def _laps(settings: Settings, rung: int, known: _Known) -> list[float]:
-    """Those that it ran, from the first on."""
+    """The rates of the laps that it ran, in order."""
     rates = [_rate(settings, rung, lap, known) for lap in range(LAPS)]
     return [rate for rate in rates if rate is not None]
 
@@ -205,12 +206,12 @@ def _final(settings: Settings, rates: list[float], start: list[float]) -> Final:
 
 
 def failures(timings: Iterable[Timing]) -> dict[Settings, str]:
-    """Why those are out that could not run."""
+    """The settings that could not run, and why."""
     return {t.settings: t.error for t in timings if t.rate is None}
 
 
 def rates_by_candidate(timings: Iterable[Timing]) -> dict[Settings, list[float]]:
-    """The rates of each candidate that ran, in the last rung it came to."""
+    """The rates of each candidate that ran, in the last rung that it reached."""
     ran = sorted(
         (t for t in timings if t.rate is not None),
         key=lambda t: (name_of(t.settings), t.rung),

@@ -1,4 +1,4 @@
-"""Short slices of a job: the rows of one, and how fast a policy does them."""
+"""Short slices of a job, and the speed of a policy on them."""
 
 import gc
 import time
@@ -12,18 +12,15 @@ from typing import Any
 from ...io.errors import InputError, PenstockError, UsageError
 from ...scheduler.cost.workload import predict
 from ..files.inputs import Inputs
-from ..files.jsonl import PROMPT_KEYS, SCORED_KEYS
 from ..files.parts import Position
 from ..files.sources import find_files
 from ..machines.measure_calls import CountingTokenizer
 from ..model import load, unwrap
 from ..plans.forecast import generating_of, scoring_of
-from ..plans.planner import Choice, Task
+from ..plans.planner import Choice
 from ..policy import Policy
-from ..rows.text import RowError, load_tokenizer, tokenize_all, tokenize_prompt
-from ..tasks.generate import generate
-from ..tasks.score import score
-from ..tasks.task_progress import GenerateProgress, ScoreProgress
+from ..rows.text import RowError, load_tokenizer
+from ..tasks.task import Task
 
 _MOST_ROWS = 4096
 _FIRST_NEW_TOKENS = 8
@@ -32,70 +29,76 @@ _NUM_IDS = 500
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Rows to do, and what each gets."""
+    """Some rows of a job, and the task to do with them."""
 
+    task: Task
     rows: Sequence[Mapping[str, Any]]
     lengths: Sequence[int]
-    """Tokens of each."""
-    new_tokens: int
-    """New tokens for each row that is completed; 0 where rows are scored."""
+    """The number of tokens of each row."""
     is_made_up: bool
-    """Whether a row's text is its number of tokens."""
+    """Whether the rows are made up: then a row's text is its number of tokens."""
 
     @property
-    def generates(self) -> bool:
-        return self.new_tokens > 0
+    def num_tokens(self) -> int:
+        """The tokens that its speed is told in: generated ones, or those of the
+        rows."""
+        if self.task.keeps_kv:
+            return len(self.rows) * self.task.new_tokens
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """The first rows of a job, or rows like them."""
+    """The first rows of a job, or made-up rows."""
 
     rows: tuple[Mapping[str, Any], ...]
     lengths: tuple[int, ...]
     is_made_up: bool
     identity: Mapping[str, Any]
-    """What tells them from others."""
+    """What identifies the rows, for the log of a search."""
 
     @property
     def mean_length(self) -> int:
         return max(1, round(sum(self.lengths) / len(self.lengths)))
 
     def cut(self, task: Task, in_flight: int, slices: int) -> Slice:
-        """Scoring, `slices` times `in_flight` tokens; completing, `in_flight` rows that
-        get more tokens the more slices it is. Rows come again where there are too
-        few."""
+        """A slice of rows with `slices` times `in_flight` tokens. For a task that
+        generates, `in_flight` rows, which get more tokens the larger `slices` is. Rows
+        come again where there are too few."""
         rows = cycle(zip(self.rows, self.lengths, strict=True))
-        if task.generates:
+        if task.keeps_kv:
             found = list(islice(rows, in_flight))
-            new_tokens = min(task.new_tokens, _FIRST_NEW_TOKENS * slices)
         else:
             found = list(_up_to(rows, in_flight * slices))
-            new_tokens = 0
         return Slice(
+            task.shortened(_FIRST_NEW_TOKENS * slices),
             [row for row, _ in found],
             [length for _, length in found],
-            new_tokens,
             self.is_made_up,
         )
 
 
-def made_up(num_tokens: int) -> RowSample:
-    """Rows of so many tokens that mean nothing."""
-    row = {"text": f"{num_tokens}"}
+def made_up(task: Task, num_tokens: int) -> RowSample:
+    """Made-up rows of `num_tokens` each. Raises UsageError for a task that needs real
+    rows."""
+    row = task.made_up_row(num_tokens)
+    if row is None:
+        raise UsageError(
+            f"rows for {task.name} cannot be made up: give a file of them as INPUT"
+        )
     return RowSample((row,), (num_tokens,), True, {"tokens": num_tokens})
 
 
 def sample_of(
     sources: Sequence[str | Path],
     model: Path,
+    task: Task,
     *,
-    generates: bool,
     trust_remote_code: bool = False,
 ) -> RowSample:
-    """The first rows of some files. Raises InputError where there is none that can be
-    done, and for standard input, whose rows come only once."""
-    inputs = Inputs(find_files(sources), PROMPT_KEYS if generates else SCORED_KEYS)
+    """The first rows of `sources` that `task` can do. Raises InputError where there are
+    none, and for standard input, which can be read only once."""
+    inputs = Inputs(find_files(sources), task.row_keys)
     if inputs.is_stream:
         raise InputError(
             "standard input (-) cannot be measured again and again: give a file"
@@ -103,7 +106,7 @@ def sample_of(
     with closing(inputs.rows(Position())) as found:
         rows = [row.row for row in islice(found, _MOST_ROWS)]
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    lengths = _lengths(tokenizer, rows, generates=generates)
+    lengths = task.token_lengths(tokenizer, rows)
     good = [
         (row, num)
         for row, num in zip(rows, lengths, strict=True)
@@ -124,24 +127,6 @@ def sample_of(
     )
 
 
-def _lengths(
-    tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, generates: bool
-) -> list[int | RowError]:
-    """Tokens of each row, or why there are none."""
-    if not generates:
-        found = tokenize_all(tokenizer, rows)
-        return [row if isinstance(row, RowError) else len(row.ids) for row in found]
-    lengths: list[int | RowError] = []
-    for row in rows:
-        try:
-            if "error" in row:
-                raise RowError(row["error"])
-            lengths.append(len(tokenize_prompt(tokenizer, row)))
-        except RowError as error:
-            lengths.append(error)
-    return lengths
-
-
 def _up_to(
     rows: Iterator[tuple[Mapping[str, Any], int]], tokens: int
 ) -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -153,18 +138,18 @@ def _up_to(
 
 
 def measured_rate(folder: Path, policy: Policy, work: Slice) -> float:
-    """Tokens a second (new ones, where rows are completed) of `work`, once the model is
-    loaded and one row has been through it. Raises UsageError where no row can be done,
-    and what a job does."""
+    """Measures tokens a second of `work` (generated ones, where there are any), after
+    the model is loaded and one row has run. Raises UsageError where no row can be done,
+    and what a job raises."""
     model = load(folder, policy)
     try:
         tokenizer: Any = None
         if work.is_made_up:
             config = model.config.get_text_config()
             tokenizer = CountingTokenizer(min(_NUM_IDS, config.vocab_size))
-            if work.generates:
+            if work.task.keeps_kv:
                 model.generation_config.eos_token_id = None
-        warm = replace(work, rows=work.rows[:1], new_tokens=min(1, work.new_tokens))
+        warm = replace(work, task=work.task.shortened(1), rows=work.rows[:1])
         _run(model, warm, tokenizer)
         start = time.perf_counter()
         tokens = _run(model, work, tokenizer)
@@ -172,26 +157,14 @@ def measured_rate(folder: Path, policy: Policy, work: Slice) -> float:
     finally:
         unwrap(model)
         del model
-        gc.collect()  # before the next one is loaded
+        gc.collect()  # before the next model is loaded
 
 
 def _run(model: Any, work: Slice, tokenizer: Any) -> int:
-    """Does the rows. Returns the tokens that count."""
-    if work.generates:
-        generated = GenerateProgress()
-        _check(
-            generate(
-                model,
-                work.rows,
-                max_new_tokens=work.new_tokens,
-                tokenizer=tokenizer,
-                progress=generated,
-            )
-        )
-        return generated.output_tokens
-    scored = ScoreProgress()
-    _check(score(model, work.rows, tokenizer=tokenizer, progress=scored))
-    return scored.tokens_done
+    """Does the rows of `work`. Returns the tokens that its speed is told in."""
+    progress = work.task.new_progress()
+    _check(work.task.run(model, work.rows, tokenizer=tokenizer, progress=progress))
+    return progress.tokens_counted
 
 
 def _check(results: Iterable[Mapping[str, Any]]) -> None:
@@ -204,24 +177,22 @@ def _check(results: Iterable[Mapping[str, Any]]) -> None:
 
 
 def predicted_rate(choice: Choice, work: Slice) -> float | None:
-    """What the plan of `choice` says of `work`; None where it says nothing."""
+    """The tokens a second that the plan of `choice` predicts for `work`; None where it
+    predicts nothing."""
     policy, costs = choice.policy, choice.forecast.model
     try:
-        if work.generates:
+        if work.task.keeps_kv:
             mean = max(1, round(sum(work.lengths) / len(work.lengths)))
-            num = len(work.rows)
             job = generating_of(
                 policy,
-                num,
+                len(work.rows),
                 mean,
-                work.new_tokens,
+                work.task.new_tokens,
                 in_parts=choice.forecast.shape.prompts_in_parts,
             )
             found = predict(costs, job)
-            tokens = num * work.new_tokens
         else:
             found = predict(costs, scoring_of(policy, work.lengths))
-            tokens = sum(work.lengths)
     except PenstockError:
         return None
-    return tokens / found.seconds if found.seconds else None
+    return work.num_tokens / found.seconds if found.seconds else None

@@ -10,6 +10,7 @@ import torch
 from ...io.errors import DoesNotFitError, MachineError, PolicyError
 from ..jobs.identity import model_digests
 from ..plans.plan import Plan
+from ..plans.planned import Workload
 from ..plans.planner import Choice
 from ..plans.words import prediction_busy
 from ..policy import Policy
@@ -19,12 +20,12 @@ from .race import START, Heat, Settings, Timing, Verdict, heats_left, next_heat
 from .slices import RowSample, Slice, measured_rate, predicted_rate
 
 Measure = Callable[[Path, Policy, Slice], float]
-"""Tokens a second of a checkpoint under a policy, for so much work."""
+"""Returns the tokens a second of a checkpoint under a policy, for a slice."""
 _OUT = (DoesNotFitError, MachineError, PolicyError, MemoryError, torch.OutOfMemoryError)
-"""What takes a candidate out of the race instead of ending it."""
+"""The errors that take a candidate out of the race instead of ending it."""
 _HIDDEN_PART = 0.2
-"""Of a pass: weights that come in less are behind what is computed even where the plan
-is a few times too sanguine."""
+"""The share of a pass below which loading weights is hidden by computing, even where
+the plan is a few times too optimistic."""
 _KEYS = (
     "micro_batch_tokens",
     "tokens_in_flight",
@@ -42,13 +43,13 @@ _KEYS = (
 
 @dataclass
 class Tuning:
-    """A search around `plan`, measured on slices of `sample`."""
+    """A search around `plan`, with measurements on slices of `sample`."""
 
     plan: Plan
     sample: RowSample
     measure: Measure = measured_rate
     tried: list[Settings] = field(init=False)
-    """What is tried beside the start."""
+    """The settings that are tried beside the start."""
 
     def __post_init__(self) -> None:
         self._around = around(self.plan)
@@ -58,22 +59,17 @@ class Tuning:
 
     @property
     def job(self) -> dict[str, Any]:
-        """What tells this search from others, as JSON has it."""
-        task = self.plan.task
+        """What identifies this search, as JSON has it."""
         return {
             "model": model_digests(self.plan.model),
             "policy": _dumped(self.plan.planner.policy),
             "start": _dumped(self.plan.policy),
-            "task": {
-                "generates": task.generates,
-                "prompt_tokens": task.prompt_tokens,
-                "new_tokens": task.new_tokens if task.generates else 0,
-            },
+            "task": _identity(self.plan.workload),
             "input": dict(self.sample.identity),
         }
 
     def slice_of(self, slices: int) -> Slice:
-        """The same rows for everyone: of a whole pass, for the widest."""
+        """The same rows for every candidate: enough for a pass of the widest one."""
         return self.sample.cut(self.plan.task, self._widest, slices)
 
     def choice(self, settings: Settings) -> Choice:
@@ -91,8 +87,8 @@ class Tuning:
         return self._choices[settings]
 
     def run(self, log: TuneLog) -> Iterator[Timing | Verdict]:
-        """Measures what is not in `log` yet, and yields each timing once it is kept
-        there; the verdict comes last. Raises what the start fails with."""
+        """Measures what is not in `log` yet. Yields each timing once it is kept there,
+        and the verdict at the end. Raises what the start raises."""
         while isinstance(step := next_heat(self.tried, log.timings), Heat):
             timing = self._timing(step)
             log.add(timing)
@@ -112,15 +108,15 @@ class Tuning:
         return Timing(heat.settings, heat.rung, heat.lap, rate)
 
     def predicted_seconds(self, timings: list[Timing]) -> float | None:
-        """What is left would take, without loading, if all were as fast as the start
-        by its plan; None where that says nothing."""
+        """The seconds that the rest of the search takes, without loading, if all
+        candidates are as fast as the start by its plan; None where the plan predicts
+        nothing."""
         work = self.slice_of(1)
         rate = predicted_rate(self.plan.choice, work)
-        each = len(work.rows) * work.new_tokens if work.generates else sum(work.lengths)
-        return self.slices_left(timings) * each / rate if rate else None
+        return self.slices_left(timings) * work.num_tokens / rate if rate else None
 
     def slices_left(self, timings: list[Timing]) -> int:
-        """What there is to measure, in the shortest slices."""
+        """The measurements that are left, counted in the shortest slices."""
         return sum(heat.slices for heat in heats_left(self.tried, timings))
 
 
@@ -133,7 +129,9 @@ def around(plan: Plan) -> Around:
     return Around(
         values={key: _value(policy, key) for key in _KEYS},
         is_open=frozenset(key for key in _KEYS if _is_open(asked, key)),
-        generates=plan.task.generates,
+        micro_batch_key=plan.task.micro_batch_key,
+        in_flight_key=plan.task.in_flight_key,
+        joins_products=plan.task.joins_products,
         waits_for_links=busy > _HIDDEN_PART * whole,
         is_compiled=policy.compile,
         readers={} if disk is None else dict(disk.bandwidth),
@@ -141,8 +139,20 @@ def around(plan: Plan) -> Around:
     )
 
 
+def _identity(workload: Workload) -> dict[str, Any]:
+    """What identifies the workload. Those of `score` and `generate` have no name, since
+    logs of older versions have none."""
+    task = workload.task
+    found = {
+        "generates": task.keeps_kv,
+        "prompt_tokens": workload.row_tokens,
+        "new_tokens": task.new_tokens,
+    }
+    return found if task.name in ("score", "generate") else {"name": task.name, **found}
+
+
 def with_settings(policy: Policy, settings: Settings) -> Policy:
-    """`policy` with other values for dotted keys. Raises PolicyError."""
+    """`policy` with `settings`. Raises PolicyError."""
     values = policy.model_dump(exclude_unset=True)
     for key, value in settings:
         section, _, inner = key.rpartition(".")
@@ -161,7 +171,7 @@ def _value(policy: Policy, key: str) -> Any:
 
 
 def _is_open(policy: Policy, key: str) -> bool:
-    """Whether the user left `key` alone, or to Penstock."""
+    """Whether the user did not set `key`, or set it to auto."""
     section, _, inner = key.rpartition(".")
     owner = policy.io if section == "io" else policy
     is_set = inner in owner.model_fields_set

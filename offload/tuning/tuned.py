@@ -1,5 +1,5 @@
-"""The policy that a search ended with, as YAML: measured and predicted figures stand in
-its comments."""
+"""The policy that a search ended with, as YAML. Comments have the measured and
+predicted figures."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -22,7 +22,7 @@ from .tune import Tuning
 
 
 def tuned_yaml(tuning: Tuning, verdict: Verdict, timings: Sequence[Timing]) -> str:
-    """What `--policy` takes."""
+    """The YAML file of the policy that won, with comments, as `--policy` takes it."""
     winner = verdict.winner
     choice = tuning.choice(winner.settings if winner else START)
     lines = [*_head(tuning, verdict), *_table(tuning, timings)]
@@ -36,7 +36,7 @@ def tuned_yaml(tuning: Tuning, verdict: Verdict, timings: Sequence[Timing]) -> s
 
 
 def verdict_line(verdict: Verdict) -> str:
-    """Who won, in one sentence."""
+    """The result of a search in one sentence."""
     winner = verdict.winner
     if winner is not None:
         return f"{name_of(winner.settings)} {_gain(winner)}"
@@ -63,17 +63,16 @@ def _head(tuning: Tuning, verdict: Verdict) -> list[str]:
     plan, winner = tuning.plan, verdict.winner
     work = tuning.slice_of(2)
     length = sum(work.lengths) / len(work.lengths)
-    unit = "output tokens/s" if work.generates else "tokens/s"
+    task = work.task
     rate = winner.rate if winner else verdict.start_rate
     predicted = predicted_rate(
         tuning.choice(winner.settings if winner else START), work
     )
-    each = f" that get {work.new_tokens} more" if work.generates else ""
+    each = f" that get {task.new_tokens} more" if task.new_tokens else ""
     rows = "made-up rows" if tuning.sample.is_made_up else "rows of the input"
     return [
-        f"{plan.model} on {plan.machine.name}, tuned to "
-        f"{'generate' if work.generates else 'score'}",
-        f"measured: {rate:,.1f} {unit}{_predicted(predicted)} (median of "
+        f"{plan.model} on {plan.machine.name}, tuned to {task.name}",
+        f"measured: {rate:,.1f} {task.rate_unit}{_predicted(predicted)} (median of "
         f"{verdict.num_laps})",
         f"verdict: {verdict_line(verdict)}",
         f"slices: up to {len(work.rows):,} {rows} of {length:,.0f} tokens{each}",
@@ -81,7 +80,8 @@ def _head(tuning: Tuning, verdict: Verdict) -> list[str]:
 
 
 def _table(tuning: Tuning, timings: Sequence[Timing]) -> list[str]:
-    """Everyone who ran, the fastest of the longest slices first."""
+    """Comment lines with all settings that ran, the fastest of the longest slices
+    first."""
     rungs = {t.settings: t.rung for t in timings if t.rate is not None}
     rates = rates_by_candidate(timings)
     order = sorted(rates, key=lambda s: (-_last_rung(s, timings), -median(rates[s])))

@@ -25,9 +25,9 @@ from penstock.offload.jobs.choosing import (
 from penstock.offload.jobs.job import Job
 from penstock.offload.jobs.kept import begun_as
 from penstock.offload.jobs.manifest import FORMAT, Manifest
-from penstock.offload.jobs.work import EmbedWork, GenerateWork, ScoreWork
 from penstock.offload.machines.machine import Machine, own_machine_path
-from penstock.offload.plans.planned import Task
+from penstock.offload.plans.planned import Workload
+from penstock.offload.tasks.score_task import Score
 
 GIB = 1 << 30
 
@@ -68,7 +68,7 @@ def policy(cache: Path, machine: Machine, **settings: Any) -> Policy:
 def job(folder: Path, tmp_path: Path, asked: Policy, **options: Any) -> Job:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(f'{{"id": {n}, "text": "a b c"}}\n' for n in range(6)))
-    return Job(ScoreWork(), folder, source, tmp_path / "out.jsonl", asked, **options)
+    return Job(Score(), folder, source, tmp_path / "out.jsonl", asked, **options)
 
 
 def ran(job: Job) -> tuple[dict[str, Any], str]:
@@ -101,14 +101,14 @@ def test_a_job_that_is_gone_on_with_keeps_what_it_began_with(
     """The computer seems to be another one when the job is run again."""
 
     def in_parts(**then: Any) -> Any:
-        return Watched(ScoreWork(), num_rows=2, **then)
+        return Watched(Score(), num_rows=2, **then)
 
     asked = policy(cache, EMULATED)
-    whole = replace(job(folder, tmp_path, asked), work=in_parts())
+    whole = replace(job(folder, tmp_path, asked), task=in_parts())
     whole = replace(whole, output=tmp_path / "whole.jsonl")
     ran(whole)
     begun = replace(
-        whole, work=in_parts(at=3, then=kill), output=tmp_path / "out.jsonl"
+        whole, task=in_parts(at=3, then=kill), output=tmp_path / "out.jsonl"
     )
     with pytest.raises(Killed):
         begun.run(Console(quiet=True))
@@ -117,13 +117,13 @@ def test_a_job_that_is_gone_on_with_keeps_what_it_began_with(
     assert made.chosen is not None
     assert made.chosen["dtype"] == "float32"
     able = policy(cache, ABLE)
-    goes_on = replace(begun, policy=able, work=in_parts())
+    goes_on = replace(begun, policy=able, task=in_parts())
     report, said = ran(goes_on)
     assert (report["rows_before"], report["dtype"]) == (2, "float32")
     assert said.startswith("penstock: computing in float32 (as the job began)")
     assert begun.output.read_bytes() == whole.output.read_bytes()
     assert goes_on.run(Console(quiet=True)).report is None, "it is done"
-    anew = replace(goes_on, mode="restart", work=ScoreWork())
+    anew = replace(goes_on, mode="restart", task=Score())
     assert ran(anew)[0]["dtype"] == "bfloat16"
 
 
@@ -160,7 +160,7 @@ def test_the_line_says_where_the_size_of_memory_comes_from(
 
 
 def choose(folder: Path, asked: Policy) -> Chosen:
-    return choosing.choose(folder, asked, Task())
+    return choosing.choose(folder, asked, Workload())
 
 
 def test_a_memory_that_is_far_smaller_than_the_model_is_planned_for(
@@ -186,7 +186,7 @@ def test_a_gpu_that_nobody_measured_is_not_planned_for(
     folder: Path, cache: Path
 ) -> None:
     asked = policy(cache, EMULATED, device="cuda")
-    found = choosing.choose(folder, asked, Task())
+    found = choosing.choose(folder, asked, Workload())
     assert found == Chosen(asked, note=found.note)
     assert "run penstock machine --device cuda" in found.words
 
@@ -194,22 +194,16 @@ def test_a_gpu_that_nobody_measured_is_not_planned_for(
 def test_several_workers_share_a_dtype_and_each_its_part_of_memory(
     folder: Path, cache: Path
 ) -> None:
-    found = choosing.choose(folder, policy(cache, EMULATED), Task(), num=2)
+    found = choosing.choose(folder, policy(cache, EMULATED), Workload(), num=2)
     assert found.policy.dtype == "float32"
     assert found.policy.device_memory == "auto", "divided among them"
-
-
-def test_each_work_is_planned_for_as_what_it_is() -> None:
-    assert ScoreWork().planned(9) == Task(prompt_tokens=9)
-    assert EmbedWork().planned(9) == Task(prompt_tokens=9, embeds=True)
-    assert GenerateWork(5).planned(9) == Task(True, 9, 5)
 
 
 def test_advice_is_tried_in_the_dtype_and_memory_that_there_are(
     folder: Path, cache: Path
 ) -> None:
     asked = policy(cache, EMULATED)
-    trial = choosing.choose(folder, asked, Task()).trial(folder, asked)
+    trial = choosing.choose(folder, asked, Workload()).trial(folder, asked)
     assert trial is not None
     now, narrow = trial({}), trial({"dtype": "bfloat16"})
     assert now is not None

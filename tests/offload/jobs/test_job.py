@@ -22,7 +22,10 @@ from penstock import Policy
 from penstock.io.errors import InputError, StoppedError, UsageError
 from penstock.offload.files.parts import Cut, NumberedRows
 from penstock.offload.jobs.job import Done, Job
-from penstock.offload.jobs.work import GenerateWork, ScoreWork, Work
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task import Task
+from penstock.offload.tasks.task_progress import TaskProgress
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
@@ -64,44 +67,51 @@ POLICY = Policy(
 
 @dataclass
 class Watched:
-    """`work` in small parts, which does something once it has some results."""
+    """`task` in small parts, which does something once it has some results."""
 
-    work: Work
+    task: Task
     at: int = -1
     then: Callable[[], None] = field(default=lambda: None)
     num_rows: int = 6
+    progress: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.work, name)
+        return getattr(self.task, name)
 
     def cut(self, policy: Policy) -> Cut:
         return Cut(self.num_rows, 1 << 20)
 
     def results(
-        self, model: Any, tokenizer: Any, parts: Iterator[NumberedRows]
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Iterator[NumberedRows],
+        progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
-        for number, result in enumerate(self.work.results(model, tokenizer, parts)):
+        self.progress = progress
+        found = self.task.results(model, tokenizer, parts, progress)
+        for number, result in enumerate(found):
             if number == self.at:
                 self.then()
             yield result
 
 
-def scoring() -> Work:
-    return ScoreWork()
+def scoring() -> Task:
+    return Score()
 
 
-def generating() -> Work:
-    return GenerateWork(3, seed=3, options={"temperature": 1.2})
+def generating() -> Task:
+    return Generate(3, seed=3, options={"temperature": 1.2})
 
 
-def sampling_beams() -> Work:
-    return GenerateWork(2, seed=3, options={"num_beams": 2, "do_sample": True})
+def sampling_beams() -> Task:
+    return Generate(2, seed=3, options={"num_beams": 2, "do_sample": True})
 
 
 def run(
-    work: Work, folder: Path, source: Any, output: Path, **options: Any
+    task: Task | Watched, folder: Path, source: Any, output: Path, **options: Any
 ) -> tuple[Done, Any]:
-    watched: Any = work if isinstance(work, Watched) else Watched(work)
+    watched: Any = task if isinstance(task, Watched) else Watched(task)
     policy = options.pop("policy", POLICY)
     job = Job(watched, folder, source, output, policy, **options)
     return job.run(Console(quiet=True)), watched.progress
@@ -116,7 +126,7 @@ def kill() -> None:
     "make", shared([scoring, generating, sampling_beams], lambda place, _: place < 2)
 )
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
-    make: Callable[[], Work], folder: Path, source: Path, tmp_path: Path
+    make: Callable[[], Task], folder: Path, source: Path, tmp_path: Path
 ) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     run(make(), folder, source, whole)
@@ -136,10 +146,10 @@ def test_a_part_has_the_same_bits_without_the_others(
 ) -> None:
     """Rows of two parts are never packed together."""
     lines = source.read_bytes().splitlines(keepends=True)
-    run(ScoreWork(), folder, source, tmp_path / "whole.jsonl")
+    run(Score(), folder, source, tmp_path / "whole.jsonl")
     second = tmp_path / "second.jsonl"
     second.write_bytes(b"".join(lines[6:12]))
-    run(ScoreWork(), folder, second, tmp_path / "alone.jsonl")
+    run(Score(), folder, second, tmp_path / "alone.jsonl")
     whole = read_lines(tmp_path / "whole.jsonl")
     assert read_lines(tmp_path / "alone.jsonl") == whole[6:12]
 
@@ -152,7 +162,7 @@ def test_the_first_signal_finishes_what_is_under_way(
 ) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    stopped = Watched(ScoreWork(), 2, lambda: signal.raise_signal(number))
+    stopped = Watched(Score(), 2, lambda: signal.raise_signal(number))
     with pytest.raises(StoppedError, match="run the same command again") as caught:
         run(stopped, folder, source, output)
     assert caught.value.exit_code == code
@@ -160,8 +170,8 @@ def test_the_first_signal_finishes_what_is_under_way(
     parts = len(list((tmp_path / "out.jsonl.parts").glob("part-*")))
     assert 0 < parts < 7
     assert stopped.progress.rows_done == parts * 6, "all that was begun was kept"
-    run(ScoreWork(), folder, source, output)
-    run(ScoreWork(), folder, source, whole)
+    run(Score(), folder, source, output)
+    run(Score(), folder, source, whole)
     assert output.read_bytes() == whole.read_bytes()
 
 
@@ -174,13 +184,13 @@ def test_the_second_signal_stops_at_once(
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
 
-    stopped = Watched(ScoreWork(), 8, twice)
+    stopped = Watched(Score(), 8, twice)
     with pytest.raises(StoppedError, match="6 rows are done") as caught:
         run(stopped, folder, source, output)
     assert caught.value.exit_code == 143
     assert stopped.progress.rows_done <= 12
     assert not output.exists()
-    run(ScoreWork(), folder, source, output)
+    run(Score(), folder, source, output)
     assert len(read_lines(output)) == NUM_ROWS
 
 
@@ -190,7 +200,7 @@ def test_a_signal_that_was_ignored_before_stays_so(
     """As in a shell's background: `penstock ... &`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        ignored = Watched(ScoreWork(), 2, lambda: signal.raise_signal(signal.SIGINT))
+        ignored = Watched(Score(), 2, lambda: signal.raise_signal(signal.SIGINT))
         done, _ = run(ignored, folder, source, tmp_path / "out.jsonl")
     finally:
         signal.signal(signal.SIGINT, before)
@@ -202,7 +212,7 @@ def test_a_signal_after_the_last_part_was_read_changes_nothing(
 ) -> None:
     output = tmp_path / "out.jsonl"
     last = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
-    done, _ = run(Watched(ScoreWork(), NUM_ROWS - 1, last), folder, source, output)
+    done, _ = run(Watched(Score(), NUM_ROWS - 1, last), folder, source, output)
     assert done.num_rows == NUM_ROWS
     assert output.exists()
 
@@ -212,9 +222,9 @@ def test_failed_rows_are_done_again_and_the_others_stay(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    run(ScoreWork(), folder, source, output)
+    run(Score(), folder, source, output)
     before = output.read_bytes().splitlines()
-    done, progress = run(ScoreWork(), folder, source, output, mode="retry")
+    done, progress = run(Score(), folder, source, output, mode="retry")
     assert output.read_bytes().splitlines() == before
     assert progress.rows_done == 2
     assert done.num_errors == 2
@@ -227,15 +237,15 @@ def test_logits_that_are_no_numbers_are_errors_and_never_in_the_output(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
     class Poisoned(Watched):
-        def results(self, model: Any, tokenizer: Any, parts: Any) -> Any:
+        def results(self, model: Any, tokenizer: Any, parts: Any, progress: Any) -> Any:
             hook = model.lm_head.register_forward_hook(
                 lambda module, args, out: out * float("nan")
             )
-            yield from super().results(model, tokenizer, parts)
+            yield from super().results(model, tokenizer, parts, progress)
             hook.remove()
 
     output = tmp_path / "out.jsonl"
-    done, _ = run(Poisoned(ScoreWork()), folder, source, output)
+    done, _ = run(Poisoned(Score()), folder, source, output)
     assert done.num_errors == NUM_ROWS
     for line in output.read_text().splitlines():
         found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
@@ -244,14 +254,14 @@ def test_logits_that_are_no_numbers_are_errors_and_never_in_the_output(
 
 @pytest.mark.parametrize("make", [scoring, generating])
 def test_failing_rows_do_not_pile_up(
-    make: Callable[[], Work], folder: Path, tmp_path: Path
+    make: Callable[[], Task], folder: Path, tmp_path: Path
 ) -> None:
     """However many there are: those of a part are handed on before the next one."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"wrong": 1}\n' * 60)
 
     class Counting(Watched):
-        def results(self, model: Any, tokenizer: Any, parts: Any) -> Any:
+        def results(self, model: Any, tokenizer: Any, parts: Any, progress: Any) -> Any:
             num_taken = 0
 
             def counted() -> Any:
@@ -260,8 +270,8 @@ def test_failing_rows_do_not_pile_up(
                     num_taken += len(part)
                     yield part
 
-            for result in super().results(model, tokenizer, counted()):
-                assert num_taken - self.progress.rows_done < 6
+            for result in super().results(model, tokenizer, counted(), progress):
+                assert num_taken - progress.rows_done < 6
                 yield result
 
     done, _ = run(Counting(make()), folder, source, output)
@@ -273,7 +283,7 @@ def test_a_lone_surrogate_is_its_rows_error(folder: Path, tmp_path: Path) -> Non
     source.write_bytes(
         b'{"id": "a", "text": "half \\ud83d of it"}\n{"id": "\\udc00", "text": "a b"}\n'
     )
-    done, _ = run(ScoreWork(), folder, source, output)
+    done, _ = run(Score(), folder, source, output)
     first, second = read_lines(output)
     assert "the tokenizer does not take this text" in first["error"]
     assert second["id"] == "\udc00"
@@ -290,7 +300,7 @@ def test_an_input_that_ends_in_the_middle_keeps_what_came_before(
     cut.write_bytes(whole[: len(whole) * 2 // 3])
     output = tmp_path / "out.jsonl"
     with pytest.raises(InputError, match=r"in.jsonl.gz is cut off"):
-        run(ScoreWork(), folder, cut, output)
+        run(Score(), folder, cut, output)
     assert len(list((tmp_path / "out.jsonl.parts").glob("part-*"))) > 2
 
 
@@ -299,7 +309,7 @@ def test_a_failing_load_leaves_nothing(source: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UsageError, match="no tokenizer"):
-        run(ScoreWork(), folder, source, tmp_path / "out.jsonl")
+        run(Score(), folder, source, tmp_path / "out.jsonl")
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "tiny"]
 
 
@@ -308,13 +318,13 @@ def test_another_model_of_the_same_shape_is_refused(
 ) -> None:
     folder = make_checkpoint(tmp_path / "tiny", "tiny", dtype="float32")
     output = tmp_path / "out.jsonl"
-    run(ScoreWork(), folder, source, output)
+    run(Score(), folder, source, output)
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UsageError, match=r"model model\.safetensors is another one"):
-        run(ScoreWork(), folder, source, output)
+        run(Score(), folder, source, output)
 
 
 def test_other_micro_batches_are_announced_and_taken(
@@ -323,9 +333,9 @@ def test_other_micro_batches_are_announced_and_taken(
     """Out of memory, say: the job must go on with smaller ones."""
     output = tmp_path / "out.jsonl"
     with pytest.raises(Killed):
-        run(Watched(ScoreWork(), 20, kill), folder, source, output)
+        run(Watched(Score(), 20, kill), folder, source, output)
     other = POLICY.with_settings(["micro_batch_tokens=16"])
-    run(ScoreWork(), folder, source, output, policy=other)
+    run(Score(), folder, source, output, policy=other)
     assert "micro_batch_tokens was 32 and is 16 since the job began" in caplog.text
     assert len(read_lines(output)) == NUM_ROWS
 
@@ -354,7 +364,7 @@ def test_rows_come_from_standard_input_and_go_to_standard_output(
     )
     assert done.returncode == 1, done.stderr
     output = tmp_path / "out.jsonl"
-    job = Job(ScoreWork(), folder, source, output, Policy(**IN_FLIGHT))
+    job = Job(Score(), folder, source, output, Policy(**IN_FLIGHT))
     job.run(Console(quiet=True))
     assert done.stdout == output.read_text()
 
@@ -363,7 +373,7 @@ def test_a_finished_job_says_so_and_how_it_went(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    Job(ScoreWork(), folder, source, output, Policy()).run(Console(quiet=True))
+    Job(Score(), folder, source, output, Policy()).run(Console(quiet=True))
     again = command("score", folder, source, "-o", output)
     assert again.returncode == 1
     assert "is done already: 32 rows" in again.stderr

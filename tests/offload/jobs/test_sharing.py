@@ -22,7 +22,7 @@ from penstock.offload.jobs import worker_pool
 from penstock.offload.jobs.budgets import Room, divided, threads_of
 from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.look import ProgressSnapshot, all_of
-from penstock.offload.jobs.work import Work
+from penstock.offload.tasks.task import Task
 from penstock.offload.tasks.task_progress import GenerateProgress, add_up
 from shared_work import PARENT, Generating, Scoring
 
@@ -66,7 +66,7 @@ def leaves_nothing(
     request.getfixturevalue("no_leaks")
 
 
-def run(work: Work, folder: Path, source: Path, output: Path, workers: int = 2) -> Done:
+def run(work: Task, folder: Path, source: Path, output: Path, workers: int = 2) -> Done:
     job = Job(work, folder, source, output, POLICY, workers=workers)
     return job.run(Console(quiet=True))
 

@@ -20,13 +20,13 @@ from penstock import Policy
 from penstock.io.errors import OutputError, UsageError
 from penstock.offload.jobs.job import Job
 from penstock.offload.jobs.watch import Watching
-from penstock.offload.jobs.work import ScoreWork
 from penstock.offload.monitoring.metrics import MetricsFile
 from penstock.offload.monitoring.monitor import Every, Monitor, interval_seconds
 from penstock.offload.monitoring.progress import JobBar, JsonLines, PlainLines
 from penstock.offload.monitoring.samples import ResourceSample, Window
 from penstock.offload.tasks.generate import GenerateProgress
 from penstock.offload.tasks.score import ScoreProgress
+from penstock.offload.tasks.score_task import Score
 
 SAMPLE = ResourceSample(
     seconds=30.0,
@@ -289,7 +289,7 @@ def job(folder: Path, tmp_path: Path, **watching: Any) -> Job:
     rows = [{"id": i, "text": f"Row {i} of a few, all alike."} for i in range(12)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Job(
-        ScoreWork(),
+        Score(),
         folder,
         source,
         tmp_path / "out.jsonl",

@@ -13,7 +13,7 @@ from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.plans.devices import DeviceOption
 from penstock.offload.plans.plan import Plan, make_plan
-from penstock.offload.plans.planner import Task
+from penstock.offload.plans.planned import Workload
 from penstock.offload.policy import Policy
 
 LLAMA: dict[str, Any] = {
@@ -59,11 +59,11 @@ def planned(
     folder: Path,
     machine: Machine,
     config: dict[str, Any] = LLAMA,
-    task: Task | None = None,
+    workload: Workload | None = None,
     **policy: Any,
 ) -> Plan:
     (folder / "config.json").write_text(json.dumps(config))
-    return make_plan(folder, Policy(**policy), machine, task or Task())
+    return make_plan(folder, Policy(**policy), machine, workload or Workload())
 
 
 def ways_of(made: Plan) -> dict[str, DeviceOption]:

@@ -25,8 +25,11 @@ from penstock.offload.machines.machine import Machine, find_machine, own_machine
 from penstock.offload.plans.forecast import generating_of
 from penstock.offload.plans.pareto import frontier
 from penstock.offload.plans.plan import Plan, make_plan
-from penstock.offload.plans.planner import Task
+from penstock.offload.plans.planned import Workload
 from penstock.offload.policy import Policy
+from penstock.offload.tasks.embed_task import Embed
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.weights.blueprint import blueprint
 
 LLAMA = {
@@ -66,9 +69,9 @@ def llama(tmp_path: Path) -> Path:
 
 
 def plan(
-    folder: Path, machine: Machine, task: Task | None = None, **settings: object
+    folder: Path, machine: Machine, workload: Workload | None = None, **settings: object
 ) -> Plan:
-    return make_plan(folder, Policy(**settings), machine, task or Task())
+    return make_plan(folder, Policy(**settings), machine, workload or Workload())
 
 
 def test_a_config_alone_has_the_recipes_of_the_checkpoint(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_a_plan_says_what_binds_and_what_would_hide_it(llama: Path) -> None:
     tight = plan(llama, slow, dtype="float32", device_memory="128MiB")
     assert "would hide it; you have memory for" in tight.sentences[0]
     policy = Policy(dtype="float32", device_memory="128MiB")
-    soon = make_plan(llama, policy, slow, Task(), "latency")
+    soon = make_plan(llama, policy, slow, Workload(), "latency")
     assert "which would take longer for each" in soon.sentences[0]
     free = plan(llama, machine_of(disk="4GB"), dtype="float32")
     assert free.sentences[0].startswith("computing binds")
@@ -168,10 +171,10 @@ def test_products_of_few_rows_stay_in_the_dtype_of_fewer_bytes(llama: Path) -> N
     machine = machine_of()
     few = {"float32": {1: 2e9, 512: 2e11}, "bfloat16": {1: 4e9, 8: 3e10, 512: 3.2e10}}
     narrow = machine.model_copy(update={"matmul": few})
-    task = Task(generates=True, prompt_tokens=1, new_tokens=64)
+    task = Workload(Generate(64), 1)
     flight = {"sequences_in_flight": 4, "micro_batch_sequences": 4}
     assert plan(llama, narrow, task, **flight).dtype == "bfloat16"
-    assert plan(llama, narrow, Task(prompt_tokens=64)).dtype == "float32"
+    assert plan(llama, narrow, Workload(Score(), 64)).dtype == "float32"
 
 
 def test_no_dtype_of_fewer_bits_than_the_checkpoints_is_ever_taken(
@@ -185,7 +188,7 @@ def test_no_dtype_of_fewer_bits_than_the_checkpoints_is_ever_taken(
 
 
 def test_completions_keep_keys_and_values_append_only(llama: Path) -> None:
-    task = Task(generates=True, prompt_tokens=64, new_tokens=32)
+    task = Workload(Generate(32), 64)
     found = plan(llama, machine_of(), task, dtype="float32")
     assert found.policy.kv.tier == "host"
     assert found.choice.prediction.output_tokens_per_second > 0
@@ -210,7 +213,7 @@ def test_a_plan_has_the_parts_of_prompts_that_a_job_takes() -> None:
 
 def test_the_least_latency_has_one_micro_batch_in_flight(llama: Path) -> None:
     policy = Policy(dtype="float32")
-    found = make_plan(llama, policy, machine_of(), Task(), "latency").policy
+    found = make_plan(llama, policy, machine_of(), Workload(), "latency").policy
     assert found.tokens_in_flight == found.micro_batch_tokens
 
 
@@ -383,7 +386,7 @@ def test_a_resolved_policy_runs_and_its_report_has_the_prediction(
     assert penstock.__version__
 
 
-LONG = Task(generates=True, prompt_tokens=16, new_tokens=240)
+LONG = Workload(Generate(240), 16)
 
 
 def test_keys_and_values_go_to_disk_where_memory_is_too_small(llama: Path) -> None:
@@ -495,7 +498,7 @@ T5 = {
     "vocab_size": 8000,
     "dtype": "float32",
 }
-EMBEDS = Task(prompt_tokens=64, embeds=True)
+EMBEDS = Workload(Embed(), 64)
 
 
 def ran(found: Plan) -> list[str]:
@@ -523,7 +526,7 @@ def test_embedding_leaves_the_head_out(llama: Path) -> None:
     slow = machine_of(disk="10MB")
     scored, embedded = (
         make_plan(llama, policy, slow, task).choice
-        for task in (Task(prompt_tokens=64), EMBEDS)
+        for task in (Workload(Score(), 64), EMBEDS)
     )
     assert scored.forecast.shape == embedded.forecast.shape
     head = 16000 * 1024 * 2 / 10e6

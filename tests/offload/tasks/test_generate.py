@@ -29,6 +29,7 @@ from penstock.io.errors import UsageError
 from penstock.offload.generation.decoding import RowSampler
 from penstock.offload.plans.forecast import forecast, generating_of
 from penstock.offload.tasks.generate import GenerateProgress
+from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.weights.blueprint import blueprint
 from shares import in_turns, shared
 
@@ -527,7 +528,7 @@ def test_a_plan_knows_whose_prompts_come_whole(name: str, tmp_path: Path) -> Non
     )
     skeleton, _ = blueprint(tmp_path, asked.dtype)
     planned = forecast(
-        skeleton.model, skeleton.recipes, asked, machine_of(), generates=True
+        skeleton.model, skeleton.recipes, asked, machine_of(), Generate(3)
     )
     work = generating_of(asked, 2, 11, 3, in_parts=planned.shape.prompts_in_parts)
     assert work.chunks == ((4, 4, 3) if name == "gpt2" else (11,))

@@ -177,6 +177,13 @@ def test_what_is_left_at_most_is_told_before_each_heat() -> None:
             assert left == list(range(len(timings), -1, -1)), "nobody lost a lap"
 
 
+SEQUENCES = {
+    "micro_batch_key": "micro_batch_sequences",
+    "in_flight_key": "sequences_in_flight",
+    "joins_products": True,
+}
+
+
 def around(**changed: object) -> Around:
     values = {
         "micro_batch_tokens": 512,
@@ -194,7 +201,9 @@ def around(**changed: object) -> Around:
     settings: dict[str, object] = {
         "values": values,
         "is_open": frozenset(values),
-        "generates": False,
+        "micro_batch_key": "micro_batch_tokens",
+        "in_flight_key": "tokens_in_flight",
+        "joins_products": False,
         "waits_for_links": True,
         "is_compiled": False,
         "readers": {"libaio": 1e9, "threads": 9e8, "aiofiles": 1e8},
@@ -227,11 +236,11 @@ def test_candidates_change_what_matters_and_only_what_is_open() -> None:
 
 
 def test_candidates_of_generating_are_sequences_and_coalesce() -> None:
-    found = candidates(around(generates=True))
+    found = candidates(around(**SEQUENCES))
     assert (("coalesce", "off"),) in found
     assert "micro_batch_tokens" not in keys_of(found)
-    assert widest(around(generates=True), found) == 64
-    compiled = candidates(around(generates=True, is_compiled=True))
+    assert widest(around(**SEQUENCES), found) == 64
+    compiled = candidates(around(**SEQUENCES, is_compiled=True))
     assert "coalesce" not in keys_of(compiled)
 
 

@@ -20,8 +20,10 @@ from penstock.io.errors import (
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine
 from penstock.offload.plans.plan import make_plan
-from penstock.offload.plans.planner import Task
+from penstock.offload.plans.planned import Workload
 from penstock.offload.policy import Policy
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.tuning.log import SUFFIX, TuneLog
 from penstock.offload.tuning.race import LAPS, Verdict
 from penstock.offload.tuning.slices import Slice, made_up, sample_of
@@ -45,10 +47,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "tiny")
 
 
-def tuning(model: Path, measure: Measure, task: Task | None = None) -> Tuning:
+def tuning(model: Path, measure: Measure, workload: Workload | None = None) -> Tuning:
     policy = Policy(dtype="float32")
-    plan = make_plan(model, policy, MACHINE, task or Task(prompt_tokens=16))
-    return Tuning(plan, made_up(16), measure)
+    plan = make_plan(model, policy, MACHINE, workload or Workload(Score(), 16))
+    return Tuning(plan, made_up(Score(), 16), measure)
 
 
 def by_micro_batch(model: Path, policy: Policy, work: Slice) -> float:
@@ -161,13 +163,13 @@ def test_slices_are_of_the_jobs_own_rows(tiny: Path, tmp_path: Path) -> None:
     rows.write_text(
         '{"text": "a few words"}\n{"text": ""}\n{"text": "and some more"}\n'
     )
-    sample = sample_of([rows], tiny, generates=False)
+    sample = sample_of([rows], tiny, Score())
     assert [row["text"] for row in sample.rows] == ["a few words", "and some more"]
-    work = sample.cut(Task(), 64, 2)
+    work = sample.cut(Score(), 64, 2)
     assert sum(work.lengths) >= 128
     assert sum(work.lengths[:-1]) < 128
-    generating = sample.cut(Task(generates=True, new_tokens=64), 8, 2)
-    assert (len(generating.rows), generating.new_tokens) == (8, 16)
+    generating = sample.cut(Generate(64), 8, 2)
+    assert (len(generating.rows), generating.task.new_tokens) == (8, 16)
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_input_without_a_row_to_measure_says_why(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(text)
     with pytest.raises(InputError, match=f"nothing can be measured: .*{words}"):
-        sample_of([rows], tiny, generates=False)
+        sample_of([rows], tiny, Score())
 
 
 def test_an_output_that_cannot_be_written_is_found_before_anything_is_measured(

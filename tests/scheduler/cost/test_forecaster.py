@@ -14,6 +14,7 @@ from penstock.io.errors import DoesNotFitError
 from penstock.offload.machines.machine import Machine
 from penstock.offload.plans.forecast import Forecaster
 from penstock.offload.policy import Policy
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.units import division, sites
 from penstock.offload.weights.blueprint import blueprint
 from penstock.offload.weights.hf import Skeleton
@@ -71,12 +72,12 @@ def test_a_forecaster_that_knows_other_budgets_says_what_a_new_one_does(
     mixtral: Skeleton,
 ) -> None:
     """Down to blocks that are divided, and budgets that nothing fits into."""
-    forecaster = Forecaster(mixtral.model, mixtral.recipes, MACHINE)
+    forecaster = Forecaster(mixtral.model, mixtral.recipes, MACHINE, Score())
     num_sites, refused = set(), 0
     for budget in BUDGETS + BUDGETS[::-1]:
         policy = Policy(device_memory=budget)
         new = said_or_refused(
-            Forecaster(mixtral.model, mixtral.recipes, MACHINE), policy
+            Forecaster(mixtral.model, mixtral.recipes, MACHINE, Score()), policy
         )
         assert said_or_refused(forecaster, policy) == new
         if isinstance(new, str):
@@ -98,7 +99,7 @@ def test_the_model_is_looked_at_once_for_each_way_to_divide_it(
         return find(*args, **kwargs)
 
     monkeypatch.setattr(division, "find", counted)
-    forecaster = Forecaster(mixtral.model, mixtral.recipes, MACHINE)
+    forecaster = Forecaster(mixtral.model, mixtral.recipes, MACHINE, Score())
     for budget in range(100 * MIB, 140 * MIB, MIB):
         forecaster.forecast(Policy(device_memory=budget))
     assert len(limits) == 1
