@@ -1,5 +1,7 @@
-"""A task for tables of rows, for the workers of a Ray Data cluster. It imports no Ray:
-anything may call it with Arrow tables."""
+"""Runs a task on each worker of a Ray Data cluster, over tables of rows.
+
+It does not import Ray: anything can call it with Arrow tables.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Mapper:
-    """For `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`: an actor for
-    each GPU or node, which loads `model` once.
+    """A callable for `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`.
 
-    `task` is `score`, `generate`, `embed` or `classify`, `options` are those of the
-    function of that name. A table of rows comes back with the results' columns added,
-    and `error` (null for a row that has none). Rows of one batch share passes over the
-    weights: let it have thousands of tokens.
+    Each actor loads `model` once, on its GPU or node. `task` is `score`, `generate`,
+    `embed` or `classify`; `options` are those of the function with that name. A table
+    of rows is returned with the columns of the results added, and the column `error`,
+    which is null if the row has none. The rows of one batch share passes over the
+    weights, so a batch should have thousands of tokens.
 
         rows = ray.data.read_json("texts.jsonl")
         rows = rows.map_batches(
@@ -48,9 +50,11 @@ class Mapper:
         self._tokenizer = own or tokenizer_of(self._model)
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
-        """`table` with the columns of the task's results. Raises what ends a job; Ray
-        then gives the rows to another actor."""
-        # Arrow gives a row null for a key that only other rows have.
+        """`table` with the results of its rows as added columns.
+
+        Raises errors that end the job; Ray then repeats the rows on another actor.
+        """
+        # Leaves out the columns that only other rows have.
         rows = (
             {key: value for key, value in row.items() if value is not None}
             for row in table.to_pylist()
@@ -59,7 +63,7 @@ class Mapper:
         return _with_columns(table, results, self._task.columns)
 
     def close(self) -> None:
-        """Closes the model. May be called twice."""
+        """Frees the model's memory and files. May be called twice."""
         model, self._model = self._model, None
         if model is not None:
             unwrap(model)

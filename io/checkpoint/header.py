@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..extent import Extent
-from ..whole import open_regular
+from ..regular_file import open_regular
 from .dtypes import STORED_DTYPES
 
 # The safetensors library refuses longer headers; so do we, before allocating.

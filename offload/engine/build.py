@@ -11,13 +11,13 @@ from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
 from ...scheduler.order import Order
-from ...scheduler.slots.doors import Doors, Site
+from ...scheduler.slots.open_sites import OpenSites, Site
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import open_kv
@@ -30,9 +30,9 @@ from ..units.division import check_overlap
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
-from ..weights.moved import MovedTensors
-from ..weights.poison import StreamedParameter
-from ..weights.rows import RowGatherer
+from ..weights.moved_tensors import MovedTensors
+from ..weights.placeholder import StreamedParameter
+from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .parts import Running, Weights
 from .readers import memory_alignment_of
@@ -109,7 +109,9 @@ def build(
             model_division, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
         working_set = _working_set(model_division, transfers, capacity, tiers, record)
-        doors = _doors(model_division, working_set, binding, Heap(budget.heap))
+        open_sites = _open_sites(
+            model_division, working_set, binding, Heap(budget.heap)
+        )
         kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
         if kv is not None:
             opened.callback(kv.close)
@@ -124,11 +126,11 @@ def build(
             _move_rest(model, places, device),
         )
         entry = ForwardEntry(
-            doors,
+            open_sites,
             Order(len(model_division.sites)),
             lookahead=policy.lookahead,
             record=record,
-            home=Home(when_left=binding.poison_elsewhere),
+            fork_guard=ForkGuard(in_child=binding.unbind_in_child),
         )
         compilation = _compilation(model_division, policy)
         running = Running(
@@ -150,7 +152,7 @@ def build(
                 gather=gatherer.gather if gatherer is not None else None,
                 requires_grad=_requires_grad(places[name][0]),
             )
-        binding.put_stand_ins()
+        binding.put_placeholders()
         engine.start()
         opened.pop_all()
     return engine
@@ -201,9 +203,9 @@ def _working_set(
     )
 
 
-def _doors(
+def _open_sites(
     model_division: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
-) -> Doors:
+) -> OpenSites:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
         heap.trim()  # the previous site has just freed its activations
         binding.bind(site, offsets)
@@ -212,7 +214,7 @@ def _doors(
         Site(site.name, binding.units_of_site(index))
         for index, site in enumerate(model_division.sites)
     ]
-    return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
+    return OpenSites(sites, working_set, bind=bind, unbind=binding.unbind)
 
 
 def _compilation(model_division: ModelDivision, policy: Policy) -> "Compilation | None":

@@ -51,7 +51,7 @@ class Engine:
         self.resident = weights.binding.resident
         self.timeline = running.timeline
         self.row_wise = running.row_wise
-        self.home = running.entry.home
+        self.fork_guard = running.entry.fork_guard
         self._weights = weights
         self._running = running
         self._tiers = weights.tiers
@@ -87,7 +87,7 @@ class Engine:
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
-        self._entry.doors.prefetch_sites(
+        self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
         )
 
@@ -228,7 +228,7 @@ class Engine:
         """Removes the hooks, ends the threads, and closes files and memory. A streamed
         weight raises an error when it is used afterwards. In a forked child this does
         nothing: all parts belong to the parent."""
-        if self._is_closed or not self.home.is_here:
+        if self._is_closed or self.fork_guard.is_forked:
             return
         self._sweeps.close()
         if self._kv is not None:
@@ -240,7 +240,7 @@ class Engine:
         self._working_set.close()
         for gatherer in self._weights.gatherers.values():
             gatherer.close()
-        self._binding.poison_all()
+        self._binding.unbind_all()
         self._weights.moved.close()
         self._tiers.close()
         self.updates.close()

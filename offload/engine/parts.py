@@ -13,8 +13,8 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import KvTiers
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
-from ..weights.moved import MovedTensors
-from ..weights.rows import RowGatherer
+from ..weights.moved_tensors import MovedTensors
+from ..weights.row_gatherer import RowGatherer
 from .tiers import Tiers
 
 if TYPE_CHECKING:

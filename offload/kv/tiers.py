@@ -9,15 +9,14 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
-from ...io.kv.codec import KvCodec, Plain
+from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
+from ...io.kv.codec import KvCodec, Plain, Quantised
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
-from ...io.kv.hop import HostBounce, NoBounce, ThroughHost
-from ...io.kv.lender import BufferPool, OfDevice, PinnedPool, Unpinned
-from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
-from ...io.kv.quantised import Quantised
+from ...io.kv.host_bounce import HostBounce, NoBounce, ThroughHost
 from ...io.kv.shape import KvShape
 from ...io.kv.staging import Staging
+from ...io.kv.tiers import PENDING_BYTES, CopiedTier, DiskTier, InPlaceTier
 from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
 from ...io.pace import Pace
@@ -35,8 +34,11 @@ Pin = Callable[[Arena], Closing | None]
 
 
 class KvTiers(Closing):
-    """The store of one model, in whose `generate` it is installed until it is
-    closed. `pin` locks host memory in place for copies to the device."""
+    """The tiers and the store of one model, whose `generate` uses them until they are
+    closed.
+
+    `pin` pins host memory for copies to the device.
+    """
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class KvTiers(Closing):
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
         if device.is_host and Tier.DEVICE in tiers and not kv.limits.keys() & _HOSTS:
-            limits[Tier.HOST] = 0  # the same memory: it has the room of both
+            limits[Tier.HOST] = 0  # it is the same memory, and has the room of both
         notes: list[str] = []
         with ExitStack() as opened:
             self._attends_there = self._attend_there(model, opened, notes)
@@ -70,8 +72,8 @@ class KvTiers(Closing):
                     device, None if kv.staging_memory == "auto" else kv.staging_memory
                 )
             )
-            places = {tier: self._place(tier, opened) for tier in tiers}
-            self.store = KvStore(KvBudget(tiers, limits), places, self._count)
+            opened_tiers = {tier: self._open_tier(tier, opened) for tier in tiers}
+            self.store = KvStore(KvBudget(tiers, limits), opened_tiers, self._count)
             opened.enter_context(self.store)
             for note in notes:
                 self.store.note(note)
@@ -86,22 +88,22 @@ class KvTiers(Closing):
     def close(self) -> None:
         self._opened.close()
 
-    def _place(self, tier: str, opened: ExitStack) -> KvTier:
+    def _open_tier(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
         pace = self._pace(tier)
         if tier == Tier.HOST and self._attends_there:
-            return InPlace(torch.device("cpu"), self._count)
+            return InPlaceTier(torch.device("cpu"), self._count)
         is_there = tier == Tier.DEVICE
         is_there |= tier == Tier.HOST and device.is_host and not pace
         if tier == Tier.DISK:
             return opened.enter_context(self._on_disk())
         if is_there and self._kind is None:
-            return InPlace(torch.device(device.name), self._count)
+            return InPlaceTier(torch.device(device.name), self._count)
         pool: BufferPool
         out: Stream
         back: Stream
         if is_there:
-            out, back, pool = device.compute, device.compute, OfDevice(device)
+            out, back, pool = device.compute, device.compute, DevicePool(device)
         elif device.is_host:
             out, back = (
                 opened.enter_context(
@@ -114,12 +116,12 @@ class KvTiers(Closing):
                 )
                 for name in ("kv-out", "kv-back")
             )
-            pool = Unpinned()
+            pool = UnpinnedPool()
         else:
             out, back = device.stream(), device.stream()
             pool = PinnedPool(self._pin, out, back)
         return opened.enter_context(
-            Copied(
+            CopiedTier(
                 device,
                 self._staging,
                 self._count,
@@ -133,7 +135,7 @@ class KvTiers(Closing):
     def _attend_there(
         self, model: nn.Module, opened: ExitStack, notes: list[str]
     ) -> bool:
-        """Whether those in host memory are attended to by the CPU, beside a GPU."""
+        """Whether the CPU attends to keys and values in host memory, beside a GPU."""
         if self._policy.kv.attention != "host" or self._device.is_host:
             return False
         from .attention import install
@@ -151,12 +153,12 @@ class KvTiers(Closing):
     def _codec(self, shape: KvShape) -> KvCodec:
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
-    def _on_disk(self) -> OnDisk:
+    def _on_disk(self) -> DiskTier:
         device = self._device
         bounce: HostBounce = NoBounce()
         if not device.is_host:
             bounce = ThroughHost(device, device.stream(), device.stream(), self._pin)
-        return OnDisk(
+        return DiskTier(
             device, self._staging, self._count, self._codec, self._open_file, bounce
         )
 
@@ -200,8 +202,12 @@ def open_kv(
     record: Record,
     free_bytes: int,
 ) -> KvTiers | None:
-    """None where the cache is to stay as transformers makes it. `free_bytes` of the
-    host's memory are for keys and values that the policy gives no limit."""
+    """Opens the tiers for `model`.
+
+    Returns None if the policy leaves the cache as transformers makes it, or the model
+    cannot generate. `free_bytes` of host memory may be used in tiers that the policy
+    does not limit.
+    """
     if not keeps_kv(policy) or not callable(getattr(model, "generate", None)):
         return None
     return KvTiers(model, device, policy, pin, record, free_bytes)

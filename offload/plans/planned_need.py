@@ -1,6 +1,6 @@
 """The memory that a workload needs beside the weights."""
 
-from ...io.kv.places import PENDING_BYTES
+from ...io.kv.tiers import PENDING_BYTES
 from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy

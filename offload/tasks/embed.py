@@ -12,7 +12,7 @@ from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.text import RowError, tokenize_texts
 from ..settings.values import Pooling
-from ..units.hidden import base_of
+from ..units.model_kind import base_of
 from .embed_task import Embed
 from .packed import Row, RowPiece
 from .pooling import pooled

@@ -62,7 +62,7 @@ class Embed(PackedTask):
         return EmbedRunner(self, model, tokenizer)
 
     def check_model(self, model: Any) -> None:
-        from ..units.hidden import base_of
+        from ..units.model_kind import base_of
 
         base_of(model)
 

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from ...io.errors import PenstockError, UsageError
-from ...io.front_door import about
+from ...io.user_errors import about
 from ...scheduler.packing import pack
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
+from ..generation.decoding_options import DecodingOptions
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
-from ..generation.way import DecodingOptions
 from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
-from ..units.cache_kind import keeps_only_keys_and_values
+from ..units.model_kind import keeps_only_keys_and_values
 from .generate_task import Generate
 from .head import check_head
 from .pools import prompts_pooled

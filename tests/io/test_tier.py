@@ -15,7 +15,8 @@ def test_it_is_written_as_its_name() -> None:
     assert f"{Tier.HOST} {Tier.HOST!r} {json.dumps({Tier.HOST: 1})}" == (
         "host 'host' {\"host\": 1}"
     )
-    assert {Tier.HOST: 1}["host"] == 1
+    counts: dict[str, int] = {Tier.HOST: 1}
+    assert counts["host"] == 1
     assert pickle.loads(pickle.dumps(Tier.DISK)) is Tier.DISK
 
 

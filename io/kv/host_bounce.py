@@ -9,8 +9,8 @@ from ..closing import Closing
 from ..devices.device import Device, Stream
 from ..event import Event
 from ..memory.arena import Arena
-from .lender import PinnedPool
-from .region import Leaving
+from .buffer_pool import PinnedPool
+from .storage import Leaving
 
 
 class Outgoing(Protocol):

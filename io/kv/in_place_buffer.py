@@ -7,9 +7,9 @@ import torch
 from ..errors import ClosedError
 from ..tier import Tier
 from .count import KvCount
-from .region import GONE
+from .layer_buffer import KvLayerBuffer, Lease, Pair
 from .shape import KvShape
-from .strip import KvLayerBuffer, Lease, Pair
+from .storage import GONE
 
 _GROWTH = 1.25
 

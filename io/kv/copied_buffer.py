@@ -10,10 +10,10 @@ from ..errors import ClosedError
 from ..tier import Tier
 from .codec import KvCodec
 from .count import KvCount
-from .region import GONE, KvStorage
+from .layer_buffer import KvLayerBuffer, Lease, Pair
 from .shape import KvShape
 from .staging import StagedRows, Staging
-from .strip import KvLayerBuffer, Lease, Pair
+from .storage import GONE, KvStorage
 
 _GROWTH = 4
 """A full storage grows by at least one part in this number of its capacity."""
