@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...io.tier import KV_TIERS
+from ...io.tier import KV_TIERS, Tier
 from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import reserve_of
 
@@ -51,7 +51,7 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
     settings.append(f"memory={memory}")
     notes.append(f"memory: {memory:,} bytes are for each of {num} workers")
     if policy.device_memory == "auto" and policy.device != "cpu":
-        share = min(room.free_bytes["device"] // 2 // sharing, room.model_bytes)
+        share = min(room.free_bytes[Tier.DEVICE] // 2 // sharing, room.model_bytes)
         settings.append(f"device_memory={share}")
         notes.append(
             f"device_memory: auto is {share:,} bytes for each of {num} workers"
@@ -74,7 +74,7 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
 def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
     """Bytes of host memory that each process may take, with the `shared` ones that all
     processes have in common."""
-    free = room.free_bytes["host"]
+    free = room.free_bytes[Tier.HOST]
     left = free - reserve_of(free)
     if policy.memory != "auto":
         left = policy.memory - room.taken_bytes
@@ -93,13 +93,13 @@ def _of_kv(policy: "Policy", num: int, sharing: int, room: Room) -> list[str]:
     a part of its `memory`."""
     if not keeps_kv(policy):
         return []
-    first = "device" if policy.kv.tier == "auto" else policy.kv.tier
+    first = Tier.DEVICE if policy.kv.tier == "auto" else policy.kv.tier
     found = []
-    in_memory = ("device", "host") if policy.device == "cpu" else ("host",)
+    in_memory = (Tier.DEVICE, Tier.HOST) if policy.device == "cpu" else (Tier.HOST,)
     for tier in KV_TIERS[KV_TIERS.index(first) :]:
         if tier not in policy.kv.limits and tier not in in_memory:
-            each = sharing if tier == "device" else num
-            part = 1 if tier == "disk" else 2
+            each = sharing if tier == Tier.DEVICE else num
+            part = 1 if tier == Tier.DISK else 2
             nbytes = room.free_bytes[tier] // part // each
             found.append(f"kv.limits.{tier}={nbytes}")
     return found

@@ -13,6 +13,7 @@ from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
 from ...io.errors import UsageError
 from ...io.merging import merged
+from ...io.tier import Tier
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
@@ -125,9 +126,9 @@ def _room(model: Path, policy: Policy) -> Room:
     return Room(
         num_gpus=num_gpus,
         free_bytes={
-            "device": on_device,
-            "host": free,
-            "disk": shutil.disk_usage(there).free,
+            Tier.DEVICE: on_device,
+            Tier.HOST: free,
+            Tier.DISK: shutil.disk_usage(there).free,
         },
         taken_bytes=usage().resident_bytes,
         model_bytes=nbytes if policy.dtype == "auto" else _CAST * nbytes,

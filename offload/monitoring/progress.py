@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from ...io.closing import Closing
+from ...io.tier import Tier
 from .samples import ResourceSample, Window
 from .show import human_rate, human_seconds
 
@@ -34,7 +35,7 @@ def speeds_of(window: Window) -> str:
     rates = window.bytes_per_second
     found += [f"{tier} {human_rate(rate)}" for tier, rate in rates.items() if rate]
     if window.waiting > _WAITING_BINDS:
-        tier = max(rates, key=lambda name: rates[name], default="disk")
+        tier = max(rates, key=lambda name: rates[name], default=Tier.DISK)
         found.append(f"bound by {tier} (waiting {window.waiting:.0%})")
     elif window.now.passes:  # a site may take longer than the window
         found.append("bound by compute")

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...io.errors import readable
+from ...io.tier import Tier
 
 _TAKEN_SHOWS = 0.05
 
@@ -65,12 +66,12 @@ def report_table(report: dict[str, Any], title: str) -> Table:
         table.add_row("  predicted", _cell(plan["note"]))
     table.add_row("time", f"{report['seconds']:.1f} s + {report['load_seconds']:.1f} s")
     table.add_row("weights", human_bytes(report["model_bytes"]))
-    table.add_row("  streamed", human_bytes(weights["disk"]))
-    table.add_row("  resident", human_bytes(weights["device"]))
-    if weights["host"]:
-        table.add_row("  in host memory", human_bytes(weights["host"]))
+    table.add_row("  streamed", human_bytes(weights[Tier.DISK]))
+    table.add_row("  resident", human_bytes(weights[Tier.DEVICE]))
+    if weights[Tier.HOST]:
+        table.add_row("  in host memory", human_bytes(weights[Tier.HOST]))
     table.add_row("passes", f"{report['passes']}")
-    table.add_row("bytes read", human_bytes(report["bytes_read"]["disk"]))
+    table.add_row("bytes read", human_bytes(report["bytes_read"][Tier.DISK]))
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))
     table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")

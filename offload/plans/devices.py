@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...io.errors import DoesNotFitError
+from ...io.tier import Tier
 from ...scheduler.cost.partitioning import (
     Blocks,
     Chips,
@@ -124,7 +125,7 @@ def _peers(planner: Planner) -> Iterator[DeviceOption]:
     except DoesNotFitError:
         yield DeviceOption(name, True, "does not fit", 0, None)
         return
-    kept = found.forecast.bytes_by_tier["peer"]
+    kept = found.forecast.bytes_by_tier[Tier.PEER]
     note = f"one computes; {kept / 1e9:,.0f} GB of weights on the others"
     tokens = planner.task.in_flight(found.policy)
     yield DeviceOption(name, True, note, tokens, found.prediction.pass_seconds)
@@ -219,9 +220,9 @@ def _link(planner: Planner, choice: Choice, weight_bytes: float) -> float:
     """The bytes a second to each device: those of its own link where host memory holds
     all weights, else a share of the drive's."""
     machine, links = planner.machine, choice.forecast.model.rates.links
-    if weight_bytes <= USABLE * machine.host_memory or "disk" not in links:
-        return links["host"]
-    return links["disk"] / machine.num_devices
+    if weight_bytes <= USABLE * machine.host_memory or Tier.DISK not in links:
+        return links[Tier.HOST]
+    return links[Tier.DISK] / machine.num_devices
 
 
 def _formula(cost: LayoutCost, tokens: int, chips: Chips) -> DeviceOption:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...io.readers.files import ALIGNMENT
+from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import RUNTIME_BYTES
 from ...scheduler.cost.model import CostModel
@@ -37,17 +38,17 @@ class Forecast:
     @property
     def bytes_by_tier(self) -> dict[str, int]:
         """The bytes of the weights in each tier, in the dtype that is computed in."""
-        found = dict.fromkeys(("device", "peer", "host", "disk"), 0)
+        found: dict[str, int] = dict.fromkeys(Tier, 0)
         units = self.arrangement.division.found.units
         recipes = self.arrangement.recipes
         placed: set[str] = set()
         for unit, tier in zip(units, self.arrangement.placement, strict=True):
-            where = "device" if unit.is_resident else tier
-            where = "disk" if not (unit.sites or unit.is_resident) else where
+            where = Tier.DEVICE if unit.is_resident else tier
+            where = Tier.DISK if not (unit.sites or unit.is_resident) else where
             nbytes = sum(recipes[name].nbytes for name in unit.tensors)
-            found[where if where in found else "peer"] += nbytes
+            found[tier_of(where)] += nbytes
             placed.update(unit.tensors)
-        found["disk"] += sum(r.nbytes for n, r in recipes.items() if n not in placed)
+        found[Tier.DISK] += sum(r.nbytes for n, r in recipes.items() if n not in placed)
         return found
 
 

@@ -3,6 +3,7 @@
 import math
 
 from ...io.errors import PolicyError
+from ...io.tier import Tier
 from ...scheduler.cost.rates import CallCosts, Curve, Rates
 from ..machines.machine import Machine
 from ..policy import Policy
@@ -75,17 +76,19 @@ def reader_of(machine: Machine, policy: Policy) -> str:
 def _links(machine: Machine, policy: Policy, reader: str) -> dict[str, float]:
     """The bytes a second of the link from each tier whose weights are copied before
     use."""
-    copies, links = machine.copies, {}
+    copies = machine.copies
+    links: dict[str, float] = {}
     if machine.disk is not None:
-        links["disk"] = float(machine.disk.bandwidth[reader])
+        links[Tier.DISK] = float(machine.disk.bandwidth[reader])
     if copies is not None:
-        links["host"] = float(copies.pinned_to_device)
-        links["peer"] = float(copies.peer or copies.pinned_to_device)
-        if "disk" in links and reader != "gds":  # such reads pass through host memory
-            links["disk"] = min(links["disk"], links["host"])
+        links[Tier.HOST] = float(copies.pinned_to_device)
+        links[Tier.PEER] = float(copies.peer or copies.pinned_to_device)
+        # Other readers than gds pass through host memory.
+        if Tier.DISK in links and reader != "gds":
+            links[Tier.DISK] = min(links[Tier.DISK], links[Tier.HOST])
     for tier, held in policy.links.items():
         links[tier] = min(links.get(tier, math.inf), float(held.bandwidth))
     for name in policy.peer:
-        if "peer" in links:
-            links[name] = links["peer"]
+        if Tier.PEER in links:
+            links[name] = links[Tier.PEER]
     return links

@@ -1,5 +1,6 @@
 """Says in sentences what limits the speed of a plan, and what would change it."""
 
+from ...io.tier import Tier
 from ...scheduler.cost.load_cost import load_seconds
 from ..monitoring.show import human_bytes
 from ..policy import Policy
@@ -96,12 +97,12 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
     busy: dict[str, float] = {}
     for unit in model.shape.streamed:
         tier = model.settings.placement[unit]
-        if tier != "device" and tier in model.rates.links:
+        if tier != Tier.DEVICE and tier in model.rates.links:
             cost = model.shape.units[unit]
             seconds = load_seconds(cost, tier, model.rates)
             busy[tier] = busy.get(tier, 0.0) + seconds
             crossing = model.rates.crossing_seconds(tier, seconds)
-            busy["host"] = busy.get("host", 0.0) + crossing
+            busy[Tier.HOST] = busy.get(Tier.HOST, 0.0) + crossing
     return busy
 
 

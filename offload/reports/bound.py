@@ -3,6 +3,7 @@ Pure."""
 
 import math
 
+from ...io.tier import Tier
 from ...scheduler.joint_rows import WIDE_ROWS
 from .counts import Advice, Bound, Counts
 
@@ -88,7 +89,7 @@ def _waiting_for_kv(counts: Counts, share: float) -> Bound:
     tier = max(counts.kv_bytes, key=lambda name: counts.kv_bytes[name])
     advice = []
     nearer = min(counts.kv_bytes[tier], counts.free_host_bytes // 2)
-    if tier == "disk" and (gib := math.floor(nearer / _GIB * 10) / 10):
+    if tier == Tier.DISK and (gib := math.floor(nearer / _GIB * 10) / 10):
         part = min(1.0, gib * _GIB / counts.kv_bytes[tier])
         effect = f"{part:.0%} of them would stay in host memory, the rest on disk."
         setting = f"kv: {{tier: host, limits: {{host: {gib:g}GiB}}}}"
@@ -139,7 +140,7 @@ def _more_in_flight(counts: Counts, factor: float) -> Advice:
 def _stay(counts: Counts, tier: str, share: float) -> tuple[Advice, ...]:
     """Advises to keep streamed weights in host memory, if there is room for them."""
     nbytes = math.ceil(counts.streamed_bytes * share)
-    if tier != "disk" or not nbytes or nbytes > counts.free_host_bytes:
+    if tier != Tier.DISK or not nbytes or nbytes > counts.free_host_bytes:
         return ()
     gib = math.ceil((counts.host_memory + nbytes) / _GIB * 10) / 10
     return (
@@ -240,9 +241,8 @@ def _fewer_calls(counts: Counts) -> tuple[Advice, ...]:
 
 
 def _name(tier: str) -> str:
-    return {"disk": "disk", "host": "host memory", "peer": "another GPU"}.get(
-        tier, tier
-    )
+    names: dict[str, str] = {Tier.HOST: "host memory", Tier.PEER: "another GPU"}
+    return names.get(tier, tier)
 
 
 def _times(factor: float) -> str:

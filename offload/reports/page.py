@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from ...io.tier import Tier
 from ...io.timeline import COMPUTE, MICRO_BATCHES, WAIT, Span, busy_seconds, in_turn
 from ..monitoring.samples import speeds
 from ..monitoring.show import human_bytes, human_rate, human_seconds
@@ -18,12 +19,12 @@ from ..settings.reference import policy_text
 from .recorded import Recorded, by_lane, num_passes
 
 _FOLDER = Path(__file__).parent / "template"
-_FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", "disk", "staging", "host")
+_FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", Tier.DISK, "staging", Tier.HOST)
 _HEADLINES = {
     "compute": "Computing",
-    "disk": "The disk",
-    "host": "The link from host memory",
-    "peer": "The link from the other GPU",
+    Tier.DISK: "The disk",
+    Tier.HOST: "The link from host memory",
+    Tier.PEER: "The link from the other GPU",
     "kv": "Keys and values on their way",
     "rows": "Too few rows",
     "activations": "Room for activations",

@@ -7,11 +7,12 @@ metadata `M`; times in microseconds).
 
 from typing import Any
 
+from ...io.tier import Tier
 from ...io.timeline import COMPUTE, MICRO_BATCHES, Span, in_turn
 from .recorded import Recorded, by_lane
 
 _PID = 1
-_FIRST = (COMPUTE, MICRO_BATCHES, "wait", "cast", "disk", "staging", "host")
+_FIRST = (COMPUTE, MICRO_BATCHES, "wait", "cast", Tier.DISK, "staging", Tier.HOST)
 
 
 def trace(title: str, recorded: Recorded) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...io.tier import Tier
 from ...io.timeline import COMPUTE, STAGING, WAIT, Span, busy_seconds
 from ..monitoring.samples import ResourceSample
 
@@ -56,12 +57,12 @@ def by_lane(spans: Iterable[Span]) -> dict[str, list[Span]]:
 def tier_of_lane(lane: str, tiers: Iterable[str]) -> str | None:
     """The tier at the end of the link `lane`; None if the lane is not a link of
     weights."""
-    if lane in ("disk", STAGING):
-        return "disk"
-    if lane == "host":
-        return "host"
-    is_peer = lane.startswith(("cuda", "cpu", "peer"))
-    return "peer" if is_peer and "peer" in tiers else None
+    if lane in (Tier.DISK, STAGING):
+        return Tier.DISK
+    if lane == Tier.HOST:
+        return Tier.HOST
+    is_peer = lane.startswith(("cuda", "cpu", Tier.PEER))
+    return Tier.PEER if is_peer and Tier.PEER in tiers else None
 
 
 def waits_by_tier(
@@ -78,10 +79,10 @@ def waits_by_tier(
     found: dict[str, float] = defaultdict(float)
     for span in spans:
         if span.lane == WAIT:
-            found[tier_of.get(span.name, "disk")] += span.seconds
+            found[tier_of.get(span.name, Tier.DISK)] += span.seconds
     total = sum(found.values())
     if not total:
-        return {"disk": wait_seconds}
+        return {Tier.DISK: wait_seconds}
     return {tier: wait_seconds * seconds / total for tier, seconds in found.items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.errors import OutputError
+from ...io.tier import Tier
 from ...io.timeline import Span
 from ..engine.counters import Statistics
 from ..machines.computer import computer, has_bfloat16, versions
@@ -83,7 +84,7 @@ def judge(
             has_slow_dtype=is_on_cpu
             and figures.dtype in _SLOW_WITHOUT
             and not has_bfloat16(),
-            streamed_bytes=statistics.bytes_by_tier["disk"],
+            streamed_bytes=statistics.bytes_by_tier[Tier.DISK],
             host_memory=policy.host_memory or 0,
             free_host_bytes=available_bytes(),
             taken_elsewhere=figures.taken_elsewhere if is_on_cpu else 0.0,
@@ -142,7 +143,7 @@ def make_report(
         "kv": asdict(statistics.kv),
         "plan": {
             **figures.plan,
-            "streamed_bytes_per_pass": statistics.bytes_by_tier["disk"],
+            "streamed_bytes_per_pass": statistics.bytes_by_tier[Tier.DISK],
         },
         "dtype": figures.dtype,
         "reader": statistics.reader,
