@@ -118,7 +118,6 @@ PURE_IMPORTS = {
 TIERS = {
     "penstock.io.readers.libaio_reader",
     "penstock.io.readers.aiofiles_reader",
-    "penstock.io.devices.cuda",
     "penstock.io.readers.gds",
     "penstock.io.weights.peer",
     "penstock.io.readers.threads",

@@ -70,7 +70,7 @@ def both_ways(part: Part, buffers: dict[str, torch.Tensor]) -> dict[str, float]:
 def registered(part: Part) -> dict[str, Any]:
     """Out of Penstock's own pinned memory: huge pages, cudaHostRegister."""
     from penstock.io.memory.arena import Arena
-    from penstock.io.memory.pinned import CudaRegistrar, Pinned
+    from penstock.io.memory.pinned import Pinned, registrar_of
 
     nbytes = 1024 * MIB
     with (
@@ -79,7 +79,7 @@ def registered(part: Part) -> dict[str, Any]:
             arena.view(0, nbytes),
             max_bytes=nbytes,
             chunk_bytes=nbytes,
-            registrar=CudaRegistrar(),
+            registrar=registrar_of(torch.cuda),
         ) as pinned,
     ):
         target = torch.empty(nbytes, dtype=torch.uint8, device=part.device)

@@ -19,12 +19,12 @@ from transformers.models.llama.modeling_llama import (
 
 from gpu.common import Part
 from gpu.shapes import Shape, fill, first_of
-from penstock.io.devices.cuda import CudaDevice
+from penstock.io.devices.accelerator import AcceleratorDevice
 from penstock.io.devices.device import CpuDevice, Device
 from penstock.io.event import Event
 from penstock.io.extent import align_up
 from penstock.io.memory.arena import Arena, Memory
-from penstock.io.memory.pinned import CudaRegistrar, Pinned
+from penstock.io.memory.pinned import Pinned, registrar_of
 from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link
 from penstock.io.weights.source import ResidentSource
@@ -135,7 +135,7 @@ def open_rig(
     ]
     unit_bytes = transfers[0].nbytes
     stride = align_up(unit_bytes, _PIECE_BYTES)
-    device: Device = CudaDevice("cuda:0") if part.has_cuda else CpuDevice()
+    device: Device = AcceleratorDevice("cuda:0") if part.has_cuda else CpuDevice()
     with ExitStack() as stack:
         host = stack.enter_context(Arena(stride * num_layers))
         fallback = None
@@ -145,7 +145,7 @@ def open_rig(
                     host.view(0, host.nbytes),
                     max_bytes=host.nbytes,
                     chunk_bytes=stride,
-                    registrar=CudaRegistrar(),
+                    registrar=registrar_of(torch.cuda),
                 )
             ).fallback
         for index in range(num_layers):

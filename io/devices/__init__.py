@@ -1,5 +1,6 @@
 """Devices that models compute on.
 
 `Device` (device) is the contract: its memory, and its `Stream`s of work, whose order is
-given by events. `CpuDevice` (device) and `CudaDevice` (cuda) implement it.
+given by events. `CpuDevice` (device) and `AcceleratorDevice` (accelerator) implement
+it. `accelerators` says which accelerators torch finds, and how much memory they have.
 """

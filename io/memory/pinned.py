@@ -7,7 +7,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,13 +31,10 @@ class Registrar(Protocol):
 
 
 class CudaRegistrar:
-    """Calls cudaHostRegister of torch's own CUDA runtime.
+    """Calls cudaHostRegister of `cudart`, torch's own CUDA runtime."""
 
-    Raises what `torch.cuda.cudart` raises if there is no CUDA.
-    """
-
-    def __init__(self) -> None:
-        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    def __init__(self, cudart: Any) -> None:
+        self._cudart = cudart
 
     def register(self, address: int, nbytes: int) -> int:
         return self._checked(self._cudart.cudaHostRegister(address, nbytes, _PORTABLE))
@@ -52,6 +49,15 @@ class CudaRegistrar:
         return int(code)
 
 
+def registrar_of(module: Any) -> Registrar | None:
+    """The registrar of torch's `module` for an accelerator, such as `torch.cuda`.
+
+    None if its runtime cannot pin memory that exists already.
+    """
+    start = getattr(module, "cudart", None)
+    return None if start is None else CudaRegistrar(start())
+
+
 def _forget_last_error() -> None:
     """Calls cudaGetLastError, which torch does not offer, in torch's CUDA runtime."""
     name = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}"
@@ -63,7 +69,8 @@ class Pinned(Closing):
     """Pins the whole pages of `memory` (writable), from its start on.
 
     At most `max_bytes` are pinned, in chunks of `chunk_bytes`, rounded to whole pages.
-    If the system refuses some, they stay unpinned and `fallback` says so.
+    If the system refuses some, they stay unpinned and `fallback` says so. Nothing is
+    pinned without a `registrar`.
 
     A copy to or from a GPU must not cross the end of a chunk: CUDA refuses ranges that
     are registered in part, or twice. Use `cut` to split it. This keeps a view of
@@ -76,9 +83,8 @@ class Pinned(Closing):
         *,
         max_bytes: int,
         chunk_bytes: int,
-        registrar: Registrar,
+        registrar: Registrar | None,
     ) -> None:
-        self._registrar = registrar
         self._chunk_bytes = max(align_down(chunk_bytes, _PAGE), _PAGE)
         self._nbytes = len(memory)
         self._opened = ExitStack()  # undoes everything, whatever fails
@@ -89,9 +95,16 @@ class Pinned(Closing):
         self._start = align_up(self._address, _PAGE)
         end = max(align_down(self._address + self._nbytes, _PAGE), self._start)
         wanted = end - self._start
+        if registrar is None:
+            self.fallback = (
+                "no host memory is pinned: this accelerator's runtime cannot pin "
+                "memory that exists; copies from it are slower, and block the thread "
+                "that starts them"
+            )
+            return
         allowed = min(wanted, align_down(max_bytes, _PAGE))
         try:
-            code = self._pin(allowed)
+            code = self._pin(registrar, allowed)
         except BaseException:
             self.close()
             raise
@@ -135,20 +148,21 @@ class Pinned(Closing):
         self.pinned_bytes = 0
         self._opened.close()
 
-    def _pin(self, nbytes: int) -> int:
+    def _pin(self, registrar: Registrar, nbytes: int) -> int:
         """Pins `nbytes` from the start on. Returns 0, or CUDA's error code."""
         for offset in range(0, nbytes, self._chunk_bytes):
             address = self._start + offset
             chunk_bytes = min(self._chunk_bytes, nbytes - offset)
-            if code := self._registrar.register(address, chunk_bytes):
+            if code := registrar.register(address, chunk_bytes):
                 return code
-            self._opened.callback(self._unpin, address)
+            self._opened.callback(_unpin, registrar, address)
             self.pinned_bytes += chunk_bytes
         return 0
 
-    def _unpin(self, address: int) -> None:
-        if code := self._registrar.unregister(address):
-            _log.warning("memory stays pinned: CUDA error %d", code)
+
+def _unpin(registrar: Registrar, address: int) -> None:
+    if code := registrar.unregister(address):
+        _log.warning("memory stays pinned: CUDA error %d", code)
 
 
 def _address_of(memory: memoryview) -> int:

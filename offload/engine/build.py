@@ -11,6 +11,7 @@ from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
+from ...io.devices.opening import open_device
 from ...io.fork_guard import ForkGuard
 from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
@@ -36,7 +37,7 @@ from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .parts import Running, Weights
 from .readers import memory_alignment_of
-from .tiers import Tiers, open_device
+from .tiers import Tiers
 from .transfers import transfer_of
 
 if TYPE_CHECKING:

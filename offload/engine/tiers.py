@@ -12,8 +12,9 @@ import torch
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.closing import Closing
-from ...io.devices.cuda import CudaDevice, not_peers
-from ...io.devices.device import CpuDevice, Device
+from ...io.devices.accelerators import reaches
+from ...io.devices.device import Device
+from ...io.devices.opening import open_device
 from ...io.event import Event
 from ...io.memory.arena import Arena, HostMemory, Memory
 from ...io.memory.host_buffers import HostBuffers
@@ -41,11 +42,6 @@ from ..settings.installed import version_of
 from .readers import open_reader
 
 _log = logging.getLogger("penstock")
-
-
-def open_device(name: str) -> Device:
-    """Returns the device called `name`. Raises PolicyError if there is none."""
-    return CpuDevice() if name == "cpu" else CudaDevice(name)
 
 
 class Tiers(Closing):
@@ -225,7 +221,7 @@ class Tiers(Closing):
             return
         device = open_device(name)
         is_over_host = not (self.device.is_host or device.is_host)
-        if is_over_host and not_peers(self.device.name, [name]):
+        if is_over_host and not reaches(self.device.name, device.name):
             self._note(
                 f"{self.device.name} cannot reach the memory of {name} directly: its "
                 "weights go through the host"

@@ -42,8 +42,8 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
     notes: list[str] = []
     sharing = num
     devices = [policy.device] * num
-    if policy.device == "cuda" and room.num_gpus > 1:
-        devices = [f"cuda:{index % room.num_gpus}" for index in range(num)]
+    if policy.device != "cpu" and ":" not in policy.device and room.num_gpus > 1:
+        devices = [f"{policy.device}:{i % room.num_gpus}" for i in range(num)]
         sharing = -(-num // room.num_gpus)
     is_shared = policy.host_shared or "host_shared" not in policy.model_fields_set
     shared = policy.host_memory if policy.host_memory and is_shared else 0

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import psutil
-import torch
 
+from ...io.devices.accelerators import allocated_bytes
 from ..engine.engine import Engine
 from ..tasks.task_progress import TaskProgress
 
@@ -70,4 +70,4 @@ def all_of(looks: Iterable[ProgressSnapshot]) -> ProgressSnapshot:
 def _device_bytes(device: str) -> int | None:
     if device == "cpu":
         return None
-    return int(torch.cuda.memory_allocated(device))
+    return allocated_bytes(device)

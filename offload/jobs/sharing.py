@@ -11,6 +11,7 @@ import torch
 
 from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
+from ...io.devices.accelerators import accelerators, is_accelerator, memory_of
 from ...io.errors import UsageError
 from ...io.merging import merged
 from ...io.tier import Tier
@@ -115,13 +116,12 @@ def _room(model: Path, policy: Policy) -> Room:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = available_bytes()
     num_gpus, on_device = 0, free
-    if policy.device != "cpu" and torch.cuda.is_available():
-        num_gpus = torch.cuda.device_count()
-        every = policy.device == "cuda" and num_gpus > 1
-        names = [f"cuda:{index}" for index in range(num_gpus)]
+    if is_accelerator(policy.device):
+        names = accelerators()
+        num_gpus = len(names)
+        every = ":" not in policy.device and num_gpus > 1
         on_device = min(
-            torch.cuda.mem_get_info(name)[0]
-            for name in (names if every else [policy.device])
+            memory_of(name)[0] for name in (names if every else [policy.device])
         )
     return Room(
         num_gpus=num_gpus,

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from ...io.devices.accelerators import accelerators, title_of
 from ..settings.installed import version_of
 
 _PACKAGES = ("penstock", "torch", "transformers", "safetensors")
@@ -20,10 +21,7 @@ def computer() -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [
-            torch.cuda.get_device_name(index)
-            for index in range(torch.cuda.device_count())
-        ],
+        "gpus": [title_of(name) for name in accelerators()],
         "kernel": f"{platform.system()} {platform.release()}",
     }
 

@@ -90,8 +90,9 @@ class Machine(Section):
     """Where the numbers come from."""
     is_estimate: bool = False
     """Whether the rates are quick estimates, made in a second or two."""
-    device: Literal["cpu", "cuda", "tpu"] = "cpu"
-    """The kind of the device that computes."""
+    device: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "cpu"
+    """The kind of the device that computes: `cpu`, `cuda`, another kind that torch
+    knows, or `tpu`."""
     num_devices: PositiveInt = 1
     """The number of these devices."""
     num_threads: Annotated[int, Field(ge=0)] = 0
@@ -135,6 +136,11 @@ class Machine(Section):
             super().__init__(**values)
         except ValidationError as error:
             raise PolicyError(_explain(error)) from None
+
+    @property
+    def is_accelerated(self) -> bool:
+        """Whether a device other than the CPU computes, which torch can use."""
+        return self.device not in ("cpu", "tpu")
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:

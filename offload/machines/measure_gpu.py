@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...io.devices.accelerators import accelerators, memory_of, reaches, title_of
 from .machine import Copies
 
 _BYTES = 256 << 20
@@ -32,7 +33,7 @@ class CopyStarter(Protocol):
 
 def measure_copies(device: str) -> Copies:
     """The bandwidths of copies to and from the GPU `device`."""
-    return copies_of(CudaCopier(device, _BYTES), _BYTES)
+    return copies_of(AcceleratorCopier(device, _BYTES), _BYTES)
 
 
 def copies_of(
@@ -62,8 +63,8 @@ def copies_of(
     )
 
 
-class CudaCopier:
-    """Copies on separate streams of a CUDA device, so that both directions run
+class AcceleratorCopier:
+    """Copies on separate streams of an accelerator, so that both directions run
     together."""
 
     def __init__(self, device: str, nbytes: int) -> None:
@@ -76,10 +77,7 @@ class CudaCopier:
             for pinned in (True, False)
         }
         ways = ("in", "out", "peer")
-        self._streams = {
-            way: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for way in ways
-        }
+        self._streams = {way: torch.Stream(self._device) for way in ways}
         self._peer = self._peer_tensor(nbytes)
 
     @property
@@ -89,7 +87,7 @@ class CudaCopier:
     def copy(self, way: str, *, pinned: bool) -> None:
         """Starts a copy of uint8 tensors; see `CopyStarter.copy`."""
         there, here = self._there, self._here[pinned]
-        with torch.cuda.stream(self._streams[way]):
+        with self._streams[way]:
             if way == "in":
                 there[0].copy_(here[0], non_blocking=True)
             elif way == "out":
@@ -99,30 +97,30 @@ class CudaCopier:
                 there[0].copy_(self._peer, non_blocking=True)
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.accelerator.synchronize(self._device)
 
     def _peer_tensor(self, nbytes: int) -> torch.Tensor | None:
-        own = self._device.index or 0
-        others = [i for i in range(torch.cuda.device_count()) if i != own]
-        for other in others:
-            if torch.cuda.can_device_access_peer(own, other):
-                return torch.empty(nbytes, dtype=torch.uint8, device=f"cuda:{other}")
+        own = f"{self._device.type}:{self._device.index or 0}"
+        for other in accelerators():
+            if other != own and reaches(own, other):
+                return torch.empty(nbytes, dtype=torch.uint8, device=other)
         return None
 
 
 def gpu_facts(device: str) -> dict[str, Any]:
     """The name, memory (bytes) and number of GPUs. NVIDIA's management library tells
     them if it is installed, else torch."""
-    index = torch.device(device).index or 0
-    facts: dict[str, Any] = {"device": "cuda"}
+    kind, index = torch.device(device).type, torch.device(device).index or 0
+    facts: dict[str, Any] = {"device": kind}
     try:
+        if kind != "cuda":
+            raise ImportError("the library knows NVIDIA's only")
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # not installed, or no driver: torch knows as much
-        found = torch.cuda.get_device_properties(index)
-        facts |= {"name": found.name, "device_memory": int(found.total_memory)}
-        facts["num_devices"] = torch.cuda.device_count()
+        facts |= {"name": title_of(device), "device_memory": memory_of(device)[1]}
+        facts["num_devices"] = len(accelerators())
         return facts
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)

@@ -1,15 +1,15 @@
 """Measures this computer, part by part, for `penstock machine`."""
 
-import re
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ...io.devices.opening import open_device
 from ...io.errors import UsageError
-from ..engine.tiers import open_device
 from ..policy import IO, cache_folder
 from . import measure
 from .machine import Calls, Copies, Machine
@@ -35,7 +35,7 @@ def measure_machine(
     OSError if the scratch file cannot be written.
     """
     is_gpu = device != "cpu"
-    wait = torch.cuda.synchronize if is_gpu else _no_wait
+    wait = partial(torch.accelerator.synchronize, device) if is_gpu else _no_wait
     progress("products and attention, now and between all that follows")
     products = {name: Products(dtype, device, wait) for name, dtype in _DTYPES.items()}
     took = {name: each.look() for name, each in products.items()}
@@ -82,15 +82,13 @@ def measure_machine(
 def check_measurable(place: Path, device: str) -> None:
     """Checks the arguments before anything is measured.
 
-    Raises UsageError if `place` does not exist or `device` is no device, and
-    PolicyError if this computer does not have that device.
+    Raises UsageError if `place` does not exist, and PolicyError if this computer does
+    not have the device `device`.
     """
     if not place.exists():
         raise UsageError(f"{place}: there is no such folder or file on a drive")
     if device == "cpu":
         return
-    if re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise UsageError(f"nothing computes on {device!r}: write cpu, cuda or cuda:1")
     open_device(device)
 
 

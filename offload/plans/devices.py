@@ -74,7 +74,7 @@ def devices_of(planner: Planner, choice: Choice) -> Devices | None:
     device."""
     machine = planner.machine
     num = machine.num_devices
-    if num < 2 or machine.device != "cuda":
+    if num < 2 or not machine.is_accelerated:
         return None
     run = [_alone(planner, choice, num), *_peers(planner), _workers(planner)]
     tokens = max(way.num_tokens for way in run)
@@ -118,10 +118,11 @@ def _peers(planner: Planner) -> Iterator[DeviceOption]:
     if planner.policy.peer or machine.device_memory is None:
         return
     nbytes = int(machine.device_memory * USABLE)
-    peer = {f"cuda:{index}": nbytes for index in range(1, machine.num_devices)}
+    kind = machine.device
+    peer = {f"{kind}:{index}": nbytes for index in range(1, machine.num_devices)}
     name = "others keep weights (peer)"
     try:
-        found = planner.under(machine, {"device": "cuda:0", "peer": peer}).choose()
+        found = planner.under(machine, {"device": f"{kind}:0", "peer": peer}).choose()
     except DoesNotFitError:
         yield DeviceOption(name, True, "does not fit", 0, None)
         return

@@ -170,8 +170,8 @@ class Planner:
         kv = settings.pop("kv", None)
         if kv is not None:
             values["kv"] = {**values.get("kv", {}), **kv}
-        if self.machine.device == "cuda" and "device" not in values:
-            values["device"] = "cuda"
+        if self.machine.is_accelerated and "device" not in values:
+            values["device"] = self.machine.device
         # Estimates know one reader only: the best is found when loading.
         disk = None if self.machine.is_estimate else self.machine.disk
         if disk is not None and self.policy.io.reader == "auto":

@@ -1,12 +1,26 @@
 """The recorded timeline of a run, and what it says about its links. Pure."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...io.tier import Tier
-from ...io.timeline import COMPUTE, STAGING, WAIT, Span, busy_seconds
+from ...io.timeline import (
+    ACTIVATIONS,
+    CAST,
+    COMPUTE,
+    MICRO_BATCHES,
+    STAGING,
+    WAIT,
+    Span,
+    busy_seconds,
+)
 from ..monitoring.samples import ResourceSample
+
+_NO_LINKS = {ACTIVATIONS, CAST, COMPUTE, MICRO_BATCHES, WAIT}
+_DEVICE = r"[a-z][a-z0-9_]*(:\d+)?"
+"""The lane of a link from a peer is called after the peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +75,7 @@ def tier_of_lane(lane: str, tiers: Iterable[str]) -> str | None:
         return Tier.DISK
     if lane == Tier.HOST:
         return Tier.HOST
-    is_peer = lane.startswith(("cuda", "cpu", Tier.PEER))
+    is_peer = lane not in _NO_LINKS and re.fullmatch(_DEVICE, lane) is not None
     return Tier.PEER if is_peer and Tier.PEER in tiers else None
 
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
+from ...io.devices.accelerators import is_accelerator, memory_of
 from ...io.errors import MachineError
 from ..monitoring.memory import installed_bytes
 from ..monitoring.show import human_bytes
@@ -100,18 +99,11 @@ def _look(policy: Policy) -> Installed:
         host_bytes=installed_bytes(),
         disk_bytes=shutil.disk_usage(there).total,
         gpu_bytes={
-            name: torch.cuda.get_device_properties(name).total_memory
+            name: memory_of(name)[1]
             for name in {policy.device, *policy.peer}
-            if name != "cpu" and _is_there(name)
+            if is_accelerator(name)  # if not, opening the device raises an error
         },
     )
-
-
-def _is_there(name: str) -> bool:
-    """Whether the GPU `name` exists. If not, opening the device raises an error."""
-    if not torch.cuda.is_available():
-        return False
-    return (torch.device(name).index or 0) < torch.cuda.device_count()
 
 
 def _dotted(key: KeyPath) -> str:

@@ -150,17 +150,34 @@ DtypeName = Annotated[
     str, AfterValidator(_dtype), WithJsonSchema({"type": "string", "pattern": _DTYPE})
 ]
 
-_DEVICE = r"^(cpu|cuda(:\d+)?)$"
+_DEVICE = r"^[a-z][a-z0-9_]*(:\d+)?$"
+_USUAL = {"cpu", "cuda"}
 
 
 def _device(text: str) -> str:
-    if re.fullmatch(_DEVICE, text, re.ASCII) is None:
+    if not _is_device(text):
         raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
     return text
 
 
+def _is_device(text: str) -> bool:
+    """Whether torch has a kind of devices of this name; there may be none of it."""
+    if re.fullmatch(_DEVICE, text, re.ASCII) is None or text.startswith("cpu:"):
+        return False
+    kind = text.partition(":")[0]
+    if kind in _USUAL:
+        return True
+    import torch  # takes a second, which usual names do not need
+
+    try:
+        torch.device(kind)
+    except RuntimeError:
+        return False
+    return kind != "meta"
+
+
 def _tier(text: str) -> str:
-    if text not in set(Tier) and re.fullmatch(_DEVICE, text, re.ASCII) is None:
+    if text not in set(Tier) and not _is_device(text):
         raise ValueError(
             f"{text!r} is no tier: write {', '.join(Tier)} or a peer's name (cuda:1)"
         )
@@ -187,8 +204,6 @@ def _expression(text: str) -> str:
 TierName = Annotated[
     str,
     AfterValidator(_tier),
-    WithJsonSchema(
-        {"type": "string", "pattern": r"^(device|peer|host|disk|cpu|cuda(:\d+)?)$"}
-    ),
+    WithJsonSchema({"type": "string", "pattern": _DEVICE}),
 ]
 Expression = Annotated[str, AfterValidator(_expression)]

@@ -167,11 +167,16 @@ def _kind(device: str) -> str:
 def _random_state(device: str) -> torch.Tensor:
     if device == "cpu":
         return torch.get_rng_state()
-    return torch.cuda.get_rng_state(device)
+    state: torch.Tensor = _accelerator(device).get_rng_state(device)
+    return state
 
 
 def _set_random_state(device: str, state: torch.Tensor) -> None:
     if device == "cpu":
         torch.set_rng_state(state)
     else:
-        torch.cuda.set_rng_state(state, device)
+        _accelerator(device).set_rng_state(state, device)
+
+
+def _accelerator(device: str) -> Any:
+    return torch.get_device_module(torch.device(device))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from penstock.io.memory.arena import Arena
-from penstock.io.memory.pinned import CudaRegistrar, Pinned, Registrar
+from penstock.io.memory.pinned import Pinned, Registrar, registrar_of
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -198,7 +198,8 @@ def test_a_copy_is_cut_where_pieces_end(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_pins_and_forgets_its_refusals(memory: memoryview) -> None:
-    registrar = CudaRegistrar()
+    registrar = registrar_of(torch.cuda)
+    assert registrar is not None
     with pin(memory, registrar) as pinned:
         assert pinned.fallback is None
         whole = torch.frombuffer(memory, dtype=torch.uint8)

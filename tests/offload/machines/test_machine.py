@@ -233,8 +233,8 @@ def test_what_is_between_products_is_measured(
     ("place", "device", "words"),
     [
         ("none", "cpu", "no such folder or file"),
-        (".", "gpu", "nothing computes on 'gpu': write cpu, cuda"),
-        (".", "cuda:99", r"cuda:99.*(no CUDA GPU|GPU\(s\))"),
+        (".", "gpu", "'gpu' is no device: write cpu, cuda"),
+        (".", "cuda:99", r"cuda:99.*(finds no accelerator|of them)"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_measured(

@@ -142,7 +142,7 @@ def test_every_field_is_documented_in_the_schema() -> None:
     schema = Policy.model_json_schema()
     nested = schema["$defs"]["IO"]["properties"]
     link = schema["$defs"]["LinkPolicy"]["properties"]
-    assert schema["properties"]["device"]["pattern"] == r"^(cpu|cuda(:\d+)?)$"
+    assert schema["properties"]["device"]["pattern"] == r"^[a-z][a-z0-9_]*(:\d+)?$"
     for name, field in {**schema["properties"], **nested, **link}.items():
         field = schema["$defs"]["IO"] if "$ref" in field else field
         assert field.get("description"), f"{name} has no description"
