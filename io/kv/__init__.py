@@ -8,7 +8,7 @@
     CopiedBuffer --rows--> KvStorage       every appended token, once
                  <-fetch-- KvStorage       into a StagedRows that Staging lends
 
-A `KvLayerBuffer` (strip) holds one layer of one cache. A `Codec` (codec, quantised)
+A `KvLayerBuffer` (layer_buffer) holds one layer of one cache. A `Codec` (codec, quantised)
 turns keys and values into rows of bytes, one row for each token, and back. `Staging`
 lends the device memory that rows are brought to before attention reads them. A
 `HostBounce` (hop) copies between the device and the threads of the file; each of these

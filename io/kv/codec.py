@@ -4,8 +4,8 @@ from typing import Protocol
 
 import torch
 
+from .layer_buffer import Pair
 from .shape import KvShape
-from .strip import Pair
 
 
 class Codec(Protocol):

@@ -6,9 +6,9 @@ import torch
 
 from ..errors import ClosedError
 from .count import KvCount
+from .layer_buffer import KvLayerBuffer, Lease, Pair
 from .region import GONE
 from .shape import KvShape
-from .strip import KvLayerBuffer, Lease, Pair
 
 _GROWTH = 1.25
 

@@ -14,11 +14,11 @@ from .file import KvFile, pages
 from .file_region import FileStorage
 from .hop import HostBounce
 from .in_place import InPlaceBuffer
+from .layer_buffer import KvLayerBuffer, Lease
 from .lender import BufferPool
 from .region import KvStorage, Leaving, MemoryStorage
 from .shape import KvShape
 from .staging import Staging
-from .strip import KvLayerBuffer, Lease
 
 PENDING_BYTES = 256 << 20
 """Most bytes that wait to be written at one time."""

@@ -3,8 +3,8 @@
 import torch
 
 from ..extent import align_up
+from .layer_buffer import Pair
 from .shape import KvShape
-from .strip import Pair
 
 _MOST_IN_GROUP = 32
 _ROW_ALIGNMENT = 16

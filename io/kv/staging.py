@@ -11,7 +11,7 @@ from ..readers.files import ALIGNMENT
 from .region import Arrival
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
-FEW_STRIPS = 3
+FEW_LAYERS = 3
 """Without a limit, there is room for this many layer buffers: the one in use, the next
 one, and the previous one."""
 FEW_BYTES = 256 << 20
@@ -40,7 +40,7 @@ class Staging(Closing):
     """Lends device buffers to layer buffers, `max_bytes` of them together.
 
     The computing thread always gets a buffer, even beyond that limit. Without a limit
-    (None), `FEW_STRIPS` buffers or `FEW_BYTES` are lent, whichever is more.
+    (None), `FEW_LAYERS` buffers or `FEW_BYTES` are lent, whichever is more.
 
     A dropped buffer is used again once nobody views it. A model may keep the views of
     one layer for another layer.
@@ -54,7 +54,7 @@ class Staging(Closing):
         self.peak_bytes = 0
 
     def __repr__(self) -> str:
-        return f"<Staging: {len(self._staged)} strips, {self.nbytes} bytes>"
+        return f"<Staging: {len(self._staged)} buffers, {self.nbytes} bytes>"
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +137,7 @@ class Staging(Closing):
 
     def _is_too_much(self, num: int, nbytes: int) -> bool:
         if self._max_bytes is None:
-            return num > FEW_STRIPS and nbytes > FEW_BYTES
+            return num > FEW_LAYERS and nbytes > FEW_BYTES
         return nbytes > self._max_bytes
 
     def _buffer(self, nbytes: int) -> torch.Tensor:

@@ -61,16 +61,16 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
 def replace_layers(cache: Cache, store: KvStore, capacity: int | None) -> None:
     """Layers of `cache` that grow by a token at each step become the store's; others
     stay as they are and are noted. `capacity` in tokens, as far as it is known."""
-    series = store.begin()
+    handle = store.begin()
     if isinstance(cache, EncoderDecoderCache):
-        _replace(cache.self_attention_cache, store, series, "self", capacity)
-        _replace(cache.cross_attention_cache, store, series, "cross", None)
+        _replace(cache.self_attention_cache, store, handle, "self", capacity)
+        _replace(cache.cross_attention_cache, store, handle, "cross", None)
     else:
-        _replace(cache, store, series, "self", capacity)
+        _replace(cache, store, handle, "self", capacity)
 
 
 def _replace(
-    cache: Cache, store: KvStore, series: CacheHandle, part: str, capacity: int | None
+    cache: Cache, store: KvStore, handle: CacheHandle, part: str, capacity: int | None
 ) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
         store.note(f"kv: a {type(cache).__name__} stays as transformers made it")
@@ -78,21 +78,21 @@ def _replace(
     for index, layer in enumerate(cache.layers):
         key = (part, index)
         if type(layer) is DynamicLayer:
-            cache.layers[index] = TieredLayer(store, series, key, capacity)
+            cache.layers[index] = TieredLayer(store, handle, key, capacity)
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[index] = TieredSlidingLayer(
-                store, series, key, capacity, layer.sliding_window
+                store, handle, key, capacity, layer.sliding_window
             )
         elif type(layer).__name__ not in _STATELESS:
             kind = type(layer).__name__
             store.note(f"kv: what {kind} keeps stays on the device")
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = _numbered(cache, store, series, part, capacity)
+        cache.layer_class_to_replicate = _numbered(cache, store, handle, part, capacity)
 
 
 def _numbered(
-    cache: Cache, store: KvStore, series: CacheHandle, part: str, capacity: int | None
+    cache: Cache, store: KvStore, handle: CacheHandle, part: str, capacity: int | None
 ) -> Any:
     """Makes the layers of a cache that appends them as they are needed."""
     layers = cache.layers
-    return lambda: TieredLayer(store, series, (part, len(layers)), capacity)
+    return lambda: TieredLayer(store, handle, (part, len(layers)), capacity)

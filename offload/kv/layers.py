@@ -6,8 +6,8 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ...io.errors import UsageError
+from ...io.kv.layer_buffer import KvLayerBuffer, Pair
 from ...io.kv.shape import KvShape
-from ...io.kv.strip import KvLayerBuffer, Pair
 from ...scheduler.kv.store import CacheHandle, Key, KvStore
 
 
@@ -19,19 +19,19 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, store: KvStore, series: CacheHandle, key: Key, capacity: int | None
+        self, store: KvStore, handle: CacheHandle, key: Key, capacity: int | None
     ) -> None:
         self._store = store
-        self._series = series
+        self._handle = handle
         self._key = key
         self._capacity = capacity
-        self._strip: KvLayerBuffer | None = None
+        self._buffer: KvLayerBuffer | None = None
         DynamicLayer.__init__(self)  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
         """[batch, heads, tokens, dim]; brought from where they are."""
-        return None if self._strip is None else self._view()[0]
+        return None if self._buffer is None else self._view()[0]
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
@@ -39,7 +39,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def values(self) -> torch.Tensor | None:
-        return None if self._strip is None else self._view()[1]
+        return None if self._buffer is None else self._view()[1]
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
@@ -61,80 +61,84 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 "keys that record gradients cannot be kept in a tier: generate under "
                 "torch.inference_mode(), or set kv.tier to auto"
             )
-        strip = self._open(key_states, value_states)
+        buffer = self._open(key_states, value_states)
         self.is_initialized = True
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._store.touch(self._series, self._key)
-        return self._append(strip, key_states, value_states)
+        self._store.touch(self._handle, self._key)
+        return self._append(buffer, key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return 0 if self._strip is None else self._strip.length
+        return 0 if self._buffer is None else self._buffer.length
 
     def reset(self) -> None:
-        if self._strip is not None:
-            self._strip.close()
-            self._strip = None
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
         self.is_initialized = False
 
     def offload(self) -> None:
         """The store decides what is where."""
 
     def prefetch(self) -> None:
-        if self._strip is not None:
-            self._strip.prefetch()
+        if self._buffer is not None:
+            self._buffer.prefetch()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self._strip is not None and self._strip.length > 0:
+        if self._buffer is not None and self._buffer.length > 0:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().squeeze(-1)
-            self._strip.select(indices)
+            self._buffer.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._strip is not None:
-            rows = torch.arange(self._strip.shape.batch)
+        if self._buffer is not None:
+            rows = torch.arange(self._buffer.shape.batch)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` tokens back. (If it is positive, which
         transformers allowed until 5.17: all but so many.)"""
         length = self.get_seq_length()
-        if self._strip is not None:
+        if self._buffer is not None:
             kept = tokens_to_remove
             kept = kept if kept > 0 else length + kept
-            self._strip.truncate(min(max(kept, 0), length))
+            self._buffer.truncate(min(max(kept, 0), length))
 
     def _open(self, keys: torch.Tensor, values: torch.Tensor) -> KvLayerBuffer:
-        if self._strip is None:
+        if self._buffer is None:
             shape = KvShape.of(keys, values)
             capacity = self._needed(keys.shape[2])
-            self._strip = self._store.open(self._series, self._key, shape, capacity)
-        return self._strip
+            self._buffer = self._store.open(self._handle, self._key, shape, capacity)
+        return self._buffer
 
     def _needed(self, num: int) -> int:
         """Tokens to make room for when the first `num` come."""
         return max(num, self._capacity or 0, 1)
 
     def _append(
-        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
+        self, buffer: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
     ) -> Pair:
-        return self._extended(strip, keys, values, 0)
+        return self._extended(buffer, keys, values, 0)
 
     def _extended(
-        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor, start: int
+        self,
+        buffer: KvLayerBuffer,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
     ) -> Pair:
-        is_first = strip.length == 0
-        pair = strip.append(keys, values, start)
+        is_first = buffer.length == 0
+        pair = buffer.append(keys, values, start)
         if is_first and pair[0].device != keys.device:
             return keys, values  # all that there is, and it is here
         return pair
 
     def _view(self) -> Pair:
-        assert self._strip is not None, "opened by the first update"
-        self._store.touch(self._series, self._key)
-        return self._strip.view(self._strip.first)
+        assert self._buffer is not None, "opened by the first update"
+        self._store.touch(self._handle, self._key)
+        return self._buffer.view(self._buffer.first)
 
 
 class TieredSlidingLayer(  # type: ignore[no-untyped-call]
@@ -148,12 +152,12 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
     def __init__(
         self,
         store: KvStore,
-        series: CacheHandle,
+        handle: CacheHandle,
         key: Key,
         capacity: int | None,
         sliding_window: int,
     ) -> None:
-        TieredLayer.__init__(self, store, series, key, capacity)
+        TieredLayer.__init__(self, store, handle, key, capacity)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
         self.record_past = False
@@ -167,9 +171,9 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
         assert value == 0, "it is as long as what was appended"
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self._strip is None:
+        if self._buffer is None:
             return
-        if self._strip.length < self.sliding_window:
+        if self._buffer.length < self.sliding_window:
             TieredLayer.crop(self, tokens_to_remove)
             return
         if not self.record_past and tokens_to_remove:
@@ -178,7 +182,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
                 "activate_past_recording() on the cache before what is to be cropped"
             )
         TieredLayer.crop(self, min(tokens_to_remove, 0))
-        self._slide(self._strip)
+        self._slide(self._buffer)
 
     def _needed(self, num: int) -> int:
         """Twice the window, so that each token is moved at most once."""
@@ -191,22 +195,22 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
         )
 
     def _append(
-        self, strip: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
+        self, buffer: KvLayerBuffer, keys: torch.Tensor, values: torch.Tensor
     ) -> Pair:
         kept = self.sliding_window - 1
         num = keys.shape[2]
-        if strip.length == 0 and 0 < kept < num and not self.record_past:
-            strip.skip(num - kept)
-            strip.append(keys[:, :, -kept:], values[:, :, -kept:], num - kept)
+        if buffer.length == 0 and 0 < kept < num and not self.record_past:
+            buffer.skip(num - kept)
+            buffer.append(keys[:, :, -kept:], values[:, :, -kept:], num - kept)
             return keys, values
-        start = max(strip.length - kept, strip.first)
-        pair = self._extended(strip, keys, values, start)
+        start = max(buffer.length - kept, buffer.first)
+        pair = self._extended(buffer, keys, values, start)
         if not self.record_past:
-            self._slide(strip)
+            self._slide(buffer)
         return pair
 
-    def _slide(self, strip: KvLayerBuffer) -> None:
-        strip.forget(max(strip.length - self.sliding_window + 1, strip.first))
+    def _slide(self, buffer: KvLayerBuffer) -> None:
+        buffer.forget(max(buffer.length - self.sliding_window + 1, buffer.first))
 
 
 def _refuse(value: torch.Tensor | None) -> None:

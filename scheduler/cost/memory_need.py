@@ -18,10 +18,10 @@ _WITH_IT = 3
 """Micro-batches whose activations are on the device while those of the others are in
 host memory: the one that computes, the one before and the one after it (see
 `activation_offload`)."""
-STAGED_STRIPS, STAGED_BYTES = 3, 256 << 20
-"""The least size of the staging buffer for keys and values from a slower tier: so many
-layers of a micro-batch, and so many bytes (`FEW_STRIPS`, `FEW_BYTES` of `kv_staging`).
-An eighth is added to each, since caches grow."""
+STAGED_LAYERS, STAGED_BYTES = 3, 256 << 20
+"""The least size of the staging buffer for keys and values from a slower tier: this
+many layers of a micro-batch, and this many bytes (`FEW_LAYERS` and `FEW_BYTES` in
+io/kv/staging.py). An eighth is added to each, since caches grow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ def generating_need(
     staging = 0
     if is_staged:
         widest = max((site.kv_per_token for site in shape.sites), default=0)
-        strip = each * length * widest * shape.itemsize * scale * 9 / 8
+        layer = each * length * widest * shape.itemsize * scale * 9 / 8
         most = STAGED_BYTES if staging_bytes is None else staging_bytes
-        least = STAGED_STRIPS if staging_bytes is None else 1
-        staging = int(max(least * strip, min(sequences / each * strip, most)))
+        least = STAGED_LAYERS if staging_bytes is None else 1
+        staging = int(max(least * layer, min(sequences / each * layer, most)))
     workspace = _workspace(shape, each * chunk)
     return Need(held + workspace, kv, 0, staging, pending)
 

@@ -12,8 +12,8 @@ from weakref import WeakSet, WeakValueDictionary
 from ...io.closing import Closing
 from ...io.errors import ClosedError, DoesNotFitError
 from ...io.kv.count import KvCount, KvStatistics
+from ...io.kv.layer_buffer import KvLayerBuffer, Lease
 from ...io.kv.shape import KvShape
-from ...io.kv.strip import KvLayerBuffer, Lease
 from .budget import KvBudget
 
 _log = logging.getLogger("penstock")
@@ -23,7 +23,7 @@ Key = tuple[str, int]
 
 
 class KvTier(Protocol):
-    """Makes strips in one tier. A strip holds the keys and values of one layer."""
+    """Makes layer buffers in one tier. Each holds the keys and values of one layer."""
 
     def bytes_of(self, shape: KvShape, capacity: int) -> int:
         """The bytes that `capacity` tokens of one layer take in this tier."""
@@ -51,7 +51,7 @@ class KvLease:
 
 class CacheHandle:
     """One cache of micro-batch `index`, or of a plain call (None). It refers weakly to
-    its strips, which the layers of the cache own."""
+    its buffers, which the layers of the cache own."""
 
     def __init__(self, index: int | None) -> None:
         self.index = index
@@ -59,7 +59,7 @@ class CacheHandle:
         """The key that was used last."""
         self.touched_at = 0
         """The store's count of touches at that time."""
-        self.strips: WeakValueDictionary[Key, KvLayerBuffer] = WeakValueDictionary()
+        self.buffers: WeakValueDictionary[Key, KvLayerBuffer] = WeakValueDictionary()
 
 
 class KvStore(Closing):
@@ -102,7 +102,7 @@ class KvStore(Closing):
     def open(
         self, handle: CacheHandle, key: Key, shape: KvShape, capacity: int
     ) -> KvLayerBuffer:
-        """Opens a strip for `capacity` tokens in the first tier that has room for them
+        """Opens a buffer for `capacity` tokens in the first tier that has room for them
         all. Raises DoesNotFitError if none has."""
         if self._is_closed:
             raise ClosedError("this model is closed; load it again")
@@ -110,18 +110,18 @@ class KvStore(Closing):
         tier = self._take(needs)
         lease = KvLease(self._budget, tier, needs[tier])
         try:
-            strip = self._tiers[tier].open(shape, capacity, lease)
+            buffer = self._tiers[tier].open(shape, capacity, lease)
         except BaseException:
             lease.give_back()
             raise
-        handle.strips[key] = strip
+        handle.buffers[key] = buffer
         asked = next(iter(self._tiers))
         if tier != asked:
             self.note(f"kv: no more room in {asked}: keys and values go to {tier}")
-        return strip
+        return buffer
 
     def touch(self, handle: CacheHandle, key: Key) -> None:
-        """The strip `key` of `handle` is about to be used: learns which key follows
+        """The buffer `key` of `handle` is about to be used: learns which key follows
         which."""
         if handle.last is not None and handle.last != key:
             self._successor[handle.last] = key
@@ -141,7 +141,7 @@ class KvStore(Closing):
 
     def begin_turn(self, index: int, soon: Iterable[int]) -> None:
         """Micro-batch `index` is about to compute, and those of `soon` after it.
-        Prefetches their strips. The cache that was used longest ago comes first, since
+        Prefetches their buffers. The cache that was used longest ago comes first, since
         it will probably be used first."""
         self._running, self._thread = index, threading.get_ident()
         turns = dict.fromkeys((index, *soon))
@@ -164,16 +164,16 @@ class KvStore(Closing):
     def device_bytes_of(self, index: int) -> int:
         """The bytes of device memory that the caches of micro-batch `index` take."""
         return sum(
-            strip.device_bytes
+            buffer.device_bytes
             for handle in self._handles_of.get(index, ())
-            for strip in handle.strips.values()
+            for buffer in handle.buffers.values()
         )
 
     def statistics(self) -> KvStatistics:
         return self._count.statistics(self._budget.held, self._budget.peak)
 
     def close(self) -> None:
-        """Frees all strips, even if a cache still refers to them."""
+        """Frees all buffers, even if a cache still refers to them."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -190,16 +190,18 @@ class KvStore(Closing):
         return self._budget.take(needs)
 
     def _prefetch(self, handle: CacheHandle) -> bool:
-        """Starts to fetch the strip that `handle` will probably use next. Returns False
-        if there is no room for it now."""
+        """Starts to fetch the buffer that `handle` will probably use next.
+
+        Returns False if there is no room for it now.
+        """
         key = None if handle.last is None else self._successor.get(handle.last)
-        strip = None if key is None else handle.strips.get(key)
-        if strip is not None:
-            with suppress(Exception):  # raised again when the strip is used
-                return strip.prefetch()
+        buffer = None if key is None else handle.buffers.get(key)
+        if buffer is not None:
+            with suppress(Exception):  # raised again when the buffer is used
+                return buffer.prefetch()
         return True
 
 
 def _close(handle: CacheHandle) -> None:
-    for strip in list(handle.strips.values()):
-        strip.close()
+    for buffer in list(handle.buffers.values()):
+        buffer.close()

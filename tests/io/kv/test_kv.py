@@ -169,9 +169,9 @@ def test_of_what_slides_by_only_the_window_is_kept(tier: str, tmp_path: Path) ->
         window = model.config.sliding_window
         assert window < 40, "or there is nothing to see"
         row = row_bytes(model)
-        strips = 2 * model.config.num_hidden_layers
+        buffers = 2 * model.config.num_hidden_layers
         page = PAGE_BYTES if tier == "disk" else 0
-        most = strips * (2 * window * row + page)
+        most = buffers * (2 * window * row + page)
         assert max(kv.peak_bytes_held.values()) <= most
         if tier != "disk":  # where pages are larger than all that is written
             assert 0 < kv.bytes_moved <= max(kv.bytes_written.values())

@@ -110,14 +110,14 @@ def test_a_prompt_that_comes_at_once_is_attended_to_where_it_is(
     """What comes later is attended to where it is kept."""
     with FakeTensorMode():
         keys, values = (torch.empty(2, 2, 5, 16, device="cuda") for _ in range(2))
-        strip = InPlaceBuffer(
+        buffer = InPlaceBuffer(
             KvShape.of(keys, values), 20, torch.device("cpu"), Lease(), KvCount()
         )
-        store: Any = SimpleNamespace(open=lambda *a: strip, touch=lambda *a: None)
-        series: Any = None
-        layer = TieredLayer(store, series, ("self", 0), 20)
+        store: Any = SimpleNamespace(open=lambda *a: buffer, touch=lambda *a: None)
+        handle: Any = None
+        layer = TieredLayer(store, handle, ("self", 0), 20)
         if window is not None:
-            layer = TieredSlidingLayer(store, series, ("self", 0), 20, window)
+            layer = TieredSlidingLayer(store, handle, ("self", 0), 20, window)
         assert layer.update(keys, values)[0] is keys
         for length in (6, 7, 8):
             new = torch.empty(2, 2, 1, 16, device="cuda")

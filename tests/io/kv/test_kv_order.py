@@ -106,22 +106,22 @@ def test_whatever_the_streams_do_attention_sees_what_was_appended(
             KvStore(KvBudget(("host",), {"host": 1 << 30}), {"host": place}, count)
         )
         shape = KvShape(rows, 2, 8, 2, 8, torch.float32)
-        series, strips, model = {}, dict[tuple[int, int], Any](), {}
+        handles, buffers, model = {}, dict[tuple[int, int], Any](), {}
         for step in range(num_steps):
             for layer in range(num_layers):
                 for index in range(num_batches):
                     store.begin_turn(index, range(num_batches))
-                    if index not in series:
-                        series[index] = store.begin()
+                    if index not in handles:
+                        handles[index] = store.begin()
                     at, key = (index, layer), ("self", layer)
-                    if at not in strips:
-                        strips[at] = store.open(series[index], key, shape, 12)
+                    if at not in buffers:
+                        buffers[at] = store.open(handles[index], key, shape, 12)
                         model[at] = torch.empty(2, rows, 2, 0, 8)
                     num = random.randint(3, 6) if step == 0 else random.choice([1, 2])
                     new = torch.randn(2, rows, 2, num, 8, generator=generator)
                     model[at] = torch.cat([model[at], new], 3)
-                    store.touch(series[index], key)
-                    pair = strips[at].append(new[0], new[1], 0)
+                    store.touch(handles[index], key)
+                    pair = buffers[at].append(new[0], new[1], 0)
                     for view, expected in zip(pair, model[at], strict=True):
                         attend(view, expected)
                     del pair, view

@@ -1,4 +1,4 @@
-"""Where the bytes of a strip lie in a file, against a model that is one bytearray."""
+"""Where the bytes of a layer buffer lie in a file, against one bytearray."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.io.kv.staging import FEW_BYTES, FEW_STRIPS
+from penstock.io.kv.staging import FEW_BYTES, FEW_LAYERS
 from penstock.scheduler.cost.memory_need import (
     STAGED_BYTES,
-    STAGED_STRIPS,
+    STAGED_LAYERS,
     generating_need,
     scoring_need,
 )
@@ -347,7 +347,7 @@ def test_keys_and_values_count_where_they_are() -> None:
 
 
 def test_as_much_is_planned_to_be_staged_as_is() -> None:
-    assert (STAGED_STRIPS, STAGED_BYTES) == (FEW_STRIPS, FEW_BYTES)
+    assert (STAGED_LAYERS, STAGED_BYTES) == (FEW_LAYERS, FEW_BYTES)
 
 
 def test_what_comes_from_disk_crosses_a_gpus_link_to_host_memory() -> None:

@@ -1,4 +1,4 @@
-"""Strips of every tier, against tensors that are concatenated."""
+"""Layer buffers of every tier, against tensors that are concatenated."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def lease_of(nbytes: int) -> KvLease:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(20))
-def test_a_strip_is_what_was_appended(kind: str, seed: int, tmp_path: Path) -> None:
+def test_a_layer_buffer_is_what_was_appended(
+    kind: str, seed: int, tmp_path: Path
+) -> None:
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     rows, heads = random.choice([(1, 2), (7, 3), (32, 4), (129, 5)])
     dims = random.choice([(8, 8), (24, 16)])
@@ -112,7 +114,7 @@ def test_a_strip_is_what_was_appended(kind: str, seed: int, tmp_path: Path) -> N
     with place_of(kind, tmp_path) as (place, count, staging), torch.inference_mode():
         shape = KvShape.of(*tokens(1, rows))
         capacity = random.choice([1, 40, 200])
-        strip = place.open(shape, capacity, lease_of(0))
+        buffer = place.open(shape, capacity, lease_of(0))
         model = list(tokens(0, rows))
         first = 0
         for _ in range(40):
@@ -122,30 +124,30 @@ def test_a_strip_is_what_was_appended(kind: str, seed: int, tmp_path: Path) -> N
                 new = tokens(random.choice([1, 1, 1, 2, 17]), rows)
                 model = [torch.cat([o, n], 2) for o, n in zip(model, new, strict=True)]
                 start = random.choice([first, random.randint(first, length)])
-                found = strip.append(*new, start)
+                found = buffer.append(*new, start)
                 assert same([m[:, :, start - first :] for m in model], list(found))
             elif act == "truncate":
                 kept = random.randint(first, length)
-                strip.truncate(kept)
+                buffer.truncate(kept)
                 model = [m[:, :, : kept - first] for m in model]
             elif act == "forget":
                 first, before = random.randint(first, length), first
-                strip.forget(first)
+                buffer.forget(first)
                 model = [m[:, :, first - before :] for m in model]
             elif length > first:
                 chosen = torch.randint(rows, (rows,), generator=generator)
                 if rows > 1 and random.random() < 0.3:
                     chosen = chosen[: rows // 2]
-                strip.select(chosen)
+                buffer.select(chosen)
                 rows, model = chosen.shape[0], [m[chosen] for m in model]
             if random.random() < 0.3:
-                strip.prefetch()
-            assert strip.length == first + model[0].shape[2]
-        assert same(list(strip.view(first)), model)
-        strip.close()
-        strip.close()
+                buffer.prefetch()
+            assert buffer.length == first + model[0].shape[2]
+        assert same(list(buffer.view(first)), model)
+        buffer.close()
+        buffer.close()
         with pytest.raises(ClosedError):
-            strip.view(first)
+            buffer.view(first)
     assert staging.peak_bytes == 0 or kind != "in place"
     assert sum(count.written.values()) > 0
 
@@ -157,13 +159,13 @@ def test_tokens_that_only_see_themselves_are_seen_later(
     """Also when what came before has to move for them."""
     with place_of(kind, tmp_path) as (place, _, _):
         shape = KvShape(512, 1, 4, 1, 4, torch.float32)  # a row fills a page
-        strip = place.open(shape, 2, lease_of(0))
+        buffer = place.open(shape, 2, lease_of(0))
         tokens = [torch.full((512, 1, 1, 4), float(n)) for n in range(4)]
         for token in tokens[:2]:
-            strip.append(token, token, 0)
-        strip.forget(1)
-        strip.append(tokens[2], tokens[2], 2)
-        keys, values = strip.append(tokens[3], tokens[3], 1)
+            buffer.append(token, token, 0)
+        buffer.forget(1)
+        buffer.append(tokens[2], tokens[2], 2)
+        keys, values = buffer.append(tokens[3], tokens[3], 1)
         assert torch.equal(keys, torch.cat(tokens[1:], 2))
         assert torch.equal(values, keys)
 
@@ -172,13 +174,13 @@ def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
     """As by a model whose later layers read what an earlier one saw."""
     with place_of("copied", tmp_path) as (place, _, staging):
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
-        strips = [place.open(shape, 16, lease_of(0)) for _ in range(8)]
+        buffers = [place.open(shape, 16, lease_of(0)) for _ in range(8)]
         one = torch.ones(1, 1, 1, 4)
         seen: list[torch.Tensor] = []
         for _ in range(2):
-            for number, strip in enumerate(strips):
+            for number, buffer in enumerate(buffers):
                 seen = seen[-8:]
-                seen.append(strip.append(number * one, number * one, 0)[0])
+                seen.append(buffer.append(number * one, number * one, 0)[0])
         for number in range(8):
             assert torch.equal(seen[number + 1], torch.full((1, 1, 2, 4), number))
         del seen
@@ -187,7 +189,7 @@ def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_buffer_that_was_viewed_when_it_was_dropped_goes_with_who_views_it() -> None:
     """As that of a micro-batch which waits for others behind its attention. What the
-    strips know of theirs keeps no memory."""
+    buffers know of theirs keeps no memory."""
     with Staging(CpuDevice(), None) as staging:
         known, views = [], []
         for _ in range(50):
@@ -250,23 +252,23 @@ def test_no_more_is_staged_than_was_said(tmp_path: Path) -> None:
 def test_the_file_has_no_name_and_shrinks_to_nothing(tmp_path: Path) -> None:
     with place_of("disk", tmp_path) as (place, _, _):
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
-        strips = [place.open(shape, 8, lease_of(0)) for _ in range(3)]
+        buffers = [place.open(shape, 8, lease_of(0)) for _ in range(3)]
         new = torch.ones(64, 4, 8, 64)
-        for strip in strips:
-            strip.append(new, new, 0)
+        for buffer in buffers:
+            buffer.append(new, new, 0)
         file = place.file
         file.writer.give(lambda: None).wait()
         size = os.fstat(file._descriptor).st_size
         assert size == 3 * 8 * shape.row_bytes
         assert list(tmp_path.iterdir()) == []
-        strips[0].close()
-        strips[2].close()
+        buffers[0].close()
+        buffers[2].close()
         file.writer.give(lambda: None).wait()
         assert os.fstat(file._descriptor).st_size == 2 * size // 3
         again = place.open(shape, 8, lease_of(0))  # in the gap
         assert file.nbytes == 2 * size // 3
         again.close()
-        strips[1].close()
+        buffers[1].close()
         file.writer.give(lambda: None).wait()
         assert os.fstat(file._descriptor).st_size == 0
 
@@ -348,14 +350,14 @@ def test_a_full_disk_is_the_error_of_the_micro_batch_that_needed_it(
 def test_what_cannot_be_read_is_the_error_of_who_needs_it(tmp_path: Path) -> None:
     with place_of("disk", tmp_path) as (place, _, _):
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
-        strip = place.open(shape, 8, lease_of(0))
+        buffer = place.open(shape, 8, lease_of(0))
         new = torch.ones(64, 4, 4, 64)
-        strip.append(new, new, 0)
+        buffer.append(new, new, 0)
         file = place.file
         file.writer.give(lambda: os.ftruncate(file._descriptor, 0)).wait()
-        strip.prefetch()
+        buffer.prefetch()
         with pytest.raises(ReadError, match="ends before"):
-            strip.append(new, new, 0)
+            buffer.append(new, new, 0)
 
 
 def test_without_direct_access_it_goes_through_the_page_cache(
@@ -386,19 +388,19 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
         ) as store:
             shape = KvShape(1, 1, 4, 1, 4, torch.float32)
             new = torch.ones(1, 1, 1, 4)
-            series, strips = [], dict[tuple[int, int], Any]()
+            handles, buffers = [], dict[tuple[int, int], Any]()
             for index in range(5):
                 store.begin_turn(index, ())
-                series.append(store.begin())
+                handles.append(store.begin())
                 for layer in (0, 1):
                     key = ("self", layer)
-                    strips[index, layer] = store.open(series[index], key, shape, 8)
-                    store.touch(series[index], key)
-                    strips[index, layer].append(new, new, 0)
+                    buffers[index, layer] = store.open(handles[index], key, shape, 8)
+                    store.touch(handles[index], key)
+                    buffers[index, layer].append(new, new, 0)
             for index in (3, 1, 4, 0, 2):
-                store.touch(series[index], ("self", 0))
+                store.touch(handles[index], ("self", 0))
             store.begin_turn(2, [0, 1, 3, 4])
-            there = [index for index in range(5) if strips[index, 1]._staged]
+            there = [index for index in range(5) if buffers[index, 1]._staged]
             assert there == [1, 3, 4]  # there is room for three
 
 
@@ -408,34 +410,34 @@ def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
         store = KvStore(KvBudget(("host",), {"host": 1 << 20}), places, count)
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         new = torch.ones(1, 1, 1, 4)
-        strips: dict[tuple[int, int], Any] = {}
-        series = {}
+        buffers: dict[tuple[int, int], Any] = {}
+        handles = {}
         for index in (0, 1):
             store.begin_turn(index, ())
-            series[index] = store.begin()
+            handles[index] = store.begin()
             for layer in (0, 1):
                 key = ("self", layer)
-                strip = store.open(series[index], key, shape, 8)
-                strips[index, layer] = strip
-                store.touch(series[index], key)
-                strip.append(new, new, 0)
+                buffer = store.open(handles[index], key, shape, 8)
+                buffers[index, layer] = buffer
+                store.touch(handles[index], key)
+                buffer.append(new, new, 0)
         for index in (0, 1):  # a second step, so what follows what is known
             store.begin_turn(index, ())
-            store.touch(series[index], ("self", 0))
-            strips[index, 0].append(new, new, 0)
+            store.touch(handles[index], ("self", 0))
+            buffers[index, 0].append(new, new, 0)
         before = count.read["host"]
         store.begin_turn(0, [1])  # both will use their layer 1
         assert count.read["host"] == before + 2 * shape.row_bytes
-        assert strips[1, 1]._staged is not None
-        strips[0, 1].append(new, new, 0)
-        strips[1, 1].append(new, new, 0)
+        assert buffers[1, 1]._staged is not None
+        buffers[0, 1].append(new, new, 0)
+        buffers[1, 1].append(new, new, 0)
         assert count.read["host"] == before + 2 * shape.row_bytes
         store.end(0, failed=True)
         with pytest.raises(ClosedError):
-            strips[0, 0].view(0)
+            buffers[0, 0].view(0)
         store.close()
         with pytest.raises(ClosedError):
-            strips[1, 0].view(0)
+            buffers[1, 0].view(0)
         with pytest.raises(ClosedError):
             store.begin()
 
@@ -451,9 +453,9 @@ def test_what_garbage_holds_is_freed_before_no_room_is_said(tmp_path: Path) -> N
                 garbage: list[Any] = [store.open(store.begin(), ("self", 0), shape, 8)]
                 garbage.append(garbage)
                 del garbage
-                strip = store.open(store.begin(), ("self", 0), shape, 8)
+                buffer = store.open(store.begin(), ("self", 0), shape, 8)
                 with pytest.raises(DoesNotFitError):
                     store.open(store.begin(), ("self", 0), shape, 8)
-                assert strip.length == 0
+                assert buffer.length == 0
             finally:
                 gc.enable()
