@@ -11,6 +11,6 @@
 A `KvLayerBuffer` (layer_buffer) holds one layer of one cache. A `Codec` (codec, quantised)
 turns keys and values into rows of bytes, one row for each token, and back. `Staging`
 lends the device memory that rows are brought to before attention reads them. A
-`HostBounce` (hop) copies between the device and the threads of the file; each of these
+`HostBounce` (host_bounce) copies between the device and the threads of the file; each of these
 threads is a `WorkerStream`. A `BufferPool` (lender) provides the memory of copies.
 """

@@ -8,7 +8,7 @@ from ..extent import align_down, align_up
 from ..handle import Handle
 from ..readers.files import ALIGNMENT
 from .file import KvFile, pages
-from .hop import HostBounce
+from .host_bounce import HostBounce
 from .pages import PAGE_BYTES, plan_append, spans
 from .region import GONE, Arrival, KvStorage
 

@@ -12,7 +12,7 @@ from .copied import CopiedBuffer
 from .count import KvCount
 from .file import KvFile, pages
 from .file_region import FileStorage
-from .hop import HostBounce
+from .host_bounce import HostBounce
 from .in_place import InPlaceBuffer
 from .layer_buffer import KvLayerBuffer, Lease
 from .lender import BufferPool

@@ -12,7 +12,7 @@ from ...io.devices.device import Device, Stream
 from ...io.kv.codec import Codec, Plain
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
-from ...io.kv.hop import HostBounce, NoBounce, ThroughHost
+from ...io.kv.host_bounce import HostBounce, NoBounce, ThroughHost
 from ...io.kv.lender import BufferPool, OfDevice, PinnedPool, Unpinned
 from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ...io.kv.quantised import Quantised

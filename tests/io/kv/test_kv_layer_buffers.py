@@ -26,7 +26,7 @@ from penstock.io.kv import staging as kv_staging
 from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
-from penstock.io.kv.hop import NoBounce
+from penstock.io.kv.host_bounce import NoBounce
 from penstock.io.kv.lender import Unpinned
 from penstock.io.kv.pages import PAGE_BYTES
 from penstock.io.kv.places import Copied, InPlace, OnDisk
