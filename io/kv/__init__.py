@@ -12,5 +12,5 @@ A `KvLayerBuffer` (layer_buffer) holds one layer of one cache. A `Codec` (codec,
 turns keys and values into rows of bytes, one row for each token, and back. `Staging`
 lends the device memory that rows are brought to before attention reads them. A
 `HostBounce` (host_bounce) copies between the device and the threads of the file; each of these
-threads is a `WorkerStream`. A `BufferPool` (lender) provides the memory of copies.
+threads is a `WorkerStream`. A `BufferPool` (buffer_pool) provides the memory of copies.
 """

@@ -9,7 +9,7 @@ from ..closing import Closing
 from ..devices.device import Device, Stream
 from ..event import Event
 from ..memory.arena import Arena
-from .lender import PinnedPool
+from .buffer_pool import PinnedPool
 from .region import Leaving
 
 

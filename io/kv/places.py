@@ -7,6 +7,7 @@ import torch
 
 from ..closing import Closing
 from ..devices.device import Device, Stream
+from .buffer_pool import BufferPool
 from .codec import Codec
 from .copied import CopiedBuffer
 from .count import KvCount
@@ -15,7 +16,6 @@ from .file_region import FileStorage
 from .host_bounce import HostBounce
 from .in_place import InPlaceBuffer
 from .layer_buffer import KvLayerBuffer, Lease
-from .lender import BufferPool
 from .region import KvStorage, Leaving, MemoryStorage
 from .shape import KvShape
 from .staging import Staging

@@ -11,7 +11,7 @@ from ..errors import ClosedError
 from ..event import Event
 from ..handle import Handle
 from ..memory.arena import Memory
-from .lender import BufferPool
+from .buffer_pool import BufferPool
 from .pages import spans
 
 _MAX_LEAVING = 2

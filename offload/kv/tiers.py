@@ -9,11 +9,11 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
+from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
 from ...io.kv.codec import Codec, Plain
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
 from ...io.kv.host_bounce import HostBounce, NoBounce, ThroughHost
-from ...io.kv.lender import BufferPool, OfDevice, PinnedPool, Unpinned
 from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
 from ...io.kv.quantised import Quantised
 from ...io.kv.shape import KvShape
@@ -99,7 +99,7 @@ class KvTiers(Closing):
         out: Stream
         back: Stream
         if is_there:
-            out, back, pool = device.compute, device.compute, OfDevice(device)
+            out, back, pool = device.compute, device.compute, DevicePool(device)
         elif device.is_host:
             out, back = (
                 opened.enter_context(
@@ -112,7 +112,7 @@ class KvTiers(Closing):
                 )
                 for name in ("kv-out", "kv-back")
             )
-            pool = Unpinned()
+            pool = UnpinnedPool()
         else:
             out, back = device.stream(), device.stream()
             pool = PinnedPool(self._pin, out, back)

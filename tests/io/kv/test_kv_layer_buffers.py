@@ -23,11 +23,11 @@ from penstock.io.devices.device import CpuDevice
 from penstock.io.errors import ClosedError, DoesNotFitError, OutputError, ReadError
 from penstock.io.kv import file as kv_file
 from penstock.io.kv import staging as kv_staging
+from penstock.io.kv.buffer_pool import UnpinnedPool
 from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
 from penstock.io.kv.host_bounce import NoBounce
-from penstock.io.kv.lender import Unpinned
 from penstock.io.kv.pages import PAGE_BYTES
 from penstock.io.kv.places import Copied, InPlace, OnDisk
 from penstock.io.kv.shape import KvShape
@@ -78,7 +78,7 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
                 Plain,
                 out=out,
                 back=back,
-                pool=Unpinned(),
+                pool=UnpinnedPool(),
             )
         else:
             place = OnDisk(

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from penstock.io.kv import staging as kv_staging
+from penstock.io.kv.buffer_pool import PinnedPool
 from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
 from penstock.io.kv.host_bounce import ThroughHost
-from penstock.io.kv.lender import PinnedPool
 from penstock.io.kv.places import Copied, OnDisk
 from penstock.io.kv.shape import KvShape
 from penstock.io.kv.staging import Staging

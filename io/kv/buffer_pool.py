@@ -31,7 +31,7 @@ class BufferPool(Protocol):
     def close(self) -> None: ...
 
 
-class Unpinned(Closing):
+class UnpinnedPool(Closing):
     """Host memory for a device that is the host; freed when it is given back."""
 
     def take(self, nbytes: int) -> Memory:
@@ -74,7 +74,7 @@ class PinnedPool(Closing):
         self._buffers.close()
 
 
-class OfDevice(Closing):
+class DevicePool(Closing):
     """Memory of the device, for copies on its compute stream."""
 
     def __init__(self, device: Device) -> None:
