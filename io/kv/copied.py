@@ -10,9 +10,9 @@ from ..errors import ClosedError
 from .codec import Codec
 from .count import KvCount
 from .layer_buffer import KvLayerBuffer, Lease, Pair
-from .region import GONE, KvStorage
 from .shape import KvShape
 from .staging import StagedRows, Staging
+from .storage import GONE, KvStorage
 
 _GROWTH = 4
 """A full storage grows by at least one part in this number of its capacity."""

@@ -10,7 +10,7 @@ from ..devices.device import Device, Stream
 from ..event import Event
 from ..memory.arena import Arena
 from .buffer_pool import PinnedPool
-from .region import Leaving
+from .storage import Leaving
 
 
 class Outgoing(Protocol):

@@ -7,8 +7,8 @@ import torch
 from ..errors import ClosedError
 from .count import KvCount
 from .layer_buffer import KvLayerBuffer, Lease, Pair
-from .region import GONE
 from .shape import KvShape
+from .storage import GONE
 
 _GROWTH = 1.25
 

@@ -12,13 +12,13 @@ from .codec import Codec
 from .copied import CopiedBuffer
 from .count import KvCount
 from .file import KvFile, pages
-from .file_region import FileStorage
+from .file_storage import FileStorage
 from .host_bounce import HostBounce
 from .in_place import InPlaceBuffer
 from .layer_buffer import KvLayerBuffer, Lease
-from .region import KvStorage, Leaving, MemoryStorage
 from .shape import KvShape
 from .staging import Staging
+from .storage import KvStorage, Leaving, MemoryStorage
 
 PENDING_BYTES = 256 << 20
 """Most bytes that wait to be written at one time."""

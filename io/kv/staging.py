@@ -8,7 +8,7 @@ import torch
 from ..closing import Closing
 from ..devices.device import Device
 from ..readers.files import ALIGNMENT
-from .region import Arrival
+from .storage import Arrival
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 FEW_LAYERS = 3

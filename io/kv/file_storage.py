@@ -10,7 +10,7 @@ from ..readers.files import ALIGNMENT
 from .file import KvFile, pages
 from .host_bounce import HostBounce
 from .pages import PAGE_BYTES, plan_append, spans
-from .region import GONE, Arrival, KvStorage
+from .storage import GONE, Arrival, KvStorage
 
 _move = CpuStream().copy
 
