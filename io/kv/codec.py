@@ -4,8 +4,14 @@ from typing import Protocol
 
 import torch
 
+from ..extent import align_up
 from .layer_buffer import Pair
 from .shape import KvShape
+
+_MOST_IN_GROUP = 32
+_ROW_ALIGNMENT = 16
+_LEAST_SCALE = 2.0**-14
+"""The smallest normal float16. Elements below half of it become zero."""
 
 
 class Codec(Protocol):
@@ -73,3 +79,92 @@ class Plain:
             num, shape.batch, shape.value_heads, shape.value_dim
         )
         return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+
+
+class Quantised:
+    """Symmetric quantisation to `kind` (torch.int8 or torch.float8_e4m3fn).
+
+    An element is its byte times the float16 scale of its group. A group has up to 32
+    elements of one head of one token. Errors: the largest element of a group is exact
+    up to the rounding of the scale. The others are off by at most half a step: 1/254 of
+    the largest for int8, 1/16 of the element itself for fp8.
+    """
+
+    is_lossy = True
+
+    def __init__(self, shape: KvShape, kind: torch.dtype) -> None:
+        self._shape = shape
+        self._kind = kind
+        self._key_group = _group(shape.key_dim)
+        self._value_group = _group(shape.value_dim)
+        self._num_elements = shape.key_numel + shape.value_numel
+        self._scales_at = align_up(self._num_elements, 2)
+        self._num_key_scales = shape.key_numel // self._key_group
+        num_scales = self._num_key_scales + shape.value_numel // self._value_group
+        self._scales_end = self._scales_at + 2 * num_scales
+        self.row_bytes = align_up(self._scales_end, _ROW_ALIGNMENT)
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Quantises [batch, heads, tokens, dim] into rows; see `Codec.encode`."""
+        num = keys.shape[2]
+        with torch.inference_mode(False):
+            table = torch.zeros(
+                (num, self.row_bytes), dtype=torch.uint8, device=keys.device
+            )
+        elements, scales = self._parts(table)
+        split, cut = self._shape.key_numel, self._num_key_scales
+        self._put(keys, self._key_group, elements[:, :split], scales[:, :cut])
+        self._put(values, self._value_group, elements[:, split:], scales[:, cut:])
+        return table.view(-1)
+
+    def decode(self, rows: torch.Tensor) -> Pair:
+        """New tensors [batch, heads, tokens, dim]; see `Codec.decode`."""
+        shape = self._shape
+        elements, scales = self._parts(rows.view(-1, self.row_bytes))
+        split, cut = shape.key_numel, self._num_key_scales
+        keys = self._get(elements[:, :split], scales[:, :cut], shape.key_heads)
+        values = self._get(elements[:, split:], scales[:, cut:], shape.value_heads)
+        return keys, values
+
+    def _parts(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the elements and of the scales of each row."""
+        elements = table[:, : self._num_elements].view(self._kind)
+        scales = table[:, self._scales_at : self._scales_end].view(torch.float16)
+        return elements, scales
+
+    def _put(
+        self,
+        new: torch.Tensor,
+        group: int,
+        elements: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> None:
+        """Quantises `new` [batch, heads, tokens, dim] into `elements` and `scales`.
+
+        Both have one row for each token.
+        """
+        num = new.shape[2]
+        exact = new.permute(2, 0, 1, 3).reshape(num, -1, group).float()
+        largest = 127.0 if self._kind == torch.int8 else torch.finfo(self._kind).max
+        scale = exact.abs().amax(-1).div(largest).clamp(min=_LEAST_SCALE)
+        scales.copy_(scale)
+        steps = exact / scales.unsqueeze(-1).float()
+        if self._kind == torch.int8:
+            steps = steps.round()
+        steps = steps.clamp(-largest, largest)
+        elements.copy_(steps.reshape(num, -1).to(self._kind))
+
+    def _get(
+        self, elements: torch.Tensor, scales: torch.Tensor, heads: int
+    ) -> torch.Tensor:
+        """The inverse of `_put`: [batch, heads, tokens, dim] in the model's dtype."""
+        num = elements.shape[0]
+        exact = elements.float().view(num, scales.shape[1], -1)
+        exact = exact * scales.unsqueeze(-1).float()
+        result = exact.view(num, self._shape.batch, heads, -1).to(self._shape.dtype)
+        return result.permute(1, 2, 0, 3)
+
+
+def _group(dim: int) -> int:
+    """The size of a group: the largest divisor of `dim` up to 32."""
+    return max(size for size in range(1, _MOST_IN_GROUP + 1) if dim % size == 0)

@@ -10,14 +10,13 @@ from torch import nn
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
 from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
-from ...io.kv.codec import Codec, Plain
+from ...io.kv.codec import Codec, Plain, Quantised
 from ...io.kv.count import KvCount
 from ...io.kv.file import KvFile
 from ...io.kv.host_bounce import HostBounce, NoBounce, ThroughHost
-from ...io.kv.places import PENDING_BYTES, Copied, InPlace, OnDisk
-from ...io.kv.quantised import Quantised
 from ...io.kv.shape import KvShape
 from ...io.kv.staging import Staging
+from ...io.kv.tiers import PENDING_BYTES, CopiedTier, DiskTier, InPlaceTier
 from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
 from ...io.pace import Pace
@@ -69,8 +68,8 @@ class KvTiers(Closing):
                     device, None if kv.staging_memory == "auto" else kv.staging_memory
                 )
             )
-            places = {tier: self._place(tier, opened) for tier in tiers}
-            self.store = KvStore(KvBudget(tiers, limits), places, self._count)
+            opened_tiers = {tier: self._open_tier(tier, opened) for tier in tiers}
+            self.store = KvStore(KvBudget(tiers, limits), opened_tiers, self._count)
             opened.enter_context(self.store)
             for note in notes:
                 self.store.note(note)
@@ -85,16 +84,16 @@ class KvTiers(Closing):
     def close(self) -> None:
         self._opened.close()
 
-    def _place(self, tier: str, opened: ExitStack) -> KvTier:
+    def _open_tier(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
         pace = self._pace(tier)
         if tier == "host" and self._attends_there:
-            return InPlace(torch.device("cpu"), self._count)
+            return InPlaceTier(torch.device("cpu"), self._count)
         is_there = tier == "device" or (tier == "host" and device.is_host and not pace)
         if tier == "disk":
             return opened.enter_context(self._on_disk())
         if is_there and self._kind is None:
-            return InPlace(torch.device(device.name), self._count)
+            return InPlaceTier(torch.device(device.name), self._count)
         pool: BufferPool
         out: Stream
         back: Stream
@@ -117,7 +116,7 @@ class KvTiers(Closing):
             out, back = device.stream(), device.stream()
             pool = PinnedPool(self._pin, out, back)
         return opened.enter_context(
-            Copied(
+            CopiedTier(
                 device,
                 self._staging,
                 self._count,
@@ -149,12 +148,12 @@ class KvTiers(Closing):
     def _codec(self, shape: KvShape) -> Codec:
         return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
 
-    def _on_disk(self) -> OnDisk:
+    def _on_disk(self) -> DiskTier:
         device = self._device
         bounce: HostBounce = NoBounce()
         if not device.is_host:
             bounce = ThroughHost(device, device.stream(), device.stream(), self._pin)
-        return OnDisk(
+        return DiskTier(
             device, self._staging, self._count, self._codec, self._open_file, bounce
         )
 

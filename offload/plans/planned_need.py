@@ -1,6 +1,6 @@
 """What a task keeps in memory beside the weights, under a policy."""
 
-from ...io.kv.places import PENDING_BYTES
+from ...io.kv.tiers import PENDING_BYTES
 from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy

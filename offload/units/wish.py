@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...io.kv.places import PENDING_BYTES
+from ...io.kv.tiers import PENDING_BYTES
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape

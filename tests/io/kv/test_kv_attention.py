@@ -18,7 +18,7 @@ from nets import same
 from penstock import Policy
 from penstock.io.errors import PolicyError
 from penstock.io.kv.count import KvCount
-from penstock.io.kv.in_place import InPlaceBuffer
+from penstock.io.kv.in_place_buffer import InPlaceBuffer
 from penstock.io.kv.shape import KvShape
 from penstock.offload.kv.attention import attend
 from penstock.offload.kv.layers import TieredLayer, TieredSlidingLayer

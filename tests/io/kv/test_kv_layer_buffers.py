@@ -29,9 +29,9 @@ from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
 from penstock.io.kv.host_bounce import NoBounce
 from penstock.io.kv.pages import PAGE_BYTES
-from penstock.io.kv.places import Copied, InPlace, OnDisk
 from penstock.io.kv.shape import KvShape
 from penstock.io.kv.staging import Staging
+from penstock.io.kv.tiers import CopiedTier, DiskTier, InPlaceTier
 from penstock.io.kv.worker_stream import WorkerStream
 from penstock.scheduler.kv.budget import KvBudget
 from penstock.scheduler.kv.store import KvLease, KvStore, KvTier
@@ -59,19 +59,19 @@ def file_in(folder: Path, *, direct: bool = True) -> KvFile:
 
 
 @contextlib.contextmanager
-def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
+def tier_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
     device, count = CpuDevice(), KvCount()
     with contextlib.ExitStack() as opened:
         staging = opened.enter_context(Staging(device, None))
-        place: Any
+        tier: Any
         if kind == "in place":
-            place = InPlace(torch.device("cpu"), count)
+            tier = InPlaceTier(torch.device("cpu"), count)
         elif kind == "copied":
             out, back = (
                 opened.enter_context(WorkerStream(name, max_pending_bytes=1 << 20))
                 for name in ("kv-out", "kv-back")
             )
-            place = Copied(
+            tier = CopiedTier(
                 device,
                 staging,
                 count,
@@ -81,11 +81,11 @@ def place_of(kind: str, folder: Path) -> Iterator[tuple[Any, KvCount, Staging]]:
                 pool=UnpinnedPool(),
             )
         else:
-            place = OnDisk(
+            tier = DiskTier(
                 device, staging, count, Plain, partial(file_in, folder), NoBounce()
             )
-        opened.enter_context(place)
-        yield place, count, staging
+        opened.enter_context(tier)
+        yield tier, count, staging
 
 
 def lease_of(nbytes: int) -> KvLease:
@@ -96,9 +96,7 @@ def lease_of(nbytes: int) -> KvLease:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(20))
-def test_a_layer_buffer_is_what_was_appended(
-    kind: str, seed: int, tmp_path: Path
-) -> None:
+def test_a_buffer_holds_what_was_appended(kind: str, seed: int, tmp_path: Path) -> None:
     random, generator = Random(seed), torch.Generator().manual_seed(seed)
     rows, heads = random.choice([(1, 2), (7, 3), (32, 4), (129, 5)])
     dims = random.choice([(8, 8), (24, 16)])
@@ -111,10 +109,10 @@ def test_a_layer_buffer_is_what_was_appended(
         )
         return keys, values
 
-    with place_of(kind, tmp_path) as (place, count, staging), torch.inference_mode():
+    with tier_of(kind, tmp_path) as (tier, count, staging), torch.inference_mode():
         shape = KvShape.of(*tokens(1, rows))
         capacity = random.choice([1, 40, 200])
-        buffer = place.open(shape, capacity, lease_of(0))
+        buffer = tier.open(shape, capacity, lease_of(0))
         model = list(tokens(0, rows))
         first = 0
         for _ in range(40):
@@ -157,9 +155,9 @@ def test_tokens_that_only_see_themselves_are_seen_later(
     kind: str, tmp_path: Path
 ) -> None:
     """Also when what came before has to move for them."""
-    with place_of(kind, tmp_path) as (place, _, _):
+    with tier_of(kind, tmp_path) as (tier, _, _):
         shape = KvShape(512, 1, 4, 1, 4, torch.float32)  # a row fills a page
-        buffer = place.open(shape, 2, lease_of(0))
+        buffer = tier.open(shape, 2, lease_of(0))
         tokens = [torch.full((512, 1, 1, 4), float(n)) for n in range(4)]
         for token in tokens[:2]:
             buffer.append(token, token, 0)
@@ -172,9 +170,9 @@ def test_tokens_that_only_see_themselves_are_seen_later(
 
 def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
     """As by a model whose later layers read what an earlier one saw."""
-    with place_of("copied", tmp_path) as (place, _, staging):
+    with tier_of("copied", tmp_path) as (tier, _, staging):
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
-        buffers = [place.open(shape, 16, lease_of(0)) for _ in range(8)]
+        buffers = [tier.open(shape, 16, lease_of(0)) for _ in range(8)]
         one = torch.ones(1, 1, 1, 4)
         seen: list[torch.Tensor] = []
         for _ in range(2):
@@ -250,13 +248,13 @@ def test_no_more_is_staged_than_was_said(tmp_path: Path) -> None:
 
 
 def test_the_file_has_no_name_and_shrinks_to_nothing(tmp_path: Path) -> None:
-    with place_of("disk", tmp_path) as (place, _, _):
+    with tier_of("disk", tmp_path) as (tier, _, _):
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
-        buffers = [place.open(shape, 8, lease_of(0)) for _ in range(3)]
+        buffers = [tier.open(shape, 8, lease_of(0)) for _ in range(3)]
         new = torch.ones(64, 4, 8, 64)
         for buffer in buffers:
             buffer.append(new, new, 0)
-        file = place.file
+        file = tier.file
         file.writer.give(lambda: None).wait()
         size = os.fstat(file._descriptor).st_size
         assert size == 3 * 8 * shape.row_bytes
@@ -265,7 +263,7 @@ def test_the_file_has_no_name_and_shrinks_to_nothing(tmp_path: Path) -> None:
         buffers[2].close()
         file.writer.give(lambda: None).wait()
         assert os.fstat(file._descriptor).st_size == 2 * size // 3
-        again = place.open(shape, 8, lease_of(0))  # in the gap
+        again = tier.open(shape, 8, lease_of(0))  # in the gap
         assert file.nbytes == 2 * size // 3
         again.close()
         buffers[1].close()
@@ -348,12 +346,12 @@ def test_a_full_disk_is_the_error_of_the_micro_batch_that_needed_it(
 
 
 def test_what_cannot_be_read_is_the_error_of_who_needs_it(tmp_path: Path) -> None:
-    with place_of("disk", tmp_path) as (place, _, _):
+    with tier_of("disk", tmp_path) as (tier, _, _):
         shape = KvShape(64, 4, 64, 4, 64, torch.float32)
-        buffer = place.open(shape, 8, lease_of(0))
+        buffer = tier.open(shape, 8, lease_of(0))
         new = torch.ones(64, 4, 4, 64)
         buffer.append(new, new, 0)
-        file = place.file
+        file = tier.file
         file.writer.give(lambda: os.ftruncate(file._descriptor, 0)).wait()
         buffer.prefetch()
         with pytest.raises(ReadError, match="ends before"):
@@ -381,11 +379,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
     tmp_path: Path,
 ) -> None:
-    with place_of("copied", tmp_path) as (place, _, _):
-        places: dict[str, KvTier] = {"host": place}
-        with KvStore(
-            KvBudget(("host",), {"host": 1 << 20}), places, KvCount()
-        ) as store:
+    with tier_of("copied", tmp_path) as (tier, _, _):
+        tiers: dict[str, KvTier] = {"host": tier}
+        with KvStore(KvBudget(("host",), {"host": 1 << 20}), tiers, KvCount()) as store:
             shape = KvShape(1, 1, 4, 1, 4, torch.float32)
             new = torch.ones(1, 1, 1, 4)
             handles, buffers = [], dict[tuple[int, int], Any]()
@@ -405,9 +401,9 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
 
 
 def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
-    with place_of("copied", tmp_path) as (place, count, _):
-        places: dict[str, KvTier] = {"host": place}
-        store = KvStore(KvBudget(("host",), {"host": 1 << 20}), places, count)
+    with tier_of("copied", tmp_path) as (tier, count, _):
+        tiers: dict[str, KvTier] = {"host": tier}
+        store = KvStore(KvBudget(("host",), {"host": 1 << 20}), tiers, count)
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         new = torch.ones(1, 1, 1, 4)
         buffers: dict[tuple[int, int], Any] = {}
@@ -443,10 +439,10 @@ def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
 
 
 def test_what_garbage_holds_is_freed_before_no_room_is_said(tmp_path: Path) -> None:
-    with place_of("copied", tmp_path) as (place, count, _):
+    with tier_of("copied", tmp_path) as (tier, count, _):
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
-        limits = {"host": place.bytes_of(shape, 8)}
-        with KvStore(KvBudget(("host",), limits), {"host": place}, count) as store:
+        limits = {"host": tier.bytes_of(shape, 8)}
+        with KvStore(KvBudget(("host",), limits), {"host": tier}, count) as store:
             gc.collect()
             gc.disable()
             try:

@@ -18,9 +18,9 @@ from penstock.io.kv.codec import Plain
 from penstock.io.kv.count import KvCount
 from penstock.io.kv.file import KvFile
 from penstock.io.kv.host_bounce import ThroughHost
-from penstock.io.kv.places import Copied, OnDisk
 from penstock.io.kv.shape import KvShape
 from penstock.io.kv.staging import Staging
+from penstock.io.kv.tiers import CopiedTier, DiskTier
 from penstock.scheduler.kv.budget import KvBudget
 from penstock.scheduler.kv.store import KvStore, KvTier
 from recording import RecordingDevice, range_of
@@ -51,14 +51,14 @@ class Encoded(Plain):
         return rows
 
 
-def place_of(
+def tier_of(
     kind: str, device: RecordingDevice, folder: Path, opened: contextlib.ExitStack
 ) -> tuple[KvTier, KvCount, Staging]:
     staging = opened.enter_context(Staging(device, None))
     count = KvCount()
     out, back = device.stream("out"), device.stream("in")
     codec = partial(Encoded, device=device)
-    place: Any
+    tier: Any
     if kind == "disk":
         open_file = partial(
             KvFile,
@@ -69,11 +69,11 @@ def place_of(
             read_pace=None,
         )
         bounce = ThroughHost(device, out, back, pin)
-        place = OnDisk(device, staging, count, codec, open_file, bounce)
+        tier = DiskTier(device, staging, count, codec, open_file, bounce)
     else:
         pool = PinnedPool(pin, out, back)
-        place = Copied(device, staging, count, codec, out=out, back=back, pool=pool)
-    return opened.enter_context(place), count, staging
+        tier = CopiedTier(device, staging, count, codec, out=out, back=back, pool=pool)
+    return opened.enter_context(tier), count, staging
 
 
 @pytest.mark.parametrize("kind", ["host", "disk"])
@@ -101,9 +101,9 @@ def test_whatever_the_streams_do_attention_sees_what_was_appended(
 
     with contextlib.ExitStack() as opened:
         opened.callback(device.synchronize)
-        place, count, staging = place_of(kind, device, tmp_path, opened)
+        tier, count, staging = tier_of(kind, device, tmp_path, opened)
         store = opened.enter_context(
-            KvStore(KvBudget(("host",), {"host": 1 << 30}), {"host": place}, count)
+            KvStore(KvBudget(("host",), {"host": 1 << 30}), {"host": tier}, count)
         )
         shape = KvShape(rows, 2, 8, 2, 8, torch.float32)
         handles, buffers, model = {}, dict[tuple[int, int], Any](), {}

@@ -12,7 +12,7 @@ import torch
 import penstock
 import zoo
 from penstock import Policy
-from penstock.io.kv.quantised import Quantised
+from penstock.io.kv.codec import Quantised
 from penstock.io.kv.shape import KvShape
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

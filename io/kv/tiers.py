@@ -9,12 +9,12 @@ from ..closing import Closing
 from ..devices.device import Device, Stream
 from .buffer_pool import BufferPool
 from .codec import Codec
-from .copied import CopiedBuffer
+from .copied_buffer import CopiedBuffer
 from .count import KvCount
 from .file import KvFile, pages
 from .file_storage import FileStorage
 from .host_bounce import HostBounce
-from .in_place import InPlaceBuffer
+from .in_place_buffer import InPlaceBuffer
 from .layer_buffer import KvLayerBuffer, Lease
 from .shape import KvShape
 from .staging import Staging
@@ -26,7 +26,7 @@ PENDING_BYTES = 256 << 20
 MakeCodec = Callable[[KvShape], Codec]
 
 
-class InPlace(Closing):
+class InPlaceTier(Closing):
     """Keeps keys and values in memory of `device`, where attention reads them."""
 
     def __init__(self, device: torch.device, count: KvCount) -> None:
@@ -45,7 +45,7 @@ class InPlace(Closing):
         """Does nothing: the memory belongs to the layer buffers."""
 
 
-class _Elsewhere(Closing):
+class _StoredTier(Closing):
     """Keeps keys and values in a storage, and stages them before attention."""
 
     def __init__(self, staging: Staging, count: KvCount, make_codec: MakeCodec) -> None:
@@ -69,7 +69,7 @@ class _Elsewhere(Closing):
     def _new_storage(self) -> KvStorage: ...
 
 
-class Copied(_Elsewhere):
+class CopiedTier(_StoredTier):
     """Keeps keys and values in memory of `pool`.
 
     The stream `out` copies to it, and the stream `back` copies from it.
@@ -105,7 +105,7 @@ class Copied(_Elsewhere):
         self._pool.close()
 
 
-class OnDisk(_Elsewhere):
+class DiskTier(_StoredTier):
     """Keeps keys and values in a file that threads read and write."""
 
     def __init__(
