@@ -147,7 +147,7 @@ def _first_block(model: Any, ids: list[int]) -> None:
     def reached(*_: object) -> None:
         raise _Reached
 
-    block = model.model.layers[0].self_attn  # its door is the block's
+    block = model.model.layers[0].self_attn  # its site is the block
     hook = block.register_forward_pre_hook(reached)
     try:
         model(torch.tensor([ids]))

@@ -95,8 +95,8 @@ def streamed(module: Any, *, slots: int = 2, **policy: Any) -> Iterator[Any]:
 def open_sites(module: Any) -> list[str]:
     """The sites that somebody is inside of, and the units that are being read."""
     engine = engine_of(module)
-    doors, units = engine._doors, engine._working_set
-    names = [s.name for i, s in enumerate(doors.sites) if doors.is_open(i)]
+    open_sites, units = engine._open_sites, engine._working_set
+    names = [s.name for i, s in enumerate(open_sites.sites) if open_sites.is_open(i)]
     return names + (["units in use"] if units.has_readers else [])
 
 

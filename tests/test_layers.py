@@ -124,7 +124,7 @@ TIERS = {
 CHOOSERS = ("offload/engine/readers.py", "offload/engine/tiers.py")
 REHEARSAL = "scheduler/simulation/rehearsal.py"
 """Puts them together with nothing behind them."""
-PARTS = {"Binding", "Doors", "ForwardEntry", "Order", "Tiers", "WorkingSet"}
+PARTS = {"Binding", "OpenSites", "ForwardEntry", "Order", "Tiers", "WorkingSet"}
 """What a streamed model is put together from."""
 
 

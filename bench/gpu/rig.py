@@ -1,5 +1,5 @@
-"""Blocks streamed by Penstock's own link, working set, doors and binding, without a
-checkpoint: the weights stand in pinned host memory from the start.
+"""Streams blocks with Penstock's own link, working set, sites and binding, but without
+a checkpoint: the weights are in pinned host memory from the start.
 
 What is left out is what `penstock.load` puts around them: reading files, hooks, the
 sweep's switching. It needs torch and transformers, nothing else.
@@ -36,7 +36,7 @@ from penstock.offload.units.sites import (
     ParameterRef,
 )
 from penstock.offload.weights.binding import Binding
-from penstock.scheduler.slots.doors import Doors, Site
+from penstock.scheduler.slots.open_sites import OpenSites, Site
 from penstock.scheduler.slots.working_set import WorkingSet
 
 _ALIGNMENT = 512
@@ -55,7 +55,7 @@ class Rig:
     host: Arena
     link: Link
     working_set: WorkingSet
-    doors: Doors
+    open_sites: OpenSites
     memory: Memory
     position: tuple[torch.Tensor, torch.Tensor]
     fallback: str | None
@@ -72,19 +72,19 @@ class Rig:
         """One pass of all hidden states through all blocks, block by block."""
         states = list(micro_batches)
         for site, layer in enumerate(self.layers):
-            self.doors.enter(site)
+            self.open_sites.enter(site)
             self._look_ahead(site)
             states = [self._through(layer, state) for state in states]
-            self.doors.leave(site)
+            self.open_sites.leave(site)
         return states
 
     def stay(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """The same work with one block's weights for all, which are there."""
         states = list(micro_batches)
-        self.doors.enter(0)
+        self.open_sites.enter(0)
         for _ in self.layers:
             states = [self._through(self.layers[0], state) for state in states]
-        self.doors.leave(0)
+        self.open_sites.leave(0)
         return states
 
     def plain(self, target: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ class Rig:
     def _look_ahead(self, site: int) -> None:
         num = len(self.layers)
         ahead = [(site + 1 + n) % num for n in range(LOOKAHEAD)]
-        self.doors.prefetch_sites([other for other in ahead if other != site])
+        self.open_sites.prefetch_sites([other for other in ahead if other != site])
 
     def _through(self, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
         return first_of(layer(state, position_embeddings=self.position))
@@ -167,7 +167,7 @@ def open_rig(
         )
         found, places, stand_ins = _found(layers)
         binding = Binding(found, transfers, places, stand_ins, memory, None)
-        doors = Doors(
+        open_sites = OpenSites(
             [Site(site.name, (i,)) for i, site in enumerate(found.sites)],
             working_set,
             bind=binding.bind,
@@ -183,7 +183,7 @@ def open_rig(
             host,
             link,
             working_set,
-            doors,
+            open_sites,
             memory,
             _position(part, shape, num_layers),
             fallback,

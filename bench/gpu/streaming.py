@@ -1,4 +1,4 @@
-"""Weights out of pinned host memory, at the level of link, working set and doors: how
+"""Weights out of pinned host memory, at the level of link, working set and sites: how
 fast they come alone, and how much of that is left beside computing.
 
 A pass is bound by the products or by the link, whichever takes longer; both are
@@ -110,7 +110,7 @@ def main() -> None:
     layers = 5 if part.is_dry else most_layers(shape)
     flops = matmul(part, shape.micro_batch_tokens, shape.intermediate, shape.hidden)
     part.put(
-        level="link, working set, doors, binding; transformers' own blocks; no files",
+        level="link, working set, sites, binding; transformers' own blocks; no files",
         num_layers=layers,
         matmul_flops_per_second=flops,
         targets={"of_matmul_rate": 0.60, "of_max_of_compute_and_transfer": 0.97},

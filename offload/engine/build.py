@@ -16,7 +16,7 @@ from ...io.timeline import Record, Timeline
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
 from ...scheduler.order import Order
-from ...scheduler.slots.doors import Doors, Site
+from ...scheduler.slots.open_sites import OpenSites, Site
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import open_kv
@@ -107,7 +107,9 @@ def build(
             model_division, transfers, places, stand_ins, tiers.memory, tiers.in_place
         )
         working_set = _working_set(model_division, transfers, capacity, tiers, record)
-        doors = _doors(model_division, working_set, binding, Heap(budget.heap))
+        open_sites = _open_sites(
+            model_division, working_set, binding, Heap(budget.heap)
+        )
         kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
         if kv is not None:
             opened.callback(kv.close)
@@ -122,9 +124,9 @@ def build(
             moved=_move_rest(model, places, device),
             working_set=working_set,
             binding=binding,
-            doors=doors,
+            open_sites=open_sites,
             entry=ForwardEntry(
-                doors,
+                open_sites,
                 Order(len(model_division.sites)),
                 lookahead=policy.lookahead,
                 record=record,
@@ -202,9 +204,9 @@ def _working_set(
     )
 
 
-def _doors(
+def _open_sites(
     model_division: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
-) -> Doors:
+) -> OpenSites:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
         heap.trim()  # the previous site has just freed its activations
         binding.bind(site, offsets)
@@ -213,7 +215,7 @@ def _doors(
         Site(site.name, binding.units_of_site(index))
         for index, site in enumerate(model_division.sites)
     ]
-    return Doors(sites, working_set, bind=bind, unbind=binding.unbind)
+    return OpenSites(sites, working_set, bind=bind, unbind=binding.unbind)
 
 
 def _compilation(model_division: ModelDivision, policy: Policy) -> "Compilation | None":

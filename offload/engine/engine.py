@@ -13,7 +13,7 @@ from ...io.kv.count import KvStatistics
 from ...io.timeline import Timeline
 from ...io.weights.residue import clone_like
 from ...scheduler.order import Order
-from ...scheduler.slots.doors import Doors
+from ...scheduler.slots.open_sites import OpenSites
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.admission import Width
 from ...scheduler.sweep.coalescing import Coalescing, RowWise
@@ -56,7 +56,7 @@ class Engine:
         moved: MovedTensors,
         working_set: WorkingSet,
         binding: Binding,
-        doors: Doors,
+        open_sites: OpenSites,
         entry: ForwardEntry,
         gatherers: Sequence[RowGatherer],
         fallbacks: Sequence[str],
@@ -78,7 +78,7 @@ class Engine:
         self._working_set = working_set
         self._binding = binding
         self.resident = binding.resident
-        self._doors = doors
+        self._open_sites = open_sites
         self._entry = entry
         self.home = entry.home
         self._gatherers = gatherers
@@ -120,7 +120,7 @@ class Engine:
         )
         if self._compilation is not None:
             self._compilation.start(self.note)
-        self._doors.prefetch_sites(
+        self._open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
         )
 

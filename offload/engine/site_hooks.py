@@ -78,5 +78,5 @@ class SiteHooks:
     def _keeps_its_weights(self, site: int) -> bool:
         """Whether a backward pass would find the weights of `site` unchanged, and none
         of them requires a gradient."""
-        stays = self._entry.doors.stays(site)
+        stays = self._entry.open_sites.stays(site)
         return stays and not self._binding.wants_gradients(site)

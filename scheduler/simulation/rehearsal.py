@@ -1,4 +1,4 @@
-"""Finds out what a sweep loads when, by running the real working set, doors and order
+"""Finds out what a sweep loads when, by running the real working set, sites and order
 with loads that finish at once and move no data.
 
 These decisions depend on the order of events and never on their times. So they can be
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ...io.event import Event
 from ..order import Order
-from ..slots.doors import Doors, Site
+from ..slots.open_sites import OpenSites, Site
 from ..slots.working_set import WorkingSet
 from .schedule import Schedule, ScheduledLoad
 
@@ -68,23 +68,25 @@ def rehearse(
         staying=sorted(staying),
     )
     sites = [Site(f"unit {unit}", (unit,)) for unit in range(num)]
-    doors = Doors(sites, working_set, bind=lambda *_: None, unbind=lambda _: None)
+    open_sites = OpenSites(
+        sites, working_set, bind=lambda *_: None, unbind=lambda _: None
+    )
     order = Order(num)
-    doors.prefetch_sites(range(min(1 + lookahead, num)))  # as an engine starts
+    open_sites.prefetch_sites(range(min(1 + lookahead, num)))  # as an engine starts
     needs = []
     order.observe(None, 0, is_repeat=False)
     for visit in range(num * passes.total):
         number, site = divmod(visit, num)
         stage.tick, stage.visit = 2 * visit, visit
-        doors.enter(site)
+        open_sites.enter(site)
         needs.append(stage.brought[site])
         stage.tick = 2 * visit + 1
         others = {0} if passes.others_follow(number) else set()
-        doors.prefetch_sites(
-            order.upcoming(site, {site} | others, lookahead, doors.stays)
+        open_sites.prefetch_sites(
+            order.upcoming(site, {site} | others, lookahead, open_sites.stays)
         )
         _go_on(order, site, num, is_last=passes.is_last(number))
-        doors.leave(site)
+        open_sites.leave(site)
     return Schedule(num * passes.total, tuple(stage.loads), tuple(needs))
 
 

@@ -1,6 +1,6 @@
 """Slots of fast memory for the weights that are needed now.
 
-Doors            a module may run once its units are loaded and bound
+OpenSites        a module may run once its units are loaded and bound
   -> WorkingSet  loads, keeps and evicts units
        -> Slots            which bytes of the arena hold which unit
        -> PendingRanges    which freed bytes a device may still use

@@ -12,7 +12,7 @@ from ...io.errors import PenstockError
 from ...io.home import Home
 from ...io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
 from ..order import Order
-from ..slots.doors import Doors
+from ..slots.open_sites import OpenSites
 from .turn import RunningLoop, Turn, is_waited_for
 
 
@@ -47,7 +47,7 @@ class ForwardEntry:
 
     def __init__(
         self,
-        doors: Doors,
+        open_sites: OpenSites,
         order: Order,
         *,
         lookahead: int,
@@ -57,7 +57,7 @@ class ForwardEntry:
         self._record = record
         self.home = home or Home()
         self._opened_at = 0.0
-        self.doors = doors
+        self.open_sites = open_sites
         self.order = order
         self.num_passes = 0
         self.compute_seconds = 0.0
@@ -102,18 +102,18 @@ class ForwardEntry:
         are bound depends on whether their readers record gradients."""
         self._records_gradients = records_gradients
         with torch.set_grad_enabled(records_gradients):
-            self.doors.enter(site)
+            self.open_sites.enter(site)
         try:
             if self.first_visit_at is None:
                 self.first_visit_at = time.perf_counter()
             if not self.order.is_ahead(self.position, site):
                 self.num_passes += 1
             self.position = site
-            self.doors.prefetch_sites(
-                self.order.upcoming(site, waiting, self._lookahead, self.doors.stays)
-            )
+            stays = self.open_sites.stays
+            coming = self.order.upcoming(site, waiting, self._lookahead, stays)
+            self.open_sites.prefetch_sites(coming)
         except BaseException:
-            self.doors.leave(site)
+            self.open_sites.leave(site)
             raise
         self._opened_at = time.perf_counter()
 
@@ -122,15 +122,14 @@ class ForwardEntry:
         if records_gradients != self._records_gradients:
             self._records_gradients = records_gradients
             with torch.set_grad_enabled(records_gradients):
-                self.doors.bind_again(site)
+                self.open_sites.bind_again(site)
 
     def leave(self, site: int) -> None:
         """Ends a `visit`."""
-        self._record(
-            COMPUTE, self.doors.sites[site].name, self._opened_at, time.perf_counter()
-        )
+        name, now = self.open_sites.sites[site].name, time.perf_counter()
+        self._record(COMPUTE, name, self._opened_at, now)
         with torch.set_grad_enabled(self._records_gradients):
-            self.doors.leave(site)
+            self.open_sites.leave(site)
 
     def ran(self, index: int, start: float) -> None:
         """Records that micro-batch `index` has run since `start` (perf_counter)."""
@@ -167,12 +166,12 @@ class ForwardEntry:
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Adds the time spent inside, less the waits for weights, to the counter."""
-        start, waited = time.perf_counter(), self.doors.wait_seconds
+        start, waited = time.perf_counter(), self.open_sites.wait_seconds
         try:
             yield
         finally:
             # Added in one step: another thread may read the counter.
-            waited = self.doors.wait_seconds - waited
+            waited = self.open_sites.wait_seconds - waited
             self.compute_seconds += time.perf_counter() - start - waited
 
     def rewind(self) -> None:
@@ -246,7 +245,7 @@ class ForwardEntry:
         """Closes all sites. The caller has the turn and is in none of them."""
         while self._plain:
             self._end_plain()
-        self.doors.shut()
+        self.open_sites.shut()
 
     def _begin_plain(self, site: int) -> None:
         who = self._take_turn()
@@ -264,9 +263,9 @@ class ForwardEntry:
         self.compute_seconds += self._plain_started - start
         try:
             site = self._plain.pop()[1]
-            name = self.doors.sites[site].name
+            name = self.open_sites.sites[site].name
             self._record(COMPUTE, name, start, self._plain_started)
-            self.doors.leave(site)
+            self.open_sites.leave(site)
         finally:
             self._turn.give_back(self._who())
         sweep = None if self._plain else self._sweep

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from ..slots.doors import Doors
+from ..slots.open_sites import OpenSites
 from .micro_batch import MicroBatch
 from .side_transfers import SideTransfers
 from .thread_state import ThreadState
@@ -16,11 +16,14 @@ class MicroBatchesInFlight:
     `loop_state`."""
 
     def __init__(
-        self, doors: Doors, side_transfers: SideTransfers, loop_state: ThreadState
+        self,
+        open_sites: OpenSites,
+        side_transfers: SideTransfers,
+        loop_state: ThreadState,
     ) -> None:
         self.running: MicroBatch | None = None
         """The micro-batch that is running; None while the sweep loop runs."""
-        self._doors = doors
+        self._open_sites = open_sites
         self._side_transfers = side_transfers
         self._loop_state = loop_state
         self._by_index: dict[int, MicroBatch] = {}
@@ -51,7 +54,7 @@ class MicroBatchesInFlight:
         self._by_index.pop(me.index, None)
         self._side_transfers.leave(me)
         while me.inside:
-            self._doors.leave(me.inside.pop())
+            self._open_sites.leave(me.inside.pop())
 
     def end_all(self) -> list[BaseException]:
         """Ends all micro-batches: each runs its `finally` blocks, under its own thread

@@ -55,7 +55,7 @@ class SweepLoop:
         self._loop_state = ThreadState(devices)
         self._owner = Owner(self)
         self._in_flight = MicroBatchesInFlight(
-            entry.doors, side_transfers, self._loop_state
+            entry.open_sites, side_transfers, self._loop_state
         )
         self._waiting = Waiting()
         self._serving: int | None = None
@@ -121,14 +121,14 @@ class SweepLoop:
         self._entry.order.observe(previous, site, is_repeat=site in me.visited)
         me.visited.add(site)
         me.records_gradients = torch.is_grad_enabled()
-        if not self._entry.doors.is_open(site):
+        if not self._entry.open_sites.is_open(site):
             self._waiting.add(site, me)
             self._module_state.look(me.index, previous, site)
             me.wait()
             self._exit_if_stopping(me)
         else:
             self._entry.bind_for(site, records_gradients=me.records_gradients)
-        self._entry.doors.enter(site)
+        self._entry.open_sites.enter(site)
         me.inside.append(site)
 
     def depart(self, site: int) -> None:
@@ -136,7 +136,7 @@ class SweepLoop:
         me = self.running
         if me.inside and me.inside[-1] == site:
             me.inside.pop()
-            self._entry.doors.leave(site)
+            self._entry.open_sites.leave(site)
 
     def park(self, place: int) -> None:
         """Suspends the running micro-batch at module `place` inside its site."""

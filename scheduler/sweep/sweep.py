@@ -111,7 +111,7 @@ class Sweep(Closing):
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
-            num_sites=len(entry.doors.sites),
+            num_sites=len(entry.open_sites.sites),
         )
         self._progress = SweepProgress()
         self._loop: SweepLoop | None = None

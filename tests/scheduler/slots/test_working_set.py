@@ -22,7 +22,7 @@ from penstock.io.errors import ClosedError, DoesNotFitError, ReadError
 from penstock.io.event import Event
 from penstock.io.handle import Handle
 from penstock.io.weights.loader import UnitLoad
-from penstock.scheduler.slots.doors import Doors, Site
+from penstock.scheduler.slots.open_sites import OpenSites, Site
 from penstock.scheduler.slots.working_set import WorkingSet
 
 When = Literal["at once", "when waited for", "in any order"]
@@ -608,7 +608,7 @@ def test_keep_leaves_room_only_for_what_is_needed() -> None:
 def test_keep_leaves_room_for_units_that_a_site_needs_together() -> None:
     working_set, _ = make([4, 6, 6], 15)
     sites = [Site("a", (0,)), Site("b", (1, 2))]
-    Doors(sites, working_set, bind=lambda site, at: None, unbind=lambda site: None)
+    OpenSites(sites, working_set, bind=lambda site, at: None, unbind=lambda site: None)
     working_set.acquire(0)
     assert not working_set.keep(0)
     working_set.release(0)

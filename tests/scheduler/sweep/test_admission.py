@@ -69,7 +69,7 @@ def test_hidden_states_alone_are_counted_as_they_are() -> None:
 
 def test_a_cache_that_grows_with_every_block_is_counted_full_grown() -> None:
     """64 KiB of hidden states, and 32 KiB more after each of the 9 sites before the
-    last one's door."""
+    last one's site."""
     full = 64 * KIB + 8 * 32 * KIB
     budget = 4 * (full + _OVERHEAD_BYTES)
     assert room(scouted(budget, 64 * KIB, 96 * KIB, num_sites=10)) == 4

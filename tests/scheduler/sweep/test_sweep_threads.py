@@ -228,7 +228,7 @@ def test_a_hook_of_another_thread_closes_nothing_of_mine() -> None:
         other.start()
         other.join()
         assert other.error is None
-        assert entry.doors.is_open(0)
+        assert entry.open_sites.is_open(0)
         entry.after(0)
         assert open_sites(net) == []
 

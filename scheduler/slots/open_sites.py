@@ -20,7 +20,7 @@ class Site:
     units: tuple[int, ...]
 
 
-class Doors:
+class OpenSites:
     """Counts the callers inside each site, and keeps the site's units in their slots
     until the last caller has left.
 
