@@ -202,7 +202,7 @@ def unwrap(model: Model) -> Model:
     engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if engine is None:
         raise PenstockError("this model is not streamed by penstock (or was unwrapped)")
-    engine.home.check()
+    engine.fork_guard.check()
     spilled = model.__dict__.get(_SPILL)
     if spilled is not None and spilled.changed is None:
         updated = engine.updates.tensors()
@@ -232,7 +232,7 @@ def engine_of(model: nn.Module) -> Engine:
         raise PenstockError(
             "this model is not streamed: get it from penstock.load or penstock.wrap"
         )
-    engine.home.check()
+    engine.fork_guard.check()
     return engine
 
 
@@ -252,7 +252,7 @@ def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model
         traceback: TracebackType | None,
     ) -> None:
         engine = self.__dict__.get(_ENGINE)
-        if engine is not None and engine.home.is_here:
+        if engine is not None and not engine.fork_guard.is_forked:
             unwrap(self)
 
     namespace = {
@@ -266,5 +266,5 @@ def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model
     }
     model.__dict__[_ENGINE] = engine
     model.__class__ = type(kind.__name__, (kind,), namespace)
-    model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.home)
+    model.__dict__[_LIFE] = Life(model, (*engine.closers, *closers), engine.fork_guard)
     return model

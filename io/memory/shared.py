@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DoesNotFitError, MachineError
-from ..home import Home
+from ..fork_guard import ForkGuard
 from .arena import HostMemory
 
 FOLDER = Path("/dev/shm")
@@ -63,7 +63,7 @@ class SharedArena(HostMemory):
         while not self._attach(fill):
             time.sleep(_RETRY_SECONDS)
         self._leave = weakref.finalize(
-            self, _leave, self._descriptor, self.path, Home()
+            self, _leave, self._descriptor, self.path, ForkGuard()
         )
 
     def close(self) -> None:
@@ -163,8 +163,10 @@ class SharedArena(HostMemory):
         return _is_named(self._descriptor, self.path)
 
 
-def _leave(descriptor: int, path: Path, home: Home) -> None:
-    is_last = home.is_here and _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _leave(descriptor: int, path: Path, fork_guard: ForkGuard) -> None:
+    is_last = not fork_guard.is_forked and _lock(
+        descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+    )
     if is_last and _is_named(descriptor, path):
         path.unlink()
     os.close(descriptor)

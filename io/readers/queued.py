@@ -8,8 +8,8 @@ from typing import Generic
 from ..closing import Closing
 from ..errors import ClosedError
 from ..extent import Extent, chunks
+from ..fork_guard import ForkGuard
 from ..handle import Handle
-from ..home import Home
 from .backlog import Buffer, Count, RequestPart, split_read
 from .files import ALIGNMENT, Files
 from .reader import ReaderStatistics
@@ -33,7 +33,7 @@ class QueuedReader(Closing, Generic[Buffer]):
         self._count = Count()
         self._lock = threading.Lock()  # nothing is queued after `close`
         self._is_closed = False
-        self._home = Home()
+        self._fork_guard = ForkGuard()
 
     def submit(self, extent: Extent, buffer: Buffer, *, urgent: bool = False) -> Handle:
         """Starts to read `extent` into `buffer`; see `Reader.submit`.
@@ -41,7 +41,7 @@ class QueuedReader(Closing, Generic[Buffer]):
         Raises ClosedError after `close`, and PenstockError in a forked process.
         """
         assert len(buffer) >= extent.nbytes, "the buffer is shorter than the extent"
-        self._home.check("this reader")
+        self._fork_guard.check("this reader")
         extents = chunks(
             extent,
             alignment=ALIGNMENT,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 from ...io.timeline import Record, Timeline
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
@@ -130,7 +130,7 @@ def build(
                 Order(len(model_division.sites)),
                 lookahead=policy.lookahead,
                 record=record,
-                home=Home(when_left=binding.poison_elsewhere),
+                fork_guard=ForkGuard(in_child=binding.poison_elsewhere),
             ),
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,

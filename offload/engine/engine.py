@@ -80,7 +80,7 @@ class Engine:
         self.resident = binding.resident
         self._open_sites = open_sites
         self._entry = entry
-        self.home = entry.home
+        self.fork_guard = entry.fork_guard
         self._gatherers = gatherers
         self._fallbacks = list(fallbacks)
         self._compilation = compilation
@@ -268,7 +268,7 @@ class Engine:
         """Removes the hooks, ends the threads, and closes files and memory. A streamed
         weight raises an error when it is used afterwards. In a forked child this does
         nothing: all parts belong to the parent."""
-        if self._is_closed or not self.home.is_here:
+        if self._is_closed or self.fork_guard.is_forked:
             return
         self._sweeps.close()
         if self._kv is not None:

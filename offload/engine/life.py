@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 
 _MAX_SECONDS = 5.0
 """How long garbage collection waits until a dropped model is closed. Reads under way
@@ -21,9 +21,9 @@ class Life:
     alive."""
 
     def __init__(
-        self, model: Any, closers: Sequence[Callable[[], None]], home: Home
+        self, model: Any, closers: Sequence[Callable[[], None]], fork_guard: ForkGuard
     ) -> None:
-        self._finaliser = weakref.finalize(model, _end, tuple(closers), home)
+        self._finaliser = weakref.finalize(model, _end, tuple(closers), fork_guard)
         # Threads end with the process, and files see to themselves.
         self._finaliser.atexit = False
 
@@ -35,10 +35,10 @@ class Life:
         self._finaliser.detach()
 
 
-def _end(closers: tuple[Callable[[], None], ...], home: Home) -> None:
+def _end(closers: tuple[Callable[[], None], ...], fork_guard: ForkGuard) -> None:
     """Runs `closers` in a new thread. The garbage collector calls this in any thread,
     even one that a closer joins, and at any point of the program."""
-    if not home.is_here:
+    if fork_guard.is_forked:
         return
     has_begun = _thread.allocate_lock()
     has_begun.acquire()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ...io.errors import OutputError
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 
 _LOCK = "in-use"
 
@@ -30,7 +30,7 @@ class SpillFolder:
                 f"cannot make a folder in {cache} ({error.strerror}); set io.cache to "
                 "a folder that can be written"
             ) from error
-        self._finaliser = weakref.finalize(self, _remove, self.path, lock, Home())
+        self._finaliser = weakref.finalize(self, _remove, self.path, lock, ForkGuard())
 
     def cleanup(self) -> None:
         """Removes it. Nothing if that has been done."""
@@ -49,15 +49,15 @@ def _make(cache: Path, prefix: str) -> tuple[Path, TextIO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            _remove(path, lock, Home())
+            _remove(path, lock, ForkGuard())
             raise
         if (path / _LOCK).exists():
             return path, lock
         lock.close()
 
 
-def _remove(path: Path, lock: TextIO, home: Home) -> None:
-    if home.is_here:
+def _remove(path: Path, lock: TextIO, fork_guard: ForkGuard) -> None:
+    if not fork_guard.is_forked:
         shutil.rmtree(path, ignore_errors=True)
     lock.close()
 

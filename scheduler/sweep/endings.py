@@ -7,7 +7,7 @@ import threading
 from typing import Protocol
 from weakref import WeakSet
 
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 
 
 class Ended(Protocol):
@@ -23,7 +23,7 @@ class Endings:
     `here`."""
 
     def __init__(self) -> None:
-        self._home = Home()
+        self._fork_guard = ForkGuard()
         self.started: WeakSet[Ended] = WeakSet()
         """Work that this thread began. It may be garbage collected before."""
         self.left: list[Ended] = []
@@ -40,7 +40,7 @@ class Endings:
         return guard.endings
 
     def end_all(self) -> None:
-        if not self._home.is_here:  # in a forked child the work belongs to the parent
+        if self._fork_guard.is_forked:  # the work belongs to the parent process
             return
         for ended in {*self.started, *self.left}:
             ended.end_with_thread()

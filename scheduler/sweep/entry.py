@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ...io.errors import PenstockError
-from ...io.home import Home
+from ...io.fork_guard import ForkGuard
 from ...io.timeline import COMPUTE, MICRO_BATCHES, Record, unrecorded
 from ..order import Order
 from ..slots.open_sites import OpenSites
@@ -41,8 +41,8 @@ class ForwardEntry:
     """Lets a forward into each site, once the site's weights are loaded.
 
     One thread at a time runs the model: the one that sweeps, or the one whose plain
-    call is inside a site. A call from another thread waits for its turn. A call from
-    another process than `home` (a forked child) raises PenstockError.
+    call is inside a site. A call from another thread waits for its turn. A call in a
+    forked child of the process that made `fork_guard` raises PenstockError.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class ForwardEntry:
         *,
         lookahead: int,
         record: Record = unrecorded,
-        home: Home | None = None,
+        fork_guard: ForkGuard | None = None,
     ) -> None:
         self._record = record
-        self.home = home or Home()
+        self.fork_guard = fork_guard or ForkGuard()
         self._opened_at = 0.0
         self.open_sites = open_sites
         self.order = order
@@ -82,7 +82,7 @@ class ForwardEntry:
 
     def before(self, site: int) -> None:
         """Waits until `site` may run. Called by its forward pre-hook."""
-        self.home.check()
+        self.fork_guard.check()
         sweep = self._sweep_here()
         if sweep is not None:
             sweep.arrive(site)
@@ -142,7 +142,7 @@ class ForwardEntry:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Holds the turn: other threads cannot run the model meanwhile."""
-        self.home.check()
+        self.fork_guard.check()
         who = self._take_turn()
         try:
             yield
@@ -180,7 +180,7 @@ class ForwardEntry:
 
     def start_sweep(self, sweep: EnteringLoop) -> None:
         """Waits for the turn and gives it to `sweep`, until `end_sweep`."""
-        self.home.check()
+        self.fork_guard.check()
         who = self._take_turn()
         try:
             if self._sweep is not None:
@@ -225,7 +225,7 @@ class ForwardEntry:
     def abandon_plain(self) -> None:
         """Closes the sites that an interrupted plain call left open: no forward hook
         runs after an interrupt. Called when the model's own forward begins."""
-        self.home.check()
+        self.fork_guard.check()
         self._recover()
         who = threading.get_ident()
         if self._sweep is None and self._turn.take(who):

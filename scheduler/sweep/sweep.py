@@ -224,7 +224,7 @@ class Sweep(Closing):
     def _end(self, loop: SweepLoop) -> None:
         """Stops `loop`, or leaves it to its own thread, and gives its turn back. If an
         interrupt cuts this off, `close` does it again."""
-        if not self._entry.home.is_here:  # in a forked child: the loop is the parent's
+        if self._entry.fork_guard.is_forked:  # the loop is the parent process's
             Endings.here().left.append(loop)
             return
         if not loop.is_mine:

@@ -14,7 +14,7 @@ import torch
 import penstock
 from nets import PAGE, Net, assert_usable, batches, make, serially, streamed
 from penstock.io.errors import PenstockError
-from penstock.io.home import Home
+from penstock.io.fork_guard import ForkGuard
 from penstock.io.memory.shared import SharedArena
 from penstock.offload.model import engine_of
 from penstock.offload.weights.spill_folder import SpillFolder
@@ -129,8 +129,8 @@ def test_who_is_told_of_a_fork_is_not_kept_alive_for_it() -> None:
             raise AssertionError("nobody is there to be told")
 
     told = Told()
-    home = Home(when_left=told.tell)
+    fork_guard = ForkGuard(in_child=told.tell)
     del told
     gc.collect()
-    home.leave()
-    assert not home.is_here
+    fork_guard.leave()
+    assert fork_guard.is_forked

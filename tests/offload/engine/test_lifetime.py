@@ -17,7 +17,7 @@ import torch
 import penstock
 from nets import PAGE, WIDTH, Net, batches, make
 from penstock import Policy
-from penstock.io.home import Home
+from penstock.io.fork_guard import ForkGuard
 from penstock.io.memory.shared import FOLDER
 from penstock.offload.engine import life
 
@@ -150,7 +150,7 @@ def test_a_collection_on_one_of_our_threads_does_not_wait_for_its_end(
         has_closed.set()
 
     reader = threading.Thread(
-        target=life._end, args=((close,), Home()), name="penstock-read-0"
+        target=life._end, args=((close,), ForkGuard()), name="penstock-read-0"
     )
     reader.start()
     has_closed.wait()
@@ -162,7 +162,7 @@ def test_a_collection_while_threading_is_locked_is_waited_for_no_longer_than_all
     monkeypatch.setattr(life, "_MAX_SECONDS", 0.001)
     has_closed = threading.Event()
     with threading._active_limbo_lock:  # type: ignore[attr-defined]
-        life._end((has_closed.set,), Home())
+        life._end((has_closed.set,), ForkGuard())
         assert not has_closed.is_set()
     has_closed.wait()
 
@@ -173,7 +173,7 @@ def test_what_one_closer_raises_is_no_concern_of_the_next() -> None:
     def fail() -> None:
         raise OSError("gone")
 
-    life._end((fail, has_closed.set), Home())
+    life._end((fail, has_closed.set), ForkGuard())
     assert has_closed.is_set()
 
 

@@ -11,23 +11,23 @@ from weakref import WeakMethod, WeakSet
 from .errors import PenstockError
 
 
-class Home:
+class ForkGuard:
     """Remembers the process that created it.
 
-    `when_left` is a bound method, whose object is not kept alive. It is called in each
+    `in_child` is a bound method, whose object is not kept alive. It is called in each
     child process that is forked later, before any other code. It must not raise.
     """
 
-    def __init__(self, when_left: Callable[[], None] | None = None) -> None:
-        self.is_here = True
-        """Whether this is still that process, and not a fork of it."""
-        self._when_left = None if when_left is None else WeakMethod(when_left)
+    def __init__(self, in_child: Callable[[], None] | None = None) -> None:
+        self.is_forked = False
+        """Whether this process is a fork of the one that created it."""
+        self._in_child = None if in_child is None else WeakMethod(in_child)
         self._pid = os.getpid()
-        _HOMES.add(self)
+        _GUARDS.add(self)
 
     def check(self, what: str = "this model") -> None:
         """Raises PenstockError in a forked process; `what` names the object."""
-        if not self.is_here:
+        if self.is_forked:
             raise PenstockError(
                 f"{what} belongs to process {self._pid}, and its threads do not live "
                 f"on in a fork of it: load it in process {os.getpid()} itself, or "
@@ -37,18 +37,18 @@ class Home:
 
     def leave(self) -> None:
         """Called in the child process, once after each fork."""
-        self.is_here = False
-        when_left = None if self._when_left is None else self._when_left()
-        if when_left is not None:
-            when_left()
+        self.is_forked = True
+        in_child = None if self._in_child is None else self._in_child()
+        if in_child is not None:
+            in_child()
 
 
-_HOMES: WeakSet[Home] = WeakSet()
+_GUARDS: WeakSet[ForkGuard] = WeakSet()
 
 
 def _leave_all() -> None:
-    for home in list(_HOMES):
-        home.leave()
+    for guard in list(_GUARDS):
+        guard.leave()
 
 
 # Registered once: a registration cannot be undone.
