@@ -9,7 +9,7 @@ import torch
 
 from ..io.checkpoint.header import read_header
 from ..io.errors import CheckpointError, UsageError
-from ..io.whole import read_json_object
+from ..io.regular_file import read_json_object
 from .patterns import check_patterns
 from .weights.trust import all_of, check_files
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..whole import open_regular
+from ..regular_file import open_regular
 from .dtypes import STORED_DTYPES
 
 # The safetensors library refuses longer headers; so do we, before allocating.

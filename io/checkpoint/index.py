@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CheckpointError
-from ..whole import MAX_INDEX_BYTES, read_json_object
+from ..regular_file import MAX_INDEX_BYTES, read_json_object
 from .header import FileStamp, TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"

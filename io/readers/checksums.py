@@ -12,7 +12,7 @@ from ..errors import CheckpointError, OutputError
 from ..extent import Extent, align_up, aligned
 from ..handle import Handle
 from ..memory.arena import Arena
-from ..whole import MAX_INDEX_BYTES, read_json
+from ..regular_file import MAX_INDEX_BYTES, read_json
 from .reader import Reader
 
 SIDE_FILE = "penstock.checksums.json"

@@ -17,7 +17,7 @@ from ..checkpoint.header import FileStamp
 from ..errors import CheckpointError
 from ..extent import Extent
 from ..memory.arena import Arena
-from ..whole import read_json, read_json_object
+from ..regular_file import read_json, read_json_object
 from .files import reads_directly
 from .reader import Reader
 

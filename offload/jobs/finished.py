@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from ...io.errors import OutputError
-from ...io.whole import MAX_INDEX_BYTES, read_whole
+from ...io.regular_file import MAX_INDEX_BYTES, read_whole
 from ..files.durable import DurableFiles, write_whole
 from ..files.fingerprint import fingerprint
 from ..files.outputs import output_format, results_of

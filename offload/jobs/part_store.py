@@ -20,7 +20,7 @@ import xxhash
 
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
-from ...io.whole import MAX_INDEX_BYTES, open_regular, read_whole
+from ...io.regular_file import MAX_INDEX_BYTES, open_regular, read_whole
 from ..files.durable import DurableFiles, put_in_place, write_whole
 from ..files.parts import OutputPart, PartRecord
 from ..files.sources import PARTS_SUFFIX

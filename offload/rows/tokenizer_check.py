@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.errors import CheckpointError
-from ...io.whole import read_json_object, read_whole
+from ...io.regular_file import read_json_object, read_whole
 
 _MOST_BYTES = 256 << 20
 MOST_GROWTH = 1_000

@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from ...io.errors import PolicyError
-from ...io.whole import read_whole
+from ...io.regular_file import read_whole
 from .marked_yaml import MAX_YAML_BYTES, read_yaml
 from .origin import Document, Entry, Mark, PolicyProblems, Problem, merge
 from .values import parse_setting

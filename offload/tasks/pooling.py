@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 
 from ...io.errors import CheckpointError, UsageError
-from ...io.whole import read_json, read_json_object
+from ...io.regular_file import read_json, read_json_object
 from ..settings.values import Pooling
 
 _SENTENCE_KEYS: dict[str, Pooling] = {

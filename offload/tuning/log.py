@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.errors import OutputError, UsageError
-from ...io.whole import read_json
+from ...io.regular_file import read_json
 from ..files.durable import DurableFiles, write_whole
 from .race import Timing
 

@@ -7,7 +7,7 @@ import torch
 
 from ...io.checkpoint.header import FileStamp, TensorEntry
 from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from ...io.whole import read_json_object
+from ...io.regular_file import read_json_object
 from . import hf
 from .hf import Skeleton
 

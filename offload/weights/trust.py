@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.errors import CheckpointError
-from ...io.whole import MAX_CONFIG_BYTES, read_json_object
+from ...io.regular_file import MAX_CONFIG_BYTES, read_json_object
 
 _KERNELS = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},

@@ -36,7 +36,7 @@ from penstock.io.errors import (
     readable,
 )
 from penstock.io.front_door import about, front_door
-from penstock.io.whole import read_json_object
+from penstock.io.regular_file import read_json_object
 from penstock.offload import cli
 from penstock.offload.files.parts import lazy_parts, rows_of
 from penstock.offload.jobs.part_store import PartStore
