@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError, readable
-from ..io.front_door import front_door
+from ..io.user_errors import user_errors
 from .commands import jobs, plan, tune
 from .commands.options import (
     Model,
@@ -162,7 +162,7 @@ def _nothing_to_ask() -> Iterator[None]:
 def main() -> None:
     """The entry point. A user's mistake is one sentence, never a traceback."""
     try:
-        with _log_on_stderr(), _nothing_to_ask(), hidden(), front_door():
+        with _log_on_stderr(), _nothing_to_ask(), hidden(), user_errors():
             app()
     except StoppedError as error:
         say(f"{error}")

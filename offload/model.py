@@ -12,7 +12,7 @@ from torch import nn
 
 from ..io.checkpoint.index import open_checkpoint
 from ..io.errors import PenstockError, UsageError
-from ..io.front_door import front_door
+from ..io.user_errors import user_errors
 from ..scheduler.sweep.sweep import Sweep
 from .adapters import adapter_beside, apply_adapter
 from .engine.build import build
@@ -34,7 +34,7 @@ _SPILL = "_penstock_spill"
 _KIND = "_penstock_kind"
 
 
-@front_door()
+@user_errors()
 def load(
     path: str | Path,
     policy: Policy | Mapping[str, Any] | None = None,
@@ -103,7 +103,7 @@ def _adapt(model: Any, engine: Engine, path: Path) -> None:
         engine.note(note)
 
 
-@front_door()
+@user_errors()
 def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Model:
     """Streams a module that is already built: its parameters are written once to a
     safetensors file in the cache folder and read from there. The module is changed in

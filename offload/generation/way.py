@@ -9,7 +9,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from ...io.errors import UsageError
-from ...io.front_door import about
+from ...io.user_errors import about
 from ..rows.limits import Limits
 from .option_values import set_numbers
 from .row_sampling import NUMBERS, number_of

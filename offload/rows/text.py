@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...io.errors import UsageError
-from ...io.front_door import about
 from ...io.regular_file import read_json_object
+from ...io.user_errors import about
 from ..files.keys import CHAT, refused
 from ..model import engine_of
 from ..weights.trust import check_files, loading, own_code, refuse_code

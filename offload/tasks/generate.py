@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...io.errors import PenstockError, UsageError
-from ...io.front_door import about
+from ...io.user_errors import about
 from ...scheduler.packing import pack
 from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts

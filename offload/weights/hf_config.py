@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ...io.errors import CheckpointError, UsageError
-from ...io.front_door import about
 from ...io.regular_file import read_json_object
+from ...io.user_errors import about
 from . import trust
 
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden)_?(layers?|blocks?)$|^depth$")

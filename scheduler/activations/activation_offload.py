@@ -34,7 +34,7 @@ MIN_BYTES = 16 << 10
 
 
 @dataclass(eq=False, slots=True)
-class _Parcel:
+class _MovedSet:
     """The storages of one suspended micro-batch, and their copy in a host buffer."""
 
     buffer: Arena
@@ -81,15 +81,16 @@ class ActivationOffload(Closing):
         self._buffers = buffers
         self._out = device.stream()
         self._back = device.stream()
-        self._parcels: dict[int, _Parcel] = {}
-        self._leaving: deque[_Parcel] = deque()
+        self._moved_sets: dict[int, _MovedSet] = {}
+        self._leaving: deque[_MovedSet] = deque()
         self._turn = 0
         self._bytes_out = 0
         self._bytes_in = 0
         self.is_closed = False
 
     def __repr__(self) -> str:
-        return f"<ActivationOffload: {len(self._parcels)} parcels in {self._buffers!r}>"
+        num = len(self._moved_sets)
+        return f"<ActivationOffload: {num} micro-batches in {self._buffers!r}>"
 
     def begin_turn(self, index: int, following: int | None) -> None:
         """Micro-batch `index` is about to compute, and then, probably, `following`."""
@@ -98,14 +99,14 @@ class ActivationOffload(Closing):
             self._free(self._leaving.popleft())
         self.ownership.forget(index)
         self.bring_back(index)
-        if following is not None and following in self._parcels:
+        if following is not None and following in self._moved_sets:
             with suppress(RuntimeError, MemoryError):  # raised again by `bring_back`
-                self._fetch(self._parcels[following])
+                self._fetch(self._moved_sets[following])
 
     def move_out(self, index: int, storages: list[torch.UntypedStorage]) -> None:
         """Starts to copy out the `storages` of micro-batch `index`, which has just
         computed."""
-        assert index not in self._parcels, "who computes has nothing in a buffer"
+        assert index not in self._moved_sets, "who computes has nothing in a buffer"
         if not storages:
             return
         offsets, end = [], 0
@@ -113,33 +114,33 @@ class ActivationOffload(Closing):
             offsets.append(end)
             end += storage.nbytes() + -storage.nbytes() % _ALIGNMENT
         buffer = self._buffers.take(end)
-        parcel = self._parcels[index] = _Parcel(buffer, self._turn)
+        moved = self._moved_sets[index] = _MovedSet(buffer, self._turn)
         start = time.perf_counter()
         self._out.wait(self._device.compute.record())
         for storage, offset in zip(storages, offsets, strict=True):
             nbytes = storage.nbytes()
             self._out.copy(buffer.tensor(offset, nbytes), bytes_of(storage))
-            parcel.storages.append((storage, offset, nbytes))
+            moved.storages.append((storage, offset, nbytes))
             self._bytes_out += nbytes
-        parcel.copied = self._out.record()
-        self._leaving.append(parcel)
+        moved.copied = self._out.record()
+        self._leaving.append(moved)
         self._record(ACTIVATIONS, f"{index} out", start, time.perf_counter(), end)
 
     def bring_back(self, index: int) -> None:
         """Work that is queued from now on finds the storages of micro-batch `index`.
         Raises the device's error if it has no memory; nothing is lost then."""
-        parcel = self._parcels.get(index)
-        if parcel is None:
+        moved = self._moved_sets.get(index)
+        if moved is None:
             return
-        self._fetch(parcel)
+        self._fetch(moved)
         # The copy out may still read this memory, if it was never freed.
-        self._device.compute.wait(parcel.copied or self._out.record())
-        if parcel.arrived is not None:
-            self._device.compute.wait(parcel.arrived)
-        used = parcel.arrived or self._out.record()
-        del self._parcels[index]
-        parcel.storages = []  # `Ownership` would take it for another owner
-        self._buffers.give_back(parcel.buffer, used)
+        self._device.compute.wait(moved.copied or self._out.record())
+        if moved.arrived is not None:
+            self._device.compute.wait(moved.arrived)
+        used = moved.arrived or self._out.record()
+        del self._moved_sets[index]
+        moved.storages = []  # `Ownership` would take it for another owner
+        self._buffers.give_back(moved.buffer, used)
 
     def statistics(self) -> ActivationOffloadStatistics:
         return ActivationOffloadStatistics(
@@ -149,41 +150,41 @@ class ActivationOffload(Closing):
     def close(self) -> None:
         """Brings all storages back and frees the buffers."""
         try:
-            for index in list(self._parcels):
+            for index in list(self._moved_sets):
                 self.bring_back(index)
         finally:
             self._device.synchronize()
             self._buffers.close()
             self.is_closed = True
 
-    def _free(self, parcel: _Parcel) -> None:
-        """Frees the device memory of `parcel` once it is copied to the buffer."""
-        if not parcel.is_leaving or parcel.copied is None:
+    def _free(self, moved: _MovedSet) -> None:
+        """Frees the device memory of `moved` once it is copied to the buffer."""
+        if not moved.is_leaving or moved.copied is None:
             return
-        self._device.compute.wait(parcel.copied)
-        parcel.is_away = True
-        for storage, _, _ in parcel.storages:
+        self._device.compute.wait(moved.copied)
+        moved.is_away = True
+        for storage, _, _ in moved.storages:
             self._device.resize(storage, 0)
 
-    def _fetch(self, parcel: _Parcel) -> None:
-        """Starts to copy back `parcel` if its device memory was freed."""
-        parcel.is_leaving = False
-        if not parcel.is_away:
+    def _fetch(self, moved: _MovedSet) -> None:
+        """Starts to copy back `moved` if its device memory was freed."""
+        moved.is_leaving = False
+        if not moved.is_away:
             return
         try:
-            for storage, _, nbytes in parcel.storages:
+            for storage, _, nbytes in moved.storages:
                 if storage.nbytes() != nbytes:
                     self._device.resize(storage, nbytes)
         except Exception:
-            for storage, _, _ in parcel.storages:
+            for storage, _, _ in moved.storages:
                 self._device.resize(storage, 0)
             raise
         start = time.perf_counter()
         self._back.wait(self._device.compute.record())
-        for storage, offset, nbytes in parcel.storages:
-            self._back.copy(bytes_of(storage), parcel.buffer.tensor(offset, nbytes))
+        for storage, offset, nbytes in moved.storages:
+            self._back.copy(bytes_of(storage), moved.buffer.tensor(offset, nbytes))
             self._bytes_in += nbytes
-        parcel.arrived = self._back.record()
-        parcel.is_away = False
-        nbytes = sum(nbytes for _, _, nbytes in parcel.storages)
+        moved.arrived = self._back.record()
+        moved.is_away = False
+        nbytes = sum(nbytes for _, _, nbytes in moved.storages)
         self._record(ACTIVATIONS, "in", start, time.perf_counter(), nbytes)

@@ -35,8 +35,8 @@ from penstock.io.errors import (
     UsageError,
     readable,
 )
-from penstock.io.front_door import about, front_door
 from penstock.io.regular_file import read_json_object
+from penstock.io.user_errors import about, user_errors
 from penstock.offload import cli
 from penstock.offload.files.parts import lazy_parts, rows_of
 from penstock.offload.jobs.part_store import PartStore
@@ -85,16 +85,16 @@ def test_a_mistake_of_our_own_stays_what_it_is() -> None:
     text: Any = "a"
     with pytest.raises(TypeError), about("x.json", CheckpointError):
         human_bytes(text)
-    with pytest.raises(AssertionError), front_door():
+    with pytest.raises(AssertionError), user_errors():
         raise AssertionError("ours")
 
 
 def test_memory_and_files_are_sentences_wherever_they_fail() -> None:
-    with pytest.raises(MachineError, match="memory ran out"), front_door():
+    with pytest.raises(MachineError, match="memory ran out"), user_errors():
         raise MemoryError
     with pytest.raises(MachineError), about("x", UsageError):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")
-    with pytest.raises(ReadError, match=r"x\.bin: No space left"), front_door():
+    with pytest.raises(ReadError, match=r"x\.bin: No space left"), user_errors():
         raise OSError(errno.ENOSPC, "No space left on device", "x.bin")
 
 

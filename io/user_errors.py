@@ -48,7 +48,7 @@ def about(
 
 
 @contextmanager
-def front_door() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Use it around public calls: errors of files and memory become one sentence."""
     try:
         yield
