@@ -12,10 +12,9 @@ import aiofiles
 
 from ..checkpoint.header import FileStamp
 from ..errors import CheckpointError
-from .backlog import LAST, NORMAL, URGENT, RequestPart
 from .daemon_pool import DaemonPool
 from .files import Files, OpenFile
-from .queued import QueuedReader
+from .work_queue import LAST, NORMAL, URGENT, QueuedReader, RequestPart
 
 _Part = RequestPart[memoryview]
 _Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]

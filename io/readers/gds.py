@@ -15,10 +15,8 @@ import torch
 
 from ..checkpoint.header import FileStamp
 from ..closing import Closing
-from .backlog import RequestPart
 from .files import ALIGNMENT, Files, OpenFile, reads_directly
-from .queued import QueuedReader
-from .workers import Workers
+from .work_queue import QueuedReader, RequestPart, Workers
 
 
 class DeviceFile(Protocol):

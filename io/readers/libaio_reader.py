@@ -17,9 +17,8 @@ from ..checkpoint.header import FileStamp
 from ..errors import ReadError
 from ..extent import Extent
 from ..handle import forget_frames
-from .backlog import Backlog, RequestPart
 from .files import Files, OpenFile
-from .queued import QueuedReader
+from .work_queue import PartQueue, QueuedReader, RequestPart
 
 _RETRIED = frozenset((errno.EINTR, errno.EAGAIN))
 _RETRY_SECONDS = 0.001
@@ -78,14 +77,14 @@ class LibaioReader(QueuedReader[memoryview]):
         )
         self._context = libaio.AIOContext(depth)
         self._depth = depth
-        self._backlog: Backlog[memoryview] = Backlog()
+        self._parts: PartQueue[memoryview] = PartQueue()
         self._idle = [
             _Lane(libaio.AIOBlock(libaio.AIOBLOCK_MODE_READ)) for _ in range(depth)
         ]
         self._busy: dict[int, _Lane] = {}
         self._stalled: list[_Lane] = []
         self._is_fed = True
-        """Whether the backlog may deliver more parts."""
+        """Whether the queue may deliver more parts."""
         self._thread = threading.Thread(
             target=self._work, name="penstock-read-aio", daemon=True
         )
@@ -98,10 +97,10 @@ class LibaioReader(QueuedReader[memoryview]):
         )
 
     def _put(self, parts: Iterable[RequestPart[memoryview]], urgent: bool) -> None:
-        self._backlog.put(parts, urgent)
+        self._parts.put(parts, urgent)
 
     def _finish(self) -> None:
-        self._backlog.close(1)
+        self._parts.close(1)
         self._thread.join()
 
     def _work(self) -> None:
@@ -122,7 +121,7 @@ class LibaioReader(QueuedReader[memoryview]):
         while self._is_fed and self._idle:
             try:  # wait only if there is nothing to collect
                 has_work = self._busy or self._stalled
-                part = self._backlog.take(wait=not has_work)
+                part = self._parts.take(wait=not has_work)
             except queue.Empty:
                 break
             if part is None:
@@ -145,7 +144,7 @@ class LibaioReader(QueuedReader[memoryview]):
         for lane in lanes:
             assert lane.part is not None, "a lane in use has a part"
             self._end(lane, _broken(lane.part.extent, error))
-        while self._is_fed and (part := self._backlog.take()) is not None:
+        while self._is_fed and (part := self._parts.take()) is not None:
             part.fail(_broken(part.extent, error))
             del part
 

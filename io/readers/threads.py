@@ -5,10 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..checkpoint.header import FileStamp
-from .backlog import RequestPart
 from .files import Files, OpenFile
-from .queued import QueuedReader
-from .workers import Workers
+from .work_queue import QueuedReader, RequestPart, Workers
 
 
 class ThreadReader(QueuedReader[memoryview]):

@@ -18,8 +18,8 @@ from penstock.io.errors import ReadError
 from penstock.io.extent import Extent
 from penstock.io.handle import Handle
 from penstock.io.readers import libaio_reader as aio
-from penstock.io.readers.backlog import Backlog
 from penstock.io.readers.libaio_reader import LibaioReader
+from penstock.io.readers.work_queue import PartQueue
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -94,7 +94,7 @@ def test_a_queue_that_breaks_while_closing_fails_every_read_and_keeps_no_buffer(
 ) -> None:
     is_closing = threading.Event()
 
-    class Watched(Backlog[memoryview]):
+    class Watched(PartQueue[memoryview]):
         def close(self, num_takers: int) -> None:
             super().close(num_takers)
             is_closing.set()
@@ -103,7 +103,7 @@ def test_a_queue_that_breaks_while_closing_fails_every_read_and_keeps_no_buffer(
         is_closing.wait()
         return []
 
-    monkeypatch.setattr(aio, "Backlog", Watched)
+    monkeypatch.setattr(aio, "PartQueue", Watched)
     waits = break_queue(monkeypatch, wait_for_close)
     memory = mmap.mmap(-1, num_reads * PAGE)
     reader = LibaioReader(
