@@ -1,4 +1,4 @@
-"""What a run ran on: the facts of this computer, and versions."""
+"""Facts about the computer that a run used, and versions of packages."""
 
 import platform
 from pathlib import Path
@@ -13,7 +13,8 @@ _PACKAGES = ("penstock", "torch", "transformers", "safetensors")
 
 
 def computer() -> dict[str, Any]:
-    """Facts; None for what it does not tell."""
+    """The processor, memory (bytes), GPUs and kernel. A value is None if the system
+    does not tell it."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -35,22 +36,23 @@ def versions() -> dict[str, str]:
 
 
 def has_bfloat16() -> bool:
-    """Whether this processor has instructions for products in bfloat16."""
+    """Whether this processor has instructions for matrix products in bfloat16."""
     return _is_able("bf16") or bool(
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
 
 
 def has_dtype(name: str) -> bool:
-    """Whether this processor has instructions for products in the dtype `name`."""
+    """Whether this processor has instructions for matrix products in the dtype
+    `name`."""
     if name == "bfloat16":
         return has_bfloat16()
     return name != "float16" or _is_able("fp16")
 
 
 def _is_able(part: str) -> bool:
-    """Whether torch knows of an instruction set here with `part` in its name, such as
-    amx_bf16; False in versions of torch that tell of none."""
+    """Whether torch reports an instruction set with `part` in its name, such as
+    amx_bf16. False in versions of torch that report none."""
     tell = getattr(torch.cpu, "get_capabilities", dict)
     return any(value is True for name, value in tell().items() if part in name)
 

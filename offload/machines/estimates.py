@@ -1,4 +1,5 @@
-"""Quick estimates of this computer, in about a second, for who has no machine file."""
+"""Estimates the rates of this computer in about a second, if there is no machine
+file."""
 
 import itertools
 import json
@@ -24,16 +25,17 @@ from .machine import Calls, Disk, Machine
 from .measure import cpu_name, host_facts, scratch_file, seconds_of
 
 DAY = 24 * 3600.0
-"""Seconds that an estimate is remembered: what else runs on a machine changes."""
+"""How many seconds an estimate is remembered. Other load on the machine changes it."""
 _ROWS = (8, 64, 512)
 _SIZE = 1024
-_NUM_WEIGHTS = 4  # in turns: none of them is in a cache
+_NUM_WEIGHTS = 4  # used in turns, so that none of them is in a cache
 _COPIED_BYTES = 64 << 20
 _READ_BYTES = 64 << 20
 _FILE = "estimates.json"
 
-# What calls take, in tiny products of this computer: guesses of its order, which only
-# tiny models and narrow decoding feel. `penstock machine` measures it.
+# The time of calls, in multiples of the smallest matrix product. They are guesses of
+# the order of magnitude, and matter only to tiny models and narrow decoding. `penstock
+# machine` measures the real values.
 _MODULE_PRODUCTS = 3.0
 _BATCH_PRODUCTS = 60.0
 _JOINT_MODULE_PRODUCTS = 6.0
@@ -47,12 +49,14 @@ def estimated_machine(
     *,
     clock: Callable[[], float] = time.time,
 ) -> Machine:
-    """This computer by quick estimates: products in `dtypes` (float32, bfloat16,
-    float16) and the drive of `files`, the weights of a checkpoint, of which up to
-    64 MiB are read. Without files, the drive of the cache folder.
+    """Estimates the rates of this computer.
+
+    `dtypes` (float32, bfloat16, float16) are those of the matrix products. `files` are
+    the weight files of a checkpoint: up to 64 MiB of them are read to time the drive.
+    Without files, the drive of the cache folder is timed.
 
     Estimates of the last day are taken from `estimates.json` in the cache folder. The
-    machine says that it `is_estimate`. Raises OSError where no drive can be read.
+    result has `is_estimate` set. Raises OSError if the drive cannot be read.
     """
     known = RememberedEstimates(cache_folder(io) / _FILE, clock)
     began = time.perf_counter()
@@ -75,19 +79,22 @@ def estimated_machine(
 
 
 class RememberedEstimates:
-    """What was estimated on this computer and when: a JSON file that may be deleted at
-    any time, and need not be writable. `clock` gives seconds since 1970."""
+    """Estimates of this computer and their times, in a JSON file.
+
+    The file may be deleted at any time and need not be writable. `clock` gives seconds
+    since 1970.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self._path = path
         self._clock = clock
         self._values = self._read()
         self.num_new = 0
-        """Estimates that were made now."""
+        """How many estimates were made, not remembered."""
 
     def get_or(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of `key` on this computer, made by `make` where it is unknown or
-        older than a day."""
+        """The estimate `key` of this computer. Calls `make` if it is unknown or older
+        than a day."""
         key = f"{_computer()}, {key}"
         found: Any = self._values.get(key)
         is_known = isinstance(found, dict) and "value" in found
@@ -99,7 +106,8 @@ class RememberedEstimates:
         return value
 
     def keep(self) -> None:
-        """Writes what is new. Does nothing where that cannot be."""
+        """Writes the file if there are new estimates. Does nothing if it cannot be
+        written."""
         if not self.num_new:
             return
         says = "Quick estimates, remembered for a day; `penstock machine` measures."
@@ -135,7 +143,8 @@ def _products_of(dtype: str, known: RememberedEstimates) -> dict[int, int]:
 
 
 def _products(dtype: str) -> dict[str, int]:
-    """FLOP/s by rows, with matrices of 1024 x 1024; never fewer with more rows."""
+    """FLOP/s by number of rows, of products with a 1024 x 1024 matrix. More rows never
+    have a lower rate."""
     kind = getattr(torch, dtype)
     weights = [torch.randn(_SIZE, _SIZE).to(kind) for _ in range(_NUM_WEIGHTS)]
     found: dict[str, int] = {}
@@ -152,8 +161,9 @@ def _product(x: torch.Tensor, weights: "itertools.cycle[torch.Tensor]") -> torch
 
 
 def _memory() -> dict[str, float]:
-    """Bytes a second of a copy, of a cast by all threads' one, and what the smallest
-    product takes."""
+    """The rates of memory: bytes read and written in a second by a copy, stored bytes
+    in a second of a bfloat16 cast for each thread, and the seconds of the smallest
+    product."""
     source = torch.zeros(_COPIED_BYTES // 4)
     target = torch.zeros_like(source)
     copied = seconds_of(lambda: target.copy_(source), least=2, most=4)
@@ -172,7 +182,8 @@ def _smallest_product() -> torch.Tensor:
 
 
 def _calls(product: float) -> Calls:
-    """What calls take beside products, as multiples of the smallest product."""
+    """The seconds of calls, as multiples of the smallest matrix product (`product`
+    seconds)."""
     return Calls(
         product=product,
         module=_MODULE_PRODUCTS * product,
@@ -208,14 +219,14 @@ def _scratch_drive(folder: Path, io: IO) -> dict[str, Any]:
 
 
 def _drive(path: Path, files: Mapping[Path, FileStamp], io: IO) -> dict[str, Any]:
-    """Bytes a second, and CPU seconds for 10**9 bytes, of the first reader that there
-    is: the others do about as well, and `auto` finds out which is best."""
+    """The rate of the first available reader, as the fields of a `Disk`. The other
+    readers are about as fast; `auto` finds out which is the best."""
     makers, missing = makers_of(files, io)
     name = next(name for name in makers if name not in missing)
     with makers[name]() as reader:
         size = min(files[path].size_bytes, _READ_BYTES)
         half = align_down(size // 2, reader.alignment) or size
-        # After a first part, which touches the buffer.
+        # The first half was read only to touch the buffer.
         start = align_down(size - half, reader.alignment)
         with Arena(align_up(half, reader.alignment)) as arena:
             _read(reader, Extent(path, 0, half), arena)

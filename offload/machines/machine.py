@@ -1,5 +1,5 @@
-"""What a computer can do: its measured or published rates, in a file that people read
-and edit."""
+"""The rates of a computer, measured or published, in a file that people read and
+edit."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,11 +24,12 @@ class Disk(Section):
     """The drive that checkpoints lie on."""
 
     bandwidth: dict[str, Bytes]
-    """Bytes a second of long reads, by reader (libaio, threads, aiofiles, gds)."""
+    """Bytes per second of long reads, by reader (libaio, threads, aiofiles, gds)."""
     cpu_seconds_per_gb: dict[str, float] = Field(default_factory=dict)
-    """CPU seconds that reading 10**9 bytes costs, by reader."""
+    """CPU seconds to read 10**9 bytes, by reader."""
     row_read_seconds: float = 0.0
-    """Seconds for each of many short reads, such as rows of an embedding."""
+    """Seconds for one short read if many are requested at once, such as rows of an
+    embedding table."""
 
     @property
     def best_reader(self) -> str:
@@ -36,92 +37,99 @@ class Disk(Section):
 
 
 class Copies(Section):
-    """Bytes a second between host memory and one GPU."""
+    """Bandwidths in bytes per second between host memory and one GPU."""
 
     pinned_to_device: Bytes
     pinned_to_host: Bytes
     both_ways: Bytes | None = None
-    """Bytes a second of each direction, from pinned memory, while the other is busy."""
+    """Bytes per second in each direction, from and to pinned memory, while the other
+    direction is busy."""
     pageable_to_device: Bytes | None = None
     pageable_to_host: Bytes | None = None
     peer: Bytes | None = None
-    """From another GPU's memory."""
+    """Bytes per second from the memory of another GPU."""
 
 
 class Calls(Section):
-    """Seconds that calls take beside what they compute: Python, hooks, switches. 0
-    where nobody has measured them, which makes predictions ceilings."""
+    """Seconds of overhead: Python, hooks, and switches between micro-batches. A value
+    is 0 if it was not measured; predictions are then upper limits of the speed."""
 
     job: float = 0.0
-    """Of a job, before its first pass."""
+    """Seconds at the start of a job, before its first pass."""
     first_touch_per_gb: float = 0.0
-    """Of 10**9 bytes of the working set that are filled for the first time."""
+    """Seconds to fill 10**9 bytes of the working set for the first time, beyond the
+    time of reading them."""
     cast_per_gb: float = 0.0
-    """Of 10**9 stored bytes that the CPU casts beside its products: what these lose.
-    Where it is 0, they are taken to lose a share of the cores."""
+    """Seconds that the CPU's computation loses for each 10**9 stored bytes that are
+    cast at the same time. If it is 0, casting is assumed to take a share of the
+    cores."""
     product: float = 0.0
-    """Of one product of matrices, whatever its size."""
+    """Seconds of one matrix product, whatever its size."""
     module: float = 0.0
-    """Of one module with weights, for a micro-batch that is scored."""
+    """Seconds of one module with weights, for one micro-batch that is scored."""
     batch: float = 0.0
-    """Of one micro-batch that is scored, outside of its modules."""
+    """Seconds of one micro-batch that is scored, outside of its modules."""
     joint_module: float = 0.0
-    """Of one module for a micro-batch in decode, whose products are shared."""
+    """Seconds of one module for one micro-batch in decode, if micro-batches share
+    matrix products."""
     decode_module: float = 0.0
-    """The same where they are not shared."""
+    """The same, if they do not share matrix products."""
     kv_layer: float = 0.0
-    """Of one layer's keys and values of a micro-batch, where a tier (`kv.tier`) keeps
-    them: putting them there and getting them."""
+    """Seconds to store and fetch the keys and values of one layer of a micro-batch in a
+    tier (`kv.tier`)."""
     step: float = 0.0
-    """Of one micro-batch and one token of its rows, outside of its modules."""
+    """Seconds of one decoding step of a micro-batch (one token for each row), outside
+    of its modules."""
 
 
 class Machine(Section):
-    """One computer. Rates are of one of its devices, in a second. Sizes and bytes a
-    second are numbers or strings such as 24GiB and 1.4GB."""
+    """The rates of one computer. Rates are per second and for one device. Sizes and
+    bytes per second are numbers or strings such as 24GiB and 1.4GB."""
 
     name: str
     source: str
     """Where the numbers come from."""
     is_estimate: bool = False
-    """Whether they are quick estimates, made in a second or two."""
+    """Whether the rates are quick estimates, made in a second or two."""
     device: Literal["cpu", "cuda", "tpu"] = "cpu"
-    """What computes."""
+    """The kind of the device that computes."""
     num_devices: PositiveInt = 1
-    """Of them."""
+    """The number of these devices."""
     num_threads: Annotated[int, Field(ge=0)] = 0
-    """That compute, on a CPU."""
+    """The number of threads that compute, on a CPU."""
     cores: PositiveInt = 1
-    """Of the CPU, physical ones."""
+    """The number of physical cores of the CPU."""
     host_memory: Bytes
     """Bytes of the host's memory, all of it."""
     host_bandwidth: Bytes | None = None
-    """Of the host's memory, bytes read and written counted."""
+    """Bytes per second that the host's memory reads and writes together."""
     device_memory: Bytes | None = None
-    """Bytes of one device. None: it computes in the host's memory."""
+    """Bytes of memory of one device. None if the device computes in the host's
+    memory."""
     device_bandwidth: Bytes | None = None
-    """Of the device's own memory."""
+    """Bytes per second of the device's own memory."""
     matmul: dict[Dtype, PerRows]
-    """FLOP/s of a product of a matrix of so many rows with a large one."""
+    """FLOP/s of a matrix product, by the number of rows of the smaller matrix."""
     attention: dict[Dtype, PerRows] = Field(default_factory=dict)
-    """FLOP/s of attention over sequences of so many tokens, masked products counted.
-    Without it, that of products of as many rows."""
+    """FLOP/s of attention, by the number of tokens of a sequence; masked products are
+    counted. Without it, the rate of a matrix product with as many rows is used."""
     pointwise_bandwidth: Bytes | None = None
-    """Bytes a second that a block's operations between its products touch. Without it,
-    the device's bandwidth."""
+    """Bytes per second of the operations between a block's matrix products. Without it,
+    the device's bandwidth is used."""
     decode_bandwidth: Bytes | None = None
-    """The same for the few rows of a micro-batch in decode, whose products are
+    """The same for a micro-batch in decode, which has few rows, if matrix products are
     shared."""
     cast_bandwidth: Bytes | None = None
-    """Stored bytes a second that one thread casts to the dtype of the products."""
+    """Stored bytes per second that one thread casts to the dtype of the matrix
+    products."""
     disk: Disk | None = None
     """The drive that checkpoints lie on."""
     copies: Copies | None = None
-    """To and from one GPU; None on a CPU."""
+    """Copies to and from one GPU; None on a CPU."""
     network_bandwidth: Bytes | None = None
-    """Of one device to its peers together."""
+    """Bytes per second of one device to all its peers together."""
     calls: Calls = Calls()
-    """What calls take beside what they compute."""
+    """Seconds of overhead of calls."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -131,7 +139,8 @@ class Machine(Section):
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
-        """Reads a machine file. Raises PolicyError naming the file and the key."""
+        """Reads a machine file. Raises PolicyError, which names the file and the
+        key."""
         values = read_value(read_text(path), str(path))
         if not isinstance(values, dict):
             raise PolicyError(f"{path} must hold keys and values, not {values!r}")
@@ -141,7 +150,7 @@ class Machine(Section):
             raise PolicyError(f"{path}: {error}") from None
 
     def to_yaml(self) -> str:
-        """The file's text, each key with what it means."""
+        """The text of a machine file, with a comment for each key."""
         parts = [f"# {(type(self).__doc__ or '').strip()}".replace("\n    ", "\n# ")]
         for key, field in type(self).model_fields.items():
             value = _plain(getattr(self, key))
@@ -154,7 +163,8 @@ class Machine(Section):
 
 
 def own_machine_path(cache: Path | None = None) -> Path:
-    """Where `penstock machine` keeps what it measured, in `cache` or the user's."""
+    """The file in which `penstock machine` keeps its measurements, in the folder
+    `cache` or the user's cache folder."""
     return (cache or user_cache().path) / "machine.yaml"
 
 
@@ -164,8 +174,12 @@ def shipped_machines() -> dict[str, Path]:
 
 
 def find_machine(asked: str | None, cache: Path | None = None) -> Machine | None:
-    """The machine in the file `asked`, or shipped by that name; without `asked` this
-    computer as it was measured, None if it never was. Raises PolicyError."""
+    """The machine of the file `asked`, or the shipped one with that name.
+
+    Without `asked`, this computer as `penstock machine` measured it, or None if it
+    never was measured. Raises PolicyError if there is no such machine or its file is
+    wrong.
+    """
     if asked is None:
         own = kept_file("machine.yaml") if cache is None else own_machine_path(cache)
         return Machine.from_yaml(own) if own.exists() else None
@@ -181,7 +195,7 @@ def find_machine(asked: str | None, cache: Path | None = None) -> Machine | None
 
 
 def _plain(value: Any) -> Any:
-    """As YAML has it: rates with three digits, no key for what is not known."""
+    """`value` for YAML: rates with three digits; unknown keys are left out."""
     if isinstance(value, Section):
         found = {key: _plain(getattr(value, key)) for key in type(value).model_fields}
         return {key: item for key, item in found.items() if item not in (None, {})}
@@ -195,7 +209,8 @@ def _plain(value: Any) -> Any:
 
 
 def _human(number: int) -> int | str:
-    """1420000000 -> 1.42GB, 25769803776 -> 24GiB; exactly, or to three digits."""
+    """1420000000 becomes 1.42GB, 25769803776 becomes 24GiB. The result is exact or has
+    three or four digits."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if number % size == 0:
             return f"{number // size}{unit}"

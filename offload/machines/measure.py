@@ -1,4 +1,5 @@
-"""Measures what this computer's processor, memory and drive do, once, in a minute."""
+"""Measures the processor, the memory and the drive of this computer, in about a
+minute."""
 
 import itertools
 import os
@@ -19,7 +20,7 @@ from ...io.checkpoint.header import FileStamp
 from ...io.errors import UsageError
 from ...io.extent import Extent
 from ...io.memory.arena import Arena
-from ...io.readers.choice import SAMPLE_BYTES, drive_of, measure, rounds_of
+from ...io.readers.choice import SAMPLE_BYTES, measure, rounds_of
 from ...io.weights.loader import copy_serially
 from ..engine.readers import makers_of
 from ..monitoring.show import human_bytes
@@ -39,9 +40,12 @@ def seconds_of(
     least: int = 3,
     most: int = 15,
 ) -> float:
-    """Seconds of `act` and `wait`, after one to warm up: of `least` to `most` runs, 0.3
-    seconds of them (of slow ones fewer), a quarter are faster. What disturbs a run
-    makes it only slower."""
+    """The seconds of `act` followed by `wait`: the lower quartile of several runs.
+
+    There are `least` to `most` runs, as many as fit in 0.3 seconds (fewer than `least`
+    if they are very slow), after one to warm up. The lower quartile is used because a
+    disturbance only makes a run slower.
+    """
     act()
     wait()
     found: list[float] = []
@@ -56,13 +60,13 @@ def seconds_of(
 
 
 def product_seconds(device: str, wait: Callable[[], None]) -> float:
-    """What a product takes that has next to nothing to compute."""
+    """The seconds of a matrix product that has almost nothing to compute."""
     x, w = torch.randn(8, 64, device=device), torch.randn(64, 64, device=device)
     return seconds_of(lambda: functional.linear(x, w), wait=wait, least=50, most=500)
 
 
 def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
-    """Bytes a second, read and written, of a copy of 256 MB."""
+    """Bytes read and written per second, by a copy of 256 MiB."""
     source = torch.zeros(64 << 20, device=device)
     target = torch.zeros_like(source)
     seconds = seconds_of(lambda: target.copy_(source), wait=wait)
@@ -70,8 +74,11 @@ def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
 
 
 def cast_bandwidth() -> int:
-    """Stored bytes a second that one thread casts from bfloat16 to float32, in the
-    pieces that are cast on the way in: from a cache into memory."""
+    """Stored bytes per second that one thread casts from bfloat16 to float32.
+
+    Casts in pieces, as weights are cast while they are loaded: from the cache into
+    memory.
+    """
     source = torch.zeros(2 << 20, dtype=torch.bfloat16)
     target = torch.zeros(64 << 20)
     pieces = itertools.cycle(torch.split(target, len(source)))
@@ -80,9 +87,11 @@ def cast_bandwidth() -> int:
 
 
 def disk(place: Path, io: IO, progress: Callable[[str], None]) -> Disk:
-    """The drive of the file `place`, or of a scratch file in the folder `place`, read
-    by each of our readers. Raises OSError where none can be written, UsageError for a
-    file that is too small."""
+    """Measures a drive with all available readers.
+
+    `place` is a file to read, or a folder in which a scratch file is written. Raises
+    OSError if that cannot be written, and UsageError if a file is too small.
+    """
     if place.is_file():
         return _disk(place, io, progress)
     with scratch_file(place, _SCRATCH_BYTES) as path:
@@ -112,7 +121,8 @@ def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
 
 
 def _row_read_seconds(path: Path, reader: Any) -> float:
-    """Seconds of short reads all over the file, all asked for at once."""
+    """The seconds of one short read; many, spread over the file, are requested at
+    once."""
     size = max(4096, reader.alignment)
     stride = path.stat().st_size // _NUM_ROW_READS // size * size
     with Arena(size * _NUM_ROW_READS) as arena:
@@ -132,7 +142,8 @@ def _row_read_seconds(path: Path, reader: Any) -> float:
 
 @contextmanager
 def scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A file of random bytes in `folder` that is not in the page cache; it goes."""
+    """Creates a file of random bytes in `folder` that is not in the page cache. It is
+    deleted at the end."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="penstock-scratch-") as file:
         piece = os.urandom(8 << 20)
         for _ in range(nbytes // len(piece)):
@@ -144,7 +155,7 @@ def scratch_file(folder: Path, nbytes: int) -> Iterator[Path]:
 
 
 def host_facts() -> dict[str, Any]:
-    """Cores and memory, as psutil counts them."""
+    """The number of cores and threads, and the bytes of memory."""
     return {
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         "num_threads": torch.get_num_threads(),
@@ -153,7 +164,7 @@ def host_facts() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the kernel has it."""
+    """The name of the processor, as the kernel tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -161,10 +172,6 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def drive_name(path: Path) -> str:
-    return drive_of(path)
 
 
 def _cast(pieces: Iterator[torch.Tensor], source: torch.Tensor) -> None:

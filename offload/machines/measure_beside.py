@@ -1,9 +1,9 @@
-"""Measures what weights on their way in take from computing where both have the same
-cores.
+"""Measures how much slower computing is while weights are loaded by the same cores.
 
-More than the cores' share of it: a product is divided evenly among threads, so it waits
-for the one whose core casts, both want the same caches and memory, and both run Python.
-So a small checkpoint is scored with all of its weights there, and streamed.
+It is more than the share of the cores that loading takes. A matrix product is divided
+evenly among threads, so it waits for the thread whose core is casting. Both also
+compete for caches and memory, and both run Python. So a small checkpoint is scored
+twice: with all weights resident, and streamed.
 """
 
 from contextlib import ExitStack
@@ -26,8 +26,8 @@ _PREFIX_BYTES = 16 << 20
 
 
 def cast_beside(cache: Path) -> float:
-    """Seconds that computing loses for each stored byte that is read and cast beside
-    it. Writes a checkpoint into the folder `cache`."""
+    """The seconds that computing loses for each stored byte that is read and cast at
+    the same time. Writes a checkpoint into the folder `cache`."""
     folder = cache / "beside"
     block = _save(folder)
     num_rows = _BATCHES * _PASSES
@@ -50,7 +50,7 @@ def cast_beside(cache: Path) -> float:
         )
         found = []
         engine = engine_of(streamed)
-        assert engine is not None, "it was loaded"
+        assert engine is not None, "`load` gives a streamed model"
         for number in chain([-1], rounds()):
             before = engine.statistics()
             seconds = score_seconds(streamed, num_rows, _TOKENS)
@@ -58,13 +58,14 @@ def cast_beside(cache: Path) -> float:
             seconds -= after.wait_seconds - before.wait_seconds
             seconds -= score_seconds(there, num_rows, _TOKENS)
             nbytes = after.bytes_loaded - before.bytes_loaded
-            if number >= 0:  # the first touches memory
+            if number >= 0:  # the first round touches memory for the first time
                 found.append(seconds / nbytes)
     return max(0.0, median(found))
 
 
 def _save(folder: Path) -> int:
-    """A model in bfloat16. Returns the bytes of a block in float32."""
+    """Saves a model in bfloat16 to `folder`. Returns the bytes of one block in
+    float32."""
     made = _BLOCK.model(_NUM_BLOCKS).to(torch.bfloat16)
     made.config.save_pretrained(folder)
     save_file(made.state_dict(), folder / "model.safetensors")

@@ -1,8 +1,8 @@
-"""Measures what a block's operations between its products touch in a second.
+"""Measures the operations of a block that are between its matrix products.
 
-A small model's jobs take so long, their products and their attention so long of it, by
-a clock around each, and the rest is between them. A difference to products timed at
-another moment would not do: on a shared host no two moments are alike.
+Small models run jobs. One clock runs all the time, and stops during matrix products and
+attention. What it shows is the time of the rest. Subtracting times of products that
+were measured at another moment would not do: on a shared host, moments differ.
 """
 
 import time
@@ -36,27 +36,30 @@ _NUM_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """Bytes a second, None where nothing is between; and seconds."""
+    """What is measured here. Rates are bytes per second, or None if the time was too
+    short to measure."""
 
     pointwise: int | None
-    """Where prompts and texts are scored."""
+    """The rate of a block's operations between matrix products, in scoring."""
     decode: int | None
-    """For the few rows of a micro-batch whose products are shared."""
+    """The same rate for a micro-batch of a few rows in decode, if matrix products are
+    shared."""
     joint_module: float
-    """Of one module for a micro-batch in decode whose products are shared, whatever its
-    rows."""
+    """Seconds of one module for one micro-batch in decode whose matrix products are
+    shared, whatever the number of its rows."""
     kv_layer: float
-    """Of a layer's keys and values for a micro-batch in decode, kept in a tier."""
+    """Seconds to store and fetch the keys and values of one layer of a micro-batch in
+    decode, if a tier keeps them."""
     first_touch: float
-    """What filling a byte of the working set for the first time takes beside reading
+    """Seconds to fill one byte of the working set for the first time, beyond reading
     it."""
 
 
 def measure_between(
     device: str, cache: Path, module_seconds: float, wait: Callable[[], None]
 ) -> Between:
-    """Of this computer, where a module with weights costs `module_seconds` in scoring.
-    Writes small models into the folder `cache`, which go."""
+    """Measures this computer. A module with weights costs `module_seconds` in scoring.
+    Writes small models into the folder `cache`."""
     scored, touch = _scored(device, cache, wait)
     module, kv_layer, row = _decoded(device, cache, wait)
     return Between(
@@ -69,7 +72,7 @@ def measure_between(
 
 
 class RestClock:
-    """Seconds since it began, without what was left out."""
+    """Counts seconds since it was made, except those of the calls by `leave_out`."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
@@ -105,8 +108,8 @@ def rest_clock(wait: Callable[[], None], *names: str) -> Iterator[RestClock]:
 
 
 def _scored(device: str, cache: Path, wait: Callable[[], None]) -> tuple[float, float]:
-    """Seconds between the products of a block, for one micro-batch that is scored; and
-    of the first touch of a byte."""
+    """The seconds between the matrix products of a block, for one micro-batch that is
+    scored, and the seconds of the first touch of a byte."""
     tokens = _ROWS * _LENGTH
     policy = jobs_policy(
         device, cache, micro_batch_tokens=tokens, tokens_in_flight=tokens * _BATCHES
@@ -124,7 +127,8 @@ def _scored(device: str, cache: Path, wait: Callable[[], None]) -> tuple[float, 
 
 
 def _first_touch(models: TwoDepths, run: Callable[[Any], float]) -> float:
-    """Of a byte, by what the first job of each takes more than its second."""
+    """The seconds of the first touch of a byte: how much longer the first job takes
+    than the second one, for each byte that the deeper model has more."""
     first = run(models.deep) - run(models.shallow)
     later = run(models.deep) - run(models.shallow)
     weights = _LARGE.hidden * (4 * _LARGE.hidden + 3 * _LARGE.intermediate)
@@ -134,9 +138,9 @@ def _first_touch(models: TwoDepths, run: Callable[[Any], float]) -> float:
 def _decoded(
     device: str, cache: Path, wait: Callable[[], None]
 ) -> tuple[float, float, float]:
-    """Seconds for one micro-batch in decode: of a module, of a layer's keys and values
-    in a tier, and of what is between the products of a block for each of its rows,
-    attention counted."""
+    """Seconds of one micro-batch in decode: of one module, of the keys and values of
+    one layer in a tier, and of the operations between a block's matrix products for one
+    row. The last include attention."""
 
     def rest(model: Any, each: int) -> float:
         with rest_clock(wait, "linear") as clock:
@@ -170,7 +174,8 @@ def _rate(block: Block, tokens: int, seconds: float) -> int | None:
 
 
 def pointwise_elements(hidden: int, intermediate: int) -> float:
-    """Of one token in a block of Llama, counted as `describe` counts them."""
+    """How many elements the operations between matrix products touch for one token, in
+    a block of Llama. Counts as `describe` does."""
     from ..units.describe import TOUCHES_OF_NORM, TOUCHES_OF_PRODUCT
 
     products = 5 * hidden + 2 * intermediate

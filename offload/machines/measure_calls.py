@@ -1,5 +1,8 @@
-"""Measures what calls take beside what they compute: small models of two depths, scored
-and completed as jobs do it. What a block more takes is a block's, the rest is not."""
+"""Measures the overhead of calls: the time beside matrix products and attention.
+
+Small models of two depths run jobs. The difference of their times is the time of the
+additional blocks; the rest of the time belongs to the micro-batch or the job.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +22,7 @@ from .machine import Calls
 from .rounds import rounds
 
 MODULES_OF_BLOCK = 9
-"""With weights, in a block of Llama: seven products, two norms."""
+"""Modules with weights in a block of Llama: seven matrices and two norms."""
 VOCABULARY = 512
 _NUM_BATCHES = 16
 _LENGTH = 16
@@ -28,8 +31,8 @@ _NUM_STEPS = 8
 
 
 class CountingTokenizer:
-    """Stands for a tokenizer where texts do not matter: the text "37" has 37 tokens,
-    and no token ends a text."""
+    """A tokenizer for jobs whose text does not matter. The text "37" has 37 tokens, and
+    no token ends a text."""
 
     pad_token_id = 0
     eos_token_id = None
@@ -43,20 +46,20 @@ class CountingTokenizer:
         return {"input_ids": ids.tolist()}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Says nothing: nobody reads it."""
+        """Returns an empty string: nobody reads it."""
         return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A block of Llama that is timed."""
+    """The sizes of a block of Llama that is timed."""
 
     hidden: int
     intermediate: int
     heads: int
 
     def model(self, num_layers: int) -> Any:
-        """A Llama of such blocks with random weights, which no token ends."""
+        """A Llama of `num_layers` such blocks, with random weights and no end token."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -81,27 +84,34 @@ _TINY = Block(hidden=64, intermediate=128, heads=4)
 
 @dataclass(frozen=True, slots=True)
 class TwoDepths:
-    """The same model with fewer and more blocks."""
+    """One model with few blocks, and one with more of the same blocks."""
 
     shallow: Any
     deep: Any
     num_more: int
-    """Blocks of the deep one that the shallow one lacks."""
+    """How many more blocks the deep model has."""
 
     def per_block(self, run: Callable[[Any], float]) -> float:
-        """What a block adds to `run`: the median of rounds in which both depths have
-        their turn, or a busy moment would count as a block's."""
+        """The seconds that one block adds to `run`.
+
+        The median of several rounds. Each round runs both depths, so that a busy moment
+        slows both.
+        """
         return max(0.0, median(self.once(run) for _ in rounds()))
 
     def once(self, run: Callable[[Any], float]) -> float:
-        """The same in one round."""
+        """The seconds that one block adds to `run`, from one round."""
         shallow = run(self.shallow)
         return (run(self.deep) - shallow) / self.num_more
 
 
 def calls(device: str, cache: Path, product: float) -> Calls:
-    """Of this computer, those in joint decode apart; `product` is what one product
-    takes. Writes small models into the folder `cache`, which go."""
+    """Measures the overheads of this computer, except those of decoding with shared
+    matrix products.
+
+    `product` is the seconds of one matrix product. Writes small models into the folder
+    `cache`.
+    """
     tokens = {"micro_batch_tokens": _LENGTH, "tokens_in_flight": 8 * _LENGTH}
     with two_depths(_TINY, jobs_policy(device, cache, **tokens)) as models:
 
@@ -124,7 +134,7 @@ def calls(device: str, cache: Path, product: float) -> Calls:
             completed(models.shallow, 2 * _NUM_STEPS) - completed(models.shallow)
             for _ in rounds()
         )
-    # What the products themselves take is counted apart, once for all who share it.
+    # The products' own time is counted separately, once for all micro-batches in them.
     seven = 7 * product
     return Calls(
         job=max(0.0, first - _NUM_BATCHES * usual),
@@ -137,14 +147,14 @@ def calls(device: str, cache: Path, product: float) -> Calls:
 
 
 def score_seconds(model: Any, num_rows: int, length: int) -> float:
-    """Seconds of a job with texts of so many tokens."""
+    """The seconds of a job that scores `num_rows` texts of `length` tokens."""
     texts = [{"id": i, "text": str(length)} for i in range(num_rows)]
     return _timed(score(model, texts, tokenizer=CountingTokenizer(VOCABULARY)))
 
 
 def generate_seconds(model: Any, num_rows: int, tokens: int) -> float:
-    """Of a job that completes prompts of one token by so many: as many passes, and no
-    prompt that takes longer than a step."""
+    """The seconds of a job that completes `num_rows` prompts of one token by `tokens`
+    tokens. So each pass is one decoding step."""
     results = generate(
         model,
         [{"id": i, "prompt": "1"} for i in range(num_rows)],
@@ -163,8 +173,9 @@ def _timed(results: Iterable[Any]) -> float:
 
 
 def jobs_policy(device: str, cache: Path, **settings: Any) -> Policy:
-    """Of jobs whose weights are all there after the first: which reader brings them
-    does not matter, and none is chosen, announced or remembered."""
+    """A policy for timing jobs: all weights stay in the working set after the first
+    pass. So the speed of the reader does not matter, and none is measured or
+    remembered."""
     return Policy(
         device=device,
         io={"cache": cache, "reader": "threads"},
@@ -181,14 +192,14 @@ def jobs_policy(device: str, cache: Path, **settings: Any) -> Policy:
 def two_depths(
     block: Block, policy: Policy, *, shallow: int = 1, deep: int = 5
 ) -> Iterator[TwoDepths]:
-    """Streamed models of so many blocks."""
+    """Streamed models with `shallow` and with `deep` blocks."""
     with _model(block, shallow, policy) as few, _model(block, deep, policy) as many:
         yield TwoDepths(few, many, deep - shallow)
 
 
 @contextmanager
 def _model(block: Block, num_layers: int, policy: Policy) -> Iterator[Any]:
-    """Streamed, and put back at the end."""
+    """A streamed model; it is unwrapped at the end."""
     model = wrap(block.model(num_layers), policy)
     try:
         assert engine_of(model) is not None

@@ -1,7 +1,9 @@
-"""Measures copies between host memory and a GPU, and asks its driver what it is.
+"""Measures copies between host memory and a GPU, and asks the driver for the GPU's
+facts.
 
-Runs only where there is one; the calls it makes stand behind `CopyStarter`, so that the
-arithmetic is tested without."""
+Runs only where there is a GPU. The calls that need one are behind `CopyStarter`, so
+that the arithmetic can be tested without one.
+"""
 
 import time
 from collections.abc import Callable
@@ -17,10 +19,10 @@ _TIMES = 5
 
 
 class CopyStarter(Protocol):
-    """Starts copies of `nbytes` and waits for them."""
+    """Starts copies, and waits for them. Each has the same number of bytes."""
 
     def copy(self, way: str, *, pinned: bool) -> None:
-        """Starts one to the device (`in`), to the host (`out`), or from a `peer`."""
+        """Starts a copy to the device (`in`), to the host (`out`), or from a `peer`."""
 
     def wait(self) -> None: ...
 
@@ -29,14 +31,15 @@ class CopyStarter(Protocol):
 
 
 def measure_copies(device: str) -> Copies:
-    """Of the GPU `device`."""
+    """The bandwidths of copies to and from the GPU `device`."""
     return copies_of(CudaCopier(device, _BYTES), _BYTES)
 
 
 def copies_of(
     copier: CopyStarter, nbytes: int, clock: Callable[[], float] = time.perf_counter
 ) -> Copies:
-    """Bytes a second each way, of copies of `nbytes`, best of five."""
+    """The bandwidths in bytes per second of copies of `nbytes`; the best of five
+    runs."""
 
     def rate(*ways: str, pinned: bool = True) -> int:
         best = float("inf")
@@ -60,7 +63,8 @@ def copies_of(
 
 
 class CudaCopier:
-    """Copies on two streams of a CUDA device, so that both ways go at once."""
+    """Copies on separate streams of a CUDA device, so that both directions run
+    together."""
 
     def __init__(self, device: str, nbytes: int) -> None:
         self._device = torch.device(device)
@@ -83,7 +87,7 @@ class CudaCopier:
         return self._peer is not None
 
     def copy(self, way: str, *, pinned: bool) -> None:
-        """See `CopyStarter`."""
+        """Starts a copy of uint8 tensors; see `CopyStarter.copy`."""
         there, here = self._there, self._here[pinned]
         with torch.cuda.stream(self._streams[way]):
             if way == "in":
@@ -91,7 +95,7 @@ class CudaCopier:
             elif way == "out":
                 here[1].copy_(there[1], non_blocking=True)
             else:
-                assert self._peer is not None, "has_peer was asked"
+                assert self._peer is not None, "call it only if `has_peer`"
                 there[0].copy_(self._peer, non_blocking=True)
 
     def wait(self) -> None:
@@ -107,8 +111,8 @@ class CudaCopier:
 
 
 def gpu_facts(device: str) -> dict[str, Any]:
-    """Name, memory and number of GPUs, by NVIDIA's own library where it is installed,
-    else by torch."""
+    """The name, memory (bytes) and number of GPUs. NVIDIA's management library tells
+    them if it is installed, else torch."""
     index = torch.device(device).index or 0
     facts: dict[str, Any] = {"device": "cuda"}
     try:

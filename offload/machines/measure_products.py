@@ -1,6 +1,8 @@
-"""Measures what this computer computes: not at once, but again and again while other
-things are measured. On a host that is shared no moment is like the next; a job sees the
-mean of many."""
+"""Measures the rates of matrix products and attention.
+
+They are measured repeatedly, between other measurements. On a shared host, no moment is
+like the next, and a job sees the mean of many moments.
+"""
 
 import itertools
 import math
@@ -17,15 +19,18 @@ from .measure import seconds_of
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
 LENGTHS = (32, 128, 512, 1024)
 _IN, _OUT = 2048, 5632
-_NUM_WEIGHTS = 4  # in turns: none of them is in a cache
+_NUM_WEIGHTS = 4  # used in turns, so that none of them is in a cache
 
 Rates = dict[int, int]
-"""FLOP/s by rows, or by length."""
+"""FLOP/s by number of rows, or by length in tokens."""
 
 
 class Products:
-    """Products with matrices of 2048 x 5632, by rows, and causal attention in 16 heads
-    of 64 (masked products counted), by length, in one dtype."""
+    """Times matrix products and causal attention in one dtype.
+
+    The products are with 2048 x 5632 matrices, for several numbers of rows. The
+    attention has 16 heads of 64, for several lengths; masked products are counted.
+    """
 
     def __init__(
         self, dtype: torch.dtype, device: str, wait: Callable[[], None]
@@ -38,7 +43,8 @@ class Products:
         self._attention: dict[int, list[float]] = {length: [] for length in LENGTHS}
 
     def look(self) -> float:
-        """At each of them, for a moment. Returns what that took."""
+        """Measures each product and attention once. Returns the seconds that this
+        took."""
         start = time.perf_counter()
         for rows, seconds in self._products.items():
             x, weights = self._random(rows, _IN), itertools.cycle(self._weights)
@@ -50,7 +56,7 @@ class Products:
         return time.perf_counter() - start
 
     def usual(self) -> tuple[Rates, Rates]:
-        """Rates of products and of attention, the mean of all looks."""
+        """The rates of products and of attention, each the mean of all measurements."""
         return (
             _rising(self._products, lambda rows: 2 * rows * _IN * _OUT),
             {
@@ -71,7 +77,8 @@ class Products:
 def _rising(
     seconds: Mapping[int, Sequence[float]], flops: Callable[[int], int]
 ) -> Rates:
-    """Never fewer than with fewer rows, which only a disturbed run would show."""
+    """FLOP/s by rows. More rows never have a lower rate: only a disturbed run would
+    show that."""
     found: Rates = {}
     for rows, looks in seconds.items():
         found[rows] = max(
@@ -81,7 +88,8 @@ def _rising(
 
 
 def _shape(length: int) -> tuple[int, int, int, int]:
-    """1,024 tokens at least."""
+    """The shape [batch, heads, tokens, dim] of attention, with at least 1,024 tokens in
+    all."""
     return max(1, 1024 // length), 16, length, 64
 
 

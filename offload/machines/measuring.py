@@ -1,4 +1,4 @@
-"""What `penstock machine` does: measures this computer, part by part, and says so."""
+"""Measures this computer, part by part, for `penstock machine`."""
 
 import re
 import tempfile
@@ -21,15 +21,19 @@ from .measure_products import Products, Rates
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LONG_LOOK = 3.0
-"""Seconds: a look that takes longer has seen several moments by itself."""
+"""Seconds. Measurements of products that took longer than this are not repeated at the
+end: they covered several moments already."""
 
 
 def measure_machine(
     place: Path, io: IO, progress: Callable[[str], None], *, device: str = "cpu"
 ) -> Machine:
-    """The rates of this computer, computing on `device`, with the drive of `place` (a
-    folder to write a scratch file into, or a file). Takes less than a minute. Raises
-    OSError where the scratch file cannot be written."""
+    """Measures the rates of this computer, in less than a minute.
+
+    Computes on `device`. Measures the drive of `place`, a folder in which a scratch
+    file is written, or a file. `progress` is called with a line for each part. Raises
+    OSError if the scratch file cannot be written.
+    """
     is_gpu = device != "cpu"
     wait = torch.cuda.synchronize if is_gpu else _no_wait
     progress("products and attention, now and between all that follows")
@@ -76,8 +80,11 @@ def measure_machine(
 
 
 def check_measurable(place: Path, device: str) -> None:
-    """Before a second is spent: raises UsageError where `place` is nothing that can be
-    read, PolicyError where there is no such `device`."""
+    """Checks the arguments before anything is measured.
+
+    Raises UsageError if `place` does not exist or `device` is no device, and
+    PolicyError if this computer does not have that device.
+    """
     if not place.exists():
         raise UsageError(f"{place}: there is no such folder or file on a drive")
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""What `penstock machine` says of the readers of this computer."""
+"""Describes the readers of this computer, for `penstock machine`. Pure."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,15 @@ from ..monitoring.show import human_rate
 from .machine import Disk
 
 _CHOSEN_FROM = ("libaio", "threads")
-"""By `auto`, which reads past the page cache."""
+"""The readers that `auto` chooses from."""
 
 
 def reader_lines(disk: Disk, missing: Mapping[str, str]) -> list[str]:
-    """A line for each reader: how fast it reads this drive, which one `io.reader: auto`
-    takes there, and of those that are `missing` why, and how to get them. Pure."""
+    """One line for each reader.
+
+    Says how fast it reads this drive and which one `io.reader: auto` takes. `missing`
+    says why a reader is not available, and how to get it.
+    """
     able = [name for name in _CHOSEN_FROM if name in disk.bandwidth]
     best = best_of([_trial(disk, name) for name in able]).reader if able else None
     lines = []

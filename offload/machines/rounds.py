@@ -1,12 +1,12 @@
-"""How often a measurement is repeated, within a budget of time."""
+"""Decides how often a measurement is repeated, within a time limit."""
 
 import time
 from collections.abc import Callable, Iterator
 
 ROUNDS = 3
 SECONDS = 4.0
-"""For the rounds of one measurement: seven of them, with what they warm up and what the
-drive takes, make a minute on two slow cores."""
+"""The time limit of one measurement. Seven measurements, their warm-up and the drive
+together take a minute on two slow cores."""
 
 
 def rounds(
@@ -15,8 +15,11 @@ def rounds(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[int]:
-    """0, 1, ... below `most`: no other one begins that would end after `seconds`, going
-    by those before. The first always does."""
+    """Yields 0, 1, ... below `most`.
+
+    Stops before a round that would probably end after `seconds`, judged by the previous
+    ones. The first round always runs.
+    """
     began = clock()
     for number in range(most):
         spent = clock() - began
