@@ -1,4 +1,4 @@
-"""Rows in files of columns: Parquet and Arrow, by pyarrow."""
+"""Reads rows from files of columns, Parquet and Arrow, with pyarrow."""
 
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping
@@ -17,8 +17,11 @@ _BATCH_ROWS = 1024
 
 
 class ColumnFile:
-    """A Parquet or Arrow file. Rows are decoded a batch at a time (of Arrow: a record
-    batch as it was written), on the thread that asks for them."""
+    """A Parquet or Arrow file.
+
+    Rows are decoded one batch at a time, in the thread that asks for them. A batch of
+    an Arrow file is at least one record batch as it was written.
+    """
 
     def __init__(self, file: InputFile, any_of: Mapping[str, str]) -> None:
         assert file.path is not None, "standard input has lines"
@@ -27,8 +30,10 @@ class ColumnFile:
         self._arrow = extra("pyarrow", "pyarrow", f"reading {file.name}")
 
     def check(self) -> int | None:
-        """How many rows it has, None where only reading it would tell. Raises
-        InputError for one that is damaged or lacks the columns that are needed."""
+        """The number of rows; None for Arrow, which would have to be read to tell.
+
+        Raises InputError if the file is damaged or lacks the columns that are needed.
+        """
         with _damage(self._path, self._arrow):
             num_rows, names = _opened(self._path, self._layout)
         if not self._any_of.keys() & set(names):
@@ -44,8 +49,11 @@ class ColumnFile:
         return num_rows
 
     def rows(self, number: int, start: int, prefix: str) -> Iterator[InputRow]:
-        """From row `start` (from 0) of this file, the job's `number`-th. `prefix` goes
-        before row numbers, to tell files apart."""
+        """The rows from number `start` (from 0) on.
+
+        This file is the job's file `number`. `prefix` is put before row numbers, to
+        tell files apart.
+        """
         row_number = start
         with _damage(self._path, self._arrow):
             for batch in _batches(self._path, self._layout, start, self._columns):
@@ -67,7 +75,7 @@ class ColumnFile:
 
 @contextmanager
 def _damage(path: Path, arrow: Any) -> Iterator[None]:
-    """Turns what pyarrow raises of a file into InputError."""
+    """Turns errors of pyarrow into InputError."""
     try:
         yield
     except InputError:
@@ -78,7 +86,7 @@ def _damage(path: Path, arrow: Any) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """An id as JSON has it: a date, say, becomes a string."""
+    """`value` as an id that JSON can hold: a date, for instance, becomes a string."""
     return value if isinstance(value, (str, int)) else str(value)
 
 
@@ -95,7 +103,8 @@ def _opened(path: Path, layout: Layout) -> tuple[int | None, list[str]]:
 def _batches(
     path: Path, layout: Layout, start: int, columns: Collection[str]
 ) -> Iterator[Any]:
-    """Batches of those of `columns` that there are, from row `start`."""
+    """Batches of the rows from number `start` on, with those of `columns` that
+    exist."""
     with closing(_whole_batches(path, layout, start, columns)) as batches:
         for first_row, batch in batches:
             skipped = max(start - first_row, 0)
@@ -106,8 +115,11 @@ def _batches(
 def _whole_batches(
     path: Path, layout: Layout, start: int, columns: Collection[str]
 ) -> Generator[tuple[int, Any], None, None]:
-    """(number of its first row, batch), from the group of rows that has row `start`
-    or, of Arrow, from the first."""
+    """Batches, each with the number of its first row.
+
+    The first batch belongs to the row group that contains row `start`; for Arrow, it is
+    the first of the file.
+    """
     row = 0
     if layout == "parquet":
         parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
@@ -135,7 +147,7 @@ def _whole_batches(
 
 
 def _ipc(file: Any, path: Path) -> Any:
-    """Of the file format (Feather's second version) or of the streaming one."""
+    """A reader of the Arrow file format (Feather version 2) or the streaming format."""
     ipc = extra("pyarrow.ipc", "pyarrow", f"reading {path}")
     magic = file.read(6)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""The bytes of a file that may be compressed."""
+"""Reads the bytes of a file that may be compressed."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -9,17 +9,20 @@ from .extras import extra
 from .sources import Codec
 
 CHUNK_BYTES = 64 << 10
-"""Bytes of a file that are read in one go."""
-# Of those, what is decompressed in one go. Gzip makes a thousand times more of it at
-# most; zstd a block of 128 KiB of each four bytes.
+"""Bytes that are read from a file at once."""
+# Compressed bytes that are decompressed at once. Gzip expands at most a thousand times;
+# makes a block of up to 128 KiB from four bytes.
 _GZIP_BYTES = CHUNK_BYTES
 _ZSTD_BYTES = 1 << 10
 _MOST_WINDOW_BYTES = 128 << 20  # the zstd command's own limit
 
 
 def decompressed(chunks: Iterable[bytes], codec: Codec, name: str) -> Iterator[bytes]:
-    """What `chunks` of the file `name` hold. Raises InputError where it is damaged or
-    cut off, after all that could be had before."""
+    """The decompressed content of `chunks`, bytes of the file `name`.
+
+    Raises InputError if the file is damaged or cut off, after all content that could be
+    read before.
+    """
     if codec == "":
         return iter(chunks)
     if codec == "gz":
@@ -43,7 +46,8 @@ def _decompressed(
     name: str,
     damage: type[Exception],
 ) -> Iterator[bytes]:
-    """Member after member (gzip) or frame after frame (zstd), as `cat` puts them."""
+    """Decompresses all members (gzip) or frames (zstd), which may follow one
+    another."""
     member = None
     for chunk in chunks:
         while chunk:

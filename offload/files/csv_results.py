@@ -1,4 +1,4 @@
-"""Results as comma-separated values, and back."""
+"""Writes results as comma-separated values, and reads them back."""
 
 import csv
 import json
@@ -16,8 +16,11 @@ Lines = Iterable[bytes]
 
 
 def csv_lines(lines: Callable[[], Lines]) -> Iterator[bytes]:
-    """The results in `lines` of JSON as rows below the names of their columns. A text
-    is written as it is, anything else as JSON writes it; what a result lacks is empty.
+    """Converts results, lines of JSON, to CSV below a line with the names of the
+    columns.
+
+    Text is written as it is, any other value as JSON. A key that a result lacks becomes
+    an empty field.
     """
     names = list(dict.fromkeys(name for line in lines() for name in json.loads(line)))
     if names:
@@ -28,8 +31,11 @@ def csv_lines(lines: Callable[[], Lines]) -> Iterator[bytes]:
 
 
 def csv_results(path: Path, codec: Codec) -> Iterator[bytes]:
-    """The results in a file that `csv_lines` made, as lines of JSON that it writes
-    alike: all that they hold is text. Of a row that failed, its id and its error."""
+    """The results in a file that `csv_lines` made, as lines of JSON.
+
+    All values are text; writing the lines again gives the same file. A row that failed
+    has only its id and its error.
+    """
     with path.open("rb") as file:
         chunks = iter(partial(file.read, CHUNK_BYTES), b"")
         rows = csv_fields(decompressed(chunks, codec, str(path)), str(path))
@@ -44,9 +50,10 @@ def csv_results(path: Path, codec: Codec) -> Iterator[bytes]:
 
 
 def _written(fields: Iterable[str]) -> bytes:
-    """Half of a surrogate pair, which UTF-8 has not, is written as \\ud800."""
+    """A line of CSV in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, is
+    written as \\ud800."""
     text = StringIO()
-    # With this end of a line, both of its characters are quoted where texts have them.
+    # With this line end, fields that contain either of its characters are quoted.
     csv.writer(text, lineterminator="\r\n").writerow(fields)
     line = text.getvalue().removesuffix("\r\n") + "\n"
     return line.encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Rows of comma-separated values: the first line names the columns."""
+"""Reads rows of comma-separated values. The first line names the columns."""
 
 import csv
 import json
@@ -12,15 +12,17 @@ from .keys import CHAT, SAMPLING
 
 _MOST_CHARACTERS = 1 << 30
 _NESTED = ("labels", "messages", "stop", *CHAT)
-"""Columns that hold JSON's lists and objects."""
+"""Columns whose fields may hold a JSON list or object."""
 _NUMBERS = tuple(key for key in SAMPLING if key != "stop")
 
 
 def csv_header(
     chunks: Iterable[bytes], any_of: Mapping[str, str], name: str
 ) -> Sequence[str]:
-    """The names of the columns; none of an empty file. Raises InputError where they are
-    not those of rows."""
+    """The names of the columns; none if the file is empty.
+
+    Raises InputError if a column is missing or occurs twice.
+    """
     first = next(csv_fields(chunks, name), None)
     if first is None:
         return ()
@@ -40,9 +42,12 @@ def csv_header(
 def csv_records(
     chunks: Iterable[bytes], columns: Sequence[str], name: str, *, is_begun: bool
 ) -> Iterator[RowRecord]:
-    """The rows in `chunks`: behind the line that names the columns or, where the file
-    `is_begun`, from the first byte on. Raises InputError for what cannot be divided
-    into rows, such as a quote that has no end."""
+    """The rows in `chunks`.
+
+    With `is_begun`, `chunks` begin with a row; otherwise with the line that names the
+    columns. Raises InputError if the text cannot be divided into rows, for instance
+    because a quote is not closed.
+    """
     num_bytes = num_lines = 0
     for values, lines in csv_fields(chunks, name):
         num_bytes += sum(map(len, lines))
@@ -58,7 +63,8 @@ def csv_records(
 def csv_fields(
     chunks: Iterable[bytes], name: str
 ) -> Iterator[tuple[list[str], list[bytes]]]:
-    """(fields, the lines that they stand in) of each row, that of names among them."""
+    """The fields of each row and the lines that they stand in, the line of names
+    included."""
     lines: list[bytes] = []
     num_lines = 0
 
@@ -69,7 +75,8 @@ def csv_fields(
 
     reader = csv.reader(texts(), strict=True)
     while True:
-        # The limit is the module's, not the reader's: it is put back each time.
+        # The limit belongs to the module, not to the reader. So it is restored each
+        # time.
         before = csv.field_size_limit(_MOST_CHARACTERS)
         try:
             values = next(reader, None)
@@ -93,7 +100,7 @@ def _row(values: Sequence[str], columns: Sequence[str], where: str) -> dict[str,
             "error": f"{where} has {len(values)} fields, but the first line of the "
             f"file names {len(columns)} columns"
         }
-    # An empty field is none, as null is none in other formats.
+    # An empty field counts as missing, as null does in other formats.
     fields = {n: v for n, v in zip(columns, values, strict=True) if v and n != "error"}
     try:
         "".join(fields.values()).encode()
@@ -103,8 +110,11 @@ def _row(values: Sequence[str], columns: Sequence[str], where: str) -> dict[str,
 
 
 def _value(name: str, text: str) -> Any:
-    """What JSON has to say of columns that are no text; where it is no JSON the text,
-    which whoever uses it refuses."""
+    """The value of a field.
+
+    Fields of numbers, lists and objects are parsed as JSON. If one is not JSON, the
+    text is returned; whoever uses it refuses it.
+    """
     if name in _NUMBERS or (name in _NESTED and text.lstrip()[:1] in ("[", "{")):
         try:
             return json.loads(text)

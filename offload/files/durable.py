@@ -1,4 +1,4 @@
-"""What changes the disk, step by step: each is durable when it returns."""
+"""The steps that change the disk. Each is durable when it returns."""
 
 import os
 from collections.abc import Iterable
@@ -7,19 +7,22 @@ from pathlib import Path
 
 _BUFFER_BYTES = 1 << 20
 NEW = ".new"
-"""Ends the name of a file that is not whole yet."""
+"""The suffix of a file that is not complete yet."""
 
 
 class DurableFiles:
-    """The only way results come to disk, so that a test can end the process between
-    any two steps. Methods raise OSError as the system does."""
+    """Writes, renames and removes files.
+
+    Results are written only through it, so that a test can end the process between any
+    two steps. Methods raise OSError.
+    """
 
     def make_folder(self, path: Path) -> None:
-        """`path` and the folders above it, where they are missing."""
+        """Creates the folder `path` and the folders above it, if they are missing."""
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, chunks: Iterable[bytes]) -> None:
-        """A file of these bytes, on the device when this returns."""
+        """Creates a file of these bytes, which are on the device when this returns."""
         with path.open("wb", buffering=_BUFFER_BYTES) as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -27,7 +30,7 @@ class DurableFiles:
             os.fsync(file.fileno())
 
     def sync(self, path: Path) -> None:
-        """Brings a file, or the names in a folder, to the device."""
+        """Makes a file, or the names in a folder, durable."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -35,7 +38,8 @@ class DurableFiles:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """`target` is `source` from now on, or else what it was before."""
+        """Gives `source` the name `target`; there is no moment when `target` is
+        missing."""
         os.replace(source, target)
 
     def remove(self, path: Path) -> None:
@@ -48,18 +52,19 @@ class DurableFiles:
 
 
 def write_whole(disk: DurableFiles, path: Path, chunks: Iterable[bytes]) -> None:
-    """The file `path` of these bytes: there as a whole, or as it was before."""
+    """Writes the file `path`. It has either all of these bytes or its previous
+    content."""
     new = path.with_name(path.name + NEW)
     try:
         disk.write(new, chunks)
         put_in_place(disk, new, path)
-    except Exception:  # a full disk: at least not filled by this
+    except Exception:  # such as a full disk: leave nothing behind
         with suppress(OSError):
             disk.remove(new)
         raise
 
 
 def put_in_place(disk: DurableFiles, new: Path, path: Path) -> None:
-    """Gives the file `new`, which is on the device, its name `path` for good."""
+    """Gives the file `new`, which is durable, the name `path`, durably."""
     disk.rename(new, path)
     disk.sync(path.parent)

@@ -1,4 +1,4 @@
-"""Packages that only some files need."""
+"""Imports packages that only some files need."""
 
 from importlib import import_module
 from typing import Any
@@ -7,8 +7,10 @@ from ...io.errors import UsageError
 
 
 def extra(module: str, package: str, what: str) -> Any:
-    """The module, of an optional package. Raises UsageError that says how to get it:
-    `what` needs it."""
+    """Imports `module` of an optional `package`.
+
+    Raises UsageError if it is not installed: `what` needs it, and how to install it.
+    """
     try:
         return import_module(module)
     except ImportError:

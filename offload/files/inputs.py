@@ -1,4 +1,4 @@
-"""A job's rows, as they stand in its files, one after the other."""
+"""Reads the rows of a job from its files, one after the other."""
 
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,8 +20,11 @@ _STDIN = 0
 
 
 class Inputs:
-    """The rows of `files`, read lazily and in order. One that has no "id" gets its line
-    (or row) number, from 1, after the file's name where there are several."""
+    """The rows of `files`, read lazily and in order.
+
+    A row without "id" gets its line (or row) number, from 1, as id. If there are
+    several files, the file's name is put before it.
+    """
 
     def __init__(
         self,
@@ -36,30 +39,33 @@ class Inputs:
         self._stats = [_stat(file) for file in files]
         self._sizes = [size for size, _ in self._stats]
         self._read_bytes = 0
-        """Of the file that is read now, as it lies there."""
+        """How far the current file is read, in bytes as stored."""
         self._file = 0
         self.rows_read = 0
-        """Set by who reads: rows up to the place that reading has come to."""
+        """How many rows are read. The reader sets it."""
         self._is_array: set[int] = set()
-        """Those of the files, by place, that hold a JSON array."""
+        """The indices of the files that hold a JSON array."""
         self._columns: dict[int, Sequence[str]] = {}
-        """Of those that are CSV."""
+        """The names of the columns of CSV files, by the file's index."""
         self._num_rows = [self._check(number) for number in range(len(files))]
 
     @property
     def is_stream(self) -> bool:
-        """Standard input: read once, of unknown length."""
+        """Whether rows come from standard input, which is read once and has no known
+        length."""
         return self.files[0].path is None
 
     @property
     def num_rows(self) -> int | None:
-        """Of all files, where they say so themselves."""
+        """The number of rows of all files; None if a file does not tell."""
         known = [num for num in self._num_rows if num is not None]
         return sum(known) if len(known) == len(self.files) else None
 
     def estimated_rows(self) -> float | None:
-        """Of all files, from those read and how far they go; None for standard input,
-        and before anything was read."""
+        """The number of rows of all files, estimated from those that were read.
+
+        None for standard input, and before anything was read.
+        """
         if self.num_rows is not None:
             return self.num_rows
         done = sum(self._sizes[: self._file]) + self._read_bytes
@@ -68,8 +74,11 @@ class Inputs:
         return max(self.rows_read * sum(self._sizes) / done, self.rows_read)
 
     def identity(self) -> dict[str, dict[str, int | str]]:
-        """What tells these files from others, by name: place, bytes and fingerprint.
-        Where there is one, its folder does not matter."""
+        """Identifies these files: the place in the order, size (bytes) and fingerprint
+        of each, by name.
+
+        A single file is named without its folder, which does not matter then.
+        """
         found: dict[str, dict[str, int | str]] = {}
         for number, file in enumerate(self.files):
             if file.path is None:
@@ -86,12 +95,16 @@ class Inputs:
         return found
 
     def stamps(self) -> list[int]:
-        """When each file was changed last, in nanoseconds; 0 for standard input."""
+        """The time of the last change of each file, in nanoseconds; 0 for standard
+        input."""
         return [modified for _, modified in self._stats]
 
     def rows(self, start: Position) -> Generator[InputRow, None, None]:
-        """All from `start` on. Raises InputError where a file cannot be read, or was
-        changed meanwhile; one that is removed meanwhile is read to its end."""
+        """All rows from `start` on.
+
+        Raises InputError if a file cannot be read or was changed meanwhile. A file that
+        is removed meanwhile is still read to its end.
+        """
         for number in range(start.file, len(self.files)):
             begin = start if number == start.file else Position(number)
             self._file, self._read_bytes = number, 0
@@ -136,7 +149,7 @@ class Inputs:
                 yield InputRow(row, record.content, end)
 
     def _records(self, chunks: Iterator[bytes], start: Position) -> Iterator[RowRecord]:
-        """The rows in the bytes of a file from `start` on."""
+        """The rows in `chunks`, the bytes of a file from `start` on."""
         file = self.files[start.file]
         is_begun = start.offset > 0
         if start.file in self._columns:
@@ -148,7 +161,7 @@ class Inputs:
         return line_records(split_lines(chunks, file.name), parse)
 
     def _chunks(self, number: int, start: int) -> Generator[bytes, None, None]:
-        """The bytes of a file, decompressed, from `start` on."""
+        """The decompressed bytes of file `number` from offset `start` on."""
         file = self.files[number]
         if file.path is None:
             with closing(self._stdin_chunks()) as chunks:
@@ -179,13 +192,14 @@ class Inputs:
     def _watch(
         self, stat: Callable[[], os.stat_result], number: int
     ) -> Callable[[], None]:
-        """What raises InputError once the file is not what it was in the beginning."""
+        """A function that raises InputError if file `number` has changed since the job
+        began."""
 
         def unchanged() -> None:
             try:
                 now = stat()
             except FileNotFoundError:
-                return  # what is open stays there
+                return  # a file that is open stays readable
             if (now.st_size, now.st_mtime_ns) != self._stats[number]:
                 raise InputError(
                     f"{self.files[number].name} was changed while it was read: put it "
@@ -195,7 +209,8 @@ class Inputs:
         return unchanged
 
     def _check(self, number: int) -> int | None:
-        """Whether the file is there and is what its name says; its rows, if known."""
+        """Checks that file `number` can be read and is what its name says. Returns the
+        number of its rows, or None if it is not known."""
         file = self.files[number]
         if file.path is None:
             return None
@@ -214,7 +229,8 @@ class Inputs:
 
 
 def _is_array(chunks: Iterator[bytes], name: str) -> bool:
-    """Whether a .json file holds an array; else it has to hold an object a line."""
+    """Whether a .json file holds an array; otherwise each line must hold an object.
+    Raises InputError if neither is the case."""
     begin = next((chunk for chunk in chunks if chunk.strip()), b"")
     if begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return True
@@ -232,7 +248,7 @@ def _is_array(chunks: Iterator[bytes], name: str) -> bool:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns an OSError of a file into InputError."""
+    """Turns an OSError of the file `path` into InputError."""
     try:
         yield
     except OSError as error:
@@ -248,7 +264,8 @@ def _after(start: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _stat(file: InputFile) -> tuple[int, int]:
-    """Bytes, and when it was changed last, in nanoseconds; 0 for standard input."""
+    """The size in bytes and the time of the last change in nanoseconds; (0, 0) for
+    standard input."""
     if file.path is None:
         return 0, 0
     with _reading(file.path):

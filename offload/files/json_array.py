@@ -1,4 +1,4 @@
-"""Rows of a JSON array, read one after the other."""
+"""Reads rows from a JSON array, one after the other."""
 
 import json
 from codecs import getincrementaldecoder
@@ -10,14 +10,17 @@ from .jsonl import RowRecord, parse_row
 
 _SPACE = " \t\r\n"
 _MOST_CHARACTERS = 1 << 30
-"""The longest element: what is longer is no row."""
+"""The longest text that is held at once; a longer element is refused."""
 
 
 def array_records(
     chunks: Iterator[bytes], name: str, *, is_begun: bool
 ) -> Iterator[RowRecord]:
-    """The elements of the array in `chunks`, from its bracket on or, where it
-    `is_begun`, from behind one of them. Raises InputError for what is no array."""
+    """The elements of the array in `chunks`.
+
+    With `is_begun`, `chunks` begin behind an element; otherwise before the bracket.
+    Raises InputError if the text is not an array.
+    """
     text = _Text(chunks, name)
     if not is_begun:
         text.skip("\ufeff" + _SPACE)
@@ -35,7 +38,7 @@ def array_records(
 
 
 class _Text:
-    """The characters that come, and the place that reading has come to."""
+    """The text of the array as far as it is read, and a position in it."""
 
     def __init__(self, chunks: Iterator[bytes], name: str) -> None:
         self._chunks = chunks
@@ -44,10 +47,10 @@ class _Text:
         self._text = ""
         self._place = 0
         self._taken = 0
-        """Where in the text the last element ended."""
+        """Where in `_text` the last element ended."""
 
     def peek(self) -> str:
-        """The next character."""
+        """The next character. Raises InputError at the end of the text."""
         if self._place == len(self._text) and not self._has_more():
             raise self._error("it is cut off: its array has no end")
         return self._text[self._place]
@@ -59,7 +62,7 @@ class _Text:
         self._place += 1
 
     def expect_end(self) -> None:
-        """Nothing but space is left."""
+        """Checks that only white space is left."""
         while self._place < len(self._text) or self._has_more():
             self.skip_known(_SPACE)
             if self._place < len(self._text):
@@ -67,7 +70,7 @@ class _Text:
                 raise self._error(f"{found!r} stands behind its end")
 
     def skip_known(self, characters: str) -> None:
-        """Of the characters that are there already."""
+        """Skips those of `characters` that are in `_text` already."""
         rest = self._text[self._place :]
         self._place += len(rest) - len(rest.lstrip(characters))
 
@@ -76,7 +79,7 @@ class _Text:
             self._place += 1
 
     def element(self) -> str:
-        """The next value, as it stands there."""
+        """The next JSON value, as text."""
         while True:
             try:
                 _, end = _DECODER.raw_decode(self._text, self._place)
@@ -94,14 +97,18 @@ class _Text:
                 raise self._error("it is cut off: its array has no end")
 
     def take_bytes(self) -> int:
-        """How many bytes there are from the element before to the end of this one."""
+        """The number of bytes from the end of the previous element to the end of this
+        one."""
         found = len(self._text[self._taken : self._place].encode())
         self._taken = self._place
         return found
 
     def _has_more(self) -> bool:
-        """Reads as much as there is left already, so that a long element is looked at
-        a few times only."""
+        """Reads more text; False at the end.
+
+        Reads as much as is unread already. So a long element is parsed only a few
+        times.
+        """
         wanted, pieces = len(self._text) - self._place, [self._text[self._taken :]]
         self._place, self._taken = self._place - self._taken, 0
         found = 0

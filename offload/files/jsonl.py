@@ -1,4 +1,4 @@
-"""Lines of JSON, and of text: rows in, results out."""
+"""Reads rows from lines of JSON or text, and writes results as lines of JSON."""
 
 import json
 import math
@@ -12,12 +12,13 @@ SCORED_KEYS = {"text": '"text"', "prompt": '"prompt" and "completion"'}
 TEXT_KEYS = {"text": '"text"'}
 ASKED_KEYS = {"prompt": '"prompt"', "text": '"text"'}
 PROMPT_KEYS = {"prompt": '"prompt"', "text": '"text"', "messages": '"messages"'}
-# A longer one is no row: what has no line ends is another kind of file.
+# A longer line is refused: a file without line ends is of another kind.
 _MAX_LINE_BYTES = 32 << 20
 
 
 def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """The lines in `chunks` of bytes, with their ends."""
+    """The lines in `chunks` (bytes of the file `name`), each with its line end. Raises
+    InputError if a line is too long."""
     pieces: list[bytes] = []
     num_bytes = 0
     for chunk in chunks:
@@ -38,22 +39,23 @@ def split_lines(chunks: Iterable[bytes], name: str) -> Iterator[bytes]:
 
 
 class RowRecord(NamedTuple):
-    """A row where it stands in a file of bytes."""
+    """A row in a file of bytes, not parsed yet."""
 
     content: bytes
     num_bytes: int
-    """From the end of the one before it to its own;"""
+    """Bytes from the end of the previous row to the end of this one."""
     num_lines: int
-    """in lines, or what is counted instead."""
+    """Lines from the previous row to this one, this one's included; array elements
+    count as one."""
     parse: Callable[[str], dict[str, Any]]
-    """The row, given what an error calls its place: one with an "error" where it is
-    none."""
+    """Returns the row. Its argument says where the row is, for the error. A row that
+    cannot be parsed has the key "error"."""
 
 
 def line_records(
     lines: Iterable[bytes], parse: Callable[[bytes, str], dict[str, Any]]
 ) -> Iterator[RowRecord]:
-    """A row a line; blank ones are passed over."""
+    """A row for each line; blank lines are skipped."""
     num_bytes = num_lines = 0
     for line in lines:
         num_bytes, num_lines = num_bytes + len(line), num_lines + 1
@@ -63,7 +65,7 @@ def line_records(
 
 
 def text_row(line: bytes, where: str) -> dict[str, Any]:
-    """The row of a line of text."""
+    """The row of a line of text; with an "error" if it is not UTF-8."""
     try:
         return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
     except UnicodeDecodeError as error:
@@ -71,8 +73,8 @@ def text_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `line`, or a row with an "error" that says `where` it stood
-    and why it is none."""
+    """The JSON object in `line`. If there is none, a row with an "error", which says
+    `where` the line is and what is wrong."""
     try:
         row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
@@ -81,15 +83,18 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         return {"error": f"{where} is no JSON: {error}"}
     if not isinstance(row, dict):
         return {"error": f"{where} is no JSON object: {row!r:.40}"}
-    row.pop("error", None)  # an input's own key is no failure of ours
+    row.pop("error", None)  # a key of the input is no failure of ours
     return row
 
 
 def checked(
     row: dict[str, Any], where: str, identity: Any, any_of: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`row` with an "id" (else `identity`), and an "error" where it has none of the
-    keys `any_of` (and how an error names each), or an "id" that cannot be written."""
+    """Adds an "id" to `row`, and an "error" if the row cannot be used.
+
+    `identity` is the id if the row has none. A row needs one of the keys `any_of`,
+    whose values name them in the error, and an id that JSON can hold.
+    """
     if "id" in row and not _is_writable(row["id"]):
         del row["id"]
         row["error"] = f'{where} has an "id" that JSON cannot hold, or too deep a one'
@@ -102,8 +107,10 @@ def checked(
 
 
 def line_of(result: Any) -> bytes:
-    """One result, or a value of it, as a line of UTF-8. Half of a surrogate pair, which
-    UTF-8 has not, is written as JSON escapes it."""
+    """One result, or one of its values, as a line of UTF-8.
+
+    Text with half of a surrogate pair, which UTF-8 cannot encode, is escaped.
+    """
     text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         return text.encode()
@@ -112,7 +119,7 @@ def line_of(result: Any) -> bytes:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether UTF-8 has it: no half of a surrogate pair is in it."""
+    """Whether UTF-8 can encode `text`: it contains no half of a surrogate pair."""
     if text.isascii():
         return True
     try:
@@ -123,7 +130,7 @@ def is_encodable(text: str) -> bool:
 
 
 def failed_line(identity: Any, message: str) -> bytes:
-    """A row's error as a line, whatever its id is."""
+    """The line of a row that failed, whatever its id is."""
     if not _is_writable(identity):
         identity = f"{type(identity).__name__}"
     return line_of({"id": identity, "error": message})

@@ -1,11 +1,12 @@
-"""The keys of a row: which a task uses, and which it must not pass over in silence."""
+"""The keys of a row: those that tasks use, and those that must not be ignored
+silently."""
 
 from collections.abc import Mapping
 from typing import Any
 
 TEXTS = ("text", "prompt", "completion")
 CHAT = ("tools", "chat_template_kwargs")
-"""What the tokenizer's chat template is given beside "messages"."""
+"""Keys that are passed on to the tokenizer's chat template, beside "messages"."""
 SAMPLING = (
     "max_tokens",
     "max_new_tokens",
@@ -19,7 +20,7 @@ SAMPLING = (
     "stop",
     "seed",
 )
-"""How a row is to be completed."""
+"""Keys that say how a row is completed."""
 
 UNUSED: Mapping[str, Any] = {
     "add_generation_prompt": True,
@@ -61,8 +62,8 @@ UNUSED: Mapping[str, Any] = {
     "typical_p": 1,
     "use_beam_search": False,
 }
-"""Keys that model APIs know and no task here uses, each with the value that changes
-nothing."""
+"""Keys that other model APIs have and no task here uses. The value of each is the one
+that changes nothing."""
 
 ASKED: Mapping[str, Any] = {
     "audio": None,
@@ -75,8 +76,8 @@ ASKED: Mapping[str, Any] = {
     "video": None,
     "videos": None,
 }
-"""The same of what is asked of a model that answers, or shown to it: elsewhere these
-are columns like others."""
+"""The same for keys that a model's answer depends on. In tasks without answers they are
+ordinary columns."""
 
 _BY_ANSWERS = {
     True: {**UNUSED, **ASKED},
@@ -85,17 +86,22 @@ _BY_ANSWERS = {
 
 
 def columns_of(any_of: Mapping[str, str]) -> frozenset[str]:
-    """The only columns that are read, of those that a file has, for a task whose rows
-    need one of the keys `any_of`."""
+    """The columns that are read from a file of columns.
+
+    `any_of` are the keys of which a row needs one.
+    """
     asked = ASKED if "messages" in any_of else ()
     known = ("id", *TEXTS, "messages", "labels", *CHAT, *SAMPLING, *UNUSED, *asked)
     return frozenset(known)
 
 
 def refused(row: Mapping[str, Any], *, answers: bool) -> str | None:
-    """Why `row` cannot be done for a key that would change what comes of it and is not
-    used; None where there is none. Other keys, such as "category", are left alone: they
-    mean nothing to a model. With `answers` the row is completed."""
+    """Why `row` cannot be processed; None if it can.
+
+    That is a key which is not used here, although it would change the result. Keys that
+    mean nothing to a model, such as "category", are ignored. `answers` says whether the
+    task completes rows.
+    """
     unused = _BY_ANSWERS[answers]
     for key in unused.keys() & row.keys():
         if not _is_neutral(row[key], unused[key]):
@@ -107,7 +113,7 @@ def refused(row: Mapping[str, Any], *, answers: bool) -> str | None:
 
 
 def _is_neutral(value: Any, neutral: Any) -> bool:
-    """Whether it is as if the key were not there."""
+    """Whether `value` has the same effect as if the key were missing."""
     if value is None or (isinstance(value, (str, list, dict)) and not value):
         return True
     if isinstance(value, (bool, int, float, str)):

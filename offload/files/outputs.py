@@ -1,4 +1,4 @@
-"""The file that a job's results become: lines, lines compressed, CSV, or columns."""
+"""Writes and reads the file of a job's results: lines, CSV, or columns."""
 
 import json
 import os
@@ -24,9 +24,11 @@ _ZSTD_LEVEL = 3
 
 
 def destination(output: Path, model: Path) -> Path:
-    """The file that `output` stands for, links followed. Raises UsageError where no
-    results can be put there, by its name alone: files of the checkpoint in `model` are
-    not written over, whatever is asked."""
+    """The file that `output` names, with links resolved.
+
+    Raises UsageError if no results can be written there, as far as the name tells.
+    Files of the checkpoint in the folder `model` are never overwritten.
+    """
     try:
         path = output.resolve()
         is_folder = path.is_dir()
@@ -55,8 +57,11 @@ def _folder_there(path: Path) -> Path:
 
 
 def output_format(path: Path) -> tuple[Layout, Codec]:
-    """What `path` is to hold, by its suffix: lines where it has none. Raises UsageError
-    for an unknown one, and where the package that writes it is missing."""
+    """The layout and the compression of the file `path`, by its suffix; without one,
+    lines.
+
+    Raises UsageError for an unknown suffix, and if a package that is needed is missing.
+    """
     found = format_of(path)
     if found is None or found[0] == "text":
         raise UsageError(
@@ -72,14 +77,17 @@ def output_format(path: Path) -> tuple[Layout, Codec]:
 
 
 def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
-    """The bytes of a file with these results, which `lines` gives from the first one,
-    each time it is called. The same results make the same bytes."""
+    """The bytes of a file with these results.
+
+    Each call of `lines` gives all results again, from the first one. The same results
+    make the same bytes.
+    """
     if layout in ("parquet", "arrow"):
         return _columns(lines, layout)
     if layout == "csv":
         lines = partial(csv_lines, lines)
     if codec == "gz":
-        # No name and no time in it, unlike gzip.open.
+        # It contains no name and no time, unlike the result of gzip.open.
         return _compressed(lines(), zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 31))
     if codec == "zst":
         zstandard = extra("zstandard", "zstandard", "writing zstd")
@@ -89,7 +97,7 @@ def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
 
 
 def results_of(path: Path) -> Iterator[bytes]:
-    """The results in a file that `encoded` made, as lines."""
+    """The results in a file that `encoded` made, as lines of JSON."""
     layout, codec = output_format(path)
     if layout == "lines":
         inputs = Inputs([InputFile(path, layout, codec)], {})
@@ -114,14 +122,18 @@ def results_of(path: Path) -> Iterator[bytes]:
 
 
 _KINDS = b"penstock"
-"""Key of a schema's metadata that says how each column is written."""
+"""The key in a schema's metadata that holds the kind of each column."""
 _MOST_EXACT = 2**53
-"""Whole numbers up to it are themselves as floats, too; longer ones are "long"."""
+"""Floats represent all whole numbers up to this one exactly. Larger ones are of kind
+"long"."""
 
 
 def column_kinds(lines: Lines) -> dict[str, str]:
-    """How the values of each column are written: "int", "float", "string", "[int]", ...
-    or, where they differ, "json": as JSON's text."""
+    """The kind of each column: "int", "float", "string", "[int]", and so on.
+
+    "json" means that values are written as JSON text; it is used if values differ in
+    kind.
+    """
     found: dict[str, str] = {}
     for line in lines:
         for name, value in json.loads(line).items():
@@ -145,7 +157,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, int) and abs(value) > _MOST_EXACT:
         return "long" if -(2**63) <= value < 2**63 else "json"
     if isinstance(value, str) and not is_encodable(value):
-        return "json"  # which has escapes for it
+        return "json"  # JSON can escape it
     names = {bool: "bool", int: "int", float: "float", str: "string"}
     return names.get(type(value), "json")
 
@@ -165,7 +177,7 @@ def _compressed(lines: Lines, compressor: Any) -> Iterator[bytes]:
 
 
 class _Sink:
-    """A file that hands on what is written to it."""
+    """A file object that passes on the bytes that are written to it."""
 
     closed = False
 

@@ -1,4 +1,4 @@
-"""Cuts a job's rows into parts, and passes over those that are done."""
+"""Cuts a job's rows into parts, and skips those that are done."""
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
@@ -19,12 +19,13 @@ def read_parts(
     *,
     is_checked: bool,
 ) -> Iterator[OutputPart]:
-    """The parts that are not in `done`, and those of it in `redo`, in order. A part of
-    `done` that does not begin where the one before it ends is none.
+    """The parts that are not in `done`, and those of `done` that are in `redo`, in
+    order.
 
-    Others are passed over without being read; with `is_checked` they are read and
-    compared with what was read when they were done, as are those of `redo` in any case.
-    Raises InputError where they differ, or what reading raises.
+    A part of `done` counts only if it begins where the previous part ends. The other
+    parts of `done` are skipped without being read. With `is_checked`, they are read and
+    compared with what was read when they were done; those in `redo` always are. Raises
+    InputError if they differ, and the errors of reading.
     """
     position, first_row = Position(), 0
     with closing(_Rows(inputs)) as rows:
@@ -49,7 +50,8 @@ def read_parts(
 
 
 def check_done(inputs: Inputs, cut: Cut, done: Mapping[int, PartRecord]) -> None:
-    """Raises InputError where the rows of `inputs` are not all those of `done`."""
+    """Raises InputError if the rows of `inputs` are not exactly those of the parts
+    `done`."""
     for part in read_parts(inputs, cut, done, is_checked=True):
         raise InputError(
             f"row {part.first_row + 1} of the input, and what follows, was not there "
@@ -58,7 +60,7 @@ def check_done(inputs: Inputs, cut: Cut, done: Mapping[int, PartRecord]) -> None
 
 
 class _Rows:
-    """Rows from where they are asked for: goes on with the open file if it can."""
+    """Iterates over rows from a given position; keeps the file open between parts."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -78,7 +80,7 @@ class _Rows:
 def _read(
     rows: _Rows, cut: Cut, number: int, first_row: int, start: Position
 ) -> OutputPart | None:
-    """The part that begins at `start`; None at the end."""
+    """The part that begins at `start`; None at the end of the input."""
     found = []
     digest = xxhash.xxh3_64()
     num_bytes = 0
@@ -96,6 +98,7 @@ def _read(
 
 
 def _check(part: OutputPart | None, record: PartRecord) -> None:
+    """Raises InputError if `part` is not the part that `record` was made of."""
     is_same = (
         part is not None
         and part.digest == record.input_digest

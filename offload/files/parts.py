@@ -1,4 +1,5 @@
-"""A job's rows, cut into parts: each is done, written and kept as a whole. Pure."""
+"""Cuts a job's rows into parts. Each part is processed, written and kept as a whole.
+Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 from ...io.errors import UsageError
 
 NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
-"""Rows, each with its number in the job (from 0)."""
+"""Rows with their numbers in the job, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +21,29 @@ class Cut:
     num_bytes: int
 
     def is_full(self, num_rows: int, num_bytes: int) -> bool:
-        """Whether a part of so many rows, of so many bytes of input, ends here."""
+        """Whether a part with `num_rows` rows and `num_bytes` bytes of input is
+        complete."""
         return num_rows >= self.num_rows or num_bytes >= self.num_bytes
 
 
 class Position(NamedTuple):
-    """A place between two rows of the input."""
+    """A position between two rows of the input."""
 
     file: int = 0
-    """Of the job's files."""
+    """The index of the file."""
     offset: int = 0
-    """In that file: bytes (uncompressed) of one of lines, rows of one of columns."""
+    """The position in that file: bytes (uncompressed), or rows for a file of
+    columns."""
     row: int = 0
-    """Lines or rows of that file before this place."""
+    """How many lines or rows of that file are before it."""
 
 
 class InputRow(NamedTuple):
-    """A row as it was read."""
+    """A row as it was read, and where it ends."""
 
     row: dict[str, Any]
     content: bytes
-    """What stood in the file, or what it comes to."""
+    """The text of the row in the file; for a file of columns, the row as JSON."""
     end: Position
 
 
@@ -50,18 +53,19 @@ class OutputPart:
 
     number: int
     first_row: int
-    """How many rows are in the parts before."""
+    """The number of rows in all previous parts."""
     rows: Sequence[Mapping[str, Any]]
     end: Position
     digest: str
-    """xxh3 of what was read."""
+    """The xxh3 digest of the content that was read."""
     known: Mapping[int, bytes] = field(default_factory=dict)
-    """Results, as lines, of rows (from 0 in this part) that are done already."""
+    """Results, as lines of JSON, of rows that are done already, by index in this
+    part."""
     start: Position = field(default_factory=Position)
-    """Where in the input it begins."""
+    """Where the part begins in the input."""
 
     def numbered(self) -> list[tuple[int, Mapping[str, Any]]]:
-        """The rows that are left to do, by their number in the job."""
+        """The rows that are not done yet, with their numbers in the job."""
         return [
             (self.first_row + index, row)
             for index, row in enumerate(self.rows)
@@ -76,19 +80,19 @@ class PartRecord:
     number: int
     first_row: int
     start: Position
-    """Where in the input it begins,"""
+    """Where the part begins in the input."""
     num_rows: int
     num_errors: int
     end: Position
-    """and where the next one does."""
+    """Where the next part begins."""
     input_digest: str
     num_bytes: int
-    """Bytes of its results, as lines."""
+    """The number of bytes of its results, as lines of JSON."""
     digest: str
-    """xxh3 of these."""
+    """The xxh3 digest of its results."""
 
     def begins_at(self, first_row: int, start: Position) -> bool:
-        """Whether it goes on where the parts before it end."""
+        """Whether the part begins at `start`, and has `first_row` rows before it."""
         return (self.first_row, self.start) == (first_row, start)
 
     def as_json(self) -> dict[str, Any]:
@@ -96,14 +100,15 @@ class PartRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PartRecord":
-        """Raises TypeError or KeyError for what is no record."""
+        """The record of these values. Raises TypeError or KeyError if they are not a
+        record."""
         places = {name: Position(*values[name]) for name in ("start", "end")}
         return cls(**{**values, **places})
 
 
 def are_whole(records: Iterable[PartRecord]) -> bool:
-    """Whether these parts, in this order, are all that come from the first row on: none
-    is missing, and each goes on where the one before it ended."""
+    """Whether `records`, in this order, follow each other from the first row on,
+    without a gap."""
     first_row, place = 0, Position()
     for number, record in enumerate(records):
         if record.number != number or not record.begins_at(first_row, place):
@@ -113,9 +118,11 @@ def are_whole(records: Iterable[PartRecord]) -> bool:
 
 
 def lazy_parts(rows: Any, num_rows: int) -> Iterator[NumberedRows]:
-    """`rows` (see `rows_of`) in parts of `num_rows`, none of which is taken before it
-    is asked for. Each is to be used up before the next. Raises UsageError at once for
-    what holds no rows."""
+    """`rows` (see `rows_of`) in parts of `num_rows`.
+
+    A part must be used up before the next one is taken; rows are read lazily. Raises
+    UsageError at once if `rows` are no rows.
+    """
     return _parts(rows_of(rows), num_rows)
 
 
@@ -126,9 +133,11 @@ def _parts(rows: Iterable[Mapping[str, Any]], num_rows: int) -> Iterator[Numbere
 
 
 def rows_of(given: Any) -> Iterable[Mapping[str, Any]]:
-    """What somebody gives as rows, as rows: an iterable of them or of texts, one of
-    either, or a table (Arrow, pandas, polars). Raises UsageError for anything else, and
-    for the name of a file."""
+    """Converts what a user gives as rows to rows.
+
+    `given` is an iterable of rows or texts, one of either, or a table (Arrow, pandas,
+    polars). Raises UsageError for anything else, and for the name of a file.
+    """
     if isinstance(given, str):
         if given.endswith(_FILES):
             raise UsageError(
@@ -165,6 +174,6 @@ def _row(number: int, given: Any) -> Mapping[str, Any]:
 
 
 def _without_gaps(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """What a row of a table has not is None, or NaN, there."""
+    """Removes values that a row of a table does not have: they are None or NaN."""
     for row in rows:
         yield {k: v for k, v in row.items() if v is not None and v == v}

@@ -1,4 +1,4 @@
-"""Which files a job's rows are in: from paths, globs, folders or standard input."""
+"""Finds the files with a job's rows: paths, globs, folders, or standard input."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from ...io.errors import InputError
 STDIN = "-"
 PARTS_SUFFIX = ".parts"
 MANIFEST_SUFFIX = ".manifest.json"
-"""Behind the name of an output: what is kept beside it."""
+"""The suffixes of what is kept beside an output: a folder of parts, and a manifest."""
 REPORT_FILES = ("report.json", "trace.json")
 Layout = Literal["lines", "json", "csv", "text", "parquet", "arrow"]
-"""`lines` are of JSON; `json` is an array, or lines again."""
+"""`lines` are lines of JSON; `json` is a JSON array, or lines of JSON as well."""
 Codec = Literal["", "gz", "zst"]
 _LAYOUTS: dict[str, Layout] = {
     ".jsonl": "lines",
@@ -38,7 +38,7 @@ KNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file of rows; `path` is None for standard input."""
+    """A file of rows. `path` is None for standard input."""
 
     path: Path | None
     layout: Layout = "lines"
@@ -51,15 +51,15 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What a job writes, which it must not find among its inputs."""
+    """The output and the report folder of a job, which must not be among its inputs."""
 
     output: Path | None = None
     report: Path | None = None
-    """A folder."""
+    """The folder of the report; None if there is no report."""
 
     def has(self, path: Path) -> bool:
-        """Whether `path` is this job's, or what any job keeps beside its output, or a
-        file of a report."""
+        """Whether `path` is written by this job, is kept by any job beside its output,
+        or belongs to a report."""
         beside = path.parent
         if path.name.endswith(MANIFEST_SUFFIX):
             output = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX))
@@ -88,12 +88,16 @@ def find_files(
     sources: Sequence[str | Path],
     own: Own = Own(),
 ) -> tuple[InputFile, ...]:
-    """The files that `sources` stand for, in their order. A glob (`data/*.jsonl`, `**`
-    for all folders below) and a folder (all below it that have a known suffix and no
-    part of whose name begins with "." or "_") give theirs sorted by path, but never
-    what a job has put there (`own` says what this one does). Files of several formats
-    may be mixed; one without a suffix has JSON lines. Raises InputError where there is
-    nothing, and for an unknown suffix."""
+    """The files that `sources` name, in their order.
+
+    A glob such as `data/*.jsonl` (`**` stands for all folders below) gives its files
+    sorted by path. So does a folder: all files below it that have a known suffix,
+    unless a part of the path begins with "." or "_". Files that jobs have written are
+    left out; `own` says which this job writes. Files of several formats may be mixed; a
+    file without suffix has lines of JSON.
+
+    Raises InputError if a source gives no file, or has an unknown suffix.
+    """
     if [str(source) for source in sources] == [STDIN]:
         return (InputFile(None),)
     files: list[InputFile] = []
@@ -112,7 +116,7 @@ def find_files(
 
 
 def check_apart(output: Path, files: Sequence[InputFile]) -> None:
-    """Raises InputError where `output` is one of the files that are read."""
+    """Raises InputError if `output` is one of the input files."""
     for file in files:
         if file.path is not None and file.path.resolve() == output.resolve():
             raise InputError(
@@ -121,8 +125,12 @@ def check_apart(output: Path, files: Sequence[InputFile]) -> None:
 
 
 def format_of(path: Path) -> tuple[Layout, Codec] | None:
-    """By its name: JSON lines where it has no suffix, None for an unknown one. Raises
-    InputError for a compressed file of columns, which are compressed in themselves."""
+    """The layout and compression of the file `path`, by its name; None if the suffix is
+    unknown.
+
+    A file without suffix has lines of JSON. Raises InputError for a compressed file of
+    columns, since columns are compressed themselves.
+    """
     codec = _CODECS.get(path.suffix.lower(), "")
     suffix = Path(path.stem if codec else path.name).suffix.lower()
     layout = _LAYOUTS.get(suffix) if suffix else "lines"
@@ -149,7 +157,7 @@ def _found(source: str | Path, own: Own) -> Iterator[InputFile]:
             if Path(name).is_file() and not own.has(Path(name)):
                 yield _named(Path(name))
     elif path.exists():
-        if not path.is_file():  # it would be read twice, and has no size
+        if not path.is_file():  # a pipe would be read twice, and has no size
             raise InputError(f"{path} is no file: give a pipe as standard input (-)")
         yield _named(path)
     else:

@@ -1,4 +1,4 @@
-"""Results on their way to standard output, or into what is no file."""
+"""Writes results to standard output, or to a pipe or device."""
 
 import os
 from collections.abc import Sequence
@@ -15,19 +15,22 @@ STDOUT = "-"
 
 
 def is_stream(output: Path) -> bool:
-    """Whether nothing can be kept beside `output`: a pipe or a device, or `-`."""
+    """Whether nothing can be kept beside `output`: it is a pipe, a device, or `-`."""
     if str(output) == STDOUT:
         return True
     try:
         kind = output.stat().st_mode
-    except (OSError, ValueError):  # it is not there, or cannot be
+    except (OSError, ValueError):  # there is no such file, or cannot be
         return False
     return not (S_ISREG(kind) or S_ISDIR(kind))
 
 
 class StreamedOutput(Closing):
-    """Writes lines as they come. Nothing is kept: a job that ends early is begun anew.
-    Raises OutputError where `output` cannot be written, or nobody reads any more."""
+    """Writes lines of results as they come.
+
+    Nothing is kept: a job that ends early starts anew. Raises OutputError if `output`
+    cannot be written, or if its reader has gone.
+    """
 
     is_kept = False
     is_input_doubtful = False

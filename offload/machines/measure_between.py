@@ -95,7 +95,10 @@ class RestClock:
 
 @contextmanager
 def rest_clock(wait: Callable[[], None], *names: str) -> Iterator[RestClock]:
-    """A clock that leaves out torch's own functions `names`, behind stand-ins."""
+    """Gives a clock that stops during the functions `names` of torch.nn.functional.
+
+    They are replaced by wrappers meanwhile.
+    """
     own = {name: getattr(functional, name) for name in names}
     clock = RestClock(wait)
     for name, function in own.items():
