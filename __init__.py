@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .scheduler.sweep.sweep import Sweep
 
 # Imported on first use: importing the package must cost nothing and touch nothing.
-_HOMES = {
+_MODULE_OF = {
     "CheckpointError": "io.errors",
     "DoesNotFitError": "io.errors",
     "InputError": "io.errors",
@@ -76,11 +76,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

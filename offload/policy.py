@@ -14,7 +14,6 @@ from .settings.explain import explain
 from .settings.extends import apply, read_policy
 from .settings.kv import KvPolicy
 from .settings.origin import Document, Origin, PolicyProblems
-from .settings.section import Section
 from .settings.user_cache import user_cache
 from .settings.values import (
     AutoBytes,
@@ -25,6 +24,7 @@ from .settings.values import (
     DeviceName,
     DtypeName,
     Expression,
+    Section,
     TierName,
 )
 from .settings.values import parse_bytes as parse_bytes

@@ -11,7 +11,7 @@ from .sources import Codec
 CHUNK_BYTES = 64 << 10
 """Bytes that are read from a file at once."""
 # Compressed bytes that are decompressed at once. Gzip expands at most a thousand times;
-# makes a block of up to 128 KiB from four bytes.
+# zstd makes a block of up to 128 KiB from four bytes.
 _GZIP_BYTES = CHUNK_BYTES
 _ZSTD_BYTES = 1 << 10
 _MOST_WINDOW_BYTES = 128 << 20  # the zstd command's own limit

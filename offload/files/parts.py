@@ -14,8 +14,10 @@ NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a part ends: with the row that makes it so long. What a row has become does
-    not matter, so the same rows are always cut alike."""
+    """Says where a part ends: at the row with which it reaches one of two sizes.
+
+    Only the input decides, so the same rows are always cut in the same way.
+    """
 
     num_rows: int
     num_bytes: int
@@ -49,7 +51,7 @@ class InputRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutputPart:
-    """Rows that are to be done."""
+    """Rows that are to be processed together."""
 
     number: int
     first_row: int
@@ -75,7 +77,7 @@ class OutputPart:
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """What is kept of a part that is done, beside its results."""
+    """What is kept about a part that is done, beside its results."""
 
     number: int
     first_row: int

@@ -10,9 +10,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from ...io.errors import PolicyError
 from ..settings.extends import read_text
 from ..settings.marked_yaml import read_value
-from ..settings.section import Section
 from ..settings.user_cache import kept_file, user_cache
-from ..settings.values import Bytes
+from ..settings.values import Bytes, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PerRows = dict[PositiveInt, PositiveFloat]

@@ -1,4 +1,4 @@
-"""What in a policy contradicts itself, and what in it has no effect. Pure."""
+"""Finds keys of a policy that contradict each other, or have no effect. Pure."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from ..policy import Policy
 
 KV_TIERS = ("device", "host", "disk")
-"""From fast to slow, as keys and values move on when a tier is full."""
+"""The tiers of keys and values, the fastest first. When one is full, the next one is
+used."""
 
 
 def contradictions(policy: "Policy") -> list[Problem]:
-    """Keys that cannot both be meant: each is a problem, with what to write."""
+    """The keys that contradict each other. Each problem says what to write instead."""
     return [
         *_placement(policy),
         *_peers(policy),
@@ -27,7 +28,7 @@ def contradictions(policy: "Policy") -> list[Problem]:
 
 
 def without_effect(policy: "Policy") -> list[str]:
-    """What was asked for and changes nothing, in a sentence each."""
+    """The keys that were set and have no effect, one sentence for each."""
     found = []
     if policy.device == "cpu":
         if policy.pinned_memory != "auto":
@@ -58,7 +59,7 @@ def without_effect(policy: "Policy") -> list[str]:
 
 
 def keeps_kv(policy: "Policy") -> bool:
-    """Whether keys and values have tiers of their own."""
+    """Whether Penstock keeps keys and values in tiers, instead of transformers."""
     return policy.kv.tier != "auto" or policy.kv.dtype != "auto"
 
 
@@ -133,7 +134,8 @@ def _counts(policy: "Policy") -> Iterator[Problem]:
 
 
 def _memory(policy: "Policy") -> Iterator[Problem]:
-    """`memory` is all of the host's memory that the process takes."""
+    """`memory` limits all host memory of the process, so it must exceed what other keys
+    take."""
     if policy.memory == "auto":
         return
     parts = dict(on_host(policy))
@@ -150,7 +152,8 @@ def _memory(policy: "Policy") -> Iterator[Problem]:
 
 
 def on_host(policy: "Policy") -> Iterator[tuple[KeyPath, int]]:
-    """What is taken from the host's memory, as far as it was said how much."""
+    """The keys that take host memory, with their bytes, as far as they are given as
+    numbers."""
     is_cpu = policy.device == "cpu"
     asked: dict[KeyPath, int | str | None] = {("host_memory",): policy.host_memory}
     asked["kv", "limits", "host"] = policy.kv.limits.get("host")

@@ -1,4 +1,4 @@
-"""The counts of a policy that nobody has said. Pure."""
+"""Chooses the counts of a policy that the user has not set. Pure."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,26 +8,30 @@ if TYPE_CHECKING:
 
 
 class ShareOfFlight(NamedTuple):
-    """What a micro-batch may have of all that is in flight, unless told."""
+    """The default size of a micro-batch, relative to all that is in flight."""
 
     whole: str
+    """The key that counts all that is in flight."""
     divisor: int
-    """Of what is in flight, at most this part ..."""
+    """A micro-batch has at most 1 / `divisor` of what is in flight ..."""
     enough: int
-    """... but so many are no matter what part they are."""
+    """... or this many, if that is more."""
 
 
 PARTS = {
     "micro_batch_tokens": ShareOfFlight("tokens_in_flight", divisor=1, enough=0),
-    # Others come when there are as many places as they need: in quarters.
+    # A quarter: a new micro-batch starts once as many sequences have ended as it has.
     "micro_batch_sequences": ShareOfFlight("sequences_in_flight", divisor=4, enough=8),
 }
 COUNTS = frozenset({"lookahead", *PARTS, *(part.whole for part in PARTS.values())})
 
 
 def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` of a policy without the counts that are `auto`: those are what they
-    would be without the key, and are not among the policy's `model_fields_set`."""
+    """`values` of a policy without the counts that are `auto`.
+
+    So these are the same as counts that are not set, and not among the policy's
+    `model_fields_set`.
+    """
     return {
         key: value
         for key, value in values.items()
@@ -36,8 +40,10 @@ def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_counts(policy: "Policy") -> dict[str, int]:
-    """Counts that were left open follow from those that were said: a micro-batch is no
-    more than its part of what is in flight."""
+    """The counts that were not set, derived from those that were.
+
+    A micro-batch is no larger than its share of what is in flight.
+    """
     found = {}
     for name, (whole, divisor, enough) in PARTS.items():
         own, most = getattr(policy, name), getattr(policy, whole)

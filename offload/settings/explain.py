@@ -1,4 +1,4 @@
-"""Says in a sentence each what does not fit a policy's keys. Pure."""
+"""Turns pydantic's errors about a policy into sentences. Pure."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -9,11 +9,11 @@ from pydantic import BaseModel, ValidationError
 from .origin import Problem
 
 _HIDDEN = ("int", "literal", "[key]")
-"""Parts of a place that only pydantic knows."""
+"""Parts of the path of an error that are not keys."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """What `error` says of the keys of `model`."""
+    """What `error` says about the keys of `model`, one problem for each error."""
     problems = []
     items = [
         (item, tuple(str(part) for part in item["loc"] if part not in _HIDDEN))
@@ -23,7 +23,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     for item, path in items:
         name = ".".join(path)
         if item["type"] == "missing" and path[:-1] in misspelt:
-            continue  # it is there, but for a letter
+            continue  # the key is there, but misspelt
         if item["type"] == "extra_forbidden":
             message = f"unknown key {name!r}{_which(path, model)}"
             problems.append(Problem(message, (path,), is_key=True))
@@ -34,7 +34,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
 
 
 def _which(path: tuple[str, ...], model: type[BaseModel]) -> str:
-    """What may be meant, and what is known there."""
+    """A suggestion for an unknown key, and the known keys of its section."""
     *parents, name = path
     known = list(_section(model, parents).model_fields)
     meant = [key for key in _keys(model) if key.rpartition(".")[2] == name]
@@ -57,7 +57,8 @@ def _section(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All dotted keys of sections that stand in `model` once."""
+    """All dotted keys of `model` and its sections, except those of dicts of
+    sections."""
     for name, field in model.model_fields.items():
         yield prefix + name
         part = field.annotation

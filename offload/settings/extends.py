@@ -1,4 +1,4 @@
-"""Reads policy files, and what they extend."""
+"""Reads policy files and the files that they extend."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -11,16 +11,19 @@ from .origin import Document, Entry, Mark, PolicyProblems, Problem, merge
 from .values import parse_setting
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "policies"
-"""The policies that come with Penstock, named by machine."""
+"""The policies that come with Penstock, named after machines."""
 _KEY = "extends"
 _MAX_CHAIN = 32
 Known = dict[Path, Document]
-"""What was read already, by the place of its file."""
+"""The files that were read already, by their resolved paths."""
 
 
 def read_policy(path: str | Path, settings: Sequence[str] = ()) -> Document:
-    """What the file `path` (or the shipped policy of that name) says, on top of what it
-    `extends`, and `settings` (`key=value`) on top of all. Raises PolicyError."""
+    """Reads the policy file `path`, or the shipped policy with that name.
+
+    It is merged over the files that it `extends`; then `settings` (`key=value`) are
+    applied. Raises PolicyError.
+    """
     return apply(_read(_locate(str(path), Path()), (), {}), settings)
 
 
@@ -30,8 +33,11 @@ def shipped() -> list[str]:
 
 
 def apply(document: Document, settings: Sequence[str]) -> Document:
-    """`document` with `key=value` settings; nested keys are dotted (`io.threads=4`),
-    values are YAML and take the place of what was there; null takes it out."""
+    """Applies `key=value` settings to `document`.
+
+    Nested keys are dotted (`io.threads=4`). Values are YAML and replace what was there;
+    null removes it. Raises PolicyError.
+    """
     values, entries = deepcopy(document.values), document.entries
     for setting in settings:
         key, value = parse_setting(setting)
@@ -53,8 +59,11 @@ def apply(document: Document, settings: Sequence[str]) -> Document:
 
 
 def _read(path: Path, chain: tuple[Path, ...], known: Known) -> Document:
-    """The file `path` on top of what it extends, each file read once: `known` are those
-    that were, and `chain` leads from the first one to this."""
+    """Reads the file `path` and what it extends, each file once.
+
+    `known` are the files that were read already. `chain` are those that lead from the
+    first file to this one.
+    """
     place = path.resolve()
     if place not in known:
         known[place] = _read_new(path, (*chain, place), known)
@@ -62,7 +71,8 @@ def _read(path: Path, chain: tuple[Path, ...], known: Known) -> Document:
 
 
 def read_text(path: Path) -> str:
-    """A file of settings. Raises PolicyError for what is no text, or too long."""
+    """The text of a file with settings. Raises PolicyError if it is not text or is too
+    long."""
     content = read_whole(path, MAX_YAML_BYTES, error=PolicyError)
     try:
         return content.decode()
@@ -107,7 +117,10 @@ def _wrong(entry: Entry, message: str) -> PolicyError:
 
 
 def _locate(name: str, folder: Path) -> Path:
-    """A file in `folder`, or the shipped policy: those are called without a suffix."""
+    """The path of the file `name` in `folder`, or of the shipped policy `name`.
+
+    Shipped policies are named without a suffix.
+    """
     if "\0" in name:
         raise PolicyError(f"{name!r:.300} is no name of a file")
     path = folder / name
@@ -117,7 +130,7 @@ def _locate(name: str, folder: Path) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is there, however long its name."""
+    """Whether `path` is a file; False if its name is too long."""
     try:
         return path.is_file()
     except OSError:

@@ -1,5 +1,7 @@
-"""Whether this machine has what a policy asks for: what is installed, not what is free.
-What is free is asked for later, by whoever takes it."""
+"""Checks a policy against what is installed in this machine.
+
+What is free is checked later, when it is taken.
+"""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,26 +20,28 @@ from .origin import KeyPath, Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Installed:
-    """Bytes that there are, whoever uses them."""
+    """Bytes that are installed, whether or not they are in use."""
 
     host_bytes: int
     disk_bytes: int
-    """Of the drive that the cache folder is on."""
+    """Bytes of the drive of the cache folder."""
     gpu_bytes: Mapping[str, int] = field(default_factory=dict)
-    """By the names that the policy has for them."""
+    """Bytes of each GPU, by the name that the policy uses."""
 
 
 def check_installed(policy: Policy) -> None:
-    """Raises MachineError, a sentence for each budget of `policy` that is more than
-    this machine has, and where it was written."""
+    """Raises MachineError if budgets of `policy` exceed what this machine has.
+
+    There is one sentence for each such budget, with the place where it was written.
+    """
     problems = over_budget(policy, _look(policy))
     if problems:
         raise MachineError(*map(policy.origin.place, problems))
 
 
 def over_budget(policy: Policy, installed: Installed) -> list[Problem]:
-    """The budgets of `policy` that `installed` does not hold: each alone and, of the
-    host's memory, all together. Pure."""
+    """The budgets of `policy` that exceed what is `installed`, each alone and those in
+    host memory together. Pure."""
     found: list[Problem] = []
     on_host = dict(parts_of_host(policy))
     host_bytes, one = installed.host_bytes, "the memory of this machine"
@@ -74,7 +78,8 @@ def _check(key: KeyPath, nbytes: int, have: int, what: str) -> Iterator[Problem]
 
 
 def _bounds(policy: Policy) -> Iterator[tuple[KeyPath, int]]:
-    """Bounds on parts of those or on all of them, no parts themselves."""
+    """The limits of host memory that are not parts of it, but apply to parts or to all
+    of it."""
     if policy.memory != "auto":
         yield ("memory",), policy.memory
     if policy.pinned_memory != "auto":
@@ -103,7 +108,7 @@ def _look(policy: Policy) -> Installed:
 
 
 def _is_there(name: str) -> bool:
-    """Who is not is named, with what there is, when it is opened."""
+    """Whether the GPU `name` exists. If not, opening the device raises an error."""
     if not torch.cuda.is_available():
         return False
     return (torch.device(name).index or 0) < torch.cuda.device_count()

@@ -1,7 +1,7 @@
-"""Reads YAML, and where in it each value stands. Pure.
+"""Reads YAML, and remembers where each value is. Pure.
 
-A file may come from anywhere: how deep it is and how often it says a thing again (by an
-alias) is bounded, since a hundred bytes of aliases can stand for any number of values.
+A file may come from anywhere. So its depth and its number of aliases are limited: a
+hundred bytes of aliases can stand for any number of values.
 """
 
 import re
@@ -13,7 +13,7 @@ from .origin import Document, Entry, KeyPath, Mark, PolicyProblems, Problem
 
 _MERGE = "tag:yaml.org,2002:merge"
 MAX_YAML_BYTES = 1 << 20
-"""Of a file with settings: real ones have kilobytes."""
+"""Most bytes of a file with settings. Real ones have kilobytes."""
 _MAX_DEPTH = 32
 _OPENED = re.compile(r"(?:[\[{]\s*)" f"{{{_MAX_DEPTH + 1}}}")
 _MAX_ALIASES = 16
@@ -21,9 +21,11 @@ _MAX_VALUES = 20_000
 
 
 def read_yaml(text: str, source: str) -> Document:
-    """The keys and values of `text`, which is called `source`. Raises PolicyProblems
-    naming line and column: where it is no YAML, holds something else, or says a key
-    twice."""
+    """The keys and values of `text`; `source` names it in errors.
+
+    Raises PolicyProblems with line and column if it is not YAML, is not a mapping, or
+    has a key twice.
+    """
     found, walk = _read(text, source)
     if found is None:
         return Document({}, {})
@@ -33,8 +35,10 @@ def read_yaml(text: str, source: str) -> Document:
 
 
 def read_value(text: str, source: str) -> Any:
-    """The one value in `text`; None where there is none. Raises PolicyProblems as
-    `read_yaml` does."""
+    """The single value in `text`; None if it is empty.
+
+    Raises PolicyProblems as `read_yaml` does.
+    """
     found, walk = _read(text, source)
     return None if found is None else walk.value(found, ())
 
@@ -49,9 +53,9 @@ def _read(text: str, source: str) -> tuple[yaml.Node | None, "_Walk"]:
 
 
 def _check_bounds(text: str, source: str) -> None:
-    """Raises PolicyProblems for what is deeper, or says more again, than settings do:
-    before anything is made of it."""
-    if _OPENED.search(text):  # which takes the scanner for ever
+    """Raises PolicyProblems if `text` is nested more deeply, or has more aliases or
+    values, than settings have. Checked before any value is made."""
+    if _OPENED.search(text):  # the scanner would take for ever
         message = (
             f"{source}: no settings: more than {_MAX_DEPTH} levels below each other"
         )
@@ -69,7 +73,7 @@ def _check_bounds(text: str, source: str) -> None:
         ):
             if found > most:
                 at = event.start_mark
-                assert at is not None, "what was read stands somewhere"
+                assert at is not None, "each event of a text has a position"
                 mark = Mark(source, at.line + 1, at.column + 1)
                 message = f"{mark}: no settings: more than {most} {what}"
                 raise PolicyProblems([Problem(message)])
@@ -92,6 +96,7 @@ class _Walk:
         self._left = _MAX_VALUES
 
     def wrong(self, node: yaml.Node, message: str) -> PolicyProblems:
+        """The error `message` about `node`, with its line and column."""
         return PolicyProblems([Problem(f"{self._mark(node)}: {message}")])
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -139,7 +144,7 @@ class _Walk:
             raise self.wrong(node, f"no YAML: {why} ({node.value!r:.60})") from None
 
     def _check_twice(self, node: yaml.MappingNode) -> None:
-        if id(node) in self._checked:  # by another name: flattened already
+        if id(node) in self._checked:  # it is an alias, and flattened already
             return
         self._checked.add(id(node))
         first: dict[Any, yaml.Node] = {}

@@ -1,4 +1,4 @@
-"""How the memory of one process is divided among what needs it. Pure."""
+"""Divides the host memory of one process among its uses. Pure."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,77 +7,84 @@ from ...io.errors import DoesNotFitError
 from ..monitoring.show import human_bytes
 
 RESERVE_PART, MOST_RESERVE = 16, 1 << 30
-"""Of what is free nobody asks for the last sixteenth, up to 1 GiB: the kernel has pages
-of its own, and others come and go."""
+"""Of the memory that is free, the last sixteenth is not used, up to 1 GiB. The kernel
+and other processes need some."""
 LEAST_HEAP, MOST_HEAP = 24 << 20, 176 << 20
-"""Freed activations that the C library keeps for the next block (`monitoring.heap`)."""
+"""Bytes of freed activations that the C library keeps for the next block (see
+monitoring/heap.py)."""
 
 Use = Literal["any", "rows", "completions"]
-"""What a model is loaded for: rows that run through it once, completions, which keep
-their keys and values, or nobody knows."""
+"""What a model is loaded for: "rows" that run through it once, "completions", which
+keep keys and values, or "any" if it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRoom:
-    """What one process may take of the host's memory, in bytes."""
+    """The host memory that one process may take, in bytes."""
 
     total: int
-    """All of it: the policy's `memory` or, left open, what is free when the model is
-    loaded, what the process has already, less the reserve."""
+    """All of it: the policy's `memory`. If that is `auto`: what is free when the model
+    is loaded, plus what the process has already, minus the reserve."""
     runtime: int
-    """What it has when the model is put together (Python, torch, transformers, the
-    model's modules), and what libraries allocate once they compute."""
+    """What the process has when the model is put together (Python, torch, transformers,
+    the model's modules), plus what libraries allocate once they compute."""
     is_asked: bool = False
-    """Whether the policy says the total."""
+    """Whether `total` is the policy's `memory`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryWish:
-    """What a model would do with memory, in bytes. Each part grows from its least to
-    what it makes use of, in the order in which that pays."""
+    """The host memory that a model can use, in bytes.
+
+    Each part grows from its least size to the largest useful one, in the order in which
+    that pays.
+    """
 
     fixed: int = 0
-    """Of exact size: the host tier, staging and bounce buffers, keys and values that
-    the policy gives a limit."""
+    """Parts of fixed size: the host tier, staging and bounce buffers, and keys and
+    values whose size the policy limits."""
     least_weights: int = 0
-    """Without them the largest part cannot be computed."""
+    """The working set in which the largest site just fits. With less, nothing can
+    run."""
     paired_weights: int = 0
-    """Two neighbours fit: one is read while the other computes."""
+    """The working set in which each site and its successor fit: one is loaded while the
+    other computes."""
     ahead_weights: int = 0
-    """As many are read ahead as `lookahead` says."""
+    """The working set with room for the sites that `lookahead` loads in advance."""
     whole_weights: int = 0
-    """The model fits, and nothing is streamed."""
+    """The working set in which the whole model fits, so that nothing is streamed."""
     least_activations: int = 0
-    """Of one micro-batch that computes."""
+    """Activations of one micro-batch that computes."""
     activations: int = 0
-    """Of all tokens that the policy has in flight."""
+    """Activations of all tokens that the policy has in flight."""
     keeps_kv: bool = False
-    """Whether keys and values have a store of their own (`kv.tier`), beside the
+    """Whether keys and values are kept in tiers (`kv.tier`), apart from the
     activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
-    """The memory of one process, divided; in bytes. What is not said to be anybody's is
-    left free."""
+    """The host memory of one process, divided; in bytes. The parts may be less than
+    `total`; the rest stays free."""
 
     total: int
     runtime: int
     fixed: int
     weights: int
-    """The working set on a CPU (`device_memory`); 0 where a GPU has it."""
+    """The working set, if the CPU computes (`device_memory`); 0 if a GPU does."""
     activations: int
-    """Of the micro-batches that wait and of the one that computes, with the keys and
-    values that transformers' own caches keep."""
+    """Activations of all micro-batches in flight, with the keys and values that
+    transformers' own caches keep."""
     computing: int = 0
-    """Of those: what the one that computes takes for a while."""
+    """The part of `activations` that the micro-batch that computes needs
+    temporarily."""
     kv: int = 0
-    """Of a store of keys and values that the policy gives no limits."""
+    """Keys and values in tiers that the policy does not limit."""
     heap: int = MOST_HEAP
     """Freed memory that is kept for the next block."""
     is_asked: bool = False
     is_tight: bool = field(default=False, compare=False)
-    """Whether not all that the policy would have in flight has room."""
+    """Whether there is too little room for all that the policy would have in flight."""
 
     @property
     def waiting(self) -> int:
@@ -85,13 +92,16 @@ class MemoryBudget:
         return max(self.activations - self.computing, 0)
 
     def limit(self, *, has_width: bool) -> int | None:
-        """Bytes that the suspended micro-batches of a sweep are held to. None for one
-        whose width is bounded and has room, as far as anybody knows."""
+        """The limit for the suspended micro-batches of a sweep, in bytes.
+
+        None if the width of the sweep is bounded (`has_width`) and has enough room as
+        far as it is known.
+        """
         is_roomy = not (self.is_tight or self.is_asked)
         return None if has_width and is_roomy else self.waiting
 
     def __str__(self) -> str:
-        """In one line, for people."""
+        """The budget in one line, for people."""
         what = "memory" if self.is_asked else "memory that is free"
         kv = f", keys and values {human_bytes(self.kv)}" if self.kv else ""
         weights = f"weights {human_bytes(self.weights)}, " if self.weights else ""
@@ -105,16 +115,21 @@ class MemoryBudget:
 
 
 def reserve_of(nbytes: int) -> int:
-    """What is left alone of `nbytes` that are free."""
+    """The part of `nbytes` free bytes that is not used."""
     return min(nbytes // RESERVE_PART, MOST_RESERVE)
 
 
 def divide_memory(room: MemoryRoom, wish: MemoryWish, use: Use) -> MemoryBudget:
-    """Divides `room`. First everyone has the least that works. Then, as far as it
-    goes: two parts of the weights at a time, all that is to be in flight, freed memory
-    for the next block, parts that are read ahead; the rest is for weights that stay,
-    half of it for keys and values where there may be some. What nobody has a use for
-    is there for activations. Raises DoesNotFitError with the least that works."""
+    """Divides `room` among the parts of `wish`.
+
+    First, each part gets the least that works. Then they grow, as far as there is room,
+    in this order: weights, until two neighbouring sites fit; activations, for all that
+    is to be in flight; freed memory for the next block; weights that are loaded in
+    advance. The rest goes to weights that stay; half of it to keys and values if there
+    may be some. What is left goes to activations.
+
+    Raises DoesNotFitError, which names the least that works.
+    """
     taken = room.runtime + wish.fixed
     least = taken + wish.least_weights + wish.least_activations + LEAST_HEAP
     if least > room.total:
@@ -154,7 +169,8 @@ def divide_memory(room: MemoryRoom, wish: MemoryWish, use: Use) -> MemoryBudget:
 
 
 def too_small(room: MemoryRoom, wish: MemoryWish, least: int) -> str:
-    """Why `room` does not do, and the least that would."""
+    """The message that `room` is too small, with the least that works (`least`
+    bytes)."""
     needs = {
         "Python and its libraries": room.runtime,
         "the largest part of the model": wish.least_weights,

@@ -1,5 +1,5 @@
-"""Where the values of a policy stand in its files, so that what is wrong with one can
-be pointed at. Pure."""
+"""Remembers where the values of a policy were written, so that errors can point there.
+Pure."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from ...io.errors import PolicyError
 
 KeyPath = tuple[str, ...]
-"""The keys that lead to a value, outermost first: `("io", "threads")`."""
+"""The keys that lead to a value, the outermost first: `("io", "threads")`."""
 
 
 class Mark(NamedTuple):
-    """A place in a file (lines and columns from 1), or a setting as it was given."""
+    """A position in a file (lines and columns from 1), or a setting as it was given."""
 
     source: str
     line: int | None = None
@@ -24,7 +24,7 @@ class Mark(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a key stands, and where its value begins."""
+    """Where a key was written, and where its value begins."""
 
     key: Mark
     value: Mark
@@ -42,20 +42,23 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where keys were written. All are equal: a policy is what it asks for, wherever
-    that was written."""
+    """Where the keys of a policy were written.
+
+    All origins are equal: policies with the same values are equal, wherever they were
+    written.
+    """
 
     entries: Mapping[KeyPath, Entry] = field(default_factory=dict, compare=False)
 
     def place(self, problem: Problem) -> str:
-        """`problem` as a sentence, with the places that it is about before it."""
+        """The sentence of `problem`, with the positions that it is about before it."""
         found = (self._find(key, problem.is_key) for key in problem.keys)
         places = dict.fromkeys(str(mark) for mark in found if mark is not None)
         where = " and ".join(places)
         return f"{where}: {problem.message}" if where else problem.message
 
     def _find(self, key: KeyPath, is_key: bool) -> Mark | None:
-        """Of `key`, or of the nearest one above it that was written."""
+        """The position of `key`, or of the nearest key above it that was written."""
         for length in range(len(key), 0, -1):
             entry = self.entries.get(key[:length])
             if entry is not None:
@@ -64,7 +67,7 @@ class Origin:
 
 
 class PolicyProblems(PolicyError):
-    """Everything that is wrong with one policy, a sentence each."""
+    """All problems of one policy, one sentence each."""
 
     def __init__(
         self, problems: Iterable[Problem], origin: Origin | None = None
@@ -77,20 +80,23 @@ class PolicyProblems(PolicyError):
         return PolicyError, self.args
 
     def at(self, origin: Origin) -> "PolicyProblems":
-        """The same, with the places where the keys were written."""
+        """The same problems, with the positions where their keys were written."""
         return type(self)(self.problems, origin)
 
 
 class Document(NamedTuple):
-    """What was written: values, and where each of them stands."""
+    """The values of a policy file, and where each was written."""
 
     values: dict[str, Any]
     entries: dict[KeyPath, Entry]
 
 
 def merge(base: Document, over: Document) -> Document:
-    """Both, where `over` wins. Mappings are merged, `over`'s keys first (of rules, the
-    first that matches counts); null takes out what `base` has."""
+    """Merges two documents; `over` wins.
+
+    Mappings are merged, with the keys of `over` first, since of several rules the first
+    that matches applies. null removes a value of `base`.
+    """
     entries = dict(base.entries)
     values = _merge(base.values, over.values, (), entries)
     return Document(values, {**entries, **over.entries})
@@ -108,7 +114,7 @@ def _merge(
         if isinstance(value, dict) and isinstance(old, dict):
             found[key] = _merge(old, value, here, entries)
             continue
-        if key in base:  # what stood below it is gone
+        if key in base:  # forget the positions below it
             for other in [e for e in entries if e[: len(here)] == here]:
                 del entries[other]
         if value is not None or key not in base:

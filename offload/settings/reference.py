@@ -1,4 +1,4 @@
-"""What every key of a policy means, as text: made of the policy's own docstrings."""
+"""Makes the documentation of all keys of a policy, from the policy's docstrings."""
 
 from typing import Any
 
@@ -60,13 +60,14 @@ def policy_schema() -> dict[str, Any]:
 
 
 def policy_text(policy: Policy, *, is_whole: bool = True) -> str:
-    """`policy` as YAML that makes the same policy: all of it, or what was set."""
+    """`policy` as YAML from which the same policy can be read: all of it, or only the
+    keys that were set."""
     values = policy.model_dump(mode="json", context=AS_TEXT, exclude_unset=not is_whole)
     return str(yaml.safe_dump(values, sort_keys=False))
 
 
 def reference_text() -> str:
-    """The shipped policies, and all keys, as Markdown."""
+    """The shipped policies and all keys, as Markdown."""
     schema = policy_schema()
     rows = [f"| `{name}` | {purpose} |\n" for name, purpose in _purposes().items()]
     head = _HEAD.replace("{example}", "laptop-16gb-ram-nvme") + "".join(rows)
@@ -79,7 +80,7 @@ def reference_text() -> str:
 
 
 def _purposes() -> dict[str, str]:
-    """What each shipped policy is for: its second line."""
+    """What each shipped policy is for: the second line of its file."""
     found = {}
     for path in sorted(SHIPPED.glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -88,7 +89,7 @@ def _purposes() -> dict[str, str]:
 
 
 def _keys_of(schema: dict[str, Any], section: str) -> list[str]:
-    """The keys whose values are such sections."""
+    """The keys whose values are sections of the type `section`."""
     ref = f"#/$defs/{section}"
     found = []
     for name, field in schema["properties"].items():
@@ -108,7 +109,7 @@ def _section(part: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _takes(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What a key takes, in a few words."""
+    """What values a key takes, in a few words."""
     if "enum" in field:
         words = [f"`{value}`" for value in field["enum"] if isinstance(value, str)]
         return _either(words)
@@ -130,7 +131,7 @@ def _takes(field: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _each(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of what a mapping holds, whatever its keys are held to."""
+    """The schema of the values of a mapping."""
     by_pattern = field.get("patternProperties", {})
     found: dict[str, Any] = field.get("additionalProperties") or {}
     return found or next(iter(by_pattern.values()))
@@ -156,7 +157,7 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _meaning(field: dict[str, Any], schema: dict[str, Any]) -> str:
-    """Its own or, where it would only be said again, that of what it refers to."""
+    """The description of a key, or that of its section if it has none."""
     if "description" not in field:
         field = schema["$defs"][field["$ref"].rpartition("/")[2]]
     return _one_line(field["description"])

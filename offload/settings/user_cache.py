@@ -1,4 +1,4 @@
-"""The user's cache folder, and what stands in for it where there is none."""
+"""The user's cache folder, and the folder that replaces it if there is none."""
 
 import os
 import tempfile
@@ -9,17 +9,20 @@ from platformdirs import user_cache_path
 
 
 class UserCache(NamedTuple):
-    """A folder that can be written, as far as one can tell without writing."""
+    """A folder that can be written, as far as that can be told without writing."""
 
     path: Path
     fallback: str | None
-    """Why it is not the user's own folder, in one sentence; None where it is."""
+    """Why it is not the user's own cache folder, in one sentence; None if it is."""
 
 
 def user_cache() -> UserCache:
-    """The user's cache folder. A folder in the system's temporary one stands in for it
-    where the user has no home (no HOME, a uid that /etc/passwd does not know), or where
-    the folder cannot be written: the same one each time, for this user alone."""
+    """The user's cache folder.
+
+    A folder below the system's temporary one replaces it if the user has no home (no
+    HOME, or a uid that /etc/passwd does not know), or if the folder cannot be written.
+    It is the same one each time, and belongs to this user alone.
+    """
     try:
         own = user_cache_path("penstock")
     except (RuntimeError, KeyError):
@@ -30,8 +33,8 @@ def user_cache() -> UserCache:
 
 
 def kept_file(name: str) -> Path:
-    """The file `name` of the user's cache folder if it is there, even if nothing can be
-    written; else where it would be written."""
+    """The file `name` in the user's cache folder, if it exists, even if the folder
+    cannot be written; otherwise the path where it would be written."""
     try:
         own = user_cache_path("penstock") / name
         if own.is_file():
@@ -51,16 +54,16 @@ def _stand_in(why: str) -> UserCache:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether nobody else made `folder`: what is kept there is trusted."""
+    """Whether no other user made `folder`: what is kept there is trusted."""
     try:
         return folder.lstat().st_uid == os.getuid()
     except OSError:
-        return True  # it is not there
+        return True  # it does not exist
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether `folder` can be written or, where it is not there, made."""
-    if not folder.is_absolute():  # of a home folder that is not known
+    """Whether `folder` can be written or, if it does not exist, made."""
+    if not folder.is_absolute():  # as is the case without a home folder
         return False
     for path in (folder, *folder.parents):
         try:

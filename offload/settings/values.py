@@ -1,4 +1,4 @@
-"""The kinds of values that a policy's keys take: sizes, devices, tiers, expressions."""
+"""The types of a policy's values: sizes, devices, tiers, expressions."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainSerializer,
     SerializationInfo,
@@ -29,11 +31,20 @@ _UNITS = {
     "TIB": 2**40,
 }
 _MAX_BYTES = 1 << 63
-"""What no size comes to: byte counts are signed 64-bit numbers everywhere below."""
+"""All sizes are below this: byte counts are signed 64-bit numbers elsewhere."""
+
+
+class Section(BaseModel):
+    """A group of keys of a policy or of a machine file. Unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """`"key=value"`: the key, and the value that YAML reads. Raises PolicyError."""
+    """Splits `"key=value"` into the key and the value, which is YAML. Raises
+    PolicyError."""
     key, equals, text = setting.partition("=")
     if not equals:
         raise PolicyError(f"{setting!r} is no setting: write key=value")
@@ -41,7 +52,8 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def parse_bytes(value: int | str) -> int:
-    """`"2GiB"`, `"1.5 GB"` or a number of bytes. GiB is 2**30, GB is 10**9."""
+    """Bytes of `"2GiB"`, `"1.5 GB"` or a number. GiB is 2**30, GB is 10**9. Raises
+    ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
     if isinstance(value, int):
@@ -52,7 +64,7 @@ def parse_bytes(value: int | str) -> int:
             known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
             raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
         found = float(match[1]) * _UNITS[match[2].upper()]
-        nbytes = int(min(found, _MAX_BYTES))  # of too many digits: infinity
+        nbytes = int(min(found, _MAX_BYTES))  # too many digits give infinity
     if nbytes <= 0:
         raise ValueError(f"{value!r} must be more than nothing")
     if nbytes >= _MAX_BYTES:
@@ -75,7 +87,8 @@ _SIZE = {
 
 
 def exact_size(nbytes: int) -> int | str:
-    """The shortest that `parse_bytes` makes the same of: 3 << 30 -> "3GiB"."""
+    """The shortest value from which `parse_bytes` makes `nbytes`: 3 << 30 gives
+    "3GiB"."""
     for text, unit in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if nbytes % (1 << unit) == 0:
             return f"{nbytes >> unit}{text}"
@@ -90,7 +103,7 @@ def _shown(value: Any, info: SerializationInfo) -> Any:
 
 
 AS_TEXT = "sizes as text"
-"""The context in which a policy is dumped for people."""
+"""The serialization context in which sizes become text, for people."""
 Bytes = Annotated[
     int,
     BeforeValidator(parse_bytes),
@@ -154,7 +167,7 @@ def _tier(text: str) -> str:
 
 
 Pooling = Literal["auto", "mean", "cls", "last", "max"]
-"""How one vector is made of those of a text's tokens."""
+"""How one vector of a text is made from the vectors of its tokens."""
 TIERS = ("device", "peer", "host", "disk")
 DeviceName = Annotated[
     str,

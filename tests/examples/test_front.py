@@ -36,11 +36,11 @@ def test_an_example_imports_from_penstock_itself_only(script: Path) -> None:
 
 
 def test_every_public_name_is_the_one_that_its_module_defines() -> None:
-    assert set(penstock.__all__) == set(penstock._HOMES)
-    for name, home in penstock._HOMES.items():
+    assert set(penstock.__all__) == set(penstock._MODULE_OF)
+    for name, module in penstock._MODULE_OF.items():
         found = getattr(penstock, name)
-        assert found is getattr(import_module(f"penstock.{home}"), name)
-        assert found.__module__ == f"penstock.{home}", f"{name} is not defined there"
+        assert found is getattr(import_module(f"penstock.{module}"), name)
+        assert found.__module__ == f"penstock.{module}", f"{name} is not defined there"
 
 
 def test_type_checkers_are_told_of_every_public_name() -> None:
@@ -53,7 +53,7 @@ def test_type_checkers_are_told_of_every_public_name() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert told == penstock._HOMES
+    assert told == penstock._MODULE_OF
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
