@@ -1,5 +1,7 @@
-"""Adapters (LoRA and their like) on a streamed model, through the library PEFT. What
-they add is small: it is loaded whole and stays on the device."""
+"""Applies adapters (such as LoRA) to a streamed model, with the library PEFT.
+
+An adapter is small: it is loaded whole and stays on the device.
+"""
 
 import math
 from pathlib import Path
@@ -18,9 +20,11 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def apply_adapter(model: Any, folder: Path) -> list[str]:
-    """Puts the adapter in `folder` into the modules of `model`, for inference. Returns
-    what is to be announced of it. Raises CheckpointError for a folder without one,
-    UsageError where PEFT is missing or the adapter does not fit."""
+    """Puts the adapter in `folder` into the modules of `model`, for inference.
+
+    Returns what is to be announced. Raises CheckpointError if the folder has no
+    adapter, and UsageError if PEFT is missing or the adapter does not fit the model.
+    """
     config, kind = _config_of(folder)
     try:
         import peft
@@ -38,11 +42,11 @@ def apply_adapter(model: Any, folder: Path) -> list[str]:
     before = dict(model.named_parameters())
     try:
         with torch.inference_mode(False):
-            # Made on meta: what is not in the files takes no memory, and is found.
+            # Made on meta: a tensor that the files lack takes no memory and is found.
             wrapped = peft.PeftModel.from_pretrained(
                 model, folder, low_cpu_mem_usage=True
             )
-    except Exception as error:  # whatever its files make PEFT raise
+    except Exception as error:  # PEFT may raise anything that these files cause
         first = " ".join(str(error).partition("\n\n")[0].split())
         raise UsageError(
             f"the adapter in {folder} does not fit {type(model).__name__}: {first}"
@@ -59,8 +63,11 @@ def apply_adapter(model: Any, folder: Path) -> list[str]:
 
 
 def _unused(folder: Path, used: set[str]) -> list[str]:
-    """Says which tensors of the adapter have no place by its config. Where others have
-    come from none of these names, PEFT has renamed them, and nothing is said."""
+    """Says which tensors of the adapter are not used.
+
+    Says nothing if PEFT has renamed tensors: then some that are used have names that
+    the file lacks.
+    """
     path = folder / _WEIGHTS[0]
     if not path.exists():
         return []
@@ -75,8 +82,8 @@ def _unused(folder: Path, used: set[str]) -> list[str]:
 
 
 def _check_filled(model: Any, before: dict[str, Any], folder: Path) -> None:
-    """Raises CheckpointError where the adapter's files lack a tensor that its config
-    asks for, or have put one in the place of a weight of the model."""
+    """Raises CheckpointError if the adapter's files lack a tensor that its config
+    needs, or have replaced a weight of the model."""
     own = set(map(id, before.values()))
     after = dict(model.named_parameters())
     for name, parameter in after.items():
@@ -96,8 +103,9 @@ def _check_filled(model: Any, before: dict[str, Any], folder: Path) -> None:
 
 
 def without_wrapper(model: Any) -> Any:
-    """What computes in `model`, as its tasks need it: of a PeftModel the language model
-    that its adapters have been put into."""
+    """The model in `model` that tasks need: for a PeftModel, its base model, which
+    contains the adapter's modules. Raises UsageError for adapters that learn
+    prompts."""
     configs = getattr(model, "peft_config", None)
     if configs is None or not hasattr(type(model), "get_base_model"):
         return model
@@ -110,7 +118,7 @@ def without_wrapper(model: Any) -> Any:
 
 
 def adapter_beside(folder: Path) -> str | None:
-    """What is announced where an adapter lies beside a checkpoint, if one does."""
+    """What to announce if there is an adapter in the checkpoint's folder; else None."""
     if not (folder / CONFIG_FILE).exists():
         return None
     return (
@@ -120,7 +128,7 @@ def adapter_beside(folder: Path) -> str | None:
 
 
 def _config_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """What the adapter's config says, and of which kind it is."""
+    """The adapter's config, and its kind. Raises CheckpointError."""
     try:
         check_files(folder)
         config = read_json_object(folder / CONFIG_FILE, fix="save it with PEFT")

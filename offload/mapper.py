@@ -1,5 +1,7 @@
-"""What runs on each worker of a Ray Data cluster: a model, through which tables of rows
-go. It imports no Ray: anything that calls it with Arrow tables may."""
+"""Runs a task on each worker of a Ray Data cluster, over tables of rows.
+
+It does not import Ray: anything can call it with Arrow tables.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,17 +28,17 @@ _TASKS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], dict[str, str]]
     "embed": (embed, {"embedding": "list<float>", "tokens": "int64"}),
     "classify": (classify, {"label": "string", "tokens": "int64"}),
 }
-"""Of each task: who does it, and the columns that it adds, with their Arrow types."""
+"""For each task: its function, and the columns that it adds with their Arrow types."""
 
 
 class Mapper:
-    """For `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`: an actor for
-    each GPU or node, which loads `model` once.
+    """A callable for `ray.data.Dataset.map_batches` with `batch_format="pyarrow"`.
 
-    `task` is `score`, `generate`, `embed` or `classify`, `options` are those of the
-    function of that name. A table of rows comes back with the results' columns added,
-    and `error` (null for a row that has none). Rows of one batch share passes over the
-    weights: let it have thousands of tokens.
+    Each actor loads `model` once, on its GPU or node. `task` is `score`, `generate`,
+    `embed` or `classify`; `options` are those of the function with that name. A table
+    of rows is returned with the columns of the results added, and the column `error`,
+    which is null if the row has none. The rows of one batch share passes over the
+    weights, so a batch should have thousands of tokens.
 
         rows = ray.data.read_json("texts.jsonl")
         rows = rows.map_batches(
@@ -65,9 +67,11 @@ class Mapper:
         self._tokenizer = tokenizer_of(self._model)
 
     def __call__(self, table: "pyarrow.Table") -> "pyarrow.Table":
-        """`table` with what the task found for each row. Raises what ends the job; Ray
-        then does the rows again on another actor."""
-        # A column that only other rows have is not there.
+        """`table` with the results of its rows as added columns.
+
+        Raises errors that end the job; Ray then repeats the rows on another actor.
+        """
+        # Leaves out the columns that only other rows have.
         rows = (
             {key: value for key, value in row.items() if value is not None}
             for row in table.to_pylist()
@@ -77,7 +81,7 @@ class Mapper:
         return _with_columns(table, results, self._columns)
 
     def close(self) -> None:
-        """Gives the model's memory and files back; twice does no harm."""
+        """Frees the model's memory and files. May be called twice."""
         model, self._model = self._model, None
         if model is not None:
             unwrap(model)

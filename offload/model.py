@@ -41,21 +41,22 @@ def load(
     *,
     adapter: str | Path | None = None,
 ) -> Any:
-    """The Hugging Face model in the folder `path`, its weights streamed from the
-    safetensors files there (nothing is converted, nothing is written).
+    """Loads the Hugging Face model in the folder `path` and streams its weights.
 
-    `policy` may be a dict of its keys. Python code that comes with the checkpoint is
-    not run, unless it says `trust_remote_code`.
+    The weights are read from the safetensors files there; nothing is converted or
+    written. `policy` may be a dict of its keys. Python code that comes with the
+    checkpoint runs only if the policy sets `trust_remote_code`. PEFT applies the
+    adapter in the folder `adapter` (by default the policy's).
 
-    It is the model object that transformers would give, in eval mode, for inference:
-    call it, `generate` with it, or run a `sweep` over it. It computes in the policy's
-    dtype, by default in the checkpoint's, as `from_pretrained(path, dtype="auto")`
-    does: on a CPU without instructions for bfloat16, `Policy(dtype="float32")` is
-    several times as fast (jobs find that out themselves). Close it with
-    `penstock.unwrap(model)` or by `with penstock.load(...) as model:`. The folder
-    `adapter` (by default the policy's) is applied to it by PEFT.
+    Returns the model object that transformers would return, in eval mode, for
+    inference: call it, call its `generate`, or run a `sweep` over it. It computes in
+    the policy's dtype; the default is the checkpoint's, as with `from_pretrained(path,
+    dtype="auto")`. On a CPU without instructions for bfloat16,
+    `Policy(dtype="float32")` is several times as fast (jobs choose it themselves).
+    Close the model with `penstock.unwrap(model)` or `with penstock.load(...) as
+    model:`.
 
-    Raises CheckpointError, DoesNotFitError, MachineError, UsageError; each says what
+    Raises CheckpointError, DoesNotFitError, MachineError or UsageError; each says what
     to do.
     """
     policy = Policy.of(policy)
@@ -65,13 +66,13 @@ def load(
 
 
 def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
-    """As `load`, for a known use, which decides on what memory is best for."""
+    """Like `load`, for a known use, which decides how memory is divided."""
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
 
     check_installed(policy)
     checkpoint = open_checkpoint(path)
-    with torch.device("cpu"):  # the policy says where it goes, not torch's default
+    with torch.device("cpu"):  # the policy chooses the device, not torch's default
         skeleton = hf.build(
             checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
         )
@@ -105,10 +106,14 @@ def _adapt(model: Any, engine: Engine, path: Path) -> None:
 
 @user_errors()
 def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Model:
-    """Streams a module that is already built: its parameters are written once to a
-    safetensors file in the cache folder and read from there. The module is changed in
-    place and returned; `penstock.unwrap(module)` puts its parameters back and removes
-    that file.
+    """Streams a module that is already built.
+
+    Its parameters are written once to a safetensors file in the cache folder, and read
+    from there. The module is changed in place and returned. `penstock.unwrap(module)`
+    restores its parameters and removes that file.
+
+    Raises UsageError if `module` is not a module, PenstockError if it is streamed
+    already, DoesNotFitError and MachineError if there is too little memory.
     """
     from .weights.spill import spill
 
@@ -149,10 +154,11 @@ def sweep(
 ) -> Sweep:
     """A sweep over a streamed model: `with penstock.sweep(model) as s: s.map(fn, xs)`.
 
-    `width`: most micro-batches in flight (None: as many as activation_memory allows).
-    `seed`: micro-batch i samples as after `torch.manual_seed(seed + i)`.
-    `coalesce`: whether products of few rows are made once for all micro-batches, which
-    may change the last bits (None: as the policy says).
+    `width` is the most micro-batches in flight (None: as many as `activation_memory`
+    allows). With `seed`, micro-batch i samples as after `torch.manual_seed(seed + i)`.
+    `coalesce` says whether matrix products of few rows are made once for all
+    micro-batches, which may change the last bits (None: as the policy says). Raises
+    UsageError for numbers that are out of range.
     """
     _check_whole("width", width, 1, sys.maxsize)
     _check_whole("seed", seed, -(2**62), 2**62)
@@ -160,7 +166,8 @@ def sweep(
 
 
 def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
-    """Raises UsageError for what is no whole number from `least` to `most`."""
+    """Raises UsageError if `value` is not a whole number from `least` to `most`, or
+    None."""
     if value is None:
         return
     if not hasattr(value, "__index__") or not least <= operator.index(value) <= most:
@@ -171,33 +178,35 @@ def _check_whole(name: str, value: int | None, least: int, most: int) -> None:
 
 
 def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives weights of the streamed `model` other values. The next forward computes
-    with `tensors`, by their names in `model.named_parameters()` (a tied weight by any
-    of its names). Nothing else changes: no slot, no thread, no hook.
+    """Changes weights of the streamed `model`.
 
-    Shapes must be equal; a floating dtype is cast to the one that is computed with.
-    Streamed weights are written to a file in the cache folder (`io.cache`), which takes
-    as many bytes as they have until the model is closed. All are changed or, when it
-    raises, none: UsageError for what does not fit, OutputError where there is no room
-    for the file, PenstockError during a sweep or a forward. No other thread may be in
-    a forward of the model.
+    The next forward computes with `tensors`, by their names in
+    `model.named_parameters()` (any name of a tied weight). Shapes must be equal; a
+    floating dtype is cast to that of the working set. Streamed weights are written to a
+    file in the cache folder (`io.cache`), which takes as many bytes as they have until
+    the model is closed.
+
+    Either all weights are changed, or none and an error is raised: UsageError if a
+    tensor does not fit, OutputError if there is no room for the file, PenstockError
+    during a sweep or a forward. No other thread may be in a forward of the model.
     """
     engine_of(model).updates.apply(model, tensors)
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """What the streamed `model` has done so far."""
+    """Counters of the streamed `model` since it was loaded. Raises PenstockError if it
+    is not streamed."""
     return engine_of(model).statistics()
 
 
 def unwrap(model: Model) -> Model:
-    """Stops streaming: hooks, threads, descriptors and memory are given back.
+    """Stops streaming, and frees hooks, threads, files and memory.
 
-    A module given to `wrap` has its parameters again. A model from `load` is closed:
-    its weights were never in memory; use `load` again, or transformers.
+    A module given to `wrap` gets its parameters back. A model from `load` is closed:
+    its weights were never all in memory; call `load` again, or use transformers.
 
-    A model that is dropped is closed by the garbage collector. In a child that was
-    forked this raises PenstockError, and the parent's model goes on.
+    A model that is dropped is closed by the garbage collector. Raises PenstockError if
+    the model is not streamed, and in a forked child; the parent's model goes on then.
     """
     engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if engine is None:
@@ -206,7 +215,7 @@ def unwrap(model: Model) -> Model:
     spilled = model.__dict__.get(_SPILL)
     if spilled is not None and spilled.changed is None:
         updated = engine.updates.tensors()
-        # As any module keeps what is written to its weights.
+        # A module keeps what was written to its weights.
         spilled.changed = updated | spilled.written(engine.resident, updated)
     engine.close()
     if spilled is not None:
@@ -222,8 +231,8 @@ def unwrap(model: Model) -> Model:
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine that streams `model`, or the model in it that others have wrapped up
-    (a PeftModel); PenstockError if there is none."""
+    """The engine that streams `model`, or the model that `model` wraps (in a
+    PeftModel). Raises PenstockError if there is none."""
     engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if engine is None and isinstance(model, nn.Module):
         inner = (part.__dict__.get(_ENGINE) for part in model.modules())
@@ -237,9 +246,12 @@ def engine_of(model: nn.Module) -> Engine:
 
 
 def _attach(model: Model, engine: Engine, *closers: Callable[[], None]) -> Model:
-    """Ties the life of the engine, and of what `closers` close after it, to the model,
-    and makes `with model:` close it. Special methods are looked up on the class, so the
-    model gets one of its own, by the same name."""
+    """Ties the engine to the life of the model, and makes `with model:` close it.
+
+    `closers` are called after the engine's own when the model is garbage collected.
+    Python looks up special methods on the class. So the model gets a class of its own,
+    with the same name.
+    """
     kind = type(model)
 
     def enter(self: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Regular expressions of others, which a library will match without a limit of time."""
+"""Checks regular expressions of others, which a library will match without a time
+limit."""
 
 import json
 import subprocess
@@ -10,9 +11,10 @@ from ..io.errors import CheckpointError
 
 _SECONDS = 5.0
 _MORE = 1_000
-"""Texts that a file may hold beside the names of modules."""
+"""How many texts a file may have in addition to the names of modules."""
 _SPECIAL = set("*+{?")
-"""What an expression repeats by: without, it takes no longer than its length."""
+"""The characters that make an expression repeat. Without them, matching takes time only
+in proportion to its length."""
 _TRIAL = r"""
 import json, re, sys, warnings
 warnings.simplefilter("ignore")
@@ -26,13 +28,15 @@ for expression in expressions:
         for name in names:
             found.match(name)
 """
-"""A process of its own: nothing else ends a match that has begun."""
+"""Runs in a separate process: nothing else can end a match that has begun."""
 
 
 def check_patterns(source: str, values: Any, names: Iterable[str]) -> None:
-    """Raises CheckpointError where an expression somewhere in `values`, which are those
-    of the file `source`, takes too long to be matched with all of `names`, or there are
-    more of them than could match anything else."""
+    """Checks the expressions anywhere in `values`, the content of the file `source`.
+
+    Raises CheckpointError if matching them with all of `names` takes too long, or if
+    there are far more of them than names.
+    """
     texts, names = set(_texts(values)), list(names)
     if len(texts) > len(names) + _MORE:
         raise CheckpointError(
@@ -59,7 +63,7 @@ def check_patterns(source: str, values: Any, names: Iterable[str]) -> None:
 
 
 def _texts(values: Any) -> Iterator[str]:
-    """All texts at any depth, keys among them."""
+    """All texts in `values`, at any depth, keys included."""
     open_ = [values]
     while open_:
         found = open_.pop()

@@ -1,4 +1,4 @@
-"""What makes a process start sooner, each for a span of its life."""
+"""Makes a process start sooner. Each function does so for the time of a `with`."""
 
 import gc
 import sys
@@ -6,23 +6,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 UNUSED = ("scipy", "sklearn")
-"""Libraries that transformers imports wherever they are installed, for the losses of
-object detection and for assisted generation, and that no command uses. scikit-learn
-brings pandas and pyarrow with it."""
+"""Libraries that transformers imports if they are installed, for object detection and
+assisted generation. No command uses them. scikit-learn also imports pandas and
+pyarrow."""
 
 _RARELY = (100_000, 50, 100)
 
 
 @contextmanager
 def hidden(names: Sequence[str] = UNUSED) -> Iterator[None]:
-    """Those of `names` that are not imported yet count as not installed meanwhile: for
-    a process that is ours from beginning to end, as a command's is. Not where
-    transformers has been imported before: it remembers what it has found installed, and
-    imports that later."""
+    """Makes libraries that are not imported yet seem not installed.
+
+    For a process that runs only Penstock, as a command does. Does nothing if
+    transformers is imported already: it remembers what is installed and may import it
+    later.
+    """
     is_late = "transformers" in sys.modules
     absent = [name for name in names if name not in sys.modules and not is_late]
     for name in absent:
-        sys.modules[name] = None  # type: ignore[assignment]  # what Python defines
+        sys.modules[name] = None  # type: ignore[assignment]  # import fails then
     try:
         yield
     finally:
@@ -32,8 +34,11 @@ def hidden(names: Sequence[str] = UNUSED) -> Iterator[None]:
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Looks for garbage rarely meanwhile: what an import makes stays, and looking
-    through all of it again and again is a good part of importing transformers."""
+    """Makes garbage collections rare.
+
+    The objects that an import makes stay, and collections look through them all
+    repeatedly, which takes a large part of importing transformers.
+    """
     usual = gc.get_threshold()
     gc.set_threshold(*_RARELY)
     try:

@@ -1,8 +1,8 @@
-"""Is the streamed model the resident one? Compared unit by unit, bit for bit.
+"""Compares a streamed model with the resident one, unit by unit, bit for bit.
 
-A few tokens are run through the streamed model. Whenever a site has run, its weights
-are compared with the same weights loaded in another way, and the site is run again on
-the same inputs with those: outputs must be equal to the last bit.
+A few tokens run through the streamed model. After each site, its weights are compared
+with the same weights loaded in another way. Then the site runs again on the same inputs
+with those: the outputs must be equal to the last bit.
 """
 
 import copy
@@ -28,7 +28,7 @@ from .policy import Policy
 from .weights.trust import loading
 
 Reference = Callable[[str], torch.Tensor]
-"""The tensor of a name in the model, by a way that is not the streamed one."""
+"""Loads the tensor with this name in the model in a way that is not streaming."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Verification:
     """What was compared, and what differed."""
 
     reference: str
-    """Where the resident weights came from."""
+    """How the resident weights were loaded."""
     num_sites: int = 0
     sites_run: set[str] = field(default_factory=set)
     num_tensors: int = 0
@@ -53,11 +53,15 @@ def verify(
     policy: Policy | Mapping[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Verification:
-    """Compares the checkpoint in `path`, streamed under `policy`, with the resident
-    one: all of it where it fits into memory, else one unit at a time. `inputs` are
-    keyword arguments of the model's forward; by default a few made-up ones.
+    """Compares the checkpoint in the folder `path`, streamed under `policy`, with the
+    resident one.
 
-    Raises PenstockError for what cannot be loaded; differences are in the result.
+    The whole model is resident if it fits into memory, otherwise one unit at a time.
+    `inputs` are keyword arguments of the model's forward; by default, a few made-up
+    ones.
+
+    Differences are in the result. Raises PenstockError if the model cannot be loaded,
+    and UsageError if the model does not take the inputs.
     """
     policy = Policy.of(policy)
     if policy.adapter is not None:
@@ -70,7 +74,7 @@ def verify(
         engine = engine_of(model)
         inputs = inputs or sample_inputs(model)
         fits = 2 * engine.statistics().model_bytes < available_bytes()
-        # transformers would apply an adapter that lies beside.
+        # transformers would apply an adapter in this folder.
         fits = fits and not (Path(path) / CONFIG_FILE).exists()
         resident = _resident(model, path) if fits else None
         name = "transformers' own loading" if fits else "safetensors, unit by unit"
@@ -95,8 +99,11 @@ def verify(
 
 
 def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """A few tokens, or a picture, such as the model's forward takes. Raises UsageError
-    for a model that takes neither alone."""
+    """A few tokens (`input_ids`, int64 [2, 7]), or a picture (`pixel_values`, float32
+    [1, channels, height, width]).
+
+    Raises UsageError for a model that takes neither alone.
+    """
     if model.main_input_name == "pixel_values":
         config = getattr(model.config, "vision_config", model.config)
         size = getattr(config, "image_size", 224)
@@ -122,7 +129,7 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 
 class _comparing:
-    """Hooks every site so that what it did is checked before its units are gone."""
+    """Hooks every site, so that its work is checked before its units are evicted."""
 
     def __init__(
         self, engine: Engine, reference: Reference, result: Verification
@@ -151,7 +158,7 @@ class _comparing:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             state = states.pop()
             state.learn()
-            kept = state.take()  # run again from where the first run began
+            kept = state.take()  # the site runs again from the state in which it began
             self._check(name, module, *given.pop(), output)
             state.put(kept)
 
@@ -168,7 +175,7 @@ class _comparing:
         streamed = list(_parameters(module))
         for store, key, parameter in streamed:
             tensor_name = self._engine.name_of(store, key)
-            with torch.inference_mode(False):  # as a resident model's weights are
+            with torch.inference_mode(False):  # as the weights of a resident model are
                 resident = nn.Parameter(
                     self._reference(tensor_name), requires_grad=parameter.requires_grad
                 )
@@ -185,7 +192,7 @@ class _comparing:
 
 
 def _own(value: Any) -> Any:
-    """A copy of an argument that the site may write to (hidden states, a cache)."""
+    """A copy of an argument that the site may change (hidden states, a cache)."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     is_data = hasattr(value, "__dict__") and not callable(value)
@@ -236,7 +243,7 @@ def _from_model(resident: Any) -> Reference:
 
 
 def _from_files(engine: Engine) -> Reference:
-    """Straight from the files by the safetensors library, one tensor at a time."""
+    """Reads one tensor at a time with the safetensors library."""
 
     def reference(name: str) -> torch.Tensor:
         recipe = engine.recipes[name]
