@@ -1,6 +1,7 @@
-"""Attention where keys and values are: by the CPU, for those in host memory.
+"""Runs attention on the device that holds the keys and values: on the CPU for those in
+host memory.
 
-Knows how transformers chooses a model's attention; under a contract test.
+Depends on how transformers chooses a model's attention; a contract test watches that.
 """
 
 import weakref
@@ -24,8 +25,12 @@ def attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' `sdpa`; where `key` is on another device than `query`, there: the
-    query ([batch, heads, tokens, dim]) goes and what comes of it comes back."""
+    """transformers' `sdpa` attention, on the device of `key` and `value`.
+
+    `query`, `key` and `value` are [batch, heads, tokens, dim] of one dtype. If `query`
+    is on another device than `key`, it is copied there, and the result [batch, tokens,
+    heads, dim] is copied back.
+    """
     home, there = query.device, key.device
     if home == there:
         return sdpa_attention_forward(
@@ -43,8 +48,11 @@ def attend(
 
 
 def install(model: Any) -> Callable[[], None] | None:
-    """From now on `model` attends where keys are; call what is returned to undo it.
-    None: its attention is another one than transformers' `sdpa`."""
+    """Makes `model` attend where its keys are.
+
+    Returns a function that undoes this; None if the model does not use transformers'
+    `sdpa` attention.
+    """
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return None
     AttentionInterface.register(_NAME, attend)
@@ -53,7 +61,7 @@ def install(model: Any) -> Callable[[], None] | None:
     if not _all_have(model, _NAME):
         model.set_attn_implementation("sdpa")
         return None
-    weak = weakref.ref(model)  # whoever is to undo it must not keep the model
+    weak = weakref.ref(model)  # the function that undoes it must not keep the model
 
     def undo() -> None:
         if (there := weak()) is not None:
@@ -63,7 +71,7 @@ def install(model: Any) -> Callable[[], None] | None:
 
 
 def _all_have(model: Any, name: str) -> bool:
-    """Whether each part of the model could be told."""
+    """Whether all parts of the model use the attention `name`."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return all(
         getattr(config, "_attn_implementation", name) == name

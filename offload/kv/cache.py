@@ -1,6 +1,6 @@
-"""Puts the layers of a store into the cache that transformers makes for `generate`.
+"""Puts the layers of a store into the caches that transformers makes for `generate`.
 
-The only file that knows how transformers does that; under a contract test.
+Only this file depends on how transformers makes them; a contract test watches that.
 """
 
 import weakref
@@ -25,8 +25,11 @@ _STATELESS = ("DummyLayer",)
 
 
 def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
-    """From now on `model.generate` keeps its keys and values in `store`, except in a
-    cache that the caller passes. Call what is returned to undo it."""
+    """Makes `model.generate` keep its keys and values in `store`, except in a cache
+    that the caller passes.
+
+    Returns a function that undoes this.
+    """
     prepare = getattr(model, _PREPARE, None)
     if prepare is None:
         return lambda: None
@@ -37,7 +40,7 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
         given = {name: model_kwargs.get(name) for name in _NAMES}
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
         if getattr(generation_config, "is_assistant", False):
-            return result  # it is taken back and goes on all the time
+            return result  # an assistant's cache is cropped all the time
         longest = kwargs.get("max_cache_length", args[2] if len(args) > 2 else None)
         for name in _NAMES:
             cache = model_kwargs.get(name)
@@ -47,7 +50,8 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
 
     model.__dict__[_PREPARE] = prepare_cache
 
-    # Whoever is to undo it must not keep the model, nor what refers to it.
+    # The function that undoes it must not keep the model alive, nor anything that
+    # refers to it.
     weak, ours = weakref.ref(model), weakref.ref(prepare_cache)
 
     def undo() -> None:
@@ -59,8 +63,11 @@ def install(model: nn.Module, store: KvStore) -> Callable[[], None]:
 
 
 def replace_layers(cache: Cache, store: KvStore, capacity: int | None) -> None:
-    """Layers of `cache` that grow by a token at each step become the store's; others
-    stay as they are and are noted. `capacity` in tokens, as far as it is known."""
+    """Replaces the layers of `cache` that grow with each token by layers of `store`.
+
+    Other layers stay as they are, and that is noted. `capacity` is the number of tokens
+    that will come, or None if it is not known.
+    """
     handle = store.begin()
     if isinstance(cache, EncoderDecoderCache):
         _replace(cache.self_attention_cache, store, handle, "self", capacity)
@@ -93,6 +100,7 @@ def _replace(
 def _numbered(
     cache: Cache, store: KvStore, handle: CacheHandle, part: str, capacity: int | None
 ) -> Any:
-    """Makes the layers of a cache that appends them as they are needed."""
+    """Returns a function that makes the next layer of `cache`, which appends its layers
+    when they are needed."""
     layers = cache.layers
     return lambda: TieredLayer(store, handle, (part, len(layers)), capacity)

@@ -1,4 +1,4 @@
-"""Cache layers as transformers has them, whose keys and values a store keeps."""
+"""Layers of transformers' caches whose keys and values a store keeps."""
 
 from typing import Any
 
@@ -12,10 +12,12 @@ from ...scheduler.kv.store import CacheHandle, Key, KvStore
 
 
 class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Like DynamicLayer, but append-only: no token is copied again when others come.
+    """Like DynamicLayer, but append-only: earlier tokens are not copied when new ones
+    come.
 
-    `capacity` is how many tokens there will be; None: as many as come first. More
-    come at the price of a copy.
+    `capacity` is the number of tokens that will come. If it is None, there is room for
+    those that come first. More tokens than that are possible, but earlier ones are
+    copied then.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """[batch, heads, tokens, dim]; brought from where they are."""
+        """All keys, [batch, heads, tokens, dim], fetched from their tier; None before
+        the first `update`."""
         return None if self._buffer is None else self._view()[0]
 
     @keys.setter
@@ -55,7 +58,12 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> Pair:
-        """Appends [batch, heads, tokens, dim]; returns all of what attention sees."""
+        """Appends keys and values, each [batch, heads, new tokens, dim].
+
+        Returns the keys and values that attention sees, each [batch, heads, tokens,
+        dim]. Raises UsageError if they record gradients, DoesNotFitError if no tier has
+        room.
+        """
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UsageError(
                 "keys that record gradients cannot be kept in a tier: generate under "
@@ -77,7 +85,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
     def offload(self) -> None:
-        """The store decides what is where."""
+        """Does nothing: the store decides which tier keeps the tokens."""
 
     def prefetch(self) -> None:
         if self._buffer is not None:
@@ -98,8 +106,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last `-tokens_to_remove` tokens back. (If it is positive, which
-        transformers allowed until 5.17: all but so many.)"""
+        """Removes the last `-tokens_to_remove` tokens.
+
+        A positive number is the number of tokens to keep; transformers allowed that
+        until 5.17.
+        """
         length = self.get_seq_length()
         if self._buffer is not None:
             kept = tokens_to_remove
@@ -114,7 +125,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._buffer
 
     def _needed(self, num: int) -> int:
-        """Tokens to make room for when the first `num` come."""
+        """The number of tokens to make room for, when the first `num` come."""
         return max(num, self._capacity or 0, 1)
 
     def _append(
@@ -132,11 +143,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         is_first = buffer.length == 0
         pair = buffer.append(keys, values, start)
         if is_first and pair[0].device != keys.device:
-            return keys, values  # all that there is, and it is here
+            return keys, values  # these are all tokens, and they are here already
         return pair
 
     def _view(self) -> Pair:
-        assert self._buffer is not None, "opened by the first update"
+        assert self._buffer is not None, "the first update opens it"
         self._store.touch(self._handle, self._key)
         return self._buffer.view(self._buffer.first)
 
@@ -145,7 +156,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
     TieredLayer, DynamicSlidingWindowLayer
 ):
     """Like DynamicSlidingWindowLayer: attention sees the last `sliding_window` - 1
-    tokens and those that come; what was before is forgotten."""
+    tokens and the new ones. Earlier tokens are dropped."""
 
     is_sliding = True
 
@@ -168,7 +179,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
 
     @cumulative_length.setter
     def cumulative_length(self, value: int) -> None:
-        assert value == 0, "it is as long as what was appended"
+        assert value == 0, "its length is the number of appended tokens"
 
     def crop(self, tokens_to_remove: int) -> None:
         if self._buffer is None:
@@ -185,7 +196,7 @@ class TieredSlidingLayer(  # type: ignore[no-untyped-call]
         self._slide(self._buffer)
 
     def _needed(self, num: int) -> int:
-        """Twice the window, so that each token is moved at most once."""
+        """Room for twice the window, so that each token is moved at most once."""
         if self.record_past:
             return super()._needed(num)
         num = min(num, self.sliding_window)

@@ -33,8 +33,11 @@ Pin = Callable[[Arena], Closing | None]
 
 
 class KvTiers(Closing):
-    """The store of one model, in whose `generate` it is installed until it is
-    closed. `pin` locks host memory in place for copies to the device."""
+    """The tiers and the store of one model, whose `generate` uses them until they are
+    closed.
+
+    `pin` pins host memory for copies to the device.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class KvTiers(Closing):
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
         if device.is_host and "device" in tiers and not kv.limits.keys() & _HOSTS:
-            limits["host"] = 0  # the same memory: it has the room of both
+            limits["host"] = 0  # it is the same memory, and has the room of both
         notes: list[str] = []
         with ExitStack() as opened:
             self._attends_there = self._attend_there(model, opened, notes)
@@ -130,7 +133,7 @@ class KvTiers(Closing):
     def _attend_there(
         self, model: nn.Module, opened: ExitStack, notes: list[str]
     ) -> bool:
-        """Whether those in host memory are attended to by the CPU, beside a GPU."""
+        """Whether the CPU attends to keys and values in host memory, beside a GPU."""
         if self._policy.kv.attention != "host" or self._device.is_host:
             return False
         from .attention import install
@@ -197,8 +200,12 @@ def open_kv(
     record: Record,
     free_bytes: int,
 ) -> KvTiers | None:
-    """None where the cache is to stay as transformers makes it. `free_bytes` of the
-    host's memory are for keys and values that the policy gives no limit."""
+    """Opens the tiers for `model`.
+
+    Returns None if the policy leaves the cache as transformers makes it, or the model
+    cannot generate. `free_bytes` of host memory may be used in tiers that the policy
+    does not limit.
+    """
     if not keeps_kv(policy) or not callable(getattr(model, "generate", None)):
         return None
     return KvTiers(model, device, policy, pin, record, free_bytes)

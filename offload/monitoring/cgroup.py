@@ -1,5 +1,8 @@
-"""The memory limits of the cgroups of this process, of version 1, 2 or both, as the
-kernel tells them: each level from the own one up to the root of the mount counts."""
+"""The memory limits of the cgroups of this process, of version 1, 2 or both.
+
+A process is in one cgroup and in those around it, up to the root of the mount. The
+limit of each of them counts.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,28 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _NO_LIMIT = 1 << 60
-"""Version 1 writes the largest number of pages where there is none."""
+"""Version 1 has the largest number of pages as the limit if there is none."""
 _MOST_DIGITS = 20
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 """An escape in mountinfo: a blank is `\\040`."""
 _FOLDERS = {1: "/sys/fs/cgroup/memory", 2: "/sys/fs/cgroup"}
-"""Where hierarchies are mounted, should mountinfo not say it."""
+"""Where the hierarchies are mounted if mountinfo does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One cgroup that holds this process and has a limit. All in bytes."""
+    """One cgroup that contains this process and has a limit. Sizes are in bytes."""
 
     folder: Path
     limit: int
-    """Of all the processes in it and below: above that they are killed, or slowed down
-    until they might as well be (`memory.high`)."""
+    """The limit for all processes in this cgroup and below. Above it they are killed
+    or, with `memory.high`, slowed down very much."""
     used: int
-    """Less the page cache that the kernel drops before it kills anybody."""
+    """What they use, without the page cache that the kernel drops before it kills a
+    process."""
 
     @property
     def available(self) -> int:
-        """What may still be taken."""
+        """Bytes that may still be taken."""
         return max(self.limit - self.used, 0)
 
 
@@ -36,12 +40,15 @@ class Level:
 class _Mount:
     folder: Path
     top: str
-    """The cgroup that is seen at `folder`."""
+    """The cgroup whose folder is `folder`."""
 
 
 def levels(root: Path = Path("/")) -> list[Level]:
-    """Those with a limit, from the innermost outwards. `root` is where the file system
-    begins (another one in tests). What cannot be read or understood has no limit."""
+    """The cgroups with a limit, from the innermost outwards.
+
+    `root` is the root of the file system; tests use another one. A file that cannot be
+    read or understood sets no limit.
+    """
     found: dict[Path, Level] = {}
     for version, path in _own_paths(_text(root / "proc/self/cgroup")):
         mounts = _mounts(root, version) or [
@@ -55,8 +62,7 @@ def levels(root: Path = Path("/")) -> list[Level]:
 
 
 def _own_paths(text: str) -> Iterator[tuple[int, str]]:
-    """The version, and the path of the process, of each hierarchy that may account for
-    memory."""
+    """The version and the process's path of each hierarchy that may limit memory."""
     for line in text.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -69,7 +75,7 @@ def _own_paths(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _mounts(root: Path, version: int) -> list[_Mount]:
-    """Where the hierarchy of `version` that has memory is mounted."""
+    """Where the hierarchy of `version` that limits memory is mounted."""
     found = []
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -84,16 +90,19 @@ def _mounts(root: Path, version: int) -> list[_Mount]:
 
 
 def _folders(mounts: list[_Mount], path: str) -> list[Path]:
-    """The folders of the cgroup `path` and of those around it. A container may see its
-    own at the mount's root, under a path that is the host's: then the root, and what of
-    the path is there."""
+    """The folders of the cgroup `path` and of those around it, the innermost first.
+
+    In a container, `path` may be that of the host, while the container's own cgroup is
+    at the root of the mount. Then the folders are the root, and those parts of the path
+    that exist below it.
+    """
     around = [mount for mount in mounts if _is_around(mount.top, path)]
     found: list[Path] = []
     for mount in around or mounts:
         parts = PurePosixPath(path).relative_to("/").parts
         if around:
             parts = PurePosixPath(path).relative_to(mount.top).parts
-        if ".." in parts:  # outside of what this process is to see
+        if ".." in parts:  # outside of what this process may see
             parts = ()
         inwards = [mount.folder.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
         found += [folder for folder in reversed(inwards) if folder.is_dir()]
@@ -106,13 +115,13 @@ def _is_around(top: str, path: str) -> bool:
 
 def _level_of_1(folder: Path, *, is_own: bool) -> Level | None:
     if not is_own and _number(folder / "memory.use_hierarchy") == 0:
-        return None  # it counts its own processes, not those of cgroups in it
+        return None  # it counts only its own processes, not those of cgroups in it
     stat = _stat(folder)
     limits = [
         limit
         for limit in (
             _number(folder / "memory.limit_in_bytes"),
-            # Of those around it, too, should they be out of sight.
+            # Includes the limits of cgroups around it, which may be invisible here.
             stat.get("hierarchical_memory_limit"),
         )
         if limit is not None and limit < _NO_LIMIT
@@ -138,7 +147,7 @@ _LEVELS = {1: _level_of_1, 2: _level_of_2}
 
 
 def _reclaimable(stat: Mapping[str, int], prefix: str, busy: tuple[str, ...]) -> int:
-    """Bytes of files that can be dropped: they are in memory and on disk alike."""
+    """Bytes of file pages that can be dropped, since they are on disk as well."""
 
     def of(name: str) -> int:
         return stat.get(prefix + name, stat.get(name, 0))
@@ -158,7 +167,7 @@ def _stat(folder: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """None for "max", and for what is no number."""
+    """The number in the file `path`; None for "max", and if it is not a number."""
     return _decimal(_text(path).strip())
 
 

@@ -1,4 +1,4 @@
-"""What the C library does with the memory of freed activations."""
+"""Controls what the C library does with the memory of freed activations."""
 
 import ctypes
 
@@ -9,17 +9,18 @@ _MAPPED_BYTES = 64 << 20
 
 
 class Heap:
-    """Keeps freed activations for the next block, and gives them back to the system
-    whenever `slack_bytes` more than after the last time are resident.
+    """Keeps freed activations for the next block, and returns memory to the system when
+    `slack_bytes` more than after the last time are resident.
 
-    glibc by itself does both badly. What has more than 32 MiB, such as one operation's
-    result for 4,096 tokens, it takes from the system and gives back each time, and the
-    kernel clears every page anew: a norm takes three times as long. Here that begins
-    with 64 MiB, for as long as the process lives (larger ones leave holes: a GB of
-    them with float32). What is smaller it keeps in ever more broken pieces: 400 MiB
-    after twenty layers of a 1.1B model. Pages given back too eagerly are faulted in
-    anew: the slack holds what one block frees and the next takes again. Does nothing on
-    other C libraries.
+    glibc alone does both badly. It takes each allocation above 32 MiB from the system
+    and returns it at once; then the kernel clears every page again, and a norm over
+    4,096 tokens takes three times as long. Here this begins only at 64 MiB, for as long
+    as the process lives. (With a higher limit, holes remain: 1 GB of them with
+    float32.) Smaller allocations are kept in more and more pieces: 400 MiB after twenty
+    layers of a 1.1B model. But pages that are returned too early cause page faults; so
+    `slack_bytes` should hold what one block frees and the next one allocates.
+
+    Does nothing with other C libraries.
     """
 
     def __init__(self, slack_bytes: int = 176 << 20) -> None:
@@ -29,11 +30,12 @@ class Heap:
         self._process = psutil.Process()
         self._least_bytes = self._resident_bytes()
         if self._trim is not None and library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES):
-            # The one being set, the other no longer follows what is freed.
+            # If one limit is set, glibc no longer adapts the other one.
             library.mallopt(_M_TRIM_THRESHOLD, slack_bytes)
 
     def trim(self) -> None:
-        """Gives back, if there is enough. To be called where little is needed."""
+        """Returns freed memory if there is enough of it. Call it when little memory is
+        needed."""
         if self._trim is None:
             return
         now = self._resident_bytes()
@@ -48,8 +50,8 @@ class Heap:
 
 
 def give_freed_back() -> None:
-    """Freed memory of this process goes back to the system: nobody is going to use it
-    for the next block. Does nothing on C libraries other than glibc."""
+    """Returns all freed memory of this process to the system, because no next block
+    will use it. Does nothing with C libraries other than glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Whether this machine was busy with other work while a job computed."""
+"""Measures whether this machine was busy with other work while a job computed."""
 
 import os
 import time
@@ -10,14 +10,14 @@ import psutil
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuTimes:
-    """Clocks of one moment, in seconds."""
+    """Times of one moment, in seconds."""
 
     wall: float
     own: float
-    """CPU time of this process, of all its threads."""
+    """CPU time of all threads of this process."""
     idle: float
-    """Of all cores of the machine, waiting for drives included. What a hypervisor gave
-    to other guests is not idle."""
+    """Idle time of all cores of the machine, waiting for drives included. Time that a
+    hypervisor gives to other guests is not idle."""
 
     @classmethod
     def now(cls) -> Self:
@@ -30,9 +30,11 @@ class CpuTimes:
 
 
 def taken_elsewhere(before: CpuTimes, after: CpuTimes, num_threads: int) -> float:
-    """The share (0 to 1) of the CPU time of `num_threads` threads that this process
-    could not have had between the two moments, however much of it there was to do:
-    neither it had that time nor was it idle. Pure."""
+    """The share (0 to 1) of CPU time that other work took from this process.
+
+    The process has `num_threads` threads. Of their time between `before` and `after`,
+    the share is neither CPU time of this process nor idle. Pure.
+    """
     wanted = (after.wall - before.wall) * num_threads
     if wanted <= 0:
         return 0.0

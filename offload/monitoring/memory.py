@@ -1,4 +1,4 @@
-"""How much memory there is and was used, by psutil and the kernel's own counters."""
+"""How much memory there is and is used, from psutil and the kernel's counters."""
 
 import resource
 from collections.abc import Mapping
@@ -14,39 +14,42 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What this process has of the memory, in bytes."""
+    """The memory of this process, in bytes."""
 
     resident_bytes: int
-    """Pages in memory, those of library files among them."""
+    """Pages in memory, including those of library files."""
     file_bytes: int
-    """Of those, pages of files: they count as free memory, since they can be read
-    again."""
+    """The part of `resident_bytes` that are pages of files. They count as free memory,
+    since they can be read again."""
     peak_bytes: int
     """The most that was resident at one time."""
     address_bytes: int = 0
-    """Size of the address space, in use or not."""
+    """The size of the address space, used or not."""
     data_bytes: int = 0
     """The private part of the address space."""
 
 
 def installed_bytes(root: Path = _ROOT) -> int:
-    """Memory there is, used or not: the machine's, or the least limit of the cgroups
-    that this process is in."""
+    """Bytes of memory of the machine, used or not; or the lowest limit of this
+    process's cgroups, if that is less."""
     found = int(psutil.virtual_memory().total)
     return min([found, *(level.limit for level in levels(root))])
 
 
 def available_bytes(root: Path = _ROOT) -> int:
-    """Memory this process can still take: the machine's, or what its cgroups and its
-    own limits (`ulimit -v`, `-d`) leave, if less. Page cache that the kernel can drop
-    is free."""
+    """Bytes of memory that this process can still take.
+
+    That is what the machine, the cgroups and the limits of the process itself (`ulimit
+    -v`, `-d`) leave, whichever is least. Page cache that the kernel can drop counts as
+    free.
+    """
     found = int(psutil.virtual_memory().available)
     by_cgroup = [level.available for level in levels(root)]
     return min([found, *by_cgroup, *_left_of_own_limits(usage(root))])
 
 
 def usage(root: Path = _ROOT) -> Usage:
-    """What this process takes now."""
+    """The memory that this process uses now."""
     found = _status(root)
     if "VmRSS" not in found:
         resident = int(psutil.Process().memory_info().rss)
@@ -62,13 +65,13 @@ def usage(root: Path = _ROOT) -> Usage:
 
 
 def peak_resident_bytes() -> int:
-    """Most resident memory of this process so far (VmHWM), else what it has now."""
+    """The most bytes that were resident at one time (VmHWM); if that is not known, the
+    bytes that are resident now."""
     return usage().peak_bytes
 
 
 def _left_of_own_limits(used: Usage) -> list[int]:
-    """Bytes that the limits of this process on its own memory leave, where it has
-    such."""
+    """Bytes that each limit of this process on its own memory leaves."""
     taken = {
         resource.RLIMIT_AS: used.address_bytes,
         resource.RLIMIT_DATA: used.data_bytes,
@@ -82,7 +85,7 @@ def _left_of_own_limits(used: Usage) -> list[int]:
 
 
 def _status(root: Path) -> Mapping[str, int]:
-    """The sizes of /proc/self/status, in bytes."""
+    """The sizes in /proc/self/status, in bytes."""
     found = {}
     try:
         text = (root / "proc/self/status").read_text(encoding="utf-8")

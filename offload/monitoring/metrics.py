@@ -1,4 +1,5 @@
-"""A job's figures as a Prometheus text file, for node_exporter's textfile collector."""
+"""Writes the figures of a job to a Prometheus text file, for the textfile collector of
+node_exporter."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from .samples import Window
 
 
 class MetricsFile:
-    """Writes `path` (FILE.prom) anew, in one piece, each time it is called.
+    """Writes `path` (FILE.prom) anew each time it is called, as a whole.
 
-    Raises UsageError where the package prometheus-client is missing or the name does
-    not end in .prom, OutputError where the file cannot be written.
+    Raises UsageError if the package prometheus-client is missing or the name does not
+    end in .prom, and OutputError if the file cannot be written.
     """
 
     def __init__(self, path: Path, labels: dict[str, str]) -> None:
@@ -31,7 +32,7 @@ class MetricsFile:
         self._labels = labels
         self._write = prometheus_client.write_to_textfile
         self._families: Any = metrics_core
-        # One of its own: the default one is shared by all of the process.
+        # A registry of its own: the default one is shared by the whole process.
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(self)
         self._window: Window | None = None
@@ -47,7 +48,7 @@ class MetricsFile:
             ) from error
 
     def collect(self) -> list[Any]:
-        """What prometheus_client asks for."""
+        """The metric families; prometheus_client calls this."""
         if self._window is None:
             return []
         now, names = self._window.now, list(self._labels)
@@ -66,38 +67,43 @@ class MetricsFile:
         for tier, nbytes in now.bytes_read.items():
             read.add_metric([*values, tier], nbytes)
         found = [
-            one("Gauge", "job_seconds", "Since the job began.", now.seconds),
-            one("Gauge", "rows_done", "With parts of those under way.", now.rows),
+            one("Gauge", "job_seconds", "Seconds since the job began.", now.seconds),
+            one(
+                "Gauge",
+                "rows_done",
+                "Rows done, with fractions for those in flight.",
+                now.rows,
+            ),
             one(
                 "Counter",
                 "tokens",
-                "Through the model; when generating: made by it.",
+                "Tokens through the model; in generation, tokens made by it.",
                 now.tokens,
             ),
             one("Counter", "passes", "Passes over the weights.", now.passes),
             one(
                 "Counter",
                 "wait_seconds",
-                "Computing stood still for weights.",
+                "Seconds that computing waited for weights.",
                 now.wait_seconds,
             ),
             one(
                 "Counter",
                 "compute_seconds",
-                "In the model's own code.",
+                "Seconds in the model's own code.",
                 now.compute_seconds,
             ),
             one(
                 "Gauge",
                 "resident_memory_bytes",
-                "Memory of this process.",
+                "Bytes of memory of this process.",
                 now.resident_bytes,
             ),
             read,
         ]
         if now.num_rows is not None:
-            found.append(one("Gauge", "rows", "Of the whole job.", now.num_rows))
+            found.append(one("Gauge", "rows", "Rows of the whole job.", now.num_rows))
         if now.device_bytes is not None:
-            text = "Memory of the GPU in use."
+            text = "Bytes of GPU memory in use."
             found.append(one("Gauge", "device_memory_bytes", text, now.device_bytes))
         return found

@@ -1,4 +1,4 @@
-"""Looks at a job a few times a second and tells those who show, write or keep it."""
+"""Samples a job a few times per second, and passes the samples to listeners."""
 
 import logging
 import threading
@@ -15,8 +15,10 @@ Listener = Callable[[Window], None]
 
 
 class Every:
-    """Tells `listener` once in `seconds`; the first time at once, if it is `eager`,
-    which is then told of the end, too."""
+    """A listener that calls `listener` once in `seconds`.
+
+    If it is eager, it is called at once for the first time, and also at the end.
+    """
 
     def __init__(
         self, seconds: float, listener: Listener, *, is_eager: bool = False
@@ -32,24 +34,26 @@ class Every:
             self._listener(window)
 
     def finish(self, window: Window) -> None:
-        """The last there is to tell."""
+        """Calls an eager listener for the last time."""
         if self._is_eager:
             self._listener(window)
 
 
 def interval_seconds(seconds: float) -> float:
-    """Until the next look, `seconds` after the beginning: a look takes half a
-    millisecond, which is a five hundredth of a quarter of a second, but nobody who
-    waits for minutes needs to see every quarter of one."""
+    """Seconds until the next sample, `seconds` after the job began.
+
+    A sample takes half a millisecond, 1/500 of the shortest interval. In longer jobs,
+    nobody needs to see every quarter of a second.
+    """
     return min(max(seconds / 240, 0.25), 1.0)
 
 
 class Monitor(Closing):
-    """Calls `look` in a thread of its own, `start` to `close`, and tells each listener
-    what it saw; once more at the end.
+    """Calls `look` in a thread, from `start` to `close`, and passes what it returns to
+    each listener; once more at the end.
 
-    A listener that fails is announced and told no more: a job must not end because it
-    cannot be shown.
+    A listener that raises an error is announced and called no more: a job must not end
+    because it cannot be shown.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Monitor(Closing):
         self._thread.start()
 
     def tick(self) -> None:
-        """Looks once, and raises what a listener raises."""
+        """Takes one sample, and raises what a listener raises."""
         window = self._see()
         for listener in self._listeners:
             listener(window)
@@ -92,7 +96,7 @@ class Monitor(Closing):
 
     @property
     def _seconds(self) -> float:
-        """Since the beginning, when it last looked."""
+        """The time of the last sample, in seconds since the job began."""
         return self._recent[-1].seconds if self._recent else 0.0
 
     def _tell(self, *, is_last: bool = False) -> None:
@@ -113,7 +117,7 @@ class Monitor(Closing):
                 self._announce(error)
 
     def _announce(self, error: Exception) -> None:
-        failure = f"how the job goes is no longer told: {error}"
+        failure = f"the progress of this job is no longer shown: {error}"
         self.failures.append(failure)
         _log.warning(failure)
 

@@ -1,5 +1,8 @@
-"""How many rows are done and how long the others take, as a person wants to see them:
-rows never go back, and the time left does not jump. Pure."""
+"""Estimates how many rows are done and how long the rest takes, for people to read.
+Pure.
+
+The number of rows never decreases, and the time left does not jump.
+"""
 
 import math
 from dataclasses import replace
@@ -7,7 +10,7 @@ from dataclasses import replace
 from .samples import ResourceSample
 
 _SMOOTH_SECONDS = 15.0
-"""A new estimate has come through to two thirds after so long."""
+"""After this many seconds, two thirds of a new estimate have taken effect."""
 
 
 class JobPace:
@@ -19,10 +22,11 @@ class JobPace:
         self._at = 0.0
 
     def follow(self, sample: ResourceSample) -> ResourceSample:
-        """`sample` with rows that are no fewer than before and no more than there are,
-        and `seconds_left`: None in the first pass over the weights, whose own speed
-        says little (it is when caches, clocks and the drive's are cold), and while the
-        number of rows is not known."""
+        """`sample` with rows that never decrease, and with `seconds_left`.
+
+        `seconds_left` is None in the first pass over the weights, whose speed says
+        little (caches are cold), and while the number of rows is not known.
+        """
         most = math.inf if sample.num_rows is None else sample.num_rows
         self._rows = max(self._rows, min(sample.rows, most))
         seen = replace(sample, rows=self._rows)
@@ -42,7 +46,8 @@ class JobPace:
 
 
 def estimated_seconds_left(sample: ResourceSample) -> float | None:
-    """If the rest goes as the part that is done did; None while nobody knows."""
+    """The seconds left if the remaining rows are as fast as those of this stage; None
+    if it is not known."""
     done = sample.rows - sample.rows_before
     if not sample.num_rows or done <= 0:
         return None

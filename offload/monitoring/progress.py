@@ -1,5 +1,5 @@
-"""How far a job is, for a person: a bar on a terminal, plain lines elsewhere, or one
-JSON object a line."""
+"""Shows how far a job is: as a bar on a terminal, as lines of text, or as lines of
+JSON."""
 
 import json
 import threading
@@ -28,26 +28,27 @@ _WAITING_BINDS = 0.1
 
 
 def speeds_of(window: Window) -> str:
-    """318 tokens/s, disk 1.21 GB/s, bound by disk (waiting 41%)."""
+    """The speeds of the last seconds: "318 tokens/s, disk 1.21 GB/s, bound by disk
+    (waiting 41%)"."""
     found = [f"{window.now.tokens_per_second:,.1f} tokens/s"]
     rates = window.bytes_per_second
     found += [f"{tier} {human_rate(rate)}" for tier, rate in rates.items() if rate]
     if window.waiting > _WAITING_BINDS:
         tier = max(rates, key=lambda name: rates[name], default="disk")
         found.append(f"bound by {tier} (waiting {window.waiting:.0%})")
-    elif window.now.passes:  # a site may take longer than a window: no news is good
+    elif window.now.passes:  # a site may take longer than the window
         found.append("bound by compute")
     return ", ".join(found)
 
 
 def rows_of(sample: ResourceSample) -> str:
-    """12/72 rows."""
+    """The rows that are done: "12/72 rows"."""
     of = "" if sample.num_rows is None else f"/{sample.num_rows:,}"
     return f"{int(sample.rows):,}{of} rows"
 
 
 def time_left(sample: ResourceSample) -> str:
-    """1:36, or why nobody knows."""
+    """The time left: "1:36"; or why it is not known."""
     if sample.seconds_left is not None:
         return human_seconds(sample.seconds_left)
     return "first pass" if sample.is_first_pass else "?"
@@ -59,9 +60,11 @@ def _left(sample: ResourceSample) -> str:
 
 
 class JobBar(Closing):
-    """A line for each stage of a job: what is over stays, what is under way moves.
+    """Shows a line for each stage of a job: finished stages stay, the current one
+    moves.
 
-    While the model is loaded it shows nothing: the tiers that take long show their own.
+    Shows nothing while the model is loaded: tiers that take long to fill show their own
+    bar.
     """
 
     def __init__(self, console: Console) -> None:
@@ -92,7 +95,7 @@ class JobBar(Closing):
 
 
 class PlainLines:
-    """Prints a line, for a log file to be read later."""
+    """Prints a line of text, for a log file."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -106,8 +109,8 @@ class PlainLines:
 
 
 class JsonLines:
-    """Prints an object a line, for a program: counters since the job began, and speeds
-    of the last seconds."""
+    """Prints a JSON object per line, for a program: counters since the job began, and
+    speeds of the last seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -124,13 +127,15 @@ class JsonLines:
 
 
 class FillProgress:
-    """Called with (done, total) bytes, shows a bar on a terminal once it takes longer
-    than two seconds. Closed by `with`."""
+    """Shows a bar on a terminal if filling takes longer than two seconds.
+
+    Call it with the bytes that are done and the total. The `with` block closes it.
+    """
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._bar: Progress | None = None
-        self._lock = threading.Lock()  # any thread that fills calls
+        self._lock = threading.Lock()  # all threads that fill call this
         self._start = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:

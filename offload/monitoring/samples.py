@@ -1,4 +1,4 @@
-"""How far a job is at one time, and what many such times say. Pure."""
+"""Samples of a job's progress and resources, and what a sequence of them says. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,44 +13,44 @@ class ResourceSample:
     """Counters of a job at one time."""
 
     seconds: float
-    """Since it began."""
+    """Seconds since the job began."""
     stage: str
-    """`loading`, then what it does with its rows."""
+    """`loading`, or what the job does with its rows."""
     stage_seconds: float
-    """Since this stage began."""
+    """Seconds since this stage began."""
     rows: float = 0.0
-    """Done, with the parts of those under way."""
+    """Rows that are done, with fractions for those in flight."""
     rows_before: int = 0
-    """Those among them that an earlier run of the job had done."""
+    """The rows among them that an earlier run of the job had done."""
     num_rows: int | None = None
-    """Rows of the whole job, if that is known."""
+    """Rows of the whole job; None if that is not known."""
     tokens: int = 0
-    """That are through the model (when generating: that it made),"""
+    """Tokens that went through the model; in generation, tokens that it made."""
     tokens_through: float = 0.0
-    """and with the parts of those under way."""
+    """The same, with fractions for those in flight."""
     seconds_left: float | None = None
-    """Until all rows are done; None while nobody knows."""
+    """Seconds until all rows are done; None if that is not known."""
     passes: int = 0
-    """That have begun."""
+    """Passes over the weights that have begun."""
     wait_seconds: float = 0.0
     compute_seconds: float = 0.0
     bytes_read: Mapping[str, int]
-    """From each tier."""
+    """Bytes read from each tier."""
     resident_bytes: int = 0
-    """Memory of this process."""
+    """Bytes of memory of this process."""
     device_bytes: int | None = None
-    """Memory of a GPU that is in use; None without one."""
+    """Bytes of GPU memory in use; None without a GPU."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Since this stage began."""
+        """The mean speed since this stage began."""
         if self.stage_seconds <= 0:
             return 0.0
         return max(self.tokens, self.tokens_through) / self.stage_seconds
 
     @property
     def is_first_pass(self) -> bool:
-        """Whether no pass over the weights is over yet."""
+        """Whether no pass over the weights has ended yet."""
         return self.passes <= 1
 
 
@@ -63,7 +63,7 @@ class Window:
 
     @property
     def bytes_per_second(self) -> dict[str, float]:
-        """That came from each tier meanwhile."""
+        """Bytes per second that came from each tier between the two samples."""
         seconds = self.now.seconds - self.before.seconds
         if seconds <= 0:
             return dict.fromkeys(self.now.bytes_read, 0.0)
@@ -74,7 +74,7 @@ class Window:
 
     @property
     def waiting(self) -> float:
-        """The share of waiting for weights, 0 to 1."""
+        """The share of the time that computing waited for weights, 0 to 1."""
         waited = self.now.wait_seconds - self.before.wait_seconds
         computed = self.now.compute_seconds - self.before.compute_seconds
         busy = waited + computed
@@ -82,8 +82,11 @@ class Window:
 
 
 class Samples:
-    """Keeps at most `max_samples`: every one, then every second, every fourth, ..., so
-    that a job of a week takes as little memory as one of a minute."""
+    """Keeps at most `max_samples` samples.
+
+    First it keeps every one, then every second, every fourth, and so on. So a job of a
+    week takes as little memory as one of a minute.
+    """
 
     def __init__(self, max_samples: int = MAX_SAMPLES) -> None:
         assert max_samples >= 2, "the first and the last"
@@ -107,7 +110,7 @@ class Samples:
         self._last = sample
 
     def all(self) -> list[ResourceSample]:
-        """In order, the newest among them."""
+        """The samples that are kept, in order, and the newest one."""
         last = [] if self._last is None else [self._last]
         kept = list(self._kept)
         return kept if kept[-1:] == last else kept + last
@@ -115,7 +118,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The mean speed from `start` to `end`, in seconds since the job began."""
+    """The mean speed between two times, in seconds since the job began."""
 
     start_seconds: float
     end_seconds: float
@@ -123,8 +126,10 @@ class Step:
 
 
 def speeds(samples: Sequence[ResourceSample]) -> list[Step]:
-    """The speed of each pass, or of a few: rows of one pass are counted together at its
-    end, so that shorter times would show nothing but that."""
+    """The speed of each pass, or of several passes together.
+
+    All rows of a pass are counted at its end, so shorter times would show only that.
+    """
     computing = [s for s in samples if s.passes]
     if len(computing) < 2:
         return []

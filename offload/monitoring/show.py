@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and the tables they stand in."""
+"""Formats numbers for people, and the tables that show them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _TAKEN_SHOWS = 0.05
 
 
 def human_bytes(nbytes: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """1536 becomes "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -20,14 +20,14 @@ def human_bytes(nbytes: float) -> str:
 
 
 def human_rate(bytes_per_second: float) -> str:
-    """1.21e9 -> "1.21 GB/s", 4e5 -> "0.4 MB/s"."""
+    """1.21e9 becomes "1.21 GB/s", 4e5 becomes "0.4 MB/s"."""
     if bytes_per_second >= 1e8:
         return f"{bytes_per_second / 1e9:.2f} GB/s"
     return f"{bytes_per_second / 1e6:.1f} MB/s"
 
 
 def human_seconds(seconds: float) -> str:
-    """95 -> "1:35", 4 -> "4.0 s", 7322 -> "2:02:02"."""
+    """95 becomes "1:35", 4 becomes "4.0 s", 7322 becomes "2:02:02"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -36,13 +36,13 @@ def human_seconds(seconds: float) -> str:
 
 
 def _how(plan: dict[str, Any]) -> str:
-    """Marks what was predicted by quick estimates."""
+    """A remark on a prediction that was made from quick estimates."""
     is_quick = str(plan.get("predicted_by", "")).startswith("quick estimate")
     return " (quick estimate)" if is_quick else ""
 
 
 def report_table(report: dict[str, Any], title: str) -> Table:
-    """The report's main figures, and what bound the run."""
+    """A table of the report's main figures, and what bound the run."""
     table = Table(title=_cell(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -90,5 +90,5 @@ def report_table(report: dict[str, Any], title: str) -> Table:
 
 
 def _cell(text: str) -> str:
-    """Text that somebody gave, as it is: without what rich or a terminal would obey."""
+    """`text` as it is: escapes what rich or a terminal would interpret."""
     return escape(readable(text))

@@ -1,5 +1,7 @@
-"""Tries what a report advises by the plan: advice that does not fit is not given, or
-given with the number that fits."""
+"""Tests the advice of a report by the plan.
+
+Advice that does not fit is left out, or given with the number that fits.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -11,16 +13,16 @@ from ..settings.values import exact_size
 from .counts import Advice, Bound
 
 _FASTER = 1.05
-"""Times the present rate; a dtype that gains less is not worth a try."""
+"""The least factor by which another dtype must be faster to be advised."""
 _IN_FLIGHT = ("tokens_in_flight", "sequences_in_flight")
 
 
 class Planned(Protocol):
-    """What a plan says of some settings."""
+    """What a plan says about some settings."""
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         ...
 
     @property
@@ -28,12 +30,12 @@ class Planned(Protocol):
 
 
 Try = Callable[[Mapping[str, Any]], Planned | None]
-"""What the plan says of the job with some settings; None where they do not fit."""
+"""Plans the job with some settings; returns None if they do not fit."""
 
 
 def with_tried_advice(bound: Bound, trial: Try | None) -> Bound:
-    """`bound` with the advice that holds; as it is where nothing can be tried. Pure,
-    but for `trial`."""
+    """`bound` with the advice that fits; unchanged if nothing can be tried (None).
+    Pure, except for `trial`."""
     if trial is None:
         return bound
     found = tuple(kept for one in bound.advice for kept in _tested(one, trial))
@@ -53,7 +55,11 @@ def _tested(advice: Advice, trial: Try) -> Iterator[Advice]:
 
 
 def _of_dtype(dtype: str, advice: Advice, trial: Try) -> Iterator[Advice]:
-    """With a working set that has room for it, where the user's own has none."""
+    """Advises `dtype` if the plan says that it is faster.
+
+    If the user's working set is too small for it, one that is large enough is advised
+    as well.
+    """
     now = trial({})
     then, setting = trial({"dtype": dtype}), advice.setting
     if then is None:
@@ -74,7 +80,7 @@ def _of_dtype(dtype: str, advice: Advice, trial: Try) -> Iterator[Advice]:
 def _with_less(
     settings: Mapping[str, Any], advice: Advice, trial: Try
 ) -> Iterator[Advice]:
-    """As many in flight as fit, where that is more than there are."""
+    """Advises as many in flight as fit, if that is more than now."""
     key = next((key for key in _IN_FLIGHT if key in settings), None)
     now = trial({})
     if key is None or now is None:

@@ -1,5 +1,5 @@
-"""What bound a run, and which setting to change: answers, with numbers, from what the
-run has counted. Pure."""
+"""Says what bound a run and which setting to change, from what the run has counted.
+Pure."""
 
 import math
 
@@ -7,23 +7,26 @@ from ...scheduler.joint_rows import WIDE_ROWS
 from .counts import Advice, Bound, Counts
 
 _WAITING_BINDS = 0.1
-"""Below this share of waiting, faster storage would not be felt."""
+"""With a smaller share of waiting, faster storage would make no difference."""
 _OVERHEAD_BINDS = 0.25
 _PADDING_BINDS = 0.15
 _BUSY_BINDS = 0.15
-"""Share of CPU time; less is the kernel's own work and clocks of two kinds."""
+"""A share of CPU time. Less than this may be the kernel's own work, or come from two
+different clocks."""
 _MANY_SEQUENCES = 64
 _FEW_CALLS = 4
-"""Micro-batches of so many rows, or so few of them: what each calls by itself (all but
-the products that it shares) takes little beside products. Four blocks of a 3B model,
-128 sequences in flight, two cores: eight tokens of each took 32 s in micro-batches of
-8, 16 s of 16, 12 s of 64."""
+"""Micro-batches of at least `_MANY_SEQUENCES` rows, or at most `_FEW_CALLS` of them.
+Then the overhead of a micro-batch (all but the shared matrix products) is small.
+Measured with four blocks of a 3B model, 128 sequences in flight and two cores: eight
+tokens of each took 32 s in micro-batches of 8, 16 s in micro-batches of 16, and 12 s in
+micro-batches of 64."""
 _GIB = 1 << 30
 
 
 def what_bound(counts: Counts) -> Bound:
-    """The first of: overhead, keys and values, a link, a busy machine or padding
-    (whichever is more), narrow products, computing itself."""
+    """What bound the run: the first of overhead, keys and values, a link, a busy
+    machine or padding (whichever is more), narrow matrix products, and computing
+    itself."""
     waited = sum(counts.wait_seconds.values())
     busy = waited + counts.compute_seconds
     overhead = max(0.0, counts.seconds - busy)
@@ -116,7 +119,7 @@ def _more_rows(work: int, what: str, factor: float) -> Advice:
 def _more_in_flight(counts: Counts, factor: float) -> Advice:
     name = "sequences_in_flight" if counts.is_generating else "tokens_in_flight"
     what = "sequences" if counts.is_generating else "tokens"
-    factor = min(factor, 64.0)  # beyond, the share is too near 1 to tell
+    factor = min(factor, 64.0)  # beyond that, the share is too near 1 for an estimate
     wanted = math.ceil(counts.in_flight * factor)
     if counts.work < wanted:
         most = _round(counts.work, counts.micro_batch)
@@ -134,7 +137,7 @@ def _more_in_flight(counts: Counts, factor: float) -> Advice:
 
 
 def _stay(counts: Counts, tier: str, share: float) -> tuple[Advice, ...]:
-    """Weights that are not read again need no link, if there is memory for them."""
+    """Advises to keep streamed weights in host memory, if there is room for them."""
     nbytes = math.ceil(counts.streamed_bytes * share)
     if tier != "disk" or not nbytes or nbytes > counts.free_host_bytes:
         return ()
@@ -212,7 +215,7 @@ def _computing(counts: Counts, waited: float) -> Bound:
         "for them)."
     )
     advice = [*_faster(counts), *_fewer_calls(counts)]
-    if not (counts.is_compiled or counts.is_coalesced):  # they exclude each other
+    if not (counts.is_compiled or counts.is_coalesced):  # they cannot be combined
         effect = "fuses small operations (it may change the last bits)."
         advice.append(Advice("compile: true", effect))
     advice.append(Advice(None, "Beyond that, only a faster device helps."))
@@ -247,7 +250,7 @@ def _times(factor: float) -> str:
 
 
 def _round(value: int, multiple: int) -> int:
-    """Up, to two significant digits and a multiple of `multiple`."""
+    """`value` rounded up to two significant digits and a multiple of `multiple`."""
     digits = 10 ** max(0, len(str(value)) - 2)
     value = -(-value // digits) * digits
     return -(-value // multiple) * multiple

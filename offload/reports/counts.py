@@ -1,4 +1,4 @@
-"""What a job has counted, and what is said of it. Pure."""
+"""What a job has counted, and what is said about it. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,47 +6,49 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a job has counted, and what it was asked for."""
+    """What a job has counted, and what it was asked for. Times are in seconds."""
 
     seconds: float
     compute_seconds: float
     wait_seconds: Mapping[str, float]
-    """Computing stood still for weights of this tier."""
+    """How long computing waited for weights, by tier."""
     kv_wait_seconds: float
-    """The part of `compute_seconds` spent waiting for keys and values."""
+    """The part of `compute_seconds` that was spent waiting for keys and values."""
     kv_bytes: Mapping[str, int]
-    """Most bytes of keys and values at one time, by the tier that kept them."""
+    """The most bytes of keys and values at one time, by the tier that kept them."""
     has_lossy_kv: bool
     tokens: int
     tokens_padding: int
     rows: int
     micro_batches: int
     max_in_flight: int
-    """Micro-batches that were under way at one time, at most,"""
+    """The most micro-batches that were in flight at one time."""
     width: int
-    """and that the policy lets in."""
+    """How many micro-batches the policy allows in flight."""
     is_generating: bool
     in_flight: int
-    """tokens_in_flight or, when generating, sequences_in_flight."""
+    """The policy's tokens_in_flight or, in generation, sequences_in_flight."""
     micro_batch: int
-    """micro_batch_tokens or, when generating, micro_batch_sequences."""
+    """The policy's micro_batch_tokens or, in generation, micro_batch_sequences."""
     rows_per_product: float
-    """Mean rows of a matrix product: a token each."""
+    """The mean number of rows (tokens) of a matrix product."""
     is_coalesced: bool
     is_compiled: bool
     has_slow_dtype: bool
-    """The processor has no instructions for the dtype that it computes in."""
+    """Whether the processor has no instructions for the dtype that it computes in."""
     streamed_bytes: int
-    """That come over the link in each pass."""
+    """Bytes of weights that are read in each pass."""
     host_memory: int
-    """Bytes of weights that stay in it already."""
+    """Bytes of weights that already stay in host memory."""
     free_host_bytes: int
     taken_elsewhere: float = 0.0
-    """The share of its threads' CPU time that other work on the machine had."""
+    """The share (0 to 1) of its threads' CPU time that other work on the machine
+    took."""
 
     @property
     def work(self) -> int:
-        """All that could be in flight at one time: tokens or, when generating, rows."""
+        """The most that could be in flight at one time: all tokens or, in generation,
+        all rows."""
         return self.rows if self.is_generating else self.tokens
 
 
@@ -55,21 +57,22 @@ class Advice:
     """One thing to change."""
 
     setting: str | None
-    """As a line of a policy file; None where no setting does it."""
+    """A line of a policy file; None if no setting does it."""
     effect: str
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What bound a run."""
+    """What bound a run, and what to change."""
 
     by: str
-    """`compute`; the tier waited for (`disk`, `host`, `peer`); `kv` (keys and values
-    were waited for); `rows` (too few of them), `activations` (no room for more of them
-    in flight), `padding`, `width` (of the products), `busy` (the machine, with
-    other work), `overhead` (what is neither computing nor waiting for weights)."""
+    """`compute`; the tier that was waited for (`disk`, `host`, `peer`); `kv` (waiting
+    for keys and values); `rows` (too few of them); `activations` (no room for more in
+    flight); `padding`; `width` (narrow matrix products); `busy` (other work on the
+    machine); `overhead` (time in which the job neither computed nor waited for
+    weights)."""
     share: float
-    """Of the time (of `padding`: of the positions computed)."""
+    """The share (0 to 1) of the time; for `padding`, of the computed positions."""
     why: str
     """One sentence."""
     advice: tuple[Advice, ...]

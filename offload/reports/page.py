@@ -1,7 +1,7 @@
-"""The report as one page that needs no network: sentences first, then pictures.
+"""Makes the report as one web page that needs no network.
 
-The template is filled in with autoescaping, and what the scripts draw comes as JSON in
-which no `<` is left, so that no name of a model or a row can become markup.
+The template is filled in with autoescaping. The data of the scripts is JSON without
+`<`. So no name of a model or a row can become markup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ _HEADLINES = {
     "activations": "Room for activations",
     "padding": "Padding",
     "width": "Narrow products",
-    "overhead": "What is neither",
+    "overhead": "Starting, and reading and writing rows",
 }
 _NONE = "no prediction"
 
 
 def render(report: Mapping[str, Any], recorded: Recorded) -> str:
-    """The whole page. `report` is what stands in report.json."""
+    """The whole page. `report` is the content of report.json."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -61,7 +61,7 @@ def render(report: Mapping[str, Any], recorded: Recorded) -> str:
 
 
 def picture_data(report: Mapping[str, Any], recorded: Recorded) -> dict[str, Any]:
-    """What the scripts draw. Times in microseconds since the job began."""
+    """The data that the scripts draw. Times are in microseconds since the job began."""
     names: dict[str, int] = {}
     lanes = []
     for lane, spans in _in_order(by_lane(recorded.spans)):
@@ -114,7 +114,7 @@ def _speed(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How the time divides up; the rest is what is left of it."""
+    """How the time divides into computing, waiting, and the rest."""
     waiting, for_kv = report["wait_seconds"], report["kv"]["wait_seconds"]
     rest = max(0.0, report["seconds"] - report["compute_seconds"] - waiting)
     computing = report["compute_seconds"] - for_kv
@@ -131,7 +131,8 @@ def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, predicted, measured); a figure that nobody predicted says so."""
+    """(name, predicted, measured) of each figure; a figure without prediction says
+    so."""
     plan = report["plan"]
     speed, seconds = (
         plan.get(f"predicted_{key}") for key in ("tokens_per_second", "seconds")
@@ -179,7 +180,7 @@ def _tiers(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _lanes_in_numbers(spans: Sequence[Span]) -> list[dict[str, str]]:
-    """The timeline for those who do not see it."""
+    """The timeline in numbers, for readers who cannot see it."""
     if not spans:
         return []
     start = min(span.start_seconds for span in spans)

@@ -1,4 +1,5 @@
-"""What was recorded, as trace events: for ui.perfetto.dev and chrome://tracing. Pure.
+"""Converts a recorded timeline to trace events, for ui.perfetto.dev and
+chrome://tracing. Pure.
 
 The format: "Trace Event Format", Google 2016 (complete events `X`, counters `C`,
 metadata `M`; times in microseconds).
@@ -14,15 +15,15 @@ _FIRST = (COMPUTE, MICRO_BATCHES, "wait", "cast", "disk", "staging", "host")
 
 
 def trace(title: str, recorded: Recorded) -> dict[str, Any]:
-    """The contents of trace.json: a thread for each lane, counters from the samples.
-    Time 0 is when the job began."""
+    """The content of trace.json: a thread for each lane, and counters from the samples.
+    The job begins at time 0."""
     lanes = by_lane(recorded.spans)
     names = sorted(lanes, key=lambda lane: (_place(lane), lane))
     events = [_named("process_name", 0, name=title)]
     for thread, lane in enumerate(names, 1):
         events.append(_named("thread_name", thread, name=lane))
         events.append(_named("thread_sort_index", thread, sort_index=thread))
-        # Those of one thread must not overlap unless they nest.
+        # Events of one thread must not overlap unless they nest.
         for span in in_turn(lanes[lane]):
             events.append(_complete(span, thread, recorded.began_seconds))
     events += _counters(recorded)

@@ -1,4 +1,4 @@
-"""What was recorded of a run, and what it says of its links. Pure."""
+"""The recorded timeline of a run, and what it says about its links. Pure."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,8 +10,11 @@ from ..monitoring.samples import ResourceSample
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The spans are in the clock in which the job began at `began_seconds`, the samples
-    in seconds since then."""
+    """The timeline of a run.
+
+    Spans use a clock in which the job began at `began_seconds`. Samples have seconds
+    since then.
+    """
 
     began_seconds: float
     spans: Sequence[Span]
@@ -21,20 +24,23 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Tokens a second, of tokens that share a pass: at most what the links bring and
-    what the device computes."""
+    """The speed of a run, and the limits that its links and its device set.
+
+    Speeds are tokens per second, for the tokens that share a pass.
+    """
 
     tokens_per_pass: float
     tokens_per_second: float
     compute_tokens_per_second: float
-    """While it computed."""
+    """The speed while it computed."""
     passes_per_second: float | None
-    """That the slowest link would bring were it busy all the time; None where nothing
-    was streamed."""
+    """How many passes per second the slowest link could bring if it were always busy;
+    None if nothing was streamed."""
 
     @property
     def ridge_tokens(self) -> float | None:
-        """As many in a pass, and its links take as long as its computing."""
+        """The number of tokens in a pass at which the slowest link takes as long as
+        computing."""
         if self.passes_per_second is None:
             return None
         return self.compute_tokens_per_second / self.passes_per_second
@@ -48,7 +54,8 @@ def by_lane(spans: Iterable[Span]) -> dict[str, list[Span]]:
 
 
 def tier_of_lane(lane: str, tiers: Iterable[str]) -> str | None:
-    """The tier at the end of a link; None for a lane that is no link of weights."""
+    """The tier at the end of the link `lane`; None if the lane is not a link of
+    weights."""
     if lane in ("disk", STAGING):
         return "disk"
     if lane == "host":
@@ -60,7 +67,8 @@ def tier_of_lane(lane: str, tiers: Iterable[str]) -> str | None:
 def waits_by_tier(
     spans: Sequence[Span], wait_seconds: float, tiers: Iterable[str]
 ) -> dict[str, float]:
-    """The time waited for weights, shared out as that of the last passes was."""
+    """The `wait_seconds` for weights, by tier. They are divided as the waits in `spans`
+    (the last passes) are."""
     tiers = list(tiers)
     tier_of: dict[str, str] = {}
     for span in spans:
@@ -78,8 +86,8 @@ def waits_by_tier(
 
 
 def link_speeds(spans: Sequence[Span], tiers: Iterable[str]) -> dict[str, float]:
-    """Bytes a second of each tier's link while it was busy: of the slower one where
-    they come over two."""
+    """Bytes per second of each tier's link while it was busy. If a tier has two links,
+    the slower one."""
     tiers = list(tiers)
     found: dict[str, float] = {}
     for lane, of_lane in by_lane(spans).items():
@@ -100,8 +108,10 @@ def roofline(
     compute_seconds: float,
     tiers: Iterable[str],
 ) -> Roofline | None:
-    """None for a run too short to say. `spans` are of the last passes, all else of the
-    whole run."""
+    """The speed and its limits; None if the run was too short.
+
+    `spans` are those of the last passes; the other values are of the whole run.
+    """
     if not (tokens and passes and seconds and compute_seconds):
         return None
     tiers = list(tiers)
@@ -122,6 +132,6 @@ def roofline(
 
 
 def num_passes(spans: Iterable[Span]) -> float:
-    """Passes, and parts of one, that `spans` are of."""
+    """How many passes `spans` cover; may be a fraction."""
     sites = [span.name for span in spans if span.lane == COMPUTE]
     return len(sites) / max(1, len(set(sites)))

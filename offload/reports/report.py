@@ -1,5 +1,5 @@
-"""What a job was, what it cost and what bound it: as one JSON object, as a page to look
-at, and as a trace for other tools."""
+"""Reports what a job did, what it cost and what bound it: as JSON, as a page, as a
+trace."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _SLOW_WITHOUT = ("bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class JobFigures:
-    """What the job itself counted."""
+    """What the job itself counted. Times are in seconds."""
 
     rows: int
     rows_failed: int
@@ -32,19 +32,20 @@ class JobFigures:
     load_seconds: float
     seconds_to_first_unit: float | None
     counts: Mapping[str, Any]
-    """Tokens, micro-batches and tokens a second."""
+    """Numbers of tokens and micro-batches, and tokens per second."""
     plan: Mapping[str, Any]
-    """What the policy promised, and what was predicted for this machine."""
+    """What the policy allows in flight, and the prediction for this machine."""
     dtype: str
-    """Of most of the weights, as they compute."""
+    """The dtype that most of the weights compute in."""
     taken_elsewhere: float = 0.0
-    """The share of its threads' CPU time that other work on the machine had."""
+    """The share (0 to 1) of its threads' CPU time that other work on the machine
+    took."""
 
 
 def judge(
     policy: Policy, figures: JobFigures, statistics: Statistics, spans: Sequence[Span]
 ) -> Bound:
-    """What bound this job, and what to change."""
+    """Says what bound this job, and what to change."""
     counts, is_generating = figures.counts, "output_tokens" in figures.counts
     positions = counts["tokens"] + counts["tokens_padding"]
     rows_per_product = positions / max(1, counts["micro_batches"])
@@ -99,7 +100,7 @@ def make_report(
     bound: Bound,
     recorded: Recorded,
 ) -> dict[str, Any]:
-    """The contents of report.json. Sizes in bytes, times in seconds."""
+    """The content of report.json. Sizes are in bytes, times in seconds."""
     roof = roofline(
         recorded.spans,
         tokens=figures.counts["tokens"],
@@ -155,8 +156,8 @@ def make_report(
 
 
 def write_report(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
-    """Writes report.json, report.html and trace.json into `folder`, which is made if
-    need be."""
+    """Writes report.json, report.html and trace.json to `folder`, which is created if
+    needed. Raises OutputError."""
     _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
     _write(folder / "report.html", render(report, recorded))
     _write(folder / "trace.json", json.dumps(trace(report["model"], recorded)) + "\n")

@@ -218,7 +218,7 @@ def test_a_look_that_fails_is_the_last(caplog: pytest.LogCaptureFixture) -> None
     monitor.start()
     monitor.close()
     assert set(monitor.failures) == {
-        "how the job goes is no longer told: changed size during iteration"
+        "the progress of this job is no longer shown: changed size during iteration"
     }
     assert "changed size" in caplog.text
 
