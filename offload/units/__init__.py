@@ -1,1 +1,9 @@
-"""What a model is divided into, and where each part of it stays."""
+"""Divides a model into units, and decides where each unit stays.
+
+`find` (sites) finds the sites of a model and groups its tensors into units: a
+`ModelDivision`. `Divider` (division) does so for a given working set. `Arranger`
+(arrangement) adds the tier of each unit and the memory budget, for which `Wishes`
+(wish) says how much memory a model can use. `describe` computes a model's costs for the
+planner. `find_row_wise` (row_wise, row_probe) finds the modules that micro-batches can
+share. `model_kind` answers questions about a model's classes.
+"""

@@ -1,5 +1,5 @@
-"""Which units a model is divided into and where each of them stays: what a policy comes
-to for one model, before anything of it is read."""
+"""Decides how a model is divided into units and where each unit stays, under a policy.
+Reads no weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,20 +20,21 @@ from .wish import Wishes
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The units of a model, their places, and the working set that they go through."""
+    """The units of a model, where their tensors are used, their tiers, and the working
+    set."""
 
     places: Mapping[str, list[ParameterRef]]
     recipes: Mapping[str, Recipe]
-    """Of each distinct tensor, by the one name that it has."""
+    """The recipe of each distinct tensor, by its name; a tied tensor has one name."""
     gathered: frozenset[str]
-    """Embedding tables that are never loaded: their rows are looked up."""
+    """Embedding tables that are never loaded: single rows are read from the file."""
     capacity: int
     """Bytes of the working set."""
     division: Division
     placement: tuple[str, ...]
     """The tier of each unit."""
     budget: MemoryBudget | None = None
-    """The memory budget of the process; None where no memory was given."""
+    """How the process's memory is divided; None if the caller gave no memory."""
 
 
 class Arranger:
@@ -76,9 +77,12 @@ class Arranger:
         device_bytes: int | None = None,
         use: Use = "any",
     ) -> Arrangement:
-        """With what the process may take of the host's memory (`room`; None: nobody
-        asks), and a device that has `device_bytes` for the working set. Raises
-        DoesNotFitError, saying the least that works."""
+        """Arranges the model under `policy`.
+
+        `room` is the host memory that the process may take; None if nobody asks.
+        `device_bytes` are free on the device for the working set. Raises
+        DoesNotFitError, which names the least that works.
+        """
         divider, budget = self._divider, None
         if room is not None:
             wish = self._wishes.of(policy, use, is_host=self._is_host)
@@ -114,9 +118,12 @@ def arrange(
     device_bytes: int | None,
     use: Use = "any",
 ) -> Arrangement:
-    """Divides `model` for a device whose memory is the host's (`is_host`) or has
-    `device_bytes` for it. Addresses that weights are read to are multiples of
-    `memory_alignment`. Raises DoesNotFitError, saying the least that works."""
+    """Arranges `model` for a device that is the host (`is_host`), or has `device_bytes`
+    for the working set.
+
+    Weights are read to addresses that are multiples of `memory_alignment`. Raises
+    DoesNotFitError, which names the least that works.
+    """
     arranger = Arranger(
         model,
         recipes,
@@ -131,7 +138,7 @@ def arrange(
 def _placement(
     division: Division, capacity: int, policy: Policy, *, is_host: bool
 ) -> tuple[str, ...]:
-    """The tier of each unit. What is always needed is loaded from disk, once."""
+    """The tier of each unit. Resident units are loaded once, from disk."""
     found, transfers = division.found, division.transfers
     streamed = [
         index
@@ -155,7 +162,7 @@ def _placement(
 def _budgets(
     division: Division, capacity: int, policy: Policy, *, is_host: bool
 ) -> dict[str, int]:
-    """Bytes of each tier, the fastest first."""
+    """The bytes of each tier, the fastest first."""
     host = {"host": policy.host_memory or 0}
     room = _room_to_stay(division, capacity, policy.lookahead)
     rest = {"device": room, **policy.peer}
@@ -164,8 +171,11 @@ def _budgets(
 
 
 def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
-    """Bytes of the working set that units may keep for good: all of them if the model
-    fits; else beside the largest part, each part that is fetched meanwhile has room."""
+    """Bytes of the working set for units that stay.
+
+    If the model fits, that is all streamed units; otherwise what is left beside the
+    largest site and those that are prefetched meanwhile.
+    """
     resident, by_site = division.needs()
     streamed = sum(
         plan.nbytes
@@ -180,7 +190,8 @@ def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
 def _places(
     model: nn.Module, recipes: Mapping[str, Recipe]
 ) -> tuple[dict[str, list[ParameterRef]], dict[str, Recipe]]:
-    """Where each distinct tensor is used, under the one name that has a recipe."""
+    """Where each distinct tensor is used, and its recipe, by the name that has a
+    recipe."""
     by_tensor: dict[int, str] = {}
     places: dict[str, list[ParameterRef]] = {}
     for module_name, module in model.named_modules():
@@ -209,8 +220,12 @@ def _gathered(
     min_bytes: int,
     is_host: bool,
 ) -> frozenset[str]:
-    """Tables that are large enough, lie in one byte range, and are an embedding's. None
-    on a GPU: that would have to wait until the host has seen the ids."""
+    """The embedding tables whose rows are read one by one: those that are large enough
+    and lie in one byte range.
+
+    There are none on a GPU, since it would have to wait until the host has seen the
+    ids.
+    """
     return frozenset(
         name
         for name, recipe in recipes.items()

@@ -1,13 +1,16 @@
-"""What kind of states a model's layers keep between two calls of `generate`."""
+"""Which states the layers of a model keep between two calls of `generate`."""
 
 import inspect
 from typing import Any
 
 
 def keeps_only_keys_and_values(model: Any) -> bool:
-    """Whether a prompt may come in with several calls, and a row may leave. Layers with
-    a state of another kind may begin it anew at every call of more than one token, and
-    say nothing. `model` may be on meta."""
+    """Whether the model's layers keep keys and values, and no other states.
+
+    Only then can a prompt be processed in several calls, and can rows leave a batch.
+    Layers with another state may silently reset it in each call of more than one token.
+    `model` may be on meta.
+    """
     from transformers import DynamicCache  # takes seconds to import
 
     config = model.config.get_text_config(decoder=True)
@@ -20,7 +23,7 @@ def keeps_only_keys_and_values(model: Any) -> bool:
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether it is one of keys and values alone, as transformers makes it."""
+    """Whether `cache` holds only keys and values, as transformers makes it."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

@@ -1,4 +1,4 @@
-"""What a model asks of a machine, read from its modules on meta and its config."""
+"""Computes what a model costs, from its modules on meta and its config."""
 
 import re
 from collections import defaultdict
@@ -17,9 +17,9 @@ from .division import Division
 from .hidden import base_of
 from .sites import ModelDivision
 
-# Elements that operations between products touch, counted in transformers' Llama: a
-# norm reads and writes each of its own seven times, what comes out of a product is
-# rotated, activated or added to something, in two to ten touches.
+# How often the operations between matrix products touch an element, counted in
+# transformers' Llama. A norm reads and writes each of its elements seven times. Results
+# of products are rotated, activated or added, with two to ten touches.
 TOUCHES_OF_NORM = 7
 TOUCHES_OF_PRODUCT = 4
 
@@ -29,7 +29,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 def describe(
     model: Any, division: Division, recipes: Mapping[str, Recipe], gathers_rows: bool
 ) -> ModelShape:
-    """The shape of `model`, which may be on meta, as `division` divides it."""
+    """The costs of `model`, as `division` divides it. The model may be on meta."""
     config = model.config.get_text_config() if hasattr(model, "config") else None
     found = division.found
     head = _head_of(model)
@@ -117,7 +117,7 @@ def _site(
 
 
 def _base_of(model: Any) -> set[int] | None:
-    """The modules that make hidden states, by identity; None where nobody can tell."""
+    """The ids of the modules that make hidden states; None if that is not known."""
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
         return None
     try:
@@ -137,7 +137,7 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 def _active_share(config: Any) -> float:
-    """The share of the stacked experts that a token is expected to go through."""
+    """The share (0 to 1) of the stacked experts that a token goes through."""
     chosen = getattr(config, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     there = next((n for name in names if (n := getattr(config, name, None))), None)
@@ -147,8 +147,11 @@ def _active_share(config: Any) -> float:
 def _attention(
     found: ModelDivision, config: Any
 ) -> dict[int, tuple[int, int, int | None]]:
-    """(width, elements of keys and values a token, window) of the sites that attend:
-    of each layer the first that is called so, or its first one."""
+    """(width, elements of keys and values per token, window) of each site that attends,
+    by its index.
+
+    In each layer that is the first site with "att" in its name, or its first site.
+    """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return {}
@@ -171,8 +174,9 @@ def _attention(
 
 
 def _widths(config: Any, heads: int) -> tuple[int, int]:
-    """Width of all heads; elements of the keys and values that one token adds."""
-    if getattr(config, "kv_lora_rank", None):  # kept as transformers does: expanded
+    """The width of all heads together, and the elements of the keys and values that one
+    token adds."""
+    if getattr(config, "kv_lora_rank", None):  # transformers keeps them expanded
         keys = config.qk_nope_head_dim + config.qk_rope_head_dim
         return heads * keys, heads * (keys + config.v_head_dim)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -191,7 +195,7 @@ def _cast_bytes(plan: Layout) -> int:
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:
-    """Bytes of an element in the dtype that most of the model computes with."""
+    """Bytes of one element, in the dtype that most of the model computes with."""
     by_size: dict[int, int] = defaultdict(int)
     for recipe in recipes.values():
         by_size[recipe.dtype.itemsize] += recipe.nbytes

@@ -1,4 +1,4 @@
-"""Divides a model into units that fit a budget, or says the least that would do."""
+"""Divides a model into units that fit a budget, or names the least that works."""
 
 import logging
 from bisect import bisect_left, bisect_right
@@ -29,34 +29,37 @@ def capacity_of(
     alignment: int,
     free_bytes: int,
 ) -> int:
-    """Bytes of the working set: as asked, or as many of the `free_bytes` of its device
-    as the model has."""
+    """Bytes of the working set: as the policy says; else as much of `free_bytes` as the
+    model can use."""
     if policy.device_memory != "auto":
-        # Slots at the end of the arena must start aligned, too.
+        # Slots at the end of the arena must be aligned, too.
         return align_down(policy.device_memory, alignment)
-    # What is read in place takes up to two pages more than it has bytes.
+    # A tensor that is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
     return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
 
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """The units of a model: how each lies in its files, and how in a slot. One is equal
-    to itself alone."""
+    """The units of a model, and how each is laid out in its files and in its slot.
+
+    A division is equal only to itself.
+    """
 
     found: ModelDivision
     layouts: list[Layout]
     transfers: list[Transfer]
 
     def needs(self) -> tuple[int, list[int]]:
-        """Bytes of slots of the resident units, and those that each site needs at
-        once."""
+        """Bytes of the resident units, and the bytes that each site needs at once."""
         return needs(self.found, [plan.nbytes for plan in self.transfers])
 
     def paired_bytes(self) -> int:
-        """Bytes in which each part fits beside the one after it, which is read while
-        it computes; after the last comes the first. All that is always needed is in
-        them."""
+        """Bytes in which each site fits beside its successor, resident units included.
+
+        The successor is loaded while the site computes; the first site follows the last
+        one.
+        """
         resident, by_site = self.needs()
         pairs = pairwise([*by_site, *by_site[:1]])
         return resident + max((one + other for one, other in pairs), default=0)
@@ -64,8 +67,11 @@ class Division:
 
 @dataclass(frozen=True)
 class Divider:
-    """Divides one model for any budget. What it has worked out it keeps: few budgets
-    ask for another division, and each is looked at module by module."""
+    """Divides one model for any budget.
+
+    Divisions are kept: few budgets lead to another one, and each takes a look at every
+    module.
+    """
 
     model: nn.Module
     places: Mapping[str, list[ParameterRef]]
@@ -73,26 +79,32 @@ class Divider:
     gathered: frozenset[str]
     transfer_of: Callable[[Layout], Transfer]
     resident_below: int
-    """Bytes; as the policy says."""
+    """Modules outside of blocks that have fewer bytes stay; from the policy."""
     max_gap: int
     alignment: int
-    """Alignment of the offsets and sizes of reads, and of slots."""
+    """The alignment of offsets and sizes of reads, and of slots, in bytes."""
     memory_alignment: int
-    """Alignment of the addresses that are read to."""
+    """The alignment of the addresses that are read to, in bytes."""
     tensor_alignment: int
-    """Alignment of assembled tensors in memory that units are read to."""
+    """The alignment of assembled tensors in memory that units are read to, in bytes."""
     _known: dict[tuple[int, int], Division] = field(default_factory=dict)
-    """By how many modules are at most as large as a site may be, and below the size
-    from which they are streamed: no more of the two limits is asked."""
+    """The divisions made so far.
+
+    The keys are how many modules are no larger than the largest site, and how many are
+    too small to be streamed. Nothing else of the two limits matters.
+    """
 
     @cached_property
     def nbytes(self) -> dict[str, int]:
-        """Of each tensor."""
+        """The bytes of each tensor."""
         return {name: recipe.nbytes for name, recipe in self.recipes.items()}
 
     def divide(self, capacity: int) -> Division:
-        """Blocks as they are, where two fit beside what is resident; finer where not.
-        What cannot be divided (a head) may be larger."""
+        """Divides the model for a working set of `capacity` bytes.
+
+        Blocks are units if two of them fit beside the resident units; otherwise they
+        are divided further. Modules that cannot be divided (a head) may be larger.
+        """
         limit = capacity
         while True:
             division = self._divided(limit, min(self.resident_below, capacity // 64))
@@ -129,7 +141,7 @@ class Divider:
                 alignment=self.alignment,
                 memory_alignment=self.memory_alignment,
                 tensor_alignment=self.tensor_alignment,
-                # What is read once may take more reads; what stays, no gaps.
+                # A unit that is read once may take more reads, but should have no gaps.
                 max_gap_bytes=0 if unit.is_resident else self.max_gap,
             )
             for unit in found.units
@@ -142,7 +154,7 @@ class Divider:
 
 
 def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and those that each site needs at once, where units
+    """Bytes of the resident units, and the bytes that each site needs at once. Units
     have `sizes`."""
     resident = 0
     by_site = [0] * len(found.sites)
@@ -154,15 +166,19 @@ def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
 
 
 def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
-    """The least that works, of `capacity` and more: a larger budget keeps more resident
-    and so needs more; the first counts that does with what it asks for itself."""
+    """The least number of bytes, not less than `capacity`, that works.
+
+    A larger budget keeps more units resident and so needs more. The first budget counts
+    that has as much as it needs itself.
+    """
     while (needed := _needed(divide(capacity))) > capacity:
         capacity = needed
     return capacity
 
 
 def check_least(divide: Callable[[int], Division], capacity: int) -> None:
-    """Raises DoesNotFitError, naming the least that works."""
+    """Raises DoesNotFitError if `capacity` bytes are too few; it names the least that
+    works."""
     least = least_capacity(divide, capacity)
     if least > capacity:
         resident, by_site = divide(least).needs()
@@ -181,9 +197,11 @@ def _needed(division: Division) -> int:
 def check_overlap(
     division: Division, capacity: int, budget: MemoryBudget | None
 ) -> tuple[str, ...]:
-    """What is to be announced where some part has no room beside its neighbour, which
-    is fetched while it computes. `capacity` is the policy's own, or a part of
-    `budget`."""
+    """What to announce if some site has no room beside its successor, which is loaded
+    while it computes.
+
+    `capacity` is the policy's own, or a part of `budget`.
+    """
     missing = division.paired_bytes() - capacity
     if missing > 0 and len(division.found.sites) > 1:
         asked = f"device_memory of {capacity + missing} bytes"

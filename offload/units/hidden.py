@@ -6,7 +6,8 @@ from ...io.errors import UsageError
 
 
 def base_of(model: Any) -> Any:
-    """What makes hidden states of ids, without a head. Raises UsageError."""
+    """The module that makes hidden states of token ids, without a head. Raises
+    UsageError if there is none."""
     if model.config.is_encoder_decoder:
         return model.get_encoder()
     base = getattr(model, model.base_model_prefix, model)

@@ -1,8 +1,8 @@
-"""Whether a module takes rows to rows: its forward is run once on tensors without
-contents, and each of torch's operations on the way is looked at.
+"""Finds out whether a module processes each row on its own.
 
-Torch's own tags tell which operations are pointwise. Everything happens in this thread,
-and in no memory.
+Its forward runs once on meta tensors, and each of torch's operations in it is
+inspected. Torch's own tags tell which operations are pointwise. This runs in the
+calling thread and takes no memory for tensors.
 """
 
 import inspect
@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _BATCH, _LIST = (6, 5), (35,)
-"""Rows as a batch of sequences and as one list, even and odd: what depends on how many
-there are is likely to do something else with the other."""
+"""The two shapes that are tried: a batch of sequences, and a list of rows. One number
+of rows is even and one is odd: a module that depends on the number is likely to treat
+them differently."""
 _FEW = 64
-"""Elements of a tensor that are compared one by one."""
+"""A tensor with fewer elements is compared by its values."""
 _aten = torch.ops.aten
 _VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.expand)
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.linear: 0}
-"""Which argument has the rows."""
+"""The index of the argument that holds the rows."""
 _ALONG = {
     _aten.split: 2,
     _aten.split_with_sizes: 2,
@@ -32,17 +33,20 @@ _ALONG = {
     _aten.mean: 1,
     _aten.sum: 1,
 }
-"""Which argument says along which dimension."""
+"""The index of the argument that names the dimension."""
 
 
 class _NotRowWise(Exception):
-    """An operation mixes rows, or cannot be told not to."""
+    """An operation mixes rows, or may do so."""
 
 
 def takes_rows_to_rows(module: nn.Module) -> bool:
-    """Whether each row (all dimensions but the last) of the output of `module` depends
-    on the same row of its only argument alone, by products of rows with its weights and
-    what is pointwise. False also where that cannot be told."""
+    """Whether each row of the output of `module` depends only on the same row of its
+    only argument.
+
+    A row has all dimensions but the last as its index. The module may multiply rows
+    with its weights, and apply pointwise operations. False also if that is not known.
+    """
     parts = list(module.modules())
     if any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts):
         return False
@@ -61,25 +65,26 @@ def takes_rows_to_rows(module: nn.Module) -> bool:
             with _left_as_it_was(module), torch.no_grad(), _Watch(rows, meta) as watch:
                 output = functional_call(module, meta, (rows,))
             watch.check_rows(output)
-        except Exception:  # what cannot be run without contents cannot be told
+        except Exception:  # a module that does not run on meta cannot be judged
             return False
         seen.append(watch.seen)
-    # The same was done to the rows of both, with the same numbers.
+    # Both shapes went through the same operations with the same numbers.
     return seen[0] == seen[1] and any(kind in _PRODUCTS for kind, *_ in seen[0])
 
 
 def _width(module: nn.Module) -> int | None:
-    """Width of the rows of the only argument, by the first product in it."""
+    """The width of the rows of the only argument, from the first matrix product in
+    `module`."""
     try:
         arguments = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # compiled, or C's own
+    except (TypeError, ValueError):  # it is compiled, or written in C
         return None
     if [a.kind for a in arguments] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
         return None
     for part in module.modules():
         if type(part) is nn.Linear:
             return part.in_features
-        if type(part).__name__ == "Conv1D":  # transformers' own: inputs x outputs
+        if type(part).__name__ == "Conv1D":  # its weight is [inputs, outputs]
             weight = part._parameters.get("weight")
             return None if weight is None else weight.shape[0]
     return None
@@ -87,8 +92,8 @@ def _width(module: nn.Module) -> int | None:
 
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Raises _NotRowWise for a forward that keeps something in a module, and takes it
-    out again."""
+    """Raises _NotRowWise if the forward changes attributes of a module, and restores
+    them."""
     parts = list(module.modules())
     kept = [_attributes(part) for part in parts]
     try:
@@ -110,27 +115,28 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def _attributes(part: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a forward may set: attributes, and the tensors and modules among them."""
+    """The attributes, tensors and modules that a forward may set."""
     spaces = ("_parameters", "_buffers", "_modules")
     found = {name: dict(vars(part)[name]) for name in spaces}
     return {**found, "": dict(vars(part))}
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets pass what keeps rows apart; knows which tensors are rows."""
+    """Allows operations that keep rows apart, and follows which tensors hold rows."""
 
     def __init__(self, rows: torch.Tensor, known: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[Any, ...]] = []
-        """What was done, and with which numbers and weights."""
+        """The operations so far, with the numbers and weights that they used."""
         self._names = {id(tensor): name for name, tensor in known.items()}
         self._shape = rows.shape[:-1]
         self._num_rows = rows.shape[:-1].numel()
         self._rows: dict[int, torch.Tensor] = {id(rows): rows}
-        """By id, kept so that no id is used again."""
+        """The tensors that hold rows, by id. They are kept, so that no id is used
+        again."""
 
     def check_rows(self, output: Any) -> None:
-        """Raises _NotRowWise unless `output` is one row for each row."""
+        """Raises _NotRowWise unless `output` has one row for each row of the input."""
         if not self._is_rows(output) or output.shape[:-1] != self._shape:
             raise _NotRowWise("its output")
 
@@ -143,11 +149,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _NotRowWise(str(func))
         if not any(self._is_rows(value) for value in values):
-            # Which weight, and numbers that a number of rows may have been made of.
+            # It may use weights, or numbers that depend on the number of rows.
             self._note(func, values)
             return output
         if not any(self._is_rows(value) for value in (*args, *kwargs.values())):
-            raise _NotRowWise(str(func))  # rows in a list
+            raise _NotRowWise(str(func))  # the rows are in a list
         if func._schema.is_mutable:
             raise _NotRowWise(str(func))
         self._check(func, args)
@@ -164,10 +170,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen.append((func.overloadpacket, *map(self._number, values)))
 
     def _number(self, value: Any) -> Any:
-        """What tells `value` from another, whatever the number of rows."""
+        """A value that identifies `value`, whatever the number of rows."""
         if not isinstance(value, torch.Tensor):
             return str(value)
-        if value.is_meta:  # one of the module's own, or made of such and of rows
+        if value.is_meta:  # a tensor of the module, or a result
             return self._names.get(id(value))
         return value.tolist() if value.numel() < _FEW else id(value)
 
@@ -191,7 +197,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise _NotRowWise(str(func))
 
     def _check_dimension(self, func: Any, args: Any, at: int) -> None:
-        """That it is the last one."""
+        """Raises _NotRowWise unless the operation is along the last dimension."""
         asked = args[at] if len(args) > at else 0
         for dim in asked if isinstance(asked, list | tuple) else [asked]:
             if dim % args[0].dim() != args[0].dim() - 1:

@@ -1,4 +1,4 @@
-"""Finds the row-wise modules inside of sites: what may run for many at once."""
+"""Finds the row-wise modules in sites, which may run once for several micro-batches."""
 
 import sys
 
@@ -8,15 +8,19 @@ from ...scheduler.sweep.coalescing import RowWise
 from .row_probe import takes_rows_to_rows
 from .sites import ModelDivision
 
-# What transformers' `use_experts_implementation` (>= 5.17, < 6) puts on a module. Its
-# forward takes tokens, and for each the chosen experts and their weights.
+# The attributes that transformers' `use_experts_implementation` (>= 5.17, < 6) sets on
+# a module. Its forward takes tokens, and for each token the chosen experts and their
+# weights.
 _OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
 
 
 def find_row_wise(found: ModelDivision) -> tuple[RowWise, ...]:
-    """`nn.Linear`, transformers' `Conv1D` and stacked experts, exactly these: what a
-    subclass does with rows is its own affair. And what consists of such and of
-    pointwise operations, as the whole of an MLP. In definition order."""
+    """The row-wise modules, in definition order.
+
+    They are `nn.Linear`, transformers' `Conv1D`, and stacked experts, but no subclasses
+    of them, which may do something else. Modules that consist of these and of pointwise
+    operations are included, such as a whole MLP.
+    """
     modules: dict[nn.Module, None] = {}
     for site in found.sites:
         modules.update(dict.fromkeys(site.module.modules()))
@@ -30,7 +34,8 @@ def _row_wise(module: nn.Module, sites: set[nn.Module]) -> RowWise | None:
     if num_args is not None:
         return RowWise(module, num_args)
     _, *parts = module.modules()
-    if not parts or not sites.isdisjoint((module, *parts)):  # nobody may wait in it
+    # No micro-batch may wait for a site inside of a shared module.
+    if not parts or not sites.isdisjoint((module, *parts)):
         return None
     return RowWise(module, 1, tuple(parts)) if takes_rows_to_rows(module) else None
 
@@ -45,7 +50,8 @@ def _num_args(module: nn.Module) -> int | None:
 
 
 def _conv1d() -> type | None:
-    """Without importing transformers, which takes seconds."""
+    """transformers' Conv1D; None if transformers is not imported, which takes
+    seconds."""
     module = sys.modules.get("transformers.pytorch_utils")
     found: type | None = getattr(module, "Conv1D", None)
     return found

@@ -1,5 +1,8 @@
-"""Finds the sites and units of any `nn.Module`: the repeated blocks, and the embedding,
-head and norm around them. Reads the module tree; changes nothing."""
+"""Finds the sites and units of any `nn.Module`.
+
+Sites are the repeated blocks, and the embedding, head and norm around them. Reads the
+module tree and changes nothing.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class ParameterRef:
-    """Where a module refers to a tensor."""
+    """A place where a module refers to a tensor: its attribute `key`."""
 
     module: nn.Module
     key: str
@@ -19,7 +22,7 @@ class ParameterRef:
 
 @dataclass(frozen=True, slots=True)
 class FoundSite:
-    """A module that waits for its units."""
+    """A module that runs once its units are loaded."""
 
     name: str
     module: nn.Module
@@ -27,18 +30,19 @@ class FoundSite:
 
 @dataclass(frozen=True, slots=True)
 class FoundUnit:
-    """Tensors that move together: they are used by exactly the same sites."""
+    """Tensors that are loaded together: exactly the same sites use them."""
 
     name: str
     tensors: tuple[str, ...]
     sites: tuple[int, ...]
     is_resident: bool
-    """Some of it is used where no site waits: it must always be there."""
+    """Whether a tensor is used outside of all sites, so that the unit must always be
+    loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDivision:
-    """The sites in definition order, and the units that they share out."""
+    """The sites of a model, in definition order, and the units that they use."""
 
     sites: tuple[FoundSite, ...]
     units: tuple[FoundUnit, ...]
@@ -53,12 +57,13 @@ def find(
     max_site_bytes: int,
     resident_below: int,
 ) -> ModelDivision:
-    """Divides the tensors of `model` into units.
+    """Divides `model` into sites and units.
 
-    `places` says where each tensor (by name; a tied one has several places) is used,
-    `nbytes` how large it is, `gathered` which embedding tables are never loaded for
-    their embedding. A block larger than `max_site_bytes` is divided into the modules in
-    it; modules outside of blocks below `resident_below` bytes are resident.
+    `places` says where each tensor is used, by name; a tied one is used in several
+    places. `nbytes` says how large it is. `gathered` are the embedding tables that are
+    not loaded for their embedding. A block larger than `max_site_bytes` is divided into
+    its child modules. Modules outside of blocks with fewer than `resident_below` bytes
+    are resident.
     """
     names = _names(places)
     tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below)
@@ -71,7 +76,8 @@ def module_sizes(
     places: Mapping[str, list[ParameterRef]],
     nbytes: Mapping[str, int],
 ) -> set[int]:
-    """Bytes of the modules of `model`, as `find` compares them with its limits."""
+    """The sizes in bytes of the modules of `model`, which `find` compares with its
+    limits."""
     names = _names(places)
     return {
         sum(nbytes[name] for name in tensors_in(module, names))
@@ -106,7 +112,7 @@ class _Tree:
         if size == 0 or self._is_gathered(module):
             return
         children = [(n, m) for n, m in module.named_children() if self._size(m)]
-        # A container's own forward is never called: a hook on it would never fire.
+        # A container's forward is never called, so a hook on it would never run.
         can_run = type(module).forward is not nn.Module.forward
         fits = size <= self.max_site_bytes or not children
         if can_run and fits and (in_block or not children):
@@ -168,12 +174,13 @@ def _units(
             used.update(at)
             is_gather = name in gathered and isinstance(place.module, nn.Embedding)
             is_resident = is_resident or not (at or is_gather)
-        # Buffers are always resident; so is what no site waits for, as one unit.
+        # Buffers are always resident. So are tensors that no site uses; they form one
+        # unit.
         if is_resident:
             groups[(), True].append(name)
         elif used:
             groups[tuple(sorted(used)), False].append(name)
-        else:  # gathered only: a unit of its own, loaded by a fault at most
+        else:  # only gathered: a separate unit, which a fault may load
             groups[(-1 - len(groups),), False].append(name)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][1], item[0][0]))
     return tuple(

@@ -1,4 +1,4 @@
-"""What one model would do with the memory of its process, under a policy."""
+"""Works out how much memory a model can use under a policy."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,37 +15,42 @@ from .describe import describe
 from .division import Division, least_capacity
 
 _PAGES = 8192
-"""What is read in place takes up to two pages more than it has bytes."""
+"""A tensor that is read in place takes up to two pages more than it has bytes."""
 _BUFFERS = 4
-"""Two for each of the two threads that cast and assemble."""
+"""The number of bounce buffers: two for each of the two threads that cast and
+assemble."""
 _LOGIT_BYTES = 12
-"""In the model's dtype, in float32, and a temporary of that."""
+"""Bytes of one logit: in the model's dtype, in float32, and a temporary copy of
+that."""
 _LEAST_WORKSPACE = 8 << 20
-"""Bytes of one micro-batch of a model that cannot be described."""
+"""Bytes of one micro-batch, if the model cannot be described."""
 
 
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 64
-"""Tokens of a prompt and of its completion, until it is known what comes."""
+"""The assumed lengths of a prompt and of its completion, until they are known."""
 
 
 class _Activations(NamedTuple):
     computing: int
     """Bytes of one micro-batch while it computes."""
     waiting: int
-    """Of all that are in flight."""
+    """Bytes of all micro-batches in flight."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """Works out wishes for one model: what policies have in common, once."""
+    """Works out the memory wish of one model for several policies."""
 
     model: Any
     recipes: Mapping[str, Recipe]
     divide: Callable[[int], Division]
-    """For a working set of so many bytes."""
+    """Divides the model for a working set of this many bytes."""
 
     def of(self, policy: Policy, use: Use, *, is_host: bool) -> MemoryWish:
-        """`is_host`: the weights that are computed with are in the host's memory."""
+        """The memory that the model can use under `policy`, for `use`.
+
+        `is_host` says whether the working set is in host memory.
+        """
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
         whole += _PAGES * (len(self.recipes) + 1)
         division = self.divide(2 * whole)
@@ -65,7 +70,7 @@ class Wishes:
     def _weights(
         self, division: Division, policy: Policy, whole: int
     ) -> dict[str, int]:
-        """From the least to all of them."""
+        """The sizes of the working set, from the least to the whole model."""
         if policy.device_memory != "auto":
             names = ("least", "paired", "ahead", "whole")
             taken = min(policy.device_memory, whole)
@@ -87,7 +92,7 @@ class Wishes:
         }
 
     def _need(self, division: Division, policy: Policy, use: Use) -> "_Activations":
-        """Of what the policy has in flight."""
+        """The activations of all that the policy has in flight."""
         shape = self.shape(division)
         if shape is None or not shape.hidden:
             return _Activations(0, 0)
@@ -100,7 +105,7 @@ class Wishes:
         return _Activations(computing, need.activations - computing)
 
     def shape(self, division: Division) -> ModelShape | None:
-        """None for a module that says nothing of itself."""
+        """The model's costs; None if it has no config of transformers."""
         config = getattr(self.model, "config", None)
         if not hasattr(config, "get_text_config"):
             return None
@@ -110,15 +115,15 @@ class Wishes:
 def cache_bytes_per_token(
     model: Any, division: Division, recipes: Mapping[str, Recipe]
 ) -> int:
-    """Bytes that a token adds to a cache as transformers makes it; 0 for a module that
-    says nothing of itself."""
+    """Bytes that a token adds to a cache of transformers; 0 for a module without a
+    config of transformers."""
     shape = Wishes(model, recipes, lambda _: division).shape(division)
     return 0 if shape is None else shape.kv_bytes_per_token
 
 
 def _of_completions(shape: ModelShape, policy: Policy) -> int:
-    """Bytes that sequences in flight keep, with their keys and values unless those
-    have a store of their own."""
+    """Bytes of the activations of all sequences in flight, with their keys and values
+    unless tiers keep those."""
     need = generating_need(
         shape,
         policy.sequences_in_flight,
@@ -133,7 +138,7 @@ def _of_completions(shape: ModelShape, policy: Policy) -> int:
 def _fixed(
     policy: Policy, division: Division, whole: int, use: Use, *, is_host: bool
 ) -> int:
-    """Bytes of buffers, and of what the policy gives a size."""
+    """Bytes of buffers, and of parts whose size the policy sets."""
     found = _BUFFERS * policy.io.bounce + (policy.host_memory or 0)
     found = min(found, _BUFFERS * policy.io.bounce + whole)
     found += min(policy.peer.get("cpu", 0), whole)
