@@ -1,5 +1,5 @@
-"""Puts real parameters into a model's modules while their unit is there, and the
-stand-ins back before its bytes are reused."""
+"""Puts loaded parameters into a model's modules, and placeholders back before their
+bytes are reused."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,15 +17,15 @@ from .bound import BoundParameter, is_ours, replaced, written
 
 
 class Binding:
-    """Knows every place where a module refers to a tensor of the arena.
+    """Knows every place where a module refers to a streamed tensor.
 
-    Parameters are built once for each offset that a unit ever stands at, outside of
-    inference mode, and swapped into `_parameters` directly: a site of nine costs about
-    a microsecond.
+    Parameters are built once for each offset at which a unit has ever been, outside of
+    inference mode. They are put into `_parameters` directly: a site with nine of them
+    takes about a microsecond.
 
-    They require gradients as the resident model's do, because torch chooses kernels by
-    that (`matmul` folds differently) and the last bit would differ. Where gradients are
-    recorded they do not: streamed weights are gone by the time of a backward pass.
+    They require gradients as the resident model's do. Torch chooses kernels by that
+    (`matmul` folds differently), so the last bit would differ otherwise. If gradients
+    are recorded, they do not: streamed weights are gone before a backward pass.
     """
 
     def __init__(
@@ -89,12 +89,15 @@ class Binding:
         return self._names[id(parameters), key]
 
     def find(self, module: nn.Module, key: str) -> str | None:
-        """The name of the streamed tensor that stands at `key` in `module`."""
+        """The name of the streamed tensor at `key` of `module`; None if there is
+        none."""
         return self._names.get((id(module._parameters), key))
 
     def accept(self, name: str) -> None:
-        """The weight `name` has other values now, which stand where it was loaded: what
-        somebody wrote or put there before is gone."""
+        """Called when the weight `name` has got new values by `penstock.update`.
+
+        What a user has written to it or put in its place before is dropped.
+        """
         for place in self._places[name]:
             if place.is_buffer:
                 continue
@@ -111,17 +114,20 @@ class Binding:
         return self._resident
 
     def is_in_host(self, unit: int) -> bool:
-        """Whether `unit` stays in host memory, where it is used as it lies."""
+        """Whether `unit` stays in host memory and is used there."""
         return self._host is not None and unit in self._host.offsets
 
     def units_of_site(self, site: int) -> tuple[int, ...]:
-        """The units that have to be brought for `site`."""
+        """The units that have to be loaded for `site`."""
         return self._units_of_site[site]
 
     def bind(self, site: int, offsets: tuple[int, ...]) -> None:
-        """The units of `site` stand at `offsets`: makes its parameters real. Raises
-        PenstockError, with nothing changed, where somebody has replaced or written to
-        one. Then the units have to be loaded again."""
+        """Puts the parameters of `site` into its modules; its units are at `offsets` in
+        the arena.
+
+        Raises PenstockError, and changes nothing, if user code has replaced a parameter
+        or written to it. Then the units have to be loaded again.
+        """
         if self._is_over:
             raise closed()
         where = self._places_of_site[site]
@@ -137,11 +143,13 @@ class Binding:
                     parameters[key] = cast(nn.Parameter, tensor)
 
     def unbind(self, site: int) -> None:
-        """Takes the parameters of `site` away again. Raises PenstockError where one of
-        them was written to or replaced: the next load would silently undo that. Then
-        the units have to be loaded again."""
+        """Takes the parameters of `site` out of its modules.
+
+        Raises PenstockError if user code has written to one of them or replaced it: the
+        next load would silently undo that. Then the units have to be loaded again.
+        """
         error = None
-        if self._is_over:  # what stands there now is whoever's who closed the model
+        if self._is_over:  # the model is closed: its modules are the user's
             return
         for name, places in self._places_of_site[site].items():
             stand_in = self._stand_ins[name]
@@ -160,9 +168,11 @@ class Binding:
             raise error
 
     def bind_for_ever(self, unit: int, offset: int) -> None:
-        """`unit` stays at `offset`: makes its tensors real wherever they are used.
-        Raises PenstockError where somebody has replaced one."""
-        with torch.no_grad():  # it will still be there, whatever is recorded
+        """Puts the tensors of `unit`, which stays at `offset`, wherever they are used.
+
+        Raises PenstockError if user code has replaced one.
+        """
+        with torch.no_grad():  # it stays, so a backward pass may use it
             tensors = self.tensors(unit, offset)
         for name, tensor in tensors.items():
             self._check_places(name)
@@ -174,15 +184,16 @@ class Binding:
                     place.module._parameters[place.key] = cast(nn.Parameter, tensor)
 
     def check_resident(self) -> None:
-        """Raises PenstockError where somebody wrote to a weight that no site waits for:
-        `unbind` looks at the others."""
+        """Raises PenstockError if user code has written to a weight that no site uses.
+        `unbind` checks the others."""
         for name in self._unwatched & self._resident.keys():
             for place in self._places[name]:
                 if not place.is_buffer:
                     self._check(place.module._parameters.get(place.key), name)
 
     def first_written(self) -> str | None:
-        """The name of a weight in memory that somebody wrote to, if there is one."""
+        """The name of a resident weight that user code has written to; None if there is
+        none."""
         for name in self._resident:
             for place in self._places[name]:
                 current = place.module._parameters.get(place.key)
@@ -196,12 +207,12 @@ class Binding:
         return any(self._stand_ins[name].requires_grad for name in names)
 
     def _check(self, current: torch.Tensor | None, name: str) -> None:
-        """Raises PenstockError where `current`, which stands where the weight `name`
-        was put, is not that as it was."""
+        """Raises PenstockError if `current` is not the weight `name` as it was
+        bound."""
         if not isinstance(current, BoundParameter) or not is_ours(current, name):
             raise replaced(name)
         if current.was_written:
-            if not self._is_in_host[name]:  # that is never loaded again
+            if not self._is_in_host[name]:  # that one is never loaded again
                 current.forgive()
             raise written(name)
 
@@ -214,13 +225,14 @@ class Binding:
                 raise replaced(name)
 
     def bind_host(self) -> None:
-        """Makes what stays in host memory real wherever it is used."""
+        """Puts the tensors that stay in host memory wherever they are used."""
         if self._host is not None:
             for unit, offset in self._host.offsets.items():
                 self.bind_for_ever(unit, offset)
 
     def tensors(self, unit: int, offset: int) -> dict[str, torch.Tensor]:
-        """The tensors of `unit`, which lies at `offset`, as views, by name."""
+        """The tensors of `unit` at `offset`, by name. They are views of the arena or of
+        the host tier."""
         memory = self._arena
         if self._host is not None and self.is_in_host(unit):
             memory = self._host.memory
@@ -234,9 +246,11 @@ class Binding:
         return self._built[key]
 
     def poison_all(self) -> None:
-        """Leaves no view of the arena in any module; the arena can be closed. What
-        somebody else has put there stays. A micro-batch that is still inside of a site
-        changes nothing when it leaves."""
+        """Removes all views of the arena from modules, so that it can be closed.
+
+        What user code has put in place of a weight stays. A micro-batch that is still
+        inside a site changes nothing when it leaves.
+        """
         self._is_over = True
         for name, where in self._places.items():
             stand_in = cast(nn.Parameter, self._stand_ins[name])
@@ -251,7 +265,7 @@ class Binding:
         self._resident.clear()
 
     def put_stand_ins(self) -> None:
-        """Takes the model's own parameters away: where this begins."""
+        """Replaces the model's own parameters by placeholders, at the beginning."""
         for name, where in self._places.items():
             for place in where:
                 if not place.is_buffer:
@@ -259,8 +273,8 @@ class Binding:
                     place.module._parameters[place.key] = stand_in
 
     def poison_elsewhere(self) -> None:
-        """The same in a child that was forked, which has not got the arena's memory
-        and must not read it: buffers are poisoned, too."""
+        """Does the same in a forked child, which does not have the arena's memory and
+        must not read it. So buffers are replaced, too."""
         for name, where in self._places.items():
             for place in where:
                 module = place.module

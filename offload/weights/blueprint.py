@@ -1,5 +1,5 @@
-"""A model on meta and the places of its weights: by its checkpoint's headers, or by
-config.json alone, as if they lay in one file."""
+"""Makes a model on meta with the layout of its weights, from its checkpoint's headers,
+or from config.json alone."""
 
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from .hf import Skeleton
 def blueprint(
     folder: Path, dtype: str, *, trust_remote_code: bool = False
 ) -> tuple[Skeleton, bool]:
-    """The model in `folder`, computing in `dtype`, and whether its weights are there.
-    No weight is read. Raises CheckpointError and UsageError as `hf.build` does."""
+    """The model in `folder`, which computes in `dtype`, and whether its weights are
+    there.
+
+    No weight is read. Raises CheckpointError and UsageError as `hf.build` does.
+    """
     has_weights = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     has_weights = has_weights or not (folder / "config.json").exists()
     if has_weights:
@@ -28,8 +31,11 @@ def blueprint(
 
 
 def imagined_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """One file with all the tensors that the model of config.json has, in its order and
-    dtype, tied ones once."""
+    """A checkpoint of one file with all tensors of the model that config.json
+    describes.
+
+    They are in the model's order and in the stored dtype; tied ones occur once.
+    """
     path = folder / SINGLE_FILE
     entries: dict[str, TensorEntry] = {}
     offset = 8
@@ -45,7 +51,8 @@ def imagined_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Che
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """What the config says; bfloat16, as nearly all are, where it says nothing."""
+    """The dtype that the config names; bfloat16, which is the most frequent, if it
+    names none."""
     values = read_json_object(folder / "config.json")
     name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
     found = getattr(torch, str(name), None)

@@ -1,4 +1,4 @@
-"""A streamed weight while it is in memory, and how a write to it is noticed."""
+"""A streamed weight while it is loaded, and how writes to it are noticed."""
 
 from typing import Any
 
@@ -9,22 +9,25 @@ from ...io.errors import PenstockError
 
 
 class BoundParameter(nn.Parameter):
-    """A parameter whose bytes are a slot's. Reading it is reading any parameter.
+    """A parameter whose bytes are in a slot. Reading it is like reading any parameter.
 
-    Every write through torch raises the version counter, that through `data` too:
-    here `data` shares the counter, where a plain parameter's has one of its own.
+    Each write through torch raises the version counter. That includes writes through
+    `data`: here it shares the counter, while the `data` of a plain parameter has one of
+    its own.
     """
 
     streamed_name: str
     _known_version: int
     _in_slot: torch.Tensor | None
-    """Its bytes in the slot, while a cast of them stands in its place."""
+    """The bytes in the slot, while a cast of them takes their place; else None."""
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor, requires_grad: bool) -> "BoundParameter":
-        """The parameter `name`, a view of `tensor`. Called outside of inference mode.
-        What a device copies into the slot raises the counter of the slot: `tensor.data`
-        has another one."""
+        """The parameter `name`, a view of `tensor`.
+
+        Call it outside of inference mode. What a device copies into the slot raises the
+        counter of the slot; `tensor.data` has another counter.
+        """
         self = BoundParameter(tensor.data, requires_grad=requires_grad)
         self.streamed_name = name
         self._known_version = self._version
@@ -33,11 +36,11 @@ class BoundParameter(nn.Parameter):
 
     @property
     def was_written(self) -> bool:
-        """Whether anybody but the loader has written to it."""
+        """Whether user code has written to it."""
         return self._version != self._known_version
 
     def forgive(self) -> None:
-        """Its bytes were loaded again: what was written is gone."""
+        """Called when its bytes were loaded again, which undoes what was written."""
         self._known_version = self._version
 
     @property
@@ -46,8 +49,8 @@ class BoundParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """Takes what changes nothing: itself, and itself in another dtype, as `to`
-        of a module gives it, until `settle`."""
+        """Accepts only values that change nothing: itself and, until `settle`, a cast
+        of itself, as `Module.to` gives it. Raises PenstockError otherwise."""
         is_same = value.data_ptr() == self.data_ptr()
         if is_same and (value.shape, value.stride()) == (self.shape, self.stride()):
             return
@@ -58,13 +61,13 @@ class BoundParameter(nn.Parameter):
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def settle(self) -> None:
-        """Is the bytes of the slot again, not a cast of them."""
+        """Returns to the bytes of the slot, if a cast of them took their place."""
         if self._in_slot is not None:
             torch.Tensor.data.__set__(self, self._in_slot)  # type: ignore[attr-defined]
             self._in_slot = None
 
     def __deepcopy__(self, memo: Any) -> nn.Parameter:
-        """A parameter like any other: the copy is not streamed."""
+        """An ordinary parameter with the same values: the copy is not streamed."""
         if id(self) not in memo:
             copied = self.detach().clone(memory_format=torch.preserve_format)
             memo[id(self)] = nn.Parameter(copied, self.requires_grad)
@@ -83,12 +86,12 @@ def _is_cast(value: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 def is_ours(tensor: torch.Tensor | None, name: str) -> bool:
-    """Whether this is the weight `name` as Penstock put it there."""
+    """Whether `tensor` is the weight `name` as Penstock bound it."""
     return type(tensor) is BoundParameter and tensor.streamed_name == name
 
 
 def written(name: str) -> PenstockError:
-    """Somebody wrote to the streamed weight `name`."""
+    """The error that user code has written to the streamed weight `name`."""
     return PenstockError(
         f"the streamed weight {name!r} was written to, and the next load would undo "
         f"that: change it by penstock.update(model, {{{name!r}: tensor}})"
@@ -96,7 +99,7 @@ def written(name: str) -> PenstockError:
 
 
 def replaced(name: str) -> PenstockError:
-    """Something else stands where the streamed weight `name` was."""
+    """The error that user code has replaced the streamed weight `name`."""
     return PenstockError(
         f"the streamed weight {name!r} was replaced in its module by something that "
         "would be lost: put other values there by "

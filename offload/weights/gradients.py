@@ -1,4 +1,4 @@
-"""Keeps gradients from being computed with weights that are gone."""
+"""Refuses backward passes through streamed weights, which are gone by then."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,11 +11,12 @@ from ...io.errors import PenstockError
 
 
 def refuse_backward(output: Any, site: str) -> None:
-    """Makes a backward pass through `output`, what the module `site` gave, raise
-    PenstockError before a gradient has gone through the module. Values stay the same.
+    """Makes a backward pass through `output` raise PenstockError.
 
-    Called where gradients are recorded: by then autograd refers to the slots' bytes,
-    which are other weights' when a backward pass comes.
+    `output` is what the module `site` returned; its values do not change. The error is
+    raised before a gradient goes through the module. Call this if gradients are
+    recorded: autograd refers to the bytes of the slots, which hold other weights at the
+    time of a backward pass.
     """
 
     def refuse(gradient: torch.Tensor) -> None:
@@ -27,14 +28,18 @@ def refuse_backward(output: Any, site: str) -> None:
 
 
 def refuse_training(output: Any, inputs: Iterable[Any]) -> None:
-    """Makes what a model whose weights want gradients gave for `inputs` require one, as
-    it would without Penstock, and a backward pass through it raise PenstockError."""
+    """Makes `output` require gradients, as it would without Penstock, and a backward
+    pass through it raise PenstockError.
+
+    `output` is what a model, some of whose weights require gradients, returned for
+    `inputs`.
+    """
     if forward_ad._current_level >= 0:
         return
     given = {id(value) for value in tree_leaves(inputs)}
     for value in tree_leaves(output):
-        # Subclasses and function transforms have ways of their own; a view is not the
-        # only one to lead to what it views.
+        # Subclasses and function transforms record gradients in their own ways. A view
+        # is not the only tensor that refers to its base.
         is_plain = type(value) is torch.Tensor and value.is_floating_point()
         if not is_plain or id(value) in given or value.requires_grad:
             continue
@@ -46,7 +51,8 @@ def refuse_training(output: Any, inputs: Iterable[Any]) -> None:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """The same tensor, not another one: nothing is copied."""
+    """Returns the same tensor, without a copy; its backward pass raises
+    PenstockError."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

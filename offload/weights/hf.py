@@ -1,7 +1,7 @@
-"""Knows transformers from the inside: building a model without weights.
+"""Builds transformers models without weights.
 
-Private calls of transformers (>= 5.17, < 6) stand here, in `hf_names`, `kv/cache` and
-`tasks/decoding` alone, each of them under a test.
+Private functions of transformers (>= 5.17, < 6) are used only here, in `hf_names`,
+`kv/cache` and `generation/decoding`, and each use has a test.
 """
 
 import contextlib
@@ -34,23 +34,25 @@ from .trust import unused_code
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model whose streamed tensors are on meta, and how each is made."""
+    """A model whose streamed tensors are on meta, with the recipe of each."""
 
     model: PreTrainedModel
     recipes: Mapping[str, Recipe]
-    """By the name of the parameter or persistent buffer in the model."""
+    """The recipes, by the names of parameters and persistent buffers in the model."""
     notes: tuple[str, ...] = ()
-    """What is to be announced of the checkpoint."""
+    """What is to be announced about the checkpoint."""
 
 
 def build(
     checkpoint: Checkpoint, dtype: str, *, trust_remote_code: bool = False
 ) -> Skeleton:
-    """The model that `checkpoint`'s config.json describes, ready but for the weights
-    in `recipes`; everything that no checkpoint holds (rotary tables, masks, ALiBi
-    slopes) is initialised as transformers does it.
+    """Builds the model that `checkpoint`'s config.json describes, without the weights
+    in `recipes`.
 
-    Raises CheckpointError for missing tensors, UsageError for what is unsupported.
+    Tensors that no checkpoint holds (rotary tables, masks, ALiBi slopes) are
+    initialised as transformers does. `dtype` is the name of a floating dtype, or `auto`
+    for the checkpoint's. Raises CheckpointError if tensors are missing, and UsageError
+    for what is not supported.
     """
     folder = checkpoint.folder
     config = read_config(folder, trust_remote_code)
@@ -73,8 +75,11 @@ def build(
 def state_on_meta(
     folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Names, shapes and dtypes of what the model of config.json keeps, tied tensors
-    once. Raises as `build` does."""
+    """The state dict, on meta, of the model that config.json in `folder` describes, in
+    `dtype`.
+
+    Tied tensors occur once. Raises the same errors as `build`.
+    """
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=10_000)  # of the largest models
     model_class = model_class_of(config, folder, trust_remote_code)
@@ -144,10 +149,13 @@ def _finish(
     unknown: Mapping[str, str],
     checkpoint: Checkpoint,
 ) -> tuple[str, ...]:
-    """Ties weights and initialises buffers by transformers' own steps. The streamed
-    tensors count as initialised; an untied one without a recipe is an error, but for
-    the head, which not everybody uses. `unknown`: what the model has no place for, as
-    the files call it, by the name it would have. Returns what is to be announced."""
+    """Ties weights and initialises buffers with transformers' own functions.
+
+    Streamed tensors count as initialised. An untied tensor without a recipe is an
+    error, except in the head, which not every task uses. `unknown` are tensors of the
+    files that the model does not have: their names in the files, by the names that they
+    would have in the model. Returns what is to be announced.
+    """
     missing = set(model.state_dict()) - set(recipes)
     for name in recipes:
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
@@ -180,7 +188,7 @@ def _finish(
 
 
 def _head_names(model: PreTrainedModel) -> set[str]:
-    """The parameters of the output embeddings."""
+    """The names of the parameters of the output embeddings."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is None:
         return set()

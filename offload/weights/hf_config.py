@@ -1,5 +1,5 @@
-"""What the config files of a checkpoint say: its config, its model class, how it
-generates."""
+"""Reads the config files of a checkpoint: its config, its model class, its generation
+config."""
 
 import contextlib
 import functools
@@ -20,11 +20,13 @@ from . import trust
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden)_?(layers?|blocks?)$|^depth$")
 """Keys of a config that say how many blocks there are."""
 _FEW_LAYERS = 256
-"""May be more than a checkpoint has tensors: some models run a block repeatedly."""
+"""A number of blocks up to this is accepted even if there are fewer tensors: some
+models run a block repeatedly."""
 
 
 def of_config(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Around what is done with the values of config.json: those alone make it fail."""
+    """Use it around calls that use the values of config.json and can fail only because
+    of them."""
     fix = "no model can be made of what it says"
     return about(f"{folder}/config.json", CheckpointError, fix=fix, every=True)
 
@@ -54,8 +56,8 @@ def read_config(folder: Path, is_trusted: bool) -> Any:
 
 
 def check_layers(config: Any, folder: Path, *, num_tensors: int) -> None:
-    """Raises CheckpointError where a config promises more blocks than there are tensors
-    in the files: before a billion of them are made."""
+    """Raises CheckpointError if a config has more blocks than the files have tensors,
+    before a billion of them are made."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
         for key, value in vars(part).items() if part is not None else ():
@@ -111,7 +113,8 @@ def model_class_of(
 def _own_class(
     config: Any, folder: Path, names: list[str]
 ) -> type[PreTrainedModel] | None:
-    """The class that a trusted checkpoint brings along for one of its architectures."""
+    """The class that a trusted checkpoint brings for one of its architectures; None if
+    it brings none."""
     found = getattr(config, "auto_map", None) or {}
     for reference in found.values() if isinstance(found, dict) else ():
         if isinstance(reference, str) and reference.rpartition(".")[2] in names:
@@ -125,8 +128,11 @@ def _own_class(
 
 
 def set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
-    """What generation_config.json says and, if it is trusted, a `generate` of the
-    checkpoint's own, as transformers takes it."""
+    """Sets the model's generation config from generation_config.json.
+
+    If it is trusted, the checkpoint's own `generate` is set as well, as transformers
+    does.
+    """
     if not model.can_generate():
         return
     path = folder / "generation_config.json"
@@ -141,7 +147,7 @@ def set_generation(model: Any, folder: Path, is_trusted: bool) -> None:
 
 
 def _check_token_ids(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for what is no id of a token where there must be one."""
+    """Raises CheckpointError if a token id is not a number."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = values.get(key)
         ids = found if isinstance(found, list) else [found]

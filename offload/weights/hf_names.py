@@ -1,7 +1,7 @@
-"""Which stored tensors make which tensor of a transformers model, and how.
+"""Finds out which stored tensors make which tensor of a transformers model, and how.
 
-transformers renames, merges and cuts tensors as it loads them; its own mapping is
-asked, so that every checkpoint it can load lands where it would put it.
+transformers renames, merges and splits tensors when it loads them. Its own mapping is
+used here, so each checkpoint that it can load is loaded in the same way.
 """
 
 import contextlib
@@ -31,19 +31,22 @@ from ...io.weights.recipe import Recipe, TensorSlice, View, plain
 
 @dataclass
 class _Target:
-    """A group of tensors of the model made from a group of stored ones."""
+    """A group of the model's tensors that is made from a group of stored ones."""
 
     converter: Any
     sources: dict[str, list[TensorEntry]]
-    """Stored tensors by the converter's source pattern, in transformers' order."""
+    """The stored tensors, by the converter's source pattern, in transformers' order."""
 
 
 def make_recipes(
     model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """How each parameter and persistent buffer of `model` is made from `checkpoint`, by
-    its name in the model; what the checkpoint does not hold is not in it. And what the
-    model has no place for: how the files call it, by the name that it would have."""
+    """How to make each parameter and persistent buffer of `model` from `checkpoint`.
+
+    Returns the recipes, by name in the model, for all tensors that the checkpoint
+    holds; and the stored tensors that the model does not have: their names in the
+    files, by the names that they would have in the model.
+    """
     state: dict[str, torch.Tensor] = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -77,7 +80,8 @@ def make_recipes(
 
 
 class _Dtypes:
-    """The dtype each tensor ends up with: the model's, the plan's, or its own."""
+    """Tells the dtype that each tensor is loaded in: the model's, that of transformers'
+    dtype plan, or its own."""
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -104,12 +108,16 @@ def _check_shape(recipe: Recipe, meta: torch.Tensor, entry: TensorEntry) -> None
         )
 
 
-# Conversions: where views suffice, bytes land in place; else transformers converts.
+# Conversions. If views suffice, bytes are copied to their places; else transformers'
+# own function converts tensors.
 
 
 class _Meta(torch.Tensor):
-    """A meta tensor that calls itself contiguous, so that transformers' operations
-    give views of it and their strides tell where every element goes."""
+    """A meta tensor that claims to be contiguous.
+
+    So transformers' operations return views of it, whose strides tell where every
+    element goes.
+    """
 
     def contiguous(self, *args: Any, **kwargs: Any) -> "_Meta":
         return self
@@ -128,7 +136,8 @@ def _converted(
 ) -> list[Recipe]:
     """The recipes of all tensors of the model that `target`'s converter makes."""
     for attempt in (_merged, _cut):
-        # Operations that are no views fail in their own ways; the last way is general.
+        # If an operation is not a view, these ways fail with various errors. The last
+        # way always works.
         with contextlib.suppress(Exception):
             pieces = attempt(model, name, target, state)
             return [
@@ -169,8 +178,11 @@ def _merged(
     target: _Target,
     state: Mapping[str, torch.Tensor],
 ) -> dict[str, list[TensorSlice]]:
-    """Many stored tensors into one: the reverse operations, run on a meta parameter,
-    give the view of it that each stored tensor fills."""
+    """Slices of many stored tensors that fill one tensor.
+
+    The reverse operations, run on a meta parameter, return the view of it that each
+    stored tensor fills.
+    """
     meta = state[name]
     whole = _meta(tuple(meta.shape), meta.dtype)
     reverse = target.converter.reverse_transform()
@@ -197,8 +209,8 @@ def _merged(
 
 
 def _numbered(pattern: str) -> str:
-    """A regex for the full names of a pattern of transformers, which may write its dots
-    as "." or as "\\."."""
+    """A regex for the full names that match a pattern of transformers, which may write
+    a dot as "." or "\\."."""
     plain_dots = pattern.replace("\\.", ".")
     return re.escape(plain_dots).replace(r"\*", r"(\d+)")
 
@@ -209,7 +221,10 @@ def _cut(
     target: _Target,
     state: Mapping[str, torch.Tensor],
 ) -> dict[str, list[TensorSlice]]:
-    """One stored tensor into many: the operations give views of the stored one."""
+    """Slices of one stored tensor that fill many tensors.
+
+    The operations, run on a meta tensor, return views of the stored tensor.
+    """
     ((pattern, (entry,)),) = target.sources.items()
     whole = _meta(entry.shape, entry.dtype)
     converter = target.converter
@@ -230,8 +245,10 @@ def _by_function(
     state: Mapping[str, torch.Tensor],
     dtypes: _Dtypes,
 ) -> Iterator[Recipe]:
-    """The general way: transformers' own conversion, run at each load on the tensors
-    as they are stored (cast first, as transformers does)."""
+    """Recipes that call transformers' own conversion at each load.
+
+    It gets the stored tensors, cast to their dtype first, as in transformers.
+    """
     entries = tuple(e for group in target.sources.values() for e in group)
     first = dtypes.of(name, state[name])
     metas = {
@@ -240,7 +257,7 @@ def _by_function(
     }
     converter = target.converter
     made = _full_names(name, _run(converter.operations, metas, converter, model, name))
-    # The threads that convert must not keep a model that nobody else has any more.
+    # The converting threads must not keep the model alive.
     weak = weakref.ref(model)
     for key in made:
         if key not in state:
@@ -274,7 +291,8 @@ def _plain_meta(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _full_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What operations return is named by pattern: `name` gives prefix and suffix."""
+    """Completes the names in `tensors`, which operations return by pattern, with the
+    prefix and suffix of `name`."""
     full = name.replace("*.", "0.")
     for key in tensors:
         if key in full:

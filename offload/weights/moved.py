@@ -1,5 +1,5 @@
-"""Tensors that are not streamed (rotary tables, masks, parameters that the model makes
-itself), on the device."""
+"""Keeps tensors that are not streamed on the device: rotary tables, masks, and
+parameters that the model makes itself."""
 
 from typing import Any
 
@@ -11,9 +11,12 @@ from .poison import StreamedParameter
 
 
 class MovedTensors(Closing):
-    """Moves the buffers and parameters of `model` to `device`, except those called in
-    `streamed`, and back to what they were when it is closed. A tensor in several
-    modules stays one."""
+    """Moves the buffers and parameters of `model` to `device`, except those whose names
+    are in `streamed`.
+
+    `close` restores the original ones. A tensor that several modules share stays
+    shared.
+    """
 
     def __init__(
         self, model: nn.Module, device: torch.device, streamed: frozenset[str]

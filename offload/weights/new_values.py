@@ -1,5 +1,5 @@
-"""Which weights `penstock.update` is to change, and whether they can be: looked up in
-the module and checked, before anything is changed."""
+"""Looks up and checks the weights that `penstock.update` is to change, before it
+changes any."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from ...io.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class NewValue:
-    """A tensor of the module and what it is to hold."""
+    """A tensor of the model, and its new value."""
 
     name: str
-    """As the caller called it."""
+    """The name that the caller used."""
     streamed_name: str | None
-    """As the streamed tensors are called; None for one that is not streamed."""
+    """The name of the streamed tensor; None if the tensor is not streamed."""
     standing: torch.Tensor
-    """What stands there, perhaps a stand-in."""
+    """The present tensor; may be a placeholder."""
     value: torch.Tensor
 
 
@@ -30,9 +30,13 @@ def new_values(
     streamed_name: Callable[[nn.Module, str], str | None],
     like: Callable[[str], tuple[tuple[int, ...], torch.dtype]],
 ) -> list[NewValue]:
-    """Each of `tensors`, by its name in `model`, once. `streamed_name(module, key)` is
-    that of a streamed tensor, `like(streamed name)` its shape and dtype. Raises
-    UsageError for a name, shape or dtype that does not fit."""
+    """The new values of `tensors`, which are given by name in `model`; each tensor
+    once.
+
+    `streamed_name(module, key)` is the name of a streamed tensor, or None.
+    `like(streamed name)` is its shape and dtype. Raises UsageError if a name, shape or
+    dtype does not fit.
+    """
     if not isinstance(tensors, Mapping):
         raise UsageError(
             f"a {type(tensors).__name__} does not say which weights to change: give a "
@@ -100,5 +104,5 @@ def _check(
 
 
 def _is_fake(value: torch.Tensor) -> bool:
-    """Whether it has a shape, but no values."""
+    """Whether `value` has a shape but no values."""
     return isinstance(value, torch._subclasses.FakeTensor)

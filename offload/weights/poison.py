@@ -1,9 +1,9 @@
-"""What stands in a module where a streamed parameter is not: everything can be asked
-of it but its values.
+"""Placeholders for streamed parameters that are not loaded.
 
-A meta tensor would be silently wrong (on CPU, `F.linear(x, meta)` returns garbage).
-This one knows its shape, dtype and device, and any operation on its values is a
-*fault*: the weights are loaded on the spot, or the operation is refused.
+All can be asked of a placeholder except its values. A meta tensor would be silently
+wrong (on the CPU, `F.linear(x, meta)` returns garbage). A placeholder knows its shape,
+dtype and device; an operation on its values is a *fault*: the weights are loaded at
+once, or the operation is refused.
 """
 
 import sys
@@ -27,11 +27,12 @@ _APPLY: CodeType = torch.nn.Module._apply.__code__
 
 
 class StreamedParameter(torch.Tensor):
-    """A parameter whose values are not in memory. Counts as an `nn.Parameter`.
+    """A parameter whose values are not in memory. It counts as an `nn.Parameter`.
 
-    `touch()` returns the real tensor, valid until the next operation; `gather(ids)`
-    (where given) returns the rows `ids` of an embedding table without the table.
-    A view of one is another one, so that a write through it is noticed as well.
+    `touch()` returns the loaded tensor, which is valid until the next operation.
+    `gather(ids)`, if given, returns rows of an embedding table without loading the
+    table. A view of a placeholder is a placeholder, so that a write through it is
+    noticed.
     """
 
     _touch: Callable[[], torch.Tensor]
@@ -50,7 +51,7 @@ class StreamedParameter(torch.Tensor):
         gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
         requires_grad: bool = False,
     ) -> "StreamedParameter":
-        # Outside of inference mode, or views of it would be inference tensors.
+        # Made outside of inference mode, or views of it would be inference tensors.
         with torch.inference_mode(False):
             self = torch.Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
@@ -58,14 +59,15 @@ class StreamedParameter(torch.Tensor):
         self._name = name
         self._touch = touch
         self._gather = gather
-        self._is_param = True  # what nn.Parameter's isinstance check looks at
+        self._is_param = True  # nn.Parameter's isinstance check reads this
         return self
 
     @classmethod
     def _view(
         cls, base: "StreamedParameter", like: torch.Tensor, touch: Any
     ) -> "StreamedParameter":
-        """What looks `like` a tensor on meta, a view of `base`."""
+        """A view of `base` with the shape, strides and dtype of `like`, which is on
+        meta."""
         with torch.inference_mode(False):
             self = torch.Tensor._make_wrapper_subclass(
                 cls,
@@ -79,7 +81,7 @@ class StreamedParameter(torch.Tensor):
         self._is_param = False
         return self
 
-    # Without it, subclass methods would come back as instances of this class.
+    # Without this, methods would return instances of this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -110,7 +112,7 @@ class StreamedParameter(torch.Tensor):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
     def check_exists(self) -> None:
-        """Raises CheckpointError where the checkpoint has no such tensor."""
+        """Raises CheckpointError if the checkpoint has no such tensor."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = list(self.shape)
@@ -131,7 +133,7 @@ class StreamedParameter(torch.Tensor):
 
     @__class__.setter
     def __class__(self, kind: type) -> None:
-        """What `torch.utils.swap_tensors` begins with."""
+        """Raises PenstockError: `torch.utils.swap_tensors` begins with this."""
         raise replaced(self._name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -157,8 +159,8 @@ class StreamedParameter(torch.Tensor):
 
 
 class AbsentParameter(StreamedParameter):
-    """Stands for a parameter that the checkpoint has not: whoever uses its values gets
-    a CheckpointError."""
+    """A placeholder for a parameter that the checkpoint does not have. Using its values
+    raises CheckpointError."""
 
     def check_exists(self) -> None:
         self._touch()
@@ -175,7 +177,7 @@ def absent_parameter(name: str, like: torch.Tensor, folder: Path) -> AbsentParam
 
     shape, device = tuple(like.shape), torch.device("cpu")
     made = AbsentParameter(name, shape, like.dtype, device, touch)
-    assert isinstance(made, AbsentParameter), "of the class that was called"
+    assert isinstance(made, AbsentParameter), "the class makes its own instances"
     return made
 
 
@@ -187,7 +189,7 @@ def _not_here(name: str, verb: str) -> PenstockError:
 
 
 def cast_in_place() -> PenstockError:
-    """Somebody would cast or move streamed weights."""
+    """The error that user code casts or moves streamed weights."""
     return PenstockError(
         "streamed weights cannot be cast or moved in place: set dtype and "
         "device in the Policy and load the model again"
@@ -197,7 +199,7 @@ def cast_in_place() -> PenstockError:
 def _written_by(
     func: Any, args: tuple[Any, ...], kind: type[StreamedParameter]
 ) -> StreamedParameter | None:
-    """The stand-in that `func` would write to, if there is one."""
+    """The placeholder that `func` would write to; None if there is none."""
     if not func._schema.is_mutable:
         return None
     for value, argument in zip(args, func._schema.arguments, strict=False):
@@ -209,8 +211,8 @@ def _written_by(
 
 
 def _views(func: Any, base: StreamedParameter, args: Any, kwargs: Any) -> Any:
-    """What the operation `func` gives for `base`, as stand-ins: views of its values
-    are made when they are used."""
+    """What the view operation `func` returns for `base`, as placeholders. The views of
+    its values are made when they are used."""
     meta = torch.empty_strided(
         base.shape, base.stride(), dtype=base.dtype, device="meta"
     )
@@ -229,8 +231,8 @@ def _views(func: Any, base: StreamedParameter, args: Any, kwargs: Any) -> Any:
 
 
 def _is_cast_by_module() -> bool:
-    """Whether `Module.to`, `.half` and their like are at work (they all go through
-    `Module._apply`). Looked up only on the slow path of a fault."""
+    """Whether `Module.to`, `.half` or the like is running (all of them use
+    `Module._apply`). Looked up only in the slow path of a fault."""
     frame = sys._getframe(2)
     for _ in range(8):
         if frame.f_code is _APPLY:

@@ -1,4 +1,4 @@
-"""Rows of an embedding table, read from the file without loading the table."""
+"""Reads rows of an embedding table from its file, without loading the table."""
 
 import mmap
 
@@ -10,10 +10,11 @@ from ...io.weights.recipe import Recipe
 
 
 class RowGatherer:
-    """Looks up rows of the table that `recipe` describes (one byte range of a file).
+    """Looks up rows of the table that `recipe` describes, one byte range of a file.
 
-    Each distinct row is read once a call, rows that lie close together in one read, at
-    most `buffer_bytes` at a time. Called by the thread that runs the model.
+    Each distinct row is read once in a call. Rows that are close together are read
+    together, at most `buffer_bytes` at a time. Called by the thread that runs the
+    model.
     """
 
     def __init__(
@@ -26,10 +27,12 @@ class RowGatherer:
         self._max_gap_bytes = max_gap_bytes
         self._buffer = memoryview(b"")
         self.bytes_gathered = 0
-        """Bytes of the rows handed out, each distinct row of a call counted once."""
+        """Bytes of the rows that were returned; each distinct row of a call counts
+        once."""
 
     def read_from(self, recipe: Recipe) -> None:
-        """The table lies where `recipe` says from now on."""
+        """Called when the table's file changes: rows are read as `recipe` says from now
+        on."""
         stored = recipe.stored_rows
         assert stored is not None, "a table that is no byte range cannot be gathered"
         self._table = stored
@@ -40,7 +43,12 @@ class RowGatherer:
         self._row_bytes = stored.nbytes // max(self._num_rows, 1)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows `ids` (any shape), as `torch.embedding` would give them."""
+        """The rows `ids`, like `torch.embedding`.
+
+        `ids` is int64 of any shape; the result is [*shape, dim] in the recipe's dtype,
+        on the CPU. Raises IndexError for ids outside of the table, ReadError if reading
+        fails.
+        """
         distinct, inverse = torch.unique(ids, return_inverse=True)
         if len(distinct) and not 0 <= int(distinct[0]) <= int(distinct[-1]) < (
             self._num_rows
@@ -60,7 +68,7 @@ class RowGatherer:
         return torch.embedding(rows, inverse)
 
     def close(self) -> None:
-        """Gives the buffer back; stand-ins still refer to this."""
+        """Frees the buffer; placeholders still refer to this object."""
         self._buffer = memoryview(b"")
 
     @property
@@ -89,7 +97,7 @@ class RowGatherer:
             starts.append(position)
             position += window.nbytes
         for handle in handles:
-            handle.wait_quietly()  # nobody may write into the buffer after this
+            handle.wait_quietly()  # no read may write to the buffer after this
         for handle in handles:
             handle.wait()
         at = 0

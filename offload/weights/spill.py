@@ -1,4 +1,5 @@
-"""A module's parameters on disk: written once, streamed from there, put back."""
+"""Writes a module's parameters to disk, from where they are streamed, and puts them
+back at the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,28 +24,33 @@ _PREFIX = "wrapped-"
 
 @dataclass(slots=True)
 class Spilled:
-    """The parameters of one module in a temporary folder."""
+    """The parameters of one module, in a temporary folder."""
 
     folder: "SpillFolder"
     checkpoint: Checkpoint
     recipes: dict[str, Recipe]
     places: dict[str, list[tuple[nn.Module, str]]]
-    """Where each parameter was, by the name it is stored under; a tied one was in
-    several modules."""
+    """Where each parameter was used, by the name under which it is stored; a tied one
+    was used in several modules."""
     gradients: dict[str, bool]
     residues: dict[str, int]
-    """Addresses of the parameters modulo 64 bytes, in the module and in the file."""
+    """The address of each parameter modulo 64 bytes, in the module and in the file."""
     strides: dict[str, tuple[int, ...]]
-    """Of those that are not contiguous (channels_last, transposed)."""
+    """The strides of parameters that are not contiguous (channels_last, transposed)."""
     changed: dict[str, torch.Tensor] | None = None
-    """What `restore` puts back in place of what is stored, once that is known."""
+    """The values that `restore` uses instead of the stored ones; None until they are
+    known."""
     is_restored: bool = False
 
     def written(
         self, resident: Mapping[str, torch.Tensor], updated: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Copies of those of the weights in memory, `resident` by name, that are no
-        more what was loaded there (the stored ones or, where given, `updated`)."""
+        """Copies of the resident weights that user code has changed since they were
+        loaded.
+
+        They were loaded from the file, or from `updated` if they are there. Both
+        mappings are by name.
+        """
         found = {}
         with safe_open(self.folder.path / SINGLE_FILE, framework="pt") as stored:
             for name in resident.keys() & self.places.keys():
@@ -56,10 +62,13 @@ class Spilled:
         return found
 
     def restore(self, module: nn.Module) -> None:
-        """Puts the parameters back, bit for bit or as they were `changed`, laid out as
-        they were, and removes the folder. What was moved to another place since comes
-        back there; where somebody has put something else, that stays. Cut off by an
-        interrupt, it can be done again."""
+        """Puts the parameters back, and removes the folder.
+
+        They are as they were, bit for bit and with the same strides, or as they were
+        `changed`. A parameter that was moved to another place since comes back there.
+        What user code has put in place of one stays. May be called again if it was
+        interrupted.
+        """
         if not self.is_restored:
             self._put_back(module, self.changed or {})
             self.is_restored = True
@@ -92,21 +101,21 @@ class Spilled:
 
 
 def streamed_name(parameter: torch.Tensor | None) -> str | None:
-    """That of the streamed weight which `parameter` stands for; None for what somebody
-    has put in the place of one."""
+    """The name of the streamed weight that `parameter` is; None if user code has put
+    something else there."""
     if isinstance(parameter, StreamedParameter):
         return parameter._name
     return parameter.streamed_name if isinstance(parameter, BoundParameter) else None
 
 
 def _has(module: nn.Module, key: str) -> bool:
-    """Whether there is anything called `key`."""
+    """Whether `module` has an attribute `key`."""
     found = key in module._parameters or key in module.__dict__
     return found or hasattr(type(module), key)
 
 
 def _is_other(now: torch.Tensor, loaded: torch.Tensor) -> bool:
-    """Whether the bits differ, where they are not those of a cast."""
+    """Whether the bits differ. False if the dtypes do, since a cast does not count."""
     if now.dtype != loaded.dtype:
         return False
     one, other = (t.contiguous().view(-1).view(torch.uint8) for t in (now, loaded))
@@ -114,8 +123,8 @@ def _is_other(now: torch.Tensor, loaded: torch.Tensor) -> bool:
 
 
 def _check_plain(name: str, parameter: torch.Tensor) -> None:
-    """Raises UsageError for what is no tensor with values of its own: those are what is
-    streamed."""
+    """Raises UsageError unless `parameter` is a plain tensor with values: only those
+    are streamed."""
     if torch.nn.parameter.is_lazy(parameter):
         raise UsageError(
             f"{name!r} has no shape yet: call the module once (lazy modules get theirs "
@@ -133,7 +142,8 @@ def _check_plain(name: str, parameter: torch.Tensor) -> None:
 
 
 def _in_buffers(module: nn.Module) -> str:
-    """What is said of a module whose weights are no parameters."""
+    """The end of a message about a module whose weights are buffers; empty if it has
+    none."""
     nbytes = sum(buffer.nbytes for buffer in module.buffers())
     if not nbytes:
         return ""
@@ -144,12 +154,13 @@ def _in_buffers(module: nn.Module) -> str:
 
 
 def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
-    """Writes the parameters of `module`, once, to a safetensors file in a folder of its
-    own in `cache`, which is removed when they are put back. Floating ones
-    are cast to `dtype` (unless "auto") when they are streamed. The module itself is not
-    changed yet.
+    """Writes the parameters of `module` to a safetensors file in a new folder in
+    `cache`.
 
-    Raises OutputError when the disk is full, UsageError when there is nothing to do.
+    The folder is removed when the parameters are put back. Floating parameters are cast
+    to `dtype` when they are streamed, unless it is "auto". The module itself is not
+    changed yet. Raises OutputError if the disk is full, and UsageError if there are no
+    parameters to stream.
     """
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -167,7 +178,7 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
     residues = {name: residue_of(tensor) for name, tensor in tensors.items()}
     folder = SpillFolder(cache, _PREFIX)
     try:
-        # Under another name first: what has the final one is whole.
+        # Under another name first: a file with the final name is complete.
         partial = folder.path / f"{SINGLE_FILE}.partial"
         write_tensors(partial, tensors, residues)
         partial.rename(partial.with_suffix(""))
@@ -199,6 +210,6 @@ def spill(module: nn.Module, dtype: str, cache: Path) -> Spilled:
 
 
 def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The same values, laid out otherwise."""
+    """A copy of `tensor`, on the CPU, with the strides `stride`."""
     found = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="cpu")
     return found.copy_(tensor)

@@ -1,4 +1,4 @@
-"""A folder of weights that are Penstock's own, for as long as a process needs them."""
+"""A folder for weights that Penstock writes, for as long as a process needs them."""
 
 import contextlib
 import fcntl
@@ -15,10 +15,13 @@ _LOCK = "in-use"
 
 
 class SpillFolder:
-    """A folder in `cache`, its name beginning with `prefix`, that is removed when it is
-    cleaned up or dropped, or at exit of the process that made it (not of one that was
-    forked). It is locked meanwhile: what killed processes have left is known by that,
-    and removed."""
+    """A folder in `cache` whose name begins with `prefix`.
+
+    It is removed by `cleanup`, when this object is garbage collected, or at exit of the
+    process that made it, but not of its forks. It is locked meanwhile. So the folders
+    of killed processes can be told apart and are removed. Raises OutputError if it
+    cannot be made.
+    """
 
     def __init__(self, cache: Path, prefix: str) -> None:
         try:
@@ -33,13 +36,16 @@ class SpillFolder:
         self._finaliser = weakref.finalize(self, _remove, self.path, lock, ForkGuard())
 
     def cleanup(self) -> None:
-        """Removes it. Nothing if that has been done."""
+        """Removes the folder; may be called again."""
         self._finaliser()
 
 
 def _make(cache: Path, prefix: str) -> tuple[Path, TextIO]:
-    """A new folder, and its lock, which is held. Until it is, another process may take
-    the folder for one that was left, and remove it: then there is another try."""
+    """Makes a new folder, and holds its lock.
+
+    Until it is locked, another process may take the folder for an abandoned one and
+    remove it. Then another folder is made.
+    """
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=cache)).absolute()
         try:

@@ -1,5 +1,5 @@
-"""What a checkpoint's tensors say of themselves, beside the config: the dtype they are
-kept in, those that cannot be used as they are, those that nobody uses."""
+"""Checks the tensors of a checkpoint: their dtype, those that cannot be used, those
+that are not used."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,17 +14,22 @@ _NUM_EXAMPLES = 3
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """What transformers takes where the config has no dtype: that of the first floating
-    tensor, by name, of the first file, by name. None where that file has none."""
+    """The dtype of the first floating tensor, by name, in the first file, by name; None
+    if there is none.
+
+    transformers uses it if the config names no dtype.
+    """
     first = min((entry.path for entry in checkpoint.entries.values()), default=None)
     here = (e for _, e in sorted(checkpoint.entries.items()) if e.path == first)
     return next((e.dtype for e in here if e.dtype.is_floating_point), None)
 
 
 def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for weights kept as integers or as 8-bit floats where the
-    model has floats: they are quantised, and without a `quantization_config` nobody
-    knows how."""
+    """Raises CheckpointError if weights are stored as integers or 8-bit floats, but the
+    model has floats.
+
+    They are quantised, and without a `quantization_config` it is not known how.
+    """
     for recipe in recipes:
         for entry in entries_of(recipe):
             if recipe.dtype.is_floating_point and _is_quantised(entry, recipe.dtype):
@@ -45,8 +50,8 @@ def entries_of(recipe: Recipe) -> Sequence[TensorEntry]:
 
 
 def unused_words(names: Sequence[str], recipes: Mapping[str, Recipe]) -> str | None:
-    """What is announced where the files have tensors, `names`, that the model has no
-    place for."""
+    """What to announce if the files have tensors, `names`, that the model does not
+    have."""
     if not names:
         return None
     examples = ", ".join(sorted(names)[:_NUM_EXAMPLES])

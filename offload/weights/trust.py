@@ -1,8 +1,9 @@
-"""Whose code runs: transformers' and ours, and nobody else's unless the policy says so.
+"""Decides whose code may run: that of transformers and Penstock, and other code only if
+the policy says so.
 
-A checkpoint's files may name Python files beside them (`auto_map`), kernels on a hub
-(`attn_implementation: someone/kernel`), or another file to read instead of themselves.
-All of that is looked at here, before transformers is.
+The files of a checkpoint may name Python files beside them (`auto_map`), kernels on a
+hub (`attn_implementation: someone/kernel`), or other files to read instead of
+themselves. All of that is checked here, before transformers sees it.
 """
 
 import os
@@ -18,14 +19,16 @@ _KERNELS = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
     "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
 }
-"""Of each key that may name code elsewhere: what is transformers' and torch's own."""
+"""The values that are transformers' and torch's own, for each key that may name other
+code."""
 _READ_WHOLE = {
     ".json": 256 << 20,  # tokenizer.json: the longest are tens of megabytes
     ".jinja": MAX_CONFIG_BYTES,
     ".txt": 256 << 20,
     ".model": 256 << 20,
 }
-"""What transformers reads whole of a folder, by suffix, and its most bytes."""
+"""The files that transformers reads whole, by suffix, and the most bytes that they may
+have."""
 TRUST = (
     "set trust_remote_code: true (--trust-remote-code) if you have read that code and "
     "trust it"
@@ -33,20 +36,23 @@ TRUST = (
 
 
 def loading(is_trusted: bool) -> dict[str, bool]:
-    """Options of every `from_pretrained`: nothing is asked, nothing is downloaded, and
-    code of the checkpoint's own runs only where it is trusted."""
+    """Options for every `from_pretrained`: nothing is asked or downloaded, and code of
+    the checkpoint runs only if it is trusted."""
     return {"trust_remote_code": is_trusted, "local_files_only": True}
 
 
 def check_files(folder: Path) -> None:
-    """Raises CheckpointError where a library would read without end: for a pipe or a
-    device under any name, and for a huge file under that of a file with settings."""
+    """Raises CheckpointError if a library would read without end.
+
+    That is a pipe or device under any name, or a huge file with a name that is read
+    whole.
+    """
     for directory in (folder, folder / "additional_chat_templates"):
         try:
             with os.scandir(directory) as found:
                 paths = [Path(entry.path) for entry in found]
         except OSError:
-            continue  # who needs it says that it is not there
+            continue  # whoever needs it reports that it is missing
         for path in paths:
             _check_file(path, _READ_WHOLE.get(path.suffix))
 
@@ -68,8 +74,8 @@ def _check_file(path: Path, most_bytes: int | None) -> None:
 
 
 def read_config(folder: Path, *, is_trusted: bool) -> dict[str, Any]:
-    """What config.json says, as it stands there. Raises CheckpointError for what is no
-    object, and for kernels of others that are not trusted."""
+    """The content of config.json. Raises CheckpointError if it is not an object, and
+    for kernels of others that are not trusted."""
     values = read_json_object(folder / "config.json")
     if "configuration_files" in values:
         raise CheckpointError(
@@ -96,7 +102,7 @@ def _check_kernels(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def own_code(values: Mapping[str, Any]) -> str | None:
-    """The code that a file of settings brings along, as it says it; None for none."""
+    """The code that the file of these `values` names; None if it names none."""
     found = values.get("auto_map")
     if not found:
         return None
@@ -106,7 +112,7 @@ def own_code(values: Mapping[str, Any]) -> str | None:
 
 
 def refuse_code(path: Path, code: str) -> CheckpointError:
-    """What is said where only the checkpoint's own code would do."""
+    """The error that only the checkpoint's own code could load it."""
     return CheckpointError(
         f"{path} needs code that comes with the checkpoint (auto_map: {code[:200]}), "
         "which is not run, and transformers has nothing of its own in its place: "
@@ -115,8 +121,8 @@ def refuse_code(path: Path, code: str) -> CheckpointError:
 
 
 def unused_code(folder: Path) -> tuple[str, ...]:
-    """What is announced of code that transformers would complete prompts with, and
-    Penstock does not."""
+    """What to announce about the checkpoint's own `generate`, which Penstock does not
+    use."""
     name = "custom_generate/generate.py"
     if not (folder / name).exists():
         return ()
@@ -127,8 +133,11 @@ def unused_code(folder: Path) -> tuple[str, ...]:
 
 
 def without_code(config: Any) -> None:
-    """Takes out of a config, and of those in it, what names code beside it: the classes
-    of a composite model are looked up by them, whatever was said for the whole."""
+    """Removes the names of code from a config and the configs in it.
+
+    The classes of a composite model are looked up by them, even if the whole is not
+    trusted.
+    """
     config.__dict__.pop("auto_map", None)
     for value in list(config.__dict__.values()):
         if hasattr(value, "sub_configs"):
@@ -136,7 +145,7 @@ def without_code(config: Any) -> None:
 
 
 def all_of(values: Any) -> Iterator[tuple[str, Any]]:
-    """All keys at any depth, with their values."""
+    """All keys in `values`, at any depth, with their values."""
     open_ = [values]
     while open_:
         found = open_.pop()
