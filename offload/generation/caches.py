@@ -1,5 +1,5 @@
-"""How many completions have room for their keys and values, where transformers' own
-caches keep them in the host's memory."""
+"""Limits how many completions run at one time, if transformers' own caches keep their
+keys and values in host memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
 
 _GROWING = 1.5
-"""Of what a cache has in the end: each token's is a new one, and the heap keeps pieces
-of the old ones."""
+"""How many times its final size a cache takes: each token makes a new one, and the heap
+keeps pieces of the old ones."""
 
 
 class Caches:
-    """Counts what the caches of sequences in flight will come to. `room_bytes` None:
-    nobody counts."""
+    """Counts the bytes that the caches of sequences in flight will have.
+
+    If `room_bytes` is None, nothing is limited. `token_bytes` are the bytes of one
+    token of one sequence.
+    """
 
     def __init__(self, *, room_bytes: int | None, token_bytes: int) -> None:
         self._room_bytes = room_bytes if token_bytes else None
@@ -28,7 +31,8 @@ class Caches:
 
     @classmethod
     def of(cls, engine: "Engine", model: Any) -> Self:
-        """For a streamed `model`."""
+        """The count for a streamed `model`. It limits nothing if keys and values are
+        elsewhere."""
         policy, arrangement = engine.policy, engine.arrangement
         is_counted = policy.device == "cpu" and not keeps_kv(policy)
         each = cache_bytes_per_token(model, arrangement.division, arrangement.recipes)
@@ -38,21 +42,22 @@ class Caches:
         )
 
     def most_rows(self, prompts: Sequence[Prompt], most: int) -> int:
-        """How many rows of a micro-batch have room: 1 to `most`."""
+        """How many rows of a micro-batch with these `prompts` have room: from 1 to
+        `most`."""
         if self._room_bytes is None or not prompts:
             return most
         each = max(map(self._bytes_of, prompts))
         return max(1, min(most, self._room_bytes // each))
 
     def has_room(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether these may start; they may where nobody else has anything."""
+        """Whether `prompts` may start. They always may if nothing else is in flight."""
         if self._room_bytes is None or not self._held_bytes:
             return True
         return self._held_bytes + self._bytes_of(*prompts) <= self._room_bytes
 
     @contextmanager
     def holding(self, prompts: Sequence[Prompt]) -> Iterator[None]:
-        """For as long as they are in flight."""
+        """Counts `prompts` as in flight for the time of the `with` block."""
         nbytes = self._bytes_of(*prompts)
         self._held_bytes += nbytes
         try:
@@ -61,7 +66,8 @@ class Caches:
             self._held_bytes -= nbytes
 
     def _bytes_of(self, *prompts: Prompt) -> int:
-        """Of prompts that share a cache, which is as long as the longest of them."""
+        """The bytes of prompts that share a cache, which is as long as the longest of
+        them."""
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         new = max((prompt.way.max_new_tokens for prompt in prompts), default=0)
         sequences = sum(prompt.way.num_sequences for prompt in prompts)

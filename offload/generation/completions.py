@@ -1,4 +1,5 @@
-"""One micro-batch of prompts through transformers' `generate`, and back to text."""
+"""Runs one micro-batch of prompts through transformers' `generate`, and decodes its
+tokens."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,14 +27,14 @@ _NOT_FINITE = (
 
 @dataclass(slots=True)
 class Prompt:
-    """A row on its way."""
+    """A row that is being completed."""
 
     index: int
     identity: Any
     way: DecodingOptions
     ids: tuple[int, ...] = ()
     seed: int | None = None
-    """The row's own: then its number does not matter."""
+    """The row's own seed; then the row's number does not matter."""
     result: dict[str, Any] | None = None
 
     def fail(self, message: str) -> None:
@@ -41,8 +42,10 @@ class Prompt:
 
 
 class Completions:
-    """Completes micro-batches, by the same options but for what rows say themselves.
-    Raises UsageError for options that transformers does not know."""
+    """Completes micro-batches with the same options, except for those that rows set.
+
+    Raises UsageError for options that transformers does not know.
+    """
 
     def __init__(
         self,
@@ -67,14 +70,17 @@ class Completions:
         self._options = options
         self._pads_left = not model.config.is_encoder_decoder
         self.way = self._way(RowSampling(), note)
-        """The options of rows that set none."""
+        """The options for rows that set none."""
         self._criteria = criteria_of(tokenizer, self.way.stop)
         self._ways: dict[RowSampling, DecodingOptions] = {}
 
     @contextmanager
     def stop_strings_taken_over(self) -> Iterator[None]:
-        """While open, the model's generation config has none, which `generate` would
-        put beside ours and wants a tokenizer for."""
+        """Removes the stop strings from the model's generation config meanwhile.
+
+        `generate` would use them in addition to Penstock's, and would need a tokenizer
+        for that.
+        """
         before = self._model.generation_config
         if before.stop_strings:
             self._model.generation_config = copy.deepcopy(before)
@@ -85,8 +91,11 @@ class Completions:
             self._model.generation_config = before
 
     def way_for(self, sampling: RowSampling) -> DecodingOptions:
-        """The same one for the same, until they are forgotten. Raises RowError for what
-        does not go together."""
+        """The options for a row with `sampling`; the same object for equal ones, until
+        `forget_ways`.
+
+        Raises RowError if they cannot be combined.
+        """
         if sampling == RowSampling():
             return self.way
         if sampling not in self._ways:
@@ -97,7 +106,8 @@ class Completions:
         return self._ways[sampling]
 
     def forget_ways(self) -> None:
-        """The rows that come now share no micro-batch with those before."""
+        """Forgets the options of rows: later rows share no micro-batch with earlier
+        ones."""
         self._ways.clear()
 
     def run(
@@ -108,8 +118,12 @@ class Completions:
         chunk_tokens: int | None = None,
         leave: Callable[[int], None] | None = None,
     ) -> None:
-        """Fills `result` of each of `prompts`, which have one way; `tick(rows)` is
-        called as rows get a token. For `chunk_tokens` and `leave` see Decoder."""
+        """Completes `prompts`, which have the same options, and sets the `result` of
+        each.
+
+        `tick(rows)` is called when so many rows have got a token. For `chunk_tokens`
+        and `leave` see `Decoder`.
+        """
         way = prompts[0].way
         try:
             criteria = self._criteria_of(way)
@@ -120,7 +134,7 @@ class Completions:
         ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
         ends = RowEnds()
         check: FiniteCheck | None = FiniteCheck(len(prompts))
-        if way.config.remove_invalid_values:  # which says that they are to be taken
+        if way.config.remove_invalid_values:  # transformers replaces such values
             check = None
         draws = [self._draw(prompt) for prompt in prompts]
         options: dict[str, Any] = {}
@@ -153,7 +167,8 @@ class Completions:
             prompts[number].fail(_NOT_FINITE)
 
     def _criteria_of(self, way: DecodingOptions) -> StoppingCriteriaList:
-        """Made anew for those of rows, which may all have others."""
+        """The stopping criteria. Those of rows are not kept, since each row may have
+        others."""
         if way.stop == self.way.stop:
             return self._criteria
         return criteria_of(self.tokenizer, way.stop)
@@ -173,7 +188,7 @@ class Completions:
         )
 
     def _draw(self, prompt: Prompt) -> tuple[int, int]:
-        """(seed, number): what a row's random state depends on."""
+        """(seed, number) of a row, which determine its random state."""
         if prompt.seed is not None:
             return prompt.seed, 0
         return self._seed, prompt.index
@@ -211,8 +226,11 @@ def _ends_of(
     way: DecodingOptions,
     criteria: StoppingCriteriaList,
 ) -> RowEnds:
-    """Of rows that were not watched: up to the first end of text. Behind it stands
-    padding, up to the longest of them."""
+    """Where each row of `found` [rows, tokens] ended: at its first end of text, or at
+    its last token.
+
+    For rows that no `Decoder` has watched. They are padded to the longest one.
+    """
     ends = RowEnds(start)
     for row, ids in enumerate(found[:, start:].tolist()):
         length = next(
@@ -231,7 +249,8 @@ def _ends_of(
 
 
 def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row's completions: itself, or lists where several were asked for."""
+    """The result of one row: `results[0]`, or lists if several completions were asked
+    for."""
     if len(results) == 1:
         return results[0]
     return {

@@ -1,5 +1,8 @@
-"""What Penstock adds to transformers' own decoding: a random state for each row, a
-record of where each ended and why, and no more work for those that have."""
+"""Extends transformers' decoding.
+
+Each row has its own random state, it is recorded where and why each row ended, and rows
+that have ended are dropped.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,21 +21,24 @@ from .shrinking import may_shrink, shrunk
 
 @dataclass(slots=True)
 class RowEnds:
-    """Where the rows of one micro-batch ended; filled as they do."""
+    """Where the rows of one micro-batch ended; filled while it runs."""
 
     start: int = 0
-    """Ids before the first new one: the prompt, or the decoder's start."""
+    """The number of ids before the first new one: the prompt, or the start of the
+    decoder."""
     num_steps: int = 0
     lengths: dict[int, int] = field(default_factory=dict)
-    """New tokens, by row, an end-of-text token included."""
+    """The number of new tokens by row, including the end-of-text token."""
     stopped: set[int] = field(default_factory=set)
-    """Rows that ended by themselves, not by the limit."""
+    """Rows that ended by an end-of-text token or a stop string, not by the limit."""
 
 
 class RowSampler:
-    """Draws each row's next token by a generator of its own, so that it does not
-    depend on the rows beside it. A logits processor: all other tokens become
-    impossible, and what picks the likeliest picks the one that was drawn."""
+    """A logits processor that draws the next token of each row with its own generator.
+
+    So a row does not depend on the others beside it. All other tokens become
+    impossible, and the greedy choice that follows takes the drawn one.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -42,7 +48,9 @@ class RowSampler:
         self._generators = [self._generators[row] for row in rows]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` (rows x vocabulary), as warped by all processors before this."""
+        """`scores` are [rows, vocabulary], processed by all other processors. Returns
+        the same shape and dtype: 0 for the drawn tokens, minus infinity for all
+        others."""
         probabilities = scores.float().softmax(-1).cpu()
         drawn = [
             torch.multinomial(row, 1, generator=generator)
@@ -53,9 +61,10 @@ class RowSampler:
 
 
 class _Watched(StoppingCriteriaList):
-    """The criteria as they are, and a record of which of `rows` met one, and when.
+    """Wraps stopping criteria, and records which of `rows` met one, and when.
 
-    With `shrinks` all stop once a half has: `left` are those that have to go on.
+    With `shrinks`, all rows stop once half of them have ended; `left` are those that
+    have to continue.
     """
 
     def __init__(
@@ -75,7 +84,7 @@ class _Watched(StoppingCriteriaList):
         self._rows = rows
         self._shrinks = shrinks
         self.left: list[int] = []
-        """Places among `rows`."""
+        """Indices into `rows`."""
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         ends, rows = self._ends, self._rows
@@ -88,7 +97,7 @@ class _Watched(StoppingCriteriaList):
             if not isinstance(criterion, MaxLengthCriteria):
                 by_itself |= met
         if self._check is not None and self._check.is_bad is not None:
-            done |= self._check.is_bad  # nothing comes of these
+            done |= self._check.is_bad  # their results are thrown away
         self._tick(sum(row not in ends.lengths for row in rows))
         for place in done.nonzero().flatten().tolist():
             row = rows[place]
@@ -105,34 +114,38 @@ class _Watched(StoppingCriteriaList):
 
 
 def row_seed(seed: int, row: int, number: int) -> int:
-    """Of the `number`-th completion of `row`. A CPU generator looks at 32 bits of its
-    seed: those of different rows must differ there."""
+    """The seed of completion `number` of `row`.
+
+    A CPU generator uses 32 bits of its seed, so those of different rows must differ
+    there.
+    """
     mixed = numpy.random.SeedSequence((seed % 2**64, row, number))
     return int(mixed.generate_state(1)[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A `custom_generate` for greedy decoding and sampling: transformers' own loop.
+    """A `custom_generate` for greedy decoding and sampling, which calls transformers'
+    own loop.
 
-    `draws` are the seeds of the rows, each with its number under that seed: each
-    samples for itself. `ends` is filled; `check` notes rows without usable logits;
-    `tick(rows)` is called at each step with how many rows got a token. What follows is
-    done for models that keep only keys and values, as far as the model has not made
-    itself a cache of another kind:
+    `draws` are (seed, number) for each prompt; each row samples for itself. `ends` is
+    filled. `check` notes rows without usable logits. `tick(rows)` is called at each
+    step with the number of rows that got a token. `chunk_tokens` and `leave` have an
+    effect only if the cache holds only keys and values.
     """
 
     draws: Sequence[tuple[int, int]]
     starts: Sequence[int]
-    """How many padding tokens stand before each row."""
+    """The number of padding tokens before each prompt."""
     ends: RowEnds
     tick: Callable[[int], None]
     check: FiniteCheck | None = None
     chunk_tokens: int | None = None
-    """Prompts come in with calls of at most so many tokens of each row; None: all."""
+    """Prompts run in calls of at most this many tokens of each row; None: in one
+    call."""
     leave: Callable[[int], None] | None = None
-    """When a half of the rows have ended, they leave the micro-batch: it is called with
-    how many. None: they go on as padding until all have."""
+    """Called with the number of rows that leave the micro-batch, when half of the rows
+    have ended. None: ended rows stay as padding until all have ended."""
 
     def __call__(
         self,
@@ -143,7 +156,7 @@ class Decoder:
         generation_config: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[rows, tokens], padded behind a row's end."""
+        """Returns the ids, int64 [rows, tokens], padded after the end of each row."""
         self.ends.start = input_ids.shape[1]
         config = copy.copy(generation_config)
         keeps_plain = is_plain(kwargs.get("past_key_values"))
@@ -193,7 +206,7 @@ class Decoder:
             kwargs = shrunk(model, kwargs, ids, left, num_new_tokens=new)
             for keeper in keepers:
                 keeper.keep(left)
-            assert self.leave is not None, "or it would not shrink"
+            assert self.leave is not None, "only a decoder with `leave` shrinks"
             self.leave(len(rows) - len(left))
             input_ids, rows = ids[left], [rows[place] for place in left]
             config.prefill_chunk_size = None

@@ -1,5 +1,7 @@
-"""What Penstock does to logits between a model and transformers' decoding: looks for
-numbers that are none, and keeps padding from what looks at ids."""
+"""Processes logits between a model and transformers' decoding.
+
+Finds logits that are not finite, and hides padding from processors that look at ids.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,26 +12,32 @@ FILLS: dict[str, int | None] = {
     "NoRepeatNGramLogitsProcessor": -1,
     "RepetitionPenaltyLogitsProcessor": None,
 }
-"""By processor: what may stand for padding so that it makes no difference. None: the
-row's own first id, of one that asks which ids there are; -1: no id, of one that asks
-which stand behind each other."""
+"""The id that may replace padding without an effect, by processor.
+
+None stands for the row's own first id, for a processor that asks which ids occur. -1 is
+no id, for one that asks which ids follow each other.
+"""
 
 
 class FiniteCheck:
-    """A logits processor that notes which prompts the model gave no usable logits: NaN,
-    infinity, or nothing but minus infinity. They go on with zeros, and what becomes of
-    them is to be thrown away."""
+    """A logits processor that notes which prompts got no usable logits.
+
+    Those are NaN, infinity, or only minus infinity. The prompts continue with zeros;
+    their results must be thrown away.
+    """
 
     def __init__(self, num_prompts: int) -> None:
         self._num_prompts = num_prompts
         self._prompts: list[int] = []
-        """Of each sequence that is there, which stand side by side for a prompt."""
+        """The prompt of each sequence; the sequences of one prompt are next to each
+        other."""
         self.is_bad: torch.Tensor | None = None
         """bool [sequences]."""
         self._bad: set[int] = set()
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`scores` are [sequences, vocabulary]."""
+        """`scores` are [sequences, vocabulary]; so is the result, with zeros for
+        sequences without usable logits."""
         if len(self._prompts) != len(scores):
             self.bad_prompts()
             each = max(1, len(scores) // self._num_prompts)
@@ -37,16 +45,16 @@ class FiniteCheck:
         found = ~scores.amax(-1).isfinite()
         self.is_bad = found if self.is_bad is None else self.is_bad | found
         if found.device.type == "cpu" and not found.any():
-            return scores  # elsewhere looking would wait for the device
+            return scores  # on a GPU, this test would wait for the device
         return scores.masked_fill(found[:, None], 0.0)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The other sequences have ended."""
+        """Keeps only the sequences `rows`: the others have ended."""
         self.bad_prompts()
         self._prompts = [self._prompts[row] for row in rows]
 
     def bad_prompts(self) -> set[int]:
-        """Those that were noted so far."""
+        """The prompts that were noted so far."""
         flags, self.is_bad = self.is_bad, None
         if flags is not None:
             places = flags.nonzero().flatten().tolist()
@@ -55,8 +63,10 @@ class FiniteCheck:
 
 
 class Unpadded:
-    """The logits processor `inner`, to which rows look as if they had no padding on the
-    left: `starts` are the places of their first ids."""
+    """Calls the logits processor `inner` with ids whose left padding is replaced.
+
+    `starts`, int64 [rows], are the positions of the rows' first ids.
+    """
 
     def __init__(self, inner: Any, starts: torch.Tensor) -> None:
         self._inner = inner
@@ -78,8 +88,11 @@ class Unpadded:
 
 
 def unpadded(processors: list[Any], starts: torch.Tensor) -> list[Unpadded]:
-    """Makes those of `processors` that look at ids look at no padding, in place.
-    `starts` are the places of the rows' first ids. Returns what was put there."""
+    """Replaces those of `processors` that look at ids by ones that do not see padding.
+
+    `starts`, int64 [rows], are the positions of the rows' first ids. Returns the new
+    ones.
+    """
     found: list[Unpadded] = []
     if not starts.any():
         return found

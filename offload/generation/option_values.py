@@ -1,4 +1,4 @@
-"""Numbers among the options of transformers' `generate`: what they may be. Pure."""
+"""Checks the numbers among the options of transformers' `generate`. Pure."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ _TINY = 1e-30
 _MOST = 1e30
 _LONGEST = 1 << 31
 _MOST_AT_ONCE = 10_000
-"""transformers makes as many lists."""
+"""transformers makes this many lists."""
 _Range = tuple[type, float, float]
 
 _ALWAYS: Mapping[str, _Range] = {
@@ -38,12 +38,15 @@ _SAMPLED: Mapping[str, _Range] = {
     "epsilon_cutoff": (float, 0, _MOST),
     "eta_cutoff": (float, 0, _MOST),
 }
-"""Those that need only be numbers where no tokens are drawn."""
+"""Options of sampling. Without sampling, they only need to be numbers."""
 
 
 def set_numbers(config: Any) -> None:
-    """Makes what counts an int and the rest floats in `config`, a GenerationConfig, as
-    transformers wants them. Raises UsageError for what would fail with every row."""
+    """Converts the options of `config`, a GenerationConfig, to int or float, as
+    transformers expects.
+
+    Raises UsageError for values that would fail with every row.
+    """
     for key, (kind, least, most) in _ranges(config):
         value = getattr(config, key, None)
         if value is None:

@@ -1,4 +1,4 @@
-"""How much of each prompt comes in with one pass. Pure."""
+"""Decides how many tokens of each prompt run in one pass. Pure."""
 
 from ...scheduler.packing import chunk_tokens
 from ..policy import Policy
@@ -7,9 +7,11 @@ from ..policy import Policy
 def prompt_chunk(
     policy: Policy, num_rows: int, num_groups: int, *, in_parts: bool
 ) -> int | None:
-    """Tokens of each prompt in a micro-batch of `num_rows` that come in with one pass,
-    which `num_groups` micro-batches share. None: all of them at once, as for models
-    whose prompts cannot come `in_parts`."""
+    """The tokens of each prompt that run in one pass; None for all.
+
+    A micro-batch has `num_rows` rows; `num_groups` micro-batches share a pass.
+    `in_parts` says whether the model's prompts can run in several passes.
+    """
     asked, keeps_bits = policy.prompt_tokens, policy.coalesce == "off"
     if not in_parts or asked == "all" or (keeps_bits and asked == "auto"):
         return None

@@ -1,4 +1,4 @@
-"""How a row itself asks to be completed: `{"prompt", "temperature": 0.7}`. Pure."""
+"""Reads how a row asks to be completed: `{"prompt", "temperature": 0.7}`. Pure."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from ..rows.row_error import RowError
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """What a row says; rows that say the same can share a micro-batch."""
+    """The options that a row sets. Rows with equal options can share a micro-batch."""
 
     options: tuple[tuple[str, Any], ...] = ()
     """(name, value) of options of transformers' `generate`, sorted by name."""
@@ -28,15 +28,18 @@ _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "top_k": (lambda value: value >= 0, "a whole number from 0 on"),
     "n": (lambda value: value >= 1, "a whole number from 1 on"),
 }
-"""By key: which numbers may stand there, and these in words."""
+"""By key: which numbers are allowed, as a test and in words."""
 _WHOLE = ("top_k", "n")
 NUMBERS = frozenset(_NUMBERS) - {"n"}
-"""Keys that are options of transformers' `generate`, by the same name."""
+"""Keys that are options of transformers' `generate` with the same name."""
 
 
 def number_of(key: str, value: Any) -> float:
-    """What stands at `key`, as transformers wants it: an int where it counts something,
-    else a float. Raises ValueError that names key and value."""
+    """The number `value` of `key`, as transformers expects it: an int for counts, else
+    a float.
+
+    Raises ValueError, which names key and value.
+    """
     is_fine, words = _NUMBERS[key]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not is_fine(value):
@@ -49,7 +52,7 @@ def number_of(key: str, value: Any) -> float:
 
 
 def row_sampling(row: Mapping[str, Any]) -> RowSampling:
-    """What `row` asks for. Raises RowError that names the key."""
+    """The options that `row` sets. Raises RowError, which names the key."""
     options = {}
     for key in _NUMBERS:
         if row.get(key) is not None:
@@ -62,7 +65,8 @@ def row_sampling(row: Mapping[str, Any]) -> RowSampling:
 
 
 def row_seed_of(row: Mapping[str, Any]) -> int | None:
-    """The row's own seed. Raises RowError."""
+    """The row's own seed; None if it has none. Raises RowError if it is not a whole
+    number."""
     seed = row.get("seed")
     if seed is None or (isinstance(seed, int) and not isinstance(seed, bool)):
         return seed

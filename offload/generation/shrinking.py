@@ -1,7 +1,7 @@
-"""Takes rows that have ended out of a micro-batch, while the others go on.
+"""Removes rows that have ended from a micro-batch, while the others continue.
 
-Knows what transformers hands from one step of `generate` to the next; under test with
-every model that completes.
+Depends on what transformers passes from one step of `generate` to the next; tested with
+every model that generates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,17 @@ ROW_BY_ROW = frozenset(
         "TypicalLogitsWarper",
     }
 )
-"""Processors that look at each row's ids and scores and remember nothing of it."""
+"""Logits processors that look at each row separately and remember nothing."""
 
 
 def may_shrink(
     processors: Sequence[Any], arguments: Mapping[str, Any], num_rows: int
 ) -> bool:
-    """Whether rows can be taken out: each of the model's `arguments` is of the whole
-    micro-batch or has a row for each, and no processor remembers rows."""
+    """Whether rows can be removed.
+
+    Each tensor of the model's `arguments` must have a row for each sequence, and no
+    processor may remember rows.
+    """
     return all(type(each).__name__ in ROW_BY_ROW for each in processors) and all(
         value.dim() > 0 and value.shape[0] == num_rows
         for value in arguments.values()
@@ -56,13 +59,17 @@ def shrunk(
     *,
     num_new_tokens: int,
 ) -> dict[str, Any]:
-    """The `arguments` of the model's next call, for `rows` alone, after all had
-    `num_new_tokens` more and are `ids` now. Their cache loses the other rows."""
+    """The `arguments` of the model's next call, for `rows` only.
+
+    All rows got `num_new_tokens` new tokens; `ids` are now int64 [all rows, tokens].
+    The other rows are removed from the cache.
+    """
     found: dict[str, Any] = model._update_model_kwargs_for_generation(
         {}, dict(arguments), num_new_tokens=num_new_tokens
     )
     if found.get("attention_mask") is None:
-        # By the mask's length transformers knows that `ids` begin with what is cached.
+        # From the length of the mask, transformers knows that `ids` begin with what is
+        # cached.
         found["attention_mask"] = torch.ones_like(ids)
     found["past_key_values"].batch_select_indices(torch.tensor(rows))
     for name, value in found.items():

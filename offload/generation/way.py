@@ -1,4 +1,4 @@
-"""One way to complete rows: transformers' options, and who may share a micro-batch."""
+"""The options of one way to complete rows, and which rows may share a micro-batch."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from .option_values import set_numbers
 from .row_sampling import NUMBERS, number_of
 
 Company = Literal["any", "equal", "alone"]
-"""Who may be beside a row, so that it becomes what it would become alone: any rows,
-those with as many tokens (for what looks at padding, too), or none."""
+"""Which rows may share a micro-batch without changing each other's results: any, those
+with as many tokens (if padding has an effect), or none."""
 
 _OUTPUTS = (
     "output_scores",
@@ -67,7 +67,7 @@ _ANY = frozenset(
         "use_cache",
     }
 )
-"""Options that do not look at padding, or are kept from it (`unpadded`)."""
+"""Options that are not affected by padding, or are protected from it by `unpadded`."""
 _MOST_SEQUENCES = 10_000
 _MOST_PLACES = 1 << 25
 _TOKEN_CHARACTERS = 8
@@ -80,31 +80,31 @@ _NOT_HERE = {
 }
 """Options that are refused, and why."""
 _UNPADDED = ("no_repeat_ngram_size", "repetition_penalty")
-"""Those that are kept from it where tokens are picked one by one."""
+"""Options that are protected from padding if tokens are picked one by one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodingOptions:
-    """How some rows are completed."""
+    """The options with which some rows are completed."""
 
     config: Any
     """transformers' GenerationConfig."""
     stop: tuple[str, ...]
     max_new_tokens: int
     ends: frozenset[int]
-    """Tokens that end a text."""
+    """The ids of tokens that end a text."""
     pad: int
 
     @property
     def is_one_by_one(self) -> bool:
-        """Whether tokens are picked one after the other, row by row: no beams, no
-        assistant."""
+        """Whether tokens are picked one by one for each row: without beams and without
+        an assistant."""
         mode = self.config.get_generation_mode()
         return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     @property
     def num_sequences(self) -> int:
-        """That each row goes on with: beams, or several texts."""
+        """The number of sequences of each row: beams, or several completions."""
         config = self.config
         return max(config.num_beams or 1, config.num_return_sequences or 1)
 
@@ -129,9 +129,11 @@ def way_of(
     options: Mapping[str, Any],
     note: Callable[[str], None] = lambda text: None,
 ) -> DecodingOptions:
-    """By the model's generation config `default`, with `options` on top. What of the
-    former has no place here is said by `note`. Raises UsageError for options that
-    transformers does not know, that do not go together, or that nothing comes of."""
+    """Combines the model's generation config `default` with `options`.
+
+    `note` is called with what of `default` is not used. Raises UsageError for options
+    that transformers does not know, that cannot be combined, or that are not used here.
+    """
     _refuse_unused(options)
     options = {**options, "max_new_tokens": max_new_tokens, "max_length": None}
     config = _configured(default, options, note)
@@ -157,8 +159,12 @@ def way_of(
 
 
 def criteria_of(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList:
-    """What ends a text at one of `stop`: megabytes, with a large vocabulary. Raises
-    UsageError for what no tokens make, and for what is too much to look for."""
+    """Stopping criteria that end a text at one of `stop`. They take megabytes with a
+    large vocabulary.
+
+    Raises UsageError if no tokens make a string, or if there are too many or too long
+    strings.
+    """
     criteria = StoppingCriteriaList()
     if stop:
         _check_stop(tokenizer, stop)
@@ -168,7 +174,8 @@ def criteria_of(tokenizer: Any, stop: Sequence[str]) -> StoppingCriteriaList:
 
 
 def _check_stop(tokenizer: Any, stop: Sequence[str]) -> None:
-    """transformers compares each token that there is with each place of each string."""
+    """Raises UsageError if there is too much to compare: transformers compares each
+    token with each position in each string."""
     longest = max(map(len, stop))
     tokens = len(tokenizer)
     if tokens * len(stop) * (longest + _TOKEN_CHARACTERS) > _MOST_PLACES:
@@ -183,8 +190,11 @@ def _check_stop(tokenizer: Any, stop: Sequence[str]) -> None:
 def _configured(
     default: Any, options: Mapping[str, Any], note: Callable[[str], None]
 ) -> Any:
-    """A temperature of 0 is greedy; another one, or a bound on what is drawn, is
-    sampled."""
+    """The generation config with `options`.
+
+    A temperature of 0 means greedy decoding; another one, or a limit on the drawn
+    tokens, means sampling.
+    """
     config = copy.deepcopy(default)
     values = dict(options)
     unknown = [key for key in values if not hasattr(config, key)]
@@ -200,7 +210,7 @@ def _configured(
             except ValueError as error:
                 raise UsageError(f"the option {error}") from error
     _leave_out(config, values, note)
-    values.pop("return_dict_in_generate", None)  # how transformers hands out tokens
+    values.pop("return_dict_in_generate", None)  # only the form of the result
     if isinstance(values.get("stop_strings"), str):
         values["stop_strings"] = [values["stop_strings"]]
     if values.get("temperature") == 0:
@@ -249,9 +259,9 @@ def _refuse_unused(values: Mapping[str, Any]) -> None:
 def _leave_out(
     config: Any, values: Mapping[str, Any], note: Callable[[str], None]
 ) -> None:
-    """What the checkpoint's generation_config.json says of how transformers keeps or
-    hands out things, which is none of a job's."""
-    # transformers puts what the file says in the place of None.
+    """Removes options of the checkpoint's generation_config.json that concern how
+    transformers keeps or returns things, and notes them."""
+    # transformers replaces None by what the file says.
     instead = {"cache_implementation": "dynamic", "return_dict_in_generate": False}
     instead |= dict.fromkeys(_NOT_HERE)
     for key in (*instead, *_OUTPUTS):

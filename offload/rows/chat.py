@@ -1,4 +1,4 @@
-"""A row's messages as tokens, by the tokenizer's chat template."""
+"""Turns a row's messages into tokens, with the tokenizer's chat template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,13 +24,16 @@ _OURS = frozenset(
         "truncation",
     }
 )
-"""Arguments of `apply_chat_template` that are not the template's."""
+"""Arguments of `apply_chat_template` that the template does not get."""
 _ARGUMENTS = frozenset({"add_generation_prompt", "continue_final_message", "documents"})
 
 
 def tokenize_chat(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens of `{"messages"}`, perhaps with "tools" and "chat_template_kwargs".
-    Raises RowError for what the template does not take, or would pass over."""
+    """The tokens of `{"messages"}`, with "tools" and "chat_template_kwargs" if the row
+    has them.
+
+    Raises RowError if the template does not take them or would ignore them.
+    """
     messages = row["messages"]
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
@@ -47,7 +50,7 @@ def tokenize_chat(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
             encoded = tokenizer.apply_chat_template(
                 messages, **options, tokenize=True, return_dict=True
             )
-    except Exception as error:  # whatever the template makes of it
+    except Exception as error:  # a template may raise anything
         raise RowError(
             f"the chat template does not take these messages: {error}"
         ) from error
@@ -71,7 +74,7 @@ def _check_messages(messages: Any) -> None:
 
 
 def _check_content(number: int, content: Any) -> None:
-    """Raises RowError for what is neither text nor parts of text."""
+    """Raises RowError unless the content is text, or parts of text."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, (list, tuple)):
@@ -89,7 +92,7 @@ def _check_content(number: int, content: Any) -> None:
 
 
 def _options(row: Mapping[str, Any], template: str) -> dict[str, Any]:
-    """What else the template is given."""
+    """The other arguments of the template."""
     tools, more = (row.get(key) for key in CHAT)
     found: dict[str, Any] = {}
     if tools:

@@ -1,4 +1,5 @@
-"""A prompt and its labels as tokens: what they have in common, and each one's own."""
+"""Turns a prompt and its labels into tokens: a common beginning, and an end for each
+label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,20 +10,20 @@ from .text import RowError, check_row, text_of, tokenize
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One way to go on from a prompt."""
+    """One label as a continuation of the prompt."""
 
     text: str
     ids: tuple[int, ...]
-    """Its tokens behind what all labels have in common."""
+    """Its tokens after the common beginning of all labels."""
     first: int
-    """The first of `ids` that is the label's; those before are the prompt's, but not
-    alike for all labels."""
+    """The index of the label's first token in `ids`. The tokens before it belong to the
+    prompt, but are not the same for all labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """`prompt` is what all labels have in common: at least a token, as each has of its
-    own."""
+    """A prompt with its labels. `prompt` is the common beginning of all; it and the end
+    of each label have at least one token."""
 
     prompt: tuple[int, ...]
     labels: tuple[Label, ...]
@@ -31,8 +32,11 @@ class Labelled:
 def tokenize_labels(
     tokenizer: Any, row: Mapping[str, Any], labels: Sequence[str]
 ) -> Labelled:
-    """The tokens of a row, each label's those of the completion that `penstock score`
-    would score. Raises RowError for a row without prompt or labels."""
+    """The tokens of a row. Each label has the same tokens as the completion that
+    `penstock score` would score.
+
+    Raises RowError for a row without prompt or labels.
+    """
     check_row(row)
     names = row.get("labels") or labels
     if not isinstance(names, (list, tuple)) or len(names) < 2:
@@ -58,7 +62,7 @@ def tokenize_labels(
 
 
 def _shared(rows: Sequence[tuple[int, ...]]) -> int:
-    """How many ids all of `rows` begin with alike."""
+    """How many ids at the beginning are the same in all `rows`."""
     columns = zip(*rows, strict=False)
     return next(
         (at for at, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, rows))

@@ -1,4 +1,4 @@
-"""What a model can take of a row: which ids, and how many."""
+"""Which ids, and how many of them, a model can take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,17 @@ from .row_error import RowError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`num_ids` is how many rows the model's table of embeddings has, `context` how
-    many tokens it can attend to; None where there is no telling."""
+    """The limits of one model.
+
+    `num_ids` is the number of rows of its embedding table, and `context` is the number
+    of tokens that it can attend to. Each is None if it is not known.
+    """
 
     num_ids: int | None
     context: int | None
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises RowError for a token that the model has not."""
+        """Raises RowError if the model does not have a token of `ids`."""
         if self.num_ids is not None and ids and max(ids) >= self.num_ids:
             raise RowError(
                 f"the text has token {max(ids)}, but the model knows tokens 0 to "
@@ -27,8 +30,8 @@ class Limits:
             )
 
     def pad_of(self, *wanted: int | None) -> int:
-        """The id that stands where nothing does: the first of `wanted` that the model
-        has, else 0. Attention does not look at it."""
+        """The id to use for padding: the first of `wanted` that the model has, else 0.
+        Attention does not see it."""
         for pad in wanted:
             if pad is not None and 0 <= pad < (self.num_ids or pad + 1):
                 return int(pad)
@@ -36,14 +39,16 @@ class Limits:
 
 
 def limits_of(model: Any) -> Limits:
-    """Those of a `model` from transformers."""
+    """The limits of a transformers `model`."""
     return Limits(_num_ids(model), context_length(model))
 
 
 def context_length(model: Any) -> int | None:
-    """Most tokens that the model can attend to, or None where its config sets no limit.
-    Where places are counted from behind that of padding, as RoBERTa does, those before
-    are none."""
+    """The most tokens that the model can attend to; None if its config sets no limit.
+
+    Some models, like RoBERTa, count positions from the one after padding. Then the
+    positions before it do not count.
+    """
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         value = getattr(config, name, None)

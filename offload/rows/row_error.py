@@ -1,11 +1,13 @@
-"""What ends a row, and not its job."""
+"""The error that ends a row, but not its job."""
 
 from ...io.errors import readable
 
 
 class RowError(ValueError):
-    """A row that nothing can be made of; the job goes on without it. Whatever of it the
-    message quotes, it is short and can be printed."""
+    """A row that cannot be processed; the job continues without it.
+
+    The message is made short and printable, whatever it quotes.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(readable(message))

@@ -1,5 +1,8 @@
-"""A bound on what a chat template may do. It is a small program that comes with a
-checkpoint: jinja's sandbox keeps it to text, but not from running for ever."""
+"""Limits what a chat template may do.
+
+A template is a small program that comes with a checkpoint. jinja's sandbox restricts it
+to text, but does not stop it from running forever.
+"""
 
 import os
 import sys
@@ -16,15 +19,16 @@ from .template_steps import Stopped, TemplateError, check_step
 
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 _TEMPLATE = "<template>"
-"""What jinja calls the file that it compiles a template to."""
+"""The file name that jinja gives to compiled templates."""
 _STEPS = (jinja2.filters.__file__, jinja2.sandbox.__file__)
-"""Where functions are that a template calls."""
+"""The files of functions that templates call."""
 MAX_LINES = 1_000_000
-"""Lines that a template may run; a chat takes hundreds."""
+"""How many lines a template may run; a chat needs hundreds."""
 MAX_GROWTH_BYTES = 1 << 30
-"""How much this process's memory may grow."""
+"""How many bytes the memory of this process may grow."""
 MAX_SECONDS = 2.0
-"""Processor seconds of this thread; a chat takes thousandths of one."""
+"""How many seconds of processor time this thread may take; a chat needs thousandths of
+one."""
 
 
 @contextmanager
@@ -34,9 +38,11 @@ def template_budget(
     max_growth_bytes: int = MAX_GROWTH_BYTES,
     max_seconds: float = MAX_SECONDS,
 ) -> Iterator[None]:
-    """Raises TemplateError in a template that is compiled or rendered inside, by this
-    thread, once it has run so many lines or for so long, one of them has left the
-    process so much larger, or would at once."""
+    """Limits templates that this thread compiles or renders in the `with` block.
+
+    Raises TemplateError if a template runs too many lines or for too long, makes the
+    process grow too much, or is about to make too much text in one step.
+    """
     memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     left, most_bytes = max_lines, _resident_bytes(memory) + max_growth_bytes
     end = time.thread_time() + max_seconds

@@ -1,4 +1,4 @@
-"""What a chat template does in one step that no count of its lines would catch."""
+"""Refuses steps of a chat template that a count of its lines would not catch."""
 
 import re
 from functools import lru_cache
@@ -11,19 +11,22 @@ from jinja2 import nodes
 from .template_steps import TemplateError
 
 _MOST_CHARACTERS = 1_000_000
-"""The longest template that is taken; long ones have tens of thousands."""
+"""The longest template that is accepted; long ones have tens of thousands of
+characters."""
 _MOST_NUMBER = 1_000_000
 _MOST_TIMES = 128
 _LONG_NUMBER = re.compile(r"\d{7,}")
 _WITHOUT_END = {"lipsum"}
-"""Functions of jinja's that make text of any length."""
+"""Functions of jinja that make text of any length."""
 
 
 @lru_cache
 def check_template(template: str) -> None:
-    """Raises TemplateError for what is too long, for powers, for products and numbers
-    that no chat needs, of which one alone can take all memory. What is no template is
-    left to who renders it."""
+    """Raises TemplateError for a template that is too long, and for powers, products
+    and numbers that no chat needs: one of them can take all memory.
+
+    Text that is not a template is left to whoever renders it.
+    """
     if len(template) > _MOST_CHARACTERS:
         raise TemplateError(f"it has {len(template):,} characters")
     environment = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols])
@@ -59,8 +62,8 @@ def _why_not(node: nodes.Node) -> str:
 
 
 def _is_small(node: nodes.Node) -> bool:
-    """Whether it is a number that multiplies nothing by much, be it a text of a
-    megabyte."""
+    """Whether `node` is a small number: multiplying text by it does not make the text
+    too long."""
     return (
         isinstance(node, nodes.Const)
         and isinstance(node.value, int | float)
@@ -69,7 +72,7 @@ def _is_small(node: nodes.Node) -> bool:
 
 
 class _Generation(jinja2.ext.Extension):
-    """transformers' own tag, around what an assistant says."""
+    """The tag that transformers adds, around what an assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja has it)
 

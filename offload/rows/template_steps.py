@@ -1,4 +1,4 @@
-"""How much text one step of a chat template makes, before it is made."""
+"""Finds out how much text a step of a chat template makes, before it makes it."""
 
 from collections.abc import Mapping, Sized
 from typing import Any
@@ -9,12 +9,13 @@ class TemplateError(ValueError):
 
 
 class Stopped(BaseException):
-    """The same, while it runs: what catches any Exception does not catch this."""
+    """The same while the template runs. It is not an Exception, so templates' functions
+    do not catch it."""
 
 
 def check_step(name: str, values: Mapping[str, Any], most: int) -> None:
-    """Raises Stopped where jinja's function `name`, called with `values`, would
-    make more than `most` characters."""
+    """Raises Stopped if jinja's function `name`, called with `values`, would make more
+    than `most` characters."""
     match name, dict(values):
         case "do_join" | "sync_do_join", {"value": parts, "d": between}:
             made = _size(parts) * _size(between)
@@ -39,7 +40,7 @@ def check_step(name: str, values: Mapping[str, Any], most: int) -> None:
 
 
 def _made_by(method: Any, args: tuple[Any, ...]) -> int:
-    """By a method of text; how many characters at the most."""
+    """The most characters that a method of a text makes, called with `args`."""
     text = getattr(method, "__self__", None)
     if not isinstance(text, str):
         return 0

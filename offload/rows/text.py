@@ -1,4 +1,4 @@
-"""From rows of text to token ids: which are to be scored, or to be gone on from."""
+"""Turns rows of text into token ids, for scoring or for completion."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,24 @@ from .tokenizer_check import check_tokenizer
 
 T = TypeVar("T")
 MOST_LETTERS = 4_000_000
-"""The longest text: a million tokens, for which a tokenizer takes a gigabyte."""
+"""The most characters of a text: a million tokens, for which a tokenizer takes 1 GB."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A row ready to be scored: ids `first` and later are scored given those before."""
+    """A row to score: `ids` from index `first` on are scored, given those before
+    them."""
 
     ids: tuple[int, ...]
     first: int
 
 
 def check_row(row: Mapping[str, Any], *, answers: bool = False) -> None:
-    """Raises RowError for a row that has failed before, or has a key that would change
-    what comes of it and is not used. With `answers` rows are completed."""
+    """Raises RowError if the row has failed before, or has a key that would change the
+    result but is not used.
+
+    `answers` says whether the task completes rows.
+    """
     if "error" in row:
         raise RowError(str(row["error"]))
     if (why := refused(row, answers=answers)) is not None:
@@ -39,9 +43,11 @@ def check_row(row: Mapping[str, Any], *, answers: bool = False) -> None:
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside the checkpoint. Raises UsageError where there is none, and
-    CheckpointError where only code of the checkpoint's own would make one, unless it is
-    trusted."""
+    """Loads the tokenizer in the checkpoint's `folder`.
+
+    Raises UsageError if there is none, and CheckpointError if it needs code of the
+    checkpoint that is not trusted.
+    """
     from transformers import AutoTokenizer
 
     path = Path(folder) / "tokenizer_config.json"
@@ -63,15 +69,18 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer beside the checkpoint that the streamed `model` came from."""
+    """The tokenizer of the checkpoint that the streamed `model` was loaded from."""
     is_trusted = engine_of(model).policy.trust_remote_code
     return load_tokenizer(model.config.name_or_path, trust_remote_code=is_trusted)
 
 
 def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
-    """The tokens of `{"text"}`, or of `{"prompt", "completion"}` whose completion is
-    scored. A token that reaches from the prompt into the completion counts as
-    completion. Raises RowError for a row without what is needed."""
+    """The tokens of `{"text"}`, or of `{"prompt", "completion"}`, whose completion is
+    scored.
+
+    A token that spans the end of the prompt belongs to the completion. Raises RowError
+    if a key is missing.
+    """
     if "completion" in row or "prompt" in row:
         prompt = text_of(row, "prompt")
         return _completion(tokenizer, prompt, text_of(row, "completion"))
@@ -81,13 +90,15 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> TokenRow:
 def tokenize_all(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]]
 ) -> list[TokenRow | RowError]:
-    """What `check_row` and `tokenize` give or raise for each of `rows`. A fast
-    tokenizer gets all texts at once."""
+    """The result of `check_row` and `tokenize`, or the RowError, for each of `rows`.
+
+    A fast tokenizer gets all texts at once.
+    """
     is_fast = getattr(tokenizer, "is_fast", False)
     texts = [row["text"] for row in rows if is_fast and _is_text(row)]
     try:
         encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
-    except Exception:  # of one of them, which is found where each is by itself
+    except Exception:  # one text fails: find it by tokenizing each alone
         return [_outcome(row, partial(tokenize, tokenizer, row)) for row in rows]
     return [
         _outcome(row, partial(_scored, next(encoded)))
@@ -100,7 +111,8 @@ def tokenize_all(
 def tokenize_texts(
     tokenizer: Any, rows: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int, ...] | RowError]:
-    """The tokens of the `{"text"}` of each of `rows`, or why there are none."""
+    """The tokens of `{"text"}` of each of `rows`, or the RowError that says why there
+    are none."""
 
     def ids_of(row: Mapping[str, Any]) -> tuple[int, ...]:
         check_row(row)
@@ -120,7 +132,7 @@ def _or_error(make: Callable[[], T]) -> T | RowError:
 
 
 def _is_text(row: Mapping[str, Any]) -> bool:
-    """Whether all that there is to tokenize is its text."""
+    """Whether the row has only its text to tokenize."""
     others = {"error", "prompt", "completion"}
     text = row.get("text")
     is_text = isinstance(text, str) and len(text) <= MOST_LETTERS
@@ -138,8 +150,8 @@ def _outcome(
 
 
 def _encoded(tokenizer: Any, text: str, **options: Any) -> Any:
-    """What the tokenizer makes of a text; RowError where it makes nothing of it, such
-    as of half a surrogate pair."""
+    """What `tokenizer` returns for `text`. Raises RowError if it fails, for instance
+    for half of a surrogate pair."""
     try:
         return tokenizer(text, **options)
     except Exception as error:
@@ -158,8 +170,11 @@ def _scored(ids: Sequence[int]) -> TokenRow:
 
 
 def tokenize_prompt(tokenizer: Any, row: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens of `{"prompt"}`, of `{"text"}`, or of the chat `{"messages"}` as the
-    tokenizer's template writes it. Raises RowError for a row without any."""
+    """The tokens of `{"prompt"}`, of `{"text"}`, or of the chat `{"messages"}`, which
+    the tokenizer's template formats.
+
+    Raises RowError if the row has none of them.
+    """
     if row.get("messages") is not None:
         return tokenize_chat(tokenizer, row)
     for key in CHAT:
@@ -202,7 +217,8 @@ def _completion(tokenizer: Any, prompt: str, completion: str) -> TokenRow:
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
-    """What a row has at `key`. Raises RowError where that is no text."""
+    """The text at `key` of the row. Raises RowError if it is not text, or is too
+    long."""
     value = row.get(key)
     if not isinstance(value, str):
         keys = ", ".join(map(str, row)) or "none"

@@ -1,5 +1,7 @@
-"""How much longer a tokenizer may make a text. Its steps run in the library
-`tokenizers`, where nothing stops one."""
+"""Limits how much longer a tokenizer may make a text.
+
+Its steps run in the library `tokenizers`, where nothing can stop them.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,13 +12,13 @@ from ...io.regular_file import read_json_object, read_whole
 
 _MOST_BYTES = 256 << 20
 MOST_GROWTH = 1_000
-"""Times as long, by all replacements of one kind of step: real ones make one letter
-three."""
+"""How many times longer all replacements of one kind of step may make a text. Real ones
+make one letter three."""
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises CheckpointError where the replacements of `tokenizer.json` follow one
-    another to make a short text one of gigabytes."""
+    """Raises CheckpointError if the replacements in `tokenizer.json` together can make
+    a short text gigabytes long."""
     path = folder / "tokenizer.json"
     if not path.exists() or b'"Replace"' not in read_whole(path, _MOST_BYTES):
         return
@@ -34,7 +36,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
-    """A step, or all those of a sequence, at any depth."""
+    """The replacement steps in `value`, at any depth."""
     left = [value]
     while left:
         found = left.pop()
@@ -47,8 +49,8 @@ def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth_of(step: Mapping[str, Any]) -> float:
-    """How many letters it puts in the place of one, at most."""
+    """The most letters by which the step replaces one."""
     content, pattern = step.get("content"), step.get("pattern")
     text = pattern.get("String") if isinstance(pattern, dict) else None
-    num = len(text) if isinstance(text, str) else 1  # what matches a regex may be short
+    num = len(text) if isinstance(text, str) else 1  # a match of a regex may be short
     return max(1.0, len(content) / max(num, 1)) if isinstance(content, str) else 1.0
