@@ -29,9 +29,9 @@ from ..units.division import check_overlap
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
-from ..weights.moved import MovedTensors
-from ..weights.poison import StreamedParameter
-from ..weights.rows import RowGatherer
+from ..weights.moved_tensors import MovedTensors
+from ..weights.placeholder import StreamedParameter
+from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .readers import memory_alignment_of
 from .tiers import Tiers, open_device

@@ -22,7 +22,7 @@ from torch._C._dynamo.eval_frame import (
 )
 
 from ..units.sites import ModelDivision
-from ..weights.poison import StreamedParameter
+from ..weights.placeholder import StreamedParameter
 
 Note = Callable[[str], None]
 

@@ -27,8 +27,8 @@ from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
-from ..weights.moved import MovedTensors
-from ..weights.rows import RowGatherer
+from ..weights.moved_tensors import MovedTensors
+from ..weights.row_gatherer import RowGatherer
 from .counters import Statistics, bytes_by_tier
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...io.errors import PenstockError, UsageError
-from ..weights.poison import cast_in_place
+from ..weights.placeholder import cast_in_place
 
 
 def refusals(kind: type[nn.Module]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..policy import Policy, cache_folder
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
 from ..weights.new_values import NewValue, new_values
-from ..weights.rows import RowGatherer
+from ..weights.row_gatherer import RowGatherer
 from ..weights.spill_folder import SpillFolder
 from .readers import open_reader
 from .tiers import Tiers

@@ -4,7 +4,7 @@
 lines of JSON or text (jsonl), a JSON array (json_array), CSV (csv_rows), or columns
 (columns); `decompressed` (compression) is below them. `read_parts` (part_reader) cuts
 the rows into parts (parts). `encoded` (outputs, csv_results) writes results as one
-file, in durable steps (durable); `StreamedOutput` (streamed) writes them to a pipe.
-`keys` knows the keys of a row, `fingerprint` tells files apart, and `extras` imports
-optional packages.
+file, in durable steps (durable); `StreamedOutput` (streamed_output) writes them to a
+pipe. `keys` knows the keys of a row, `fingerprint` tells files apart, and `extras`
+imports optional packages.
 """

@@ -15,9 +15,9 @@ from ..model import engine_of
 from ..rows.limits import Limits
 from ..rows.text import RowError
 from .decoding import Decoder, RowEnds, row_seed
+from .decoding_options import DecodingOptions, criteria_of, way_of
 from .logits import FiniteCheck
 from .row_sampling import RowSampling
-from .way import DecodingOptions, criteria_of, way_of
 
 _NOT_FINITE = (
     "the model gave logits that are not finite: its weights or its dtype overflow on "

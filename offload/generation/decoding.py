@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
-from ..units.cache_kind import is_plain
+from ..units.model_kind import is_plain
 from .logits import FiniteCheck, unpadded
 from .shrinking import may_shrink, shrunk
 

@@ -17,7 +17,7 @@ from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
 from ..files.parts import OutputPart
 from ..files.sources import Own, check_apart, find_files
-from ..files.streamed import StreamedOutput, is_stream
+from ..files.streamed_output import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.prediction import predicted
 from ..policy import Policy

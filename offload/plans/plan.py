@@ -15,7 +15,7 @@ from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.generate import check_generates
 from ..tasks.head import check_causal
-from ..units.hidden import base_of
+from ..units.model_kind import base_of
 from ..weights.blueprint import blueprint
 from .devices import Devices, devices_of
 from .dtypes import (

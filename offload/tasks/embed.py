@@ -14,7 +14,7 @@ from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.text import RowError, tokenize_texts, tokenizer_of
 from ..settings.values import Pooling
-from ..units.hidden import base_of
+from ..units.model_kind import base_of
 from .packed import LAZY_ROWS, Packed, Row, RowPiece
 from .pooling import pooled
 from .task_progress import ScoreProgress

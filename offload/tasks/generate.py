@@ -17,14 +17,14 @@ from ..adapters import without_wrapper
 from ..files.parts import NumberedRows, lazy_parts
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
+from ..generation.decoding_options import DecodingOptions
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
-from ..generation.way import DecodingOptions
 from ..model import engine_of
 from ..policy import Policy
 from ..rows.limits import limits_of
 from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
-from ..units.cache_kind import keeps_only_keys_and_values
+from ..units.model_kind import keeps_only_keys_and_values
 from .head import check_head
 from .packed import LAZY_ROWS, POOL_MICRO_BATCHES
 from .task_progress import GenerateProgress as GenerateProgress

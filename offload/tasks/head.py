@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...io.errors import UsageError
-from ..weights.poison import StreamedParameter
+from ..weights.placeholder import StreamedParameter
 
 
 class CausalScorer:

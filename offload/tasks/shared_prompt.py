@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..units.cache_kind import keeps_only_keys_and_values
+from ..units.model_kind import keeps_only_keys_and_values
 from .head import CausalScorer
 
 

@@ -12,9 +12,8 @@ from ...io.errors import UsageError
 from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
-from .cache_kind import keeps_only_keys_and_values
 from .division import Division
-from .hidden import base_of
+from .model_kind import base_of, keeps_only_keys_and_values
 from .sites import ModelDivision
 
 # How often the operations between matrix products touch an element, counted in

@@ -13,7 +13,7 @@ from ...io.weights.host import HostTier
 from ...io.weights.layout import Placed
 from ...io.weights.transfer import Transfer
 from ..units.sites import ModelDivision, ParameterRef, tensors_in
-from .bound import BoundParameter, is_ours, replaced, written
+from .bound_parameter import BoundParameter, is_ours, replaced, written
 
 
 class Binding:

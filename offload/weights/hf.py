@@ -27,7 +27,7 @@ from .hf_config import (
     set_generation,
 )
 from .hf_names import make_recipes
-from .poison import absent_parameter
+from .placeholder import absent_parameter
 from .stored import check_readable, stored_dtype, unused_words
 from .trust import unused_code
 

@@ -15,8 +15,8 @@ from ...io.errors import OutputError, UsageError
 from ...io.weights.recipe import Recipe, plain
 from ...io.weights.residue import clone_at, residue_of
 from ...io.weights.tensor_file import write_tensors
-from .bound import BoundParameter
-from .poison import StreamedParameter
+from .bound_parameter import BoundParameter
+from .placeholder import StreamedParameter
 from .spill_folder import SpillFolder
 
 _PREFIX = "wrapped-"

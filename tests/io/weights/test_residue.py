@@ -21,7 +21,7 @@ from penstock import Policy
 from penstock.io.checkpoint.index import open_files
 from penstock.io.weights.residue import clone_at, clone_like, residue_of
 from penstock.io.weights.tensor_file import FILLER, write_tensors
-from penstock.offload.weights.poison import StreamedParameter
+from penstock.offload.weights.placeholder import StreamedParameter
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -19,7 +19,7 @@ from jobs import Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import OutputError
 from penstock.offload.files.outputs import column_kinds, results_of
 from penstock.offload.files.parts import Cut
-from penstock.offload.files.streamed import StreamedOutput, is_stream
+from penstock.offload.files.streamed_output import StreamedOutput, is_stream
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

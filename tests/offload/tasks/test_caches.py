@@ -4,7 +4,7 @@ from transformers import GenerationConfig
 
 from penstock.offload.generation.caches import Caches
 from penstock.offload.generation.completions import Prompt
-from penstock.offload.generation.way import DecodingOptions
+from penstock.offload.generation.decoding_options import DecodingOptions
 
 
 def way(**options: int) -> DecodingOptions:

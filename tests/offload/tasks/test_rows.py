@@ -24,8 +24,8 @@ from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
 from penstock.offload.files.keys import SAMPLING, UNUSED, refused
+from penstock.offload.generation.decoding_options import way_of
 from penstock.offload.generation.row_sampling import RowSampling, row_sampling
-from penstock.offload.generation.way import way_of
 from penstock.offload.rows.chat import tokenize_chat
 from penstock.offload.rows.limits import Limits, context_length
 from penstock.offload.rows.row_error import RowError

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...io.errors import CheckpointError, PenstockError
-from .bound import replaced, written
+from .bound_parameter import replaced, written
 
 _PASS_ON = {
     torch.ops.aten.detach.default,

@@ -1,7 +1,23 @@
-"""Which states the layers of a model keep between two calls of `generate`."""
+"""Answers questions about a transformers model by its class: its base, its states."""
 
 import inspect
 from typing import Any
+
+from ...io.errors import UsageError
+
+
+def base_of(model: Any) -> Any:
+    """The module that makes hidden states of token ids, without a head. Raises
+    UsageError if there is none."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    base = getattr(model, model.base_model_prefix, model)
+    if not hasattr(base, "get_input_embeddings"):
+        raise UsageError(
+            f"{type(model).__name__} has no base that makes hidden states of tokens: "
+            "it cannot embed"
+        )
+    return base
 
 
 def keeps_only_keys_and_values(model: Any) -> bool:

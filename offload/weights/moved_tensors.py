@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...io.closing import Closing
-from .poison import StreamedParameter
+from .placeholder import StreamedParameter
 
 
 class MovedTensors(Closing):
