@@ -165,8 +165,8 @@ def open_rig(
             mark=_mark(device),
             needed=frozenset(range(num_layers)),
         )
-        found, places, stand_ins = _found(layers)
-        binding = Binding(found, transfers, places, stand_ins, memory, None)
+        found, places, placeholders = _found(layers)
+        binding = Binding(found, transfers, places, placeholders, memory, None)
         open_sites = OpenSites(
             [Site(site.name, (i,)) for i, site in enumerate(found.sites)],
             working_set,
@@ -232,7 +232,7 @@ def _found(
 ) -> tuple[ModelDivision, dict[str, list[ParameterRef]], dict[str, torch.Tensor]]:
     sites, units = [], []
     places: dict[str, list[ParameterRef]] = {}
-    stand_ins: dict[str, torch.Tensor] = {}
+    placeholders: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(layers):
         name = f"layers.{index}"
         names = []
@@ -241,7 +241,7 @@ def _found(
             full_name = f"{name}.{key}"
             names.append(full_name)
             places[full_name] = [ParameterRef(layer.get_submodule(owner), attribute)]
-            stand_ins[full_name] = parameter
+            placeholders[full_name] = parameter
         sites.append(FoundSite(name, layer))
         units.append(FoundUnit(name, tuple(names), (index,), False))
-    return ModelDivision(tuple(sites), tuple(units)), places, stand_ins
+    return ModelDivision(tuple(sites), tuple(units)), places, placeholders

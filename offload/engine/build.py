@@ -130,7 +130,7 @@ def build(
                 Order(len(model_division.sites)),
                 lookahead=policy.lookahead,
                 record=record,
-                fork_guard=ForkGuard(in_child=binding.poison_elsewhere),
+                fork_guard=ForkGuard(in_child=binding.unbind_in_child),
             ),
             gatherers=tuple(gatherers.values()),
             fallbacks=fallbacks,
@@ -153,7 +153,7 @@ def build(
                 gather=gatherer.gather if gatherer is not None else None,
                 requires_grad=_requires_grad(places[name][0]),
             )
-        binding.put_stand_ins()
+        binding.put_placeholders()
         engine.start()
         opened.pop_all()
     return engine

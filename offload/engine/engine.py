@@ -280,7 +280,7 @@ class Engine:
         self._working_set.close()
         for gatherer in self._gatherers:
             gatherer.close()
-        self._binding.poison_all()
+        self._binding.unbind_all()
         self._moved.close()
         self._tiers.close()
         self.updates.close()

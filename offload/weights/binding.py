@@ -33,13 +33,13 @@ class Binding:
         found: ModelDivision,
         transfers: Sequence[Transfer],
         places: Mapping[str, list[ParameterRef]],
-        stand_ins: Mapping[str, torch.Tensor],
+        placeholders: Mapping[str, torch.Tensor],
         arena: Memory,
         host: HostTier | None,
     ) -> None:
         self._transfers = transfers
         self._places = places
-        self._stand_ins = stand_ins
+        self._placeholders = placeholders
         self._arena = arena
         self._host = host
         self._is_over = False
@@ -94,18 +94,16 @@ class Binding:
         return self._names.get((id(module._parameters), key))
 
     def accept(self, name: str) -> None:
-        """Called when the weight `name` has got new values by `penstock.update`.
-
-        What a user has written to it or put in its place before is dropped.
-        """
+        """Called when `penstock.update` has changed the weight `name`. What user code
+        has written to it or put in its place is dropped."""
         for place in self._places[name]:
             if place.is_buffer:
                 continue
             current = place.module._parameters.get(place.key)
             if isinstance(current, BoundParameter) and is_ours(current, name):
                 current.forgive()
-            elif current is not self._stand_ins[name]:
-                found = self._resident.get(name, self._stand_ins[name])
+            elif current is not self._placeholders[name]:
+                found = self._resident.get(name, self._placeholders[name])
                 place.module._parameters[place.key] = cast(nn.Parameter, found)
 
     @property
@@ -132,10 +130,10 @@ class Binding:
             raise closed()
         where = self._places_of_site[site]
         for name, places in where.items():
-            stand_in = self._stand_ins[name]
+            placeholder = self._placeholders[name]
             for parameters, key in places:
                 current = parameters.get(key)
-                if current is not stand_in:
+                if current is not placeholder:
                     self._check(current, name)
         for unit, offset in zip(self._units_of_site[site], offsets, strict=True):
             for name, tensor in self.tensors(unit, offset).items():
@@ -152,16 +150,16 @@ class Binding:
         if self._is_over:  # the model is closed: its modules are the user's
             return
         for name, places in self._places_of_site[site].items():
-            stand_in = self._stand_ins[name]
+            placeholder = self._placeholders[name]
             for parameters, key in places:
                 current = parameters.get(key)
-                if current is not stand_in and error is None:
+                if current is not placeholder and error is None:
                     try:
                         self._check(current, name)
                     except PenstockError as found:
                         error = found
                 if name not in self._resident:
-                    parameters[key] = cast(nn.Parameter, stand_in)
+                    parameters[key] = cast(nn.Parameter, placeholder)
                     if isinstance(current, BoundParameter):
                         current.settle()
         if error is not None:
@@ -184,8 +182,8 @@ class Binding:
                     place.module._parameters[place.key] = cast(nn.Parameter, tensor)
 
     def check_resident(self) -> None:
-        """Raises PenstockError if user code has written to a weight that no site uses.
-        `unbind` checks the others."""
+        """Raises PenstockError if user code has written to a weight that no site
+        uses."""
         for name in self._unwatched & self._resident.keys():
             for place in self._places[name]:
                 if not place.is_buffer:
@@ -204,11 +202,10 @@ class Binding:
     def wants_gradients(self, site: int) -> bool:
         """Whether a weight of `site` has `requires_grad`."""
         names = self._places_of_site[site]
-        return any(self._stand_ins[name].requires_grad for name in names)
+        return any(self._placeholders[name].requires_grad for name in names)
 
     def _check(self, current: torch.Tensor | None, name: str) -> None:
-        """Raises PenstockError if `current` is not the weight `name` as it was
-        bound."""
+        """Raises PenstockError if `current` is not the weight `name` as bound."""
         if not isinstance(current, BoundParameter) or not is_ours(current, name):
             raise replaced(name)
         if current.was_written:
@@ -219,7 +216,7 @@ class Binding:
     def _check_places(self, name: str) -> None:
         for place in self._places[name]:
             current = place.module._parameters.get(place.key)
-            if place.is_buffer or current is self._stand_ins[name]:
+            if place.is_buffer or current is self._placeholders[name]:
                 continue
             if not is_ours(current, name):
                 raise replaced(name)
@@ -245,7 +242,7 @@ class Binding:
                 }
         return self._built[key]
 
-    def poison_all(self) -> None:
+    def unbind_all(self) -> None:
         """Removes all views of the arena from modules, so that it can be closed.
 
         What user code has put in place of a weight stays. A micro-batch that is still
@@ -253,35 +250,32 @@ class Binding:
         """
         self._is_over = True
         for name, where in self._places.items():
-            stand_in = cast(nn.Parameter, self._stand_ins[name])
+            placeholder = cast(nn.Parameter, self._placeholders[name])
             for place in where:
                 if place.is_buffer:
                     buffer = place.module._buffers[place.key]
                     if buffer is not None:
                         place.module._buffers[place.key] = buffer.clone()
                 elif is_ours(place.module._parameters.get(place.key), name):
-                    place.module._parameters[place.key] = stand_in
+                    place.module._parameters[place.key] = placeholder
         self._built.clear()
         self._resident.clear()
 
-    def put_stand_ins(self) -> None:
+    def put_placeholders(self) -> None:
         """Replaces the model's own parameters by placeholders, at the beginning."""
         for name, where in self._places.items():
             for place in where:
                 if not place.is_buffer:
-                    stand_in = cast(nn.Parameter, self._stand_ins[name])
-                    place.module._parameters[place.key] = stand_in
+                    placeholder = cast(nn.Parameter, self._placeholders[name])
+                    place.module._parameters[place.key] = placeholder
 
-    def poison_elsewhere(self) -> None:
-        """Does the same in a forked child, which does not have the arena's memory and
-        must not read it. So buffers are replaced, too."""
+    def unbind_in_child(self) -> None:
+        """The same in a forked child, which has no arena: replaces buffers, too."""
         for name, where in self._places.items():
             for place in where:
-                module = place.module
-                store: dict[str, Any] = (
-                    module._buffers if place.is_buffer else module._parameters
-                )
-                store[place.key] = self._stand_ins.get(name)
+                module, is_buffer = place.module, place.is_buffer
+                store: Any = module._buffers if is_buffer else module._parameters
+                store[place.key] = self._placeholders.get(name)
         self._built.clear()
         self._resident.clear()
 
@@ -294,11 +288,11 @@ class Binding:
             tensor = torch.empty(
                 placed.shape,
                 dtype=placed.dtype,
-                device=self._stand_ins[placed.name].device,
+                device=self._placeholders[placed.name].device,
             )
         else:
             stored = memory.tensor(offset + placed.offset, numel * size)
             tensor = stored.view(placed.dtype).view(placed.shape)
-        wants_grad = self._stand_ins[placed.name].requires_grad
+        wants_grad = self._placeholders[placed.name].requires_grad
         wants_grad = wants_grad and not is_recorded
         return BoundParameter.of(placed.name, tensor, wants_grad)

@@ -1,7 +1,7 @@
 """Builds transformers models without weights.
 
 Private functions of transformers (>= 5.17, < 6) are used only here, in `hf_names`,
-`kv/cache` and `generation/decoding`, and each use has a test.
+`dtype_plan`, `kv/cache` and `generation/`, and each use has a test.
 """
 
 import contextlib
@@ -169,10 +169,12 @@ def _finish(
     model._adjust_missing_and_unexpected_keys(info)
     absent = sorted(info.missing_keys & _head_names(model))
     for name in absent:
-        stand_in = absent_parameter(name, model.get_parameter(name), checkpoint.folder)
+        placeholder = absent_parameter(
+            name, model.get_parameter(name), checkpoint.folder
+        )
         owner, _, key = name.rpartition(".")
         store: dict[str, Any] = model.get_submodule(owner)._parameters
-        store[key] = stand_in
+        store[key] = placeholder
     info.missing_keys -= set(absent)
     if info.missing_keys:
         names = sorted(info.missing_keys)

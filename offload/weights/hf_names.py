@@ -18,7 +18,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
 )
@@ -27,6 +26,7 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, ClosedError
 from ...io.weights.recipe import Recipe, TensorSlice, View, plain
+from .dtype_plan import DtypePlan
 
 
 @dataclass
@@ -52,7 +52,7 @@ def make_recipes(
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
-    dtypes = _Dtypes(model, dtype)
+    dtypes = DtypePlan(model, dtype)
     recipes: dict[str, Recipe] = {}
     targets: dict[str, _Target] = {}
     unknown: dict[str, str] = {}
@@ -77,26 +77,6 @@ def make_recipes(
         for recipe in _converted(model, name, target, state, dtypes):
             recipes[recipe.name] = recipe
     return recipes, unknown
-
-
-class _Dtypes:
-    """Tells the dtype that each tensor is loaded in: the model's, that of transformers'
-    dtype plan, or its own."""
-
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._plan = model._get_dtype_plan(dtype)
-        self._search: Any = None
-        if self._plan:
-            self._search, self._groups, _ = build_glob_alternation(list(self._plan))
-
-    def of(self, name: str, meta: torch.Tensor) -> torch.dtype:
-        match = self._search.search(name) if self._search is not None else None
-        if match is not None:
-            planned = self._plan[self._groups[match.lastgroup]]
-            assert isinstance(planned, torch.dtype)
-            return planned
-        return meta.dtype
 
 
 def _check_shape(recipe: Recipe, meta: torch.Tensor, entry: TensorEntry) -> None:
@@ -132,7 +112,7 @@ def _converted(
     name: str,
     target: _Target,
     state: Mapping[str, torch.Tensor],
-    dtypes: _Dtypes,
+    dtypes: DtypePlan,
 ) -> list[Recipe]:
     """The recipes of all tensors of the model that `target`'s converter makes."""
     for attempt in (_merged, _cut):
@@ -243,7 +223,7 @@ def _by_function(
     name: str,
     target: _Target,
     state: Mapping[str, torch.Tensor],
-    dtypes: _Dtypes,
+    dtypes: DtypePlan,
 ) -> Iterator[Recipe]:
     """Recipes that call transformers' own conversion at each load.
 

@@ -162,7 +162,7 @@ def test_what_is_written_to_a_weight_in_memory_is_there_after_unwrap(
 
 @pytest.mark.parametrize(
     "where",
-    [(engine.Engine, "close"), (Tiers, "close"), (Binding, "poison_all")],
+    [(engine.Engine, "close"), (Tiers, "close"), (Binding, "unbind_all")],
     ids=["first", "middle", "last"],
 )
 def test_an_unwrap_that_was_interrupted_can_be_done_again(
