@@ -95,7 +95,7 @@ def first_of(output: Any) -> torch.Tensor:
 
 
 def fill(target: torch.Tensor, scale: float, device: torch.device) -> None:
-    """Fills `target`, uint8 in host memory, with random bfloat16 numbers from `device`."""
+    """Fills `target`, uint8 in host memory, with random bfloat16 numbers."""
     step = 1 << 28
     flat = target.view(torch.bfloat16)
     for start in range(0, len(flat), step):
