@@ -79,8 +79,8 @@ class Unpadded:
         self._starts = self._starts[list(rows)]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """`ids` are int64 [rows, tokens]; `scores` and the result are [rows, vocabulary]
-        in the same dtype."""
+        """`ids`: int64 [rows, tokens]; `scores` and the result: [rows, vocabulary],
+        of one dtype."""
         is_pad = torch.arange(ids.shape[1], device=ids.device) < self._starts
         if self._fill is None:
             seen = torch.where(is_pad, ids.gather(1, self._starts), ids)

@@ -99,7 +99,7 @@ class Machine(Section):
     cores: PositiveInt = 1
     """The number of physical cores of the CPU."""
     host_memory: Bytes
-    """Bytes of host memory of the machine."""
+    """Bytes of the host's memory, all of it."""
     host_bandwidth: Bytes | None = None
     """Bytes per second that the host's memory reads and writes together."""
     device_memory: Bytes | None = None
