@@ -51,7 +51,7 @@ def _section(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
         annotation: Any = model.model_fields[name].annotation
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
-        assert issubclass(annotation, BaseModel), f"{name} is no section"
+        assert issubclass(annotation, BaseModel), f"{name} is not a section"
         model = annotation
     return model
 

@@ -47,7 +47,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     PolicyError."""
     key, equals, text = setting.partition("=")
     if not equals:
-        raise PolicyError(f"{setting!r} is no setting: write key=value")
+        raise PolicyError(f"{setting!r} is not a setting: write key=value")
     return key.strip(), read_value(text, f"--set {setting}")
 
 
@@ -55,18 +55,18 @@ def parse_bytes(value: int | str) -> int:
     """Bytes of `"2GiB"`, `"1.5 GB"` or a number. GiB is 2**30, GB is 10**9. Raises
     ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
+        raise ValueError(f"{value!r} is not a size: write 2GiB, 512MiB or a number")
     if isinstance(value, int):
         nbytes = value
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:
             known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
+            raise ValueError(f"{value!r} is not a size: write 2GiB (units: {known})")
         found = float(match[1]) * _UNITS[match[2].upper()]
         nbytes = int(min(found, _MAX_BYTES))  # too many digits give infinity
     if nbytes <= 0:
-        raise ValueError(f"{value!r} must be more than nothing")
+        raise ValueError(f"{value!r} must be more than 0")
     if nbytes >= _MAX_BYTES:
         raise ValueError(
             "that is more than any machine has: write less than 8388608TiB"
@@ -140,7 +140,8 @@ _DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
 def _dtype(text: str) -> str:
     if re.fullmatch(_DTYPE, text) is None:
         raise ValueError(
-            f"{text!r} is no floating dtype: write auto, float32, bfloat16 or float16"
+            f"{text!r} is not a floating dtype: write auto, float32, bfloat16 or "
+            "float16"
         )
     return text
 
@@ -154,14 +155,15 @@ _DEVICE = r"^(cpu|cuda(:\d+)?)$"
 
 def _device(text: str) -> str:
     if re.fullmatch(_DEVICE, text, re.ASCII) is None:
-        raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
+        raise ValueError(f"{text!r} is not a device: write cpu, cuda or cuda:1")
     return text
 
 
 def _tier(text: str) -> str:
     if text not in TIERS and re.fullmatch(_DEVICE, text, re.ASCII) is None:
         raise ValueError(
-            f"{text!r} is no tier: write {', '.join(TIERS)} or a peer's name (cuda:1)"
+            f"{text!r} is not a tier: write {', '.join(TIERS)} or a peer's name "
+            "(cuda:1)"
         )
     return text
 
@@ -180,7 +182,7 @@ def _expression(text: str) -> str:
     try:
         regex.compile(text)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
     return text
 
 

@@ -76,7 +76,7 @@ def test_what_is_written_is_read_again(small: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("speed: 3", "unknown key 'speed'; a machine has: name"),
-        ("host_memory: lots", "host_memory: 'lots' is no size"),
+        ("host_memory: lots", "host_memory: 'lots' is not a size"),
         ("matmul: {float32: {1: -2}}", "matmul.float32.1"),
         ("source:", "source"),
     ],

@@ -542,8 +542,8 @@ def test_tools_and_arguments_go_to_the_chat_template() -> None:
         ({"messages": [{"role": "user", "content": 7}]}, "neither a text nor a list"),
         ({"chat_template_kwargs": {"unheard": 1}}, "does not use 'unheard'"),
         ({"chat_template_kwargs": {"tokenize": False}}, "'tokenize'"),
-        ({"chat_template_kwargs": [1]}, "are no object"),
-        ({"tools": {"name": "f"}}, "are no list of objects"),
+        ({"chat_template_kwargs": [1]}, "are not an object"),
+        ({"tools": {"name": "f"}}, "are not a list of objects"),
         *[
             (
                 {"messages": [{"role": "user", "content": [{"type": kind}]}]},
