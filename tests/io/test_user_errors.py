@@ -183,7 +183,7 @@ def test_rows_may_be_texts_or_a_table(given: Any, texts: list[str]) -> None:
 
 
 class Frame:
-    """As pandas has it, where what is not there is NaN."""
+    """A table like those of pandas, in which missing values are NaN."""
 
     columns = ("text", "completion")
 

@@ -269,7 +269,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
-    """As in CSV: one of them would be passed over."""
+    """As in CSV. Otherwise one of them would be ignored."""
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / f"in{suffix}"
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])

@@ -397,7 +397,7 @@ def test_an_error_comes_where_the_item_would_have() -> None:
 
 
 def test_who_waits_for_an_item_can_be_told_that_none_comes() -> None:
-    """As a signal handler does while nothing comes from standard input."""
+    """A signal handler does so while nothing comes from standard input."""
     begun, end = threading.Event(), threading.Event()
 
     def items() -> Any:

@@ -327,7 +327,7 @@ def test_what_cannot_be_extended_is_named(
 
 
 def test_a_policy_is_extended_by_two_ways_to_it(tmp_path: Path) -> None:
-    """That is no round."""
+    """That is not circular."""
     write(tmp_path, "strict: true\n", "base.yaml")
     write(tmp_path, "extends: base.yaml\n", "one.yaml")
     write(tmp_path, "extends: base.yaml\n", "two.yaml")

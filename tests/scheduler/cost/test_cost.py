@@ -244,7 +244,7 @@ def test_completions_are_a_pass_a_token_and_wave() -> None:
 
 
 def test_prompts_that_come_in_by_and_by_take_passes() -> None:
-    """As many as there are parts; a later part reads what came before."""
+    """As many passes as parts; a later part reads the earlier ones."""
     whole = predict(model_of(), Generating(40, 64, 8, in_flight=40, each=8))
     parts = predict(model_of(), Generating(40, 64, 8, 40, 8, chunk_tokens=24))
     assert Generating(40, 64, 8, 40, 8, chunk_tokens=24).chunks == (24, 24, 16)
