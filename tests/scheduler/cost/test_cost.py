@@ -102,7 +102,7 @@ def test_a_curve_goes_through_its_points_and_is_flat_outside() -> None:
     curve = Curve.of({1: 10.0, 100: 1000.0})
     assert curve.at(10) == pytest.approx(100.0)
     assert (curve.at(0.1), curve.at(1000)) == (10.0, 1000.0)
-    with pytest.raises(ValueError, match="no curve"):
+    with pytest.raises(ValueError, match="not a curve"):
         Curve.of({})
 
 
