@@ -1,10 +1,11 @@
-"""Are products faster when weights are aligned? And what does moving cost that aligns?
+"""Compares matrix products with aligned and unaligned weights, and measures the cost of
+moving weights to align them.
 
-Compute-bound products (many rows) and bandwidth-bound ones (one row) of a weight that
-starts at a multiple of 64 bytes, as torch's allocator places it, and of the same weight
-8 and 32 bytes further, as tensors lie in a mapped file. Interleaved; the ratio of
-medians is what counts. Beside them, the rate at which a slot's bytes are moved within
-it, as the loader does where a drive does not take any address.
+A weight begins at a multiple of 64 bytes, as torch's allocator places it, or 8 or 32
+bytes further, as tensors do in a mapped file. Products are compute-bound (many rows) or
+bandwidth-bound (one row). They are interleaved; the ratio of medians counts. In
+addition, the rate at which the bytes of a slot are moved within it is measured. The
+loader does that if a drive does not read to any address.
 """
 
 import argparse
@@ -34,7 +35,8 @@ def seconds(act: Callable[[], object]) -> float:
 def product_ratios(
     dtype: torch.dtype, rows: int, size: int, rounds: int
 ) -> tuple[dict[int, float], bool]:
-    """Seconds at each residue over those at 0, and whether all bits were equal."""
+    """The seconds at each residue divided by those at residue 0, and whether all
+    results were equal bit for bit."""
     weight = torch.randn(size, size).to(dtype)
     weights = {residue: clone_at(weight, residue) for residue in RESIDUES}
     x = torch.randn(rows, size).to(dtype)

@@ -1,12 +1,13 @@
-"""Two hundred random policies over one model: the memory each takes and allows.
+"""Measures the memory that two hundred random policies take and allow, with one model.
 
     python bench/budgets.py [--policies 200]
 
-The kernel's own peak (VmHWM, reset before each) less what was resident before, against
-the sum of the budgets: working set, host tier, peers, staging and bounce buffers. Over
-that lies what the model's own code needs while it computes, measured once on the
-resident model, and Python's objects. Logits are compared with the resident model's.
-The last line is one JSON object; the exit code is 1 when a policy took more.
+The kernel's peak (VmHWM, reset before each policy), minus what was resident before, is
+compared with the sum of the budgets: working set, host tier, peers, staging and bounce
+buffers. In addition, the model's own code needs memory while it computes, which is
+measured once with the resident model, and Python's objects take some. Logits are
+compared with those of the resident model. The last line is one JSON object; the exit
+code is 1 if a policy took more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from penstock.offload.monitoring.memory import peak_resident_bytes
 
 MIB = 1 << 20
 SLACK_BYTES = 32 * MIB
-"""Python's objects of a model, and the heap's pieces between them."""
+"""Bytes for the Python objects of a model, and for gaps in the heap."""
 
 
 def make_model(folder: Path) -> None:
@@ -72,7 +73,7 @@ def random_policy(random: Random) -> Policy:
 
 
 def allowed_bytes(policy: Policy, model: Any) -> int:
-    """What the policy says that weights may take."""
+    """The bytes that the policy allows for weights."""
     assert isinstance(policy.device_memory, int)
     tiers = engine_of(model)._tiers
     largest = max(plan.nbytes for plan in tiers._layouts)
@@ -88,7 +89,7 @@ def allowed_bytes(policy: Policy, model: Any) -> int:
 
 
 def reset_peak() -> int:
-    """Forgets the peak so far; returns what is resident now."""
+    """Resets the peak, and returns the bytes that are resident now."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return int(psutil.Process().memory_info().rss)

@@ -1,12 +1,13 @@
-"""Decoding sixteen ragged groups of four sequences: in a sweep with coalesced products,
-in one without, and, of equal lengths, as one wide batch of 64.
+"""Compares ways to decode sixteen groups of four sequences of different lengths: in a
+sweep with coalesced matrix products, in one without and, with equal lengths, as one
+batch of 64.
 
-The ceiling is what the products alone take at 64 rows: each `nn.Linear` of the model
-measured in the same round. The wide batch has no lengths to pad and
-runs Python once for all, so a sweep can come near it but not reach it. All weights stay
-in the working set: what is compared is computing. Seconds are those after every group
-has its first token. Cases are run in turns, medians are shown, beside them how often
-products were called and with how many rows.
+The ceiling is the time of the matrix products at 64 rows: each `nn.Linear` of the model
+is measured in the same round. The single batch has no padding and runs Python code once
+for all, so a sweep can come close to it but not reach it. All weights stay in the
+working set, so only computing is compared. Times begin when every group has its first
+token. Cases take turns, and medians are shown, with the numbers of calls and rows of
+matrix products.
 
     python bench/coalescing.py [--layers 8] [--hidden 2048] [--tokens 9] [--rounds 3]
 
@@ -47,18 +48,18 @@ class Run:
 
     case: str
     first_seconds: float
-    """Until every group has its first token."""
+    """Seconds until every group has its first token."""
     seconds: float
-    """From then to the end."""
+    """Seconds from then to the end."""
     cpu_seconds: float
-    """Of all of it: what is left of noise when others use the machine."""
+    """CPU seconds of the whole run, which vary less when others use the machine."""
     tokens_per_second: float
     joint_calls: int
     rows_per_joint_call: float
 
 
 class FirstToken(LogitsProcessor):
-    """Writes down when its group comes to its first token."""
+    """Records when its group gets its first token."""
 
     def __init__(self) -> None:
         self.at: float | None = None
@@ -88,7 +89,8 @@ def make_model(folder: Path, layers: int, hidden: int) -> None:
 
 
 def groups(case: str, num: int, rows: int, width: int) -> list[torch.Tensor]:
-    """Prompts: `num` groups of lengths around `width`, or one of that length."""
+    """Prompts: `num` groups with lengths around `width`, or one group with that length,
+    each int64 [rows, length]."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, width // 2 + index * width // num) for index in range(num)]
     if case == "wide":
@@ -136,8 +138,8 @@ def decode(
 
 
 class Products:
-    """Those of one step, alone: the shapes of one block, as often as there are blocks,
-    and the head's."""
+    """The matrix products of one decoding step, without anything else: those of one
+    block, repeated for all blocks, and that of the head."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._num_blocks = args.layers
@@ -167,7 +169,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for number in range(args.rounds):
             ceilings.append(num / products.seconds())
             print(f"round {number}: at best {ceilings[-1]:.0f} tokens/s", flush=True)
-            turn = number % len(CASES)  # whoever comes after whom is nobody's fault
+            turn = number % len(CASES)  # the order must not matter
             tokens: dict[str, list[torch.Tensor]] = {}
             for case in CASES[turn:] + CASES[:turn]:
                 one, tokens[case] = decode(model, case, args)
@@ -196,7 +198,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _ratio(runs: list[Run], one: str, other: str) -> float:
-    """The median of the rounds' ratios."""
+    """The median over the rounds of the ratio of `one` to `other`."""
     rates = {
         case: [run.tokens_per_second for run in runs if run.case == case]
         for case in (one, other)

@@ -1,26 +1,26 @@
-"""Completions: streamed against resident, refilled against fixed batches, and against
+"""Compares completions: streamed with resident, refilled with fixed batches, and with
 accelerate's disk offload, on one checkpoint in one run.
 
 Regime: `--prompt`/`--new` tokens (such as 64/16, 128/128, 512/32), `--sequences` in
-flight. The ceiling is the sum over all passes of what the matrix products of its tokens
-need at the measured rate, or what reading the weights once needs at the measured
-O_DIRECT rate, whichever is more; keys and values on disk share its drive ("alone" is
-the ceiling if they had one of their own). Machines drift: rates are measured before all
-runs and after them, and beside each run, which stands still for three seconds of every
-thirty (and of its clock) meanwhile; a run that was long enough for that has the ceiling
-of its own minutes. Output tokens and all tokens a second are shown apart, beside counts
-that noise cannot move: passes, and weight bytes for each output token.
+flight. The ceiling is the sum over all passes of the time for the matrix products of
+their tokens at the measured rate, or for reading the weights once at the measured
+O_DIRECT rate, whichever is more. Keys and values on disk share its drive ("alone" is
+the ceiling if they had a drive of their own). The rates of machines vary. So they are
+measured before and after all runs, and during each run, which is stopped (and its clock
+too) for three seconds of every thirty. A run that is long enough for that has a ceiling
+from its own rates. Output tokens and all tokens per second are shown separately, with
+counts that do not vary: passes, and weight bytes for each output token.
 
-Every run is a process of its own, the checkpoint thrown out of the page cache before
-it; contenders take turns, medians are shown. Greedy completions are compared with the
-resident model's, token for token. The last line is one JSON object.
+Every run is a process of its own, and the checkpoint is removed from the page cache
+before it. Contenders take turns, and medians are shown. Greedy completions are compared
+with those of the resident model, token for token. The last line is one JSON object.
 
     python bench/generate.py --contenders streamed resident --prompt 64 --new 16
     python bench/generate.py --contenders streamed fixed --tail --rows 512
 
-`--tail` lets one token in so many end a completion: long-tailed lengths, the same
-for all contenders. `--ragged` draws the prompts' lengths between a half of `--prompt`
-and all.
+With `--tail`, one token in so many ends a completion: most are short, some are long,
+and they are the same for all contenders. With `--ragged`, the lengths of prompts are
+drawn between half of `--prompt` and all of it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from stream import disk_bytes_per_second
 
 HERE = Path(__file__).parent
 AROUND_BYTES, BESIDE_BYTES = 2 << 30, 768 << 20
-"""Read from the drive by a probe."""
+"""Bytes that a probe reads from the drive, around all runs and during one."""
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 
@@ -68,7 +68,7 @@ def make_work(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
 
 
 def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
-    """What is compared, by name."""
+    """The commands that are compared, by name."""
     common = ["--model", str(args.model), "--work", str(work), "--dtype", args.dtype]
     settings = [
         f"device_memory={args.device_memory}",
@@ -155,7 +155,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def equal(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float] | None:
-    """Share of completions that are the resident model's, by contender."""
+    """The share of completions that equal those of the resident model, by contender."""
     if not (known := [r for r in runs.get("resident", []) if "error" not in r]):
         return None
     wanted = known[0]["completions"]
@@ -242,7 +242,7 @@ def main() -> None:
         for name, found in beside.items()
     }
     rows = [summarise(name, found) for name, found in runs.items()]
-    for row in rows:  # no ceiling for completions that end early
+    for row in rows:  # completions that end early have no ceiling
         best = ceilings[row["name"]]
         row["ceiling_seconds"] = None if args.tail else best["seconds"]
         row["ceiling_seconds_apart"] = None if args.tail else best["seconds_apart"]

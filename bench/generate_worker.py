@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before anybody imports it
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # set before it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 
 import torch
@@ -21,8 +21,8 @@ from penstock.offload.tasks.generate import GenerateProgress
 
 
 def options(work: dict[str, Any]) -> dict[str, Any]:
-    if work["ends"]:  # lengths as they come, the same ones for all: nothing is drawn
-        penalty = 2.0  # or what is likeliest goes round in circles, and never ends
+    if work["ends"]:  # greedy: the lengths are the same for all contenders
+        penalty = 2.0  # without it, greedy completions repeat and never end
         return {
             "eos_token_id": work["ends"],
             "do_sample": False,
@@ -73,11 +73,11 @@ def streamed(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
 
 
 def resident(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
-    """All prompts as one wide batch, padded on the left."""
+    """Completes all prompts as one batch, padded on the left."""
     start = time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     model.train(False)
-    for parameter in model.parameters():  # mapped files count as loaded when touched
+    for parameter in model.parameters():  # mapped files load when touched
         parameter.data = parameter.data.clone()
     loaded, used = time.perf_counter(), time.process_time()
     longest = max(map(len, work["prompts"]))

@@ -1,14 +1,15 @@
-"""Everything that has to be seen on a GPU, in one command and less than eight minutes:
-tests, the rates of the links, streaming against its ceilings and against others, and
-who waits for whom.
+"""Runs everything that must be seen on a GPU, in one command and less than eight
+minutes: tests, the rates of links, streaming compared with its ceilings and with other
+libraries, and a trace of who waits for whom.
 
     python bench/gpu_suite.py --out DIR [--dry-run] [--only PART ...]
 
-Needs a checkout and torch; what else is missing is said first, and what needs it is
-left out. Each part (bench/gpu/PART.py) is a process with a time limit; one that fails
-or hangs is reported and stops no other. After each of them DIR holds `suite.json` and
-`card.md`; at the end `log.txt` and the traces, too. `--dry-run` does all of it on the
-CPU, very small. Exit code 1 if anything failed.
+Needs a checkout and torch. Other missing packages are listed first, and the parts that
+need them are left out. Each part (bench/gpu/PART.py) is a process with a time limit. A
+part that fails or hangs is reported and does not stop the others. After each of them
+DIR holds `suite.json` and `card.md`; at the end also `log.txt` and the traces.
+`--dry-run` does all of it on the CPU, with very small sizes. The exit code is 1 if
+anything failed.
 """
 
 import argparse
@@ -81,12 +82,12 @@ PARTS = (
     Part("tracing", "gpu.tracing", 50, _BLOCKS),
     Part("rivals", "gpu.rivals", 60, (*_BLOCKS, "accelerate")),
 )
-"""In the order of what would be missed most."""
+"""In order of importance."""
 
 
 def main() -> int:
     args = parse_args()
-    # Whoever ends the suite ends the part that runs, too, and the files it made.
+    # Ending the suite also ends the running part, and removes its files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,8 @@ def main() -> int:
     print(suite.prerequisites, flush=True)
     with tempfile.TemporaryDirectory(prefix="penstock-", dir=args.work) as made:
         work = Path(made)
-        # The root is the package: under this link it has the package's name, whatever
-        # the checkout is called, installed or not.
+        # The repository's root is the package. This link gives it the package's name,
+        # whatever the folder of the checkout is called.
         (work / "penstock").symlink_to(ROOT)
         with (args.out / "log.txt").open("w") as log:
             for part in PARTS:
@@ -107,7 +108,7 @@ def main() -> int:
 
 
 class Suite:
-    """Runs parts one after the other and writes down what is known so far."""
+    """Runs parts one after the other, and writes the results so far after each."""
 
     def __init__(self, args: argparse.Namespace, missing: list[str]) -> None:
         self._args = args
@@ -205,8 +206,11 @@ def supervise(
     stdout: IO[str],
     stderr: IO[str],
 ) -> int | None:
-    """The exit code of `command`; None if it ran past `limit` seconds and was killed,
-    with all that it had started."""
+    """Runs `command` and returns its exit code.
+
+    Returns None if it ran longer than `limit` seconds; then it is killed with all
+    processes that it started.
+    """
     process = subprocess.Popen(
         command,
         cwd=HERE,
@@ -236,7 +240,7 @@ def environment(work: Path, *, is_dry: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Several threads only get in each other's way in products of that size.
+        # Several threads make products of that size slower.
         **({"OMP_NUM_THREADS": "1"} if is_dry else {}),
     }
 

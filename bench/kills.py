@@ -1,16 +1,16 @@
-"""Kills a job at random instants, with kill -9, and goes on with it: is the output,
-byte for byte, that of a job nobody disturbed?
+"""Kills a job at random moments with kill -9 and resumes it: the output must equal that
+of an undisturbed job, byte for byte.
 
     python bench/kills.py [--kills 200] [--rows 5000] [--task score] [--seed 0]
     python bench/kills.py --task generate    # 320 rows, in parts of 32
 
-The job scores (or completes) rows with a model of 0.2M parameters, from its weights on
-disk. It runs in a process that is forked from one where everything is imported, so that
-a try costs the job's time and not that of the imports. Each try lives for a random
-while, at most as long as the undisturbed job took, every other one from then on until
-it is writing; a job that ends meanwhile is compared, and another one begun. What stood
-on disk at each kill is counted. The last line is one JSON object; the exit code is 1
-when anything differed.
+The job scores (or completes) rows with a model of 0.2M parameters, streamed from disk.
+It runs in a fork of a process that has imported everything, so that a try takes the
+time of the job and not of the imports. Each try is killed after a random time, at most
+as long as the undisturbed job took; every second one only once it is writing. If a job
+ends before, its output is compared, and another one begins. What is on disk at each
+kill is counted. The last line is one JSON object; the exit code is 1 if anything
+differed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import torch
@@ -46,12 +46,12 @@ from penstock.offload.tasks.task import Task
 
 assert transformers.models.llama.modeling_llama is not None, "imported for the forks"
 NUM_ROWS = {"score": 5000, "generate": 320}
-"""A job of a second or two, of several parts."""
+"""Rows of a job that takes one or two seconds and has several parts."""
 WORDS = ("river", "stone", "wind", "paper", "light", "slow", "green", "under", "walk")
 
 
 def write_rows(path: Path, num_rows: int, seed: int) -> None:
-    """Short rows; one in a hundred is none."""
+    """Writes short rows; one in a hundred is not a valid row."""
     drawn = random.Random(seed)
     with path.open("w") as file:
         for number in range(num_rows):
@@ -61,9 +61,10 @@ def write_rows(path: Path, num_rows: int, seed: int) -> None:
 
 
 def run_job(name: str, folder: Path, source: Path, output: Path) -> int:
-    """In the forked process. Returns the exit code."""
+    """Runs the job, in the forked process. Returns the exit code."""
     torch.set_num_threads(1)
-    # Products of micro-batches that share them depend on who shares: not bit for bit.
+    # With coalescing, results would depend on the micro-batches in flight, and not be
+    # equal bit for bit.
     policy = Policy(device_memory="1MiB", coalesce="off", sequences_in_flight=32)
     task: Task = Score()
     if name == "generate":
@@ -73,14 +74,14 @@ def run_job(name: str, folder: Path, source: Path, output: Path) -> int:
 
 
 def forked(call: Callable[[], int]) -> int:
-    """The id of a process that does `call`."""
+    """Forks a process that calls `call`, and returns its id."""
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
         code = call()
-    except BaseException as error:  # the parent must not go on twice
+    except BaseException as error:  # the child must not continue as the parent
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
@@ -93,8 +94,10 @@ def exit_code(pid: int) -> int:
 def run_for(
     seconds: float, call: Callable[[], int], is_due: Callable[[], bool]
 ) -> int | None:
-    """The exit code of a process that does `call`; None where it was killed first:
-    when `seconds` are over, and `is_due`."""
+    """Runs `call` in a forked process, and returns its exit code.
+
+    Returns None if it was killed first: after `seconds`, once `is_due` is true.
+    """
     pid = forked(call)
     end = time.monotonic() + seconds
     while time.monotonic() < end or not is_due():
@@ -108,7 +111,7 @@ def run_for(
 
 
 def is_writing(output: Path) -> bool:
-    """Whether a file of the job is half written, or about to be removed."""
+    """Whether a file of the job is partly written, or about to be removed."""
     folder = output.with_name(output.name + ".parts")
     try:
         return any(name.endswith((".new", "joined")) for name in os.listdir(folder))
@@ -117,7 +120,7 @@ def is_writing(output: Path) -> bool:
 
 
 def standing(output: Path) -> str:
-    """What is on disk, in words."""
+    """A description of what is on disk."""
     folder = output.with_name(output.name + ".parts")
     if output.exists():
         return "the output, and what is to be removed" if folder.exists() else "all"
@@ -157,7 +160,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         output = folder / f"out-{num_jobs}.jsonl"
         run = partial(run_job, args.task, model, source, output)
         while True:
-            # Once the last kill was made, the job may come to its end.
+            # After the last kill, the job may finish.
             is_last = num_kills == args.kills
             lives = 3600 if is_last else drawn.uniform(0, seconds)
             is_aimed = drawn.random() < 0.5

@@ -1,12 +1,13 @@
-"""Half of the blocks on the device, half over a link that is held to a stated speed.
+"""Streams half of the blocks over a link with a limited speed; the other half stays on
+the device.
 
-The ceiling of a pass is `max(t_c, f W / B)`: `t_c` is what it takes when everything
+The ceiling of a pass is `max(t_c, f W / B)`: `t_c` is the time of a pass if everything
 stays on the device (measured in the same round), `W` the bytes of all blocks, `f` the
-share of them that comes over the link (about a half, counted), `B` the link's speed. It
-is shown for B = 4 W/t_c, where the link is idle most of the time, 1 W/t_c, and
-1/4 W/t_c, where it binds. All cases are run in turns; the medians of the rounds' shares
-are shown beside counts of the bytes that came over the link, and beside what the
-simulator predicts of the same placement, slots and links from t_c alone.
+share of them that comes over the link (about a half, counted), `B` the speed of the
+link. Shown are B = 4 W/t_c, with which the link is idle most of the time, 1 W/t_c, and
+1/4 W/t_c, with which it binds. All cases take turns. Medians of the shares of the
+ceiling are shown, with counts of the bytes that came over the link, and with the
+simulator's prediction from t_c for the same placement, slots and links.
 
     python bench/links.py [--tier host|peer|disk] [--rounds 3]
 
@@ -46,17 +47,17 @@ class Run:
     """One case in one round."""
 
     factor: float | None
-    """Of W/t_c that the link's speed is; None: all stays on the device."""
+    """The speed of the link in units of W/t_c; None: everything stays on the device."""
     seconds: float
     cpu_seconds: float
     link_bytes: float
     wait_seconds: float
-    """All of them of one pass."""
+    """Seconds; this and the other times are of one pass."""
     predicted_seconds: float | None = None
-    """By the simulator, from t_c; None where nothing comes over the link."""
+    """The simulator's prediction from t_c; None if nothing comes over the link."""
     predicted_from_own_seconds: float | None = None
-    """The same, from what this very run has computed for: on a computer that others use
-    that is not what it was when t_c was measured."""
+    """The prediction from the compute time of this run. On a shared computer it may
+    differ from t_c, which was measured earlier."""
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -75,8 +76,8 @@ def make_model(folder: Path, layers: int, hidden: int) -> None:
 def policy_of(
     tier: str, bytes_per_second: float | None, model_bytes: int, layers: int
 ) -> Policy:
-    """All on the device; or every second block in `tier` over a link of that speed,
-    with room for three of them on the device."""
+    """A policy with all blocks on the device; or with every second block in `tier`,
+    over a link with that speed, and room for three of them on the device."""
     values: dict[str, Any] = {"device_memory": model_bytes + (16 << 20)}
     if bytes_per_second is not None:
         away = layers // 2 - 3
@@ -97,7 +98,8 @@ def run(
     passes: int,
     sleep_seconds: float,
 ) -> tuple[float, float, float, float, torch.Tensor]:
-    """(seconds, CPU seconds, link bytes, seconds waited, all of a pass, logits)."""
+    """(seconds, CPU seconds, link bytes, seconds waited, logits); all but the logits
+    are of one pass."""
     with penstock.load(folder, policy) as model:
         if sleep_seconds:
             for block in model.model.layers:
@@ -110,7 +112,7 @@ def run(
             return logits
 
         with penstock.sweep(model, width=len(batches)) as sweep:
-            sweep.map(lambda ids: score(ids, 1), batches)  # what stays is there now
+            sweep.map(lambda ids: score(ids, 1), batches)  # loads what stays
             before, moved = penstock.statistics(model), _link_bytes(model)
             start, used = time.perf_counter(), time.process_time()
             found = sweep.map(lambda ids: score(ids, passes), batches)
@@ -132,8 +134,8 @@ def _link_bytes(model: Any) -> int:
 
 
 def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> float:
-    """Seconds of a pass of what `engine` streams, if all its blocks compute for `t_c`
-    seconds together."""
+    """Predicted seconds of a pass of `engine`, if all its blocks together compute for
+    `t_c` seconds."""
     tiers, found = engine._tiers, engine.model_division
     sites = [engine._binding.units_of_site(site) for site in range(len(found.sites))]
     units = [unit for (unit,) in sites if not found.units[unit].is_resident]
@@ -143,7 +145,7 @@ def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> 
         for unit, plan in zip(found.units, tiers._layouts, strict=True)
         if unit.is_resident
     )
-    names = {"cpu": "peer"}  # that plays its part
+    names = {"cpu": "peer"}  # the CPU simulates the peer
     links: dict[str, SimulatedLink] = {
         tier: SimulatedLink(bytes_per_second=link.bandwidth)
         for tier, link in engine.policy.links.items()
@@ -170,7 +172,7 @@ def predict(engine: Engine, t_c: float, num_micro_batches: int, passes: int) -> 
 
 
 def ceiling(t_c: float, link_bytes: float, bytes_per_second: float) -> float:
-    """Seconds of a pass that wastes nothing."""
+    """Seconds of a pass without any waste."""
     return max(t_c, link_bytes / bytes_per_second)
 
 
@@ -193,7 +195,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     of_own: dict[float, list[float]] = {factor: [] for factor in args.factors}
     for number in range(args.rounds):
         cases: list[float | None] = [None, *args.factors]
-        turn = number % len(cases)  # whoever comes after whom is nobody's fault
+        turn = number % len(cases)  # the order must not matter
         these: dict[float | None, Run] = {}
         for factor in cases[turn:] + cases[:turn]:
             held_to = None if factor is None else speeds[factor]

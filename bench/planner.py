@@ -1,14 +1,15 @@
-"""How good the planner's choice is: against random policies that are valid, too.
+"""Compares the planner's choice with random valid policies.
 
     python bench/planner.py [--policies 60] [--seed 0] [--machine FILE] [--out DIR]
 
-One small Llama with random weights, scored on one machine under one memory budget that
+A small Llama with random weights is scored on one machine, under one memory budget that
 the model does not fit into. The planner's choice is measured again after every few of
 the others, so that each has it just before and just after: `adjusted` divides by the
 mean of these two, `raw` by the median of all. The best of many noisy figures is too
-good, so the few best (adjusted) are measured again, in turn with the planner's choice:
-`confirmed` is from these laps alone. Each figure is the planner's choice over the best
-of the others: the goal is 0.97. The last line is one JSON object.
+good. So the few best (adjusted) are measured again, in turns with the planner's choice:
+`confirmed` is from these laps only. Each figure is the rate of the planner's choice
+divided by that of the best other policy; the goal is 0.97. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from penstock.scheduler.cost.memory_need import RUNTIME_BYTES
 
 GOAL = 0.97
 SHAPE = 2
-"""Of `prediction.SHAPES`: six blocks, 0.65 GB in float32."""
-USABLE = 0.9  # of a memory, for the planner
+"""The index in `prediction.SHAPES`: six blocks, 0.65 GB in float32."""
+USABLE = 0.9  # the share of the memory that the planner may use
 MOST_DRAWN = 10_000
 STEP_BYTES = 64 << 20
 
@@ -53,25 +54,26 @@ Rate = Callable[[Policy], float]
 
 @dataclass(frozen=True)
 class Other:
-    """A random policy, and how fast it was beside the planner's."""
+    """A random policy, and its rate next to that of the planner's choice."""
 
     settings: dict[str, Any]
     predicted: float
     rate: float | None
-    """Tokens a second; None: it could not run."""
+    """Tokens per second; None if it could not run."""
     before: float
-    """The planner's choice, just before."""
+    """Tokens per second of the planner's choice, just before."""
     after: float
     error: str = ""
 
     @property
     def adjusted(self) -> float:
-        """Over the planner's choice as it was just then."""
+        """The rate divided by that of the planner's choice at that time."""
         return 0.0 if self.rate is None else 2 * self.rate / (self.before + self.after)
 
 
 def limited(machine: Machine, budget_bytes: int) -> Machine:
-    """With memory for so many bytes of weights and of what is in flight."""
+    """The machine with memory for this many bytes of weights and of what is in
+    flight."""
     host_memory = round((budget_bytes + RUNTIME_BYTES) / USABLE)
     return Machine(**{**machine.model_dump(), "host_memory": host_memory})
 
@@ -79,7 +81,7 @@ def limited(machine: Machine, budget_bytes: int) -> Machine:
 def drawn(
     chosen: random.Random, machine: Machine, most: int, budget_bytes: int
 ) -> dict[str, Any]:
-    """Settings of one random policy, with at most `most` tokens in flight."""
+    """The settings of one random policy, with at most `most` tokens in flight."""
     each = chosen.choice((64, 128, 256, 512, 1024))
     widths = [width for width in (1, 2, 4, 8, 16) if each * width <= most] or [1]
     disk = machine.disk
@@ -98,8 +100,8 @@ def drawn(
 
 
 def others(plan: Plan, num: int, seed: int, most_tokens: int) -> list[Choice]:
-    """Random policies that fit the machine as the planner's choice does, all of them
-    different; always the same for a seed."""
+    """`num` different random policies that fit the machine, as the planner's choice
+    does; always the same ones for a seed."""
     chosen = random.Random(seed)
     found: dict[str, Choice] = {}
     asked = plan.planner.policy.model_dump(exclude_unset=True)
@@ -128,7 +130,7 @@ def sweep(
     every: int,
     show: Callable[[str], None],
 ) -> tuple[list[Other], list[float]]:
-    """Measures all, and the planner's choice around every few of them."""
+    """Measures all policies, and the planner's choice after every few of them."""
     found: list[Other] = []
     own = [rate(planned)]
     show(f"planner's choice {own[0]:8,.1f} tokens/s")
@@ -161,8 +163,11 @@ def sweep(
 def confirm(
     planned: Policy, best: Sequence[Other], rate: Rate, laps: int
 ) -> list[float]:
-    """Of each of `best`, over the planner's choice: the median of some laps in which
-    all run in turn, every other one backwards."""
+    """The rate of each of `best` divided by that of the planner's choice.
+
+    It is the median of several laps, in which all run in turns; every second lap runs
+    backwards.
+    """
     ratios: list[list[float]] = [[] for _ in best]
     for lap in range(laps):
         first = rate(planned)
@@ -180,7 +185,8 @@ def confirm(
 def summary(
     found: Sequence[Other], own: Sequence[float], confirmed: Sequence[float]
 ) -> dict[str, Any]:
-    """The planner's choice over the best of the others, in three ways."""
+    """The rate of the planner's choice divided by that of the best other one, in three
+    ways."""
     ran = [other for other in found if other.rate is not None]
     best = max(other.rate or 0.0 for other in ran)
     adjusted = max(other.adjusted for other in ran)
@@ -232,7 +238,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def planned(folder: Path, args: argparse.Namespace, machine: Machine) -> Plan:
-    """The planner's choice under the budget."""
+    """The planner's choice under the memory budget."""
     asked: dict[str, Any] = {"dtype": "float32"}
     if args.disk:
         asked["links"] = {"disk": {"bandwidth": args.disk}}
@@ -241,7 +247,7 @@ def planned(folder: Path, args: argparse.Namespace, machine: Machine) -> Plan:
 
 
 def run(folder: Path, args: argparse.Namespace, machine: Machine) -> dict[str, Any]:
-    """All of it, but for making the model and measuring the machine."""
+    """Runs the comparison; the model exists and the machine is measured."""
 
     def show(text: str) -> None:
         print(text, flush=True)

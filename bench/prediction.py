@@ -1,16 +1,16 @@
-"""How far predictions are from what is measured: random policies, models and shapes.
+"""Compares predictions with measurements: random policies, models and shapes.
 
     python bench/prediction.py [--runs 30] [--laps 3] [--seed 0] [--out DIR]
 
 Each lap measures this machine first (or takes --machine FILE), then runs all cases and
-prints predicted over measured. What counts is the median of a case's predictions, by
-the laps' files, over the median of its runs. Beside each run the products' and the
-drive's rates are taken again for a moment, before and after: `drift` is what the
-machine did then over what its file says. The error is given as it is, and again with
-the file's compute and disk times their drift, which tells what the model gets wrong
-from what the machine did meanwhile. Cases are small Llamas with random weights, scored
-and completed, streamed from disk, with part of them in host memory, and over links held
-to a lower speed. The last line is one JSON object.
+prints predicted and measured times. The error of a case is the median of its
+predictions, from the machine files of all laps, divided by the median of its runs.
+Before and after each run, the rates of matrix products and of the drive are measured
+for a moment: `drift` is that rate divided by the one in the file. The error is also
+given with the rates of the file times their drift. So errors of the model can be told
+from changes of the machine. Cases are small Llamas with random weights, scored and
+completed, streamed from disk, with a part of them in host memory, and over links with
+limited speed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from penstock.scheduler.cost.workload import Generating, Prediction, Scoring, pr
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds as predicted and as measured."""
+    """The predicted and the measured seconds of a case."""
 
     case: Case
     predicted: float
     measured: float
     adjusted: float
-    """Predicted for the machine as it was just then."""
+    """The prediction for the machine with its rates at that time."""
     compute_drift: float
     disk_drift: float
     binds: str
@@ -88,7 +88,7 @@ def predicted(folder: Path, case: Case, machine: Machine) -> Prediction:
 
 
 def measured(folder: Path, case: Case) -> float:
-    """Seconds of the job, once the model is loaded."""
+    """Measured seconds of the job, without loading the model."""
     with penstock.load(folder, Policy(**case.settings)) as model:
         tokenizer = CountingTokenizer(min(500, model.config.vocab_size))
         model.generation_config.eos_token_id = None
@@ -123,7 +123,7 @@ def run(folder: Path, case: Case, machine: Machine, probe: Probe) -> Result:
 
 
 def median_of(laps: list[Result]) -> Result:
-    """One case, of which each lap has a result."""
+    """The medians of one case, which has a result from each lap."""
     names = ("predicted", "measured", "adjusted", "compute_drift", "disk_drift")
     found = {
         name: statistics.median(getattr(result, name) for result in laps)
@@ -180,7 +180,7 @@ def summary(results: list[Result], laps: list[list[Result]]) -> dict[str, Any]:
 def machine_of(
     args: argparse.Namespace, folder: Path, lap: int, console: Console
 ) -> Machine:
-    """As its file says, or measured now and written down."""
+    """The machine of its file, or as it is measured now and saved."""
     if args.machine:
         return Machine.from_yaml(args.machine)
     machine = measure_machine(folder, IO(), console.print)
@@ -193,7 +193,7 @@ def machine_of(
 def lap(
     made: list[Case], folder: Path, machine: Machine, probe: Probe, console: Console
 ) -> list[Result]:
-    """Each case once, printed as it comes."""
+    """Runs each case once, and prints each result."""
     results = []
     for case in track(made, console=console, disable=not console.is_terminal):
         result = run(folder / str(case.shape), case, machine, probe)

@@ -1,11 +1,12 @@
-"""What others have published, beside what the cost model predicts for their machines.
+"""Compares published figures of others with what the cost model predicts for their
+machines.
 
     python bench/published.py
 
-Rows of arXiv 2211.05102 (tables 1 to 3: the formulas of several chips, whose four
-shares are fitted to tables 2 and 3), ZeRO-Inference from NVMe (the drive's rate and
-the model's shape alone), and CPU rows of ZeRO-Inference and FlexGen beside the ceiling
-that their links set. The last line is one JSON object.
+These are rows of arXiv 2211.05102 (tables 1 to 3: several chips; four shares are fitted
+to tables 2 and 3), ZeRO-Inference from NVMe (only the drive's rate and the model's
+shape are used), and CPU rows of ZeRO-Inference and FlexGen with the ceiling that their
+links set. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TPU = {
     "memory_bandwidth": 1.2e12,
     "network_bandwidth": 270e9,
 }
-# 48 heads padded to 64: 18B parameters more.
+# 48 heads are padded to 64, which adds 18B parameters.
 PALM_540B = Blocks(558e9, 118, 18432, 73728, kv_heads=1, head_size=256)
 PALM_62B = Blocks(62e9, 64, 8192, 32768, kv_heads=1, head_size=256)
 MULTIHEAD_540B = Blocks(558e9, 118, 18432, 73728, kv_heads=64, head_size=128)
@@ -43,11 +44,12 @@ class Row:
     published: float
     predicted: float
     is_ceiling: bool = False
-    """The prediction is what the link allows; the rest is for the system to reach."""
+    """Whether the prediction is a ceiling that the link sets."""
 
     @property
     def ratio(self) -> float:
-        """Predicted over published; of a ceiling, published over it."""
+        """Predicted divided by published; for a ceiling, published divided by
+        predicted."""
         if self.is_ceiling:
             return self.published / self.predicted
         return self.predicted / self.published
@@ -58,7 +60,7 @@ def chips(num: int) -> Chips:
 
 
 def palm_contexts() -> list[Row]:
-    """Table 1: 64 chips, 30 % of memory for keys and values."""
+    """Table 1: 64 chips, 30 % of the memory for keys and values."""
     cases = (
         ("multihead", MULTIHEAD_540B, False, (1320, 330)),
         ("multiquery, by heads", PALM_540B, False, (660, 165)),
@@ -128,8 +130,8 @@ def streamed_rate(
     flops: float,
     counts_prompt: bool = True,
 ) -> float:
-    """Output tokens a second when each of `new` passes reads all weights over `link`
-    and the first one computes the prompts meanwhile."""
+    """Output tokens per second if each of `new` passes reads all weights over `link`,
+    and the first one also computes the prompts."""
     load = weight_bytes / link
     prefill = max(load, 2.0 * parameters * batch * prompt / flops)
     decode = max(load, 2.0 * parameters * batch / flops)
@@ -170,7 +172,7 @@ def cpu_rows() -> list[Row]:
         "ZeRO-Inference, CPU (blog)",
         "FlexGen, CPU",
     )
-    half, four = 2.0, 0.5625  # with a scale for each group of 64
+    half, four = 2.0, 0.5625  # four bits, with a scale for each group of 64
     cases = (
         (blog, "OPT-30B fp16, V100", 30e9, half, v100, 256, 4, 10, 43.0, False),
         (blog, "OPT-175B fp16, V100", 175e9, half, v100, 64, 4, 10, 2.0, False),

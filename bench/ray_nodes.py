@@ -1,12 +1,12 @@
-"""Two Ray nodes against one: tokens a second. Each node is bound to a core of its own,
-as if it were a machine.
+"""Compares two Ray nodes with one, in tokens per second. Each node is bound to a core
+of its own, as if it were a machine.
 
     python bench/ray_nodes.py [--rounds 3] [--rows 512]
 
-A Llama of 8 layers (hidden 1024, float32) scores random texts, streamed from disk. Ray
-takes seconds to start actors, whatever the job; so the span is that between the first
-batch's start and the last one's end, and both spans are shown. Scores are compared
-between all runs. The last line is one JSON object.
+A Llama with 8 layers (hidden 1024, float32) scores random texts, streamed from disk.
+Ray takes seconds to start actors. So two times are shown: that of the whole job, and
+that between the start of the first batch and the end of the last one, which counts.
+Scores are compared between all runs. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH_ROWS = 32
 
 
 class Timed(Mapper):
-    """Says when and where each batch was done."""
+    """Records when and where each batch was processed."""
 
     def __call__(self, table: Any) -> Any:
         import ray
@@ -66,7 +66,7 @@ def make_model(folder: Path) -> None:
 
 
 def run_job(address: str, model: Path, source: Path, output: Path, nodes: int) -> None:
-    """In a process of its own: the driver."""
+    """Runs the job: the driver, in a process of its own."""
     import ray
     import ray.data
 

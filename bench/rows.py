@@ -1,15 +1,15 @@
-"""A million short rows: does memory stay flat, and what does a row cost beside the
-model's own work?
+"""Scores a million short rows: does memory stay flat, and what is the overhead of a
+row?
 
     python bench/rows.py [--rows 1000000] [--model bench/out/llama-1.1b] [--slice 512]
 
-Scores `--rows` rows of one to eight words, as a job of the command line does, with a
-model of 0.2M parameters, and samples the process's resident memory. After the first
-tenth it must stay within 5 %. All of that job's time counts as overhead, its small
-model's own work too: more than it is. Then the first `--slice` of the same rows are
-scored with `--model` (1.1B parameters, made if it is not there), in float32 where this
-CPU has no bfloat16. The overhead must be under 3 % of what a row costs there. The last
-line is one JSON object; the exit code is 1 when one of the two does not hold.
+Scores `--rows` rows of one to eight words with a model of 0.2M parameters, as a job of
+the command line does, and samples the resident memory of the process. After the first
+tenth it must stay within 5 %. The whole time of that job counts as overhead, including
+the work of its small model. Then the first `--slice` of the same rows are scored with
+`--model` (1.1B parameters, made if it does not exist), in float32 if this CPU has no
+bfloat16. The overhead must be under 3 % of the time of a row there. The last line is
+one JSON object; the exit code is 1 if one of the two does not hold.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Watched(Score):
 
 
 class Memory:
-    """Resident bytes of this process, sampled by a thread, with how far the job is."""
+    """Samples the resident bytes of this process in a thread, with the progress of the
+    job."""
 
     def __init__(self, task: Watched) -> None:
         self._task = task
@@ -65,7 +66,7 @@ class Memory:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.samples: list[tuple[int, int]] = []
-        """(rows done, resident bytes)"""
+        """(rows done, resident bytes) of each sample."""
 
     def __enter__(self) -> Memory:
         self._thread.start()
@@ -92,7 +93,8 @@ def write_rows(path: Path, num_rows: int) -> None:
 def score(
     model: Path, source: Path, output: Path, policy: Policy
 ) -> tuple[dict[str, Any], list[tuple[int, int]], float]:
-    """The report of a job, the memory it took, and seconds from reading to the end."""
+    """The report of a job, its memory samples, and its seconds from reading to the
+    end."""
     task = Watched()
     start = time.perf_counter()
     with Memory(task) as memory:
@@ -104,7 +106,7 @@ def score(
 
 
 def growth(samples: list[tuple[int, int]], num_rows: int) -> float:
-    """How far memory goes from its middle, once warm: half of what is between the most
+    """How far memory varies once it is warm: half of the difference between the most
     and the least, as a share of their mean."""
     warm = [nbytes for done, nbytes in samples if done >= WARM * num_rows]
     assert len(warm) >= 10, "too short a run: more rows"
@@ -120,7 +122,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tiny = make_checkpoint(folder / "tiny", "tiny", dtype="float32", console=quiet)
     small = Policy(device_memory="1MiB")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # that work is too small to be shared
+    torch.set_num_threads(1)  # the work is too small for several threads
     report, samples, seconds = score(tiny, source, folder / "out.jsonl", small)
     torch.set_num_threads(threads)
     spread = growth(samples, args.rows)

@@ -1,9 +1,9 @@
-"""How long simulations take, and what they say.
+"""Measures how long simulations take, and shows their results.
 
     python bench/simulation.py [--units 126] [--micro-batches 1024] [--passes 64]
 
-Half of the units stay on the device, the others come over a link of half the speed that
-would keep up with computing. The last line of the output is one JSON object.
+Half of the units stay on the device; the others come over a link with half the speed
+that would keep up with computing. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from penstock.scheduler.simulation.simulated import Rank, SimulatedLink, Traffic
 
 UNIT_BYTES = 1 << 30
 SECONDS = 1e-3
-"""Of a micro-batch in a unit."""
+"""Seconds of a micro-batch in a unit."""
 
 
 def rank(units: int, route: list[str], **values: Any) -> Rank:
-    """Every second unit stays; there are three slots for the others."""
+    """A rank in which every second unit stays, with three slots for the others."""
     tiers = ["host" if unit % 2 else "device" for unit in range(units)]
     settings: dict[str, Any] = {
         "sizes": [UNIT_BYTES] * units,
@@ -39,7 +39,7 @@ def rank(units: int, route: list[str], **values: Any) -> Rank:
 
 
 def cases(args: argparse.Namespace) -> dict[str, tuple[list[Rank], Any, int, int]]:
-    """By name: devices, links, micro-batches, passes."""
+    """(ranks, links, micro-batches, passes) of each case, by name."""
     visit = args.micro_batches * SECONDS
     link = SimulatedLink(bytes_per_second=UNIT_BYTES / visit / 4)
     fast = SimulatedLink(bytes_per_second=100 * UNIT_BYTES / visit)

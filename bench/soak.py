@@ -1,12 +1,12 @@
-"""Ten thousand passes over a small model whose weights lie in all four tiers: nothing
-may grow.
+"""Runs ten thousand passes over a small model whose weights are in all four tiers;
+nothing may grow.
 
     python bench/soak.py [--passes 10000]
 
-Every pass is a sweep of three micro-batches, its logits compared with those of the
-first. Resident memory, Python's objects, threads and descriptors are counted twenty
-times; the first tenth is the warm-up. The last line is one JSON object; the exit code
-is 1 when something grew or differed.
+Every pass is a sweep of three micro-batches, whose logits are compared with those of
+the first pass. Resident memory, Python's objects, threads and descriptors are counted
+twenty times; the first tenth is the warm-up. The last line is one JSON object; the exit
+code is 1 if something grew or differed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from penstock import Policy
 from penstock.offload.model import engine_of
 
 MAX_GROWTH_BYTES = 4 << 20
-"""Of resident memory, from warm to the end: the noise of the heap."""
+"""Bytes that resident memory may grow after the warm-up: the noise of the heap."""
 
 
 def make_model(folder: Path) -> None:
@@ -48,7 +48,8 @@ def make_model(folder: Path) -> None:
 
 
 def policy() -> Policy:
-    """Two blocks in each tier; the slots hold two of the six that come over links."""
+    """Two blocks in each tier. The slots hold two of the six blocks that come over
+    links."""
     return Policy(
         device_memory=800_000,
         host_memory=1 << 20,
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=int, default=10_000)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the products are tiny
+    torch.set_num_threads(1)  # the matrix products are tiny
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name))
         found = soak(Path(name), args.passes)

@@ -1,11 +1,11 @@
-"""How long a command takes until the first block computes, stage by stage, beside the
-least that the libraries themselves take.
+"""Measures how long a command takes until the first block computes, stage by stage, and
+compares it with the least that the libraries themselves take.
 
-Each run is a process of its own, with the checkpoint thrown out of the page cache; ours
-and the ceiling take turns. The ceiling imports torch, the model's class and its
-tokenizer's, and nothing else. Beside seconds, which the machine's other work lengthens,
-stands a count that it cannot move: the modules that are imported. The last line of the
-output is one JSON object.
+Each run is a process of its own, with the checkpoint removed from the page cache.
+Penstock and the ceiling take turns. The ceiling imports torch, the model's class and
+its tokenizer's class, and nothing else. In addition to seconds, which other work on the
+machine increases, the number of imported modules is shown, which does not vary. The
+last line of the output is one JSON object.
 
 `python bench/start.py --model CHECKPOINT` (see examples/checkpoint.py).
 """
@@ -76,7 +76,7 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _forget(model: Path) -> None:
-    """Throws the weights out of the page cache."""
+    """Removes the weights from the page cache."""
     for path in model.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -101,7 +101,8 @@ def _child(who: str, model: Path, memory: str) -> dict[str, Any]:
 
 
 def _penstock(model: Path, memory: str, stage: Stage) -> None:
-    """The steps of `penstock score`, up to the first block's first product."""
+    """Runs the steps of `penstock score` up to the first matrix product of the first
+    block."""
     from penstock.offload.startup import hidden, rare_collections
 
     with hidden():
@@ -138,7 +139,7 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
 
 
 class _Reached(Exception):
-    """The first block is there and computes."""
+    """Raised when the first block is loaded and computes."""
 
 
 def _first_block(model: Any, ids: list[int]) -> None:

@@ -1,17 +1,18 @@
-"""Streamed against resident, and against the peers, on one checkpoint in one run.
+"""Compares streamed with resident models, and with other libraries, on one checkpoint
+in one run.
 
-Regime: scoring, thousands of tokens in flight, so compute-bound where streaming keeps
-up. The ceiling is what the matrix products need at the measured rate, or what reading
-the weights once needs at the measured O_DIRECT rate, whichever is more.
+Regime: scoring with thousands of tokens in flight, so compute-bound if streaming keeps
+up. The ceiling is the time of the matrix products at the measured rate, or of reading
+the weights once at the measured O_DIRECT rate, whichever is more.
 
-Every run is a process of its own, the checkpoint thrown out of the page cache before
-it; A and B are interleaved, medians are shown, and beside each time stand counts
-that noise cannot move. Streamed and resident log-probabilities are compared bit for
-bit. The last line of the output is one JSON object.
+Every run is a process of its own, and the checkpoint is removed from the page cache
+before it. Contenders take turns, medians are shown, and with each time counts that do
+not vary. Streamed and resident log-probabilities are compared bit for bit. The last
+line of the output is one JSON object.
 
 `python bench/stream.py` makes a 3B checkpoint once. With `--peers accelerate airllm
-deepspeed` it runs them in their own environments (make them with
-`python bench/peers/make_envs.py`).
+deepspeed` it runs them in their own environments (make them with `python
+bench/peers/make_envs.py`).
 """
 
 import argparse
@@ -38,8 +39,8 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 
 def make_tokens(path: Path, vocabulary: int, tokens: int, rows: int, width: int) -> int:
-    """Micro-batches of `rows` x `width` random ids, `tokens` in all; returns how many
-    micro-batches."""
+    """Writes micro-batches of `rows` x `width` random ids, `tokens` in all. Returns the
+    number of micro-batches."""
     generator = torch.Generator().manual_seed(0)
     count = max(1, tokens // (rows * width))
     ids = torch.randint(5, vocabulary, (count, rows, width), generator=generator)
@@ -48,7 +49,8 @@ def make_tokens(path: Path, vocabulary: int, tokens: int, rows: int, width: int)
 
 
 def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
-    """Sequential O_DIRECT reads of the checkpoint, two threads, 8 MiB each."""
+    """Bytes per second of sequential O_DIRECT reads of the checkpoint, by two threads,
+    8 MiB each."""
     checkpoint = open_checkpoint(model)
     buffer = memoryview(mmap.mmap(-1, 256 << 20))
     read, start = 0, time.perf_counter()
@@ -66,7 +68,7 @@ def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
 
 
 def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
-    """What is compared, by name."""
+    """The commands that are compared, by name."""
     worker = [sys.executable, str(HERE / "stream_worker.py")]
     common = [
         "--model",
@@ -99,7 +101,7 @@ def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
 
 
 def ceiling(args: argparse.Namespace, num_tokens: int, rows: int) -> dict[str, float]:
-    """Seconds that this work takes at the machine's measured rates."""
+    """The seconds that this work takes at the machine's measured rates."""
     checkpoint = open_checkpoint(args.model)
     stored = checkpoint.num_bytes
     embedding = checkpoint.entries["model.embed_tokens.weight"].nbytes
@@ -236,7 +238,7 @@ def main() -> None:
 
 
 def _equal(runs: dict[str, list[dict[str, Any]]]) -> bool | None:
-    """Whether all runs gave the same sums; says which rows of which run did not."""
+    """Whether all runs gave the same sums; prints which rows of which run did not."""
     sums = {
         f"{name}, round {number}": found["logprob_sums"]
         for name in ("penstock", "resident")

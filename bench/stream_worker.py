@@ -1,5 +1,5 @@
 """One run of `bench/stream.py`, in a process of its own: streamed or resident. Prints
-one JSON object, its keys those of the peers' scripts."""
+one JSON object, with the keys of the peers' scripts."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # before anybody imports it
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # set before it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 
 import torch
@@ -60,7 +60,7 @@ def resident(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str,
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     model.train(False)
     scorer = CausalScorer(model, max_logits_bytes=_LOGITS_BYTES)
-    for parameter in model.parameters():  # mapped files count as loaded when touched
+    for parameter in model.parameters():  # mapped files load when touched
         parameter.data = parameter.data.clone()
     loaded, used = time.perf_counter(), time.process_time()
     with torch.inference_mode():

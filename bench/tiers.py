@@ -1,14 +1,14 @@
-"""Each reader against the drive's own speed and the host tier against a plain copy of
-memory, in one run.
+"""Compares each reader with the drive's own speed, and the host tier with a plain copy
+of memory, in one run.
 
-Regime: large sequential reads of a cold file, as streaming does them: the reader is
-open already, and its slots' memory was touched before. The ceiling is the better of
-fio with O_DIRECT, where it is installed, and a plain loop of O_DIRECT preadv calls into
-the same memory (huge pages), over the same file, at the same size and depth. Both are
-measured in turns with the readers, round by round: a slow minute is everybody's. Shown
-are medians (of the shares of each round's ceiling, too), and CPU seconds for each GB.
+Regime: large sequential reads of a file that is not cached, as in streaming: the reader
+is open, and the memory of its slots was touched before. The ceiling is the better of
+fio with O_DIRECT, if it is installed, and a plain loop of O_DIRECT preadv calls into
+the same memory (huge pages), over the same file, with the same size and depth. Both
+take turns with the readers in each round, so that a slow minute affects all. Shown are
+medians (also of the shares of each round's ceiling), and CPU seconds for each GB.
 
-`python bench/tiers.py` writes `tiers.json` and `tiers.png` into bench/out and prints a
+`python bench/tiers.py` writes `tiers.json` and `tiers.png` to bench/out and prints a
 table; the last line is one JSON object.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import copying, machine
-from common.ways import Case, by_reader, fio, make_file, plain_loop, reader_of
+from common.read_methods import Case, by_reader, fio, make_file, plain_loop, reader_of
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.shared import SharedArena
@@ -37,7 +37,7 @@ from penstock.offload.policy import parse_bytes
 
 HERE = Path(__file__).parent
 SLOT_BYTES = 256 << 20
-"""What is read into, again and again, as a slot is."""
+"""Bytes of the memory that is read into repeatedly, like a slot."""
 
 
 Way = Callable[[Path, Case, Arena], float | None]
@@ -55,8 +55,10 @@ class Result:
 
 
 def timed(act: Callable[[], float | None], path: Path) -> tuple[float, float]:
-    """Bytes per second of reading the cold file (or what the way says itself), and CPU
-    seconds, children's too."""
+    """(bytes per second, CPU seconds) of reading the file, which is not cached.
+
+    `act` may return its own rate. CPU seconds include those of child processes.
+    """
     machine.evict(path)
     used, start = sum(os.times()[:4]), time.perf_counter()
     rate = act()
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace, path: Path) -> list[Result]:
 def _ceiling_by_round(
     rates: dict[Case, list[float]], case: Case, ceilings: set[str]
 ) -> list[float]:
-    """The best way of the ceiling at this size and depth, in each round."""
+    """The rate of the better ceiling at this size and depth, in each round."""
     same = [
         found
         for other, found in rates.items()
@@ -130,7 +132,7 @@ def _ceiling_by_round(
 
 
 def auto(path: Path) -> dict[str, Any]:
-    """What `io.reader: auto` would choose here, and by which figures."""
+    """The reader that `io.reader: auto` would choose here, and the figures for that."""
     stamps = {path: FileStamp.of(path.stat())}
     names = ["threads"] + (["libaio"] if aio.why_not() is None else [])
     makers = {
@@ -151,7 +153,7 @@ def auto(path: Path) -> dict[str, Any]:
 
 
 def arenas(nbytes: int) -> dict[str, dict[str, int]]:
-    """What arenas take of the memory, against what was asked of them."""
+    """The bytes that arenas take, and the bytes that were requested."""
     import psutil
 
     process = psutil.Process()

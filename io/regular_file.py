@@ -35,7 +35,7 @@ def open_regular(
         raise error(f"cannot read {path}: {why}") from problem
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise error(f"cannot read {path}: it is no regular file")
+        raise error(f"cannot read {path}: it is not a regular file")
     with open(descriptor, "rb") as file:
         yield file
 
@@ -76,9 +76,9 @@ def read_json(
     try:
         return json.loads(content)
     except RecursionError:
-        raise error(f"{path} is no JSON: it is too deep; {fix}") from None
+        raise error(f"{path} is not valid JSON: it is too deep; {fix}") from None
     except ValueError as problem:  # UnicodeDecodeError is one
-        raise error(f"{path} is no JSON: {problem}; {fix}") from None
+        raise error(f"{path} is not valid JSON: {problem}; {fix}") from None
 
 
 def read_json_object(

@@ -133,7 +133,7 @@ def _config_of(folder: Path) -> tuple[dict[str, Any], str]:
         check_files(folder)
         config = read_json_object(folder / CONFIG_FILE, fix="save it with PEFT")
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} is no folder of an adapter: {error}") from None
+        raise CheckpointError(f"{folder} has no adapter: {error}") from None
     if config.get("megatron_config"):
         raise CheckpointError(
             f"{folder}/{CONFIG_FILE} asks for code from elsewhere (megatron_core: "
@@ -143,7 +143,7 @@ def _config_of(folder: Path) -> tuple[dict[str, Any], str]:
     for key, value in all_of(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(
-                f"{folder}/{CONFIG_FILE} has {key}: {value}, which is no number to "
+                f"{folder}/{CONFIG_FILE} has {key}: {value}, which is not a number to "
                 "compute with: save the adapter again"
             )
     return config, str(config.get("peft_type", "unknown"))[:40]

@@ -118,7 +118,7 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
     from .weights.spill import spill
 
     if not isinstance(module, nn.Module):
-        raise UsageError(f"{module!r:.100} is no torch.nn.Module: load it first")
+        raise UsageError(f"{module!r:.100} is not a torch.nn.Module: load it first")
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
     check_not_compiled(module)

@@ -222,7 +222,7 @@ class Policy(Section):
         if isinstance(value, Mapping):
             return cls(**{str(key): one for key, one in value.items()})
         raise PolicyError(
-            f"{value!r:.100} is no policy: give a Policy, or a dict of its keys; a "
+            f"{value!r:.100} is not a policy: give a Policy, or a dict of its keys; a "
             "file is read by Policy.from_yaml"
         )
 

@@ -1,6 +1,14 @@
-"""Packs rows of different lengths into micro-batches of similar lengths. Pure."""
+"""Packs rows of different lengths into micro-batches of similar lengths, and says how
+many rows a matrix product should have. Pure."""
 
 from collections.abc import Sequence
+
+# Measured, float32, 2048 x 5632, two cores: 22 GFLOP/s at 4 rows, 29 at 8, 49 at 16, 81
+# at 32, 116 at 64, 168 at 128, 200 at 256, 232 at 512, 218 at 1024.
+WIDE_ROWS = 256
+"""A micro-batch with this many rows gains little by sharing matrix products."""
+MAX_ROWS = 512
+"""A shared matrix product with more rows is no faster; the rest form the next one."""
 
 
 def pack(

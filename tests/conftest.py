@@ -130,7 +130,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def _place(item: pytest.Item) -> int:
-    """Of a test among all, where several processes share them."""
+    """The order of a test if several processes share all tests: the longest first."""
     if "all_objects" in getattr(item, "fixturenames", ()):
         return 0
     return 1 if item.get_closest_marker("slow") else 2
@@ -167,7 +167,7 @@ def few_objects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def all_objects() -> Iterator[None]:
-    """As `few_objects`, but the collector walks all there are, which takes long."""
+    """Like `few_objects`, but the collector looks at all objects, which takes long."""
     gc.unfreeze()
     yield
     gc.collect()
@@ -219,7 +219,7 @@ def no_leaks(
 
 @pytest.fixture(scope="session")
 def own_processes() -> None:
-    """What `forked_python.run` needs is there: nothing that a test has left behind."""
+    """Starts what `forked_python.run` needs, so that no test leaves it behind."""
     forked_python.ensure_running()
 
 

@@ -30,7 +30,7 @@ PAGE = 4096
 
 
 class Faults:
-    """What happens to each read of the system, in the order in which they come."""
+    """What happens to each read of the system, in order."""
 
     def __init__(self, seed: int, *, errors: float) -> None:
         self._random = Random(seed)

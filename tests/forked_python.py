@@ -39,9 +39,12 @@ def run(
     first: Callable[[], None] | None = None,
     seconds: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *arguments])`, where they are `-c CODE`,
-    `-m MODULE` or a script, and then its own. `env` comes on top of this process's;
-    `first` is called before. One that takes longer than `seconds` is killed."""
+    """Like `subprocess.run([sys.executable, *arguments])`, where `arguments` begin with
+    `-c CODE`, `-m MODULE` or a script.
+
+    `env` is added to the environment of this process. `first` is called before the
+    code. A process that takes longer than `seconds` is killed.
+    """
     words = [str(argument) for argument in arguments]
     ensure_running()
     with tempfile.TemporaryDirectory() as name:

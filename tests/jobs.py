@@ -114,7 +114,7 @@ def run_job(
     own: Own | None = None,
     **meaning: Any,
 ) -> Recorded:
-    """As `Job` does it. Returns what was asked for."""
+    """Runs a job as `Job` does. Returns its work, which recorded the rows."""
     work = work or Recorded()
     paths = [sources] if isinstance(sources, Path) else sources
     files = find_files(paths, own or Own())

@@ -191,7 +191,8 @@ def why_skipped() -> str:
 
 
 def packages() -> list[ModuleType]:
-    """What `import libaio` finds, and this module, which the reader works with, too."""
+    """The modules that the reader can use as libaio: the installed one, and this
+    one."""
     if aio.why_not() is not None:
         return []
     import libaio

@@ -22,7 +22,8 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # or anybody who reaches the port may run code here
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
-"""Of all processes of the cluster, those that connect to it, too."""
+"""The environment of all processes of the cluster, including those that connect to
+it."""
 COMPUTES = "computes"
 """A resource of which each node has one: for actors that must not share a node."""
 

@@ -59,7 +59,7 @@ def recorded(**options: Any) -> Recorded:
 
 
 def report(**values: Any) -> dict[str, Any]:
-    """As `make_report` makes it, of a disk-bound run."""
+    """A report of a disk-bound run, as `make_report` makes it."""
     return {
         "model": "models/llama-of-nobody",
         "rows": 52,

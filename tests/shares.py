@@ -1,4 +1,4 @@
-"""What of a product runs each time: the rest waits for `--whole`."""
+"""Marks the cases of a product that run each time; the others need `--whole`."""
 
 from __future__ import annotations
 

@@ -80,7 +80,6 @@ PURE = {
     "scheduler/cost/model.py",
     "scheduler/simulation/event_loop.py",
     "scheduler/sweep/job.py",
-    "scheduler/joint_rows.py",
     "scheduler/kv/budget.py",
     "scheduler/cost/load_cost.py",
     "scheduler/cost/memory_need.py",

@@ -1,4 +1,4 @@
-"""What plays a worker: imports no torch, so that a process of it begins at once."""
+"""A worker for tests. It imports no torch, so its process starts at once."""
 
 from __future__ import annotations
 

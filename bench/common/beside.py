@@ -1,9 +1,9 @@
-"""What a machine does in the very minutes in which a process runs, for hosts that are
-shared: what was measured before and after may be true of neither.
+"""Measures a machine while another process runs on it.
 
-The process stands still (SIGSTOP) while a probe runs, every half a minute, and its
-clock without these stops is what counts. What the drive was asked for before arrives
-meanwhile: a few MB each time.
+On a shared host, rates that were measured before or after a run may not apply to it. So
+the process is stopped (SIGSTOP) every half a minute while a probe runs. The time of
+these stops is subtracted from its clock. Reads that it had requested from the drive
+still arrive meanwhile: a few MB each time.
 """
 
 import signal
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 @dataclass
 class Beside(Generic[T]):
-    """Probes taken while one process runs."""
+    """Runs probes while one process runs."""
 
     probe: Callable[[], T]
     samples: list[T] = field(default_factory=list)
     stops: list[tuple[float, float]] = field(default_factory=list)
-    """When each began and ended, by the clock that all processes share."""
+    """(start, end) of each stop, in seconds of the clock that all processes share."""
 
     def communicate(self, process: subprocess.Popen[str]) -> tuple[str, str]:
-        """As the method of `process`."""
+        """Does the same as the method of `process`, with probes."""
         while True:
             try:
                 return process.communicate(timeout=EVERY_SECONDS)
@@ -37,8 +37,8 @@ class Beside(Generic[T]):
                 self._look(process)
 
     def correct(self, found: dict[str, Any]) -> None:
-        """Takes the stops between `loaded_at` and its end out of a worker's `seconds`,
-        and of its rates."""
+        """Subtracts the stops between `loaded_at` and the end from a worker's
+        `seconds`, and corrects its rates."""
         start, seconds = found["loaded_at"], found["seconds"]
         spans = ((max(a, start), min(b, start + seconds)) for a, b in self.stops)
         found["stopped_seconds"] = sum(max(0.0, b - a) for a, b in spans)

@@ -1,4 +1,4 @@
-"""The host tier against a plain copy of memory, for bench/tiers.py."""
+"""Compares the host tier with a plain copy of memory, for bench/tiers.py."""
 
 import statistics
 import time
@@ -26,7 +26,8 @@ MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Copied:
-    """Units copied one by one, by one thread, out of this kind of memory."""
+    """The result of copying units out of this kind of memory, one by one, with one
+    thread."""
 
     memory: str
     bytes_per_second: float
@@ -35,7 +36,7 @@ class Copied:
 
 
 def units_of(path: Path) -> list[Layout]:
-    """The file's first bytes as units of one tensor each."""
+    """Units of one tensor each, which cover the first bytes of the file."""
     size = min(path.stat().st_size, MAX_BYTES)
     entries = [
         TensorEntry(
@@ -58,7 +59,7 @@ def units_of(path: Path) -> list[Layout]:
 
 
 def copy_out(memory: HostMemory, offsets: list[int], target: HostMemory) -> float:
-    """Copies a unit from each of `offsets` into `target`; bytes per second."""
+    """Copies a unit from each of `offsets` to `target`. Returns bytes per second."""
     nbytes = 0
     start = time.perf_counter()
     for offset in offsets:
@@ -72,8 +73,12 @@ def copy_out(memory: HostMemory, offsets: list[int], target: HostMemory) -> floa
 
 
 def run(path: Path, rounds: int) -> list[Copied]:
-    """Fills a private and a shared host tier from `path` and copies all units out of
-    them, in turns with as many bytes of an arena that holds nothing else."""
+    """Fills a private and a shared host tier from `path`, and copies all units out of
+    them.
+
+    They take turns with copies of as many bytes out of an arena that holds nothing
+    else.
+    """
     stamps = {path: FileStamp.of(path.stat())}
     layouts = units_of(path)
     rates: dict[str, list[float]] = defaultdict(list)
@@ -102,7 +107,7 @@ def run(path: Path, rounds: int) -> list[Copied]:
             "host tier": private.memory,
             "host tier, shared": shared.memory,
         }
-        for offset in offsets:  # pages that nobody has written are all the same one
+        for offset in offsets:  # unwritten pages are all the same page
             size = min(UNIT_BYTES, nbytes - offset)
             view = bare.view(offset, size)
             view[:] = private.memory.view(offset, size)

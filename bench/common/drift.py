@@ -1,5 +1,5 @@
-"""What a machine does at a moment, over what its file says: on a host that is shared,
-not the same."""
+"""Measures the rates of a machine at one moment, relative to those in its machine file.
+On a shared host they vary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PROBE_ROWS = 512
 
 
 class Probe:
-    """Products and the drive for a moment, over what the machine's file says."""
+    """Measures matrix products and the drive for a moment, relative to the machine's
+    file."""
 
     def __init__(self, machine: Machine, file: Path) -> None:
         self._machine = machine
@@ -27,7 +28,7 @@ class Probe:
         self._x = torch.randn(PROBE_ROWS, 2048)
 
     def __call__(self) -> tuple[float, float]:
-        """(products, drive)."""
+        """Returns the ratios for (products, drive)."""
         seconds = []
         for weight in self._weights * 4:
             start = time.perf_counter()
@@ -45,7 +46,8 @@ class Probe:
 
 
 def drifted(machine: Machine, compute: float, disk: float) -> Machine:
-    """The machine as it was just then: all that computes `compute` times as fast."""
+    """The machine with its present rates: `compute` and `disk` times those of its
+    file."""
     assert machine.disk is not None, "it was measured"
 
     def faster(rates: dict[Any, dict[Any, float]]) -> dict[Any, dict[Any, float]]:

@@ -1,4 +1,4 @@
-"""The least seconds that completions take on a machine of given rates."""
+"""Computes the least time that completions take on a machine with given rates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured, before, after or beside runs."""
+    """Rates that were measured before, after or during runs."""
 
     wide: float
-    """FLOP/s of products as prompts make them."""
+    """FLOP/s of matrix products with as many rows as prompts have."""
     narrow: float
-    """The same as a step of all sequences makes them."""
+    """FLOP/s of matrix products with one row for each sequence."""
     disk: float
-    """Bytes a second, read from the drive."""
+    """Bytes per second read from the drive."""
 
     @classmethod
     def mean(cls, samples: Sequence["Rates"]) -> "Rates":
@@ -36,18 +36,19 @@ class Rates:
 
 @dataclass(frozen=True)
 class Size:
-    """What a decoder moves and multiplies."""
+    """The bytes and parameters of a decoder."""
 
     block_parameters: float
     head_parameters: float
-    """Multiplied with each sequence's last token only."""
+    """Parameters that only the last token of each sequence is multiplied with."""
     weight_bytes: float
-    """That a pass reads: all but the embedding, whose rows are looked up."""
+    """Bytes that a pass reads: all but the embedding, whose rows are looked up."""
     kv_bytes_per_token: float
 
     @classmethod
     def of(cls, model: Path, dtype: torch.dtype) -> "Size":
-        """From a Llama's files, which need not be tied."""
+        """The size of the Llama in the folder `model`; its embedding and head need not
+        be tied."""
         checkpoint = open_checkpoint(model)
         embedding, head = (checkpoint.entries[name] for name in (EMBEDDING, HEAD))
         streamed = checkpoint.num_bytes - embedding.nbytes
@@ -68,11 +69,14 @@ def ceiling(
     *,
     kv_on_disk: bool,
 ) -> dict[str, Any]:
-    """Seconds for prompts of so many tokens, if every place of `in_flight` is taken in
-    every pass: the sum over passes of what its products need or what its bytes need,
-    whichever is more. With `kv_on_disk` keys and values pass through the drive, too:
-    those that a pass adds, and all before them; `seconds_apart` is what binds if they
-    had a drive of their own."""
+    """The least seconds for `prompts` (tokens of each), with `in_flight` sequences in
+    every pass.
+
+    It is the sum over all passes of the time for their matrix products, or for reading
+    their bytes, whichever is more. With `kv_on_disk`, keys and values also go through
+    the drive: new ones are written, earlier ones are read. `seconds_apart` is the
+    result if they had a drive of their own.
+    """
     rows = len(prompts)
     num_groups = -(-rows // in_flight)
     width = min(in_flight, rows)

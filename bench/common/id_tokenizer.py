@@ -1,10 +1,10 @@
-"""A tokenizer for models that have none: texts are ids."""
+"""A tokenizer for models without one: a text consists of token ids."""
 
 from __future__ import annotations
 
 
 class Numbers:
-    """Plays the tokenizer: a text is written as its ids, and no token ends one."""
+    """A tokenizer for texts that are written as numbers. No token ends a text."""
 
     is_fast = False
     eos_token_id = None

@@ -1,4 +1,4 @@
-"""A memory limit around a subprocess, by a cgroup where the machine allows one."""
+"""Limits the memory of a subprocess with a cgroup, if the machine allows it."""
 
 import contextlib
 import os
@@ -11,8 +11,11 @@ _V1 = Path("/sys/fs/cgroup/memory")
 
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int | None) -> Iterator[Callable[[], None] | None]:
-    """Yields what a child calls before it runs (`preexec_fn`), or None where there is
-    no limit or the machine does not allow one: say so in the results."""
+    """Gives the function that a child calls before it runs (`preexec_fn`).
+
+    It is None if there is no limit, or if the machine does not allow one; say so in the
+    results.
+    """
     if limit_bytes is None:
         yield None
         return

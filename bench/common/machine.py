@@ -1,7 +1,7 @@
-"""Prints the machine card: what a figure was measured on, in a form to paste anywhere.
+"""Prints the machine card: what a figure was measured on.
 
 `python bench/common/machine.py [FOLDER]`: the last line is one JSON object. FOLDER
-(default: here) says which disk is meant.
+(default: the current folder) is on the disk to describe.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 
 
 def card(folder: Path) -> dict[str, Any]:
-    """Facts about this computer; None for what it does not tell."""
+    """Facts about this computer. A value is None if the system does not tell it."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -40,7 +40,8 @@ def card(folder: Path) -> dict[str, Any]:
 
 
 def matmul_flops_per_second(rows: int, dtype: torch.dtype) -> float:
-    """Best of five of `rows` x 3072 x 8192, after one to warm up."""
+    """FLOP/s of a `rows` x 3072 x 8192 product; the best of five, after one to warm
+    up."""
     a, w = torch.randn(rows, 3072).to(dtype), torch.randn(8192, 3072).to(dtype)
     torch.nn.functional.linear(a, w)
     best = float("inf")
@@ -54,8 +55,8 @@ def matmul_flops_per_second(rows: int, dtype: torch.dtype) -> float:
 def sustained_flops_per_second(
     rows: int, dtype: torch.dtype, seconds: float = 1.0
 ) -> float:
-    """The same products one after the other for so long: what a shared machine gives,
-    not what it could."""
+    """FLOP/s of the same products, repeated for `seconds`: the rate that a shared
+    machine gives, not its best one."""
     a, w = torch.randn(rows, 3072).to(dtype), torch.randn(8192, 3072).to(dtype)
     torch.nn.functional.linear(a, w)
     start, num = time.perf_counter(), 0
@@ -66,8 +67,8 @@ def sustained_flops_per_second(
 
 
 def evict(folder: Path) -> None:
-    """Throws `folder`'s files (or that one file) out of the page cache, so that they
-    are read from the disk; programs and libraries stay warm."""
+    """Removes the files in `folder` (or that one file) from the page cache, so that
+    they are read from the disk. Programs and libraries stay in it."""
     os.sync()
     for path in [folder, *folder.rglob("*")]:
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Random jobs on small models with random weights."""
+"""Makes random jobs on small models with random weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SHAPES = (  # hidden, intermediate, layers, kv heads, vocabulary
     (2048, 5632, 4, 8, 32000),
 )
 FLOPS_OF_A_RUN = 6e11
-"""About: three to ten seconds on a few cores."""
+"""The approximate work of a run: three to ten seconds on a few cores."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a model, what is done with it, and how."""
+    """One run: a model, its work, and its policy."""
 
     shape: int
     generates: bool
@@ -35,7 +35,7 @@ class Case:
 
 
 def cases(num: int, seed: int) -> list[Case]:
-    """Some, always the same for a seed; a third of them generates."""
+    """`num` random cases, always the same ones for a seed. A third of them generate."""
     chosen = random.Random(seed)
     return [_case(chosen, number % 3 == 2) for number in range(num)]
 
@@ -69,13 +69,13 @@ def _case(chosen: random.Random, generates: bool) -> Case:
     if chosen.random() < 0.5:
         settings["kv"] = {"tier": "host"}
     num_rows, length = settings["sequences_in_flight"], chosen.choice((16, 32, 64))
-    # Products of few rows have about a third of the rate of those of many.
+    # Matrix products of few rows have about a third of the rate of those of many.
     new = round((most_tokens / num_rows - length) / 3)
     return Case(shape, True, num_rows, length, min(max(new, 6), 24), settings)
 
 
 def _fitting(shape: tuple[int, ...]) -> list[str]:
-    """Working sets that the largest part goes into: the head, in float32."""
+    """Sizes of the working set in which the largest unit fits: the head, in float32."""
     hidden, *_, vocabulary = shape
     least = 4 * hidden * vocabulary + (1 << 20)
     sizes = ("192MiB", "256MiB", "512MiB")
@@ -83,13 +83,14 @@ def _fitting(shape: tuple[int, ...]) -> list[str]:
 
 
 def flops_of_token(shape: tuple[int, ...]) -> float:
-    """About; what the blocks' products take."""
+    """The approximate FLOPs of one token, in the blocks' matrix products."""
     hidden, intermediate, layers, *_ = shape
     return 2.0 * layers * hidden * (3 * hidden + 3 * intermediate)
 
 
 def make_model(folder: Path, shape: tuple[int, ...], *, shrink: int) -> Path:
-    """A Llama with random weights in bfloat16; not as wide by `shrink`."""
+    """Makes a Llama with random weights in bfloat16, `shrink` times narrower, and
+    returns its folder."""
     hidden, intermediate, layers, kv_heads, vocabulary = shape
     if folder.exists():
         return folder

@@ -1,4 +1,5 @@
-"""Processes of workers, in turns: what is compared is interleaved."""
+"""Runs workers in processes of their own, in turns, so that what is compared is
+interleaved."""
 
 import json
 import subprocess
@@ -16,8 +17,8 @@ def run(
     limit_bytes: int | None,
     beside: Beside[Any] | None = None,
 ) -> dict[str, Any]:
-    """Runs `command` on a checkpoint that is in no cache and returns the JSON object of
-    its last line."""
+    """Runs `command` on a checkpoint that is in no cache. Returns the JSON object in
+    the last line of its output."""
     machine.evict(model)
     with (
         limits.memory_limit(limit_bytes) as join,
@@ -51,7 +52,7 @@ def in_turns(
     rate: str,
     beside: Mapping[str, Beside[Any]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs all `contenders`, round by round; says at what `rate` each went."""
+    """Runs all `contenders` in each of `rounds`, and prints the `rate` of each."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, command in contenders.items():

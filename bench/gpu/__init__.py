@@ -1,1 +1,1 @@
-"""The parts of bench/gpu_suite.py, each run as a process of its own."""
+"""The parts of bench/gpu_suite.py. Each runs as a process of its own."""

@@ -1,9 +1,10 @@
-"""The same through Penstock's own front door: a checkpoint, hooks, a sweep, a scorer.
+"""Streams and scores through Penstock's public API: a checkpoint, hooks, a sweep, a
+scorer.
 
-No disk here holds 64 GB beside everything else, so the checkpoint's file holds one
-block, and its table of contents names it as often as the model has blocks. It stands
-in shared memory where there is room. All else is what a user gets: every block is read
-into pinned host memory of its own, and streamed from there.
+The machine has no disk for 64 GB. So the checkpoint's file holds one block, and its
+header names it as often as the model has blocks. It is in shared memory if there is
+room. Everything else is as for a user: every block is read into pinned host memory of
+its own, and streamed from there.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ LOGITS_BYTES = 1 << 30
 
 
 def write_one_block(folder: Path, shape: Shape, part: Part) -> None:
-    """Embedding, one block, norm and head, of random weights."""
+    """Writes an embedding, one block, a norm and a head, with random weights."""
     shape.config(1).save_pretrained(folder)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(shape.config(1)).bfloat16()
@@ -53,7 +54,7 @@ def write_one_block(folder: Path, shape: Shape, part: Part) -> None:
 
 
 def repeated(folder: Path, shape: Shape, num_layers: int) -> Checkpoint:
-    """The checkpoint in `folder` with its block named `num_layers` times."""
+    """The checkpoint in `folder`, with its block named `num_layers` times."""
     shape.config(num_layers).save_pretrained(folder)
     stored = open_checkpoint(folder)
     entries = dict(stored.entries)
@@ -79,14 +80,15 @@ def checkpoint_folder(part: Part, shape: Shape) -> Iterator[Path]:
 def streamed(
     part: Part, shape: Shape, num_layers: int, num_slots: int = 4
 ) -> Iterator[Any]:
-    """The model, its blocks in host memory, a few of them on the device at a time."""
+    """The streamed model: its blocks are in host memory, and `num_slots` of them on the
+    device at one time."""
     table = 2 * shape.hidden * shape.vocabulary
     slots = num_slots * (shape.layer_bytes + 65536) + 2 * table
     policy = Policy(
         device=str(part.device),
         device_memory=max(slots, 1 << 20),
         host_memory=num_layers * (shape.layer_bytes + 65536) + 2 * table,
-        # From a file in memory, reading past the page cache gains nothing.
+        # For a file in memory, bypassing the page cache gains nothing.
         io={"reader": "threads", "threads": 8, "direct": False, "cache": part.work},
     )
     with checkpoint_folder(part, shape) as folder:
@@ -102,7 +104,7 @@ def streamed(
 
 
 def score(part: Part, model: Any, shape: Shape, num: int) -> dict[str, Any]:
-    """`num` micro-batches scored in one sweep: the second of two is timed."""
+    """Scores `num` micro-batches in one sweep, twice; the second time is measured."""
     scorer = CausalScorer(model, max_logits_bytes=LOGITS_BYTES)
     batches = [ids.to(part.device) for ids in token_ids(shape, num)]
     layers = model.config.num_hidden_layers

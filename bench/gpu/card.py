@@ -1,4 +1,5 @@
-"""What the suite found, as a page to read. Uses the standard library only."""
+"""Formats the results of the suite as a page of Markdown. Uses only the standard
+library."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,5 +1,5 @@
-"""The tests that need a GPU, file by file: one that hangs or cannot be imported costs
-its own results only."""
+"""Runs the tests that need a GPU, file by file. If one hangs or cannot be imported,
+only its own results are lost."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,7 @@ _TEST_SECONDS = 45
 
 
 def files() -> list[Path]:
-    """Those with a test that is marked `gpu`."""
+    """The test files with a test that is marked `gpu`."""
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     return [path for path in paths if "pytest.mark.gpu" in path.read_text()]
 
@@ -24,7 +24,7 @@ def files() -> list[Path]:
 def run(part: Part, path: Path) -> dict[str, Any]:
     xml = part.work / f"{path.stem}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=short"]
-    # What others warn of on a computer that nobody has tried is no failure of ours.
+    # Warnings of other libraries on an unknown computer are no failures of Penstock.
     command += ["-p", "no:cacheprovider", "-W", "default", f"--junitxml={xml}"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command.append(f"--timeout={_TEST_SECONDS}")
@@ -64,7 +64,7 @@ def _read(xml: Path) -> dict[str, Any]:
 def main() -> None:
     part = Part("tests")
     found = {}
-    # Without a GPU all of them are skipped: one file shows that the rest works.
+    # Without a GPU all of them are skipped; one file shows that the rest works.
     for path in files()[:1] if part.is_dry else files():
         reason = lacking() if "import penstock\n" in path.read_text() else None
         if reason is not None:

@@ -1,7 +1,7 @@
 """What the parts of bench/gpu_suite.py share: their command line, a clock that waits
-for the device, and figures that are written as they come.
+for the device, and figures that are written as they are measured.
 
-A part that is killed at its time limit leaves what it had measured until then.
+A part that is killed at its time limit leaves what it has measured until then.
 """
 
 import argparse
@@ -17,21 +17,22 @@ from typing import Any
 import torch
 
 FAIL = "PENSTOCK_SUITE_FAIL"
-"""Names the part that raises at once: for the suite's own test."""
+"""The environment variable that names a part that must fail, for the test of the
+suite."""
 
 
 WHOLE = ("greenlet", "platformdirs", "psutil", "pydantic", "yaml")
-"""What penstock's own front door needs beside torch and transformers."""
+"""The packages that penstock's API needs in addition to torch and transformers."""
 
 
 def lacking(names: tuple[str, ...] = WHOLE) -> str | None:
-    """Why what needs these packages is left out; None if they are all there."""
+    """Why parts that need these packages are skipped; None if all are installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     return f"skipped: no {', '.join(missing)}" if missing else None
 
 
 class Part:
-    """One part's settings, and its figures by name."""
+    """The settings of one part, and its figures by name."""
 
     def __init__(self, name: str) -> None:
         parser = argparse.ArgumentParser()
@@ -55,11 +56,11 @@ class Part:
 
     @property
     def seconds_left(self) -> float:
-        """Until the part is killed."""
+        """Seconds until the part is killed."""
         return self._seconds - (time.perf_counter() - self._started)
 
     def put(self, **figures: Any) -> None:
-        """Keeps the figures, and writes all there are so far."""
+        """Adds the figures, and writes all that there are so far."""
         self.figures.update(figures)
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self.figures, indent=1))
@@ -69,8 +70,11 @@ class Part:
             print(f"[{at:6.1f} s] {name}: {json.dumps(value)}", flush=True)
 
     def attempt(self, name: str, act: Callable[[], Any]) -> Any:
-        """Keeps what `act` gives or, if it raises, what it raised: one figure that
-        cannot be had must not cost those after it. None when it raised."""
+        """Adds the result of `act`, or its error, as the figure `name`.
+
+        So a figure that cannot be measured does not prevent the later ones. Returns
+        None after an error.
+        """
         try:
             found = act()
         except Exception as error:
@@ -84,8 +88,8 @@ class Part:
             torch.cuda.synchronize(self.device)
 
     def seconds_of(self, act: Callable[[], object], rounds: int = 3) -> float:
-        """Median seconds of `act` with all its work on the device, after one to warm
-        up."""
+        """The median seconds of `act`, including all its work on the device, after one
+        run to warm up."""
         act()
         self.synchronize()
         found = []

@@ -1,4 +1,4 @@
-"""What the suite ran on: computer, driver, versions."""
+"""Describes what the suite ran on: computer, driver, versions."""
 
 import platform
 import subprocess
@@ -37,7 +37,7 @@ def versions() -> dict[str, str | None]:
 
 
 def gpu() -> dict[str, Any]:
-    """As torch and nvidia-smi have it."""
+    """Facts about the GPU, from torch and nvidia-smi."""
     card = torch.cuda.get_device_properties(0)
     found: dict[str, Any] = {
         "name": card.name,

@@ -1,8 +1,9 @@
-"""The rates of the links and of the matrix products: the ceilings of all that follows.
+"""Measures the rates of the links and of the matrix products: the ceilings of the other
+parts.
 
-Copies go through a stream of their own, as many as make `TOTAL` bytes, and the clock
-stops when the device is done. Rates count each byte once (a copy within the device
-reads and writes it).
+Copies run on a stream of their own, as many as make `TOTAL` bytes, and the clock stops
+when the device has finished. Rates count each byte once, although a copy within the
+device reads and writes it.
 """
 
 import time
@@ -23,7 +24,7 @@ ROWS = (512, 1024, 2048, 4096, 8192, 16384)
 def copy_rate(
     part: Part, target: torch.Tensor, source: torch.Tensor, chunk: int, total: int
 ) -> float:
-    """Bytes per second of copying chunk by chunk, round and round."""
+    """Bytes per second of repeated copies, chunk by chunk."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     num = max(1, total // chunk)
     room = min(len(target), len(source)) // chunk
@@ -50,7 +51,7 @@ def copy_rates(
 
 
 def both_ways(part: Part, buffers: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Bytes per second of each direction while the other one is busy, too."""
+    """Bytes per second of each direction while the other direction is busy."""
     down = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     half = len(buffers["device"]) // 2
@@ -68,7 +69,8 @@ def both_ways(part: Part, buffers: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def registered(part: Part) -> dict[str, Any]:
-    """Out of Penstock's own pinned memory: huge pages, cudaHostRegister."""
+    """The rates of copies from Penstock's own pinned memory: huge pages,
+    cudaHostRegister."""
     from penstock.io.memory.arena import Arena
     from penstock.io.memory.pinned import Pinned, registrar_of
 
@@ -115,7 +117,8 @@ def copies(part: Part) -> None:
 
 
 def matmul(part: Part, rows: int, width: int, depth: int) -> float:
-    """FLOP/s of rows x depth by depth x width in bf16, as a Linear does it."""
+    """FLOP/s of a product [rows, depth] x [depth, width] in bfloat16, as a Linear
+    computes it."""
     a = torch.randn(rows, depth, device=part.device).bfloat16()
     w = torch.randn(width, depth, device=part.device).bfloat16()
     repeats = max(1, int(2e13 / (2 * rows * width * depth))) if part.has_cuda else 1
@@ -137,9 +140,10 @@ def matmuls(part: Part) -> None:
 
 
 def disk(part: Part) -> dict[str, Any]:
-    """Each reader over a cold file, in chunks of 8 MiB, four reads under way."""
+    """The rates of each reader over a file that is not cached, in chunks of 8 MiB, with
+    four reads in flight."""
     from common import machine
-    from common.ways import Case, by_reader, make_file, plain_loop
+    from common.read_methods import Case, by_reader, make_file, plain_loop
     from penstock.io.memory.arena import Arena
     from penstock.io.readers import libaio_reader as aio
 
@@ -164,7 +168,7 @@ def disk(part: Part) -> dict[str, Any]:
 
 
 def _gds(part: Part, path: Any, nbytes: int) -> Any:
-    """Straight from the drive into the device."""
+    """The rate of reading from the drive directly into device memory."""
     from common import machine
     from penstock.io.checkpoint.header import FileStamp
     from penstock.io.extent import Extent

@@ -46,7 +46,7 @@ LOOKAHEAD = 2
 
 @dataclass
 class Rig:
-    """Blocks in a cycle, of which a few are on the device at one time."""
+    """Runs blocks in a cycle, with a few of them on the device at one time."""
 
     device: Device
     layers: list[nn.Module]
@@ -59,17 +59,21 @@ class Rig:
     memory: Memory
     position: tuple[torch.Tensor, torch.Tensor]
     fallback: str | None
-    """Why not all of the host memory is pinned."""
+    """Why a part of the host memory is not pinned; None if all of it is."""
 
     def stream(self) -> None:
-        """One pass with nothing to compute: every unit comes and goes."""
+        """Runs one pass without computing: every unit is loaded and released."""
         for site in range(len(self.layers)):
             self.working_set.acquire(site)
             self._look_ahead(site)
             self.working_set.release(site)
 
     def run(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """One pass of all hidden states through all blocks, block by block."""
+        """Runs all micro-batches through all blocks, block by block.
+
+        The tensors, of `micro_batches` and in the result, are hidden states, bfloat16
+        [rows, length, hidden].
+        """
         states = list(micro_batches)
         for site, layer in enumerate(self.layers):
             self.open_sites.enter(site)
@@ -79,7 +83,8 @@ class Rig:
         return states
 
     def stay(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The same work with one block's weights for all, which are there."""
+        """Does the same work as `run` with the weights of one block, which stay on the
+        device, for all blocks."""
         states = list(micro_batches)
         self.open_sites.enter(0)
         for _ in self.layers:
@@ -88,13 +93,14 @@ class Rig:
         return states
 
     def plain(self, target: torch.Tensor) -> None:
-        """All units into `target` by a bare loop of copies: the ceiling of `stream`."""
+        """Copies all units to `target` in a simple loop: the ceiling of `stream`."""
         stream = self.device.stream()
         for index in range(len(self.layers)):
             stream.copy(target, self.host.tensor(self._start(index), self.unit_bytes))
 
     def reference(self, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What `run` must give, by weights that are copied to the device first."""
+        """The correct result of `run`, from weights that are copied to the device
+        first."""
         states = list(micro_batches)
         layer = copy.deepcopy(self.layers[0]).to_empty(device=states[0].device)
         parameters = dict(layer.named_parameters())
@@ -124,7 +130,8 @@ class Rig:
 def open_rig(
     part: Part, shape: Shape, num_layers: int, num_slots: int
 ) -> Iterator[Rig]:
-    """`num_layers` blocks of random weights and a working set of `num_slots`."""
+    """A rig with `num_layers` blocks of random weights, and a working set of
+    `num_slots`."""
     config = shape.config(num_layers)
     with torch.device("meta"):
         blocks = [LlamaDecoderLayer(config, i) for i in range(num_layers)]
@@ -139,7 +146,7 @@ def open_rig(
     with ExitStack() as stack:
         host = stack.enter_context(Arena(stride * num_layers))
         fallback = None
-        if part.has_cuda:  # a piece for each unit: no copy crosses the end of one
+        if part.has_cuda:  # registered unit by unit, so that no copy crosses a border
             fallback = stack.enter_context(
                 Pinned(
                     host.view(0, host.nbytes),
@@ -218,7 +225,7 @@ def _position(
 
 
 def _layout(name: str, layer: nn.Module) -> Layout:
-    """The block's parameters side by side, as they lie in a file."""
+    """The layout of the block's parameters, one after the other as in a file."""
     placed, end = [], 0
     for key, parameter in layer.named_parameters():
         full_name = f"{name}.{key}"

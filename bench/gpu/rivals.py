@@ -1,9 +1,10 @@
-"""The same work by others: accelerate's `cpu_offload`, and all weights on the device.
+"""Does the same work in other ways: accelerate's `cpu_offload`, and all weights on the
+device.
 
-accelerate is given its weights without a file: every block's are the same tensors in
-host memory, as pageable as accelerate leaves them. Each of its forwards moves all
-blocks, so it is timed twice: one micro-batch after the other (from one of them), and
-all tokens as one batch, which is the best that it can do.
+accelerate gets its weights without a file: those of every block are the same tensors in
+host memory, which is pageable, as accelerate leaves it. Each of its forwards moves all
+blocks. So it is timed twice: with one micro-batch after the other (from the time of
+one), and with all tokens as one batch, which is the best that it can do.
 """
 
 import gc
@@ -20,7 +21,7 @@ from gpu.shapes import Shape, fill, most_layers, shape_of, token_ids
 
 NUM_MICRO_BATCHES = 8
 HEADROOM_BYTES = 14 << 30
-"""Of the device's memory, beside resident weights."""
+"""Bytes of device memory to leave free beside resident weights."""
 
 
 def timed(part: Part, act: Callable[[], object], rounds: int) -> float:
@@ -34,7 +35,7 @@ def timed(part: Part, act: Callable[[], object], rounds: int) -> float:
 
 
 def offloaded(part: Part, shape: Shape, num_layers: int) -> Any:
-    """The model by accelerate's `cpu_offload`."""
+    """The model, offloaded by accelerate's `cpu_offload`."""
     from accelerate import cpu_offload, init_empty_weights
 
     with init_empty_weights():

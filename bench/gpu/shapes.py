@@ -1,4 +1,4 @@
-"""Llamas of a stated shape and memory, and micro-batches for them."""
+"""Makes Llamas of a given shape and memory, and micro-batches for them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,15 @@ import torch
 from transformers import LlamaConfig
 
 MARGIN_BYTES = 24 << 30
-"""Of the host's memory that is left alone."""
+"""Bytes of host memory to leave free."""
 WANTED_BYTES = 65_000_000_000
-"""Of weights: more than what the project promises to stream (64 GB)."""
+"""Bytes of weights: more than what the project promises to stream (64 GB)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Blocks of Llama 2 70B (or 3), and a small vocabulary: it is blocks that count."""
+    """The sizes of a model: blocks of Llama 2 70B (or 3), and a small vocabulary, since
+    only the blocks matter."""
 
     hidden: int = 8192
     intermediate: int = 28672
@@ -24,7 +25,7 @@ class Shape:
     vocabulary: int = 32_000
     row_tokens: int = 1024
     rows: int = 4
-    """Of a micro-batch."""
+    """The number of rows of a micro-batch."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -32,7 +33,7 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of one block's matrices."""
+        """The number of parameters in the matrices of one block."""
         kv = self.hidden * self.kv_heads // self.heads
         return self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
 
@@ -53,7 +54,7 @@ class Shape:
             architectures=["LlamaForCausalLM"],
             dtype="bfloat16",
         )
-        config._attn_implementation = "sdpa"  # blocks alone would take the slow one
+        config._attn_implementation = "sdpa"  # the default here is slow
         return config
 
 
@@ -68,7 +69,8 @@ def shape_of(is_dry: bool) -> Shape:
 
 
 def most_layers(shape: Shape, wanted_bytes: int = WANTED_BYTES) -> int:
-    """As many blocks as make `wanted_bytes`, if the host's memory can hold them."""
+    """The number of blocks that have `wanted_bytes`, or fewer if host memory cannot
+    hold them."""
     free = psutil.virtual_memory().available - MARGIN_BYTES
     wanted = -(-wanted_bytes // shape.layer_bytes)
     return max(3, min(wanted, free // shape.layer_bytes))
@@ -85,14 +87,15 @@ def token_ids(shape: Shape, num_micro_batches: int) -> list[torch.Tensor]:
 
 
 def first_of(output: Any) -> torch.Tensor:
-    """A block's hidden states: older transformers give a tuple."""
+    """The hidden states that a block returns; older versions of transformers return a
+    tuple."""
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, torch.Tensor)
     return found
 
 
 def fill(target: torch.Tensor, scale: float, device: torch.device) -> None:
-    """Random bf16 numbers into host memory, made where that is fast."""
+    """Fills `target`, uint8 in host memory, with random bfloat16 numbers."""
     step = 1 << 28
     flat = target.view(torch.bfloat16)
     for start in range(0, len(flat), step):

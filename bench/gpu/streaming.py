@@ -1,7 +1,7 @@
-"""Weights out of pinned host memory, at the level of link, working set and sites: how
-fast they come alone, and how much of that is left beside computing.
+"""Measures streaming from pinned host memory, with link, working set and sites: how
+fast weights arrive alone, and while computing.
 
-A pass is bound by the products or by the link, whichever takes longer; both are
+A pass is bound by the matrix products or by the link, whichever takes longer. Both are
 measured here, on the same blocks, in turns with what they bound.
 """
 
@@ -20,12 +20,13 @@ from gpu.shapes import Shape, most_layers, shape_of
 
 NUM_SLOTS = 4
 IN_FLIGHT = (1, 4, 8)
-"""Micro-batches in flight: bound by the link, near the balance, by the products."""
+"""The numbers of micro-batches in flight: bound by the link, near the balance, and
+bound by matrix products."""
 ROUNDS = 3
 
 
 def timed(part: Part, rig: Rig, act: Callable[[], object]) -> tuple[float, int]:
-    """Seconds of `act` and bytes that the link moved meanwhile."""
+    """(seconds of `act`, bytes that the link moved meanwhile)."""
     before = rig.link.statistics().bytes_moved
     start = time.perf_counter()
     act()
@@ -35,7 +36,8 @@ def timed(part: Part, rig: Rig, act: Callable[[], object]) -> tuple[float, int]:
 
 
 def alone(part: Part, rig: Rig) -> dict[str, Any]:
-    """No compute: the link's rate against a bare loop of copies of as many bytes."""
+    """Measures the link without computing, compared with a simple loop of copies of as
+    many bytes."""
     target = torch.empty(rig.unit_bytes, dtype=torch.uint8, device=part.device)
     nbytes = rig.unit_bytes * len(rig.layers)
     link, plain, moved = [], [], []
@@ -51,13 +53,13 @@ def alone(part: Part, rig: Rig) -> dict[str, Any]:
         "plain_bytes_per_second": statistics.median(plain),
         "of_plain": statistics.median(a / b for a, b in zip(link, plain, strict=True)),
         "target": 0.97,
-        "bytes_moved_per_pass": statistics.median(moved),  # what fits stays
+        "bytes_moved_per_pass": statistics.median(moved),  # units that fit stay
         "bytes_of_all_units": nbytes,
     }
 
 
 def computing(part: Part, rig: Rig, shape: Shape, num: int) -> dict[str, Any]:
-    """`num` micro-batches, streamed and with weights that stay, in turns."""
+    """Runs `num` micro-batches, streamed and with weights that stay, in turns."""
     states = hidden_states(part, shape, num)
     seconds, moved, stays = [], [], []
     rig.run(states)
@@ -91,7 +93,7 @@ def is_equal(part: Part, rig: Rig, shape: Shape) -> bool:
 def judge(
     part: Part, rig: Rig, shape: Shape, num: int, link: dict[str, Any], flops: float
 ) -> dict[str, Any]:
-    """`computing`, and its shares of the ceilings."""
+    """The result of `computing`, and its shares of the ceilings."""
     found = computing(part, rig, shape, num)
     transfer = found["bytes_moved_per_pass"] / link["plain_bytes_per_second"]
     bound = max(found["compute_seconds"], transfer)

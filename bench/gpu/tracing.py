@@ -1,9 +1,9 @@
-"""Two passes in their steady state under torch's profiler: who waits for the device,
-and how much of the copying is done while kernels run.
+"""Traces two passes in their steady state with torch's profiler: who waits for the
+device, and how much copying overlaps with kernels.
 
-The thread that runs the model must never wait for the device. What counts as waiting:
-the runtime's synchronising calls and copies that are not asynchronous, between the
-start and the end of the two passes.
+The thread that runs the model must never wait for the device. Waiting means calls of
+the runtime that synchronise, and copies that are not asynchronous, between the start
+and the end of the two passes.
 """
 
 import gzip
@@ -41,7 +41,7 @@ Span = tuple[float, float]
 
 
 def record(part: Part, path: Path, two_passes: Callable[[], object]) -> dict[str, Any]:
-    """Runs them once to warm up and once under the profiler."""
+    """Runs `two_passes` once to warm up, and once under the profiler."""
     two_passes()
     part.synchronize()
     activities = [ProfilerActivity.CPU]
@@ -56,7 +56,7 @@ def record(part: Part, path: Path, two_passes: Callable[[], object]) -> dict[str
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a trace that `record` wrote says."""
+    """The figures of a trace that `record` has written."""
     open_it = gzip.open if path.suffix == ".gz" else open
     with open_it(path, "rt") as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]

@@ -100,9 +100,9 @@ def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _broken(path, f"has a header that is no JSON ({error})") from None
+        raise _broken(path, f"has a header that is not valid JSON ({error})") from None
     if not isinstance(header, dict):
-        raise _broken(path, "has a header that is no JSON object")
+        raise _broken(path, "has a header that is not a JSON object")
     header.pop("__metadata__", None)
     entries = sorted(
         (_entry(path, 8 + length, name, value) for name, value in header.items()),

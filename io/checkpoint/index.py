@@ -38,7 +38,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no folder; give the folder of a Hugging Face checkpoint "
+            f"{folder} is not a folder; give the folder of a Hugging Face checkpoint "
             f"(with config.json and {SINGLE_FILE} or {INDEX_FILE})"
         )
     if (folder / SINGLE_FILE).exists():  # before an index, like transformers
@@ -99,7 +99,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name in weight_map.values():
         if not _is_file_name(name):
             raise CheckpointError(
-                f"{path}: weight_map names {name!r}, which is no file beside it; "
+                f"{path}: weight_map names {name!r}, which is not a file beside it; "
                 "download it again"
             )
     return weight_map

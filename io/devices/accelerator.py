@@ -172,7 +172,7 @@ def _device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        message = f"{name!r} is no device: write cpu, cuda or cuda:1"
+        message = f"{name!r} is not a device: write cpu, cuda or cuda:1"
         raise PolicyError(message) from None
     kinds = {torch.device(each).type for each in there}
     if device.type not in kinds:

@@ -34,8 +34,8 @@ class KvShape:
         if not is_pair:
             raise UsageError(
                 f"keys {tuple(keys.shape)} {keys.dtype} and values "
-                f"{tuple(values.shape)} {values.dtype} are no pair of [batch, heads, "
-                "tokens, dim]: set kv.tier to auto for this model"
+                f"{tuple(values.shape)} {values.dtype} are not a pair of [batch, "
+                "heads, tokens, dim]: set kv.tier to auto for this model"
             )
         return cls(
             keys.shape[0],

@@ -216,7 +216,7 @@ def _open_own(path: Path) -> int | None:
 def _why_not_ours(status: os.stat_result) -> str | None:
     """Why another user may have written the file; None if only this user could."""
     if not stat.S_ISREG(status.st_mode):
-        return "it is no regular file"
+        return "it is not a regular file"
     if status.st_uid != os.geteuid():
         return f"it belongs to user {status.st_uid}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -105,7 +105,7 @@ def _row(values: Sequence[str], columns: Sequence[str], where: str) -> dict[str,
     try:
         "".join(fields.values()).encode()
     except UnicodeEncodeError:
-        return {"error": f"{where} is no UTF-8"}
+        return {"error": f"{where} is not valid UTF-8"}
     return {name: _value(name, text) for name, text in fields.items()}
 
 

@@ -240,8 +240,8 @@ def _is_array(chunks: Iterator[bytes], name: str) -> bool:
         first and "error" in parse_row(first, "") and next(lines, b"")
     ):
         raise InputError(
-            f"{name} is no array of JSON objects, and its first line is no object by "
-            "itself: give an array, or an object a line"
+            f"{name} is not an array of JSON objects, and its first line is not an "
+            "object by itself: give an array, or an object a line"
         )
     return False
 

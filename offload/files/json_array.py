@@ -119,14 +119,14 @@ class _Text:
             if found <= wanted:
                 self._decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            raise self._error(f"it is no UTF-8: {error.reason}") from None
+            raise self._error(f"it is not valid UTF-8: {error.reason}") from None
         self._text = "".join(pieces)
         return found > 0
 
     def _error(self, why: str) -> InputError:
         return InputError(
-            f"{self._name} is no array of JSON objects, as a .json file that begins "
-            f"with [ has to be: {why}"
+            f"{self._name} is not an array of JSON objects, as a .json file that "
+            f"begins with [ has to be: {why}"
         )
 
 

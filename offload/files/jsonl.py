@@ -69,7 +69,7 @@ def text_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
     except UnicodeDecodeError as error:
-        return {"error": f"{where} is no UTF-8: {error.reason}"}
+        return {"error": f"{where} is not valid UTF-8: {error.reason}"}
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
-        return {"error": f"{where} is no UTF-8: {error.reason}"}
+        return {"error": f"{where} is not valid UTF-8: {error.reason}"}
     except (ValueError, RecursionError) as error:
-        return {"error": f"{where} is no JSON: {error}"}
+        return {"error": f"{where} is not valid JSON: {error}"}
     if not isinstance(row, dict):
-        return {"error": f"{where} is no JSON object: {row!r:.40}"}
+        return {"error": f"{where} is not a JSON object: {row!r:.40}"}
     row.pop("error", None)  # a key of the input is no failure of ours
     return row
 
@@ -154,4 +154,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON's")
+    raise ValueError(f"{constant} is not a JSON number")

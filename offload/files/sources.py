@@ -158,7 +158,7 @@ def _found(source: str | Path, own: Own) -> Iterator[InputFile]:
                 yield _named(Path(name))
     elif path.exists():
         if not path.is_file():  # a pipe would be read twice, and has no size
-            raise InputError(f"{path} is no file: give a pipe as standard input (-)")
+            raise InputError(f"{path} is not a file: give a pipe as standard input (-)")
         yield _named(path)
     else:
         raise InputError(f"cannot read {path}: No such file or directory")

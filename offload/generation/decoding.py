@@ -44,7 +44,7 @@ class RowSampler:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The others have ended."""
+        """Keeps only the rows with these indices: the others have ended."""
         self._generators = [self._generators[row] for row in rows]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ class FiniteCheck:
         """The prompt of each sequence; the sequences of one prompt are next to each
         other."""
         self.is_bad: torch.Tensor | None = None
-        """bool [sequences]."""
+        """Which sequences had unusable logits since the last `bad_prompts`: bool
+        [sequences]."""
         self._bad: set[int] = set()
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -74,10 +75,12 @@ class Unpadded:
         self._starts = starts[:, None]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """The others have ended."""
+        """Keeps only the rows with these indices: the others have ended."""
         self._starts = self._starts[list(rows)]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`ids`: int64 [rows, tokens]; `scores` and the result: [rows, vocabulary],
+        of one dtype."""
         is_pad = torch.arange(ids.shape[1], device=ids.device) < self._starts
         if self._fill is None:
             seen = torch.where(is_pad, ids.gather(1, self._starts), ids)

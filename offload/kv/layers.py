@@ -42,6 +42,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def values(self) -> torch.Tensor | None:
+        """All values, [batch, heads, tokens, dim]; see `keys`."""
         return None if self._buffer is None else self._view()[1]
 
     @values.setter
@@ -51,6 +52,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> None:
+        """Makes room for keys and values, each [batch, heads, tokens, dim]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._open(key_states, value_states)
         self.is_initialized = True
@@ -92,9 +94,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._buffer.prefetch()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replaces sequence i by sequence `beam_idx[i]`; int64 [batch]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences `indices`: int64 [new batch], or bool [batch]."""
         if self._buffer is not None and self._buffer.length > 0:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().squeeze(-1)

@@ -4,7 +4,7 @@ Pure."""
 import math
 
 from ...io.tier import Tier
-from ...scheduler.joint_rows import WIDE_ROWS
+from ...scheduler.packing import WIDE_ROWS
 from .counts import Advice, Bound, Counts
 
 _WAITING_BINDS = 0.1

@@ -99,11 +99,11 @@ def _options(row: Mapping[str, Any], template: str) -> dict[str, Any]:
         if not isinstance(tools, (list, tuple)) or not all(
             isinstance(tool, Mapping) for tool in tools
         ):
-            raise RowError('the row\'s "tools" are no list of objects')
+            raise RowError('the row\'s "tools" are not a list of objects')
         found["tools"] = list(tools)
     if more:
         if not isinstance(more, Mapping):
-            raise RowError('the row\'s "chat_template_kwargs" are no object')
+            raise RowError('the row\'s "chat_template_kwargs" are not an object')
         if ours := _OURS & more.keys():
             raise RowError(
                 f'{min(ours)!r} of the row\'s "chat_template_kwargs" is not the chat '

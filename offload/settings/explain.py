@@ -47,11 +47,11 @@ def _which(path: tuple[str, ...], model: type[BaseModel]) -> str:
 def _section(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for name in path:
         if name not in model.model_fields:
-            continue  # a key of a dict of sections, which was walked into already
+            continue  # it is a key of a dict of sections
         annotation: Any = model.model_fields[name].annotation
         if get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
-        assert issubclass(annotation, BaseModel), f"{name} is no section"
+        assert issubclass(annotation, BaseModel), f"{name} is not a section"
         model = annotation
     return model
 

@@ -77,7 +77,7 @@ def read_text(path: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise PolicyError(f"{path} is no YAML: {error}") from None
+        raise PolicyError(f"{path} is not valid YAML: {error}") from None
 
 
 def _read_new(path: Path, chain: tuple[Path, ...], known: Known) -> Document:
@@ -104,7 +104,7 @@ def _read_base(
         raise _wrong(entry, lacks)
     if base.resolve() in chain:
         round_ = " -> ".join(p.name for p in (*chain, base))
-        message = f"extends goes round ({round_}); take one of them out"
+        message = f"extends is circular ({round_}); take one of them out"
         raise PolicyProblems([Problem(f"{entry.value}: {message}")])
     if len(chain) >= _MAX_CHAIN:
         message = f"extends goes through more than {_MAX_CHAIN} files"
@@ -122,7 +122,7 @@ def _locate(name: str, folder: Path) -> Path:
     Shipped policies are named without a suffix.
     """
     if "\0" in name:
-        raise PolicyError(f"{name!r:.300} is no name of a file")
+        raise PolicyError(f"{name!r:.300} is not a file name")
     path = folder / name
     there = SHIPPED / f"{name}.yaml"
     is_name = Path(name).suffix not in (".yaml", ".yml") and "/" not in name

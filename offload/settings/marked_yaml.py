@@ -57,7 +57,7 @@ def _check_bounds(text: str, source: str) -> None:
     values, than settings have. Checked before any value is made."""
     if _OPENED.search(text):  # the scanner would take for ever
         message = (
-            f"{source}: no settings: more than {_MAX_DEPTH} levels below each other"
+            f"{source}: not a file of settings: more than {_MAX_DEPTH} nested levels"
         )
         raise PolicyProblems([Problem(message)])
     depth = num_aliases = num_values = 0
@@ -67,7 +67,7 @@ def _check_bounds(text: str, source: str) -> None:
         num_aliases += isinstance(event, yaml.AliasEvent)
         num_values += isinstance(event, yaml.NodeEvent)
         for found, most, what in (
-            (depth, _MAX_DEPTH, "levels below each other"),
+            (depth, _MAX_DEPTH, "nested levels"),
             (num_aliases, _MAX_ALIASES, "aliases (*name)"),
             (num_values, _MAX_VALUES, "keys and values"),
         ):
@@ -75,15 +75,15 @@ def _check_bounds(text: str, source: str) -> None:
                 at = event.start_mark
                 assert at is not None, "each event of a text has a position"
                 mark = Mark(source, at.line + 1, at.column + 1)
-                message = f"{mark}: no settings: more than {most} {what}"
+                message = f"{mark}: not a file of settings: more than {most} {what}"
                 raise PolicyProblems([Problem(message)])
 
 
 def _why_no_yaml(error: yaml.YAMLError, source: str) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         at, said = error.problem_mark, error.problem
-        return f"{Mark(source, at.line + 1, at.column + 1)}: no YAML: {said}"
-    return f"{source}: no YAML: {' '.join(str(error).split())}"
+        return f"{Mark(source, at.line + 1, at.column + 1)}: not valid YAML: {said}"
+    return f"{source}: not valid YAML: {' '.join(str(error).split())}"
 
 
 class _Walk:
@@ -104,7 +104,9 @@ class _Walk:
         try:
             self._loader.flatten_mapping(node)  # `<<: *other`, whose keys come first
         except yaml.YAMLError as error:
-            raise self.wrong(node, f"no YAML: {' '.join(str(error).split())}") from None
+            raise self.wrong(
+                node, f"not valid YAML: {' '.join(str(error).split())}"
+            ) from None
         found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = self._key(key_node)
@@ -141,7 +143,9 @@ class _Walk:
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             # No such date, no such number, one of too many digits, a foreign tag.
             why = getattr(error, "problem", None) or error
-            raise self.wrong(node, f"no YAML: {why} ({node.value!r:.60})") from None
+            raise self.wrong(
+                node, f"not valid YAML: {why} ({node.value!r:.60})"
+            ) from None
 
     def _check_twice(self, node: yaml.MappingNode) -> None:
         if id(node) in self._checked:  # it is an alias, and flattened already

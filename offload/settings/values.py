@@ -48,7 +48,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     PolicyError."""
     key, equals, text = setting.partition("=")
     if not equals:
-        raise PolicyError(f"{setting!r} is no setting: write key=value")
+        raise PolicyError(f"{setting!r} is not a setting: write key=value")
     return key.strip(), read_value(text, f"--set {setting}")
 
 
@@ -56,18 +56,18 @@ def parse_bytes(value: int | str) -> int:
     """Bytes of `"2GiB"`, `"1.5 GB"` or a number. GiB is 2**30, GB is 10**9. Raises
     ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{value!r} is no size: write 2GiB, 512MiB or a number")
+        raise ValueError(f"{value!r} is not a size: write 2GiB, 512MiB or a number")
     if isinstance(value, int):
         nbytes = value
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:
             known = "B, KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-            raise ValueError(f"{value!r} is no size: write 2GiB (units: {known})")
+            raise ValueError(f"{value!r} is not a size: write 2GiB (units: {known})")
         found = float(match[1]) * _UNITS[match[2].upper()]
         nbytes = int(min(found, _MAX_BYTES))  # too many digits give infinity
     if nbytes <= 0:
-        raise ValueError(f"{value!r} must be more than nothing")
+        raise ValueError(f"{value!r} must be more than 0")
     if nbytes >= _MAX_BYTES:
         raise ValueError(
             "that is more than any machine has: write less than 8388608TiB"
@@ -141,7 +141,8 @@ _DTYPE = r"^(auto|float(16|32|64)?|bfloat16|half|double|float8_\w+)$"
 def _dtype(text: str) -> str:
     if re.fullmatch(_DTYPE, text) is None:
         raise ValueError(
-            f"{text!r} is no floating dtype: write auto, float32, bfloat16 or float16"
+            f"{text!r} is not a floating dtype: write auto, float32, bfloat16 or "
+            "float16"
         )
     return text
 
@@ -156,7 +157,7 @@ _USUAL = {"cpu", "cuda"}
 
 def _device(text: str) -> str:
     if not _is_device(text):
-        raise ValueError(f"{text!r} is no device: write cpu, cuda or cuda:1")
+        raise ValueError(f"{text!r} is not a device: write cpu, cuda or cuda:1")
     return text
 
 
@@ -179,7 +180,7 @@ def _is_device(text: str) -> bool:
 def _tier(text: str) -> str:
     if text not in set(Tier) and not _is_device(text):
         raise ValueError(
-            f"{text!r} is no tier: write {', '.join(Tier)} or a peer's name (cuda:1)"
+            f"{text!r} is not a tier: write {', '.join(Tier)} or a peer's name (cuda:1)"
         )
     return text
 
@@ -197,7 +198,7 @@ def _expression(text: str) -> str:
     try:
         regex.compile(text)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
     return text
 
 

@@ -108,7 +108,7 @@ class Binding:
 
     @property
     def resident(self) -> Mapping[str, torch.Tensor]:
-        """The weights that stay in memory, by name."""
+        """The weights that stay in memory, by name, each in its own shape and dtype."""
         return self._resident
 
     def is_in_host(self, unit: int) -> bool:
@@ -228,8 +228,8 @@ class Binding:
                 self.bind_for_ever(unit, offset)
 
     def tensors(self, unit: int, offset: int) -> dict[str, torch.Tensor]:
-        """The tensors of `unit` at `offset`, by name. They are views of the arena or of
-        the host tier."""
+        """The tensors of `unit` at `offset`, by name, in their own shapes and dtypes.
+        They are views of the arena or of the host tier."""
         memory = self._arena
         if self._host is not None and self.is_in_host(unit):
             memory = self._host.memory

@@ -23,7 +23,7 @@ class BoundParameter(nn.Parameter):
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor, requires_grad: bool) -> "BoundParameter":
-        """The parameter `name`, a view of `tensor`.
+        """The parameter `name`, a view of `tensor` with its shape and dtype.
 
         Call it outside of inference mode. What a device copies into the slot raises the
         counter of the slot; `tensor.data` has another counter.
@@ -45,6 +45,7 @@ class BoundParameter(nn.Parameter):
 
     @property
     def data(self) -> torch.Tensor:
+        """The weight without gradients, in its shape and dtype, with the same bytes."""
         return self.detach()
 
     @data.setter

@@ -95,7 +95,7 @@ def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtyp
     if asked != "auto":
         found = getattr(torch, asked, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise UsageError(f"dtype {asked!r} is no floating dtype of torch")
+            raise UsageError(f"dtype {asked!r} is not a floating dtype of torch")
         return found
     if isinstance(config.dtype, torch.dtype):
         if not config.dtype.is_floating_point:

@@ -65,8 +65,8 @@ def check_layers(config: Any, folder: Path, *, num_tensors: int) -> None:
                 continue
             if value < 0:
                 raise CheckpointError(
-                    f"{folder}/config.json: {key} is {value:,}, which is no number of "
-                    "blocks: download or copy it again"
+                    f"{folder}/config.json: {key} is {value:,}, which is not a number "
+                    "of blocks: download or copy it again"
                 )
             if value > max(num_tensors, _FEW_LAYERS):
                 raise CheckpointError(

@@ -47,7 +47,7 @@ def new_values(
         module, key, standing = _look_up(model, name)
         streamed = streamed_name(module, key)
         if not isinstance(value, torch.Tensor):
-            raise UsageError(f"{name!r}: {type(value).__name__} is no tensor")
+            raise UsageError(f"{name!r}: {type(value).__name__} is not a tensor")
         expected = (tuple(standing.shape), standing.dtype)
         shape, dtype = like(streamed) if streamed is not None else expected
         _check(name, value, shape, dtype)
@@ -85,7 +85,7 @@ def _check(
     if value.is_nested or value.layout is not torch.strided or _is_fake(value):
         kind = value.layout if type(value) is torch.Tensor else type(value).__name__
         raise UsageError(
-            f"the new {name!r} is no plain tensor ({kind}): give a dense one with "
+            f"the new {name!r} is not a plain tensor ({kind}): give a dense one with "
             "values (such as tensor.to_dense())"
         )
     if tuple(value.shape) != shape:

@@ -34,7 +34,7 @@ class RowGatherer:
         """Called when the table's file changes: rows are read as `recipe` says from now
         on."""
         stored = recipe.stored_rows
-        assert stored is not None, "a table that is no byte range cannot be gathered"
+        assert stored is not None, "a table that is not a byte range cannot be gathered"
         self._table = stored
         self._dtype = recipe.dtype
         self._stored_dtype = recipe.slices[0].entry.dtype

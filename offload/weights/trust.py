@@ -65,10 +65,10 @@ def _check_file(path: Path, most_bytes: int | None) -> None:
     if stat.S_ISDIR(found.st_mode):
         return
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"cannot read {path}: it is no regular file")
+        raise CheckpointError(f"cannot read {path}: it is not a regular file")
     if most_bytes is not None and found.st_size > most_bytes:
         raise CheckpointError(
-            f"{path} has {found.st_size:,} bytes, which is no file of its kind (at "
+            f"{path} has {found.st_size:,} bytes, which is not a file of its kind (at "
             f"most {most_bytes:,})"
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...io.tier import Tier
-from ..joint_rows import MAX_ROWS, WIDE_ROWS
+from ..packing import MAX_ROWS, WIDE_ROWS
 from .load_cost import load_seconds, stolen_seconds
 from .pipeline import PassCost, WeightLoad, run_passes
 from .rates import Rates

@@ -21,7 +21,7 @@ class Curve:
         numbers are positive."""
         points = tuple(sorted((float(x), float(y)) for x, y in measured.items()))
         if not points or any(x <= 0 or y <= 0 for x, y in points):
-            raise ValueError(f"{dict(measured)} is no curve: give positive numbers")
+            raise ValueError(f"{dict(measured)} is not a curve: give positive numbers")
         return cls(points)
 
     def at(self, x: float) -> float:

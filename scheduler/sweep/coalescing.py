@@ -19,8 +19,8 @@ from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
 from ...io.merging import Rule, counter
-from ..joint_rows import MAX_ROWS, WIDE_ROWS
 from ..order import Order
+from ..packing import MAX_ROWS, WIDE_ROWS
 from .coalescing_queue import CoalescingQueue
 from .micro_batch import MicroBatch
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of

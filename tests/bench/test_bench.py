@@ -22,7 +22,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 
 def run_worker(command: list[str], *rest: Any) -> dict[str, Any]:
-    """As `turns.run`, in a process that begins at once."""
+    """Like `turns.run`, in a process that starts at once."""
     done = forked_python.run(*command[1:])
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -27,7 +27,7 @@ def supervise_forked(
     stdout: IO[str],
     stderr: IO[str],
 ) -> int:
-    """As the suite's own `supervise`, in a process that begins at once."""
+    """Like the suite's own `supervise`, in a process that starts at once."""
     done = forked_python.run(
         *command[1:], env=env, first=partial(os.chdir, SUITE.parent)
     )

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 NUM_UNITS = 5
 NUM_SCHEDULES = 50
-"""Of each reader; a thousand with `--whole`."""
+"""How many schedules run with each reader; a thousand with `--whole`."""
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def test_a_policy_may_be_a_dict_of_its_keys() -> None:
     assert Policy.of({"device_memory": "2MiB"}).device_memory == 2 << 20
     assert Policy.of(None) == Policy()
     for wrong in ("policy.yaml", 5, ["strict"]):
-        with pytest.raises(PolicyError, match="is no policy"):
+        with pytest.raises(PolicyError, match="is not a policy"):
             penstock.load("x", wrong)  # type: ignore[arg-type]
 
 
@@ -183,7 +183,7 @@ def test_rows_may_be_texts_or_a_table(given: Any, texts: list[str]) -> None:
 
 
 class Frame:
-    """As pandas has it, where what is not there is NaN."""
+    """A table like those of pandas, in which missing values are NaN."""
 
     columns = ("text", "completion")
 
@@ -242,7 +242,7 @@ def _sparse() -> nn.Module:
         (_of_a_subclass, "'odd' is a Sub, not a plain tensor"),
         (_sparse, "'odd' is a torch.sparse_coo"),
         (lambda: nn.LazyLinear(3), "'weight' has no shape yet"),
-        (lambda: "a path", "no torch.nn.Module"),
+        (lambda: "a path", "not a torch.nn.Module"),
     ],
 )
 def test_what_cannot_be_wrapped_is_named(

@@ -77,7 +77,7 @@ def rules_for(engine: Engine, lookahead: int) -> dict[str, str] | None:
 
 
 def mixed_policy(name: str, folder: Path) -> Policy:
-    """Of the smallest of a few budgets in which one unit can stay."""
+    """A policy with the smallest of a few budgets in which one unit can stay."""
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     for quarters in (2, 3, 4, 6, 8, 12):
         values = {**MIXED, "device_memory": total * quarters // 4}

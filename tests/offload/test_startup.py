@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def modules_of(*arguments: str) -> set[str]:
-    """What is imported once `penstock` has done as `arguments` say."""
+    """The modules that are imported when `penstock` has run with `arguments`."""
     done = subprocess.run(
         [sys.executable, "-c", _PROBE, json.dumps(arguments)],
         capture_output=True,

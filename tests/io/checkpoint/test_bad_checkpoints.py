@@ -100,7 +100,7 @@ def reshape_tensor(folder: Path) -> None:
 
 Damage = Callable[[Path], object]
 DAMAGES: dict[str, tuple[Damage, type[PenstockError], list[str]]] = {
-    "no_folder": (shutil.rmtree, CheckpointError, ["is no folder"]),
+    "no_folder": (shutil.rmtree, CheckpointError, ["is not a folder"]),
     "missing_shard": (
         lambda f: shards(f)[1].unlink(),
         CheckpointError,
@@ -214,7 +214,7 @@ DAMAGES: dict[str, tuple[Damage, type[PenstockError], list[str]]] = {
     "config_is_too_deep": (
         lambda f: (f / "config.json").write_text('{"a":' * 100_000),
         CheckpointError,
-        ["config.json is no JSON: it is too deep"],
+        ["config.json is not valid JSON: it is too deep"],
     ),
     "layers_as_text": (
         lambda f: change_config(f, num_hidden_layers="4"),
@@ -224,7 +224,7 @@ DAMAGES: dict[str, tuple[Damage, type[PenstockError], list[str]]] = {
     "fewer_layers_than_none": (
         lambda f: change_config(f, num_hidden_layers=-1),
         CheckpointError,
-        ["config.json: num_hidden_layers is -1, which is no number"],
+        ["config.json: num_hidden_layers is -1, which is not a number"],
     ),
     "a_billion_layers": (
         lambda f: change_config(f, num_hidden_layers=10**9),
@@ -287,7 +287,7 @@ def test_what_is_wrong_is_named_and_nothing_is_left(damage: str, folder: Path) -
 def test_a_dtype_that_is_none_is_refused(
     settings: dict[str, str], says: str, saved: Path
 ) -> None:
-    with pytest.raises(UsageError, match=f"{says}.* is no floating dtype"):
+    with pytest.raises(UsageError, match=f"{says}.* is not a floating dtype"):
         penstock.load(saved, Policy(**settings))
 
 

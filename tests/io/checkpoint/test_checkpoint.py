@@ -176,24 +176,24 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         "'z' is in",
     ),
     "absent_file": (_names("other.safetensors"), "other.safetensors", "missing"),
-    "path_upwards": (_names("../x.safetensors"), INDEX_FILE, "no file beside it"),
-    "path_downwards": (_names("sub/x.safetensors"), INDEX_FILE, "no file beside it"),
-    "absolute_path": (_names("/etc/x.safetensors"), INDEX_FILE, "no file beside it"),
-    "parent_folder": (_names(".."), INDEX_FILE, "no file beside it"),
-    "this_folder": (_names("."), INDEX_FILE, "no file beside it"),
-    "empty_name": (_names(""), INDEX_FILE, "no file beside it"),
-    "number_as_name": (_names(17), INDEX_FILE, "no file beside it"),
-    "list_as_name": (_names([FIRST]), INDEX_FILE, "no file beside it"),
-    "null_in_name": (_names("\0.safetensors"), INDEX_FILE, "no file beside it"),
+    "path_upwards": (_names("../x.safetensors"), INDEX_FILE, "not a file beside it"),
+    "path_downwards": (_names("sub/x.safetensors"), INDEX_FILE, "not a file beside it"),
+    "absolute_path": (_names("/etc/x.safetensors"), INDEX_FILE, "not a file beside it"),
+    "parent_folder": (_names(".."), INDEX_FILE, "not a file beside it"),
+    "this_folder": (_names("."), INDEX_FILE, "not a file beside it"),
+    "empty_name": (_names(""), INDEX_FILE, "not a file beside it"),
+    "number_as_name": (_names(17), INDEX_FILE, "not a file beside it"),
+    "list_as_name": (_names([FIRST]), INDEX_FILE, "not a file beside it"),
+    "null_in_name": (_names("\0.safetensors"), INDEX_FILE, "not a file beside it"),
     "surrogate_in_name": (_names("\ud800.safetensors"), "shard", "missing"),
     "endless_name": (_names("x" * 300 + ".safetensors"), INDEX_FILE, "beside it"),
-    "pickle_as_shard": (_names("a.bin"), INDEX_FILE, "no file beside it"),
+    "pickle_as_shard": (_names("a.bin"), INDEX_FILE, "not a file beside it"),
     "no_tensors": (lambda f: write_index(f, {}), INDEX_FILE, "must map"),
     "list_of_files": (lambda f: write_index(f, [FIRST]), INDEX_FILE, "must map"),
     "no_weight_map": (_index_of(b"{}"), INDEX_FILE, "weight_map must map"),
     "index_is_a_list": (_index_of(b"[]"), INDEX_FILE, "must hold an object"),
-    "index_is_no_json": (_index_of(b'{"weight_map'), INDEX_FILE, "no JSON"),
-    "index_is_no_text": (_index_of(b"\xff\xfe\x80"), INDEX_FILE, "no JSON"),
+    "index_is_no_json": (_index_of(b'{"weight_map'), INDEX_FILE, "not valid JSON"),
+    "index_is_no_text": (_index_of(b"\xff\xfe\x80"), INDEX_FILE, "not valid JSON"),
     "index_is_too_deep": (_index_of(b"[" * 200_000), INDEX_FILE, "too deep"),
     "index_is_a_folder": (_becomes_folder(INDEX_FILE), INDEX_FILE, "cannot read"),
     "shard_is_a_pipe": (_becomes_pipe(SECOND), SECOND, "cannot read"),
@@ -224,7 +224,7 @@ def test_a_shard_outside_of_the_folder_is_never_opened(tmp_path: Path) -> None:
     folder.mkdir()
     for name in (f"../secret/{SINGLE_FILE}", str(secret / SINGLE_FILE)):
         write_index(folder, {"a": name})
-        with pytest.raises(CheckpointError, match="no file beside it"):
+        with pytest.raises(CheckpointError, match="not a file beside it"):
             open_checkpoint(folder)
 
 
@@ -251,7 +251,7 @@ def test_a_folder_without_safetensors_says_what_to_give(
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     file = write_raw(tmp_path / SINGLE_FILE, {"a": entry("U8", [1], 0, 1)}, data=b"x")
     for path in (file, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match="is no folder; give") as caught:
+        with pytest.raises(CheckpointError, match="is not a folder; give") as caught:
             open_checkpoint(path)
         assert str(path) in str(caught.value)
 

@@ -92,7 +92,7 @@ def test_queries_go_to_the_keys_and_results_come_back() -> None:
 
 
 class Lease:
-    """Of the host's budget."""
+    """A lease of the host's budget."""
 
     tier = "host"
 
@@ -107,7 +107,7 @@ class Lease:
 def test_a_prompt_that_comes_at_once_is_attended_to_where_it_is(
     window: int | None,
 ) -> None:
-    """What comes later is attended to where it is kept."""
+    """Later tokens are attended to where they are kept."""
     with FakeTensorMode():
         keys, values = (torch.empty(2, 2, 5, 16, device="cuda") for _ in range(2))
         buffer = InPlaceBuffer(

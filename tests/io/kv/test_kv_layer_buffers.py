@@ -169,7 +169,7 @@ def test_tokens_that_only_see_themselves_are_seen_later(
 
 
 def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
-    """As by a model whose later layers read what an earlier one saw."""
+    """Later layers of a model may read what an earlier one read."""
     with tier_of("copied", tmp_path) as (tier, _, staging):
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         buffers = [tier.open(shape, 16, lease_of(0)) for _ in range(8)]
@@ -186,8 +186,8 @@ def test_what_is_viewed_still_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_buffer_that_was_viewed_when_it_was_dropped_goes_with_who_views_it() -> None:
-    """As that of a micro-batch which waits for others behind its attention. What the
-    buffers know of theirs keeps no memory."""
+    """For instance, a micro-batch waits for others after its attention. What the
+    buffers know of their staged rows keeps no memory."""
     with Staging(CpuDevice(), None) as staging:
         known, views = [], []
         for _ in range(50):

@@ -427,7 +427,8 @@ def test_a_held_link_is_late_by_its_bandwidth_and_its_latency_once(
 def test_a_drive_is_held_by_what_it_reads_not_by_what_is_made_of_it(
     tmp_path: Path, preadv: Faulty
 ) -> None:
-    """As where half as many bytes are stored, and cast on the way in."""
+    """For instance, half as many bytes are stored, and are cast while they are
+    loaded."""
     units = Units(tmp_path / "weights", [2])
     units.layouts = [replace(one, stored_bytes=PAGE) for one in units.layouts]
     time, held = Time(), Pace(bytes_per_second=PAGE, latency_seconds=0.0)

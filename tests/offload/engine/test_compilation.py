@@ -412,7 +412,7 @@ def test_a_compiler_that_fails_is_announced_once_and_replaced(
 
 
 class Unsupported(Block):
-    """What dynamo cannot trace, and what must happen once a call."""
+    """A block that dynamo cannot trace, and that counts its calls."""
 
     num_calls = 0
 

@@ -56,9 +56,12 @@ def test_a_peer_that_is_not_there_matters_only_where_something_is_to_stay() -> N
     [
         (["device=cuda"], "'cuda': this torch"),
         (["peer.cuda:1=1GiB", 'placement={"": peer}'], "'cuda:1': this torch"),
-        (["device=gpu"], "device: 'gpu' is no device: write cpu, cuda or cuda:1"),
-        (["placement={a: gpu}"], "placement.a: 'gpu' is no tier: write device, peer"),
-        (["placement={a"], "--set placement={a:1:3: no YAML"),
+        (["device=gpu"], "device: 'gpu' is not a device: write cpu, cuda or cuda:1"),
+        (
+            ["placement={a: gpu}"],
+            "placement.a: 'gpu' is not a tier: write device, peer",
+        ),
+        (["placement={a"], "--set placement={a:1:3: not valid YAML"),
         (["links.host.bandwith=1"], "unknown key 'links.host.bandwith' (did you"),
         (['placement={"": host}'], "which has room for 0: set host_memory, or name"),
     ],

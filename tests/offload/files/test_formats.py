@@ -119,7 +119,7 @@ def test_a_csv_row_that_is_none_is_an_error_of_its_own(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbfid,text\n1,a,b\n2,\xff\n3,\n\n4,fine\n")
     more, bytes_, empty, fine = rows_of(path)
     assert "line 2 has 3 fields" in more["error"]
-    assert "line 3 is no UTF-8" in bytes_["error"]
+    assert "line 3 is not valid UTF-8" in bytes_["error"]
     assert 'line 4 has no "text"' in empty["error"]
     assert fine == {"id": "4", "text": "fine"}
 
@@ -130,7 +130,7 @@ def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
     one, brace, bad, last = rows_of(path, PROMPT_KEYS)
     assert one == {"id": 1, "text": " one "}
     assert brace == {"id": 3, "text": '{"text": 1}'}
-    assert "line 4 is no UTF-8" in bad["error"]
+    assert "line 4 is not valid UTF-8" in bad["error"]
     assert last == {"id": 5, "text": "last"}
 
 
@@ -154,10 +154,10 @@ def test_elements_that_are_no_rows_are_errors_of_their_own(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('[{"text": "a"}, {"text"', "no array of JSON objects"),
+        ('[{"text": "a"}, {"text"', "not an array of JSON objects"),
         ('[{"text": "a"} {"text": "b"}]', "stands where ',' should"),
         ('[{"text": "a"}', "its array has no end"),
-        ("[" * 100_000, "no array of JSON objects"),
+        ("[" * 100_000, "not an array of JSON objects"),
         ('[{"text": "a"}]\n[{"text": "b"}]', "stands behind its end"),
         ('[{"text": "a"}]' + " " * 99_999 + "x", "'x' stands behind its end"),
         ('{\n "rows": []\n}\n', "give an array, or an object a line"),
@@ -269,7 +269,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_two_columns_of_one_name_are_refused(suffix: str, tmp_path: Path) -> None:
-    """As in CSV: one of them would be passed over."""
+    """As in CSV. Otherwise one of them would be ignored."""
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / f"in{suffix}"
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])

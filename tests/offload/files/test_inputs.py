@@ -163,7 +163,7 @@ def test_rows_without_an_id_get_where_they_stood(tmp_path: Path) -> None:
     *ids, bad = [r.row for r in inputs_of(one, two).rows(Position())]
     assert [row["id"] for row in ids] == [f"{one}:1", f"{one}:3", f"{two}:1"]
     assert bad["id"] == f"{two}:2"
-    assert f"{two}:2 is no JSON" in bad["error"]
+    assert f"{two}:2 is not valid JSON" in bad["error"]
 
 
 def test_the_same_id_twice_is_no_mistake(tmp_path: Path) -> None:
@@ -179,11 +179,11 @@ def test_the_same_id_twice_is_no_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"text": "\xff\xfe"}', "line 1 is no UTF-8"),
-        (b"{broken", "line 1 is no JSON"),
-        (b'{"id": NaN, "text": "a"}', "NaN is no number of JSON"),
-        (b"[" * 100_000, "line 1 is no JSON"),
-        (b'"text"', "is no JSON object"),
+        (b'{"text": "\xff\xfe"}', "line 1 is not valid UTF-8"),
+        (b"{broken", "line 1 is not valid JSON"),
+        (b'{"id": NaN, "text": "a"}', "NaN is not a JSON number"),
+        (b"[" * 100_000, "line 1 is not valid JSON"),
+        (b'"text"', "is not a JSON object"),
         (b'{"wrong": 1}', 'has no "text"'),
     ],
 )
@@ -323,7 +323,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"write it without \.gz"):
         find_files([plain(tmp_path / "a.parquet.gz")])
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"pipe is no file: .* standard input"):
+    with pytest.raises(InputError, match=r"pipe is not a file: .* standard input"):
         find_files([tmp_path / "pipe"])
     with pytest.raises(InputError, match="an input and the output"):
         check_apart(tmp_path / "a.jsonl", find_files([tmp_path / "a.jsonl"]))
@@ -397,7 +397,7 @@ def test_an_error_comes_where_the_item_would_have() -> None:
 
 
 def test_who_waits_for_an_item_can_be_told_that_none_comes() -> None:
-    """As a signal handler does while nothing comes from standard input."""
+    """A signal handler does so while nothing comes from standard input."""
     begun, end = threading.Event(), threading.Event()
 
     def items() -> Any:

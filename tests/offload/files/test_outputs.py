@@ -44,7 +44,7 @@ def expected(source: Path, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """By the libraries' own readers; what is null was not there."""
+    """The rows, by the libraries' own readers, without values that are null."""
     if path.suffix == ".parquet":
         rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix == ".arrow":

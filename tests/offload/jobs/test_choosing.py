@@ -175,7 +175,7 @@ def test_a_memory_that_is_far_smaller_than_the_model_is_planned_for(
 def test_one_that_cannot_be_planned_is_left_to_whoever_loads_it(
     folder: Path, cache: Path
 ) -> None:
-    """Who has the memory knows more than a forecast of it."""
+    """Loading the model tells more than a forecast of its memory."""
     small = policy(cache, EMULATED, memory="1MiB")
     found = choose(folder, small)
     assert (found.policy, found.plan) == (small, None)

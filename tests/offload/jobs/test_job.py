@@ -197,7 +197,7 @@ def test_the_second_signal_stops_at_once(
 def test_a_signal_that_was_ignored_before_stays_so(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    """As in a shell's background: `penstock ... &`."""
+    """The shell ignores SIGINT for background jobs: `penstock ... &`."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         ignored = Watched(Score(), 2, lambda: signal.raise_signal(signal.SIGINT))

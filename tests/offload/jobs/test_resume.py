@@ -428,7 +428,7 @@ def test_a_second_process_is_told_who_is_writing(source: Path, tmp_path: Path) -
 def test_two_that_begin_at_once_do_not_both_have_the_lock(
     source: Path, tmp_path: Path
 ) -> None:
-    """Whoever opened the lock of a folder that was removed meanwhile tries again."""
+    """A job that opened the lock of a folder that was removed meanwhile tries again."""
     output = tmp_path / "out.jsonl"
 
     class Racing(FragileDisk):
@@ -539,7 +539,7 @@ def flips(folder: Path, num: int) -> Iterator[tuple[Path, int, int]]:
 def test_a_flipped_bit_never_gives_another_output(
     num: int, source: Path, expected: bytes, tmp_path: Path
 ) -> None:
-    """Of a job that was stopped: it is refused, or its output is the same."""
+    """A stopped job with a flipped bit is refused, or its output is the same."""
     stopped = tmp_path / "stopped.jsonl"
     assert killed_at(40, source, stopped, work=fail_on())
     num_refused = 0

@@ -97,7 +97,7 @@ def test_workers_make_the_bytes_of_one_though_one_of_them_is_killed(
 def test_workers_are_stopped_as_one_process_is_and_one_goes_on(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:
-    """What is under way is finished first."""
+    """Parts that have begun are finished first."""
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     work = Generating(2, seed=3, options={"temperature": 1.2})
     told = replace(work, marker=tmp_path / "told", whom=PARENT, number=signal.SIGTERM)

@@ -76,7 +76,7 @@ def test_what_is_written_is_read_again(small: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("speed: 3", "unknown key 'speed'; a machine has: name"),
-        ("host_memory: lots", "host_memory: 'lots' is no size"),
+        ("host_memory: lots", "host_memory: 'lots' is not a size"),
         ("matmul: {float32: {1: -2}}", "matmul.float32.1"),
         ("source:", "source"),
     ],
@@ -233,7 +233,7 @@ def test_what_is_between_products_is_measured(
     ("place", "device", "words"),
     [
         ("none", "cpu", "no such folder or file"),
-        (".", "gpu", "'gpu' is no device: write cpu, cuda"),
+        (".", "gpu", "'gpu' is not a device: write cpu, cuda"),
         (".", "cuda:99", r"cuda:99.*(finds no accelerator|of them)"),
     ],
 )

@@ -26,7 +26,7 @@ print(full - process.memory_info().rss)
 
 
 def printed(code: str, *arguments: object) -> int:
-    """By a process with a heap of its own."""
+    """The number that `code` prints, in a process with a heap of its own."""
     done = forked_python.run("-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -393,7 +393,7 @@ def test_evil_names_stay_text_in_a_browser(browser: Any, tmp_path: Path) -> None
 @needs_chromium
 @pytest.mark.slow
 def test_a_full_ring_is_drawn(browser: Any, tmp_path: Path) -> None:
-    """As many spans as are ever kept."""
+    """As many spans as are kept at most."""
     path = tmp_path / "full.html"
     recorded = runs.recorded(num_passes=340)
     assert len(recorded.spans) > 32_000

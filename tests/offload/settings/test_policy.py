@@ -71,7 +71,7 @@ def test_settings_win_over_the_file() -> None:
         policy.with_settings(["strict"])
     with pytest.raises(PolicyError, match="no keys below"):
         policy.with_settings(["strict.very=true"])
-    with pytest.raises(PolicyError, match=r"^--set placement=\{a:1:3: no YAML"):
+    with pytest.raises(PolicyError, match=r"^--set placement=\{a:1:3: not valid YAML"):
         policy.with_settings(["placement={a"])
 
 
@@ -93,19 +93,19 @@ def test_tiers_are_set_from_the_command_line_too() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"device": "gpu"}, "device: 'gpu' is no device: write cpu, cuda or cuda:1"),
-        ({"device": "cuda\n"}, "is no device: write cpu"),
-        ({"device": "cuda:"}, "device: 'cuda:' is no device"),
+        ({"device": "gpu"}, "device: 'gpu' is not a device: write cpu, cuda or cuda:1"),
+        ({"device": "cuda\n"}, "is not a device: write cpu"),
+        ({"device": "cuda:"}, "device: 'cuda:' is not a device"),
         ({"device": 0}, "device: Input should be a valid string .got 0"),
-        ({"peer": {"gpu": 1}}, "peer.gpu: 'gpu' is no device: write cpu, cuda or"),
-        ({"peer": {"cuda:1": "all"}}, "peer.cuda:1: 'all' is no size: write 2GiB"),
+        ({"peer": {"gpu": 1}}, "peer.gpu: 'gpu' is not a device: write cpu, cuda or"),
+        ({"peer": {"cuda:1": "all"}}, "peer.cuda:1: 'all' is not a size: write 2GiB"),
         ({"peer": ["cuda:1"]}, "peer: Input should be a valid dictionary"),
         (
             {"placement": {"head": "gpu"}},
-            "placement.head: 'gpu' is no tier: write device, peer, host, disk or a "
+            "placement.head: 'gpu' is not a tier: write device, peer, host, disk or a "
             "peer's name",
         ),
-        ({"placement": {"(": "host"}}, r"'\(' is no regular expression: missing \)"),
+        ({"placement": {"(": "host"}}, r"'\(' is not a regular expression: missing \)"),
         ({"placement": {1: "host"}}, "placement.1: Input should be a valid string"),
         ({"links": {"gpu": {"bandwidth": 1}}}, "'peer', 'host' or 'disk' .got 'gpu'"),
         ({"links": {"host": {"bandwidth": 0}}}, "links.host.bandwidth: 0 must be more"),

@@ -113,8 +113,8 @@ NAMES = ["gpt2", "bloom", "mistral", "gemma3_text", "mixtral", "opt", "mamba", "
 def test_every_model_finds_labels_as_likely_as_when_scored(
     name: str, tmp_path: Path
 ) -> None:
-    """Some share a prompt between labels, others run it again; the windows of some are
-    shorter than the prompt."""
+    """Some models share a prompt between labels, others run it again. The windows of
+    some are shorter than the prompt."""
     zoo.save_checkpoint(name, tmp_path)
     ids = zoo.inputs(name, rows=1, tokens=23)["input_ids"][0].tolist()
     prompts = [ids[:20], ids[3:11]]

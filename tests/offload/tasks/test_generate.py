@@ -151,7 +151,7 @@ def test_a_stop_string_ends_a_row_and_is_cut_off(
 
 
 def folder_with(folder: Path, new: Path, **values: Any) -> Path:
-    """The same model, whose generation_config.json says more."""
+    """A copy of the model with `values` in its generation_config.json."""
     shutil.copytree(folder, new / "model")
     path = new / "model" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -486,7 +486,8 @@ def test_long_prompts_come_in_beside_the_others_decode(
 
 
 def passes_of(folder: Path, asked: Policy, rows: list[dict[str, Any]]) -> int:
-    """Of a job of three new tokens a row, none of which ends early."""
+    """The passes of a job with three new tokens for each row, none of which ends
+    early."""
     with penstock.load(folder, asked) as model:
         model.generation_config.eos_token_id = None
         how: dict[str, Any] = {"max_new_tokens": 3, "tokenizer": Numbers()}

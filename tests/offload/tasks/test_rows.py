@@ -82,7 +82,7 @@ def resident(folder: Path) -> Any:
 
 
 def generated(model: Any, rows: list[Any], **options: Any) -> list[dict[str, Any]]:
-    """Of prompts, or of rows."""
+    """The results for `rows`, which are prompts or rows."""
     made = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     values = {"max_new_tokens": 6, "tokenizer": Numbers(), **options}
     return list(penstock.generate(model, made, **values))
@@ -97,7 +97,7 @@ def alone(resident: Any, prompt: str, **options: Any) -> str:
 
 
 def tasks(model: Any, texts: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each task makes of `texts`, by its name."""
+    """The results of each task for `texts`, by the name of the task."""
     tokenizer = Numbers()
     rows = [{"text": text} for text in texts]
     labels = [" 3", " 4 5"]
@@ -542,8 +542,8 @@ def test_tools_and_arguments_go_to_the_chat_template() -> None:
         ({"messages": [{"role": "user", "content": 7}]}, "neither a text nor a list"),
         ({"chat_template_kwargs": {"unheard": 1}}, "does not use 'unheard'"),
         ({"chat_template_kwargs": {"tokenize": False}}, "'tokenize'"),
-        ({"chat_template_kwargs": [1]}, "are no object"),
-        ({"tools": {"name": "f"}}, "are no list of objects"),
+        ({"chat_template_kwargs": [1]}, "are not an object"),
+        ({"tools": {"name": "f"}}, "are not a list of objects"),
         *[
             (
                 {"messages": [{"role": "user", "content": [{"type": kind}]}]},

@@ -272,9 +272,9 @@ def test_bad_rows_are_named_by_line_and_the_job_goes_on(
     assert done.returncode == 1
     found = read(output)
     assert [row.get("id") for row in found] == ["a", 2, "x", 4, 5, 3]
-    assert "line 2 is no JSON" in found[1]["error"]
+    assert "line 2 is not valid JSON" in found[1]["error"]
     assert 'line 3 has no "text"' in found[2]["error"]
-    assert "line 4 is no JSON object" in found[3]["error"]
+    assert "line 4 is not a JSON object" in found[3]["error"]
     assert "not a string" in found[4]["error"]
     assert "logprob" in found[5]
     assert "4 of 6 rows failed" in done.stderr
@@ -286,7 +286,7 @@ def test_bad_rows_are_named_by_line_and_the_job_goes_on(
     [
         (["{folder}", "{empty}", "-o", "{out}"], 2, "is empty"),
         (["{folder}", "nowhere.jsonl", "-o", "{out}"], 2, "cannot read nowhere.jsonl"),
-        (["nowhere", "{rows}", "-o", "{out}"], 2, "nowhere is no folder"),
+        (["nowhere", "{rows}", "-o", "{out}"], 2, "nowhere is not a folder"),
         (["{folder}", "{rows}"], 2, "--output"),
         (["{folder}", "{rows}", "-o", "{out}", "--set", "slots=2"], 2, "known: "),
         (["{folder}", "{rows}", "-o", "{out}", "--policy", "no.yaml"], 2, "no.yaml"),

@@ -146,7 +146,7 @@ def test_measurements_of_another_search_are_refused(tmp_path: Path) -> None:
         TuneLog(output, {"model": 2}, restart=False)
     TuneLog(output, {"model": 2}, restart=True)
     beside.write_text("{")
-    with pytest.raises(UsageError, match=r"is no JSON.*--restart"):
+    with pytest.raises(UsageError, match=r"is not valid JSON.*--restart"):
         TuneLog(output, {"model": 1}, restart=False)
     beside.write_text("{}")
     with pytest.raises(UsageError, match=r"holds no measurements.*--restart"):
@@ -177,7 +177,7 @@ def test_slices_are_of_the_jobs_own_rows(tiny: Path, tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("", "there is none"),
-        ("no row", "line 1 is no JSON"),
+        ("no row", "line 1 is not valid JSON"),
         ('{"prompt": "not to be scored"}', "completion"),
     ],
 )

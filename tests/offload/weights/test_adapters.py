@@ -108,7 +108,7 @@ def test_a_folder_with_nothing_but_an_adapter_is_refused(adapter: Path) -> None:
 
 
 def test_what_is_no_adapter_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no folder of an adapter"):
+    with pytest.raises(CheckpointError, match=r"has no adapter"):
         penstock.load(base, POLICY, adapter=tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
@@ -125,11 +125,11 @@ def test_an_adapter_brings_no_code_and_stops_nobody(base: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"megatron_core: 'this'.*is not run"):
         penstock.load(base, POLICY, adapter=tmp_path)
     config.write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"no folder of an adapter.*too deep"):
+    with pytest.raises(CheckpointError, match=r"has no adapter.*too deep"):
         penstock.load(base, POLICY, adapter=tmp_path)
     config.unlink()
     os.mkfifo(config)
-    with pytest.raises(CheckpointError, match="no regular file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         penstock.load(base, POLICY, adapter=tmp_path)
 
 
@@ -274,6 +274,8 @@ def test_nothing_in_an_adapters_folder_is_waited_for(
             adapter_digests,
             lambda folder: penstock.load(base, POLICY, adapter=folder),
         ):
-            with pytest.raises(CheckpointError, match=f"{name}: it is no regular file"):
+            with pytest.raises(
+                CheckpointError, match=f"{name}: it is not a regular file"
+            ):
                 read(tmp_path)
         (tmp_path / name).unlink()

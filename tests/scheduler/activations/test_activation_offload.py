@@ -77,7 +77,8 @@ def test_on_the_device_nothing_is_moved() -> None:
 
 
 def generated(name: str, folder: Path, num: int, **policy: Any) -> tuple[Any, Any, Any]:
-    """What a model generates in a sweep, what it does alone, and the statistics."""
+    """What a model generates in a sweep, what it generates alone, and the
+    statistics."""
     zoo.save_checkpoint(name, folder)
     items = [zoo.inputs(name, seed=seed) for seed in range(num)]
     how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}

@@ -29,7 +29,8 @@ def storage_of(nbytes: int) -> torch.UntypedStorage:
 
 
 class MicroBatches:
-    """Some storages each, whose bytes say whose they are and how often it computed."""
+    """Micro-batches with some storages each. Their bytes tell whose they are, and how
+    often it has computed."""
 
     def __init__(self, device: RecordingDevice, sizes: list[list[int]]) -> None:
         self.device = device

@@ -102,7 +102,7 @@ def test_a_curve_goes_through_its_points_and_is_flat_outside() -> None:
     curve = Curve.of({1: 10.0, 100: 1000.0})
     assert curve.at(10) == pytest.approx(100.0)
     assert (curve.at(0.1), curve.at(1000)) == (10.0, 1000.0)
-    with pytest.raises(ValueError, match="no curve"):
+    with pytest.raises(ValueError, match="not a curve"):
         Curve.of({})
 
 
@@ -244,7 +244,7 @@ def test_completions_are_a_pass_a_token_and_wave() -> None:
 
 
 def test_prompts_that_come_in_by_and_by_take_passes() -> None:
-    """As many as there are parts; a later part reads what came before."""
+    """As many passes as parts; a later part reads the earlier ones."""
     whole = predict(model_of(), Generating(40, 64, 8, in_flight=40, each=8))
     parts = predict(model_of(), Generating(40, 64, 8, 40, 8, chunk_tokens=24))
     assert Generating(40, 64, 8, 40, 8, chunk_tokens=24).chunks == (24, 24, 16)

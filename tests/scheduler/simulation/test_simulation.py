@@ -289,7 +289,8 @@ def test_micro_batches_and_passes_may_differ() -> None:
 
 
 def test_keys_and_values_go_before_weights_on_a_shared_link() -> None:
-    """Those of the second micro-batch and of the next unit's first, 1 s each."""
+    """The keys and values of the second micro-batch and of the next unit's first one, 1
+    s each."""
     kv = Traffic(link_in="link", link_out="link", bytes_in=10, bytes_out=0)
     found = run(streamed(2, kv=kv), num_passes=1)
     assert found.link_bytes == {"link": 2 * 10 + 2 * 2 * 10}

@@ -46,7 +46,7 @@ def test_the_marks_are_those_of_a_model_that_knows_every_byte(
 def test_what_is_taken_before_it_is_added_to_stays_short(
     ranges: list[tuple[int, int]],
 ) -> None:
-    """As slots do: claimed (take), read, released (add), with two marks each."""
+    """Like slots: claimed (take), read, and released (add), with two events each."""
     pending: PendingRanges[int] = PendingRanges()
     for turn, (start, end) in enumerate(ranges):
         pending.take(start, end)

@@ -111,7 +111,7 @@ class FakeDisk:
 
 
 class Units(Protocol):
-    """What is checked: something that says where a unit stands while it is read."""
+    """A store of units that tells where a unit is while it is read."""
 
     def acquire(self, unit: int) -> int: ...
     def release(self, unit: int) -> None: ...
@@ -393,8 +393,8 @@ def test_a_model_that_fits_is_read_once() -> None:
 
 @pytest.mark.parametrize("num", [2, 3, 5, 8, 13])
 def test_on_demand_as_little_is_read_as_any_rule_could(num: int) -> None:
-    """Of n units in a circle, one that knows the future reads n - k every n - 1 reads,
-    as k fit: Belady's rule throws out what is needed again last."""
+    """With n units in a cycle and room for k, a rule that knows the future reads n - k
+    units for each n - 1 uses: Belady's rule evicts the unit that is needed last."""
     for slots in range(1, num + 1):
         working_set, disk = make([1] * num, slots)
         _, loads = run_cyclically(working_set, disk, passes=3 * num, lookahead=0)

@@ -345,7 +345,7 @@ def test_an_mlp_is_called_as_a_whole() -> None:
 
 
 def test_who_takes_another_way_is_caught_up_with() -> None:
-    """Those who call `extra` come to `down` later; all are together there."""
+    """Micro-batches that call `extra` reach `down` later; all are together there."""
     net = whole_net(1)
     items = whole_batches(6, rows=lambda n: 1 + n % 2)
     expected = serially(net, items)

@@ -34,7 +34,7 @@ def net() -> Iterator[Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """What torch keeps for the thread that this library could spoil."""
+    """The state that torch keeps for the thread and a sweep could change."""
     return {
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),

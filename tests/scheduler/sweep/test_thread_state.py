@@ -34,7 +34,7 @@ class PassingFunctions(TorchFunctionMode):
 
 
 def seen() -> tuple[Any, ...]:
-    """What a flow of control sees."""
+    """The thread's state as the running code sees it."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -20,7 +20,7 @@ from penstock.io.readers.threads import ThreadReader
 
 @dataclass(frozen=True)
 class Case:
-    """One way to read at one size and depth."""
+    """A way to read, with one size and depth."""
 
     way: str
     chunk_bytes: int
@@ -28,7 +28,7 @@ class Case:
 
 
 def make_file(path: Path, nbytes: int) -> None:
-    """Random bytes: a drive that compresses must not look faster than it is."""
+    """Writes random bytes: a drive that compresses must not look faster than it is."""
     if path.exists() and path.stat().st_size == nbytes:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def make_file(path: Path, nbytes: int) -> None:
 
 
 def plain_loop(path: Path, case: Case, arena: Arena) -> float | None:
-    """The plainest way: `depth` threads, each a stripe, preadv into the same memory as
-    the readers and nothing else; no queue, no handle, no check."""
+    """The simplest way: `depth` threads, each with a stripe of the file, call preadv
+    into the same memory as the readers. There is no queue, no handle and no check."""
     size, chunk = path.stat().st_size, case.chunk_bytes
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
 
@@ -59,7 +59,7 @@ def plain_loop(path: Path, case: Case, arena: Arena) -> float | None:
 
 
 def fio(path: Path, case: Case, arena: Arena) -> float | None:
-    """The ceiling by the tool that storage people use, without its start: its rate."""
+    """The rate that fio measures, without its start, in bytes per second."""
     command = [
         "fio",
         "--name=ceiling",
@@ -77,8 +77,11 @@ def fio(path: Path, case: Case, arena: Arena) -> float | None:
 
 
 def by_reader(path: Path, case: Case, arena: Arena) -> float | None:
-    """The whole file, a slot's worth at a time with two under way. Its rate: without
-    opening and closing the reader, which a model does once for all its passes."""
+    """Reads the whole file, one slot at a time, with two reads in flight.
+
+    Returns the rate in bytes per second, without opening and closing the reader, which
+    a model does once for all its passes.
+    """
     size, half = path.stat().st_size, arena.nbytes // 2
     with reader_of(path, case) as reader:
         start = time.perf_counter()
