@@ -53,8 +53,9 @@ class Classify(PackedTask):
         """With two short labels for rows that have none of their own."""
         return cls((" yes", " no"))
 
-    def made_up_row(self, num_tokens: int) -> None:
+    def made_up_row(self, num_tokens: int) -> Mapping[str, Any] | None:
         """None: a made-up prompt has no labels."""
+        return None
 
     def runner(self, model: Any, tokenizer: Any) -> "ClassifyRunner":
         from .classify import ClassifyRunner
