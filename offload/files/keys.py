@@ -92,7 +92,7 @@ def columns_of(any_of: Mapping[str, str]) -> frozenset[str]:
     """
     asked = ASKED if "messages" in any_of else ()
     known = ("id", *TEXTS, "messages", "labels", *CHAT, *SAMPLING, *UNUSED, *asked)
-    return frozenset(known)
+    return frozenset((*any_of, *known))
 
 
 def refused(row: Mapping[str, Any], *, answers: bool) -> str | None:

@@ -1,7 +1,7 @@
 """Chooses what a job's policy leaves open, before its model is loaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -131,22 +131,24 @@ def choose(model: Path, asked: Policy, workload: Workload, *, num: int = 1) -> C
     return Chosen(_resolved(asked, plan), plan, room)
 
 
-def mean_length(inputs: Inputs) -> int:
-    """The mean number of tokens of a row, estimated from the letters of the first rows.
-    For a stream, whose rows can be read only once, it is 128."""
+def mean_length(inputs: Inputs, keys: Iterable[str]) -> int:
+    """The mean number of tokens of a row, estimated from the letters of the first rows
+    in the keys that all tasks know, and in `keys`. For a stream, whose rows can be read
+    only once, it is 128."""
     if inputs.is_stream:
         return _USUAL_TOKENS
+    known = {*_TEXTS, *keys}
     try:
         with closing(inputs.rows(Position())) as found:
-            letters = [_letters(row.row) for row in islice(found, _LOOKED_AT)]
+            letters = [_letters(row.row, known) for row in islice(found, _LOOKED_AT)]
     except PenstockError:  # raised again when all rows are read
         return _USUAL_TOKENS
     mean = sum(letters) / len(letters) if any(letters) else 0.0
     return max(8, round(mean / _LETTERS_PER_TOKEN)) if mean else _USUAL_TOKENS
 
 
-def _letters(row: Mapping[str, Any]) -> int:
-    return sum(len(str(row[key])) for key in _TEXTS if key in row)
+def _letters(row: Mapping[str, Any], keys: Iterable[str]) -> int:
+    return sum(len(str(row[key])) for key in keys if key in row)
 
 
 OLDER = "the job was begun by a version that chose nothing, and goes on as it was"

@@ -128,7 +128,7 @@ class Job:
         return Chosen(restored(self.policy, begun.chosen or {}), note=OLDER)
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
-        workload = Workload(self.task, mean_length(inputs))
+        workload = Workload(self.task, mean_length(inputs, self.task.row_keys))
         return choose(self.model, asked, workload, num=self.workers)
 
     @property

@@ -16,6 +16,7 @@ import penstock
 from penstock.io.errors import UsageError
 from penstock.offload.cli import app
 from penstock.offload.commands.task_options import parameters_of, task_from
+from penstock.offload.files.keys import columns_of
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.embed_task import Embed
@@ -170,3 +171,9 @@ def test_tasks_are_known_without_torch() -> None:
 def test_a_made_up_row_has_what_the_task_needs() -> None:
     assert Score().made_up_row(7) == {"text": "7"}
     assert Classify().made_up_row(7) is None, "it would have no labels"
+
+
+def test_a_task_finds_its_keys_in_files_of_columns() -> None:
+    for task in ALL:
+        assert task.row_keys.keys() <= columns_of(task.row_keys)
+    assert "query" in columns_of({"query": '"query"'}), "also those that no other has"

@@ -22,11 +22,20 @@ from penstock.offload.machines.machine import Machine
 from penstock.offload.plans.plan import make_plan
 from penstock.offload.plans.planned import Workload
 from penstock.offload.policy import Policy
+from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.registry import TASKS
 from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task import Task
 from penstock.offload.tuning.log import SUFFIX, TuneLog
 from penstock.offload.tuning.race import LAPS, Verdict
-from penstock.offload.tuning.slices import Slice, made_up, sample_of
+from penstock.offload.tuning.slices import (
+    Slice,
+    made_up,
+    measured_rate,
+    predicted_rate,
+    sample_of,
+)
 from penstock.offload.tuning.tune import Tuning
 from penstock.offload.tuning.tuned import tuned_yaml
 
@@ -170,6 +179,32 @@ def test_slices_are_of_the_jobs_own_rows(tiny: Path, tmp_path: Path) -> None:
     assert sum(work.lengths[:-1]) < 128
     generating = sample.cut(Generate(64), 8, 2)
     assert (len(generating.rows), generating.task.new_tokens) == (8, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_every_task_can_be_measured(
+    task: type[Task], tiny: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a few words"}\n{"text": "and some more"}\n')
+    typical = task.typical(2)
+    sample = sample_of([rows], tiny, typical)
+    assert len(sample.rows) == 2
+    policy = Policy(device_memory="2MiB", dtype="float32")
+    work = sample.cut(typical, 2 if typical.keeps_kv else sum(sample.lengths), 1)
+    assert measured_rate(tiny, policy, work) > 0
+    plan = make_plan(tiny, policy, MACHINE, Workload(typical, sample.mean_length))
+    rate = predicted_rate(plan.choice, work)
+    assert rate is not None
+    assert rate > 0
+    named = Tuning(plan, sample).job["task"].get("name")
+    assert named == (None if task in (Score, Generate) else task.name), "as it was"
+
+
+def test_rows_that_need_labels_are_not_made_up() -> None:
+    with pytest.raises(UsageError, match="rows for classify cannot be made up"):
+        made_up(Classify(), 16)
 
 
 @pytest.mark.slow
