@@ -76,7 +76,8 @@ def make_recipes(
     for name, target in targets.items():
         for recipe in _converted(model, name, target, state, dtypes):
             recipes[recipe.name] = recipe
-    return recipes, unknown
+    used = {entry.name for recipe in recipes.values() for entry in recipe.entries}
+    return recipes, {name: s for name, s in unknown.items() if s not in used}
 
 
 def _check_shape(recipe: Recipe, meta: torch.Tensor, entry: TensorEntry) -> None:

@@ -7,6 +7,8 @@ import torch
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
+from ...io.codecs.cast import Cast
+from ...io.codecs.computed import Computed
 from ...io.errors import CheckpointError
 from ...io.weights.recipe import Recipe
 
@@ -28,10 +30,11 @@ def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if weights are stored as integers or 8-bit floats, but the
     model has floats.
 
-    They are quantised, and without a `quantization_config` it is not known how.
+    They are quantised, and neither a `quantization_config` nor a codec says how.
     """
     for recipe in recipes:
-        for entry in entries_of(recipe):
+        plain = (p for p in recipe.slices if isinstance(p.codec, Cast | Computed))
+        for entry in (entry for part in plain for entry in part.entries):
             if recipe.dtype.is_floating_point and _is_quantised(entry, recipe.dtype):
                 beside = "hf_quant_config.json"
                 has_other = (checkpoint.folder / beside).exists()
@@ -42,11 +45,6 @@ def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:
                     f"quantised, and its config.json has no quantization_config{hint}; "
                     "take an unquantised one"
                 )
-
-
-def entries_of(recipe: Recipe) -> Sequence[TensorEntry]:
-    """The stored tensors that a parameter is made of."""
-    return (*(part.entry for part in recipe.slices), *recipe.entries)
 
 
 def unused_words(names: Sequence[str], recipes: Mapping[str, Recipe]) -> str | None:

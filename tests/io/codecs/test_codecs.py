@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
 from penstock.io.codecs.cast import CAST
 from penstock.io.codecs.codec import Codec
 from penstock.io.codecs.computed import Computed
+from penstock.io.errors import CheckpointError
 from penstock.io.extent import Extent
 from penstock.io.weights.decoding import parts_of
 from penstock.io.weights.layout import Decode, Input
 from penstock.io.weights.recipe import Recipe, TensorSlice, View
+from penstock.offload.weights.stored import check_readable
 from recipes import write_packed
 
 ROWS, COLUMNS = 50, 6
@@ -116,3 +119,18 @@ def test_a_codec_with_companions_by_the_loader(
     assert recipe.direct is recipe.stored_rows is None
     assert statistics.bytes_loaded == sum(t.nbytes for t in stored.values())
     assert statistics.bytes_copied >= statistics.bytes_loaded
+
+
+@pytest.mark.parametrize("codec", [CAST, Scaled(1)])
+def test_integers_are_weights_only_with_a_codec_that_knows_them(
+    codec: Codec, tmp_path: Path
+) -> None:
+    stored = dict(zip(("numbers", "scales", "offset"), scaled_tensors(1), strict=True))
+    write_packed(tmp_path / SINGLE_FILE, stored)
+    checkpoint = open_checkpoint(tmp_path)
+    whole = View.whole((ROWS, COLUMNS))
+    part = TensorSlice(checkpoint.entries["numbers"], whole, whole, codec)
+    recipe = Recipe("it", (ROWS, COLUMNS), torch.float32, (part,))
+    refused = pytest.raises(CheckpointError, match="the checkpoint is quantised")
+    with refused if codec == CAST else contextlib.nullcontext():
+        check_readable([recipe], checkpoint)
