@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..files.parts import NumberedRows
 from .task import Task
 from .task_progress import ScoreProgress, TaskProgress
 
 if TYPE_CHECKING:
+    from ..files.parts import NumberedRows
     from .packed import RowRunner
 
 
@@ -30,7 +30,7 @@ class PackedTask(Task):
         self,
         model: Any,
         tokenizer: Any,
-        parts: Iterator[NumberedRows],
+        parts: "Iterator[NumberedRows]",
         progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
         from ..adapters import without_wrapper

@@ -15,14 +15,14 @@ from typing import (
     get_type_hints,
 )
 
-from ..files.parts import Cut, NumberedRows, lazy_parts
-from ..settings.memory_budget import Use
 from .pools import LAZY_ROWS, prompts_pooled, tokens_pooled
 from .task_progress import TaskProgress
 
 if TYPE_CHECKING:
+    from ..files.parts import Cut, NumberedRows
     from ..policy import Policy
     from ..rows.row_error import RowError
+    from ..settings.memory_budget import Use
 
 _POOLS = 2
 """Pools of rows in a part: a few passes over the weights, which is the most that a job
@@ -115,7 +115,7 @@ class Task(ABC):
         return self.keeps_kv
 
     @property
-    def use(self) -> Use:
+    def use(self) -> "Use":
         """What the model is loaded for, which decides how memory is divided."""
         return "completions" if self.keeps_kv else "rows"
 
@@ -129,9 +129,11 @@ class Task(ABC):
         options = {name: _plain(getattr(self, name)) for name in options_of(type(self))}
         return {"task": self.name, **options}
 
-    def cut(self, policy: "Policy") -> Cut:
+    def cut(self, policy: "Policy") -> "Cut":
         """How rows are cut into parts. Rows of two parts are never packed together, so
         what is computed for a part does not depend on the others."""
+        from ..files.parts import Cut
+
         if self.keeps_kv:
             return Cut(prompts_pooled(policy), _MOST_BYTES)
         num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
@@ -179,6 +181,8 @@ class Task(ABC):
     ) -> Iterator[dict[str, Any]]:
         """Yields a result for each of `rows`, in their order. `rows` may be lazy.
         Raises UsageError for options that do not fit the model."""
+        from ..files.parts import lazy_parts
+
         parts = lazy_parts(rows, LAZY_ROWS)
         return self.results(model, tokenizer, parts, progress or self.new_progress())
 
@@ -191,7 +195,7 @@ class Task(ABC):
         self,
         model: Any,
         tokenizer: Any,
-        parts: Iterator[NumberedRows],
+        parts: "Iterator[NumberedRows]",
         progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
         """Yields a result for each row of `parts`, in their order, and counts in
