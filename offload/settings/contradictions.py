@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ...io.tier import KV_TIERS, Tier
+from ...io.tier import Tier
 from ..monitoring.show import human_bytes
 from .counts import PARTS
 from .origin import KeyPath, Problem
@@ -66,7 +66,7 @@ def _placement(policy: "Policy") -> Iterator[Problem]:
             fix = "set host_memory"
         elif tier == Tier.PEER and not policy.peer:
             fix = "set peer, such as {cuda:1: 40GiB}"
-        elif tier not in (*KV_TIERS, Tier.PEER) and tier not in policy.peer:
+        elif tier not in set(Tier) and tier not in policy.peer:
             fix = f"set peer.{tier}"
         else:
             continue
