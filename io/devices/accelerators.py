@@ -29,6 +29,7 @@ def is_accelerator(name: str) -> bool:
 
 def memory_of(name: str) -> tuple[int, int]:
     """The bytes of memory of the accelerator `name` that are free, and all of them."""
+    torch.accelerator.current_device_index()  # initialises the runtime
     free, total = torch.accelerator.get_memory_info(torch.device(name))
     return int(free), int(total)
 
