@@ -3,7 +3,6 @@
 Only this file names concrete classes of tiers.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -16,6 +15,7 @@ from ...io.devices.accelerators import reaches
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.event import Event
+from ...io.fallbacks import Fallbacks
 from ...io.memory.arena import Arena, HostMemory, Memory
 from ...io.memory.host_buffers import HostBuffers
 from ...io.memory.pinned import Pinned
@@ -41,8 +41,6 @@ from ..policy import Policy
 from ..settings.installed import version_of
 from .readers import open_reader
 
-_log = logging.getLogger("penstock")
-
 
 class Tiers(Closing):
     """Keeps each unit of `layouts` in the tier that `placement` says, and loads units
@@ -58,6 +56,7 @@ class Tiers(Closing):
         capacity: int,
         policy: Policy,
         record: Record,
+        fallbacks: Fallbacks,
     ) -> None:
         self.device = device
         self.placement = placement
@@ -72,6 +71,7 @@ class Tiers(Closing):
         self._layouts = layouts
         self._policy = policy
         self._record = record
+        self._fallbacks = fallbacks
         self._link = partial(Link, record=record)
         self._transfers = dict(enumerate(transfers))
         self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
@@ -81,10 +81,9 @@ class Tiers(Closing):
             io = policy.io
             if io.reader == "gds" and not device.is_host:  # for what gds cannot read
                 io = io.model_copy(update={"reader": "auto"})
-            self.reader, fallbacks = open_reader(checkpoint.stamps, io)
+            self.reader = open_reader(checkpoint.stamps, io, fallbacks)
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
-            self.fallbacks = list(fallbacks)
             self.loaders: list[Loader | DirectToDevice] = []
             self._open_disk(opened)
             for name in policy.peer:
@@ -189,10 +188,17 @@ class Tiers(Closing):
         reason = direct.why_not(self._layouts)
         reason = reason or gds.why_not(torch.device(self.device.name), largest)
         if reason is not None:
-            self._note(f"no reader 'gds': {reason}; weights go through host memory")
+            self._fallbacks.announce(
+                f"no reader 'gds': {reason}; weights go through host memory"
+            )
             return False
         io = self._policy.io
-        reader = gds.GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
+        reader = gds.GdsReader(
+            files,
+            num_threads=io.threads,
+            chunk_bytes=io.chunk,
+            fallbacks=self._fallbacks,
+        )
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
         way = DirectToDevice(layouts, transfers, self.memory, reader, record=record)
@@ -207,7 +213,7 @@ class Tiers(Closing):
         asked = self._policy.staging_memory
         nbytes = 3 * largest if asked == "auto" else max(asked, largest)
         memory = Arena(nbytes)
-        self._note(device.settle(memory))
+        self._fallbacks.announce(device.settle(memory))
         pinned = self._pin(memory, device)
         source = StagedSource(
             self._loader(memory), self._layouts, memory, pinned=pinned
@@ -222,7 +228,7 @@ class Tiers(Closing):
         device = open_device(name)
         is_over_host = not (self.device.is_host or device.is_host)
         if is_over_host and not reaches(self.device.name, device.name):
-            self._note(
+            self._fallbacks.announce(
                 f"{self.device.name} cannot reach the memory of {name} directly: its "
                 "weights go through the host"
             )
@@ -255,7 +261,9 @@ class Tiers(Closing):
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
                     version=f"{version_of('penstock')} {version_of('transformers')}",
-                    prepare=lambda memory: self._note(self.device.settle(memory)),
+                    prepare=lambda memory: self._fallbacks.announce(
+                        self.device.settle(memory)
+                    ),
                     progress=progress,
                 )
             )
@@ -273,13 +281,8 @@ class Tiers(Closing):
         pinned = device.pin(memory, left)
         if pinned is not None:
             self._pinned.append(pinned)
-            self._note(pinned.fallback)
+            self._fallbacks.announce(pinned.fallback)
         return pinned
-
-    def _note(self, fallback: str | None) -> None:
-        if fallback is not None and fallback not in self.fallbacks:
-            self.fallbacks.append(fallback)
-            _log.warning(fallback)
 
     def _open_link(
         self,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
+from ...io.fallbacks import Fallbacks
 from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
 from ...io.kv.codec import KvCodec, Plain, Quantised
 from ...io.kv.count import KvCount
@@ -48,6 +49,7 @@ class KvTiers(Closing):
         pin: Pin,
         record: Record,
         free_bytes: int,
+        fallbacks: Fallbacks,
     ) -> None:
         from .cache import install  # transformers takes seconds to import
 
@@ -59,26 +61,26 @@ class KvTiers(Closing):
         self._pin = pin
         self._record = record
         self._free_bytes = free_bytes
+        self._fallbacks = fallbacks
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
         if device.is_host and Tier.DEVICE in tiers and not kv.limits.keys() & _HOSTS:
             limits[Tier.HOST] = 0  # it is the same memory, and has the room of both
-        notes: list[str] = []
         with ExitStack() as opened:
-            self._attends_there = self._attend_there(model, opened, notes)
+            self._attends_there = self._attend_there(model, opened)
             self._staging = opened.enter_context(
                 Staging(
                     device, None if kv.staging_memory == "auto" else kv.staging_memory
                 )
             )
             opened_tiers = {tier: self._open_tier(tier, opened) for tier in tiers}
-            self.store = KvStore(KvBudget(tiers, limits), opened_tiers, self._count)
+            self.store = KvStore(
+                KvBudget(tiers, limits), opened_tiers, self._count, fallbacks
+            )
             opened.enter_context(self.store)
-            for note in notes:
-                self.store.note(note)
             if self._kind is not None:
-                self.store.note(
+                fallbacks.announce(
                     f"kv: keys and values are kept as {kv.dtype}, which loses some of "
                     "them: what is generated may differ"
                 )
@@ -132,9 +134,7 @@ class KvTiers(Closing):
             )
         )
 
-    def _attend_there(
-        self, model: nn.Module, opened: ExitStack, notes: list[str]
-    ) -> bool:
+    def _attend_there(self, model: nn.Module, opened: ExitStack) -> bool:
         """Whether the CPU attends to keys and values in host memory, beside a GPU."""
         if self._policy.kv.attention != "host" or self._device.is_host:
             return False
@@ -142,7 +142,7 @@ class KvTiers(Closing):
 
         undo = install(model)
         if undo is None:
-            notes.append(
+            self._fallbacks.announce(
                 f"kv.attention: {type(model).__name__} has another attention than "
                 "sdpa: it attends on the device"
             )
@@ -172,8 +172,7 @@ class KvTiers(Closing):
             read_pace=self._pace(Tier.DISK),
             record=self._record,
         )
-        if file.fallback is not None:
-            self.store.note(file.fallback)
+        self._fallbacks.announce(file.fallback)
         return file
 
     def _pace(self, tier: str) -> Pace | None:
@@ -201,6 +200,7 @@ def open_kv(
     pin: Pin,
     record: Record,
     free_bytes: int,
+    fallbacks: Fallbacks,
 ) -> KvTiers | None:
     """Opens the tiers for `model`.
 
@@ -210,4 +210,4 @@ def open_kv(
     """
     if not keeps_kv(policy) or not callable(getattr(model, "generate", None)):
         return None
-    return KvTiers(model, device, policy, pin, record, free_bytes)
+    return KvTiers(model, device, policy, pin, record, free_bytes, fallbacks)

@@ -82,7 +82,7 @@ class ClassifyRunner:
         self._scorer = CausalScorer(model, max_logits_bytes=engine.policy.logits_memory)
         self._shares = can_share(model)
         if not self._shares:
-            engine.note(
+            engine.fallbacks.announce(
                 f"{type(model).__name__} keeps more than keys and values: its prompts "
                 "are run again for each label"
             )

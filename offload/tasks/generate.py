@@ -112,7 +112,7 @@ class GenerateRunner:
                 stop=task.stop,
                 seed=task.seed,
                 options=task.all_options,
-                note=engine_of(model).note,
+                note=engine_of(model).fallbacks.announce,
             )
         return cls(model, completions, progress)
 

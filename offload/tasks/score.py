@@ -68,7 +68,7 @@ class ScoreRunner:
         self._tokenizer = tokenizer
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:
-            engine.note(
+            engine.fallbacks.announce(
                 f"{type(model).__name__} gives its logits only as a whole: up to "
                 f"{policy.micro_batch_tokens} tokens' at a time are in memory"
             )
