@@ -33,7 +33,7 @@ from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.extent import Extent, align_up
 from penstock.io.fallbacks import Fallbacks
 from penstock.io.readers.threads import ThreadReader
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..fallbacks import Fallbacks
 from .daemon_pool import DaemonPool
 from .files import Files, OpenFile
-from .work_queue import LAST, NORMAL, URGENT, QueuedReader, RequestPart
+from .queued_reader import LAST, NORMAL, URGENT, QueuedReader, RequestPart
 
 _Part = RequestPart[memoryview]
 _Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]

@@ -17,7 +17,7 @@ from ..checkpoint.header import FileStamp
 from ..closing import Closing
 from ..fallbacks import Fallbacks
 from .files import ALIGNMENT, Files, OpenFile, reads_directly
-from .work_queue import QueuedReader, RequestPart, Workers
+from .queued_reader import QueuedReader, RequestPart, Workers
 
 
 class DeviceFile(Protocol):

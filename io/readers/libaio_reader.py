@@ -19,7 +19,7 @@ from ..extent import Extent
 from ..fallbacks import Fallbacks
 from ..handle import forget_frames
 from .files import Files, OpenFile
-from .work_queue import PartQueue, QueuedReader, RequestPart
+from .queued_reader import PartQueue, QueuedReader, RequestPart
 
 _RETRIED = frozenset((errno.EINTR, errno.EAGAIN))
 _RETRY_SECONDS = 0.001

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoint.header import FileStamp
 from ..fallbacks import Fallbacks
 from .files import Files, OpenFile
-from .work_queue import QueuedReader, RequestPart, Workers
+from .queued_reader import QueuedReader, RequestPart, Workers
 
 
 class ThreadReader(QueuedReader[memoryview]):

@@ -17,6 +17,8 @@ from ..extent import align_up
 from .layout import Layout, Placed
 
 _TENSOR_ALIGNMENT = 256
+SLOT_ALIGNMENT = 512
+"""Bytes; on a GPU, the same as torch's allocator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,9 @@ class Transfer:
     """Bytes of the checkpoint that make the unit."""
 
 
-def same_layout(plan: Layout) -> Transfer:
-    """A transfer to a slot with the layout of `plan`: one run copies it whole."""
+def same_layout(plan: "Layout | Transfer") -> Transfer:
+    """A transfer of a unit that lies as `plan` says, into a slot where it lies just so:
+    one run copies it whole."""
     runs = (Run(0, 0, plan.nbytes),)
     return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
 

@@ -2,8 +2,8 @@
 
 build()          makes all parts of an Engine and connects them
 Engine           owns the parts; close() ends them, Life does if it is dropped
-  Weights        (parts) where weights are, and how they come into modules
-  Running        (parts) how forwards run on them
+  Weights        (groups) where weights are, and how they come into modules
+  Forwards       (groups) how they run
   SiteHooks      forward hooks on the model's modules, which call
     ForwardEntry   (scheduler) lets a forward in once its weights are loaded
   Tiers          where weights are kept, and how they get into slots

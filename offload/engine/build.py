@@ -35,10 +35,9 @@ from ..weights.moved_tensors import MovedTensors
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
-from .parts import Running, Weights
+from .groups import Forwards, Weights
 from .readers import memory_alignment_of
 from .tiers import Tiers
-from .transfers import transfer_of
 
 if TYPE_CHECKING:
     from .compilation import Compilation
@@ -66,7 +65,6 @@ def build(
         model,
         recipes,
         policy,
-        partial(transfer_of, device.is_host, policy),
         is_host=device.is_host,
         memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
         room=room,
@@ -79,9 +77,9 @@ def build(
     division, capacity = arranged.division, arranged.capacity
     model_division, transfers = division.found, division.transfers
     fallbacks = Fallbacks()
-    is_shared = policy.device_memory == "auto" and device.is_host
+    is_part_of_budget = policy.device_memory == "auto" and device.is_host
     fallbacks.announce(
-        missing_overlap(division, capacity, budget if is_shared else None)
+        missing_overlap(division, capacity, budget if is_part_of_budget else None)
     )
     for message in without_effect(policy):
         fallbacks.announce(message)
@@ -109,9 +107,14 @@ def build(
             )
             for name in arranged.gathered
         }
-        stand_ins: dict[str, torch.Tensor] = {}
+        placeholders: dict[str, torch.Tensor] = {}
         binding = Binding(
-            model_division, transfers, places, stand_ins, tiers.memory, tiers.in_place
+            model_division,
+            transfers,
+            places,
+            placeholders,
+            tiers.memory,
+            tiers.in_place,
         )
         working_set = _working_set(model_division, transfers, capacity, tiers, record)
         open_sites = _open_sites(
@@ -138,17 +141,17 @@ def build(
             fork_guard=ForkGuard(in_child=binding.unbind_in_child),
         )
         compilation = _compilation(model_division, policy)
-        running = Running(
+        forwards = Forwards(
             entry, compilation, row_wise, Order(len(row_wise)), kv, timeline
         )
         engine = Engine(
-            model, policy, weights=weights, running=running, fallbacks=fallbacks
+            model, policy, weights=weights, forwards=forwards, fallbacks=fallbacks
         )
         opened.pop_all()
         opened.callback(engine.close)
         for name, recipe in recipes.items():
             gatherer = gatherers.get(name)
-            stand_ins[name] = StreamedParameter(
+            placeholders[name] = StreamedParameter(
                 name,
                 recipe.shape,
                 recipe.dtype,

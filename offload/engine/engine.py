@@ -21,7 +21,7 @@ from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
 from .counters import Statistics, bytes_by_tier
-from .parts import Running, Weights
+from .groups import Forwards, Weights
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .updates import Updates
@@ -39,7 +39,7 @@ class Engine:
         policy: Policy,
         *,
         weights: Weights,
-        running: Running,
+        forwards: Forwards,
         fallbacks: Fallbacks,
     ) -> None:
         self.model = model
@@ -50,20 +50,20 @@ class Engine:
         assert arrangement.budget is not None, "there is room to divide"
         self.budget = arrangement.budget
         self.resident = weights.binding.resident
-        self.timeline = running.timeline
+        self.timeline = forwards.timeline
         self.fallbacks = fallbacks
-        self.row_wise = running.row_wise
-        self.fork_guard = running.entry.fork_guard
+        self.row_wise = forwards.row_wise
+        self.fork_guard = forwards.entry.fork_guard
         self._weights = weights
-        self._running = running
+        self._forwards = forwards
         self._tiers = weights.tiers
         self._working_set = weights.working_set
         self._binding = weights.binding
-        self._entry = running.entry
-        self._compilation = running.compilation
-        self._kv = running.kv
+        self._entry = forwards.entry
+        self._compilation = forwards.compilation
+        self._kv = forwards.kv
         self._faults: Counter[str] = Counter()
-        self.updates = Updates(weights, running.entry, policy, fallbacks)
+        self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
         self._is_closed = False
@@ -137,13 +137,13 @@ class Engine:
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
-            return Coalescing((), self._running.row_order, self.fallbacks)
+            return Coalescing((), self._forwards.row_order, self.fallbacks)
         if self._compilation is not None:
             raise PenstockError(
                 "a sweep of compiled blocks cannot be coalesced: micro-batches would "
                 "have to stop inside of them; take compile: false or coalesce=False"
             )
-        return Coalescing(self.row_wise, self._running.row_order, self.fallbacks)
+        return Coalescing(self.row_wise, self._forwards.row_order, self.fallbacks)
 
     def _activation_bytes(self, has_width: bool) -> int | None:
         """The bytes that suspended micro-batches may hold; None: width bounds them."""

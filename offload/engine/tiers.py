@@ -29,15 +29,15 @@ from ...io.weights.host import HostTier
 from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
 from ...io.weights.link import Link
+from ...io.weights.load import Load
 from ...io.weights.loader import Loader
-from ...io.weights.peer import PeerTier, whole
+from ...io.weights.peer import PeerTier
 from ...io.weights.source import ResidentSource, Source, StagedSource
-from ...io.weights.transfer import Transfer
+from ...io.weights.transfer import Transfer, same_layout
 from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
-from ...scheduler.slots.load import Load
 from ..monitoring.progress import FillProgress
-from ..policy import Policy
+from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .readers import open_reader
 
@@ -65,7 +65,7 @@ class Tiers(Closing):
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
         self._activation_offloads: list[ActivationOffload] = []
-        self.straight: gds.GdsReader | None = None
+        self.direct_to_device: DirectToDevice | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
         self._layouts = layouts
@@ -74,7 +74,7 @@ class Tiers(Closing):
         self._fallbacks = fallbacks
         self._link = partial(Link, record=record)
         self._transfers = dict(enumerate(transfers))
-        self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
+        self._loads: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
         with ExitStack() as opened:
             self.memory: Memory = device.allocate(capacity)
             opened.enter_context(closing(self.memory))
@@ -98,12 +98,12 @@ class Tiers(Closing):
     @property
     def in_place(self) -> HostTier | None:
         """The host tier, if its units are computed with in place; else None."""
-        return None if Tier.HOST in self._ways else self.host
+        return None if Tier.HOST in self._loads else self.host
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
         """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
-        way = self._ways.get(self.placement[unit], self._ways[Tier.DISK])
-        return way(unit, offset, after)
+        start = self._loads.get(self.placement[unit], self._loads[Tier.DISK])
+        return start(unit, offset, after)
 
     def mark(self) -> Event | None:
         """An event after all device work queued so far; None on the CPU, which works
@@ -132,8 +132,8 @@ class Tiers(Closing):
         """The bytes loaded from each tier so far."""
         disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
         by_tier: dict[str, int] = {Tier.DISK: disk}
-        if self.straight is not None:
-            by_tier[Tier.DISK] += self.straight.statistics().bytes_read
+        if self.direct_to_device is not None:
+            by_tier[Tier.DISK] += self.direct_to_device.bytes_read
         for link in self.links:
             if link.tier != Tier.DISK:
                 tier = tier_of(link.tier)
@@ -150,12 +150,6 @@ class Tiers(Closing):
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)
 
-    def _pace(self, tier: str) -> Pace | None:
-        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
-        if speed is None:
-            return None
-        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
-
     def _loader(self, memory: Arena) -> Loader:
         bounce, record = self._policy.io.bounce, self._record
         loader = Loader(
@@ -167,19 +161,19 @@ class Tiers(Closing):
     def _open_disk(self, opened: ExitStack) -> None:
         """Opens the disk tier: it reads directly into slots if the reader can, else
         through a ring buffer in host memory."""
-        if self._policy.io.reader == "gds" and self._open_straight(opened):
+        if self._policy.io.reader == "gds" and self._open_direct_to_device(opened):
             return
         if self.device.is_host and Tier.DISK not in self._policy.links:
             assert isinstance(self.memory, Arena), "memory of the host"
             loader = self._loader(self.memory)
             opened.callback(loader.close)
-            self._ways[Tier.DISK] = loader.load
+            self._loads[Tier.DISK] = loader.load
         else:
             link = opened.enter_context(self.link_from_disk(self.memory, self.device))
-            self._ways[Tier.DISK] = link.load
+            self._loads[Tier.DISK] = link.load
             self.links.append(link)
 
-    def _open_straight(self, opened: ExitStack) -> bool:
+    def _open_direct_to_device(self, opened: ExitStack) -> bool:
         """By cuFile, where all of system, drive, driver and model allow it."""
         if self.device.is_host:
             return False  # `open_reader` has announced that
@@ -201,10 +195,11 @@ class Tiers(Closing):
         )
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
-        way = DirectToDevice(layouts, transfers, self.memory, reader, record=record)
-        self._ways[Tier.DISK] = opened.enter_context(way).load
-        self.loaders.append(way)
-        self.straight = reader
+        self.direct_to_device = opened.enter_context(
+            DirectToDevice(layouts, transfers, self.memory, reader, record=record)
+        )
+        self._loads[Tier.DISK] = self.direct_to_device.load
+        self.loaders.append(self.direct_to_device)
         return True
 
     def link_from_disk(self, target: Memory, device: Device) -> Link:
@@ -218,7 +213,7 @@ class Tiers(Closing):
         source = StagedSource(
             self._loader(memory), self._layouts, memory, pinned=pinned
         )
-        pace = self._pace(Tier.DISK)
+        pace = throttle(self._policy, Tier.DISK)
         return self._link(Tier.DISK, source, self._transfers, target, device, pace=pace)
 
     def _open_peer(self, name: str, opened: ExitStack) -> None:
@@ -243,9 +238,10 @@ class Tiers(Closing):
                 )
             )
         self.peers.append(peer)
-        ways = {unit: whole(self._transfers[unit]) for unit in units}
+        transfers = {unit: same_layout(self._transfers[unit]) for unit in units}
         source = ResidentSource(peer.memory, peer.offsets)
-        self._open_link(name, source, ways, self._pace(Tier.PEER), opened)
+        pace = throttle(self._policy, Tier.PEER)
+        self._open_link(name, source, transfers, pace, opened)
 
     def _open_host(self, opened: ExitStack) -> None:
         units = self._units_of(Tier.HOST)
@@ -267,7 +263,7 @@ class Tiers(Closing):
                     progress=progress,
                 )
             )
-        pace = self._pace(Tier.HOST)
+        pace = throttle(self._policy, Tier.HOST)
         if not self.device.is_host or pace is not None:
             pinned = self._pin(self.host.memory, self.device)
             source = ResidentSource(self.host.memory, self.host.offsets, pinned=pinned)
@@ -295,5 +291,5 @@ class Tiers(Closing):
         link = opened.enter_context(
             self._link(tier, source, transfers, self.memory, self.device, pace=pace)
         )
-        self._ways[tier] = link.load
+        self._loads[tier] = link.load
         self.links.append(link)

@@ -24,7 +24,7 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
 from ..weights.new_values import NewValue, new_values
 from ..weights.spill_folder import SpillFolder
-from .parts import Weights
+from .groups import Weights
 from .readers import open_reader
 
 
@@ -185,7 +185,7 @@ class Updates(Closing):
 
     def _why_fixed(self, unit: int) -> str | None:
         """Why `unit` cannot be changed; None if it can be."""
-        if self._tiers.straight is not None:
+        if self._tiers.direct_to_device is not None:
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
         if self._policy.host_shared and self._tiers.placement[unit] == Tier.HOST:
             return "other processes share it; take host_shared: false"

@@ -20,12 +20,11 @@ from ...io.kv.staging import Staging
 from ...io.kv.tiers import PENDING_BYTES, CopiedTier, DiskTier, InPlaceTier
 from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
-from ...io.pace import Pace
 from ...io.tier import KV_TIERS, Tier
 from ...io.timeline import Record
 from ...scheduler.kv.budget import KvBudget
 from ...scheduler.kv.store import KvStore, KvTier
-from ..policy import Policy, cache_folder
+from ..policy import Policy, cache_folder, throttle
 from ..settings.contradictions import keeps_kv
 
 _HOSTS = {Tier.DEVICE, Tier.HOST}
@@ -92,7 +91,7 @@ class KvTiers(Closing):
 
     def _open_tier(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
-        pace = self._pace(tier)
+        pace = throttle(self._policy, tier)
         if tier == Tier.HOST and self._attends_there:
             return InPlaceTier(torch.device("cpu"), self._count)
         is_there = tier == Tier.DEVICE
@@ -112,7 +111,7 @@ class KvTiers(Closing):
                     WorkerStream(
                         name,
                         max_pending_bytes=PENDING_BYTES,
-                        pace=self._pace(tier),
+                        pace=throttle(self._policy, tier),
                         record=self._record,
                     )
                 )
@@ -168,18 +167,12 @@ class KvTiers(Closing):
             cache_folder(io),
             direct=io.direct,
             max_pending_bytes=PENDING_BYTES,
-            write_pace=self._pace(Tier.DISK),
-            read_pace=self._pace(Tier.DISK),
+            write_pace=throttle(self._policy, Tier.DISK),
+            read_pace=throttle(self._policy, Tier.DISK),
             record=self._record,
         )
         self._fallbacks.announce(file.fallback)
         return file
-
-    def _pace(self, tier: str) -> Pace | None:
-        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
-        if speed is None:
-            return None
-        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
 
     def _limit(self, tier: str) -> int:
         asked = self._policy.kv.limits.get(tier)  # type: ignore[call-overload]

@@ -13,7 +13,7 @@ from ..files.keys import CHAT, refused
 from ..model import engine_of
 from ..weights.trust import check_files, loading, own_code, refuse_code
 from .chat import tokenize_chat
-from .row_error import RowError as RowError
+from .row_error import RowError
 from .tokenizer_check import check_tokenizer
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.labels import Label, Labelled, tokenize_labels
 from ..rows.limits import limits_of
-from ..rows.text import RowError
+from ..rows.row_error import RowError
 from .classify_task import Classify
 from .head import CausalScorer
 from .packed import Row, RowPiece

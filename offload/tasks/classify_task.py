@@ -71,7 +71,7 @@ class Classify(PackedTask):
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
         from ..rows.labels import tokenize_labels
-        from ..rows.text import RowError
+        from ..rows.row_error import RowError
 
         def length_of(row: Mapping[str, Any]) -> int | RowError:
             try:

@@ -69,7 +69,8 @@ class Embed(PackedTask):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_texts
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_texts
 
         found = tokenize_texts(tokenizer, rows)
         return [

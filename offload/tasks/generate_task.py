@@ -136,7 +136,8 @@ class Generate(Task):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_prompt
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_prompt
 
         def length_of(row: Mapping[str, Any]) -> int | RowError:
             try:

@@ -57,7 +57,8 @@ class Score(PackedTask):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_all
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_all
 
         found = tokenize_all(tokenizer, rows)
         return [row if isinstance(row, RowError) else len(row.ids) for row in found]

@@ -20,7 +20,7 @@ from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.libaio_reader import LibaioReader
-from penstock.io.readers.work_queue import PartQueue
+from penstock.io.readers.queued_reader import PartQueue
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),

@@ -211,7 +211,7 @@ def test_other_kinds_are_refused_by_name_both_ways(tmp_path: Path) -> None:
     for name in ("out.xlsx", "out.txt", "out.yaml.gz"):
         with pytest.raises(UsageError, match=r"cannot be written as \."):
             destination(tmp_path / name, tmp_path / "model")
-    assert find_files([write_rows(tmp_path / "rows", 2)])[0].layout == "lines"
+    assert find_files([write_rows(tmp_path / "rows", 2)])[0].file_format == "lines"
 
 
 # What a job has written itself.

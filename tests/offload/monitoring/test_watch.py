@@ -24,9 +24,8 @@ from penstock.offload.monitoring.metrics import MetricsFile
 from penstock.offload.monitoring.monitor import Every, Monitor, interval_seconds
 from penstock.offload.monitoring.progress import JobBar, JsonLines, PlainLines
 from penstock.offload.monitoring.samples import ResourceSample, Window
-from penstock.offload.tasks.generate import GenerateProgress
-from penstock.offload.tasks.score import ScoreProgress
 from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task_progress import GenerateProgress, ScoreProgress
 
 SAMPLE = ResourceSample(
     seconds=30.0,
