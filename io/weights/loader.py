@@ -36,7 +36,8 @@ class LoaderStatistics:
 
 
 class UnitLoad:
-    """The load of one unit into its slot in host memory; no device takes part."""
+    """The load of one unit by reads that follow no stream of a device. Once it has
+    ended, all bytes are in the slot."""
 
     ready = None
 

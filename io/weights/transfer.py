@@ -1,8 +1,8 @@
 """Plans how a unit is copied from other memory into its slot, in few large runs. Pure.
 
-On the CPU a slot holds the same bytes as were read from disk. On a GPU tensors must be
-aligned (cuBLAS is slow below 16 bytes), and in a file they are not. Neighbouring
-tensors mostly need the same shift, so one run can move many of them.
+On a CPU a slot lies as the unit's layout says, so one run copies it whole. On a GPU
+tensors must be aligned (cuBLAS is slow below 16 bytes), and those that were read from a
+file are not. Neighbouring tensors mostly need the same shift, so one run can move many.
 
 The alignment is 256 bytes. Torch tells cuBLASLt how far pointers are aligned, up to
 this value. With less, cuBLASLt could choose another kernel than for the resident model,

@@ -1,6 +1,7 @@
 """Opens the tiers that hold a model's weights, and the links from them into slots.
 
-Only this file names concrete classes of tiers.
+Only this file opens tiers. `Binding` (weights) is given the host tier, and binds its
+units where they lie.
 """
 
 from collections.abc import Callable, Mapping, Sequence

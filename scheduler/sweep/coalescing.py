@@ -118,7 +118,8 @@ class Coalescing:
     def start(self, loop: ParkingLoop) -> None:
         """Replaces the forwards: `loop` begins to run micro-batches."""
         self._loop = loop
-        # Asked before any is replaced: a forward of ours is not the user's.
+        # All are checked before any is replaced: the new forward of a module would look
+        # like a change by the user to the module that contains it.
         are_unmodified = [row_wise.is_unmodified for row_wise in self._modules]
         for index, row_wise in enumerate(self._modules):
             if not are_unmodified[index]:
