@@ -53,9 +53,9 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A part of a parameter that is read into a bounce buffer. From there `codec` writes
-    it into the slot. Parts of blocks, and strided parts, which only have to be copied,
-    are read so, too.
+    """A part of a parameter that is read into a bounce buffer, from which `codec`
+    writes it into the slot. Parts of blocks, and strided parts, which only have to be
+    copied, are read so, too.
     """
 
     codec: Codec

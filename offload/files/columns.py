@@ -8,8 +8,7 @@ from typing import Any
 
 from ...io.errors import InputError
 from .extras import extra
-from .jsonl import checked
-from .keys import columns_of
+from .json_rows import checked, columns_of
 from .parts import InputRow, Position
 from .sources import FileFormat, InputFile
 

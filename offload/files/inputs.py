@@ -12,7 +12,14 @@ from .compression import CHUNK_BYTES, decompressed
 from .csv_rows import csv_header, csv_records
 from .fingerprint import fingerprint
 from .json_array import array_records
-from .jsonl import RowRecord, checked, line_records, parse_row, split_lines, text_row
+from .json_rows import (
+    RowRecord,
+    checked,
+    line_records,
+    parse_row,
+    split_lines,
+    text_row,
+)
 from .parts import InputRow, Position
 from .sources import InputFile
 

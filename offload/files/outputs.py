@@ -13,7 +13,7 @@ from .csv_results import csv_lines, csv_results
 from .durable import NEW
 from .extras import extra
 from .inputs import Inputs
-from .jsonl import is_encodable, line_of
+from .json_rows import is_encodable, line_of
 from .parts import Position
 from .sources import MANIFEST_SUFFIX, Compression, FileFormat, InputFile, format_of
 

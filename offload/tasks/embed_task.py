@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from ..files.jsonl import TEXT_KEYS
+from ..files.json_rows import TEXT_KEYS
 from ..settings.values import Pooling
-from .packed_task import PackedTask
-from .task import Option
+from .task import Option, PackedTask
 
 if TYPE_CHECKING:
     from ..rows.row_error import RowError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from ...io.errors import UsageError
-from ..files.jsonl import PROMPT_KEYS
+from ..files.json_rows import PROMPT_KEYS
 from ..files.parts import NumberedRows
 from .task import Option, Task
 from .task_progress import GenerateProgress, TaskProgress

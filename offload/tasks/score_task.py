@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from ..files.jsonl import SCORED_KEYS
-from .packed_task import PackedTask
-from .task import Option
+from ..files.json_rows import SCORED_KEYS
+from .task import Option, PackedTask
 
 if TYPE_CHECKING:
     from ..rows.row_error import RowError

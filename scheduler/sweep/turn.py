@@ -99,8 +99,8 @@ class Turn:
 
 def is_waited_for(loop_thread: int, loop: RunningLoop | None) -> bool:
     """Whether the thread that runs `loop` may wait for the caller's thread: it has
-    called `join` on it, or a micro-batch waits for a lock, which the caller's thread may
-    hold. Waiting for a read of weights does not count.
+    called `join` on it, or a micro-batch waits for a lock, which the caller's thread
+    may hold. Waiting for a read of weights does not count.
     """
     waits = wait_of(loop_thread, not_in=handle.__file__)
     in_lock = waits == "lock" and loop is not None and loop.is_running

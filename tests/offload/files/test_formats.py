@@ -16,7 +16,7 @@ import pytest
 from jobs import FragileDisk, Killed, Recorded, run_job, write_rows
 from penstock.io.errors import InputError, PenstockError, UsageError
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import PROMPT_KEYS, SCORED_KEYS
+from penstock.offload.files.json_rows import PROMPT_KEYS, SCORED_KEYS
 from penstock.offload.files.outputs import destination
 from penstock.offload.files.parts import Position
 from penstock.offload.files.sources import Own, find_files

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jobs import CUT, FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import InputError, OutputError, PenstockError, UsageError
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.json_rows import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done
 from penstock.offload.files.parts import Cut
 from penstock.offload.files.sources import find_files
