@@ -8,8 +8,8 @@ _log = logging.getLogger("penstock")
 
 
 class Fallbacks:
-    """The fallbacks of one streamed model, each a sentence, in the order in which they
-    were announced. All parts of the model share it; any thread may use it."""
+    """Sentences, in the order in which they were announced. All parts of a streamed
+    model share one; any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

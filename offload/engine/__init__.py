@@ -10,5 +10,6 @@ Engine           owns the parts; close() ends them, Life does if it is dropped
     open_reader()  the reader of files that the policy asks for
   Sweeps         all sweeps over the model, and their counters
   Updates        replaces weights while the model is in use
+  Fallbacks      (io) what could not be had as asked: all parts announce it there
   Compilation    one compiled function for all blocks that are alike
 """

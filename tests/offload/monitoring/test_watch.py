@@ -203,8 +203,8 @@ def test_who_cannot_tell_is_told_no_more_and_the_job_goes_on(
     monitor.start()
     assert has_looked.wait(60)
     monitor.close()
-    assert len(monitor.failures) == 1
-    assert "no space left" in monitor.failures[0]
+    (failure,) = monitor.failures
+    assert "no space left" in failure
     assert caplog.text.count("no space left") == 1
 
 
