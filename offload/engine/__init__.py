@@ -3,7 +3,7 @@
 build()          makes all parts of an Engine and connects them
 Engine           owns the parts; close() ends them, Life does if it is dropped
   Weights        (groups) where weights are, and how they come into modules
-  Forwards       (groups) how they run
+  Forwards       (groups) how forwards run on them
   SiteHooks      forward hooks on the model's modules, which call
     ForwardEntry   (scheduler) lets a forward in once its weights are loaded
   Tiers          where weights are kept, and how they get into slots
