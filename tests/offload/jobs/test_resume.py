@@ -354,7 +354,7 @@ def test_a_part_that_is_no_file_is_named(
         os.mkfifo(path)
     else:
         path.symlink_to(kind)
-    with pytest.raises(OutputError, match=r"part-00000000.jsonl: it is no regular"):
+    with pytest.raises(OutputError, match=r"part-00000000.jsonl: it is not a regular"):
         run_job(source, output)
 
 
