@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from ...io.errors import UsageError
 from ..files.json_rows import PROMPT_KEYS
-from ..files.parts import NumberedRows
 from .task import Option, Task
 from .task_progress import GenerateProgress, TaskProgress
 
 if TYPE_CHECKING:
+    from ..files.parts import NumberedRows
     from ..rows.row_error import RowError
 
 _OWN_OPTIONS = {
@@ -120,7 +120,7 @@ class Generate(Task):
         self,
         model: Any,
         tokenizer: Any,
-        parts: Iterator[NumberedRows],
+        parts: "Iterator[NumberedRows]",
         progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
         from .generate import GenerateRunner

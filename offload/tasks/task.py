@@ -15,14 +15,14 @@ from typing import (
     get_type_hints,
 )
 
-from ..files.parts import Cut, NumberedRows, lazy_parts
-from ..settings.memory_budget import Use
 from .pools import LAZY_ROWS, prompts_pooled, tokens_pooled
 from .task_progress import ScoreProgress, TaskProgress
 
 if TYPE_CHECKING:
+    from ..files.parts import Cut, NumberedRows
     from ..policy import Policy
     from ..rows.row_error import RowError
+    from ..settings.memory_budget import Use
     from .packed import RowRunner
 
 _POOLS = 2
@@ -116,7 +116,7 @@ class Task(ABC):
         return self.keeps_kv
 
     @property
-    def use(self) -> Use:
+    def use(self) -> "Use":
         """What the model is loaded for, which decides how memory is divided."""
         return "completions" if self.keeps_kv else "rows"
 
@@ -130,9 +130,11 @@ class Task(ABC):
         options = {name: _plain(getattr(self, name)) for name in options_of(type(self))}
         return {"task": self.name, **options}
 
-    def cut(self, policy: "Policy") -> Cut:
+    def cut(self, policy: "Policy") -> "Cut":
         """How rows are cut into parts. Rows of two parts are never packed together, so
         what is computed for a part does not depend on the others."""
+        from ..files.parts import Cut
+
         if self.keeps_kv:
             return Cut(prompts_pooled(policy), _MOST_BYTES)
         num_bytes = _POOLS * _TOKEN_BYTES * tokens_pooled(policy)
@@ -180,6 +182,8 @@ class Task(ABC):
     ) -> Iterator[dict[str, Any]]:
         """Yields a result for each of `rows`, in their order. `rows` may be lazy.
         Raises UsageError for options that do not fit the model."""
+        from ..files.parts import lazy_parts
+
         parts = lazy_parts(rows, LAZY_ROWS)
         return self.results(model, tokenizer, parts, progress or self.new_progress())
 
@@ -192,7 +196,7 @@ class Task(ABC):
         self,
         model: Any,
         tokenizer: Any,
-        parts: Iterator[NumberedRows],
+        parts: "Iterator[NumberedRows]",
         progress: TaskProgress,
     ) -> Iterator[dict[str, Any]]:
         """Yields a result for each row of `parts`, in their order, and counts in
@@ -214,6 +218,36 @@ class Task(ABC):
         error why it has none."""
 
 
+@dataclass(frozen=True)
+class PackedTask(Task):
+    """A task that has a runner for pieces of rows. `Packed` does the packing and the
+    order of results."""
+
+    @abstractmethod
+    def runner(self, model: Any, tokenizer: Any) -> "RowRunner[Any, Any]":
+        """What cuts rows into pieces, runs the streamed `model` on some of them and
+        makes results. Raises UsageError for options that do not fit the model."""
+
+    def new_progress(self) -> ScoreProgress:
+        return ScoreProgress()
+
+    def results(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: "Iterator[NumberedRows]",
+        progress: TaskProgress,
+    ) -> Iterator[dict[str, Any]]:
+        from ..adapters import without_wrapper
+        from ..rows.text import tokenizer_of
+        from .packed import Packed
+
+        assert isinstance(progress, ScoreProgress), "it is one of new_progress"
+        model = without_wrapper(model)
+        runner = self.runner(model, tokenizer or tokenizer_of(model))
+        return Packed(model, runner, progress).run(parts)
+
+
 @cache
 def options_of(task: type[Task]) -> Mapping[str, Option]:
     """The options of `task` by the names of their fields, in order."""
@@ -232,33 +266,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-@dataclass(frozen=True)
-class PackedTask(Task):
-    """A task that has a runner for pieces of rows. `Packed` does the packing and the
-    order of results."""
-
-    @abstractmethod
-    def runner(self, model: Any, tokenizer: Any) -> "RowRunner[Any, Any]":
-        """What cuts rows into pieces, runs the streamed `model` on some of them and
-        makes results. Raises UsageError for options that do not fit the model."""
-
-    def new_progress(self) -> ScoreProgress:
-        return ScoreProgress()
-
-    def results(
-        self,
-        model: Any,
-        tokenizer: Any,
-        parts: Iterator[NumberedRows],
-        progress: TaskProgress,
-    ) -> Iterator[dict[str, Any]]:
-        from ..adapters import without_wrapper
-        from ..rows.text import tokenizer_of
-        from .packed import Packed
-
-        assert isinstance(progress, ScoreProgress), "it is one of new_progress"
-        model = without_wrapper(model)
-        runner = self.runner(model, tokenizer or tokenizer_of(model))
-        return Packed(model, runner, progress).run(parts)
