@@ -40,7 +40,7 @@ from common import limits, machine
 from common.beside import Beside
 from common.generate_ceiling import Rates, Size, ceiling
 from common.turns import in_turns
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 from stream import disk_bytes_per_second
 
 HERE = Path(__file__).parent

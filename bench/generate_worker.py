@@ -17,7 +17,7 @@ import penstock
 from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.offload.monitoring.memory import peak_resident_bytes
-from penstock.offload.tasks.generate import GenerateProgress
+from penstock.offload.tasks.task_progress import GenerateProgress
 
 
 def options(work: dict[str, Any]) -> dict[str, Any]:

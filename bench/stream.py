@@ -31,8 +31,9 @@ from common import limits, machine
 from common.turns import in_turns
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.extent import Extent, align_up
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.readers.threads import ThreadReader
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -55,7 +56,11 @@ def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
     buffer = memoryview(mmap.mmap(-1, 256 << 20))
     read, start = 0, time.perf_counter()
     with ThreadReader(
-        checkpoint.stamps, num_threads=2, chunk_bytes=8 << 20, direct=True
+        checkpoint.stamps,
+        num_threads=2,
+        chunk_bytes=8 << 20,
+        direct=True,
+        fallbacks=Fallbacks(),
     ) as reader:
         for path, stamp in checkpoint.stamps.items():
             for offset in range(0, stamp.size_bytes, len(buffer)):

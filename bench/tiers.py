@@ -33,7 +33,7 @@ from penstock.io.memory.arena import Arena
 from penstock.io.memory.shared import SharedArena
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.choice import best_of, measure
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 
 HERE = Path(__file__).parent
 SLOT_BYTES = 256 << 20

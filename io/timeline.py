@@ -8,7 +8,7 @@ from typing import Protocol
 COMPUTE = "compute"
 MICRO_BATCHES = "micro-batches"
 WAIT = "wait"
-CAST = "cast"
+CASTING = "cast"
 STAGING = "staging"
 """Copies to the device from the host memory that disk reads go through."""
 ACTIVATIONS = "activations"

@@ -84,7 +84,7 @@ def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
     try:
         _adapt(model, engine, Path(path))
         for note in skeleton.notes:
-            engine.note(note)
+            engine.fallbacks.announce(note)
     except BaseException:
         unwrap(model)
         raise
@@ -99,9 +99,9 @@ def _adapt(model: Any, engine: Engine, path: Path) -> None:
                 "an adapter changes modules that are compiled: take compile: false"
             )
         for unused in apply_adapter(model, adapter):
-            engine.note(unused)
+            engine.fallbacks.announce(unused)
     elif (note := adapter_beside(path)) is not None:
-        engine.note(note)
+        engine.fallbacks.announce(note)
 
 
 @user_errors()
@@ -130,7 +130,7 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
         engine = build(module, spilled.checkpoint, spilled.recipes, policy, room=room)
         module.__dict__[_SPILL] = spilled
         if spilled.strides:
-            engine.note(
+            engine.fallbacks.announce(
                 f"{len(spilled.strides)} weights, such as {min(spilled.strides)!r}, "
                 "are not contiguous (channels_last, transposed): they are streamed as "
                 "contiguous ones, which may change the last bits of products"

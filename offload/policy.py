@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, ValidationError
 
 from ..io.errors import PolicyError
+from ..io.pace import Pace
 from .settings.contradictions import contradictions
 from .settings.counts import open_counts, without_auto
 from .settings.explain import explain
@@ -27,7 +28,6 @@ from .settings.values import (
     Section,
     TierName,
 )
-from .settings.values import parse_bytes as parse_bytes
 
 
 class IO(Section):
@@ -71,6 +71,15 @@ def cache_folder(io: IO) -> Path:
     """The cache folder that `io` names; else the user's, or the folder that replaces
     it."""
     return io.cache or user_cache().path
+
+
+def throttle(policy: "Policy", tier: str) -> Pace | None:
+    """The limit that `policy` sets to the speed of the link from `tier`; None if it
+    sets none."""
+    speed = policy.links.get(tier)  # type: ignore[call-overload]
+    if speed is None:
+        return None
+    return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
 
 
 def cache_fallback(io: IO) -> str | None:

@@ -46,7 +46,8 @@ class Order:
             sequence.insert(after, site)
 
     def observe_end(self, last: int | None) -> None:
-        """A micro-batch ended after `last`: what is defined after it may never run."""
+        """A micro-batch ended after site `last` (None: it reached none). The site
+        defined after `last` is no longer predicted to follow it."""
         if last is not None:
             self._last.add(last)
 

@@ -60,27 +60,3 @@ def chunk_tokens(
     `max_tokens`."""
     in_call = max(max_tokens, -(-tokens_in_flight // num_groups))
     return max(1, in_call // num_rows)
-
-
-def spans(
-    length: int, first: int, *, window: int, stride: int
-) -> list[tuple[int, int, int]]:
-    """Cuts a row of `length` tokens into windows of at most `window`.
-
-    Returns (start, end, scored): tokens `start` to `end` are run, those from `scored`
-    on (absolute) are scored in this window. Every token from `first` (at least 1: the
-    first has no past) is scored exactly once, with at least `window - stride` tokens
-    of context where the row has them.
-    """
-    if not 0 < stride < window:
-        raise ValueError(f"a stride of {stride} must be between 1 and {window - 1}")
-    windows = []
-    scored = max(first, 1)
-    end = min(length, window)
-    while True:
-        if end > scored:
-            windows.append((max(0, end - window), end, scored))
-            scored = end
-        if end >= length:
-            return windows
-        end = min(length, end + stride)

@@ -19,6 +19,7 @@ import pytest
 
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.aiofiles_reader import AiofilesReader
@@ -236,7 +237,11 @@ def faulty_reader(
         if name == "threads":
             patch.setattr(os, "preadv", faulty_preadv(faults))
             reader = ThreadReader(
-                stamps, num_threads=2, chunk_bytes=2 * PAGE, direct=True
+                stamps,
+                num_threads=2,
+                chunk_bytes=2 * PAGE,
+                direct=True,
+                fallbacks=Fallbacks(),
             )
         elif name == "aiofiles":
             patch.setattr(aiofiles, "open", faulty_open(faults))
@@ -246,6 +251,12 @@ def faulty_reader(
 
             context = faulty_context(faults, libaio.AIOContext)
             patch.setattr(libaio, "AIOContext", context)
-            reader = LibaioReader(stamps, depth=3, chunk_bytes=2 * PAGE, direct=True)
+            reader = LibaioReader(
+                stamps,
+                depth=3,
+                chunk_bytes=2 * PAGE,
+                direct=True,
+                fallbacks=Fallbacks(),
+            )
         with reader:
             yield LateReader(reader, faults)

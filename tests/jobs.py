@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.offload.files.durable import DurableFiles
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.json_rows import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done, read_parts
 from penstock.offload.files.parts import Cut, NumberedRows
 from penstock.offload.files.sources import Own, find_files

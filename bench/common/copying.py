@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from penstock.io.checkpoint.header import FileStamp, TensorEntry
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena, HostMemory
 from penstock.io.readers.files import ALIGNMENT
 from penstock.io.readers.threads import ThreadReader
@@ -84,7 +85,13 @@ def run(path: Path, rounds: int) -> list[Copied]:
     rates: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         reader = stack.enter_context(
-            ThreadReader(stamps, num_threads=2, chunk_bytes=8 << 20, direct=True)
+            ThreadReader(
+                stamps,
+                num_threads=2,
+                chunk_bytes=8 << 20,
+                direct=True,
+                fallbacks=Fallbacks(),
+            )
         )
         tier: Callable[..., HostTier] = partial(
             HostTier,

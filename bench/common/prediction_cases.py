@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 
 SHAPES = (  # hidden, intermediate, layers, kv heads, vocabulary
     (768, 2048, 12, 12, 8000),

@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena
 from penstock.io.readers.aiofiles_reader import AiofilesReader
 from penstock.io.readers.libaio_reader import LibaioReader
@@ -102,7 +103,15 @@ def reader_of(path: Path, case: Case) -> Reader:
     stamps = {path: FileStamp.of(path.stat())}
     depth, chunk = case.depth, case.chunk_bytes
     if case.way == "libaio":
-        return LibaioReader(stamps, depth=depth, chunk_bytes=chunk, direct=True)
+        return LibaioReader(
+            stamps, depth=depth, chunk_bytes=chunk, direct=True, fallbacks=Fallbacks()
+        )
     if case.way == "threads":
-        return ThreadReader(stamps, num_threads=depth, chunk_bytes=chunk, direct=True)
+        return ThreadReader(
+            stamps,
+            num_threads=depth,
+            chunk_bytes=chunk,
+            direct=True,
+            fallbacks=Fallbacks(),
+        )
     return AiofilesReader(stamps, num_tasks=depth, chunk_bytes=chunk)

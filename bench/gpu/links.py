@@ -172,13 +172,16 @@ def _gds(part: Part, path: Any, nbytes: int) -> Any:
     from common import machine
     from penstock.io.checkpoint.header import FileStamp
     from penstock.io.extent import Extent
+    from penstock.io.fallbacks import Fallbacks
     from penstock.io.readers.gds import GdsReader, why_not
 
     if (reason := why_not(part.device, path)) is not None:
         return f"not used: {reason}"
     target = torch.empty(nbytes, dtype=torch.uint8, device=part.device)
     stamps = {path: FileStamp.of(path.stat())}
-    with GdsReader(stamps, num_threads=4, chunk_bytes=8 * MIB) as reader:
+    with GdsReader(
+        stamps, num_threads=4, chunk_bytes=8 * MIB, fallbacks=Fallbacks()
+    ) as reader:
         machine.evict(path)
         return nbytes / _seconds(
             lambda: reader.submit(Extent(path, 0, nbytes), target).wait()

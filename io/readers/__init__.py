@@ -2,11 +2,11 @@
 
 `Reader` (reader) is the contract. The implementations are `ThreadReader` (threads),
 `LibaioReader` (libaio_reader), `AiofilesReader` (aiofiles_reader), and `GdsReader`
-(gds), which reads into GPU memory. All derive from `QueuedReader` (work_queue), which
-cuts a read into parts and queues them.
+(gds), which reads into GPU memory. All derive from `QueuedReader`
+(queued_reader), which cuts a read into parts and queues them.
 
-Most queue them in a `PartQueue` (work_queue), from which `Workers` (work_queue), which
-are threads, take them one by one. `Files` (files) opens files, with O_DIRECT where
+Most queue them in a `PartQueue`, from which `Workers`, which are threads, take them one
+by one (both in queued_reader). `Files` (files) opens files, with O_DIRECT where
 possible, and notices changes. `choice` measures which reader is fastest. `checksums`
 finds bytes that have changed since they were written.
 """

@@ -12,9 +12,10 @@ import aiofiles
 
 from ..checkpoint.header import FileStamp
 from ..errors import CheckpointError
+from ..fallbacks import Fallbacks
 from .daemon_pool import DaemonPool
 from .files import Files, OpenFile
-from .work_queue import LAST, NORMAL, URGENT, QueuedReader, RequestPart
+from .queued_reader import LAST, NORMAL, URGENT, QueuedReader, RequestPart
 
 _Part = RequestPart[memoryview]
 _Queue = asyncio.PriorityQueue[tuple[int, int, _Part | None]]
@@ -34,7 +35,8 @@ class AiofilesReader(QueuedReader[memoryview]):
         self, stamps: Mapping[Path, FileStamp], *, num_tasks: int, chunk_bytes: int
     ) -> None:
         super().__init__(
-            Files(stamps, direct=False),  # opens no file: each task opens its own
+            # Opens no file: each task opens its own.
+            Files(stamps, direct=False, fallbacks=Fallbacks()),
             chunk_bytes=chunk_bytes,
             num_lanes=num_tasks,
         )

@@ -16,6 +16,7 @@ import psutil
 from ..checkpoint.header import FileStamp
 from ..errors import CheckpointError
 from ..extent import Extent
+from ..fallbacks import Fallbacks
 from ..memory.arena import Arena
 from ..regular_file import read_json, read_json_object
 from .files import reads_directly
@@ -92,43 +93,42 @@ def choose(
     direct: bool,
     settings: str,
     remembered: "RememberedChoice",
-) -> tuple[str, tuple[str, ...]]:
-    """The name of the reader to use, and the fallbacks, which are already logged.
+    fallbacks: Fallbacks,
+) -> str:
+    """The name of the reader to use.
 
     `makers` has a function to open each reader. `missing` says why some readers are not
     available. `asked` is the name of a reader, or "auto" for the best one for the files
     in `stamps`. That is found by a short measurement, `remembered` by drive and
-    `settings`. A missing reader is a fallback only if it was asked for by name.
+    `settings`. `fallbacks` learns of a missing reader only if it was asked for by name.
     """
-    fallbacks: list[str] = []
-
-    def fall_back(message: str) -> None:
-        fallbacks.append(message)
-        _log.warning(message)
-
     if asked in missing:
-        fall_back(f"no reader {asked!r}: {missing[asked]}; another one is chosen")
+        fallbacks.announce(
+            f"no reader {asked!r}: {missing[asked]}; another one is chosen"
+        )
     elif asked != "auto":
-        return asked, ()
+        return asked
     path = max(stamps, key=lambda path: stamps[path].size_bytes)
     if not direct:
-        return "aiofiles", tuple(fallbacks)
+        return "aiofiles"
     if not reads_directly(path):
-        fall_back(f"no O_DIRECT on {path.parent}: reading through the page cache")
-        return "aiofiles", tuple(fallbacks)
+        fallbacks.announce(
+            f"no O_DIRECT on {path.parent}: reading through the page cache"
+        )
+        return "aiofiles"
     available = {n: makers[n] for n in ("libaio", "threads") if n not in missing}
     if len(available) == 1:
-        return next(iter(available)), tuple(fallbacks)
+        return next(iter(available))
     drive = f"{drive_of(path)}, {settings}"
     best = remembered.get(drive)
     if best is None or best.reader not in available:
         trials = measure(available, stamps)
         if not trials:
-            return "threads", tuple(fallbacks)
+            return "threads"
         best = best_of(trials)
         remembered.put(drive, best)
         _log.info("measured on %s: %s; reading by %s", drive, trials, best.reader)
-    return best.reader, tuple(fallbacks)
+    return best.reader
 
 
 class RememberedChoice:

@@ -5,7 +5,6 @@ for changes after each read.
 """
 
 import errno
-import logging
 import mmap
 import os
 import threading
@@ -16,8 +15,7 @@ from pathlib import Path
 from ..checkpoint.header import FileStamp
 from ..errors import CheckpointChangedError, CheckpointError, ReadError
 from ..extent import Extent, align_down
-
-_log = logging.getLogger("penstock")
+from ..fallbacks import Fallbacks
 
 ALIGNMENT = 4096
 """Bytes: alignment of offsets, lengths and addresses of direct reads. Every file system
@@ -90,15 +88,17 @@ class Files:
     """Opens the files that `stamps` describes, each when it is first read.
 
     `direct` asks for O_DIRECT. If a file system refuses it, the file is read through
-    the page cache; this is logged once and kept in `fallbacks`. Any thread may use it.
+    the page cache, which the first time goes to `fallbacks`. Any thread may use it.
     """
 
-    def __init__(self, stamps: Mapping[Path, FileStamp], *, direct: bool) -> None:
+    def __init__(
+        self, stamps: Mapping[Path, FileStamp], *, direct: bool, fallbacks: Fallbacks
+    ) -> None:
         self._stamps = stamps
         self._direct = direct
         self._lock = threading.Lock()
         self._files: dict[Path, OpenFile] = {}
-        self._fallbacks: list[str] = []
+        self._fallbacks = fallbacks
 
     def __len__(self) -> int:
         return len(self._files)
@@ -108,11 +108,6 @@ class Files:
         """Whether every file so far was opened with O_DIRECT."""
         with self._lock:  # another thread may open a file meanwhile
             return self._direct and all(f.is_direct for f in self._files.values())
-
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """Sentences that say where O_DIRECT was refused."""
-        return tuple(self._fallbacks)
 
     def open(self, path: Path) -> OpenFile:
         """The open file `path`. Raises CheckpointError if it cannot be opened."""
@@ -135,10 +130,10 @@ class Files:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
-        if self._direct and not self._fallbacks:
-            message = f"no O_DIRECT on {path.parent}: reading through the page cache"
-            self._fallbacks.append(message)
-            _log.warning(message)
+        if self._direct and all(file.is_direct for file in self._files.values()):
+            self._fallbacks.announce(
+                f"no O_DIRECT on {path.parent}: reading through the page cache"
+            )
         return descriptor, False
 
 

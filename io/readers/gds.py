@@ -15,8 +15,9 @@ import torch
 
 from ..checkpoint.header import FileStamp
 from ..closing import Closing
+from ..fallbacks import Fallbacks
 from .files import ALIGNMENT, Files, OpenFile, reads_directly
-from .work_queue import QueuedReader, RequestPart, Workers
+from .queued_reader import QueuedReader, RequestPart, Workers
 
 
 class DeviceFile(Protocol):
@@ -116,10 +117,13 @@ class GdsReader(QueuedReader[torch.Tensor]):
         *,
         num_threads: int,
         chunk_bytes: int,
+        fallbacks: Fallbacks,
         open_file: Callable[[str], DeviceFile] = CuFile,
     ) -> None:
         super().__init__(
-            Files(stamps, direct=True), chunk_bytes=chunk_bytes, num_lanes=num_threads
+            Files(stamps, direct=True, fallbacks=fallbacks),
+            chunk_bytes=chunk_bytes,
+            num_lanes=num_threads,
         )
         self._open_file = open_file
         self._device_files: dict[Path, DeviceFile] = {}

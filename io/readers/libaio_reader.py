@@ -16,9 +16,10 @@ from typing import Any
 from ..checkpoint.header import FileStamp
 from ..errors import ReadError
 from ..extent import Extent
+from ..fallbacks import Fallbacks
 from ..handle import forget_frames
 from .files import Files, OpenFile
-from .work_queue import PartQueue, QueuedReader, RequestPart
+from .queued_reader import PartQueue, QueuedReader, RequestPart
 
 _RETRIED = frozenset((errno.EINTR, errno.EAGAIN))
 _RETRY_SECONDS = 0.001
@@ -55,7 +56,7 @@ class LibaioReader(QueuedReader[memoryview]):
     One thread submits reads and collects their results. A read costs one system call
     for each of these, and no switch of threads. Only O_DIRECT reads are asynchronous in
     the kernel. If a file system refuses O_DIRECT, its files are read one after the
-    other, and this is logged.
+    other, and `fallbacks` says so.
     """
 
     name = "libaio"
@@ -67,11 +68,12 @@ class LibaioReader(QueuedReader[memoryview]):
         depth: int,
         chunk_bytes: int,
         direct: bool,
+        fallbacks: Fallbacks,
     ) -> None:
         import libaio
 
         super().__init__(
-            Files(stamps, direct=direct),
+            Files(stamps, direct=direct, fallbacks=fallbacks),
             chunk_bytes=chunk_bytes,
             num_lanes=1,  # chunks need no balance: the deep queue keeps the drive busy
         )

@@ -18,7 +18,6 @@ class ReaderStatistics:
     num_reads: int
     is_direct: bool
     """Whether every file so far was opened with O_DIRECT."""
-    fallbacks: tuple[str, ...]
 
 
 class Reader(Protocol):

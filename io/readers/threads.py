@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..checkpoint.header import FileStamp
+from ..fallbacks import Fallbacks
 from .files import Files, OpenFile
-from .work_queue import QueuedReader, RequestPart, Workers
+from .queued_reader import QueuedReader, RequestPart, Workers
 
 
 class ThreadReader(QueuedReader[memoryview]):
@@ -26,9 +27,12 @@ class ThreadReader(QueuedReader[memoryview]):
         num_threads: int,
         chunk_bytes: int,
         direct: bool,
+        fallbacks: Fallbacks,
     ) -> None:
         super().__init__(
-            Files(stamps, direct=direct), chunk_bytes=chunk_bytes, num_lanes=num_threads
+            Files(stamps, direct=direct, fallbacks=fallbacks),
+            chunk_bytes=chunk_bytes,
+            num_lanes=num_threads,
         )
         self._workers = Workers(
             _pread, self._files, self._count, num_threads=num_threads

@@ -1,18 +1,21 @@
 """Moves a unit's weights from where they are stored into a slot, as parameters.
 
     Recipe (recipe)      which stored tensors make one parameter
-      -> Layout (layout)    which byte of which file lands where in the slot
-      -> Transfer (transfer)  which ranges are copied on to another device
+      -> Layout (layout)    which byte of which file lands where in host memory
+      -> Transfer (transfer)  which ranges are copied from there into a slot
 
-    files --Loader--> host memory --Source--> Link --> slot on the device
+    files --Loader--> slot, where the CPU computes
+    files --Loader--> host memory --Source--> Link --> slot on a GPU
                       HostTier: units that stay in host memory
                       PeerTier: units that stay in the memory of another GPU
-    files --DirectToDevice------------------> slot on the device
+    files --DirectToDevice------------------> slot on a GPU
 
 Recipes, layouts, transfers and overlays are pure plans; the other classes carry them
-out. The bytes that lie in files are the *stored image* of a unit; the parameters in a
-slot are its *slot image*. Each slice of a recipe names the codec (io/codecs) between
-them. `Loader` (loader) reads aligned ranges straight into place where both images are
+out. `Load` (load) is one unit on its way.
+
+The bytes that lie in files are the *stored image* of a unit; the parameters in a slot
+are its *slot image*. Each slice of a recipe names the codec (io/codecs) between them.
+`Loader` (loader) reads aligned ranges straight into place where both images are
 equal. It hands the rest to `BounceCopier` (copier), which reads into a buffer and lets
 the codec decode it, in the parts that `decoding` cuts. A `Source`
 (source) gives a `Link` (link) the bytes of each unit: `ResidentSource` has them in

@@ -18,7 +18,8 @@ task only, the drive waits for each cast and is idle for a fifth of the time or 
 
 @dataclass(frozen=True, slots=True)
 class CopyTask:
-    """A byte range of a file, and the function that puts its bytes in place."""
+    """Byte ranges of files (none for a move within a slot), and the function that puts
+    their bytes in place."""
 
     unit: str
     extents: Sequence[Extent]

@@ -13,6 +13,7 @@ from ..extent import Extent
 from ..handle import Handle, forget_frames
 from ..memory.arena import Memory
 from ..readers.daemon_pool import DaemonPool
+from ..readers.reader import ReaderStatistics
 from ..tier import Tier
 from ..timeline import Record, unrecorded
 from .layout import Layout
@@ -26,6 +27,8 @@ class DeviceReader(Protocol):
     def submit(self, extent: Extent, buffer: torch.Tensor) -> Handle:
         """Starts to read `extent` into `buffer` (uint8 [extent.nbytes])."""
         ...
+
+    def statistics(self) -> ReaderStatistics: ...
 
 
 def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
@@ -73,7 +76,7 @@ class DirectToDevice(Closing):
         self._statistics = LoaderStatistics(0, 0, 0)
         # The reads follow no stream, so this thread waits until the device's work on
         # the slot has ended. One thread keeps units in the order of the requests.
-        self._pool = DaemonPool(1, "penstock-straight")
+        self._pool = DaemonPool(1, "penstock-direct-to-device")
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> UnitLoad:
         """Starts to read `unit` to `offset` (bytes) of the target.
@@ -120,6 +123,11 @@ class DirectToDevice(Closing):
                 s.bytes_loaded + plan.stored_bytes, s.num_loads + 1, 0
             )
         return UnitLoad(plan.name, [handle])
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of files that were read, gaps between parameters included."""
+        return self._reader.statistics().bytes_read
 
     def statistics(self) -> LoaderStatistics:
         with self._lock:

@@ -1,19 +1,8 @@
 """Fills memory with units that stay there, one behind the other."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
-
-class Filling(Protocol):
-    """A load that is under way."""
-
-    def wait(self) -> None:
-        """Waits for the load; raises what failed."""
-        ...
-
-    def wait_quietly(self) -> None:
-        """Waits until nothing is written any more; never raises."""
-        ...
+from .load import Load
 
 
 def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
@@ -30,7 +19,7 @@ def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
 
 
 def fill(
-    loads: Iterable[tuple[int, Callable[[], Filling]]],
+    loads: Iterable[tuple[int, Callable[[], Load]]],
     progress: Callable[[int, int], None],
     *,
     total_bytes: int,
@@ -40,7 +29,7 @@ def fill(
     A load is given as (bytes, function that starts it). Raises what a load raises.
     When this returns or raises, no load is under way.
     """
-    begun: list[tuple[int, Filling]] = []
+    begun: list[tuple[int, Load]] = []
     try:
         for nbytes, start in loads:
             begun.append((nbytes, start()))

@@ -1,4 +1,8 @@
-"""Plans where each byte of a unit lands in its slot. Pure: no I/O happens here.
+"""Plans where each byte of a unit lands in the host memory that it is read to. Pure: no
+I/O happens here.
+
+On a CPU that memory is the unit's slot, and so it is called here. On a GPU it is the
+host tier or a staging buffer, from which a transfer goes on to the slot.
 
 A parameter that is one byte range of a file is read with the aligned window around it.
 O_DIRECT can then read the window straight into the slot, and the parameter is a view of
@@ -49,19 +53,21 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A part of a parameter that passes a bounce buffer.
-
-    Its codec may do no more than copy: parts of blocks, and strided parts, cannot be
-    read in place.
+    """A part of a parameter that is read into a bounce buffer, from which `codec`
+    writes it into the slot. Parts of blocks, and strided parts, which only have to be
+    copied, are read so, too.
     """
 
     codec: Codec
     inputs: tuple[Input, ...]
+    """What the codec takes, in its order."""
     target_offset: int
     """Where the whole target tensor begins in the slot, in bytes."""
     target_dtype: torch.dtype
     target_numel: int
+    """Elements of the whole target tensor."""
     target: View
+    """The elements of it that are written."""
 
     @property
     def stored_bytes(self) -> int:

@@ -24,8 +24,9 @@ from .transfer import Transfer
 class LinkLoad:
     """The load of one unit into its slot.
 
-    It counts as done as soon as its copy is queued. The compute stream waits for the
-    copy itself; the host does not.
+    It is done once its copy is queued on the link's stream and, if the link's speed is
+    limited, the time of the copy is over. The compute stream waits for the copy itself;
+    the host does not.
     """
 
     def __init__(self, unit_name: str, device: Device) -> None:
@@ -37,7 +38,7 @@ class LinkLoad:
 
     @property
     def is_done(self) -> bool:
-        """Whether the copy is queued, or has failed."""
+        """Whether `wait` returns, or raises, at once."""
         return self.handle.is_done
 
     def wait(self) -> None:

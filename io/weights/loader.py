@@ -17,7 +17,7 @@ from ..handle import Handle
 from ..memory.arena import HostMemory
 from ..readers.reader import Reader
 from ..tier import Tier
-from ..timeline import CAST, Record, unrecorded
+from ..timeline import CASTING, Record, unrecorded
 from .copier import BounceCopier, CopyTask
 from .decoding import parts_of
 from .layout import Input, Layout
@@ -36,7 +36,8 @@ class LoaderStatistics:
 
 
 class UnitLoad:
-    """The load of one unit into its slot in host memory; no device takes part."""
+    """The load of one unit by reads that follow no stream of a device. Once it has
+    ended, all bytes are in the slot."""
 
     ready = None
 
@@ -195,7 +196,7 @@ class Loader:
             source = target + move.source_offset - move.target_offset
             ctypes.memmove(target, source, move.nbytes)  # drops the GIL
         nbytes = sum(move.nbytes for move in plan.moves)
-        self._record(CAST, plan.name, start, self._clock(), nbytes)
+        self._record(CASTING, plan.name, start, self._clock(), nbytes)
         self._count(copied=nbytes)
 
     def _decode(
@@ -213,7 +214,7 @@ class Loader:
         ]
         codec.decode(tensors, target)
         nbytes = sum(map(len, stored))
-        self._record(CAST, unit, start, self._clock(), nbytes)
+        self._record(CASTING, unit, start, self._clock(), nbytes)
         self._count(copied=nbytes)
 
 

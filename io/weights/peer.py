@@ -1,7 +1,6 @@
 """The peer tier: units stay in the memory of another device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from ..closing import Closing
@@ -9,7 +8,7 @@ from ..devices.device import Device
 from ..memory.arena import Memory
 from .filling import fill, side_by_side
 from .link import Link
-from .transfer import Run, Transfer
+from .transfer import Transfer
 
 
 class PeerTier(Closing):
@@ -68,8 +67,3 @@ class PeerTier(Closing):
 
     def close(self) -> None:
         self.memory.close()
-
-
-def whole(transfer: Transfer) -> Transfer:
-    """The transfer of a unit that is already laid out as in its slot: one run."""
-    return replace(transfer, runs=(Run(0, 0, transfer.nbytes),))

@@ -1,8 +1,8 @@
 """Plans how a unit is copied from other memory into its slot, in few large runs. Pure.
 
-On the CPU a slot holds the same bytes as were read from disk. On a GPU tensors must be
-aligned (cuBLAS is slow below 16 bytes), and in a file they are not. Neighbouring
-tensors mostly need the same shift, so one run can move many of them.
+On a CPU a slot lies as the unit's layout says, so one run copies it whole. On a GPU
+tensors must be aligned (cuBLAS is slow below 16 bytes), and those that were read from a
+file are not. Neighbouring tensors mostly need the same shift, so one run can move many.
 
 The alignment is 256 bytes. Torch tells cuBLASLt how far pointers are aligned, up to
 this value. With less, cuBLASLt could choose another kernel than for the resident model,
@@ -17,6 +17,8 @@ from ..extent import align_up
 from .layout import Layout, Placed
 
 _TENSOR_ALIGNMENT = 256
+SLOT_ALIGNMENT = 512
+"""Bytes; on a GPU, the same as torch's allocator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,9 @@ class Transfer:
     """Bytes of the checkpoint that make the unit."""
 
 
-def same_layout(plan: Layout) -> Transfer:
-    """A transfer to a slot with the layout of `plan`: one run copies it whole."""
+def same_layout(plan: "Layout | Transfer") -> Transfer:
+    """A transfer of a unit that lies as `plan` says, into a slot where it lies just so:
+    one run copies it whole."""
     runs = (Run(0, 0, plan.nbytes),)
     return Transfer(plan.name, plan.nbytes, runs, plan.tensors, plan.stored_bytes)
 

@@ -74,8 +74,8 @@ def job_command(task: type[Task]) -> Callable[..., None]:
         chosen = policy_of(policy, settings, trust_remote_code, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
-        done = task_from(task, own)
-        run(Job(done, model, source, output, chosen, report, mode, watching, workers))
+        asked = task_from(task, own)
+        run(Job(asked, model, source, output, chosen, report, mode, watching, workers))
 
     *common, _ = inspect.signature(command).parameters.values()
     return _with_signature(command, task, [*common, *parameters_of(task)])

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ...io.errors import OutputError, UsageError, readable
+from ...io.fallbacks import Fallbacks
 from ..tasks.registry import TASKS
 from .options import (
     PolicyFile,
@@ -94,7 +95,7 @@ def machine(
             path.write_text(found.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot measure or write {path}: {error}") from error
-    _, missing = makers_of({}, IO())
+    _, missing = makers_of({}, IO(), Fallbacks())
     if found.disk is not None:
         for line in reader_lines(found.disk, missing):
             console.print(line, soft_wrap=True, highlight=False)

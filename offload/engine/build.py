@@ -1,6 +1,5 @@
 """Makes the engine of a streamed model."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +11,7 @@ from torch import nn
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
+from ...io.fallbacks import Fallbacks
 from ...io.fork_guard import ForkGuard
 from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
@@ -27,7 +27,7 @@ from ..policy import Policy
 from ..settings.contradictions import without_effect
 from ..settings.memory_budget import MemoryRoom, Use
 from ..units.arrangement import arrange
-from ..units.division import check_overlap
+from ..units.division import missing_overlap
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
@@ -35,15 +35,12 @@ from ..weights.moved_tensors import MovedTensors
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
-from .parts import Running, Weights
+from .groups import Forwards, Weights
 from .readers import memory_alignment_of
 from .tiers import Tiers
-from .transfers import transfer_of
 
 if TYPE_CHECKING:
     from .compilation import Compilation
-
-_log = logging.getLogger("penstock")
 
 
 def build(
@@ -68,7 +65,6 @@ def build(
         model,
         recipes,
         policy,
-        partial(transfer_of, device.is_host, policy),
         is_host=device.is_host,
         memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
         room=room,
@@ -80,8 +76,13 @@ def build(
     places, recipes = arranged.places, arranged.recipes
     division, capacity = arranged.division, arranged.capacity
     model_division, transfers = division.found, division.transfers
-    part_of = budget if policy.device_memory == "auto" and device.is_host else None
-    fallbacks = (*check_overlap(division, capacity, part_of), *_announce(policy))
+    fallbacks = Fallbacks()
+    is_part_of_budget = policy.device_memory == "auto" and device.is_host
+    fallbacks.announce(
+        missing_overlap(division, capacity, budget if is_part_of_budget else None)
+    )
+    for message in without_effect(policy):
+        fallbacks.announce(message)
     timeline = Timeline()
     record = timeline.record
     tiers = Tiers(
@@ -93,6 +94,7 @@ def build(
         capacity,
         policy,
         record,
+        fallbacks,
     )
     with ExitStack() as opened:  # closes what was opened if a later step fails
         opened.callback(tiers.close)
@@ -105,15 +107,20 @@ def build(
             )
             for name in arranged.gathered
         }
-        stand_ins: dict[str, torch.Tensor] = {}
+        placeholders: dict[str, torch.Tensor] = {}
         binding = Binding(
-            model_division, transfers, places, stand_ins, tiers.memory, tiers.in_place
+            model_division,
+            transfers,
+            places,
+            placeholders,
+            tiers.memory,
+            tiers.in_place,
         )
         working_set = _working_set(model_division, transfers, capacity, tiers, record)
         open_sites = _open_sites(
             model_division, working_set, binding, Heap(budget.heap)
         )
-        kv = open_kv(model, device, policy, tiers.pin, record, budget.kv)
+        kv = open_kv(model, device, policy, tiers.pin, record, budget.kv, fallbacks)
         if kv is not None:
             opened.callback(kv.close)
         joins = policy.coalesce != "off" and not policy.compile
@@ -134,17 +141,17 @@ def build(
             fork_guard=ForkGuard(in_child=binding.unbind_in_child),
         )
         compilation = _compilation(model_division, policy)
-        running = Running(
+        forwards = Forwards(
             entry, compilation, row_wise, Order(len(row_wise)), kv, timeline
         )
         engine = Engine(
-            model, policy, weights=weights, running=running, fallbacks=fallbacks
+            model, policy, weights=weights, forwards=forwards, fallbacks=fallbacks
         )
         opened.pop_all()
         opened.callback(engine.close)
         for name, recipe in recipes.items():
             gatherer = gatherers.get(name)
-            stand_ins[name] = StreamedParameter(
+            placeholders[name] = StreamedParameter(
                 name,
                 recipe.shape,
                 recipe.dtype,
@@ -157,14 +164,6 @@ def build(
         engine.start()
         opened.pop_all()
     return engine
-
-
-def _announce(policy: Policy) -> list[str]:
-    """Logs and returns the settings of `policy` that have no effect."""
-    messages = without_effect(policy)
-    for message in messages:
-        _log.warning(message)
-    return messages
 
 
 def _move_rest(

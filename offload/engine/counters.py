@@ -52,7 +52,7 @@ class Statistics(SweepCounters):
     faults: Mapping[str, int] = counter(Rule.SUM, dict)
     """How often each weight was used outside the forward of its module, by name."""
     fallbacks: tuple[str, ...] = counter(Rule.EACH, ())
-    """A sentence for each setting of the policy that could not be followed."""
+    """A sentence for each thing that could not be had as it was asked for."""
 
     @property
     def rows_per_joint_call(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...io.errors import FaultError, PenstockError
+from ...io.fallbacks import Fallbacks
 from ...io.kv.count import KvStatistics
 from ...io.merging import counters_of
 from ...io.weights.residue import clone_like
@@ -20,7 +21,7 @@ from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
 from .counters import Statistics, bytes_by_tier
-from .parts import Running, Weights
+from .groups import Forwards, Weights
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .updates import Updates
@@ -38,8 +39,8 @@ class Engine:
         policy: Policy,
         *,
         weights: Weights,
-        running: Running,
-        fallbacks: Sequence[str],
+        forwards: Forwards,
+        fallbacks: Fallbacks,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -49,20 +50,20 @@ class Engine:
         assert arrangement.budget is not None, "there is room to divide"
         self.budget = arrangement.budget
         self.resident = weights.binding.resident
-        self.timeline = running.timeline
-        self.row_wise = running.row_wise
-        self.fork_guard = running.entry.fork_guard
+        self.timeline = forwards.timeline
+        self.fallbacks = fallbacks
+        self.row_wise = forwards.row_wise
+        self.fork_guard = forwards.entry.fork_guard
         self._weights = weights
-        self._running = running
+        self._forwards = forwards
         self._tiers = weights.tiers
         self._working_set = weights.working_set
         self._binding = weights.binding
-        self._entry = running.entry
-        self._compilation = running.compilation
-        self._kv = running.kv
-        self._fallbacks = list(fallbacks)
+        self._entry = forwards.entry
+        self._compilation = forwards.compilation
+        self._kv = forwards.kv
         self._faults: Counter[str] = Counter()
-        self.updates = Updates(weights, running.entry, policy)
+        self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
         self._is_closed = False
@@ -86,7 +87,7 @@ class Engine:
             self.model, self.model_division, self._entry, self._binding, keep_out
         )
         if self._compilation is not None:
-            self._compilation.start(self.note)
+            self._compilation.start(self.fallbacks.announce)
         self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
         )
@@ -136,13 +137,13 @@ class Engine:
         if is_wanted is None:
             is_wanted = self.policy.coalesce == "on"
         if not is_wanted or self.policy.coalesce == "off":
-            return Coalescing((), self._running.row_order)
+            return Coalescing((), self._forwards.row_order, self.fallbacks)
         if self._compilation is not None:
             raise PenstockError(
                 "a sweep of compiled blocks cannot be coalesced: micro-batches would "
                 "have to stop inside of them; take compile: false or coalesce=False"
             )
-        return Coalescing(self.row_wise, self._running.row_order)
+        return Coalescing(self.row_wise, self._forwards.row_order, self.fallbacks)
 
     def _activation_bytes(self, has_width: bool) -> int | None:
         """The bytes that suspended micro-batches may hold; None: width bounds them."""
@@ -156,12 +157,6 @@ class Engine:
     def name_of(self, parameters: Mapping[str, Any], key: str) -> str:
         """The name of the tensor that a module's `parameters` hold under `key`."""
         return self._binding.name_of(parameters, key)
-
-    def note(self, fallback: str) -> None:
-        """Logs, once, a setting of the policy that could not be followed."""
-        if fallback not in self._fallbacks:
-            self._fallbacks.append(fallback)
-            _log.warning(fallback)
 
     @property
     def device(self) -> torch.device:
@@ -210,12 +205,7 @@ class Engine:
             num_unused_loads=working_set.num_unused_loads,
             faults=dict(self._faults),
             kv=KvStatistics() if kv is None else kv.statistics(),
-            fallbacks=(
-                *self._fallbacks,
-                *self._tiers.fallbacks,
-                *reader.fallbacks,
-                *(kv.fallbacks if kv is not None else ()),
-            ),
+            fallbacks=tuple(self.fallbacks),
         )
 
     @property

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...io.checkpoint.index import open_checkpoint
+from ...io.fallbacks import Fallbacks
 from ...io.readers.checksums import (
     SIDE_FILE,
     checksums,
@@ -37,7 +38,8 @@ def verify_checksums(path: str | Path, policy: Policy | None = None) -> Integrit
     checkpoint = open_checkpoint(path)
     side_file = checkpoint.folder / SIDE_FILE
     known = read_side_file(side_file) if side_file.exists() else None
-    reader, _ = open_reader(checkpoint.stamps, (policy or Policy()).io)
+    io = (policy or Policy()).io
+    reader = open_reader(checkpoint.stamps, io, Fallbacks())
     with reader, FillProgress("summing the checkpoint") as progress:
         sums = checksums(checkpoint, reader, progress)
     if known is None:

@@ -1,12 +1,12 @@
 """Opens the reader that a policy asks for."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from ...io.checkpoint.header import FileStamp
+from ...io.fallbacks import Fallbacks
 from ...io.readers import libaio_reader as aio
 from ...io.readers.aiofiles_reader import AiofilesReader
 from ...io.readers.choice import RememberedChoice, choose
@@ -16,16 +16,14 @@ from ...io.readers.reader import Reader
 from ...io.readers.threads import ThreadReader
 from ..policy import IO, cache_fallback, cache_folder
 
-_log = logging.getLogger("penstock")
-
 
 def open_reader(
-    stamps: Mapping[Path, FileStamp], io: IO
-) -> tuple[Reader, tuple[str, ...]]:
+    stamps: Mapping[Path, FileStamp], io: IO, fallbacks: Fallbacks
+) -> Reader:
     """Opens the reader that `io` asks for or, if it is not available, the best one that
-    is. Also returns a sentence for each such fallback."""
-    makers, missing = makers_of(stamps, io)
-    name, fallbacks = choose(
+    is, which it announces to `fallbacks`."""
+    makers, missing = makers_of(stamps, io, fallbacks)
+    name = choose(
         io.reader,
         makers,
         missing,
@@ -33,11 +31,10 @@ def open_reader(
         direct=io.direct,
         settings=f"threads {io.threads}, depth {io.depth}, chunk {io.chunk}",
         remembered=RememberedChoice(cache_folder(io) / "readers.json"),
+        fallbacks=fallbacks,
     )
-    if (no_cache := cache_fallback(io)) is not None:
-        _log.warning(no_cache)
-        fallbacks = (*fallbacks, no_cache)
-    return makers[name](), fallbacks
+    fallbacks.announce(cache_fallback(io))
+    return makers[name]()
 
 
 def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
@@ -49,19 +46,30 @@ def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
 
 
 def makers_of(
-    stamps: Mapping[Path, FileStamp], io: IO
+    stamps: Mapping[Path, FileStamp], io: IO, fallbacks: Fallbacks
 ) -> tuple[dict[str, Callable[[], Reader]], dict[str, str]]:
     """Functions that open each reader, by name, and for each reader that is not
     available the reason."""
-    sizes = {"chunk_bytes": io.chunk}
     makers: dict[str, Callable[[], Reader]] = {
         "libaio": partial(
-            LibaioReader, stamps, depth=io.depth, direct=io.direct, **sizes
+            LibaioReader,
+            stamps,
+            depth=io.depth,
+            chunk_bytes=io.chunk,
+            direct=io.direct,
+            fallbacks=fallbacks,
         ),
         "threads": partial(
-            ThreadReader, stamps, num_threads=io.threads, direct=io.direct, **sizes
+            ThreadReader,
+            stamps,
+            num_threads=io.threads,
+            chunk_bytes=io.chunk,
+            direct=io.direct,
+            fallbacks=fallbacks,
         ),
-        "aiofiles": partial(AiofilesReader, stamps, num_tasks=io.threads, **sizes),
+        "aiofiles": partial(
+            AiofilesReader, stamps, num_tasks=io.threads, chunk_bytes=io.chunk
+        ),
     }
     missing = {"gds": "it reads into the memory of a GPU, and the device is the CPU"}
     if (reason := aio.why_not()) is not None:

@@ -1,9 +1,9 @@
 """Opens the tiers that hold a model's weights, and the links from them into slots.
 
-Only this file names concrete classes of tiers.
+Only this file opens tiers. `Binding` (weights) is given the host tier, and binds its
+units where they lie.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -16,6 +16,7 @@ from ...io.devices.accelerators import reaches
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.event import Event
+from ...io.fallbacks import Fallbacks
 from ...io.memory.arena import Arena, HostMemory, Memory
 from ...io.memory.host_buffers import HostBuffers
 from ...io.memory.pinned import Pinned
@@ -29,19 +30,17 @@ from ...io.weights.host import HostTier
 from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
 from ...io.weights.link import Link
+from ...io.weights.load import Load
 from ...io.weights.loader import Loader
-from ...io.weights.peer import PeerTier, whole
+from ...io.weights.peer import PeerTier
 from ...io.weights.source import ResidentSource, Source, StagedSource
-from ...io.weights.transfer import Transfer
+from ...io.weights.transfer import Transfer, same_layout
 from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
-from ...scheduler.slots.load import Load
 from ..monitoring.progress import FillProgress
-from ..policy import Policy
+from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .readers import open_reader
-
-_log = logging.getLogger("penstock")
 
 
 class Tiers(Closing):
@@ -58,6 +57,7 @@ class Tiers(Closing):
         capacity: int,
         policy: Policy,
         record: Record,
+        fallbacks: Fallbacks,
     ) -> None:
         self.device = device
         self.placement = placement
@@ -66,25 +66,25 @@ class Tiers(Closing):
         self.peers: list[PeerTier] = []
         self._pinned: list[Pinned] = []
         self._activation_offloads: list[ActivationOffload] = []
-        self.straight: gds.GdsReader | None = None
+        self.direct_to_device: DirectToDevice | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
         self._layouts = layouts
         self._policy = policy
         self._record = record
+        self._fallbacks = fallbacks
         self._link = partial(Link, record=record)
         self._transfers = dict(enumerate(transfers))
-        self._ways: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
+        self._loads: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
         with ExitStack() as opened:
             self.memory: Memory = device.allocate(capacity)
             opened.enter_context(closing(self.memory))
             io = policy.io
             if io.reader == "gds" and not device.is_host:  # for what gds cannot read
                 io = io.model_copy(update={"reader": "auto"})
-            self.reader, fallbacks = open_reader(checkpoint.stamps, io)
+            self.reader = open_reader(checkpoint.stamps, io, fallbacks)
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
-            self.fallbacks = list(fallbacks)
             self.loaders: list[Loader | DirectToDevice] = []
             self._open_disk(opened)
             for name in policy.peer:
@@ -99,12 +99,12 @@ class Tiers(Closing):
     @property
     def in_place(self) -> HostTier | None:
         """The host tier, if its units are computed with in place; else None."""
-        return None if Tier.HOST in self._ways else self.host
+        return None if Tier.HOST in self._loads else self.host
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
         """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
-        way = self._ways.get(self.placement[unit], self._ways[Tier.DISK])
-        return way(unit, offset, after)
+        start = self._loads.get(self.placement[unit], self._loads[Tier.DISK])
+        return start(unit, offset, after)
 
     def mark(self) -> Event | None:
         """An event after all device work queued so far; None on the CPU, which works
@@ -133,8 +133,8 @@ class Tiers(Closing):
         """The bytes loaded from each tier so far."""
         disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
         by_tier: dict[str, int] = {Tier.DISK: disk}
-        if self.straight is not None:
-            by_tier[Tier.DISK] += self.straight.statistics().bytes_read
+        if self.direct_to_device is not None:
+            by_tier[Tier.DISK] += self.direct_to_device.bytes_read
         for link in self.links:
             if link.tier != Tier.DISK:
                 tier = tier_of(link.tier)
@@ -151,12 +151,6 @@ class Tiers(Closing):
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)
 
-    def _pace(self, tier: str) -> Pace | None:
-        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
-        if speed is None:
-            return None
-        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
-
     def _loader(self, memory: Arena) -> Loader:
         bounce, record = self._policy.io.bounce, self._record
         loader = Loader(
@@ -168,19 +162,19 @@ class Tiers(Closing):
     def _open_disk(self, opened: ExitStack) -> None:
         """Opens the disk tier: it reads directly into slots if the reader can, else
         through a ring buffer in host memory."""
-        if self._policy.io.reader == "gds" and self._open_straight(opened):
+        if self._policy.io.reader == "gds" and self._open_direct_to_device(opened):
             return
         if self.device.is_host and Tier.DISK not in self._policy.links:
             assert isinstance(self.memory, Arena), "memory of the host"
             loader = self._loader(self.memory)
             opened.callback(loader.close)
-            self._ways[Tier.DISK] = loader.load
+            self._loads[Tier.DISK] = loader.load
         else:
             link = opened.enter_context(self.link_from_disk(self.memory, self.device))
-            self._ways[Tier.DISK] = link.load
+            self._loads[Tier.DISK] = link.load
             self.links.append(link)
 
-    def _open_straight(self, opened: ExitStack) -> bool:
+    def _open_direct_to_device(self, opened: ExitStack) -> bool:
         """By cuFile, where all of system, drive, driver and model allow it."""
         if self.device.is_host:
             return False  # `open_reader` has announced that
@@ -189,16 +183,24 @@ class Tiers(Closing):
         reason = direct.why_not(self._layouts)
         reason = reason or gds.why_not(torch.device(self.device.name), largest)
         if reason is not None:
-            self._note(f"no reader 'gds': {reason}; weights go through host memory")
+            self._fallbacks.announce(
+                f"no reader 'gds': {reason}; weights go through host memory"
+            )
             return False
         io = self._policy.io
-        reader = gds.GdsReader(files, num_threads=io.threads, chunk_bytes=io.chunk)
+        reader = gds.GdsReader(
+            files,
+            num_threads=io.threads,
+            chunk_bytes=io.chunk,
+            fallbacks=self._fallbacks,
+        )
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
-        way = DirectToDevice(layouts, transfers, self.memory, reader, record=record)
-        self._ways[Tier.DISK] = opened.enter_context(way).load
-        self.loaders.append(way)
-        self.straight = reader
+        self.direct_to_device = opened.enter_context(
+            DirectToDevice(layouts, transfers, self.memory, reader, record=record)
+        )
+        self._loads[Tier.DISK] = self.direct_to_device.load
+        self.loaders.append(self.direct_to_device)
         return True
 
     def link_from_disk(self, target: Memory, device: Device) -> Link:
@@ -207,12 +209,12 @@ class Tiers(Closing):
         asked = self._policy.staging_memory
         nbytes = 3 * largest if asked == "auto" else max(asked, largest)
         memory = Arena(nbytes)
-        self._note(device.settle(memory))
+        self._fallbacks.announce(device.settle(memory))
         pinned = self._pin(memory, device)
         source = StagedSource(
             self._loader(memory), self._layouts, memory, pinned=pinned
         )
-        pace = self._pace(Tier.DISK)
+        pace = throttle(self._policy, Tier.DISK)
         return self._link(Tier.DISK, source, self._transfers, target, device, pace=pace)
 
     def _open_peer(self, name: str, opened: ExitStack) -> None:
@@ -222,7 +224,7 @@ class Tiers(Closing):
         device = open_device(name)
         is_over_host = not (self.device.is_host or device.is_host)
         if is_over_host and not reaches(self.device.name, device.name):
-            self._note(
+            self._fallbacks.announce(
                 f"{self.device.name} cannot reach the memory of {name} directly: its "
                 "weights go through the host"
             )
@@ -237,9 +239,10 @@ class Tiers(Closing):
                 )
             )
         self.peers.append(peer)
-        ways = {unit: whole(self._transfers[unit]) for unit in units}
+        transfers = {unit: same_layout(self._transfers[unit]) for unit in units}
         source = ResidentSource(peer.memory, peer.offsets)
-        self._open_link(name, source, ways, self._pace(Tier.PEER), opened)
+        pace = throttle(self._policy, Tier.PEER)
+        self._open_link(name, source, transfers, pace, opened)
 
     def _open_host(self, opened: ExitStack) -> None:
         units = self._units_of(Tier.HOST)
@@ -255,11 +258,13 @@ class Tiers(Closing):
                     bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
                     version=f"{version_of('penstock')} {version_of('transformers')}",
-                    prepare=lambda memory: self._note(self.device.settle(memory)),
+                    prepare=lambda memory: self._fallbacks.announce(
+                        self.device.settle(memory)
+                    ),
                     progress=progress,
                 )
             )
-        pace = self._pace(Tier.HOST)
+        pace = throttle(self._policy, Tier.HOST)
         if not self.device.is_host or pace is not None:
             pinned = self._pin(self.host.memory, self.device)
             source = ResidentSource(self.host.memory, self.host.offsets, pinned=pinned)
@@ -273,13 +278,8 @@ class Tiers(Closing):
         pinned = device.pin(memory, left)
         if pinned is not None:
             self._pinned.append(pinned)
-            self._note(pinned.fallback)
+            self._fallbacks.announce(pinned.fallback)
         return pinned
-
-    def _note(self, fallback: str | None) -> None:
-        if fallback is not None and fallback not in self.fallbacks:
-            self.fallbacks.append(fallback)
-            _log.warning(fallback)
 
     def _open_link(
         self,
@@ -292,5 +292,5 @@ class Tiers(Closing):
         link = opened.enter_context(
             self._link(tier, source, transfers, self.memory, self.device, pace=pace)
         )
-        self._ways[tier] = link.load
+        self._loads[tier] = link.load
         self.links.append(link)

@@ -1,7 +1,6 @@
 """Replaces weights of a streamed model while it is in use."""
 
 import contextlib
-import logging
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 from ...io.checkpoint.header import TensorEntry, read_header
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
+from ...io.fallbacks import Fallbacks
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.layout import Layout
@@ -24,10 +24,8 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
 from ..weights.new_values import NewValue, new_values
 from ..weights.spill_folder import SpillFolder
-from .parts import Weights
+from .groups import Weights
 from .readers import open_reader
-
-_log = logging.getLogger("penstock")
 
 
 class Updates(Closing):
@@ -43,8 +41,10 @@ class Updates(Closing):
         weights: Weights,
         entry: ForwardEntry,
         policy: Policy,
+        fallbacks: Fallbacks,
     ) -> None:
         self._policy = policy
+        self._fallbacks = fallbacks
         division = weights.arrangement.division
         self._recipes = cast(dict[str, Recipe], weights.arrangement.recipes)
         self._tiers = weights.tiers
@@ -111,8 +111,9 @@ class Updates(Closing):
         for name, each in values.items():
             dtype = self._recipes[name].dtype
             if each.value.dtype != dtype:
-                cast_to = "update of %r: %s is cast to %s"
-                _log.warning(cast_to, each.name, each.value.dtype, dtype)
+                self._fallbacks.announce(
+                    f"update of {each.name!r}: {each.value.dtype} is cast to {dtype}"
+                )
             value = each.value.to("cpu", dtype).contiguous()
             # safetensors refuses two names for one storage.
             stored[name] = value.clone() if value is each.value else value
@@ -132,7 +133,7 @@ class Updates(Closing):
         self._num_files += 1
         stamp, entries = read_header(path)
         io = self._policy.io.model_copy(update={"reader": "threads"})
-        reader, _ = open_reader({path: stamp}, io)
+        reader = open_reader({path: stamp}, io, self._fallbacks)
         self._tiers.layered.add(path, reader)
         return {entry.name: entry for entry in entries}
 
@@ -184,7 +185,7 @@ class Updates(Closing):
 
     def _why_fixed(self, unit: int) -> str | None:
         """Why `unit` cannot be changed; None if it can be."""
-        if self._tiers.straight is not None:
+        if self._tiers.direct_to_device is not None:
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
         if self._policy.host_shared and self._tiers.placement[unit] == Tier.HOST:
             return "other processes share it; take host_shared: false"

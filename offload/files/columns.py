@@ -8,10 +8,9 @@ from typing import Any
 
 from ...io.errors import InputError
 from .extras import extra
-from .jsonl import checked
-from .keys import columns_of
+from .json_rows import checked, columns_of
 from .parts import InputRow, Position
-from .sources import InputFile, Layout
+from .sources import FileFormat, InputFile
 
 _BATCH_ROWS = 1024
 
@@ -25,7 +24,7 @@ class ColumnFile:
 
     def __init__(self, file: InputFile, any_of: Mapping[str, str]) -> None:
         assert file.path is not None, "standard input has lines"
-        self._path, self._layout, self._any_of = file.path, file.layout, any_of
+        self._path, self._format, self._any_of = file.path, file.file_format, any_of
         self._columns = columns_of(any_of)
         self._arrow = extra("pyarrow", "pyarrow", f"reading {file.name}")
 
@@ -35,7 +34,7 @@ class ColumnFile:
         Raises InputError if the file is damaged or lacks the columns that are needed.
         """
         with _damage(self._path, self._arrow):
-            num_rows, names = _opened(self._path, self._layout)
+            num_rows, names = _opened(self._path, self._format)
         if not self._any_of.keys() & set(names):
             wanted = ", nor ".join(self._any_of.values())
             raise InputError(
@@ -56,7 +55,7 @@ class ColumnFile:
         """
         row_number = start
         with _damage(self._path, self._arrow):
-            for batch in _batches(self._path, self._layout, start, self._columns):
+            for batch in _batches(self._path, self._format, start, self._columns):
                 for values in batch.to_pylist():
                     content = json.dumps(values, default=str).encode()
                     row = {k: v for k, v in values.items() if v is not None}
@@ -90,8 +89,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int)) else str(value)
 
 
-def _opened(path: Path, layout: Layout) -> tuple[int | None, list[str]]:
-    if layout == "parquet":
+def _opened(path: Path, file_format: FileFormat) -> tuple[int | None, list[str]]:
+    if file_format == "parquet":
         parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
         with parquet.ParquetFile(path) as file:
             return file.metadata.num_rows, file.schema_arrow.names
@@ -101,11 +100,11 @@ def _opened(path: Path, layout: Layout) -> tuple[int | None, list[str]]:
 
 
 def _batches(
-    path: Path, layout: Layout, start: int, columns: Collection[str]
+    path: Path, file_format: FileFormat, start: int, columns: Collection[str]
 ) -> Iterator[Any]:
     """Batches of the rows from number `start` on, with those of `columns` that
     exist."""
-    with closing(_whole_batches(path, layout, start, columns)) as batches:
+    with closing(_whole_batches(path, file_format, start, columns)) as batches:
         for first_row, batch in batches:
             skipped = max(start - first_row, 0)
             if skipped < batch.num_rows:
@@ -113,7 +112,7 @@ def _batches(
 
 
 def _whole_batches(
-    path: Path, layout: Layout, start: int, columns: Collection[str]
+    path: Path, file_format: FileFormat, start: int, columns: Collection[str]
 ) -> Generator[tuple[int, Any], None, None]:
     """Batches, each with the number of its first row.
 
@@ -121,7 +120,7 @@ def _whole_batches(
     the first of the file.
     """
     row = 0
-    if layout == "parquet":
+    if file_format == "parquet":
         parquet = extra("pyarrow.parquet", "pyarrow", f"reading {path}")
         with parquet.ParquetFile(path) as file:
             names = [n for n in file.schema_arrow.names if n in columns]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...io.errors import InputError
 from .extras import extra
-from .sources import Codec
+from .sources import Compression
 
 CHUNK_BYTES = 64 << 10
 """Bytes that are read from a file at once."""
@@ -17,15 +17,17 @@ _ZSTD_BYTES = 1 << 10
 _MOST_WINDOW_BYTES = 128 << 20  # the zstd command's own limit
 
 
-def decompressed(chunks: Iterable[bytes], codec: Codec, name: str) -> Iterator[bytes]:
+def decompressed(
+    chunks: Iterable[bytes], compression: Compression, name: str
+) -> Iterator[bytes]:
     """The decompressed content of `chunks`, bytes of the file `name`.
 
     Raises InputError if the file is damaged or cut off, after all content that could be
     read before.
     """
-    if codec == "":
+    if compression == "":
         return iter(chunks)
-    if codec == "gz":
+    if compression == "gz":
         pieces = _pieces(chunks, _GZIP_BYTES)
         return _decompressed(pieces, lambda: zlib.decompressobj(31), name, zlib.error)
     zstandard = extra("zstandard", "zstandard", f"reading {name}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from .compression import CHUNK_BYTES, decompressed
 from .csv_rows import csv_fields
-from .sources import Codec
+from .sources import Compression
 
 Lines = Iterable[bytes]
 
@@ -30,7 +30,7 @@ def csv_lines(lines: Callable[[], Lines]) -> Iterator[bytes]:
         yield _written([_field(result.get(name)) for name in names])
 
 
-def csv_results(path: Path, codec: Codec) -> Iterator[bytes]:
+def csv_results(path: Path, compression: Compression) -> Iterator[bytes]:
     """The results in a file that `csv_lines` made, as lines of JSON.
 
     All values are text; writing the lines again gives the same file. A row that failed
@@ -38,7 +38,7 @@ def csv_results(path: Path, codec: Codec) -> Iterator[bytes]:
     """
     with path.open("rb") as file:
         chunks = iter(partial(file.read, CHUNK_BYTES), b"")
-        rows = csv_fields(decompressed(chunks, codec, str(path)), str(path))
+        rows = csv_fields(decompressed(chunks, compression, str(path)), str(path))
         names, _ = next(rows, ([], []))
         for values, _ in rows:
             result = dict(zip(names, values, strict=True))

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...io.errors import InputError
-from .jsonl import RowRecord, split_lines
-from .keys import CHAT, SAMPLING
+from .json_rows import CHAT, SAMPLING, RowRecord, split_lines
 
 _MOST_CHARACTERS = 1 << 30
 _NESTED = ("labels", "messages", "stop", *CHAT)

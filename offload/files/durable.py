@@ -1,13 +1,19 @@
-"""The steps that change the disk. Each is durable when it returns."""
+"""The steps that change the disk, each of which is durable when it returns, and JSON
+that holds a checksum of itself."""
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 _BUFFER_BYTES = 1 << 20
 NEW = ".new"
 """The suffix of a file that is not complete yet."""
+_CHECKSUM = "checksum"
 
 
 class DurableFiles:
@@ -68,3 +74,29 @@ def put_in_place(disk: DurableFiles, new: Path, path: Path) -> None:
     """Gives the file `new`, which is durable, the name `path`, durably."""
     disk.rename(new, path)
     disk.sync(path.parent)
+
+
+def sealed(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """`values` and their checksum as JSON: one line, or several with `indent`."""
+    values = {**values, _CHECKSUM: _checksum(values)}
+    return json.dumps(values, indent=indent).encode() + b"\n"
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """The values in `text`. Raises ValueError where they differ from what `sealed` was
+    given."""
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    found = values.pop(_CHECKSUM, None)
+    if found != _checksum(values):
+        raise ValueError("its checksum is another one")
+    return values
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return xxhash.xxh3_128(text.encode()).hexdigest()

@@ -12,7 +12,14 @@ from .compression import CHUNK_BYTES, decompressed
 from .csv_rows import csv_header, csv_records
 from .fingerprint import fingerprint
 from .json_array import array_records
-from .jsonl import RowRecord, checked, line_records, parse_row, split_lines, text_row
+from .json_rows import (
+    RowRecord,
+    checked,
+    line_records,
+    parse_row,
+    split_lines,
+    text_row,
+)
 from .parts import InputRow, Position
 from .sources import InputFile
 
@@ -116,7 +123,7 @@ class Inputs:
         file = self.files[start.file]
         several = len(self.files) > 1
         prefix = f"{file.name}:" if several else ""
-        if file.layout not in ("parquet", "arrow"):
+        if file.file_format not in ("parquet", "arrow"):
             yield from self._records_of(file, start, prefix)
             return
         unchanged = self._watch(lambda: os.stat(file.path or ""), start.file)
@@ -139,7 +146,7 @@ class Inputs:
             for record in self._records(chunks, start):
                 offset += record.num_bytes
                 number += record.num_lines
-                if not file.codec:
+                if not file.compression:
                     self._read_bytes = offset
                 what = "row" if start.file in self._is_array else "line"
                 where = f"{prefix}{number}" if prefix else f"{what} {number}"
@@ -157,7 +164,7 @@ class Inputs:
             return csv_records(chunks, columns, file.name, is_begun=is_begun)
         if start.file in self._is_array:
             return array_records(chunks, file.name, is_begun=is_begun)
-        parse = text_row if file.layout == "text" else parse_row
+        parse = text_row if file.file_format == "text" else parse_row
         return line_records(split_lines(chunks, file.name), parse)
 
     def _chunks(self, number: int, start: int) -> Generator[bytes, None, None]:
@@ -171,18 +178,18 @@ class Inputs:
             descriptor = opened.fileno()
             unchanged = self._watch(lambda: os.fstat(descriptor), number)
             unchanged()
-            if not file.codec:
+            if not file.compression:
                 opened.seek(start)
                 start = 0
 
             def raw() -> Iterator[bytes]:
                 while chunk := opened.read(CHUNK_BYTES):
-                    if file.codec:
+                    if file.compression:
                         self._read_bytes = opened.tell()
                     yield chunk
                     unchanged()
 
-            yield from _after(start, decompressed(raw(), file.codec, file.name))
+            yield from _after(start, decompressed(raw(), file.compression, file.name))
             unchanged()
 
     def _stdin_chunks(self) -> Generator[bytes, None, None]:
@@ -216,11 +223,11 @@ class Inputs:
             return None
         with _reading(file.path), file.path.open("rb"):
             pass
-        if file.layout in ("parquet", "arrow"):
+        if file.file_format in ("parquet", "arrow"):
             return ColumnFile(file, self._any_of).check()
-        if file.layout in ("csv", "json"):
+        if file.file_format in ("csv", "json"):
             with closing(self._chunks(number, 0)) as chunks:
-                if file.layout == "csv":
+                if file.file_format == "csv":
                     names = csv_header(chunks, self._any_of, file.name)
                     self._columns[number] = names
                 elif _is_array(chunks, file.name):

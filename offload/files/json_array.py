@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...io.errors import InputError
-from .jsonl import RowRecord, parse_row
+from .json_rows import RowRecord, parse_row
 
 _SPACE = " \t\r\n"
 _MOST_CHARACTERS = 1 << 30

@@ -13,9 +13,9 @@ from .csv_results import csv_lines, csv_results
 from .durable import NEW
 from .extras import extra
 from .inputs import Inputs
-from .jsonl import is_encodable, line_of
+from .json_rows import is_encodable, line_of
 from .parts import Position
-from .sources import MANIFEST_SUFFIX, Codec, InputFile, Layout, format_of
+from .sources import MANIFEST_SUFFIX, Compression, FileFormat, InputFile, format_of
 
 Lines = Iterable[bytes]
 _GROUP_ROWS = 65_536
@@ -56,8 +56,8 @@ def _folder_there(path: Path) -> Path:
     return next(folder for folder in path.parents if folder.exists())
 
 
-def output_format(path: Path) -> tuple[Layout, Codec]:
-    """The layout and the compression of the file `path`, by its suffix; without one,
+def output_format(path: Path) -> tuple[FileFormat, Compression]:
+    """The format and the compression of the file `path`, by its suffix; without one,
     lines.
 
     Raises UsageError for an unknown suffix, and if a package that is needed is missing.
@@ -68,28 +68,30 @@ def output_format(path: Path) -> tuple[Layout, Codec]:
             f"results cannot be written as {path.suffix}: name the output .jsonl (also "
             ".jsonl.gz, .jsonl.zst), .csv, .parquet or .arrow"
         )
-    layout, codec = found
-    if layout in ("parquet", "arrow"):
+    file_format, compression = found
+    if file_format in ("parquet", "arrow"):
         extra("pyarrow", "pyarrow", f"writing {path}")
-    if codec == "zst":
+    if compression == "zst":
         extra("zstandard", "zstandard", f"writing {path}")
-    return ("lines" if layout == "json" else layout), codec
+    return ("lines" if file_format == "json" else file_format), compression
 
 
-def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
+def encoded(
+    lines: Callable[[], Lines], file_format: FileFormat, compression: Compression
+) -> Lines:
     """The bytes of a file with these results.
 
     Each call of `lines` gives all results again, from the first one. The same results
     make the same bytes.
     """
-    if layout in ("parquet", "arrow"):
-        return _columns(lines, layout)
-    if layout == "csv":
+    if file_format in ("parquet", "arrow"):
+        return _columns(lines, file_format)
+    if file_format == "csv":
         lines = partial(csv_lines, lines)
-    if codec == "gz":
+    if compression == "gz":
         # It contains no name and no time, unlike the result of gzip.open.
         return _compressed(lines(), zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, 31))
-    if codec == "zst":
+    if compression == "zst":
         zstandard = extra("zstandard", "zstandard", "writing zstd")
         made = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True)
         return _compressed(lines(), made.compressobj())
@@ -98,16 +100,16 @@ def encoded(lines: Callable[[], Lines], layout: Layout, codec: Codec) -> Lines:
 
 def results_of(path: Path) -> Iterator[bytes]:
     """The results in a file that `encoded` made, as lines of JSON."""
-    layout, codec = output_format(path)
-    if layout == "lines":
-        inputs = Inputs([InputFile(path, layout, codec)], {})
+    file_format, compression = output_format(path)
+    if file_format == "lines":
+        inputs = Inputs([InputFile(path, file_format, compression)], {})
         for row in inputs.rows(Position()):
             yield row.content
         return
-    if layout == "csv":
-        yield from csv_results(path, codec)
+    if file_format == "csv":
+        yield from csv_results(path, compression)
         return
-    kind = "parquet" if layout == "parquet" else "ipc"
+    kind = "parquet" if file_format == "parquet" else "ipc"
     dataset = extra("pyarrow.dataset", "pyarrow", f"reading {path}")
     found = dataset.dataset(path, format=kind)
     kinds = json.loads((found.schema.metadata or {}).get(_KINDS, b"{}"))
@@ -205,12 +207,12 @@ class _Sink:
         return found
 
 
-def _columns(lines: Callable[[], Lines], layout: Layout) -> Iterator[bytes]:
-    pyarrow = extra("pyarrow", "pyarrow", f"writing {layout}")
+def _columns(lines: Callable[[], Lines], file_format: FileFormat) -> Iterator[bytes]:
+    pyarrow = extra("pyarrow", "pyarrow", f"writing {file_format}")
     kinds = column_kinds(lines())
     schema = _schema(pyarrow, kinds)
     sink = _Sink()
-    with _writer(sink, schema, layout) as writer:
+    with _writer(sink, schema, file_format) as writer:
         for rows in _groups(lines()):
             columns = [
                 pyarrow.array([_value(row, name, kinds) for row in rows], field.type)
@@ -222,8 +224,8 @@ def _columns(lines: Callable[[], Lines], layout: Layout) -> Iterator[bytes]:
     yield from sink.take()
 
 
-def _writer(sink: _Sink, schema: Any, layout: Layout) -> Any:
-    if layout == "parquet":
+def _writer(sink: _Sink, schema: Any, file_format: FileFormat) -> Any:
+    if file_format == "parquet":
         parquet = extra("pyarrow.parquet", "pyarrow", "writing parquet")
         return parquet.ParquetWriter(sink, schema)
     return extra("pyarrow.ipc", "pyarrow", "writing arrow").new_file(sink, schema)

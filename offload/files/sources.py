@@ -13,10 +13,10 @@ PARTS_SUFFIX = ".parts"
 MANIFEST_SUFFIX = ".manifest.json"
 """The suffixes of what is kept beside an output: a folder of parts, and a manifest."""
 REPORT_FILES = ("report.json", "trace.json")
-Layout = Literal["lines", "json", "csv", "text", "parquet", "arrow"]
+FileFormat = Literal["lines", "json", "csv", "text", "parquet", "arrow"]
 """`lines` are lines of JSON; `json` is a JSON array, or lines of JSON as well."""
-Codec = Literal["", "gz", "zst"]
-_LAYOUTS: dict[str, Layout] = {
+Compression = Literal["", "gz", "zst"]
+_FORMATS: dict[str, FileFormat] = {
     ".jsonl": "lines",
     ".ndjson": "lines",
     ".json": "json",
@@ -27,12 +27,12 @@ _LAYOUTS: dict[str, Layout] = {
     ".feather": "arrow",
     ".ipc": "arrow",
 }
-_CODECS: dict[str, Codec] = {".gz": "gz", ".zst": "zst"}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 
 
 KNOWN = (
-    f"rows are read from {', '.join(_LAYOUTS)} files, and all but the columns of "
-    f"Parquet and Arrow may be compressed ({', '.join(_CODECS)})"
+    f"rows are read from {', '.join(_FORMATS)} files, and all but the columns of "
+    f"Parquet and Arrow may be compressed ({', '.join(_COMPRESSIONS)})"
 )
 
 
@@ -41,8 +41,8 @@ class InputFile:
     """A file of rows. `path` is None for standard input."""
 
     path: Path | None
-    layout: Layout = "lines"
-    codec: Codec = ""
+    file_format: FileFormat = "lines"
+    compression: Compression = ""
 
     @property
     def name(self) -> str:
@@ -124,22 +124,22 @@ def check_apart(output: Path, files: Sequence[InputFile]) -> None:
             )
 
 
-def format_of(path: Path) -> tuple[Layout, Codec] | None:
-    """The layout and compression of the file `path`, by its name; None if the suffix is
+def format_of(path: Path) -> tuple[FileFormat, Compression] | None:
+    """The format and compression of the file `path`, by its name; None if the suffix is
     unknown.
 
     A file without suffix has lines of JSON. Raises InputError for a compressed file of
     columns, since columns are compressed themselves.
     """
-    codec = _CODECS.get(path.suffix.lower(), "")
-    suffix = Path(path.stem if codec else path.name).suffix.lower()
-    layout = _LAYOUTS.get(suffix) if suffix else "lines"
-    if codec and layout in ("parquet", "arrow"):
+    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
+    suffix = Path(path.stem if compression else path.name).suffix.lower()
+    file_format = _FORMATS.get(suffix) if suffix else "lines"
+    if compression and file_format in ("parquet", "arrow"):
         raise InputError(
             f"{path} is a compressed file of columns, which cannot be read in order: "
             f"write it without {path.suffix}"
         )
-    return None if layout is None else (layout, codec)
+    return None if file_format is None else (file_format, compression)
 
 
 def _found(source: str | Path, own: Own) -> Iterator[InputFile]:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ...io.errors import UsageError, readable
 from ..model import engine_of
 from ..rows.limits import Limits
-from ..rows.text import RowError
+from ..rows.row_error import RowError
 from .decoding import Decoder, RowEnds, row_seed
 from .decoding_options import DecodingOptions, criteria_of, way_of
 from .logits import FiniteCheck

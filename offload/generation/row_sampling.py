@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..files.jsonl import is_encodable
+from ..files.json_rows import is_encodable
 from ..rows.row_error import RowError
 
 

@@ -14,14 +14,13 @@ import xxhash
 
 from ...io.errors import OutputError
 from ...io.regular_file import MAX_INDEX_BYTES, read_whole
-from ..files.durable import DurableFiles, write_whole
+from ..files.durable import DurableFiles, sealed, unsealed, write_whole
 from ..files.fingerprint import fingerprint
 from ..files.outputs import output_format, results_of
 from ..files.parts import PartRecord
 from ..files.sources import MANIFEST_SUFFIX
 from .manifest import Manifest
 from .part_store import writing
-from .sealed import sealed, unsealed
 
 
 @dataclass(frozen=True, slots=True)

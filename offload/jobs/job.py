@@ -34,7 +34,7 @@ from .identity import identify
 from .kept import Mode, ResumableOutput, begun_as
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
-from .stopping_parts import stopping
+from .stopping import stopping
 from .watch import Watch, Watching
 
 _PARTS_AHEAD = 2

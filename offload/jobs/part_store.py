@@ -21,11 +21,16 @@ import xxhash
 from ...io.closing import Closing
 from ...io.errors import OutputError, UsageError
 from ...io.regular_file import MAX_INDEX_BYTES, open_regular, read_whole
-from ..files.durable import DurableFiles, put_in_place, write_whole
+from ..files.durable import (
+    DurableFiles,
+    put_in_place,
+    sealed,
+    unsealed,
+    write_whole,
+)
 from ..files.parts import OutputPart, PartRecord
 from ..files.sources import PARTS_SUFFIX
 from .manifest import Manifest
-from .sealed import sealed, unsealed
 
 _log = logging.getLogger("penstock")
 _LOCK, _MANIFEST, _JOINED = "lock", "manifest.json", "joined"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ...io.closing import Closing
 from ...io.errors import InputError
-from ..files.jsonl import failed_line, line_of
+from ..files.json_rows import failed_line, line_of
 from ..files.parts import Cut, OutputPart, PartRecord
 
 _MOST_WRITES = 4

@@ -1,12 +1,21 @@
-"""Handles signals that stop a job."""
+"""Stops a job on a signal, after the parts under way, and says how to go on."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from ...io.errors import StoppedError
+from ..files.parts import OutputPart
+from .ahead import Ahead
+from .running import Output
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STDERR = 2
+_STOPPING = b"penstock: finishing what is under way; once more: stop at once\n"
 
 
 class Stopping:
@@ -46,3 +55,34 @@ class Stopping:
             raise KeyboardInterrupt
         self.signal = number
         self._stop()
+
+
+@contextmanager
+def stopping(
+    ahead: Ahead[OutputPart], output: Output, *, is_quiet: bool
+) -> Iterator[None]:
+    """The first signal ends the parts, the second ends the block. Raises StoppedError
+    where parts are left."""
+
+    def stop() -> None:
+        ahead.stop()
+        if not is_quiet:
+            os.write(_STDERR, _STOPPING)  # safe in a signal handler
+
+    with Stopping(stop) as stopped:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise _error(output, stopped) from None
+    if stopped.signal is not None and not ahead.is_done:
+        raise _error(output, stopped)
+
+
+def _error(output: Output, stopped: Stopping) -> StoppedError:
+    how = "run the same command again to go on"
+    if not output.is_kept:
+        how = "what went to standard output cannot be gone on with"
+    return StoppedError(
+        f"stopped: {output.num_rows:,} rows are done; {how}",
+        stopped.signal or signal.SIGINT,
+    )

@@ -12,7 +12,6 @@ from rich.console import Console
 from ...io.closing import Closing
 from ..monitoring.metrics import MetricsFile
 from ..monitoring.monitor import Every, Listener, Monitor
-from ..monitoring.pace import JobPace
 from ..monitoring.progress import (
     JSON_SECONDS,
     PLAIN_SECONDS,
@@ -21,6 +20,7 @@ from ..monitoring.progress import (
     PlainLines,
 )
 from ..monitoring.samples import ResourceSample, Samples
+from ..monitoring.time_left import TimeLeft
 from .look import ProgressSnapshot, resident_bytes
 
 _METRICS_SECONDS = 5.0
@@ -59,7 +59,7 @@ class Watch(Closing):
         self._num_rows: Callable[[], float | None] = lambda: None
         self._rows_before = 0
         self._look_at_model: Callable[[], ProgressSnapshot] | None = None
-        self._pace = JobPace()
+        self._pace = TimeLeft()
         self._opened = ExitStack()
         listeners: list[Listener] = [lambda window: self.samples.add(window.now)]
         listeners.append(self._shown(console, watching))

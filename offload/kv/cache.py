@@ -80,7 +80,9 @@ def _replace(
     cache: Cache, store: KvStore, handle: CacheHandle, part: str, capacity: int | None
 ) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
-        store.note(f"kv: a {type(cache).__name__} stays as transformers made it")
+        store.fallbacks.announce(
+            f"kv: a {type(cache).__name__} stays as transformers made it"
+        )
         return
     for index, layer in enumerate(cache.layers):
         key = (part, index)
@@ -92,7 +94,7 @@ def _replace(
             )
         elif type(layer).__name__ not in _STATELESS:
             kind = type(layer).__name__
-            store.note(f"kv: what {kind} keeps stays on the device")
+            store.fallbacks.announce(f"kv: what {kind} keeps stays on the device")
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = _numbered(cache, store, handle, part, capacity)
 

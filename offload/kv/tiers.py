@@ -9,6 +9,7 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device, Stream
+from ...io.fallbacks import Fallbacks
 from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
 from ...io.kv.codec import KvCodec, Plain, Quantised
 from ...io.kv.count import KvCount
@@ -19,12 +20,11 @@ from ...io.kv.staging import Staging
 from ...io.kv.tiers import PENDING_BYTES, CopiedTier, DiskTier, InPlaceTier
 from ...io.kv.worker_stream import WorkerStream
 from ...io.memory.arena import Arena
-from ...io.pace import Pace
 from ...io.tier import KV_TIERS, Tier
 from ...io.timeline import Record
 from ...scheduler.kv.budget import KvBudget
 from ...scheduler.kv.store import KvStore, KvTier
-from ..policy import Policy, cache_folder
+from ..policy import Policy, cache_folder, throttle
 from ..settings.contradictions import keeps_kv
 
 _HOSTS = {Tier.DEVICE, Tier.HOST}
@@ -48,6 +48,7 @@ class KvTiers(Closing):
         pin: Pin,
         record: Record,
         free_bytes: int,
+        fallbacks: Fallbacks,
     ) -> None:
         from .cache import install  # transformers takes seconds to import
 
@@ -59,26 +60,26 @@ class KvTiers(Closing):
         self._pin = pin
         self._record = record
         self._free_bytes = free_bytes
+        self._fallbacks = fallbacks
         self._count = KvCount()
         self._kind = _KINDS.get(kv.dtype)
         limits = {tier: self._limit(tier) for tier in tiers}
         if device.is_host and Tier.DEVICE in tiers and not kv.limits.keys() & _HOSTS:
             limits[Tier.HOST] = 0  # it is the same memory, and has the room of both
-        notes: list[str] = []
         with ExitStack() as opened:
-            self._attends_there = self._attend_there(model, opened, notes)
+            self._attends_there = self._attend_there(model, opened)
             self._staging = opened.enter_context(
                 Staging(
                     device, None if kv.staging_memory == "auto" else kv.staging_memory
                 )
             )
             opened_tiers = {tier: self._open_tier(tier, opened) for tier in tiers}
-            self.store = KvStore(KvBudget(tiers, limits), opened_tiers, self._count)
+            self.store = KvStore(
+                KvBudget(tiers, limits), opened_tiers, self._count, fallbacks
+            )
             opened.enter_context(self.store)
-            for note in notes:
-                self.store.note(note)
             if self._kind is not None:
-                self.store.note(
+                fallbacks.announce(
                     f"kv: keys and values are kept as {kv.dtype}, which loses some of "
                     "them: what is generated may differ"
                 )
@@ -90,7 +91,7 @@ class KvTiers(Closing):
 
     def _open_tier(self, tier: str, opened: ExitStack) -> KvTier:
         device = self._device
-        pace = self._pace(tier)
+        pace = throttle(self._policy, tier)
         if tier == Tier.HOST and self._attends_there:
             return InPlaceTier(torch.device("cpu"), self._count)
         is_there = tier == Tier.DEVICE
@@ -110,7 +111,7 @@ class KvTiers(Closing):
                     WorkerStream(
                         name,
                         max_pending_bytes=PENDING_BYTES,
-                        pace=self._pace(tier),
+                        pace=throttle(self._policy, tier),
                         record=self._record,
                     )
                 )
@@ -132,9 +133,7 @@ class KvTiers(Closing):
             )
         )
 
-    def _attend_there(
-        self, model: nn.Module, opened: ExitStack, notes: list[str]
-    ) -> bool:
+    def _attend_there(self, model: nn.Module, opened: ExitStack) -> bool:
         """Whether the CPU attends to keys and values in host memory, beside a GPU."""
         if self._policy.kv.attention != "host" or self._device.is_host:
             return False
@@ -142,7 +141,7 @@ class KvTiers(Closing):
 
         undo = install(model)
         if undo is None:
-            notes.append(
+            self._fallbacks.announce(
                 f"kv.attention: {type(model).__name__} has another attention than "
                 "sdpa: it attends on the device"
             )
@@ -168,19 +167,12 @@ class KvTiers(Closing):
             cache_folder(io),
             direct=io.direct,
             max_pending_bytes=PENDING_BYTES,
-            write_pace=self._pace(Tier.DISK),
-            read_pace=self._pace(Tier.DISK),
+            write_pace=throttle(self._policy, Tier.DISK),
+            read_pace=throttle(self._policy, Tier.DISK),
             record=self._record,
         )
-        if file.fallback is not None:
-            self.store.note(file.fallback)
+        self._fallbacks.announce(file.fallback)
         return file
-
-    def _pace(self, tier: str) -> Pace | None:
-        speed = self._policy.links.get(tier)  # type: ignore[call-overload]
-        if speed is None:
-            return None
-        return Pace(bytes_per_second=speed.bandwidth, latency_seconds=speed.latency)
 
     def _limit(self, tier: str) -> int:
         asked = self._policy.kv.limits.get(tier)  # type: ignore[call-overload]
@@ -201,6 +193,7 @@ def open_kv(
     pin: Pin,
     record: Record,
     free_bytes: int,
+    fallbacks: Fallbacks,
 ) -> KvTiers | None:
     """Opens the tiers for `model`.
 
@@ -210,4 +203,4 @@ def open_kv(
     """
     if not keeps_kv(policy) or not callable(getattr(model, "generate", None)):
         return None
-    return KvTiers(model, device, policy, pin, record, free_bytes)
+    return KvTiers(model, device, policy, pin, record, free_bytes, fallbacks)

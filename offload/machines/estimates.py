@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ...io.checkpoint.header import FileStamp
 from ...io.extent import Extent, align_down, align_up
+from ...io.fallbacks import Fallbacks
 from ...io.memory.arena import Arena
 from ...io.readers.choice import drive_of
 from ..engine.readers import makers_of
@@ -221,7 +222,7 @@ def _scratch_drive(folder: Path, io: IO) -> dict[str, Any]:
 def _drive(path: Path, files: Mapping[Path, FileStamp], io: IO) -> dict[str, Any]:
     """The rate of the first available reader, as the fields of a `Disk`. The other
     readers are about as fast; `auto` finds out which is the best."""
-    makers, missing = makers_of(files, io)
+    makers, missing = makers_of(files, io, Fallbacks())
     name = next(name for name in makers if name not in missing)
     with makers[name]() as reader:
         size = min(files[path].size_bytes, _READ_BYTES)

@@ -20,6 +20,7 @@ from ...io.checkpoint.header import FileStamp
 from ...io.codecs.cast import copy_serially
 from ...io.errors import UsageError
 from ...io.extent import Extent
+from ...io.fallbacks import Fallbacks
 from ...io.memory.arena import Arena
 from ...io.readers.choice import SAMPLE_BYTES, measure, rounds_of
 from ..engine.readers import makers_of
@@ -100,7 +101,7 @@ def disk(place: Path, io: IO, progress: Callable[[str], None]) -> Disk:
 
 def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
     stamps = {path: FileStamp.of(path.stat())}
-    makers, missing = makers_of(stamps, io)
+    makers, missing = makers_of(stamps, io, Fallbacks())
     able = {name: makers[name] for name in makers if name not in missing}
     progress(f"reading {path} by {', '.join(able)}")
     trials = measure(able, stamps, rounds=rounds_of(stamps, len(able)))

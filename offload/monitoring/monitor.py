@@ -1,14 +1,13 @@
 """Samples a job a few times per second, and passes the samples to listeners."""
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...io.closing import Closing
+from ...io.fallbacks import Fallbacks
 from .samples import ResourceSample, Window
 
-_log = logging.getLogger("penstock")
 _WINDOW_SECONDS = 5.0
 
 Listener = Callable[[Window], None]
@@ -65,7 +64,7 @@ class Monitor(Closing):
     ) -> None:
         self._look = look
         self._listeners = list(listeners)
-        self.failures: list[str] = []
+        self.failures = Fallbacks()
         self._interval = interval
         self._recent: deque[ResourceSample] = deque()
         self._is_over = threading.Event()
@@ -117,9 +116,7 @@ class Monitor(Closing):
                 self._announce(error)
 
     def _announce(self, error: Exception) -> None:
-        failure = f"the progress of this job is no longer shown: {error}"
-        self.failures.append(failure)
-        _log.warning(failure)
+        self.failures.announce(f"the progress of this job is no longer shown: {error}")
 
     def _see(self) -> Window:
         now = self._look()

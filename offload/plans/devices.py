@@ -15,7 +15,8 @@ from ...scheduler.cost.partitioning import (
     layout_costs,
 )
 from ..machines.machine import Disk, Machine
-from .planner import USABLE, Choice, Planner
+from .planned import Choice
+from .planner import USABLE, Planner
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from ...io.errors import DoesNotFitError
 from ...scheduler.cost.rates import Curve
 from ..machines.machine import Machine
-from .planner import Choice, Planner
+from .planned import Choice
+from .planner import Planner
 
 HALF = ("bfloat16", "float16")
 WIDE = "float32"

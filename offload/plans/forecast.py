@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from ...io.readers.files import ALIGNMENT
@@ -14,7 +13,6 @@ from ...scheduler.cost.model import CostModel
 from ...scheduler.cost.shape import MicroBatchShape, ModelShape, Settings
 from ...scheduler.cost.workload import Generating, Scoring
 from ...scheduler.packing import alike, pack
-from ..engine.transfers import transfer_of
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
@@ -98,7 +96,6 @@ class Forecaster:
                 self._module,
                 self._recipes,
                 policy,
-                partial(transfer_of, is_host, policy),
                 is_host=is_host,
                 memory_alignment=ALIGNMENT,  # enough for any drive
             )

@@ -25,7 +25,8 @@ from .dtypes import (
     try_dtype,
 )
 from .forecast import dtype_of
-from .planner import Choice, Objective, Planner, Workload
+from .planned import Choice, Workload
+from .planner import Objective, Planner
 from .words import dtype_sentences, explain, kept_words
 
 

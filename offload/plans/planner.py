@@ -16,9 +16,7 @@ from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
-from .planned import Budget, why_not
-from .planned import Choice as Choice
-from .planned import Workload as Workload
+from .planned import Budget, Choice, Workload, why_not
 from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]

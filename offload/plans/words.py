@@ -5,7 +5,8 @@ from ...scheduler.cost.load_cost import load_seconds
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .dtypes import DtypeChoice, dtype_advice, dtype_words
-from .planner import Choice, Planner
+from .planned import Choice
+from .planner import Planner
 
 
 def explain(planner: Planner, choice: Choice) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...io.tier import Tier
 from ...io.timeline import (
     ACTIVATIONS,
-    CAST,
+    CASTING,
     COMPUTE,
     MICRO_BATCHES,
     STAGING,
@@ -18,7 +18,7 @@ from ...io.timeline import (
 )
 from ..monitoring.samples import ResourceSample
 
-_NO_LINKS = {ACTIVATIONS, CAST, COMPUTE, MICRO_BATCHES, WAIT}
+_NO_LINKS = {ACTIVATIONS, CASTING, COMPUTE, MICRO_BATCHES, WAIT}
 _DEVICE = r"[a-z][a-z0-9_]*(:\d+)?"
 """The lane of a link from a peer is called after the peer."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..files.keys import CHAT
+from ..files.json_rows import CHAT
 from .row_error import RowError
 from .template_budget import template_budget
 from .template_check import check_template

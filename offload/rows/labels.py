@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .text import RowError, check_row, text_of, tokenize
+from .row_error import RowError
+from .text import check_row, text_of, tokenize
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.labels import Label, Labelled, tokenize_labels
 from ..rows.limits import limits_of
-from ..rows.text import RowError
+from ..rows.row_error import RowError
 from .classify_task import Classify
 from .head import CausalScorer
 from .packed import Row, RowPiece
@@ -82,7 +82,7 @@ class ClassifyRunner:
         self._scorer = CausalScorer(model, max_logits_bytes=engine.policy.logits_memory)
         self._shares = can_share(model)
         if not self._shares:
-            engine.note(
+            engine.fallbacks.announce(
                 f"{type(model).__name__} keeps more than keys and values: its prompts "
                 "are run again for each label"
             )

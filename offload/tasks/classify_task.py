@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from ..files.jsonl import ASKED_KEYS
-from .packed_task import PackedTask
-from .task import Option
+from ..files.json_rows import ASKED_KEYS
+from .task import Option, PackedTask
 
 if TYPE_CHECKING:
     from ..rows.row_error import RowError
@@ -71,7 +70,7 @@ class Classify(PackedTask):
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
         from ..rows.labels import tokenize_labels
-        from ..rows.text import RowError
+        from ..rows.row_error import RowError
 
         def length_of(row: Mapping[str, Any]) -> int | RowError:
             try:

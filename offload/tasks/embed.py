@@ -10,7 +10,8 @@ import torch
 from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, tokenize_texts
+from ..rows.row_error import RowError
+from ..rows.text import tokenize_texts
 from ..settings.values import Pooling
 from ..units.model_kind import base_of
 from .embed_task import Embed

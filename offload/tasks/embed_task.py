@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from ..files.jsonl import TEXT_KEYS
+from ..files.json_rows import TEXT_KEYS
 from ..settings.values import Pooling
-from .packed_task import PackedTask
-from .task import Option
+from .task import Option, PackedTask
 
 if TYPE_CHECKING:
     from ..rows.row_error import RowError
@@ -69,7 +68,8 @@ class Embed(PackedTask):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_texts
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_texts
 
         found = tokenize_texts(tokenizer, rows)
         return [

@@ -22,13 +22,13 @@ from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, check_row, tokenize_prompt, tokenizer_of
+from ..rows.row_error import RowError
+from ..rows.text import check_row, tokenize_prompt, tokenizer_of
 from ..units.model_kind import keeps_only_keys_and_values
 from .generate_task import Generate
 from .head import check_head
 from .pools import prompts_pooled
-from .task_progress import GenerateProgress as GenerateProgress
-from .task_progress import RowsInFlight
+from .task_progress import GenerateProgress, RowsInFlight
 
 _MIN_FILL = 0.875
 """The least share of a micro-batch's prompt tokens that are no padding."""
@@ -112,7 +112,7 @@ class GenerateRunner:
                 stop=task.stop,
                 seed=task.seed,
                 options=task.all_options,
-                note=engine_of(model).note,
+                note=engine_of(model).fallbacks.announce,
             )
         return cls(model, completions, progress)
 

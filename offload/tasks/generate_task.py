@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from ...io.errors import UsageError
-from ..files.jsonl import PROMPT_KEYS
+from ..files.json_rows import PROMPT_KEYS
 from .task import Option, Task
 from .task_progress import GenerateProgress, TaskProgress
 
@@ -136,7 +136,8 @@ class Generate(Task):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_prompt
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_prompt
 
         def length_of(row: Mapping[str, Any]) -> int | RowError:
             try:

@@ -13,7 +13,7 @@ from ...io.errors import PenstockError, readable
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
-from ..rows.text import RowError
+from ..rows.row_error import RowError
 from .pools import micro_batches_in_flight, tokens_pooled
 from .task_progress import ScoreProgress
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ...io.errors import UsageError
-from ...scheduler.packing import spans
 from ..model import engine_of
 from ..rows.limits import limits_of
-from ..rows.text import RowError, TokenRow, tokenize_all
+from ..rows.row_error import RowError
+from ..rows.text import TokenRow, tokenize_all
 from .head import CausalScorer
 from .packed import Row, RowPiece
 from .score_task import Score
-from .task_progress import ScoreProgress as ScoreProgress
+from .task_progress import ScoreProgress
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class ScoreRunner:
         self._tokenizer = tokenizer
         self._scorer = CausalScorer(model, max_logits_bytes=policy.logits_memory)
         if not self._scorer.is_chunked:
-            engine.note(
+            engine.fallbacks.announce(
                 f"{type(model).__name__} gives its logits only as a whole: up to "
                 f"{policy.micro_batch_tokens} tokens' at a time are in memory"
             )
@@ -152,3 +152,27 @@ def _window(
     if not 0 < stride < window:
         raise UsageError(f"a stride of {stride} is not between 1 and {window - 1}")
     return window, stride
+
+
+def spans(
+    length: int, first: int, *, window: int, stride: int
+) -> list[tuple[int, int, int]]:
+    """Cuts a row of `length` tokens into windows of at most `window`.
+
+    Returns (start, end, scored): tokens `start` to `end` are run, those from `scored`
+    on (absolute) are scored in this window. Every token from `first` (at least 1: the
+    first has no past) is scored exactly once, with at least `window - stride` tokens
+    of context where the row has them.
+    """
+    if not 0 < stride < window:
+        raise ValueError(f"a stride of {stride} must be between 1 and {window - 1}")
+    windows = []
+    scored = max(first, 1)
+    end = min(length, window)
+    while True:
+        if end > scored:
+            windows.append((max(0, end - window), end, scored))
+            scored = end
+        if end >= length:
+            return windows
+        end = min(length, end + stride)

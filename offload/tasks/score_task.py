@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from ..files.jsonl import SCORED_KEYS
-from .packed_task import PackedTask
-from .task import Option
+from ..files.json_rows import SCORED_KEYS
+from .task import Option, PackedTask
 
 if TYPE_CHECKING:
     from ..rows.row_error import RowError
@@ -57,7 +56,8 @@ class Score(PackedTask):
     def token_lengths(
         self, tokenizer: Any, rows: Sequence[Mapping[str, Any]]
     ) -> "list[int | RowError]":
-        from ..rows.text import RowError, tokenize_all
+        from ..rows.row_error import RowError
+        from ..rows.text import tokenize_all
 
         found = tokenize_all(tokenizer, rows)
         return [row if isinstance(row, RowError) else len(row.ids) for row in found]

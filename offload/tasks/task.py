@@ -16,13 +16,14 @@ from typing import (
 )
 
 from .pools import LAZY_ROWS, prompts_pooled, tokens_pooled
-from .task_progress import TaskProgress
+from .task_progress import ScoreProgress, TaskProgress
 
 if TYPE_CHECKING:
     from ..files.parts import Cut, NumberedRows
     from ..policy import Policy
     from ..rows.row_error import RowError
     from ..settings.memory_budget import Use
+    from .packed import RowRunner
 
 _POOLS = 2
 """Pools of rows in a part: a few passes over the weights, which is the most that a job
@@ -215,6 +216,36 @@ class Task(ABC):
     ) -> "list[int | RowError]":
         """How many tokens each of `rows` has in its first call of the model, or the
         error why it has none."""
+
+
+@dataclass(frozen=True)
+class PackedTask(Task):
+    """A task that has a runner for pieces of rows. `Packed` does the packing and the
+    order of results."""
+
+    @abstractmethod
+    def runner(self, model: Any, tokenizer: Any) -> "RowRunner[Any, Any]":
+        """What cuts rows into pieces, runs the streamed `model` on some of them and
+        makes results. Raises UsageError for options that do not fit the model."""
+
+    def new_progress(self) -> ScoreProgress:
+        return ScoreProgress()
+
+    def results(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: "Iterator[NumberedRows]",
+        progress: TaskProgress,
+    ) -> Iterator[dict[str, Any]]:
+        from ..adapters import without_wrapper
+        from ..rows.text import tokenizer_of
+        from .packed import Packed
+
+        assert isinstance(progress, ScoreProgress), "it is one of new_progress"
+        model = without_wrapper(model)
+        runner = self.runner(model, tokenizer or tokenizer_of(model))
+        return Packed(model, runner, progress).run(parts)
 
 
 @cache

@@ -17,9 +17,10 @@ from ..files.sources import find_files
 from ..machines.measure_calls import CountingTokenizer
 from ..model import load, unwrap
 from ..plans.forecast import generating_of, scoring_of
-from ..plans.planner import Choice
+from ..plans.planned import Choice
 from ..policy import Policy
-from ..rows.text import RowError, load_tokenizer
+from ..rows.row_error import RowError
+from ..rows.text import load_tokenizer
 from ..tasks.task import Task
 
 _MOST_ROWS = 4096

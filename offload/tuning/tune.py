@@ -10,8 +10,7 @@ import torch
 from ...io.errors import DoesNotFitError, MachineError, PolicyError
 from ..jobs.identity import model_digests
 from ..plans.plan import Plan
-from ..plans.planned import Workload
-from ..plans.planner import Choice
+from ..plans.planned import Choice, Workload
 from ..plans.words import prediction_busy
 from ..policy import Policy
 from .candidates import Around, candidates, widest

@@ -1,8 +1,9 @@
 """Decides how a model is divided into units and where each unit stays, under a policy.
 Reads no weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
 from ...io.weights.recipe import Recipe
-from ...io.weights.transfer import Transfer
+from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
 from ...scheduler.placement import place
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
@@ -46,7 +47,6 @@ class Arranger:
         model: nn.Module,
         recipes: Mapping[str, Recipe],
         policy: Policy,
-        transfer_of: Callable[[Layout], Transfer],
         *,
         is_host: bool,
         memory_alignment: int,
@@ -60,7 +60,7 @@ class Arranger:
             self._places,
             self._recipes,
             self._gathered,
-            transfer_of,
+            partial(_transfer, is_host, policy.io.max_gap),
             policy.resident_below,
             policy.io.max_gap,
             ALIGNMENT,
@@ -111,7 +111,6 @@ def arrange(
     model: nn.Module,
     recipes: Mapping[str, Recipe],
     policy: Policy,
-    transfer_of: Callable[[Layout], Transfer],
     *,
     is_host: bool,
     memory_alignment: int,
@@ -129,11 +128,18 @@ def arrange(
         model,
         recipes,
         policy,
-        transfer_of,
         is_host=is_host,
         memory_alignment=memory_alignment,
     )
     return arranger.arrange(policy, room=room, device_bytes=device_bytes, use=use)
+
+
+def _transfer(is_host: bool, max_gap_bytes: int, plan: Layout) -> Transfer:
+    """How the unit of `plan` lies in a slot: in host memory as it is read, on a GPU
+    packed."""
+    if is_host:
+        return same_layout(plan)
+    return packed(plan, alignment=SLOT_ALIGNMENT, max_gap_bytes=max_gap_bytes)
 
 
 def _placement(

@@ -1,6 +1,5 @@
 """Divides a model into units that fit a budget, or names the least that works."""
 
-import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget
 from .sites import ModelDivision, ParameterRef, find, module_sizes
-
-_log = logging.getLogger("penstock")
 
 
 def capacity_of(
@@ -194,11 +191,11 @@ def _needed(division: Division) -> int:
     return resident + max(by_site, default=0)
 
 
-def check_overlap(
+def missing_overlap(
     division: Division, capacity: int, budget: MemoryBudget | None
-) -> tuple[str, ...]:
+) -> str | None:
     """What to announce if some site has no room beside its successor, which is loaded
-    while it computes.
+    while it computes. None if each has.
 
     `capacity` is the policy's own, or a part of `budget`.
     """
@@ -209,10 +206,8 @@ def check_overlap(
         if budget is not None:
             asked = f"memory of {human_bytes(budget.total + missing)}"
             given = human_bytes(budget.total)
-        message = (
+        return (
             f"no room to fetch each part beside the one before it: {asked} would "
             f"overlap reading and computing everywhere (it is {given})"
         )
-        _log.warning(message)
-        return (message,)
-    return ()
+    return None

@@ -23,9 +23,10 @@ class Binding:
     inference mode. They are put into `_parameters` directly: a site with nine of them
     takes about a microsecond.
 
-    They require gradients as the resident model's do. Torch chooses kernels by that
-    (`matmul` folds differently), so the last bit would differ otherwise. If gradients
-    are recorded, they do not: streamed weights are gone before a backward pass.
+    Outside of grad mode, a parameter has the `requires_grad` of the resident model's.
+    Torch chooses kernels by that (`matmul` folds differently), so the last bit would
+    differ otherwise. In grad mode, a streamed parameter has `requires_grad=False`: its
+    bytes are gone before a backward pass.
     """
 
     def __init__(
@@ -270,7 +271,8 @@ class Binding:
                     place.module._parameters[place.key] = placeholder
 
     def unbind_in_child(self) -> None:
-        """The same in a forked child, which has no arena: replaces buffers, too."""
+        """Puts placeholders in place of all streamed tensors, buffers included. Called
+        in a forked child, which has no arena."""
         for name, where in self._places.items():
             for place in where:
                 module, is_buffer = place.module, place.is_buffer

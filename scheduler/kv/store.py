@@ -2,7 +2,6 @@
 room, prefetched before its micro-batch computes, and freed with its cache."""
 
 import gc
-import logging
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -11,12 +10,11 @@ from weakref import WeakSet, WeakValueDictionary
 
 from ...io.closing import Closing
 from ...io.errors import ClosedError, DoesNotFitError
+from ...io.fallbacks import Fallbacks
 from ...io.kv.count import KvCount, KvStatistics
 from ...io.kv.layer_buffer import KvLayerBuffer, Lease
 from ...io.kv.shape import KvShape
 from .budget import KvBudget
-
-_log = logging.getLogger("penstock")
 
 Key = tuple[str, int]
 """Which part of a cache (`self`, `cross`), and which of its layers."""
@@ -67,9 +65,13 @@ class KvStore(Closing):
     run the model, unless they say otherwise."""
 
     def __init__(
-        self, budget: KvBudget, tiers: Mapping[str, KvTier], count: KvCount
+        self,
+        budget: KvBudget,
+        tiers: Mapping[str, KvTier],
+        count: KvCount,
+        fallbacks: Fallbacks,
     ) -> None:
-        self.fallbacks: list[str] = []
+        self.fallbacks = fallbacks
         self._budget = budget
         self._tiers = tiers
         self._count = count
@@ -117,7 +119,9 @@ class KvStore(Closing):
         handle.buffers[key] = buffer
         asked = next(iter(self._tiers))
         if tier != asked:
-            self.note(f"kv: no more room in {asked}: keys and values go to {tier}")
+            self.fallbacks.announce(
+                f"kv: no more room in {asked}: keys and values go to {tier}"
+            )
         return buffer
 
     def touch(self, handle: CacheHandle, key: Key) -> None:
@@ -130,12 +134,6 @@ class KvStore(Closing):
         handle.touched_at = self._num_touches
         if handle.index is None:
             self._prefetch(handle)
-
-    def note(self, fallback: str) -> None:
-        """Logs, once, a setting of the policy that cannot be followed."""
-        if fallback not in self.fallbacks:
-            self.fallbacks.append(fallback)
-            _log.warning(fallback)
 
     # Called by the sweep loop.
 

@@ -4,5 +4,5 @@ OpenSites        a module may run once its units are loaded and bound
   -> WorkingSet  loads, keeps and evicts units
        -> Slots            which bytes of the arena hold which unit
        -> PendingRanges    which freed bytes a device may still use
-       -> Load             one transfer under way (a Protocol)
+       -> Load             (io/weights) one transfer under way
 """

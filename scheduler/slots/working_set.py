@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ...io.errors import DoesNotFitError, closed
 from ...io.event import Event
 from ...io.timeline import WAIT, Record, unrecorded
-from .arena_map import Slot, Slots
-from .load import Held, Load
+from ...io.weights.load import Load
+from .slots import Held, Slot, Slots
 from .working_set_statistics import WorkingSetStatistics
 
 

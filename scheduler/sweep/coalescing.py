@@ -8,7 +8,6 @@ each micro-batch; only linear layers and row-wise MLPs are called jointly.
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,14 +17,13 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
+from ...io.fallbacks import Fallbacks
 from ...io.merging import Rule, counter
 from ..order import Order
 from ..packing import MAX_ROWS, WIDE_ROWS
 from .coalescing_queue import CoalescingQueue
 from .micro_batch import MicroBatch
 from .row_call import Forward, RowCall, call_together, key_of, num_rows_of
-
-_log = logging.getLogger("penstock")
 
 # A bound for the output of one joint call. The intermediate values of an MLP take a few
 # times as much, and the inputs and outputs are copied.
@@ -101,9 +99,12 @@ class Coalescing:
     the state of the others is the same.
     """
 
-    def __init__(self, modules: Sequence[RowWise], order: Order) -> None:
+    def __init__(
+        self, modules: Sequence[RowWise], order: Order, fallbacks: Fallbacks
+    ) -> None:
         self._modules = modules
         self._queue = CoalescingQueue(order)
+        self._fallbacks = fallbacks
         self._loop: ParkingLoop | None = None
         self._leader: MicroBatch | None = None
         """The micro-batch that is making a joint call now."""
@@ -117,7 +118,8 @@ class Coalescing:
     def start(self, loop: ParkingLoop) -> None:
         """Replaces the forwards: `loop` begins to run micro-batches."""
         self._loop = loop
-        # Asked before any is replaced: a forward of ours is not the user's.
+        # All are checked before any is replaced: the new forward of a module would look
+        # like a change by the user to the module that contains it.
         are_unmodified = [row_wise.is_unmodified for row_wise in self._modules]
         for index, row_wise in enumerate(self._modules):
             if not are_unmodified[index]:
@@ -217,7 +219,9 @@ class Coalescing:
             # One call may be wrong, or the joint call too large: repeat each alone.
             if not self._num_failed:
                 kind = type(self._modules[index].module).__name__
-                _log.warning("a joint call of a %s failed: %r; each alone", kind, error)
+                self._fallbacks.announce(
+                    f"a joint call of a {kind} failed: {error!r}; each alone"
+                )
             self._num_failed += 1
             for each in calls:
                 each.is_alone = True

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from ...io.fork_guard import ForkGuard
 
 
-class Ended(Protocol):
+class ThreadBound(Protocol):
     """Work that can only run in one thread."""
 
     def end_with_thread(self) -> None:
@@ -24,9 +24,9 @@ class Endings:
 
     def __init__(self) -> None:
         self._fork_guard = ForkGuard()
-        self.started: WeakSet[Ended] = WeakSet()
+        self.started: WeakSet[ThreadBound] = WeakSet()
         """Work that this thread began. It may be garbage collected before."""
-        self.left: list[Ended] = []
+        self.left: list[ThreadBound] = []
         """Work that another thread closed but could not end. The reference keeps it
         alive: a greenlet that is dropped runs its `finally` blocks at once, wherever
         the program is then."""
@@ -42,8 +42,8 @@ class Endings:
     def end_all(self) -> None:
         if self._fork_guard.is_forked:  # the work belongs to the parent process
             return
-        for ended in {*self.started, *self.left}:
-            ended.end_with_thread()
+        for work in {*self.started, *self.left}:
+            work.end_with_thread()
         self.left.clear()
 
 

@@ -65,10 +65,10 @@ class ForwardEntry:
         self._lookahead = lookahead
         self._records_gradients = False
         self._turn = Turn()
-        self._sweep: EnteringLoop | None = None
+        self._loop: EnteringLoop | None = None
         self._left: list[EnteringLoop] = []
         """Sweeps that another thread has closed; their own threads must stop them."""
-        self._sweeping_thread = 0
+        self._loop_thread = 0
         self.position: int | None = None
         """The site that was opened last."""
         self._plain: list[tuple[int, int]] = []
@@ -83,17 +83,17 @@ class ForwardEntry:
     def before(self, site: int) -> None:
         """Waits until `site` may run. Called by its forward pre-hook."""
         self.fork_guard.check()
-        sweep = self._sweep_here()
-        if sweep is not None:
-            sweep.arrive(site)
+        loop = self._loop_here()
+        if loop is not None:
+            loop.arrive(site)
         else:
             self._begin_plain(site)
 
     def after(self, site: int) -> None:
         """`site` has run or failed. Called by its forward hook."""
-        sweep = self._sweep_here()
-        if sweep is not None:
-            sweep.depart(site)
+        loop = self._loop_here()
+        if loop is not None:
+            loop.depart(site)
         elif self._plain and self._plain[-1] == (threading.get_ident(), site):
             self._end_plain()
 
@@ -153,9 +153,9 @@ class ForwardEntry:
     def idle(self, *, is_busy: bool) -> Iterator[None]:
         """Holds the turn while no forward runs. Raises PenstockError during a sweep, or
         if the caller `is_busy` with a forward."""
-        if self._sweep is None and not is_busy:
+        if self._loop is None and not is_busy:
             with self.turn():
-                if self._sweep is None and not self._plain:
+                if self._loop is None and not self._plain:
                     yield
                     return
         raise PenstockError(
@@ -178,48 +178,48 @@ class ForwardEntry:
         """Makes `next_of` start again from the first site."""
         self.position = None
 
-    def start_sweep(self, sweep: EnteringLoop) -> None:
-        """Waits for the turn and gives it to `sweep`, until `end_sweep`."""
+    def start_loop(self, loop: EnteringLoop) -> None:
+        """Waits for the turn and gives it to `loop`, until `end_loop`."""
         self.fork_guard.check()
         who = self._take_turn()
         try:
-            if self._sweep is not None:
+            if self._loop is not None:
                 raise PenstockError(
                     "a sweep over this model is under way: finish it before the next "
                     "one"
                 )
             self._close_all()
-            self._sweeping_thread = threading.get_ident()
-            self._sweep = sweep
-            self._turn.hand_over(who, sweep)
+            self._loop_thread = threading.get_ident()
+            self._loop = loop
+            self._turn.hand_over(who, loop)
         except BaseException:
-            if self._sweep is not sweep:
+            if self._loop is not loop:
                 self._turn.give_back(who)
             raise
 
-    def end_sweep(self, sweep: EnteringLoop) -> None:
-        """Gives the turn back if `sweep` has it."""
-        if sweep in self._left:
-            self._left.remove(sweep)
-        if self._sweep is sweep:
+    def end_loop(self, loop: EnteringLoop) -> None:
+        """Gives the turn back if `loop` has it."""
+        if loop in self._left:
+            self._left.remove(loop)
+        if self._loop is loop:
             try:
                 self._close_all()
             finally:
-                self._sweep = None
-                self._turn.give_up(sweep)
+                self._loop = None
+                self._turn.give_up(loop)
 
-    def take_over(self, sweep: EnteringLoop) -> bool:
-        """Gives the turn of `sweep`, which runs in another thread, to the caller's
+    def take_over(self, loop: EnteringLoop) -> bool:
+        """Gives the turn of `loop`, which runs in another thread, to the caller's
         thread. Returns False while the other thread is in a plain call."""
-        return self._turn.hand_over(sweep, threading.get_ident(), is_once=True)
+        return self._turn.hand_over(loop, threading.get_ident(), is_once=True)
 
-    def end_taken_over(self, sweep: EnteringLoop) -> None:
+    def end_taken_over(self, loop: EnteringLoop) -> None:
         """Gives back the turn that `take_over` got."""
-        self._left.append(sweep)
+        self._left.append(loop)
         try:
             self._close_all()
         finally:
-            self._sweep = None
+            self._loop = None
             self._turn.give_up(threading.get_ident())
 
     def abandon_plain(self) -> None:
@@ -228,17 +228,17 @@ class ForwardEntry:
         self.fork_guard.check()
         self._recover()
         who = threading.get_ident()
-        if self._sweep is None and self._turn.take(who):
+        if self._loop is None and self._turn.take(who):
             try:  # without the turn, another thread is inside those sites
                 self._close_all()
             finally:
                 self._turn.give_up(who)
 
-    def _sweep_here(self) -> EnteringLoop | None:
+    def _loop_here(self) -> EnteringLoop | None:
         """The sweep of which the caller is the running micro-batch, if any."""
-        sweep = self._sweep
-        if sweep is not None and sweep.is_running_here():
-            return sweep
+        loop = self._loop
+        if loop is not None and loop.is_running_here():
+            return loop
         return next((left for left in self._left if left.is_running_here()), None)
 
     def _close_all(self) -> None:
@@ -268,22 +268,22 @@ class ForwardEntry:
             self.open_sites.leave(site)
         finally:
             self._turn.give_back(self._who())
-        sweep = None if self._plain else self._sweep
-        if sweep is not None and sweep.is_unwanted and sweep.can_stop:
-            sweep.end_with_thread()  # another thread asked for that meanwhile
+        loop = None if self._plain else self._loop
+        if loop is not None and loop.is_unwanted and loop.can_stop:
+            loop.end_with_thread()  # another thread asked for that meanwhile
 
     def _recover(self) -> None:
         """Gives back the turn of a sweep of this thread whose end was interrupted."""
         owner = self._turn.owner
-        if owner is not self._sweep and getattr(owner, "is_mine", False):
+        if owner is not self._loop and getattr(owner, "is_mine", False):
             self._turn.give_up(owner)
 
     def _who(self) -> Any:
         """The owner in whose name the caller takes the turn: the sweep that runs in its
         thread, or else the number of its thread."""
-        sweep = self._sweep
-        if sweep is not None and sweep.is_mine:
-            return sweep
+        loop = self._loop
+        if loop is not None and loop.is_mine:
+            return loop
         return threading.get_ident()
 
     def _take_turn(self) -> Any:
@@ -292,5 +292,5 @@ class ForwardEntry:
             left.end_with_thread()
         self._recover()
         return self._turn.wait(
-            self._who, lambda: is_waited_for(self._sweeping_thread, self._sweep)
+            self._who, lambda: is_waited_for(self._loop_thread, self._loop)
         )

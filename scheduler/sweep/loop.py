@@ -17,23 +17,23 @@ from .admission import Admission
 from .coalescing import Coalescing
 from .entry import ForwardEntry
 from .in_flight import MicroBatchesInFlight
-from .job import SweepInput, SweepProgress
 from .micro_batch import MicroBatch
 from .module_state import ModuleState
 from .owner import Owner
 from .side_transfers import SideTransfers
+from .sweep_input import SweepInput, SweepProgress
 from .thread_state import ThreadState
 from .waiting import Waiting
 
 
 class SweepLoop:
-    """Runs the micro-batches of one job in the thread that creates it: `begin`, `round`
-    until it `is_done`, `stop`. Those that ended are in `finished`. Another thread can
-    only `leave` the loop; its own thread stops it later."""
+    """Runs the micro-batches of one input in the thread that creates it: `begin`, then
+    `round` until it `is_done`, then `stop`. Those that ended are in `finished`. Another
+    thread can only `leave` the loop; its own thread stops it later."""
 
     def __init__(
         self,
-        job: SweepInput,
+        sweep_input: SweepInput,
         entry: ForwardEntry,
         admission: Admission,
         progress: SweepProgress,
@@ -44,7 +44,7 @@ class SweepLoop:
         coalescing: Coalescing,
     ) -> None:
         self.finished: deque[MicroBatch] = deque()
-        self._job = job
+        self._input = sweep_input
         self._entry = entry
         self._admission = admission
         self._progress = progress
@@ -68,7 +68,7 @@ class SweepLoop:
 
     @property
     def is_done(self) -> bool:
-        return not (self._job.has_more or self._in_flight or self.finished)
+        return not (self._input.has_more or self._in_flight or self.finished)
 
     @property
     def is_mine(self) -> bool:
@@ -190,7 +190,7 @@ class SweepLoop:
         """Stops it: its thread is about to end, or another thread has left it."""
         with contextlib.suppress(BaseException):
             self.stop()
-        self._entry.end_sweep(self)
+        self._entry.end_loop(self)
 
     def _begin_to_stop(self) -> None:
         self.was_cut = self.was_cut or not self.is_done
@@ -211,7 +211,7 @@ class SweepLoop:
                 self._run(me, me.resume)
                 started = not me.is_parked and self._admit()
                 if started and not was_settled and self._admission.is_settled:
-                    entry.rewind()  # the scout is ahead: let the others catch up
+                    entry.rewind()  # the scout (see admission) ran ahead: catch up
         finally:
             self._serving = None
             entry.leave(site)
@@ -225,13 +225,13 @@ class SweepLoop:
     def _expected(self) -> set[int]:
         """The sites for which micro-batches wait, or at which new ones will start."""
         sites, first = self._waiting.sites(), self._entry.order.first
-        if self._job.expects_more and first is not None:
+        if self._input.expects_more and first is not None:
             sites.add(first)
         return sites
 
     @property
     def _may_start(self) -> bool:
-        return self._job.has_more and self._admission.has_room(len(self._in_flight))
+        return self._input.has_more and self._admission.has_room(len(self._in_flight))
 
     def _admit(self) -> int:
         """Starts micro-batches while there is room. Stops after one that ends at once,
@@ -240,7 +240,7 @@ class SweepLoop:
         while self._may_start and (not num or index in self._in_flight):
             self._loop_state.resume()  # `take` runs the caller's iterator
             try:
-                index, batch = self._job.take()
+                index, batch = self._input.take()
             except StopIteration:
                 break
             self._start(index, batch)
@@ -250,7 +250,7 @@ class SweepLoop:
     def _start(self, index: int, batch: Any) -> None:
         me = MicroBatch(
             index,
-            partial(self._job.fn, batch),
+            partial(self._input.fn, batch),
             devices=self._devices,
             loop_state=self._loop_state,
             module_state=self._module_state,
@@ -277,7 +277,7 @@ class SweepLoop:
                 held_bytes = self._side_transfers.held_bytes(me)
                 self._admission.note(me.index, me.num_arrivals, held_bytes)
             # With two in flight, each would soon be needed again.
-            if self._job.has_more or len(self._in_flight) > 2:
+            if self._input.has_more or len(self._in_flight) > 2:
                 self._side_transfers.move_out(me)
             return
         self._in_flight.leave(me)

@@ -17,7 +17,8 @@ from .thread_state import ThreadState
 
 _log = logging.getLogger("penstock")
 
-# A micro-batch may catch GreenletExit and call the model again: so often at most.
+# A micro-batch may catch GreenletExit and call the model again. After this many it is
+# suspended and not resumed.
 _MAX_EXITS = 100
 
 

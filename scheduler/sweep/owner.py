@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from ...io.errors import ClosedError
-from .endings import Ended, Endings
+from .endings import Endings, ThreadBound
 
-_WORK = "its thread"
+_OWN_THREAD = "its own thread"
 
 
 class Owner:
@@ -14,7 +14,7 @@ class Owner:
     `leave` the work, between two pieces of it; its own thread must end it then, and
     cannot continue it."""
 
-    def __init__(self, work: Ended) -> None:
+    def __init__(self, work: ThreadBound) -> None:
         self._work = work
         # A thread's number would not do: it is used again once the thread has ended.
         self._endings = Endings.here()
@@ -31,18 +31,18 @@ class Owner:
     @property
     def is_idle_here(self) -> bool:
         """Whether the caller is in the owning thread, and in no piece of the work."""
-        return self.is_here and self._claim.get("by") != _WORK
+        return self.is_here and self._claim.get("by") != _OWN_THREAD
 
     @contextlib.contextmanager
     def at_work(self, *, ends: bool = False) -> Iterator[None]:
         """Runs one piece of the work, or, with `ends`, the piece that ends it. Raises
         ClosedError if another thread has left the work; it may only be ended then."""
-        if self._claim.setdefault("by", _WORK) != _WORK and not ends:
+        if self._claim.setdefault("by", _OWN_THREAD) != _OWN_THREAD and not ends:
             raise ClosedError("this sweep was closed by another thread")
         try:
             yield
         finally:
-            if self._claim.get("by") == _WORK:
+            if self._claim.get("by") == _OWN_THREAD:
                 self._claim.clear()
 
     def leave(self, *, may_leave: Callable[[], bool]) -> bool:

@@ -22,10 +22,10 @@ from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
 from .endings import Endings
 from .entry import ForwardEntry
-from .job import SweepInput, SweepProgress
 from .loop import SweepLoop
 from .module_state import ModuleState
 from .side_transfers import SideTransfers
+from .sweep_input import SweepInput, SweepProgress
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -175,7 +175,7 @@ class Sweep(Closing):
         self._check_open()
         loop = self._make_loop(fn, batches)
         try:
-            self._entry.start_sweep(loop)
+            self._entry.start_loop(loop)
             self._loop = loop
             loop.begin(self._seed)
             while not loop.is_done:
@@ -252,7 +252,7 @@ class Sweep(Closing):
         try:
             loop.stop()
         finally:
-            self._entry.end_sweep(loop)
+            self._entry.end_loop(loop)
             if self._loop is loop:
                 self._loop = None
             if self._is_closed:

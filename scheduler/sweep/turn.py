@@ -97,10 +97,11 @@ class Turn:
         self._changed.notify_all()
 
 
-def is_waited_for(sweeping_thread: int, sweep: RunningLoop | None) -> bool:
-    """Whether the thread that runs `sweep` may wait for the caller's thread: it joins
-    it, or a micro-batch waits for a lock. Waiting for a read of weights does not count.
+def is_waited_for(loop_thread: int, loop: RunningLoop | None) -> bool:
+    """Whether the thread that runs `loop` may wait for the caller's thread: it has
+    called `join` on it, or a micro-batch waits for a lock, which the caller's thread
+    may hold. Waiting for a read of weights does not count.
     """
-    waits = wait_of(sweeping_thread, not_in=handle.__file__)
-    in_lock = waits == "lock" and sweep is not None and sweep.is_running
+    waits = wait_of(loop_thread, not_in=handle.__file__)
+    in_lock = waits == "lock" and loop is not None and loop.is_running
     return waits == "caller" or in_lock

@@ -20,9 +20,9 @@ from penstock.io.event import Event
 from penstock.io.memory.arena import Arena, HostMemory, Memory
 from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link, LinkLoad
-from penstock.io.weights.peer import PeerTier, whole
+from penstock.io.weights.peer import PeerTier
 from penstock.io.weights.source import ResidentSource, StagedSource
-from penstock.io.weights.transfer import Transfer, packed
+from penstock.io.weights.transfer import Transfer, packed, same_layout
 from penstock.scheduler.slots.working_set import WorkingSet
 from recording import RecordingDevice, range_of
 
@@ -186,7 +186,7 @@ def machine(
             open_link=from_disk,
             progress=lambda done, total: None,
         )
-        there = {unit: whole(transfers[unit]) for unit in units_of("peer")}
+        there = {unit: same_layout(transfers[unit]) for unit in units_of("peer")}
         kept = ResidentSource(peer.memory, peer.offsets)
         links["peer"] = Link("peer", kept, there, memory, device, pace=None)
     for link in links.values():

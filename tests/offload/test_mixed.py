@@ -22,12 +22,12 @@ from nets import Net, batches, make, same, serially
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.io.weights.link import Link
+from penstock.io.weights.load import Load
 from penstock.io.weights.source import StagedSource
 from penstock.offload.engine.engine import Engine
 from penstock.offload.engine.tiers import Tiers
 from penstock.offload.model import engine_of
 from penstock.offload.units.division import needs
-from penstock.scheduler.slots.load import Load
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

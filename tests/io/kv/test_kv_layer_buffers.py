@@ -21,6 +21,7 @@ from nets import same
 from penstock import Policy
 from penstock.io.devices.device import CpuDevice
 from penstock.io.errors import ClosedError, DoesNotFitError, OutputError, ReadError
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.kv import file as kv_file
 from penstock.io.kv import staging as kv_staging
 from penstock.io.kv.buffer_pool import UnpinnedPool
@@ -381,7 +382,9 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
 ) -> None:
     with tier_of("copied", tmp_path) as (tier, _, _):
         tiers: dict[str, KvTier] = {"host": tier}
-        with KvStore(KvBudget(("host",), {"host": 1 << 20}), tiers, KvCount()) as store:
+        with KvStore(
+            KvBudget(("host",), {"host": 1 << 20}), tiers, KvCount(), Fallbacks()
+        ) as store:
             shape = KvShape(1, 1, 4, 1, 4, torch.float32)
             new = torch.ones(1, 1, 1, 4)
             handles, buffers = [], dict[tuple[int, int], Any]()
@@ -403,7 +406,9 @@ def test_who_used_its_strip_longest_ago_gets_the_next_one_first(
 def test_who_follows_finds_its_strip_on_the_way(tmp_path: Path) -> None:
     with tier_of("copied", tmp_path) as (tier, count, _):
         tiers: dict[str, KvTier] = {"host": tier}
-        store = KvStore(KvBudget(("host",), {"host": 1 << 20}), tiers, count)
+        store = KvStore(
+            KvBudget(("host",), {"host": 1 << 20}), tiers, count, Fallbacks()
+        )
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         new = torch.ones(1, 1, 1, 4)
         buffers: dict[tuple[int, int], Any] = {}
@@ -442,7 +447,9 @@ def test_what_garbage_holds_is_freed_before_no_room_is_said(tmp_path: Path) -> N
     with tier_of("copied", tmp_path) as (tier, count, _):
         shape = KvShape(1, 1, 4, 1, 4, torch.float32)
         limits = {"host": tier.bytes_of(shape, 8)}
-        with KvStore(KvBudget(("host",), limits), {"host": tier}, count) as store:
+        with KvStore(
+            KvBudget(("host",), limits), {"host": tier}, count, Fallbacks()
+        ) as store:
             gc.collect()
             gc.disable()
             try:

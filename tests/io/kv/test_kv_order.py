@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.kv import staging as kv_staging
 from penstock.io.kv.buffer_pool import PinnedPool
 from penstock.io.kv.codec import Plain
@@ -103,7 +104,12 @@ def test_whatever_the_streams_do_attention_sees_what_was_appended(
         opened.callback(device.synchronize)
         tier, count, staging = tier_of(kind, device, tmp_path, opened)
         store = opened.enter_context(
-            KvStore(KvBudget(("host",), {"host": 1 << 30}), {"host": tier}, count)
+            KvStore(
+                KvBudget(("host",), {"host": 1 << 30}),
+                {"host": tier},
+                count,
+                Fallbacks(),
+            )
         )
         shape = KvShape(rows, 2, 8, 2, 8, torch.float32)
         handles, buffers, model = {}, dict[tuple[int, int], Any](), {}

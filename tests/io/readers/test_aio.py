@@ -16,10 +16,11 @@ import kernel_aio
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.errors import ReadError
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.libaio_reader import LibaioReader
-from penstock.io.readers.work_queue import PartQueue
+from penstock.io.readers.queued_reader import PartQueue
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -107,7 +108,11 @@ def test_a_queue_that_breaks_while_closing_fails_every_read_and_keeps_no_buffer(
     waits = break_queue(monkeypatch, wait_for_close)
     memory = mmap.mmap(-1, num_reads * PAGE)
     reader = LibaioReader(
-        {path: FileStamp.of(path.stat())}, depth=DEPTH, chunk_bytes=PAGE, direct=direct
+        {path: FileStamp.of(path.stat())},
+        depth=DEPTH,
+        chunk_bytes=PAGE,
+        direct=direct,
+        fallbacks=Fallbacks(),
     )
     handles = submit_all(reader, path, memory, num_reads)
     close(reader)
@@ -125,7 +130,11 @@ def test_a_queue_that_broke_fails_every_later_read_at_once(
     break_queue(monkeypatch, list)
     memory = mmap.mmap(-1, 8 * PAGE)
     reader = LibaioReader(
-        {path: FileStamp.of(path.stat())}, depth=DEPTH, chunk_bytes=PAGE, direct=True
+        {path: FileStamp.of(path.stat())},
+        depth=DEPTH,
+        chunk_bytes=PAGE,
+        direct=True,
+        fallbacks=Fallbacks(),
     )
     handles = submit_all(reader, path, memory, 8)
     for handle in handles:

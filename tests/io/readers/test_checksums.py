@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from conftest import TinyCheckpoint
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.errors import CheckpointError, OutputError
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.readers import checksums as module
 from penstock.io.readers.checksums import (
     SIDE_FILE,
@@ -40,7 +41,11 @@ def summed(folder: Path) -> dict[str, str]:
     checkpoint = open_checkpoint(folder)
     seen: list[tuple[int, int]] = []
     with ThreadReader(
-        checkpoint.stamps, num_threads=2, chunk_bytes=4096, direct=True
+        checkpoint.stamps,
+        num_threads=2,
+        chunk_bytes=4096,
+        direct=True,
+        fallbacks=Fallbacks(),
     ) as reader:
         found = checksums(checkpoint, reader, lambda *state: seen.append(state))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

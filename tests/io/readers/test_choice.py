@@ -12,6 +12,7 @@ import pytest
 
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.errors import ReadError
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.readers import choice
 from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.choice import (
@@ -51,7 +52,13 @@ def makers_of(
     def maker(name: str) -> Callable[[], Reader]:
         def make() -> Reader:
             opened.append(name)
-            return ThreadReader(stamps, num_threads=2, chunk_bytes=MIB, direct=True)
+            return ThreadReader(
+                stamps,
+                num_threads=2,
+                chunk_bytes=MIB,
+                direct=True,
+                fallbacks=Fallbacks(),
+            )
 
         return make
 
@@ -107,7 +114,8 @@ def choose_auto(
     direct: bool = True,
     settings: str = "",
 ) -> tuple[str, tuple[str, ...]]:
-    return choose(
+    fallbacks = Fallbacks()
+    name = choose(
         asked,
         makers_of(stamps, opened),
         missing or {},
@@ -115,7 +123,9 @@ def choose_auto(
         direct=direct,
         settings=settings,
         remembered=remembered,
+        fallbacks=fallbacks,
     )
+    return name, tuple(fallbacks)
 
 
 def test_a_choice_is_measured_once_for_each_drive_and_setting(

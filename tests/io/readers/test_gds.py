@@ -15,6 +15,7 @@ from test_readers import PAGE, MakeReader, ReaderContract, stamps_of, write
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.errors import ReadError
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.readers import gds
 from penstock.io.readers.gds import CuFile, GdsReader, probe, why_not
@@ -74,7 +75,11 @@ def open_gds(
     chunk_bytes: int = 2 * PAGE,
 ) -> GdsReader:
     return GdsReader(
-        stamps, num_threads=num_threads, chunk_bytes=chunk_bytes, open_file=system.open
+        stamps,
+        num_threads=num_threads,
+        chunk_bytes=chunk_bytes,
+        open_file=system.open,
+        fallbacks=Fallbacks(),
     )
 
 
@@ -260,7 +265,11 @@ def test_a_gpu_is_filled_or_it_is_said_why_not(tmp_path: Path) -> None:
         pytest.skip(reason)
     target = torch.zeros(10 * PAGE, dtype=torch.uint8, device=device)
     reader = GdsReader(
-        stamps_of(path), num_threads=2, chunk_bytes=2 * PAGE, open_file=CuFile
+        stamps_of(path),
+        num_threads=2,
+        chunk_bytes=2 * PAGE,
+        open_file=CuFile,
+        fallbacks=Fallbacks(),
     )
     with reader:
         reader.submit(Extent(path, 0, 10 * PAGE), target).wait()

@@ -22,6 +22,7 @@ from penstock.io.devices.device import CpuDevice, CpuStream, Device
 from penstock.io.errors import ClosedError, PenstockError, ReadError
 from penstock.io.event import Event
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena, Memory
 from penstock.io.pace import Pace
 from penstock.io.readers.threads import ThreadReader
@@ -108,7 +109,13 @@ def opened(
     options.setdefault("pace", None)
     stamps = {units.path: FileStamp.of(units.path.stat())}
     with (
-        ThreadReader(stamps, num_threads=2, chunk_bytes=1 << 20, direct=False) as read,
+        ThreadReader(
+            stamps,
+            num_threads=2,
+            chunk_bytes=1 << 20,
+            direct=False,
+            fallbacks=Fallbacks(),
+        ) as read,
         Arena(target_pages * PAGE) as target,
     ):
         memory = Arena(staging_pages * PAGE)
@@ -333,7 +340,9 @@ def test_a_peer_that_cannot_be_filled_names_the_unit_and_keeps_nothing(
             progress=lambda done, total: told.append((done, total)),
         )
 
-    with ThreadReader(stamps, num_threads=2, chunk_bytes=PAGE, direct=False) as read:
+    with ThreadReader(
+        stamps, num_threads=2, chunk_bytes=PAGE, direct=False, fallbacks=Fallbacks()
+    ) as read:
         preadv.fail_at = {PAGE}
         before = mapped_bytes()
         with pytest.raises(ReadError, match=r"unit 'unit1': .* at 4096 of "):

@@ -35,6 +35,7 @@ from penstock.io.errors import (
     ReadError,
 )
 from penstock.io.extent import Extent
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.memory.arena import Arena
 from penstock.io.readers import libaio_reader as aio
@@ -98,8 +99,20 @@ def open_reader(
     if name == "aiofiles":
         return AiofilesReader(stamps, num_tasks=2, chunk_bytes=chunk_bytes)
     if name == "libaio":
-        return LibaioReader(stamps, depth=3, chunk_bytes=chunk_bytes, direct=direct)
-    return ThreadReader(stamps, num_threads=2, chunk_bytes=chunk_bytes, direct=direct)
+        return LibaioReader(
+            stamps,
+            depth=3,
+            chunk_bytes=chunk_bytes,
+            direct=direct,
+            fallbacks=Fallbacks(),
+        )
+    return ThreadReader(
+        stamps,
+        num_threads=2,
+        chunk_bytes=chunk_bytes,
+        direct=direct,
+        fallbacks=Fallbacks(),
+    )
 
 
 @contextmanager
@@ -259,7 +272,11 @@ class RecordingReader(ThreadReader):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(
-            checkpoint.stamps, num_threads=2, chunk_bytes=1 << 20, direct=True
+            checkpoint.stamps,
+            num_threads=2,
+            chunk_bytes=1 << 20,
+            direct=True,
+            fallbacks=Fallbacks(),
         )
         self.asked: list[Extent] = []
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from penstock.io.checkpoint.index import open_files
 from penstock.io.extent import align_down, align_up
+from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena
 from penstock.io.readers.threads import ThreadReader
 from penstock.io.weights.layered import LayeredReader
@@ -44,11 +45,11 @@ def test_every_choice_of_tensors_is_loaded_from_where_it_lies(
     kinds: dict[str, Any] = {"num_threads": 2, "direct": False, "chunk_bytes": 2 * PAGE}
     path = tmp_path / "new.safetensors"
     with (
-        ThreadReader(below.stamps, **kinds) as main,
+        ThreadReader(below.stamps, **kinds, fallbacks=Fallbacks()) as main,
         LayeredReader(main) as reader,
         Arena(plan.nbytes) as arena,
     ):
-        reader.add(path, ThreadReader(above.stamps, **kinds))
+        reader.add(path, ThreadReader(above.stamps, **kinds, fallbacks=Fallbacks()))
         for count in range(len(SHAPES) + 1):
             for names in combinations(SHAPES, count):
                 changed = overlaid(

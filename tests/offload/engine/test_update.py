@@ -174,6 +174,8 @@ def test_a_cast_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     with streamed(make(Net), TIGHT, tmp_path) as net:
         penstock.update(net, {"head.bias": value})
         assert torch.equal(run(net), resident({"head.bias": value}))
+        (said,) = (f for f in penstock.statistics(net).fallbacks if "update of" in f)
+    assert said in caplog.text
     assert "float64 is cast to torch.float32" in caplog.text
 
 

@@ -16,7 +16,7 @@ import pytest
 from jobs import FragileDisk, Killed, Recorded, run_job, write_rows
 from penstock.io.errors import InputError, PenstockError, UsageError
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import PROMPT_KEYS, SCORED_KEYS
+from penstock.offload.files.json_rows import PROMPT_KEYS, SCORED_KEYS
 from penstock.offload.files.outputs import destination
 from penstock.offload.files.parts import Position
 from penstock.offload.files.sources import Own, find_files
@@ -211,7 +211,7 @@ def test_other_kinds_are_refused_by_name_both_ways(tmp_path: Path) -> None:
     for name in ("out.xlsx", "out.txt", "out.yaml.gz"):
         with pytest.raises(UsageError, match=r"cannot be written as \."):
             destination(tmp_path / name, tmp_path / "model")
-    assert find_files([write_rows(tmp_path / "rows", 2)])[0].layout == "lines"
+    assert find_files([write_rows(tmp_path / "rows", 2)])[0].file_format == "lines"
 
 
 # What a job has written itself.

@@ -23,7 +23,7 @@ from penstock.io.errors import InputError, UsageError
 from penstock.offload.files import extras
 from penstock.offload.files.compression import decompressed
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import SCORED_KEYS, line_of
+from penstock.offload.files.json_rows import SCORED_KEYS, line_of
 from penstock.offload.files.part_reader import read_parts
 from penstock.offload.files.parts import Cut, Position
 from penstock.offload.files.sources import check_apart, find_files

@@ -23,7 +23,7 @@ from penstock.io.checkpoint.index import INDEX_FILE, open_checkpoint
 from penstock.io.readers.checksums import read_side_file
 from penstock.offload.files.durable import DurableFiles
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.json_rows import SCORED_KEYS
 from penstock.offload.files.parts import Position
 from penstock.offload.files.sources import find_files
 from penstock.offload.jobs.part_store import PartStore

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jobs import CUT, FragileDisk, Killed, Recorded, read_lines, run_job, write_rows
 from penstock.io.errors import InputError, OutputError, PenstockError, UsageError
 from penstock.offload.files.inputs import Inputs
-from penstock.offload.files.jsonl import SCORED_KEYS
+from penstock.offload.files.json_rows import SCORED_KEYS
 from penstock.offload.files.part_reader import check_done
 from penstock.offload.files.parts import Cut
 from penstock.offload.files.sources import find_files
@@ -354,7 +354,7 @@ def test_a_part_that_is_no_file_is_named(
         os.mkfifo(path)
     else:
         path.symlink_to(kind)
-    with pytest.raises(OutputError, match=r"part-00000000.jsonl: it is no regular"):
+    with pytest.raises(OutputError, match=r"part-00000000.jsonl: it is not a regular"):
         run_job(source, output)
 
 

@@ -24,9 +24,8 @@ from penstock.offload.monitoring.metrics import MetricsFile
 from penstock.offload.monitoring.monitor import Every, Monitor, interval_seconds
 from penstock.offload.monitoring.progress import JobBar, JsonLines, PlainLines
 from penstock.offload.monitoring.samples import ResourceSample, Window
-from penstock.offload.tasks.generate import GenerateProgress
-from penstock.offload.tasks.score import ScoreProgress
 from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task_progress import GenerateProgress, ScoreProgress
 
 SAMPLE = ResourceSample(
     seconds=30.0,
@@ -204,8 +203,8 @@ def test_who_cannot_tell_is_told_no_more_and_the_job_goes_on(
     monitor.start()
     assert has_looked.wait(60)
     monitor.close()
-    assert len(monitor.failures) == 1
-    assert "no space left" in monitor.failures[0]
+    (failure,) = monitor.failures
+    assert "no space left" in failure
     assert caplog.text.count("no space left") == 1
 
 

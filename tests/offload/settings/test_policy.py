@@ -8,7 +8,7 @@ import pytest
 
 from penstock import Policy
 from penstock.io.errors import PolicyError
-from penstock.offload.policy import parse_bytes
+from penstock.offload.settings.values import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from penstock import Policy
 from penstock.io.errors import UsageError
 from penstock.offload.generation.decoding import RowSampler
 from penstock.offload.plans.forecast import forecast, generating_of
-from penstock.offload.tasks.generate import GenerateProgress
 from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.task_progress import GenerateProgress
 from penstock.offload.weights.blueprint import blueprint
 from shares import in_turns, shared
 

@@ -23,7 +23,7 @@ import penstock
 from common.id_tokenizer import Numbers
 from penstock import Policy
 from penstock.io.errors import UsageError
-from penstock.offload.files.keys import SAMPLING, UNUSED, refused
+from penstock.offload.files.json_rows import SAMPLING, UNUSED, refused
 from penstock.offload.generation.decoding_options import way_of
 from penstock.offload.generation.row_sampling import RowSampling, row_sampling
 from penstock.offload.rows.chat import tokenize_chat

@@ -16,7 +16,7 @@ import penstock
 from penstock.io.errors import UsageError
 from penstock.offload.cli import app
 from penstock.offload.commands.task_options import parameters_of, task_from
-from penstock.offload.files.keys import columns_of
+from penstock.offload.files.json_rows import columns_of
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.embed_task import Embed

@@ -17,13 +17,13 @@ import penstock
 from nets import Net, batches, make
 from nets import streamed as streamed_net
 from penstock.io.errors import DoesNotFitError
+from penstock.io.weights.load import Load
 from penstock.offload.engine.tiers import Tiers
 from penstock.offload.model import engine_of
 from penstock.scheduler.placement import spread
 from penstock.scheduler.simulation.rehearsal import Passes, rehearse
 from penstock.scheduler.simulation.simulate import Simulation, simulate
 from penstock.scheduler.simulation.simulated import Rank, SimulatedLink, Traffic
-from penstock.scheduler.slots.load import Load
 
 LINK = SimulatedLink(bytes_per_second=10.0)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.scheduler.slots.arena_map import Slot, Slots
+from penstock.scheduler.slots.slots import Slot, Slots
 
 
 def filled(capacity: int, sizes: list[int]) -> tuple[Slots, list[Slot]]:

@@ -13,7 +13,7 @@ _SMOOTH_SECONDS = 15.0
 """After this many seconds, two thirds of a new estimate have taken effect."""
 
 
-class JobPace:
+class TimeLeft:
     """Follows the samples of one job, in their order."""
 
     def __init__(self) -> None:

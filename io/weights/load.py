@@ -1,10 +1,8 @@
-"""A load under way, and a loaded unit, as the working set sees them."""
+"""The contract of a load: one unit on its way into memory."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from ...io.event import Event
-from .arena_map import Slot
+from ..event import Event
 
 
 class Load(Protocol):
@@ -25,18 +23,3 @@ class Load(Protocol):
         """Waits until the load is finished or queued before `ready`. Never raises the
         error of a load that failed."""
         ...
-
-
-@dataclass(slots=True)
-class Held:
-    """A unit that has a slot."""
-
-    slot: Slot
-    load: Load
-    wanted_at: int
-    """The number of the last `prefetch` that named this unit."""
-    users: int = 0
-    was_read: bool = False
-    released_at: int = 0
-    last_read: Event | None = None
-    """The event after the device work that the last reader queued."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...io.event import Event
+from ...io.weights.load import Load
 from .pending_ranges import PendingRanges
 
 
@@ -23,6 +24,21 @@ class Slot:
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
+
+
+@dataclass(slots=True)
+class Held:
+    """A unit that has a slot."""
+
+    slot: Slot
+    load: Load
+    wanted_at: int
+    """The number of the last `prefetch` that named this unit."""
+    users: int = 0
+    was_read: bool = False
+    released_at: int = 0
+    last_read: Event | None = None
+    """The event after the device work that the last reader queued."""
 
 
 class Slots:

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from penstock.offload.monitoring.pace import JobPace, estimated_seconds_left
 from penstock.offload.monitoring.progress import time_left
 from penstock.offload.monitoring.samples import ResourceSample
+from penstock.offload.monitoring.time_left import TimeLeft, estimated_seconds_left
 
 
 def sample(
@@ -34,23 +34,23 @@ def test_the_time_left_is_that_of_the_rows_left() -> None:
 
 
 def test_the_first_pass_says_so_instead_of_a_number() -> None:
-    seen = JobPace().follow(sample(0.5, 0.1, passes=1))
+    seen = TimeLeft().follow(sample(0.5, 0.1, passes=1))
     assert seen.seconds_left is None
     assert time_left(seen) == "first pass"
 
 
 def test_the_end_of_the_only_pass_is_the_end() -> None:
-    assert JobPace().follow(sample(5.0, 72.0, passes=1)).seconds_left == 0.0
+    assert TimeLeft().follow(sample(5.0, 72.0, passes=1)).seconds_left == 0.0
 
 
 def test_rows_never_go_back_and_are_never_more_than_there_are() -> None:
-    pace = JobPace()
+    pace = TimeLeft()
     seen = [pace.follow(sample(i, rows)).rows for i, rows in enumerate((70, 49, 90))]
     assert seen == [70, 70, 72]
 
 
 def test_the_time_left_does_not_jump_when_a_look_is_off() -> None:
-    pace = JobPace()
+    pace = TimeLeft()
     looks = [(float(second), float(second)) for second in range(20, 60)]
     looks[20] = (looks[20][0], 8.0)  # at the seam of two passes
     left = [pace.follow(sample(*look)).seconds_left for look in looks]
@@ -60,7 +60,7 @@ def test_the_time_left_does_not_jump_when_a_look_is_off() -> None:
 
 
 def test_a_job_that_slows_down_says_so_little_by_little() -> None:
-    pace = JobPace()
+    pace = TimeLeft()
     for second in range(20, 31):
         pace.follow(sample(float(second), float(second)))
     seen = [

@@ -1,4 +1,5 @@
-"""What an engine is made of: the weights of a model, and how forwards run on them."""
+"""The two groups of parts that an engine is made of: the weights of a model, and how
+forwards run on them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class Forwards:
     """How forwards of one model run."""
 
     entry: ForwardEntry

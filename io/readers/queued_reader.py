@@ -158,7 +158,6 @@ class QueuedReader(Closing, Generic[Buffer]):
             self._count.num_bytes,
             self._count.num_reads,
             self._files.is_direct,
-            self._files.fallbacks,
         )
 
     def close(self) -> None:
