@@ -17,7 +17,7 @@ _TEST_SECONDS = 45
 
 def files() -> list[Path]:
     """The test files with a test that is marked `gpu`."""
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path for path in paths if "pytest.mark.gpu" in path.read_text()]
 
 
