@@ -53,7 +53,8 @@ def product_ratios(
 
 
 def move_bytes_per_second(nbytes: int, rounds: int) -> float:
-    memory = torch.zeros(nbytes + 64, dtype=torch.uint8).data_ptr()
+    tensor = torch.zeros(nbytes + 64, dtype=torch.uint8)  # holds the memory
+    memory = tensor.data_ptr()
     times = [
         seconds(lambda: ctypes.memmove(memory, memory + 8, nbytes))
         for _ in range(rounds)
