@@ -9,7 +9,7 @@ measured once with the resident model, and Python's objects take some. Logits ar
 compared with those of the resident model. The last line is one JSON object; the exit
 code is 1 if a policy took more.
 
-Takes about TIME; needs Linux (/proc) and 1 GB of memory.
+Takes about ten minutes; needs Linux (/proc) and 1 GB of memory.
 """
 
 from __future__ import annotations
