@@ -6,11 +6,13 @@ bytes further, as tensors do in a mapped file. Products are compute-bound (many 
 bandwidth-bound (one row). They are interleaved; the ratio of medians counts. In
 addition, the rate at which the bytes of a slot are moved within it is measured. The
 loader does that if a drive does not read to any address.
+
+Takes about a minute; needs nothing but a quiet machine.
 """
 
-import argparse
 import ctypes
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from statistics import median
 
 import torch
 
-from common.machine import card
+from common import frame, machine
 from penstock.io.weights.residue import clone_at
 
 RESIDUES = (0, 8, 32)
@@ -53,7 +55,8 @@ def product_ratios(
 
 
 def move_bytes_per_second(nbytes: int, rounds: int) -> float:
-    memory = torch.zeros(nbytes + 64, dtype=torch.uint8).data_ptr()
+    tensor = torch.zeros(nbytes + 64, dtype=torch.uint8)  # holds the memory
+    memory = tensor.data_ptr()
     times = [
         seconds(lambda: ctypes.memmove(memory, memory + 8, nbytes))
         for _ in range(rounds)
@@ -61,13 +64,13 @@ def move_bytes_per_second(nbytes: int, rounds: int) -> float:
     return nbytes / median(times)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("--size", type=int, default=2048, help="rows of the weight")
     parser.add_argument("--rounds", type=int, default=21)
     args = parser.parse_args()
-    machine = card(Path.cwd())
-    print(json.dumps(machine))
+    facts = machine.card(Path.cwd())
+    print(json.dumps(facts))
     report = []
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
@@ -86,10 +89,10 @@ def main() -> None:
                 )
     rate = move_bytes_per_second(64 << 20, args.rounds)
     print(f"moved within a slot, one thread: {rate / 1e9:.1f} GB/s")
-    print(
-        json.dumps({"machine": machine, "products": report, "move_bytes_per_sec": rate})
+    return frame.finish(
+        {"machine": facts, "products": report, "move_bytes_per_sec": rate}
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

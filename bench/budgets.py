@@ -8,26 +8,25 @@ buffers. In addition, the model's own code needs memory while it computes, which
 measured once with the resident model, and Python's objects take some. Logits are
 compared with those of the resident model. The last line is one JSON object; the exit
 code is 1 if a policy took more.
+
+Takes about ten minutes; needs Linux (/proc) and 1 GB of memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import psutil
 import torch
-from rich.progress import track
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import penstock
+from common import frame, models
 from penstock import Policy
 from penstock.io.errors import PolicyError
 from penstock.offload.model import engine_of
@@ -38,17 +37,14 @@ SLACK_BYTES = 32 * MIB
 """Bytes for the Python objects of a model, and for gaps in the heap."""
 
 
-def make_model(folder: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=4096,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
 
 
 def random_policy(random: Random) -> Policy:
@@ -100,28 +96,27 @@ def run(model: Any, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         return sweep.map(lambda ids: model(ids, use_cache=False).logits, batches)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("--policies", type=int, default=200)
     args = parser.parse_args()
     batches = list(torch.randint(5, 4096, (3, 2, 32)))
     over: list[int] = []
     num_different = num_refused = 0
-    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
-        make_model(Path(name))
+    with frame.scratch() as folder, torch.inference_mode():
+        models.llama(folder, **SHAPE)
         expected = {}
         for dtype in ("float32", "bfloat16"):
-            resident = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            resident = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
             before = reset_peak()
             expected[dtype] = [resident(x, use_cache=False).logits for x in batches]
             own = max(peak_resident_bytes() - before, 0)
             del resident
-        is_quiet = not sys.stderr.isatty()
-        for seed in track(range(args.policies), "policies", disable=is_quiet):
+        for seed in frame.progress(range(args.policies), "policies"):
             policy = random_policy(Random(seed))
             before = reset_peak()
             try:
-                with penstock.load(name, policy) as model:
+                with penstock.load(folder, policy) as model:
                     found = run(model, batches)
                     taken = peak_resident_bytes() - before
                     over.append(taken - allowed_bytes(policy, model))
@@ -134,7 +129,7 @@ def main() -> None:
             )
             del found, model
     limit = own + SLACK_BYTES
-    result = {
+    result: dict[str, Any] = {
         "policies": len(over),
         "refused": num_refused,
         "num_different": num_different,
@@ -142,9 +137,8 @@ def main() -> None:
         "over_budget_bytes": {"median": statistics.median(over), "most": max(over)},
         "is_kept": max(over) <= limit and num_different == 0,
     }
-    print(json.dumps(result))
-    sys.exit(0 if result["is_kept"] else 1)
+    return frame.finish(result, is_good=result["is_kept"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,14 +12,15 @@ matrix products.
     python bench/coalescing.py [--layers 8] [--hidden 2048] [--tokens 9] [--rounds 3]
 
 The last line of the output is one JSON object.
+
+Takes about three minutes; needs 2 GB of disk in this folder and 5 GB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,18 +28,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import penstock
-from common import machine
+from common import frame, machine, models
 from penstock import Policy
 
 VOCABULARY = 4096
+TOKENS: dict[str, Any] = {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
 CASES = ("wide", "apart", "coalesced")
 
 
@@ -70,22 +67,6 @@ class FirstToken(LogitsProcessor):
         if self.at is None:
             self.at = time.perf_counter()
         return scores
-
-
-def make_model(folder: Path, layers: int, hidden: int) -> None:
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def groups(case: str, num: int, rows: int, width: int) -> list[torch.Tensor]:
@@ -207,8 +188,8 @@ def _ratio(runs: list[Run], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args() -> argparse.Namespace:
+    parser = frame.parser(__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--groups", type=int, default=16)
@@ -216,14 +197,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=3)
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as name:
-        folder = Path(name)
-        make_model(folder, args.layers, args.hidden)
+    with frame.scratch(parent=frame.BENCH) as folder:
+        models.square(folder, args.layers, args.hidden, vocab_size=VOCABULARY, **TOKENS)
         facts = machine.card(folder)
         found = measure(args, folder)
     best = found["ceiling_tokens_per_second"]
@@ -231,9 +211,8 @@ def main() -> None:
         print(f"{case:10} {rate:7.1f} tokens/s, {rate / best:.2f} of the ceiling")
     print(f"coalesced over apart: {found['coalesced_over_apart']:.2f}")
     print(f"coalesced over wide:  {found['coalesced_over_wide']:.2f}")
-    settings = {key: str(value) for key, value in vars(args).items()}
-    print(json.dumps({"machine": facts, "settings": settings, **found}))
+    return frame.finish({"machine": facts, "settings": frame.settings(args), **found})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

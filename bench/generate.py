@@ -21,13 +21,15 @@ with those of the resident model, token for token. The last line is one JSON obj
 With `--tail`, one token in so many ends a completion: most are short, some are long,
 and they are the same for all contenders. With `--ragged`, the lengths of prompts are
 drawn between half of `--prompt` and all of it.
+
+Takes five to fifteen minutes for each contender and round on two cores; needs 6 GB of
+a real drive, and 18 GB of memory where `resident` is one of the contenders.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,17 +38,14 @@ from typing import Any
 
 import torch
 
-from common import limits, machine
+from common import frame, machine
 from common.beside import Beside
 from common.generate_ceiling import Rates, Size, ceiling
-from common.turns import in_turns
-from penstock.offload.settings.values import parse_bytes
+from common.turns import add_options, in_turns, prepare
 from stream import disk_bytes_per_second
 
-HERE = Path(__file__).parent
 AROUND_BYTES, BESIDE_BYTES = 2 << 30, 768 << 20
 """Bytes that a probe reads from the drive, around all runs and during one."""
-sys.path.insert(0, str(HERE.parent / "examples"))
 
 
 def make_work(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
@@ -79,14 +78,15 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     for name in args.contenders:
         mode, _, setting = name.partition(":")
         if mode == "accelerate":
-            python = HERE / "peers" / ".envs" / mode / "bin" / "python"
-            script = HERE / "peers" / f"generate_{mode}.py"
+            python = frame.BENCH / "peers" / ".envs" / mode / "bin" / "python"
+            script = frame.BENCH / "peers" / f"generate_{mode}.py"
             given = {"cpu-memory": args.device_memory}
             given |= dict(part.split("=", 1) for part in setting.split(":") if part)
             flags = [f"--{key}={value}" for key, value in given.items()]
             found[name] = [str(python), str(script), *common, *flags]
             continue
-        worker = [sys.executable, str(HERE / "generate_worker.py"), mode, *common]
+        script = frame.BENCH / "generate_worker.py"
+        worker = [sys.executable, str(script), mode, *common]
         extra = setting.split(":") if setting else []
         found[name] = [*worker, "--set", *settings, *extra]
     return found
@@ -171,11 +171,8 @@ def equal(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float] | None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-3b")
-    parser.add_argument("--size", default="3b", help="made if --model is absent")
+    parser = frame.parser(__doc__)
+    add_options(parser, dtype="float32", rounds=1)
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -190,29 +187,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="prompts in all (default: in flight)")
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--tail", type=int, default=0, help="mean length of the tail")
-    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
-    parser.add_argument("--device-memory", default="1GiB")
-    parser.add_argument("--memory-limit", help="of each process, such as 3GiB")
     parser.add_argument("--set", nargs="*", default=[], help="more of the policy")
-    parser.add_argument("--rounds", type=int, default=1)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
-    if not args.model.exists():
-        from checkpoint import make_checkpoint
-
-        make_checkpoint(args.model, args.size)
-    config = json.loads((args.model / "config.json").read_text())
-    limit = parse_bytes(args.memory_limit) if args.memory_limit else None
-    facts = machine.card(args.model)
-    print(json.dumps(facts, indent=1))
-    if limit is not None and not limits.is_allowed():
-        print("NO memory limit: this machine allows no cgroup of ours")
-    with tempfile.TemporaryDirectory() as folder:
-        work = make_work(args, config["vocab_size"])
-        path = Path(folder) / "work.json"
+    vocabulary, limit, facts = prepare(args)
+    with frame.scratch() as folder:
+        work = make_work(args, vocabulary)
+        path = folder / "work.json"
         path.write_text(json.dumps(work))
         size = Size.of(args.model, getattr(torch, args.dtype))
         lengths = list(map(len, work["prompts"]))
@@ -252,14 +236,14 @@ def main() -> None:
         print(f"share of completions that are the resident model's: {shares}")
     result = {
         "machine": facts,
-        "settings": {k: str(v) for k, v in vars(args).items()},
+        "settings": frame.settings(args),
         "ceilings": ceilings,
         "beside": {n: [asdict(r) for r in b.samples] for n, b in beside.items()},
         "results": rows,
         "equal": shares,
     }
-    print(json.dumps(result))
+    return frame.finish(result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

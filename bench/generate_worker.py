@@ -1,8 +1,12 @@
-"""One run of `bench/generate.py`, in a process of its own. Prints one JSON object."""
+"""One run of `bench/generate.py`, in a process of its own. Prints one JSON object.
+
+Takes minutes for hundreds of sequences; needs what `bench/generate.py` gives it.
+"""
 
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import penstock
+from common import frame
 from common.id_tokenizer import Numbers
+from common.padding import padded_left
 from penstock import Policy
 from penstock.offload.monitoring.memory import peak_resident_bytes
 from penstock.offload.tasks.task_progress import GenerateProgress
@@ -80,19 +86,14 @@ def resident(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     for parameter in model.parameters():  # mapped files load when touched
         parameter.data = parameter.data.clone()
     loaded, used = time.perf_counter(), time.process_time()
-    longest = max(map(len, work["prompts"]))
-    ids = torch.zeros(len(work["prompts"]), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(work["prompts"]):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask = padded_left(work["prompts"])
     found = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=work["new_tokens"],
         do_sample=False,
         pad_token_id=0,
-    )[:, longest:]
+    )[:, ids.shape[1] :]
     return {
         "load_seconds": loaded - start,
         "loaded_at": loaded,
@@ -103,8 +104,8 @@ def resident(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("mode", choices=("streamed", "fixed", "resident"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -122,8 +123,8 @@ def main() -> None:
         "seconds"
     ]
     found["peak_rss_bytes"] = peak_resident_bytes()
-    print(json.dumps(found))
+    return frame.finish(found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,9 @@ part that fails or hangs is reported and does not stop the others. After each of
 DIR holds `suite.json` and `card.md`; at the end also `log.txt` and the traces.
 `--dry-run` does all of it on the CPU, with very small sizes. The exit code is 1 if
 anything failed.
+
+Takes at most eight minutes (`--seconds`), a dry run two; needs a GPU with 20 GB of
+memory, and 90 GB of host memory for the whole model (with less it has fewer blocks).
 """
 
 import argparse
@@ -20,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
+from common import frame  # noqa: E402
 from gpu.card import markdown  # noqa: E402
 
 KNOWN = (
@@ -94,8 +97,7 @@ def main() -> int:
     missing = [name for name in KNOWN if importlib.util.find_spec(name) is None]
     suite = Suite(args, missing)
     print(suite.prerequisites, flush=True)
-    with tempfile.TemporaryDirectory(prefix="penstock-", dir=args.work) as made:
-        work = Path(made)
+    with frame.scratch(parent=args.work) as work:
         # The repository's root is the package. This link gives it the package's name,
         # whatever the folder of the checkout is called.
         (work / "penstock").symlink_to(ROOT)
@@ -195,8 +197,8 @@ class Suite:
             "seconds": time.monotonic() - self._started,
             "parts": self._parts,
         }
-        (self._args.out / "suite.json").write_text(json.dumps(suite, indent=1))
-        (self._args.out / "card.md").write_text(markdown(suite))
+        frame.write(self._args.out / "suite.json", json.dumps(suite, indent=1))
+        frame.write(self._args.out / "card.md", markdown(suite))
 
 
 def supervise(
@@ -250,7 +252,7 @@ def _is_error(value: Any) -> bool:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--work", type=Path, help="for what is removed: a real disk")
     parser.add_argument("--seconds", type=float, default=465.0, help="for all parts")

@@ -6,14 +6,17 @@ machines.
 These are rows of arXiv 2211.05102 (tables 1 to 3: several chips; four shares are fitted
 to tables 2 and 3), ZeRO-Inference from NVMe (only the drive's rate and the model's
 shape are used), and CPU rows of ZeRO-Inference and FlexGen with the ceiling that their
-links set. The last line is one JSON object.
+links set. The last line is a JSON array.
+
+Takes a second; needs nothing: all figures are in this file.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import asdict, dataclass
 
+from common import frame
 from penstock.scheduler.cost.partitioning import (
     Blocks,
     Chips,
@@ -213,7 +216,8 @@ def rows() -> list[Row]:
     return [*palm_contexts(), *palm_latencies(), *zero_nvme(), *cpu_rows()]
 
 
-def main() -> None:
+def main() -> int:
+    frame.parser(__doc__).parse_args()
     found = rows()
     for row in found:
         kind = "of the ceiling" if row.is_ceiling else "of the published"
@@ -221,8 +225,8 @@ def main() -> None:
             f"{row.source:32} {row.what:44} {row.published:9,.4g} {row.unit:18} "
             f"predicted {row.predicted:9,.4g}  {row.ratio:5.2f} {kind}"
         )
-    print(json.dumps([{**asdict(row), "ratio": row.ratio} for row in found]))
+    return frame.finish([{**asdict(row), "ratio": row.ratio} for row in found])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

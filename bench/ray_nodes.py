@@ -7,6 +7,8 @@ A Llama with 8 layers (hidden 1024, float32) scores random texts, streamed from 
 Ray takes seconds to start actors. So two times are shown: that of the whole job, and
 that between the start of the first batch and the end of the last one, which counts.
 Scores are compared between all runs. The last line is one JSON object.
+
+Takes about a quarter of an hour; needs Ray and two cores.
 """
 
 from __future__ import annotations
@@ -17,19 +19,15 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from common import machine
+from common import frame, models
 from penstock import Mapper
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
+sys.path.insert(0, str(frame.BENCH.parent / "tests"))
 BATCH_ROWS = 32
 
 
@@ -52,17 +50,8 @@ class Timed(Mapper):
 
 
 def make_model(folder: Path) -> None:
-    from checkpoint import SIZES, write_tokenizer
-
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        vocab_size=600,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    write_tokenizer(folder, SIZES["tiny"])
+    models.square(folder, layers=8, hidden=1024, vocab_size=600)
+    models.write_tokenizer(folder, models.SIZES["tiny"])
 
 
 def run_job(address: str, model: Path, source: Path, output: Path, nodes: int) -> None:
@@ -115,28 +104,25 @@ def measure(model: Path, source: Path, cores: list[int]) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = frame.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     if args.job:
         address, model, rows, output, nodes = args.job
         run_job(address, Path(model), Path(rows), Path(output), int(nodes))
-        return
-    print(json.dumps(machine.card(HERE), indent=1))
+        return 0
+    frame.card(frame.BENCH)
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         sys.exit("this takes two cores")
     random = Random(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with frame.scratch() as folder:
         make_model(folder / "model")
         source = folder / "rows.jsonl"
         with source.open("w") as file:
@@ -170,8 +156,8 @@ def main() -> None:
         "median_ratio": statistics.median(ratios),
         "largest_difference_of_logprobs": worst,
     }
-    print(json.dumps(result))
+    return frame.finish(result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

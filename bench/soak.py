@@ -7,15 +7,14 @@ Every pass is a sweep of three micro-batches, whose logits are compared with tho
 the first pass. Resident memory, Python's objects, threads and descriptors are counted
 twenty times; the first tenth is the warm-up. The last line is one JSON object; the exit
 code is 1 if something grew or differed.
+
+Takes ten to twenty minutes; needs Linux (descriptors are counted in /proc).
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,10 +22,9 @@ from typing import Any
 
 import psutil
 import torch
-from rich.progress import track
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
+from common import frame, models
 from penstock import Policy
 from penstock.offload.model import engine_of
 
@@ -34,17 +32,14 @@ MAX_GROWTH_BYTES = 4 << 20
 """Bytes that resident memory may grow after the warm-up: the noise of the heap."""
 
 
-def make_model(folder: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="300KB")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 
 
 def policy() -> Policy:
@@ -88,8 +83,7 @@ def soak(folder: Path, passes: int) -> dict[str, Any]:
                 return sweep.map(lambda x: model(x, use_cache=False).logits, ids)
 
         expected = run()
-        is_quiet = not sys.stderr.isatty()
-        for number in track(range(passes), "passes", disable=is_quiet):
+        for number in frame.progress(range(passes), "passes"):
             found = run()
             num_different += any(
                 not torch.equal(a, b) for a, b in zip(found, expected, strict=True)
@@ -117,19 +111,18 @@ def soak(folder: Path, passes: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("--passes", type=int, default=10_000)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the matrix products are tiny
-    with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name))
-        found = soak(Path(name), args.passes)
+    with frame.scratch() as folder:
+        models.llama(folder, max_shard_size="300KB", **SHAPE)
+        found = soak(folder, args.passes)
     for key, value in found.items():
         print(f"{key:24} {value}")
-    print(json.dumps(found))
-    sys.exit(0 if found["is_flat"] else 1)
+    return frame.finish(found, is_good=found["is_flat"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,10 +7,11 @@ its tokenizer's class, and nothing else. In addition to seconds, which other wor
 machine increases, the number of imported modules is shown, which does not vary. The
 last line of the output is one JSON object.
 
-`python bench/start.py --model CHECKPOINT` (see examples/checkpoint.py).
+    python bench/start.py --model CHECKPOINT    # see examples/checkpoint.py
+
+Takes about two minutes; needs a Llama checkpoint with a tokenizer.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,21 +23,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common import frame
+
 Stages = dict[str, tuple[float, float]]
 """Wall and CPU seconds of each stage."""
 Stage = Callable[[str], AbstractContextManager[None]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device-memory", default="auto")
     parser.add_argument("--child", choices=["penstock", "ceiling"])
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(_child(args.child, args.model, args.device_memory)))
-        return
+        return frame.finish(_child(args.child, args.model, args.device_memory))
     found: dict[str, list[dict[str, Any]]] = {"penstock": [], "ceiling": []}
     for _ in range(args.runs):
         for who, runs in found.items():
@@ -48,7 +50,7 @@ def main() -> None:
         for stage, (wall, cpu) in stages["stages"].items():
             print(f"  {stage:24}  {wall:6.2f} s {cpu:6.2f} s")
         print(f"  modules: {stages['num_modules']}")
-    print(json.dumps({"runs": args.runs, **summary}))
+    return frame.finish({"runs": args.runs, **summary})
 
 
 def _run(who: str, model: Path, memory: str) -> dict[str, Any]:
@@ -169,4 +171,4 @@ def _clock(stages: Stages) -> Stage:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,9 +10,13 @@ before it. Contenders take turns, medians are shown, and with each time counts t
 not vary. Streamed and resident log-probabilities are compared bit for bit. The last
 line of the output is one JSON object.
 
-`python bench/stream.py` makes a 3B checkpoint once. With `--peers accelerate airllm
-deepspeed` it runs them in their own environments (make them with `python
+    python bench/stream.py [--model CHECKPOINT] [--peers accelerate airllm deepspeed]
+
+makes a 3B checkpoint once. Peers run in environments of their own (made by `python
 bench/peers/make_envs.py`).
+
+Takes about half an hour on two cores; needs 6 GB of a real drive, and 8 GB of memory
+(float32: 18) for the resident model, which `--no-resident` leaves out.
 """
 
 import argparse
@@ -20,23 +24,19 @@ import json
 import mmap
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import limits, machine
-from common.turns import in_turns
+from common import frame, machine
+from common.turns import add_options, in_turns, prepare
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.extent import Extent, align_up
 from penstock.io.fallbacks import Fallbacks
 from penstock.io.readers.threads import ThreadReader
 from penstock.offload.settings.values import parse_bytes
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
 
 
 def make_tokens(path: Path, vocabulary: int, tokens: int, rows: int, width: int) -> int:
@@ -74,7 +74,7 @@ def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
 
 def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
     """The commands that are compared, by name."""
-    worker = [sys.executable, str(HERE / "stream_worker.py")]
+    worker = [sys.executable, str(frame.BENCH / "stream_worker.py")]
     common = [
         "--model",
         str(args.model),
@@ -96,8 +96,8 @@ def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
         found["resident"] = [*worker, "resident", *common]
     for peer in args.peers:
         found[peer] = [
-            str(HERE / "peers" / ".envs" / peer / "bin" / "python"),
-            str(HERE / "peers" / f"run_{peer}.py"),
+            str(frame.BENCH / "peers" / ".envs" / peer / "bin" / "python"),
+            str(frame.BENCH / "peers" / f"run_{peer}.py"),
             *common,
             "--cpu-memory",
             str(parse_bytes(args.device_memory)),
@@ -182,16 +182,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "out" / "llama-3b")
-    parser.add_argument("--size", default="3b", help="made if --model is absent")
+    parser = frame.parser(__doc__)
+    add_options(parser, dtype="bfloat16", rounds=3)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--width", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--device-memory", default="1GiB")
-    parser.add_argument("--memory-limit", help="of each process, such as 3GiB")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-resident", action="store_true")
     parser.add_argument("--peers", nargs="*", default=[])
     parser.add_argument(
@@ -200,23 +195,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
-    if not args.model.exists():
-        from checkpoint import make_checkpoint
-
-        make_checkpoint(args.model, args.size)
-    config = json.loads((args.model / "config.json").read_text())
-    limit = parse_bytes(args.memory_limit) if args.memory_limit else None
-    facts = machine.card(args.model)
-    print(json.dumps(facts, indent=1))
-    if limit is not None and not limits.is_allowed():
-        print("NO memory limit: this machine allows no cgroup of ours")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokens.json"
-        count = make_tokens(
-            path, config["vocab_size"], args.tokens, args.rows, args.width
-        )
+    vocabulary, limit, facts = prepare(args)
+    with frame.scratch() as folder:
+        path = folder / "tokens.json"
+        count = make_tokens(path, vocabulary, args.tokens, args.rows, args.width)
         num_tokens = count * args.rows * args.width
         best = ceiling(args, num_tokens, args.rows * args.width)
         print(f"ceiling: {json.dumps(best)}")
@@ -231,15 +215,14 @@ def main() -> None:
     equal = _equal(runs)
     if equal is not None:
         print(f"streamed log-probabilities equal resident, bit for bit: {equal}")
-    settings = {k: str(v) for k, v in vars(args).items()}
     result = {
         "machine": facts,
-        "settings": settings,
+        "settings": frame.settings(args),
         "ceiling": best,
         "results": rows,
         "bit_identical": equal,
     }
-    print(json.dumps(result))
+    return frame.finish(result)
 
 
 def _equal(runs: dict[str, list[dict[str, Any]]]) -> bool | None:
@@ -267,4 +250,4 @@ def _equal(runs: dict[str, list[dict[str, Any]]]) -> bool | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

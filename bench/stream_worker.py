@@ -1,9 +1,13 @@
 """One run of `bench/stream.py`, in a process of its own: streamed or resident. Prints
-one JSON object, with the keys of the peers' scripts."""
+one JSON object, with the keys of the peers' scripts.
+
+Takes minutes for thousands of tokens; needs what `bench/stream.py` gives it.
+"""
 
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import penstock
+from common import frame
 from penstock import Policy
 from penstock.offload.model import engine_of
 from penstock.offload.monitoring.memory import peak_resident_bytes
@@ -73,8 +78,8 @@ def resident(args: argparse.Namespace, batches: list[torch.Tensor]) -> dict[str,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("mode", choices=("streamed", "resident"))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
@@ -90,8 +95,8 @@ def main() -> None:
     found["tokens_per_second"] = tokens / found["seconds"]
     found["peak_rss_bytes"] = peak_resident_bytes()
     found["disk_written_bytes"] = 0
-    print(json.dumps(found))
+    return frame.finish(found)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,16 +8,20 @@ the same memory (huge pages), over the same file, with the same size and depth. 
 take turns with the readers in each round, so that a slow minute affects all. Shown are
 medians (also of the shares of each round's ceiling), and CPU seconds for each GB.
 
-`python bench/tiers.py` writes `tiers.json` and `tiers.png` to bench/out and prints a
-table; the last line is one JSON object.
+    python bench/tiers.py
+
+writes `tiers.json` and `tiers.png` to bench/out and prints a table; the last line is
+one JSON object.
+
+Takes about five minutes; needs 4 GiB of a real drive, 3 GiB of memory and matplotlib.
 """
 
 import argparse
-import json
 import mmap
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import copying, machine
+from common import copying, frame, machine
 from common.read_methods import Case, by_reader, fio, make_file, plain_loop, reader_of
 from penstock.io.checkpoint.header import FileStamp
 from penstock.io.memory.arena import Arena
@@ -35,7 +39,6 @@ from penstock.io.readers import libaio_reader as aio
 from penstock.io.readers.choice import best_of, measure
 from penstock.offload.settings.values import parse_bytes
 
-HERE = Path(__file__).parent
 SLOT_BYTES = 256 << 20
 """Bytes of the memory that is read into repeatedly, like a slot."""
 
@@ -230,8 +233,8 @@ def show_copied(copied: list[copying.Copied]) -> None:
     print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = frame.parser(__doc__)
     parser.add_argument("--file", type=Path, help="made when it is not there")
     parser.add_argument("--size", default="4GiB")
     parser.add_argument("--chunks", nargs="+", default=["1MiB", "8MiB", "32MiB"])
@@ -240,12 +243,11 @@ def main() -> None:
     parser.add_argument(
         "--plain-only", action="store_true", help="no fio, no aiofiles: more rounds"
     )
-    parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--out", type=Path, default=frame.BENCH / "out")
     args = parser.parse_args()
     path = (args.file or args.out / "tiers.bin").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = machine.card(args.out)
-    print(json.dumps(facts, indent=1))
+    facts = frame.card(args.out)
     make_file(path, parse_bytes(args.size))
     results = run(args, path)
     choice = auto(path)
@@ -265,9 +267,8 @@ def main() -> None:
         "arenas": memory,
         "copied": [asdict(c) for c in copied],
     }
-    (args.out / "tiers.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
+    return frame.finish(result, out=args.out / "tiers.json")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

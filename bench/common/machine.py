@@ -1,13 +1,7 @@
-"""Prints the machine card: what a figure was measured on.
+"""The machine card: what a figure was measured on, and the rates of its products."""
 
-`python bench/common/machine.py [FOLDER]`: the last line is one JSON object. FOLDER
-(default: the current folder) is on the disk to describe.
-"""
-
-import json
 import os
 import platform
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -94,19 +88,3 @@ def _file_system(folder: Path) -> str | None:
     parts = psutil.disk_partitions(all=True)
     found = [p for p in parts if str(folder.resolve()).startswith(p.mountpoint)]
     return max(found, key=lambda p: len(p.mountpoint)).fstype if found else None
-
-
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    found = card(folder)
-    for dtype in (torch.bfloat16, torch.float32):
-        for rows in (8, 64, 512):
-            key = f"matmul_{rows}_rows_{str(dtype).split('.')[1]}_flops_per_second"
-            found[key] = matmul_flops_per_second(rows, dtype)
-    for key, value in found.items():
-        print(f"{key:48} {value}")
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

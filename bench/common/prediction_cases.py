@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import models
 from penstock.offload.settings.values import parse_bytes
 
 SHAPES = (  # hidden, intermediate, layers, kv heads, vocabulary
@@ -94,8 +94,9 @@ def make_model(folder: Path, shape: tuple[int, ...], *, shrink: int) -> Path:
     hidden, intermediate, layers, kv_heads, vocabulary = shape
     if folder.exists():
         return folder
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return models.llama(
+        folder,
+        dtype=torch.bfloat16,
         hidden_size=hidden // shrink,
         intermediate_size=intermediate // shrink,
         num_hidden_layers=layers,
@@ -105,6 +106,3 @@ def make_model(folder: Path, shape: tuple[int, ...], *, shrink: int) -> Path:
         eos_token_id=None,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
-    model.save_pretrained(folder)
-    return folder

@@ -5,6 +5,9 @@ The machine has no disk for 64 GB. So the checkpoint's file holds one block, and
 header names it as often as the model has blocks. It is in shared memory if there is
 room. Everything else is as for a user: every block is read into pinned host memory of
 its own, and streamed from there.
+
+Takes at most 90 seconds; needs a GPU with 20 GB, and 90 GB of host memory for all
+blocks (with less it has fewer).
 """
 
 import contextlib
@@ -23,8 +26,7 @@ from transformers import LlamaForCausalLM
 
 import penstock
 from gpu.common import Part
-from gpu.links import matmul
-from gpu.shapes import Shape, most_layers, shape_of, token_ids
+from gpu.shapes import Shape, block_flops, shape_and_layers, token_ids
 from penstock import Policy
 from penstock.io.checkpoint.index import Checkpoint, open_checkpoint
 from penstock.offload.engine.build import build
@@ -138,10 +140,9 @@ def score(part: Part, model: Any, shape: Shape, num: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    part = Part("api")
-    shape = shape_of(part.is_dry)
-    layers = 5 if part.is_dry else most_layers(shape)
-    flops = matmul(part, shape.micro_batch_tokens, shape.intermediate, shape.hidden)
+    part = Part("api", __doc__)
+    shape, layers = shape_and_layers(part.is_dry)
+    flops = block_flops(part, shape)
     part.put(
         level="penstock's build, sweep and scorer; one stored block, named many times",
         num_layers=layers,

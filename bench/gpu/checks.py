@@ -1,5 +1,8 @@
 """Runs the tests that need a GPU, file by file. If one hangs or cannot be imported,
-only its own results are lost."""
+only its own results are lost.
+
+Takes at most 110 seconds; needs a GPU, pytest and hypothesis.
+"""
 
 import importlib.util
 import subprocess
@@ -17,7 +20,7 @@ _TEST_SECONDS = 45
 
 def files() -> list[Path]:
     """The test files with a test that is marked `gpu`."""
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
     return [path for path in paths if "pytest.mark.gpu" in path.read_text()]
 
 
@@ -62,7 +65,7 @@ def _read(xml: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    part = Part("tests")
+    part = Part("tests", __doc__)
     found = {}
     # Without a GPU all of them are skipped; one file shows that the rest works.
     for path in files()[:1] if part.is_dry else files():

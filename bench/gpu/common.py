@@ -4,7 +4,6 @@ for the device, and figures that are written as they are measured.
 A part that is killed at its time limit leaves what it has measured until then.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from common import frame
 
 FAIL = "PENSTOCK_SUITE_FAIL"
 """The environment variable that names a part that must fail, for the test of the
@@ -34,8 +35,8 @@ def lacking(names: tuple[str, ...] = WHOLE) -> str | None:
 class Part:
     """The settings of one part, and its figures by name."""
 
-    def __init__(self, name: str) -> None:
-        parser = argparse.ArgumentParser()
+    def __init__(self, name: str, text: str | None) -> None:
+        parser = frame.parser(text)
         parser.add_argument("--out", type=Path, required=True, help="JSON, figures")
         parser.add_argument("--kept", type=Path, required=True, help="files to keep")
         parser.add_argument("--work", type=Path, required=True, help="on the disk")

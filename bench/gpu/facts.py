@@ -1,4 +1,7 @@
-"""Describes what the suite ran on: computer, driver, versions."""
+"""Describes what the suite ran on: computer, driver, versions.
+
+Takes a few seconds; needs only torch.
+"""
 
 import platform
 import subprocess
@@ -65,7 +68,7 @@ def computer(part: Part) -> dict[str, Any]:
 
 
 def main() -> None:
-    part = Part("machine")
+    part = Part("machine", __doc__)
     part.put(versions=versions())
     if part.has_cuda:
         part.attempt("gpu", gpu)

@@ -5,6 +5,9 @@ accelerate gets its weights without a file: those of every block are the same te
 host memory, which is pageable, as accelerate leaves it. Each of its forwards moves all
 blocks. So it is timed twice: with one micro-batch after the other (from the time of
 one), and with all tokens as one batch, which is the best that it can do.
+
+Takes at most 60 seconds; needs a GPU and accelerate, and 80 GB of the GPU's memory to
+have all weights on it.
 """
 
 import gc
@@ -17,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gpu.common import Part
-from gpu.shapes import Shape, fill, most_layers, shape_of, token_ids
+from gpu.shapes import Shape, fill, shape_and_layers, token_ids
 
 NUM_MICRO_BATCHES = 8
 HEADROOM_BYTES = 14 << 30
@@ -118,9 +121,8 @@ def fits(part: Part, shape: Shape, num_layers: int) -> bool:
 
 
 def main() -> None:
-    part = Part("rivals")
-    shape = shape_of(part.is_dry)
-    layers = 5 if part.is_dry else most_layers(shape)
+    part = Part("rivals", __doc__)
+    shape, layers = shape_and_layers(part.is_dry)
     part.put(num_layers=layers, weights_bytes=layers * shape.layer_bytes)
     with torch.inference_mode():
         if fits(part, shape, layers):

@@ -7,6 +7,9 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
+from gpu.common import Part
+from gpu.links import matmul
+
 MARGIN_BYTES = 24 << 30
 """Bytes of host memory to leave free."""
 WANTED_BYTES = 65_000_000_000
@@ -66,6 +69,17 @@ TINY = Shape(
 
 def shape_of(is_dry: bool) -> Shape:
     return TINY if is_dry else SEVENTY_B
+
+
+def shape_and_layers(is_dry: bool) -> tuple[Shape, int]:
+    """The shape of the model, and the number of blocks that are streamed."""
+    shape = shape_of(is_dry)
+    return shape, 5 if is_dry else most_layers(shape)
+
+
+def block_flops(part: Part, shape: Shape) -> float:
+    """FLOP/s of the widest product of a block, for one micro-batch."""
+    return matmul(part, shape.micro_batch_tokens, shape.intermediate, shape.hidden)
 
 
 def most_layers(shape: Shape, wanted_bytes: int = WANTED_BYTES) -> int:

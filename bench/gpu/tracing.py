@@ -4,6 +4,8 @@ device, and how much copying overlaps with kernels.
 The thread that runs the model must never wait for the device. Waiting means calls of
 the runtime that synchronise, and copies that are not asynchronous, between the start
 and the end of the two passes.
+
+Takes at most 50 seconds; needs a GPU with 20 GB, and 40 GB of host memory.
 """
 
 import gzip
@@ -134,7 +136,7 @@ def of_sweep(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    part = Part("tracing")
+    part = Part("tracing", __doc__)
     shape = shape_of(part.is_dry)
     layers = 5 if part.is_dry else 8
     part.attempt("rig", lambda: of_rig(part, shape, layers))

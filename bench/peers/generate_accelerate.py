@@ -3,28 +3,29 @@ not fit `--cpu-memory` loaded from disk by accelerate's hooks at every step."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from peer_common import proc_value
+from peer_common import parser, proc_value
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cpu-memory", required=True, help="such as 1GiB")
-    parser.add_argument("--batch", type=int, help="prompts of a batch (default: all)")
-    args = parser.parse_args()
+    options = parser(__doc__, "accelerate")
+    options.add_argument("--model", type=Path, required=True)
+    options.add_argument("--work", type=Path, required=True)
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--cpu-memory", required=True, help="such as 1GiB")
+    options.add_argument("--batch", type=int, help="prompts of a batch (default: all)")
+    args = options.parse_args()
     work = json.loads(args.work.read_text())
     import tempfile
 
     import torch
     from transformers import AutoModelForCausalLM
+
+    from common.padding import padded_left
 
     with tempfile.TemporaryDirectory(dir=args.model.resolve().parent) as folder:
         start = time.perf_counter()
@@ -46,19 +47,14 @@ def main() -> None:
         with torch.no_grad():
             for first in range(0, len(prompts), size):
                 part = prompts[first : first + size]
-                longest = max(map(len, part))
-                ids = torch.zeros(len(part), longest, dtype=torch.int64)
-                mask = torch.zeros_like(ids)
-                for row, prompt in enumerate(part):
-                    ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-                    mask[row, longest - len(prompt) :] = 1
+                ids, mask = padded_left(part)
                 found = model.generate(
                     ids,
                     attention_mask=mask,
                     max_new_tokens=work["new_tokens"],
                     do_sample=False,
                     pad_token_id=0,
-                )[:, longest:]
+                )[:, ids.shape[1] :]
                 completions += [" ".join(map(str, row)) for row in found.tolist()]
         seconds = time.perf_counter() - loaded
         cpu_seconds = time.process_time() - used

@@ -3,12 +3,15 @@
     python bench/peers/make_envs.py [--only NAME ...] [--python PYTHON]
 
 An environment is left alone while its requirements file and the Python it was made
-with stay the same. Only the standard library is needed. pip's own settings apply, so
-an index that holds CPU-only builds of torch is named the usual way (see README.md)."""
+with stay the same. pip's own settings apply, so an index that holds CPU-only builds of
+torch is named the usual way (see README.md).
+
+Takes minutes for each environment; needs only the standard library, a package index,
+and 1.3 GB of disk for each (DeepSpeed also a C++ compiler and libaio's headers).
+"""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -17,6 +20,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from common import frame  # noqa: E402
+
 ENVS = HERE / ".envs"
 PEERS = ("accelerate", "airllm", "deepspeed")
 
@@ -69,9 +76,7 @@ def make(peer: str, python: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make the benchmark peers' virtual environments."
-    )
+    parser = frame.parser(__doc__)
     parser.add_argument(
         "--only",
         choices=PEERS,

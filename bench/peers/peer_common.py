@@ -1,6 +1,7 @@
 """What the peer scripts share: the command line, the meters, the scoring loop and
 the one-line report. Each script runs inside its own peer's environment, so this file
-uses nothing but the standard library and torch (imported late, see `score`)."""
+uses nothing but the standard library and torch (imported late, see `score`), and of
+`bench/common` only files that do the same."""
 
 from __future__ import annotations
 
@@ -18,6 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import frame
 
 if TYPE_CHECKING:
     import torch
@@ -39,39 +44,47 @@ class Options:
     batches_as_one: bool
 
 
-def parse_options(peer: str) -> Options:
-    parser = argparse.ArgumentParser(
-        description=f"Score token ids with {peer}, weights offloaded to disk, and "
-        "print one JSON object."
-    )
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument(
+NEEDS = """Takes minutes for a model of billions of parameters; needs {} (see
+make_envs.py), run by that environment's own Python. Prints one JSON object."""
+
+
+def parser(text: str | None, environment: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` begins with the script's docstring and says what the
+    script needs."""
+    needs = NEEDS.format(f".envs/{environment}")
+    return frame.parser(f"{text}\n\n{needs}")
+
+
+def parse_options(text: str | None, peer: str) -> Options:
+    options = parser(text, peer)
+    options.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    options.add_argument(
         "--tokens",
         type=Path,
         required=True,
         help='JSON file {"batches": [[[ids...], ...], ...]}',
     )
-    parser.add_argument(
+    options.add_argument(
         "--cpu-memory",
         type=int,
         required=True,
         help="bytes that the peer is told it may hold weights in",
     )
-    parser.add_argument(
+    options.add_argument(
         "--offload-folder",
         type=Path,
         help="where the peer writes its own files (kept); left out: a temporary "
         "folder beside the checkpoint, removed at the end",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument(
+    options.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options.add_argument(
         "--batches-as-one",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="feed all micro-batches as one batch, so that the weights are read once "
         "(the default, and the fastest for every peer), or one forward each",
     )
-    args = parser.parse_args()
+    args = options.parse_args()
     return Options(
         model=args.model.resolve(),
         batches=json.loads(args.tokens.read_text())["batches"],

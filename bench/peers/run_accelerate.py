@@ -10,7 +10,7 @@ from peer_common import Meter, offload_folder, parse_options, score, versions
 
 
 def main() -> None:
-    options = parse_options("accelerate")
+    options = parse_options(__doc__, "accelerate")
     meter = Meter("accelerate")
     import torch
     from transformers import AutoModelForCausalLM

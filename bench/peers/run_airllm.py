@@ -10,7 +10,7 @@ from peer_common import Meter, offload_folder, parse_options, score, versions
 
 
 def main() -> None:
-    options = parse_options("airllm")
+    options = parse_options(__doc__, "airllm")
     meter = Meter("airllm")
     import torch
     from airllm import AutoModel

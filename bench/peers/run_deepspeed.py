@@ -93,7 +93,7 @@ def configuration(model: Path, dtype: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parse_options("deepspeed")
+    options = parse_options(__doc__, "deepspeed")
     meter = Meter("deepspeed")
     set_environment()
     import deepspeed
