@@ -74,8 +74,7 @@ class Other:
 
 
 def limited(machine: Machine, budget_bytes: int) -> Machine:
-    """The machine with memory for this many bytes of weights and of what is in
-    flight."""
+    """The machine with memory for this many bytes of weights and what is in flight."""
     host_memory = round((budget_bytes + RUNTIME_BYTES) / USABLE)
     return Machine(**{**machine.model_dump(), "host_memory": host_memory})
 
@@ -148,7 +147,6 @@ def sweep(
         own.append(rate(planned))
         show(f"planner's choice {own[-1]:8,.1f} tokens/s")
         for choice, result in zip(group, rates, strict=True):
-            is_rate = isinstance(result, float)
             found.append(
                 Other(
                     _dumped(choice.policy),
@@ -156,7 +154,7 @@ def sweep(
                     result if isinstance(result, float) else None,
                     own[-2],
                     own[-1],
-                    "" if is_rate else str(result),
+                    "" if isinstance(result, float) else result,
                 )
             )
     return found, own

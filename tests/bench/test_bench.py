@@ -60,7 +60,9 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
     model = ["--model", str(tmp_path / "tiny"), "--contenders", *contenders]
     monkeypatch.setattr(sys, "argv", [script, *options.split(), *model])
     monkeypatch.setattr(turns, "run", run_worker)
-    runpy.run_path(script, run_name="__main__")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["name"]: row for row in found["results"]}
     assert set(rows) == set(contenders)
