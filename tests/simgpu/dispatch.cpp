@@ -184,7 +184,13 @@ std::vector<at::Tensor> flat(const Stack& values, const std::vector<int>& return
 void run(
     const c10::OperatorHandle& op, const Traits& traits, Stack args,
     const std::vector<at::Tensor>& targets) {
+  const bool counts_integers = traits.name == "aten::histc" &&
+      !args[0].toTensor().is_floating_point(); // as CUDA does, and the CPU does not
+  if (counts_integers)
+    args[0] = args[0].toTensor().to(at::kDouble);
   op.callBoxed(args);
+  if (counts_integers)
+    args[0] = args[0].toTensor().to(targets[0].scalar_type());
   const auto made = flat(args, traits.returned);
   TORCH_CHECK(made.size() == targets.size(), "simgpu: ", traits.name, ": results");
   for (size_t i = 0; i < made.size(); ++i) {

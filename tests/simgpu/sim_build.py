@@ -25,7 +25,7 @@ _FLAGS = ("-std=c++20", "-O0", "-fPIC", "-w")
 
 
 class NoCompilerError(Exception):
-    """There is no C++ compiler here, or the one that is there fails: with what it said."""
+    """There is no C++ compiler here."""
 
 
 def _compiler() -> str:
@@ -46,7 +46,7 @@ def _version() -> str:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise NoCompilerError(f"{command[0]} failed: {done.stderr.strip()[:2000]}")
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:2000]}")
 
 
 def _compile(target: Path) -> None:
@@ -79,7 +79,7 @@ def _compile(target: Path) -> None:
 def library() -> Path:
     """The compiled device, which other processes may be compiling at the same time.
 
-    Raises NoCompilerError, which says what is missing.
+    Raises NoCompilerError where there is none, RuntimeError where it fails.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     target = CACHE / f"simgpu-{_version()}.so"

@@ -6,7 +6,7 @@
 #include "streams.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <array>
@@ -131,7 +131,7 @@ void await_turn(World& w, Queue& q, std::unique_lock<std::mutex>& lock) {
 void serve(Queue& q) {
   World& w = world();
   at::set_num_threads(1); // of this thread: the sums of the CPU with one thread
-  at::NoGradGuard no_grad;
+  c10::InferenceMode inference; // arguments may come from there
   std::unique_lock lock(w.lock);
   for (;;) {
     q.wake.wait(lock, [&] { return !q.pieces.empty(); });
@@ -142,6 +142,8 @@ void serve(Queue& q) {
       std::string error;
       try {
         work();
+      } catch (const c10::Error& raised) {
+        error = raised.what_without_backtrace();
       } catch (const std::exception& raised) {
         error = raised.what();
       }
