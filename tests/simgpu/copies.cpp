@@ -34,14 +34,16 @@ void copy_to_peer(const at::Tensor& from, const at::Tensor& to) {
 void copy_with_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const auto& host = is_ours(from) ? to : from;
   const auto& device = is_ours(from) ? from : to;
-  const bool pinned = is_pinned_tensor(host);
+  const bool waits = !(is_pinned_tensor(host) && non_blocking);
+  if (waits)
+    count_sync(Sync::copy); // which may raise: nothing is queued yet
   const auto done = push(
       current_queue(device.device().index()),
       [a = address_of(from), b = address_of(to)] { b.copy_(a); });
-  if (non_blocking && pinned)
-    record_pinned_use(host.const_data_ptr(), done);
+  if (waits)
+    finish(done);
   else
-    wait(done, Sync::copy);
+    record_pinned_use(host.const_data_ptr(), done);
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {

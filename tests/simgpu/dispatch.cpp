@@ -30,7 +30,10 @@ const std::set<std::string> kAtOnce = {
 // The meta device lays results of these out in another way than the CPU, or knows less
 // of them: their shapes come from a run on ones.
 const std::set<std::string> kShapesFromCpu = {
-    "aten::scaled_dot_product_attention"};
+    "aten::scaled_dot_product_attention", "aten::convolution",
+    "aten::native_batch_norm", "aten::native_layer_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit.no_stats"};
 // Index tensors of these may be on the CPU, as with CUDA.
 const std::set<std::string> kIndexing = {
     "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_",

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "simgpu"
@@ -50,6 +49,8 @@ def _run(command: list[str]) -> None:
 
 
 def _compile(target: Path) -> None:
+    from torch.utils import cpp_extension  # which imports setuptools
+
     compiler = _compiler()
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     folders = cpp_extension.library_paths()

@@ -24,6 +24,7 @@ from sim_device import SimGpu, start
 _REPORTS = "PENSTOCK_SIMGPU_REPORTS"
 """In the environment of a child: the file that reports go to."""
 _CODE = """
+import gc; gc.freeze()  # what was imported before need not be walked
 import atexit, os, sys
 import pytest
 code = pytest.main(sys.argv[1:])

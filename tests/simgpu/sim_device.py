@@ -100,3 +100,18 @@ def _settle() -> None:
         torch.ops.simgpu.take_error()
         for index in range(torch.accelerator.device_count()):
             torch.accelerator.synchronize(index)
+
+
+def on_device(
+    inputs: dict[str, torch.Tensor], device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """Keyword inputs of a model, on the device."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def first_output(outputs: Any) -> torch.Tensor:
+    """What a model of transformers gives in the first place, such as the logits."""
+    named = (outputs.get(name) for name in ("logits", "logits_per_image"))
+    found = next((value for value in named if value is not None), outputs[0])
+    assert isinstance(found, torch.Tensor)
+    return found

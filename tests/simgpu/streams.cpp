@@ -96,7 +96,7 @@ void tick(World& w) {
         q.wake.notify_one();
 }
 
-void finish(World& w, Queue& q) {
+void done(World& w, Queue& q) {
   q.pieces.pop_front();
   ++q.done;
   w.progress.notify_all();
@@ -152,7 +152,7 @@ void serve(Queue& q) {
       if (w.error.empty())
         w.error = error;
     }
-    finish(w, q);
+    done(w, q);
   }
 }
 
@@ -227,6 +227,10 @@ bool passed(Mark mark) {
 
 void wait(Mark mark, Sync reason) {
   count_sync(reason);
+  finish(mark);
+}
+
+void finish(Mark mark) {
   World& w = world();
   std::unique_lock lock(w.lock);
   tick(w);

@@ -45,6 +45,7 @@ Mark end_of(Queue& queue);
 
 bool passed(Mark mark); // a call by the host: held work comes closer to its turn
 void wait(Mark mark, Sync reason);
+void finish(Mark mark); // waits without counting it
 void wait_for_device(int device, Sync reason);
 
 void set_schedule(Schedule schedule);
