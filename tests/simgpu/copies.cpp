@@ -4,7 +4,6 @@
 // pinned and the caller has asked not to wait.
 #include "tensors.h"
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <torch/library.h>
 

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -75,12 +76,11 @@ def _run(item: pytest.Item) -> list[pytest.TestReport]:
 
 
 def _report(
-    item: pytest.Item, outcome: str, text: str | tuple[str, int, str]
+    item: pytest.Item,
+    outcome: Literal["failed", "skipped"],
+    text: str | tuple[str, int, str],
 ) -> pytest.TestReport:
-    assert outcome in ("failed", "skipped")
-    words = dict.fromkeys(item.keywords, 1)
-    kind = "failed" if outcome == "failed" else "skipped"
-    return pytest.TestReport(item.nodeid, item.location, words, kind, text, "call")
+    return pytest.TestReport(item.nodeid, item.location, {}, outcome, text, "call")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -73,8 +73,8 @@ class SimGpu:
         self._ops.set_capacity(device, num_bytes)
 
     def take_error(self) -> str:
-        """What the first kernel said that failed; "" if none did. It is forgotten: until
-        then everybody who waits gets it raised."""
+        """What the first kernel said that failed; "" if none did. Until it is taken,
+        everybody who waits gets it raised."""
         return str(self._ops.take_error())
 
 
@@ -84,8 +84,8 @@ def start() -> SimGpu:
     Raises NoCompilerError where it cannot be compiled.
     """
     path = sim_build.library()
-    torch.ops.load_library(str(path))
-    torch.utils.rename_privateuse1_backend("simgpu")
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    torch._C._rename_privateuse1_backend("simgpu")
     torch.ops.simgpu.register_device()
     import sim_module
 

@@ -48,7 +48,7 @@ def _index(device: _Device) -> int:
     given = torch.device(NAME if device is None else device)
     if given.type != NAME:
         raise ValueError(f"Expected a {NAME} device, but got: {given}")
-    return torch.accelerator.current_device_index() if given.index is None else given.index
+    return current_device() if given.index is None else given.index
 
 
 class device:
@@ -70,7 +70,9 @@ class Stream(torch.Stream):
     """A stream of the current device, or of the one given."""
 
     def __new__(cls, device: _Device = None, priority: int = 0) -> Any:
-        return super().__new__(cls, torch.device(NAME, _index(device)), priority=priority)
+        return super().__new__(
+            cls, torch.device(NAME, _index(device)), priority=priority
+        )
 
 
 class Event(torch.Event):
@@ -128,7 +130,7 @@ def current_stream(device: _Device = None) -> torch.Stream:
 
 
 def default_stream(device: _Device = None) -> torch.Stream:
-    kind = torch._C._autograd.DeviceType.PrivateUse1.value  # type: ignore[attr-defined]
+    kind = torch._C._autograd.DeviceType.PrivateUse1.value
     return torch.Stream(stream_id=0, device_index=_index(device), device_type=kind)
 
 

@@ -1,4 +1,4 @@
-"""Host memory for the simulated GPU: pinned by torch, registered by address, or neither."""
+"""Host memory for the simulated GPU: pinned by torch, by address, or not at all."""
 
 from __future__ import annotations
 
@@ -97,3 +97,4 @@ def test_a_copy_crosses_no_end_of_what_is_registered(simgpu: SimGpu) -> None:
         with pytest.raises(RuntimeError, match="invalid argument"):
             target.copy_(host[first : first + 2 * PAGE], non_blocking=True)
     target[:PAGE].copy_(host[PAGE : 2 * PAGE], non_blocking=True)
+    torch.accelerator.synchronize()

@@ -33,7 +33,10 @@ def test_host_code_that_reads_device_memory_dies(simgpu: SimGpu) -> None:
 def test_the_kernel_reads_no_file_into_device_memory(simgpu: SimGpu) -> None:
     tensor = torch.ones(4, device=GPU)
     view = (ctypes.c_char * 16).from_address(tensor.data_ptr())
-    with open("/dev/zero", "rb", buffering=0) as file, pytest.raises(OSError, match="14"):
+    with (
+        open("/dev/zero", "rb", buffering=0) as file,
+        pytest.raises(OSError, match="Bad address"),
+    ):
         file.readinto(view)
 
 

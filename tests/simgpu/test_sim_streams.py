@@ -32,8 +32,8 @@ def copied_and_summed(seed: int, with_edge: bool) -> float:
 
 
 def reused(seed: int, with_edge: bool) -> float:
-    """The sum of ones in a slot that is filled with twos as soon as they are summed: the
-    copy on a side stream waits for the reader, or it does not."""
+    """The sum of ones in a slot that is filled with twos once they are summed: the copy
+    on a side stream waits for the reader, or it does not."""
     twos = torch.full((64,), 2.0).pin_memory()
     slot = torch.ones(64, device=GPU)
     side = torch.Stream(GPU)

@@ -2,8 +2,6 @@
 // one kernel unless a gradient is wanted.
 #include "tensors.h"
 
-#include <ATen/core/grad_mode.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/as_strided_native.h>
