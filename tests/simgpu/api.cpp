@@ -27,8 +27,8 @@ TORCH_LIBRARY(simgpu, m) {
     register_hooks();
     register_kernels();
   });
-  m.def("schedule", [](Int seed, Int most_held_ops, double held_seconds) {
-    set_schedule({uint64_t(seed), uint64_t(most_held_ops), held_seconds});
+  m.def("schedule", [](Int seed, Int most_held_ops, double held, double late) {
+    set_schedule({uint64_t(seed), uint64_t(most_held_ops), held, late});
   });
   m.def("hold", [](Int device, Int stream, bool held) {
     hold(stream_queue(device, stream), held);

@@ -31,15 +31,23 @@ class SimGpu:
         self._ops: Any = torch.ops.simgpu
 
     def schedule(
-        self, seed: int, *, most_held_ops: int = 64, held_seconds: float = 0.01
+        self,
+        seed: int,
+        *,
+        most_held_ops: int = 256,
+        held_seconds: float = 0.05,
+        late_seconds: float = 0.002,
     ) -> None:
         """Delays queued work by draws from `seed`, differently for each stream.
 
         A piece of work begins when the host has made up to `most_held_ops` further
-        calls, when `held_seconds` have passed, or when somebody waits for it. 0 calls:
-        as soon as it can.
+        calls, or `held_seconds` after it was queued, or when somebody waits for it (if it
+        is held at all, `late_seconds` after it was queued, as work takes time). 0 calls:
+        as soon as it can. Seeds differ in kind, modulo 4: 0 draws each piece's delay; 1
+        makes the default streams late and the others prompt; 2 the other way round; 3
+        makes each stream late for a while, then prompt. So use four seeds at least.
         """
-        self._ops.schedule(seed, most_held_ops, held_seconds)
+        self._ops.schedule(seed, most_held_ops, held_seconds, late_seconds)
 
     @contextlib.contextmanager
     def held(self, stream: torch.Stream) -> Iterator[None]:

@@ -25,7 +25,11 @@ using Clock = std::chrono::steady_clock;
 struct Piece {
   std::function<void()> work;
   Mark before; // what it waits for, without work
+  uint64_t tick = 0; // when it was queued
+  Clock::time_point time;
 };
+
+enum class Pace { at_once, mixed, late };
 
 struct Queue {
   int device = 0;
@@ -37,7 +41,7 @@ struct Queue {
   bool held = false;
   bool started = false;
   uint64_t begins_at = 0; // ticks, of the first piece
-  uint64_t pace = 0; // how late its pieces are: drawn anew every now and then
+  Pace pace = Pace::mixed; // drawn anew every now and then
   uint64_t num_of_pace = 0;
   std::mt19937_64 random;
   std::condition_variable wake;
@@ -69,16 +73,33 @@ World& world() {
   return *found;
 }
 
+Pace drawn_pace(uint64_t seed, Queue& q) {
+  const bool is_default = q.id == 0;
+  switch (seed % 4) {
+    case 1:
+      return is_default ? Pace::late : Pace::at_once;
+    case 2:
+      return is_default ? Pace::at_once : Pace::late;
+    case 3:
+      return q.random() % 2 ? Pace::late : Pace::at_once;
+    default:
+      return Pace(q.random() % 3);
+  }
+}
+
+// After how many calls of the host the next piece may begin.
 uint64_t drawn(World& w, Queue& q) {
   const auto most = w.schedule.most_held_ops;
   if (most == 0)
     return 0;
   if (q.num_of_pace == 0) {
-    q.pace = q.random() % 3;
-    q.num_of_pace = 1 + q.random() % 24;
+    q.pace = drawn_pace(w.schedule.seed, q);
+    q.num_of_pace = 1 + q.random() % 48;
   }
   --q.num_of_pace;
-  return q.pace == 0 ? 0 : q.random() % (q.pace == 1 ? most / 8 + 1 : most + 1);
+  if (q.pace == Pace::mixed)
+    return q.random() % (most + 1);
+  return q.pace == Pace::late ? most : 0;
 }
 
 void want(Queue& q, uint64_t seq) {
@@ -106,25 +127,35 @@ void done(World& w, Queue& q) {
         other.wake.notify_one();
 }
 
+Clock::time_point after(Clock::time_point time, double seconds) {
+  return time +
+      std::chrono::duration_cast<Clock::duration>(
+             std::chrono::duration<double>(seconds));
+}
+
 // Blocks the queue's thread until its first piece may begin.
 void await_turn(World& w, Queue& q, std::unique_lock<std::mutex>& lock) {
-  q.begins_at = w.ticks + drawn(w, q);
-  const auto latest = Clock::now() +
-      std::chrono::duration_cast<Clock::duration>(
-                          std::chrono::duration<double>(w.schedule.held_seconds));
-  const Mark before = q.pieces.front().before;
+  const Piece& piece = q.pieces.front();
+  const Mark before = piece.before;
+  q.begins_at = piece.tick + drawn(w, q);
+  const auto latest = after(piece.time, w.schedule.held_seconds);
+  const auto earliest =
+      q.begins_at > piece.tick ? after(piece.time, w.schedule.late_seconds) : piece.time;
   for (;;) {
+    const auto now = Clock::now();
     const bool wanted = q.wanted > q.done;
-    const bool late = w.ticks >= q.begins_at || Clock::now() >= latest;
+    const bool late = w.ticks >= q.begins_at || now >= latest;
     const bool ordered = !before.queue || before.queue->done >= before.seq;
     if (wanted && !ordered)
       want(*before.queue, before.seq);
-    if (ordered && (wanted || (late && !q.held)))
+    if (ordered && ((wanted && now >= earliest) || (late && !q.held)))
       return;
-    if (late || q.held)
-      q.wake.wait(lock);
-    else
+    if (wanted && now < earliest)
+      q.wake.wait_until(lock, earliest);
+    else if (!late && !q.held)
       q.wake.wait_until(lock, latest);
+    else
+      q.wake.wait(lock);
   }
 }
 
@@ -162,6 +193,8 @@ Mark add(Queue& q, Piece piece) {
   std::lock_guard lock(w.lock);
   tick(w);
   ++w.num_pieces;
+  piece.tick = w.ticks;
+  piece.time = Clock::now();
   q.pieces.push_back(std::move(piece));
   ++q.queued;
   if (!q.started) {

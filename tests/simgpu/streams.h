@@ -25,12 +25,16 @@ struct Mark {
 };
 
 // When queued work may begin. A piece is held until the host has made some more calls
-// (drawn: `most_held_ops` at most), or `held_seconds` have passed, or somebody waits for
-// it. With 0 calls it begins as soon as the thread is free.
+// (drawn: `most_held_ops` at most), or `held_seconds` have passed since it was queued, or
+// somebody waits for it, and then not before `late_seconds` if it is held at all. With 0
+// calls it begins as soon as the thread is free. Seeds differ in kind, too
+// (modulo 4): 0 mixes; 1 makes default streams late, 2 the others; 3 makes each of them
+// late for a while, then prompt.
 struct Schedule {
   uint64_t seed = 0;
   uint64_t most_held_ops = 0;
   double held_seconds = 0;
+  double late_seconds = 0;
 };
 
 Queue& queue_at(int device, int id);
