@@ -7,7 +7,6 @@
 
 #include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
-#include <sys/mman.h>
 
 #include <cstring>
 #include <map>
@@ -19,7 +18,6 @@
 namespace simgpu {
 namespace {
 
-constexpr size_t kSpan = size_t(1) << 36; // addresses of a device
 constexpr size_t kAlign = 512;
 constexpr size_t kSegment = size_t(1) << 16; // reserved memory is a multiple of it
 
@@ -45,26 +43,14 @@ struct Pool {
 
 struct Memory { // leaked: tensors are freed at exit, too
   std::mutex lock;
-  char* given = nullptr;
-  char* real = nullptr;
   Pool pools[kNumDevices];
 };
-
-char* reserve(int protection) {
-  void* found = mmap(
-      nullptr, kSpan * kNumDevices, protection,
-      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK(found != MAP_FAILED, "simgpu: no addresses are left for its memory");
-  return static_cast<char*>(found);
-}
 
 Memory& memory() {
   static Memory* found = [] {
     auto* made = new Memory();
-    made->given = reserve(PROT_NONE);
-    made->real = reserve(PROT_READ | PROT_WRITE);
     for (int d = 0; d < kNumDevices; ++d)
-      made->pools[d].end = made->given + d * kSpan;
+      made->pools[d].end = first_address(d);
     return made;
   }();
   return *found;
@@ -72,6 +58,19 @@ Memory& memory() {
 
 c10::CachingAllocator::Stat& all(c10::CachingAllocator::StatArray& stats) {
   return stats[size_t(c10::CachingAllocator::StatType::AGGREGATE)];
+}
+
+std::vector<c10::CachingAllocator::Stat*> counted(
+    c10::CachingDeviceAllocator::DeviceStats& s) {
+  return {
+      &all(s.allocation),     &all(s.segment),      &all(s.active),
+      &all(s.allocated_bytes), &all(s.active_bytes), &all(s.requested_bytes),
+      &all(s.reserved_bytes)};
+}
+
+size_t unreserved(Pool& pool) {
+  const size_t used = all(pool.stats.reserved_bytes).current;
+  return pool.capacity - std::min(used, pool.capacity);
 }
 
 void poison(Queue& queue, char* address, size_t size) {
@@ -86,9 +85,9 @@ void make_free(Pool& pool, char* at) {
   all(pool.stats.active).decrease(1);
   all(pool.stats.active_bytes).decrease(block.size);
   poison(*block.queue, at, block.size);
-  auto joins = [&](auto other) {
-    return other->second.segment == block.segment && !other->second.used &&
-        other->second.queue == block.queue && pool.free.count({block.queue, other->second.size, other->first});
+  auto joins = [&](auto other) { // of one segment, and free
+    return other->second.segment == block.segment &&
+        pool.free.count({block.queue, other->second.size, other->first});
   };
   if (auto next = std::next(here); next != pool.blocks.end() && joins(next)) {
     pool.free.erase({block.queue, next->second.size, next->first});
@@ -209,9 +208,7 @@ char* allocate(int device, size_t asked) {
       TORCH_CHECK_WITH(
           OutOfMemoryError, false, "simgpu out of memory. Tried to allocate ", asked,
           " bytes. GPU ", device, " has a total capacity of ", pool.capacity,
-          " bytes of which ",
-          pool.capacity - std::min(pool.capacity, size_t(all(pool.stats.reserved_bytes).current)),
-          " bytes are free.");
+          " bytes of which ", unreserved(pool), " bytes are free.");
     }
   }
   if (!at)
@@ -276,41 +273,23 @@ struct DeviceAllocator final : c10::DeviceAllocator {
   void resetAccumulatedStats(c10::DeviceIndex d) override {
     std::lock_guard lock(memory().lock);
     auto& s = memory().pools[d].stats;
-    for (auto* each : {&s.allocation, &s.segment, &s.active, &s.allocated_bytes, &s.reserved_bytes, &s.active_bytes, &s.requested_bytes})
-      all(*each).reset_accumulated();
+    for (auto* each : counted(s))
+      each->reset_accumulated();
     s.num_alloc_retries = s.num_ooms = s.num_device_alloc = s.num_device_free = 0;
   }
   void resetPeakStats(c10::DeviceIndex d) override {
     std::lock_guard lock(memory().lock);
-    auto& s = memory().pools[d].stats;
-    for (auto* each : {&s.allocation, &s.segment, &s.active, &s.allocated_bytes, &s.reserved_bytes, &s.active_bytes, &s.requested_bytes})
-      all(*each).reset_peak();
+    for (auto* each : counted(memory().pools[d].stats))
+      each->reset_peak();
   }
   std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex d) override {
     std::lock_guard lock(memory().lock);
     auto& pool = memory().pools[d];
-    const size_t used = all(pool.stats.reserved_bytes).current;
-    return {pool.capacity - std::min(used, pool.capacity), pool.capacity};
+    return {unreserved(pool), pool.capacity};
   }
 };
 
 } // namespace
-
-bool is_device_address(const void* address) {
-  const auto* at = static_cast<const char*>(address);
-  return at >= memory().given && at < memory().given + kSpan * kNumDevices;
-}
-
-void* real(const void* address) {
-  if (!address)
-    return nullptr;
-  TORCH_CHECK(is_device_address(address), "simgpu: not an address of the device");
-  return memory().real + (static_cast<const char*>(address) - memory().given);
-}
-
-int device_of(const void* address) {
-  return int((static_cast<const char*>(address) - memory().given) / kSpan);
-}
 
 c10::DeviceAllocator& device_allocator() {
   static auto* found = new DeviceAllocator();

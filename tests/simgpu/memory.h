@@ -15,6 +15,7 @@ namespace simgpu {
 
 constexpr int kPoison = 0xff; // NaN in float32, bfloat16, float16 and float8
 
+char* first_address(int device);
 bool is_device_address(const void* address);
 void* real(const void* address); // where a kernel finds the bytes
 int device_of(const void* address);

@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "simgpu"
 # Two files for the compiler, since what they include takes longer than what they say.
 _GROUPS = (
-    ("tensors", "dispatch", "copies", "views", "api"),
-    ("streams", "syncs", "memory", "pinned", "hooks"),
+    ("tensors", "traits", "dispatch", "copies", "views", "api"),
+    ("streams", "syncs", "addresses", "memory", "pinned", "hooks"),
 )
 _FLAGS = ("-std=c++20", "-O0", "-fPIC", "-w")
 
