@@ -76,17 +76,16 @@ at::Tensor argument(const at::Tensor& t) {
     return t;
   if (!is_ours(t)) {
     auto kept = t.clone();
-    kept.unsafeGetTensorImpl()->set_wrapped_number(
-        t.unsafeGetTensorImpl()->is_wrapped_number());
+    if (t.unsafeGetTensorImpl()->is_wrapped_number())
+      kept.unsafeGetTensorImpl()->set_wrapped_number(true);
     return kept;
   }
   return address_of(t);
 }
 
 at::Tensor meta_argument(const at::Tensor& t) {
-  if (!is_ours(t))
-    return t;
-  return meta_of(t);
+  const bool is_number = t.defined() && t.dim() == 0 && !is_ours(t);
+  return t.defined() && !is_number ? meta_of(t) : t;
 }
 
 at::Tensor ones_argument(const at::Tensor& t) {
@@ -144,88 +143,118 @@ void draw(const c10::OperatorHandle& op, const Traits& traits, const Stack& devi
   args[traits.generator] = state;
 }
 
-bool has_masks(const Traits& traits, const Stack& args) {
-  bool found = false;
-  if (traits.indexing)
-    with_tensors(args.at(1), [&](const at::Tensor& t) {
+struct Call {
+  c10::OperatorHandle op;
+  const Traits& traits;
+  Stack given;
+  c10::Device device;
+  Stack args; // for the kernel
+};
+
+// With masks among the indices the host needs to know how many are set; with indices in
+// host memory it waits for their copy.
+std::optional<Sync> waits_for_indices(const Call& call) {
+  std::optional<Sync> found;
+  if (call.traits.indexing)
+    with_tensors(call.given.at(1), [&](const at::Tensor& t) {
       if (t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte))
-        found = true;
+        found = Sync::shape;
+      else if (t.defined() && !is_ours(t) && !found)
+        found = Sync::copy;
       return t;
     });
   return found;
 }
 
-Stack shapes(const c10::OperatorHandle& op, const Traits& traits, const Stack& args) {
-  auto made = traits.from_cpu
-      ? with_tensors(args, c10::Device(at::kCPU), ones_argument)
-      : with_tensors(args, c10::Device(at::kMeta), meta_argument);
-  if (traits.generator >= 0)
-    made[traits.generator] = c10::IValue();
-  op.callBoxed(made);
+Stack shapes(const Call& call) {
+  auto made = call.traits.from_cpu
+      ? with_tensors(call.given, c10::Device(at::kCPU), ones_argument)
+      : with_tensors(call.given, c10::Device(at::kMeta), meta_argument);
+  if (call.traits.generator >= 0)
+    made[call.traits.generator] = c10::IValue();
+  call.op.callBoxed(made);
   return made;
+}
+
+// The result number `i`, of which the shape is known: a new tensor, or an argument,
+// which may have to grow.
+at::Tensor target(Call& call, size_t i, const at::Tensor& shape) {
+  const int of = call.traits.returned[i];
+  if (!shape.defined() || (of >= 0 && !call.given[of].isTensor()))
+    return shape;
+  if (of < 0)
+    return empty_like(shape, call.device);
+  const auto& out = call.given[of].toTensor();
+  if (is_ours(out) && out.sizes() != shape.sizes()) {
+    resize_to(out, shape.sizes());
+    auto* impl = out.unsafeGetTensorImpl();
+    impl->set_sizes_and_strides(shape.sizes(), shape.strides());
+    call.args[of] = address_of(out);
+  }
+  return out;
+}
+
+Stack run_later(Call& call) {
+  const auto& traits = call.traits;
+  Stack results(traits.returned.size());
+  if (!traits.only_writes ||
+      call.op.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta)) {
+    const auto known = shapes(call);
+    for (size_t i = 0; i < known.size(); ++i)
+      results[i] = with_tensors(
+          known[i], [&](const at::Tensor& shape) { return target(call, i, shape); });
+  }
+  if (traits.generator >= 0)
+    draw(call.op, traits, call.given, call.args, call.device);
+  auto targets = flat(results, traits.returned);
+  for (auto& each : targets)
+    each = each.defined() ? address_of(each) : each;
+  push(
+      current_queue(call.device.index()),
+      [op = call.op, &traits, args = std::move(call.args),
+       targets = std::move(targets)] { run(op, traits, args, targets); });
+  return results;
+}
+
+Stack run_at_once(Call& call) {
+  const auto& traits = call.traits;
+  auto& queue = current_queue(call.device.index());
+  auto& results = call.args;
+  if (traits.generator >= 0) {
+    auto& given = results[traits.generator];
+    given = cpu_generator(
+        given.isNone() ? default_generator(call.device.index()) : given.toGenerator());
+  }
+  call.op.callBoxed(results);
+  for (size_t i = 0; i < results.size(); ++i)
+    results[i] = with_tensors(results[i], [&](const at::Tensor& made) {
+      if (traits.returned[i] >= 0 || !made.defined())
+        return made;
+      auto target = empty_like(made, call.device);
+      push(queue, [to = address_of(target), made] { to.copy_(made); });
+      return target;
+    });
+  return results;
 }
 
 void call(const c10::OperatorHandle& op, Stack* stack) {
   const auto& traits = traits_of(op);
   const auto num = op.schema().arguments().size();
-  const Stack given(stack->end() - num, stack->end());
+  Stack given(stack->end() - num, stack->end());
   const auto device = device_of(traits, given);
   c10::DeviceGuard guard(device);
-  auto& queue = current_queue(device.index());
   auto args = with_tensors(given, c10::Device(at::kCPU), argument);
-  const bool at_once = traits.at_once || has_masks(traits, given);
-  if (traits.waits)
-    wait(end_of(queue), Sync::shape);
-
-  Stack results;
-  if (at_once) {
-    wait(end_of(queue), Sync::shape);
-    if (traits.generator >= 0)
-      args[traits.generator] = cpu_generator(
-          args[traits.generator].isNone() ? default_generator(device.index())
-                                          : args[traits.generator].toGenerator());
-    op.callBoxed(args);
-    for (size_t i = 0; i < args.size(); ++i)
-      results.push_back(with_tensors(args[i], [&](const at::Tensor& made) {
-        if (traits.returned[i] >= 0 || !made.defined())
-          return made;
-        auto target = empty_like(made, device);
-        push(queue, [to = address_of(target), made] { to.copy_(made); });
-        return target;
-      }));
-  } else {
-    if (!traits.only_writes || op.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta)) {
-      auto metas = shapes(op, traits, given);
-      for (size_t i = 0; i < metas.size(); ++i)
-        results.push_back(with_tensors(metas[i], [&](const at::Tensor& meta) {
-          if (!meta.defined())
-            return meta;
-          if (const int of = traits.returned[i]; of >= 0) {
-            const auto& out = given[of].isTensor() ? given[of].toTensor() : meta;
-            if (is_ours(out) && out.sizes() != meta.sizes()) {
-              resize_to(out, meta.sizes());
-              out.unsafeGetTensorImpl()->set_sizes_and_strides(meta.sizes(), meta.strides());
-              args[of] = address_of(out);
-            }
-            return out;
-          }
-          return empty_like(meta, device);
-        }));
-    } else {
-      results.resize(traits.returned.size());
-    }
-    if (traits.generator >= 0)
-      draw(op, traits, given, args, device);
-    std::vector<at::Tensor> targets = flat(results, traits.returned);
-    for (auto& each : targets)
-      each = each.defined() ? address_of(each) : each;
-    push(queue, [op, &traits, args = std::move(args), targets = std::move(targets)] {
-      run(op, traits, args, targets);
-    });
-  }
+  Call call{op, traits, std::move(given), device, std::move(args)};
+  auto reason = waits_for_indices(call);
+  const bool at_once = traits.at_once || reason == Sync::shape;
+  if (at_once || traits.waits)
+    reason = Sync::shape;
+  if (reason)
+    wait(end_of(current_queue(device.index())), *reason);
+  auto results = at_once ? run_at_once(call) : run_later(call);
   for (size_t i = 0; i < traits.returned.size(); ++i)
     if (traits.returned[i] >= 0)
-      results[i] = given[traits.returned[i]];
+      results[i] = call.given[traits.returned[i]];
   torch::jit::drop(*stack, num);
   for (auto& each : results)
     stack->push_back(std::move(each));

@@ -8,6 +8,7 @@
 #include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -146,17 +147,14 @@ bool reserve_segment(Pool& pool, Queue& queue, size_t num_bytes) {
   auto& stats = pool.stats;
   if (all(stats.reserved_bytes).current + size > pool.capacity)
     return false;
-  char* at = nullptr;
-  for (auto& [hole, hole_size] : pool.holes)
-    if (hole_size == size) {
-      at = hole;
-      break;
-    }
-  if (at)
-    pool.holes.erase(at);
-  else {
-    at = std::exchange(pool.end, pool.end + size);
-    TORCH_CHECK(device_of(at) == device_of(at + size), "simgpu: no addresses are left");
+  auto hole = std::find_if(
+      pool.holes.begin(), pool.holes.end(), [=](auto& each) { return each.second == size; });
+  char* at = hole == pool.holes.end() ? pool.end : hole->first;
+  if (at == pool.end) {
+    pool.end += size;
+    TORCH_CHECK(device_of(at) == device_of(pool.end), "simgpu: no addresses are left");
+  } else {
+    pool.holes.erase(hole);
   }
   pool.segments[at] = size;
   pool.blocks[at] = {size, 0, at, &queue, false, {}};
@@ -245,9 +243,8 @@ struct DeviceAllocator final : c10::DeviceAllocator {
   }
   static void nothing(void*) {}
   void copy_data(void* to, const void* from, size_t n) const override {
-    push(current_queue(device_of(to)), [to = real(to), from = real(from), n] {
-      std::memcpy(to, from, n);
-    });
+    auto& queue = current_queue(device_of(to));
+    push(queue, [to = real(to), from = real(from), n] { std::memcpy(to, from, n); });
   }
   bool initialized() override {
     return true;

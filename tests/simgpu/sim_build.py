@@ -18,7 +18,7 @@ CACHE = HERE.parent.parent / "build" / "simgpu"
 # Two files for the compiler, since what they include takes longer than what they say.
 _GROUPS = (
     ("tensors", "traits", "dispatch", "copies", "views", "api"),
-    ("streams", "syncs", "addresses", "memory", "pinned", "hooks"),
+    ("schedule", "streams", "syncs", "addresses", "memory", "pinned", "hooks"),
 )
 _FLAGS = ("-std=c++20", "-O0", "-fPIC", "-w")
 

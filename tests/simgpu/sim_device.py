@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -41,11 +42,11 @@ class SimGpu:
         """Delays queued work by draws from `seed`, differently for each stream.
 
         A piece of work begins when the host has made up to `most_held_ops` further
-        calls, or `held_seconds` after it was queued, or when somebody waits for it (if it
-        is held at all, `late_seconds` after it was queued, as work takes time). 0 calls:
-        as soon as it can. Seeds differ in kind, modulo 4: 0 draws each piece's delay; 1
-        makes the default streams late and the others prompt; 2 the other way round; 3
-        makes each stream late for a while, then prompt. So use four seeds at least.
+        calls, or `held_seconds` after it was queued, or when somebody waits for it:
+        then, if it is held at all, `late_seconds` after it was queued. With 0 calls it
+        begins as soon as it can. Seeds differ in kind, modulo 4: 0 draws each piece's
+        delay; 1 makes the default streams late and the others prompt; 2 the other way
+        round; 3 makes each stream late for a while, then prompt. So use four at least.
         """
         self._ops.schedule(seed, most_held_ops, held_seconds, late_seconds)
 
@@ -86,6 +87,7 @@ class SimGpu:
         return str(self._ops.take_error())
 
 
+@functools.cache
 def start() -> SimGpu:
     """Makes the simulated GPU this process's accelerator.
 

@@ -15,7 +15,6 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <thread>
 
 namespace simgpu {
@@ -29,8 +28,6 @@ struct Piece {
   Clock::time_point time;
 };
 
-enum class Pace { at_once, mixed, late };
-
 struct Queue {
   int device = 0;
   int id = 0;
@@ -41,9 +38,7 @@ struct Queue {
   bool held = false;
   bool started = false;
   uint64_t begins_at = 0; // ticks, of the first piece
-  Pace pace = Pace::mixed; // drawn anew every now and then
-  uint64_t num_of_pace = 0;
-  std::mt19937_64 random;
+  Delays delays;
   std::condition_variable wake;
 };
 
@@ -71,35 +66,6 @@ World& world() {
     return made;
   }();
   return *found;
-}
-
-Pace drawn_pace(uint64_t seed, Queue& q) {
-  const bool is_default = q.id == 0;
-  switch (seed % 4) {
-    case 1:
-      return is_default ? Pace::late : Pace::at_once;
-    case 2:
-      return is_default ? Pace::at_once : Pace::late;
-    case 3:
-      return q.random() % 2 ? Pace::late : Pace::at_once;
-    default:
-      return Pace(q.random() % 3);
-  }
-}
-
-// After how many calls of the host the next piece may begin.
-uint64_t drawn(World& w, Queue& q) {
-  const auto most = w.schedule.most_held_ops;
-  if (most == 0)
-    return 0;
-  if (q.num_of_pace == 0) {
-    q.pace = drawn_pace(w.schedule.seed, q);
-    q.num_of_pace = 1 + q.random() % 48;
-  }
-  --q.num_of_pace;
-  if (q.pace == Pace::mixed)
-    return q.random() % (most + 1);
-  return q.pace == Pace::late ? most : 0;
 }
 
 void want(Queue& q, uint64_t seq) {
@@ -137,7 +103,7 @@ Clock::time_point after(Clock::time_point time, double seconds) {
 void await_turn(World& w, Queue& q, std::unique_lock<std::mutex>& lock) {
   const Piece& piece = q.pieces.front();
   const Mark before = piece.before;
-  q.begins_at = piece.tick + drawn(w, q);
+  q.begins_at = piece.tick + q.delays.draw(w.schedule, q.id == 0);
   const auto latest = after(piece.time, w.schedule.held_seconds);
   const auto earliest =
       q.begins_at > piece.tick ? after(piece.time, w.schedule.late_seconds) : piece.time;
@@ -288,8 +254,7 @@ void set_schedule(Schedule schedule) {
   w.schedule = schedule;
   for (auto& queues : w.queues)
     for (auto& q : queues) {
-      q.random.seed(schedule.seed * 1000003 + q.device * 101 + q.id);
-      q.num_of_pace = 0;
+      q.delays = Delays(schedule.seed * 1000003 + q.device * 101 + q.id);
       q.wake.notify_one();
     }
 }

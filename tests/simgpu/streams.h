@@ -1,6 +1,8 @@
 // Streams of the simulated GPU: queues of work, each with a thread that does it.
 #pragma once
 
+#include "schedule.h"
+
 #include <c10/core/Stream.h>
 
 #include <cstdint>
@@ -22,19 +24,6 @@ struct Queue;
 struct Mark {
   Queue* queue = nullptr;
   uint64_t seq = 0;
-};
-
-// When queued work may begin. A piece is held until the host has made some more calls
-// (drawn: `most_held_ops` at most), or `held_seconds` have passed since it was queued, or
-// somebody waits for it, and then not before `late_seconds` if it is held at all. With 0
-// calls it begins as soon as the thread is free. Seeds differ in kind, too
-// (modulo 4): 0 mixes; 1 makes default streams late, 2 the others; 3 makes each of them
-// late for a while, then prompt.
-struct Schedule {
-  uint64_t seed = 0;
-  uint64_t most_held_ops = 0;
-  double held_seconds = 0;
-  double late_seconds = 0;
 };
 
 Queue& queue_at(int device, int id);

@@ -240,3 +240,10 @@ def test_streams_come_from_a_pool(simgpu: SimGpu) -> None:
     ids = [torch.Stream(GPU).stream_id for _ in range(33)]
     assert ids[0] == ids[32]
     assert len(set(ids)) == 32
+
+
+def test_indices_of_the_host_are_waited_for(simgpu: SimGpu) -> None:
+    tensor = torch.arange(4, device=GPU)
+    picked = tensor[torch.tensor([3, 1])]
+    assert simgpu.syncs() == {"copy": 1}
+    assert picked.tolist() == [3, 1]

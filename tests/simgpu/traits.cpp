@@ -49,7 +49,7 @@ Traits examine(const c10::OperatorHandle& op) {
   for (const auto& result : schema.returns()) {
     int of = -1;
     if (const auto* alias = result.alias_info()) {
-      TORCH_CHECK(alias->isWrite(), "simgpu: ", found.name, " is a view it does not know");
+      TORCH_CHECK(alias->isWrite(), "simgpu: no such view: ", found.name);
       for (size_t i = 0; i < arguments.size(); ++i)
         if (const auto* other = arguments[i].alias_info();
             other && other->beforeSets() == alias->beforeSets())
