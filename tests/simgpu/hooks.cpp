@@ -217,6 +217,7 @@ at::Generator& cpu_generator(const at::Generator& generator) {
 void register_hooks() {
   static c10::impl::DeviceGuardImplRegistrar guard(kType, new Guard());
   at::RegisterPrivateUse1HooksInterface(new Hooks());
+  pinned_allocator();
   at::globalContext().lazyInitDevice(kType);
 }
 

@@ -3,6 +3,7 @@
 // (where the owner has to wait).
 #include "memory.h"
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/util/Exception.h>
 #include <unistd.h>
 
@@ -82,7 +83,21 @@ void give_pinned_back(void* address) {
     std::memset(at, kPoison, range.size);
 }
 
-struct PinnedAllocator final : c10::Allocator {
+void free_unused() {
+  std::lock_guard lock(ranges().lock);
+  auto& all = ranges().all;
+  for (auto it = all.begin(); it != all.end();) {
+    const bool unused = !it->second.registered && !it->second.used;
+    if (unused && is_idle(it->second)) {
+      std::free(it->first);
+      it = all.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t n) override {
     void* at = n ? take_pinned(n) : nullptr;
     return {at, at, n ? &give_pinned_back : &nothing, c10::Device(c10::DeviceType::CPU)};
@@ -91,12 +106,28 @@ struct PinnedAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t n) const override {
     std::memcpy(to, from, n);
   }
+  bool record_event(void* address, void*, c10::Stream stream) override {
+    record_pinned_use(address, end_of(queue_of(stream)));
+    return true;
+  }
+  void empty_cache() override {
+    free_unused();
+  }
+  at::HostStats get_stats() override {
+    return {};
+  }
+  void reset_accumulated_stats() override {}
+  void reset_peak_stats() override {}
 };
 
 } // namespace
 
 c10::Allocator& pinned_allocator() {
-  static auto* found = new PinnedAllocator();
+  static auto* found = [] {
+    auto* made = new PinnedAllocator();
+    at::setHostAllocator(kType, made);
+    return made;
+  }();
   return *found;
 }
 

@@ -71,6 +71,13 @@ def test_pinned_memory_is_not_used_again_while_a_copy_reads_it(simgpu: SimGpu) -
     assert torch.empty(4, pin_memory=True).data_ptr() == address
 
 
+def test_pinned_memory_that_is_not_used_is_given_back(simgpu: SimGpu) -> None:
+    pinned = torch.ones(4).pin_memory()
+    del pinned
+    torch.accelerator.empty_host_cache()
+    assert torch.ones(4).pin_memory().is_pinned()
+
+
 def test_registered_memory_is_pinned_until_it_is_unregistered(simgpu: SimGpu) -> None:
     runtime = torch.get_device_module("simgpu").cudart()
     host = mapped(2 * PAGE)
