@@ -35,6 +35,9 @@ from hypothesis import HealthCheck, settings
 import forked_python
 import kernel_aio
 from checkpoints import random_tensor, write_checkpoint
+from sim_child import pytest_runtest_logreport, pytest_runtest_protocol, simgpu
+
+__all__ = ["pytest_runtest_logreport", "pytest_runtest_protocol", "simgpu"]
 
 # Nor is what it can do: jobs choose the same on every computer.
 MACHINE = """

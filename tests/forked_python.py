@@ -22,6 +22,8 @@ _PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "penstock.offload.cli",
     "penstock.offload.engine.build",
+    "hypothesis",
+    "pytest",
 )
 context = multiprocessing.get_context("forkserver")
 
