@@ -57,7 +57,7 @@ _CACHE.mkdir()
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 torch.set_num_threads(1)
-# Of who runs the tests in a shell's background; those that stop a job by it would fail.
+# A shell ignores SIGINT for background jobs; tests that stop a job by it would fail.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

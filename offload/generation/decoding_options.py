@@ -225,7 +225,7 @@ def _configured(
     try:
         config.validate()
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"these options do not go together: {error}") from error
+        raise UsageError(f"these options cannot be combined: {error}") from error
     if config.do_sample and config.temperature == 0:
         raise UsageError(
             "the model's generation_config.json asks to sample at temperature 0, which "
@@ -237,8 +237,8 @@ def _configured(
 def _refuse_unused(values: Mapping[str, Any]) -> None:
     if values.get("max_length") is not None:
         raise UsageError(
-            "max_length would count the prompt, too: say by max_new_tokens how many "
-            "tokens may follow"
+            "max_length would also count the prompt: set max_new_tokens, the number of "
+            "new tokens"
         )
     for key, why in _NOT_HERE.items():
         if values.get(key):

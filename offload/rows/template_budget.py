@@ -49,7 +49,7 @@ def template_budget(
 
     def check() -> None:
         if _resident_bytes(memory) > most_bytes:
-            raise Stopped("it makes text without end")
+            raise Stopped("it makes too much text")
         if time.thread_time() > end:
             raise Stopped(f"it runs for more than {max_seconds:g} s")
 

@@ -36,7 +36,7 @@ def check_step(name: str, values: Mapping[str, Any], most: int) -> None:
         case _:
             made = 0
     if made > most:
-        raise Stopped("it makes text without end")
+        raise Stopped("it makes too much text")
 
 
 def _made_by(method: Any, args: tuple[Any, ...]) -> int:

@@ -94,16 +94,16 @@ def _kv(policy: "Policy") -> Iterator[Problem]:
         for name in ("limits", "staging_memory"):
             if name in kv.model_fields_set and getattr(kv, name) not in ({}, "auto"):
                 yield Problem(
-                    f"kv.{name} bounds what nobody keeps: the cache is transformers' "
-                    "own while kv.tier is auto; set kv.tier to device, host or disk",
+                    f"kv.{name} has no effect while kv.tier is auto, since "
+                    "transformers keeps the cache: set kv.tier to device, host or disk",
                     (("kv", name),),
                     is_key=True,
                 )
         return
     if kv.attention == "host" and kv.dtype != "auto":
         yield Problem(
-            "kv.attention: host reads keys and values where they lie, but kv.dtype: "
-            f"{kv.dtype} keeps something else: leave one of the two out",
+            "kv.attention: host reads keys and values where they are stored, and "
+            f"cannot read kv.dtype: {kv.dtype}: leave one of the two out",
             (("kv", "attention"), ("kv", "dtype")),
         )
     asked = Tier.DEVICE if kv.tier == "auto" else kv.tier
@@ -170,8 +170,8 @@ def on_host(policy: "Policy") -> Iterator[tuple[KeyPath, int]]:
 def _others(policy: "Policy") -> Iterator[Problem]:
     if policy.host_shared and policy.host_memory is None:
         yield Problem(
-            "host_shared shares what stays in host memory, and nothing does: set "
-            "host_memory, or take host_shared out",
+            "host_shared has no effect, since no weights stay in host memory: set "
+            "host_memory, or leave host_shared out",
             (("host_shared",),),
         )
     if policy.compile and policy.coalesce == "on":

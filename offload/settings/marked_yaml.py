@@ -160,7 +160,7 @@ class _Walk:
                 line = first[key].start_mark.line + 1
                 raise self.wrong(
                     key_node,
-                    f"{key!r} stands here a second time, after line {line}; take one "
+                    f"{key!r} is here a second time, after line {line}; take one "
                     "of them out",
                 )
             first[key] = key_node

@@ -70,7 +70,7 @@ def parse_bytes(value: int | str) -> int:
         raise ValueError(f"{value!r} must be more than 0")
     if nbytes >= _MAX_BYTES:
         raise ValueError(
-            "that is more than any machine has: write less than 8388608TiB"
+            "this is more than any machine has: write less than 8388608TiB"
         )
     return nbytes
 

@@ -17,8 +17,8 @@ from penstock.io.kv.shape import KvShape
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-# Of the largest element of a group (int8), or of the element itself (fp8); and what
-# rounding the scale and the result to 16 bits adds.
+# The largest error, relative to the largest element of a group (int8) or to the element
+# itself (fp8), plus that of rounding the scale and the result to 16 bits.
 INT8 = 1 / 254 + 1 / 2048
 FP8 = 1 / 16 + 1 / 2048
 

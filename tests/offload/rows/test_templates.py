@@ -39,7 +39,7 @@ def test_a_chat_template_that_would_run_for_ever_is_stopped() -> None:
 def test_a_chat_template_that_makes_text_without_end_is_stopped() -> None:
     grow = "{% set text = namespace(it='x') %}{% for a in range(30) %}"
     grow += "{% set text.it = text.it ~ text.it %}{% endfor %}"
-    with pytest.raises(TemplateError, match="text without end"):
+    with pytest.raises(TemplateError, match="too much text"):
         _rendered(grow, max_growth_bytes=64 << 20)
 
 
@@ -70,7 +70,7 @@ LONG = "{% set x = 'a b,'|center(60000) %}{{ "
 def test_a_step_of_a_chat_template_that_would_take_all_memory_is_not_begun(
     template: str,
 ) -> None:
-    with hostile.limits(), pytest.raises(TemplateError, match="text without end"):
+    with hostile.limits(), pytest.raises(TemplateError, match="too much text"):
         _rendered(template, max_growth_bytes=200 << 20, max_seconds=60)
 
 

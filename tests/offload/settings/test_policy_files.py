@@ -72,11 +72,11 @@ def problems_of(path: Path, *settings: str) -> list[str]:
         ),
         (
             "device: cpu\nio:\n  depth: 4\ndevice: cuda\n",
-            "policy.yaml:4:1: 'device' stands here a second time, after line 1; take",
+            "policy.yaml:4:1: 'device' is here a second time, after line 1; take",
         ),
         (
             "io:\n  depth: 4\n  depth: 5\n",
-            "policy.yaml:3:3: 'depth' stands here a second time, after line 2",
+            "policy.yaml:3:3: 'depth' is here a second time, after line 2",
         ),
         ("device: [1\n", "policy.yaml:2:1: not valid YAML: "),
         ("- device\n", "policy.yaml:1:1: must hold keys and values, not a list or"),
@@ -116,10 +116,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         {"device": "cuda:0", "peer": {"cuda:0": 1}},
         "peer.cuda:0 is the device that computes",
     ),
-    ({"host_shared": True}, "nothing does: set host_memory, or take host_shared out"),
+    ({"host_shared": True}, "set host_memory, or leave host_shared out"),
     ({"compile": True, "coalesce": "on"}, "set coalesce: auto, or compile: false"),
     ({"kv": {"limits": {"host": 1}}}, "set kv.tier to device, host or disk"),
-    ({"kv": {"staging_memory": 1}}, "kv.staging_memory bounds what nobody keeps"),
+    ({"kv": {"staging_memory": 1}}, "kv.staging_memory has no effect while kv.tier"),
     (
         {"kv": {"tier": "host", "limits": {"device": 1}}},
         "kv.limits.device is never reached",

@@ -659,7 +659,7 @@ def test_a_chat_is_written_by_the_tokenizers_template(
     [
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 3, "temprature": 2}, "no option 'temprature'"),
-        ({"max_new_tokens": 3, "early_stopping": "x"}, "do not go together: .*early"),
+        ({"max_new_tokens": 3, "early_stopping": "x"}, "cannot be combined: .*early"),
         (
             {"max_new_tokens": 3, "stop": ["x" * 99_999]},
             "1 stop strings of up to 99999",

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 NUM_IDS = 40
 BROKEN = 33
 """Its embedding is NaN."""
-# Of several lengths, and with repetitions, so that what looks at ids finds some.
+# Several lengths, and repetitions, which processors that look at ids find.
 PROMPTS = ["1 2 3 1 2 3 1", "5 6", "7 8 9 10 11 12 13 14 15", "9", "2 4 2 4 2"]
 
 
