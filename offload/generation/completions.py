@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError, readable
 from ..model import engine_of
 from ..rows.limits import Limits
@@ -148,12 +149,12 @@ class Completions:
             torch.manual_seed(row_seed(*draws[0], 0))
             options["logits_processor"] = LogitsProcessorList([check] if check else [])
         found = self._model.generate(
-            ids.to(self._device),
-            attention_mask=mask.to(self._device),
+            queued_to(ids, self._device),
+            attention_mask=queued_to(mask, self._device),
             generation_config=way.config,
             stopping_criteria=criteria,
             **options,
-        )
+        ).cpu()
         if not way.is_one_by_one:
             start = ids.shape[1] if self._pads_left else 1
             ends = _ends_of(found, start, way, criteria)

@@ -99,11 +99,13 @@ class _Watched(StoppingCriteriaList):
         if self._check is not None and self._check.is_bad is not None:
             done |= self._check.is_bad  # their results are thrown away
         self._tick(sum(row not in ends.lengths for row in rows))
-        for place in done.nonzero().flatten().tolist():
-            row = rows[place]
-            if row not in ends.lengths:
+        # One copy for both: on a GPU it waits for the micro-batch's work.
+        for row, (is_done, is_own) in zip(
+            rows, torch.stack([done, by_itself], dim=1).tolist(), strict=True
+        ):
+            if is_done and row not in ends.lengths:
                 ends.lengths[row] = ends.num_steps
-                if by_itself[place]:
+                if is_own:
                     ends.stopped.add(row)
         if self._shrinks:
             left = [p for p, row in enumerate(rows) if row not in ends.lengths]
@@ -170,9 +172,9 @@ class Decoder:
             config.prefill_chunk_size = self.chunk_tokens
         sampler = RowSampler(self._seeds(len(input_ids)))
         each = len(input_ids) // len(self.draws)
-        starts = torch.tensor(self.starts, device=input_ids.device)
+        starts = [start for start in self.starts for _ in range(each)]
         keepers: list[Any] = [sampler]
-        keepers += unpadded(logits_processor, starts.repeat_interleave(each))
+        keepers += unpadded(logits_processor, starts, input_ids.device)
         if self.check is not None:
             logits_processor.insert(0, self.check)
             keepers.append(self.check)

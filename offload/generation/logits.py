@@ -58,8 +58,8 @@ class FiniteCheck:
         """The prompts that were noted so far."""
         flags, self.is_bad = self.is_bad, None
         if flags is not None:
-            places = flags.nonzero().flatten().tolist()
-            self._bad |= {self._prompts[place] for place in places}
+            found = zip(self._prompts, flags.tolist(), strict=True)
+            self._bad |= {prompt for prompt, is_bad in found if is_bad}
         return self._bad
 
 
@@ -90,17 +90,19 @@ class Unpadded:
         return found
 
 
-def unpadded(processors: list[Any], starts: torch.Tensor) -> list[Unpadded]:
+def unpadded(
+    processors: list[Any], starts: Sequence[int], device: torch.device
+) -> list[Unpadded]:
     """Replaces those of `processors` that look at ids by ones that do not see padding.
 
-    `starts`, int64 [rows], are the positions of the rows' first ids. Returns the new
-    ones.
+    `starts` are the positions of the rows' first ids, which are on `device`. Returns
+    the new ones.
     """
     found: list[Unpadded] = []
-    if not starts.any():
+    if not any(starts):
         return found
     for place, processor in enumerate(processors):
         if type(processor).__name__ in FILLS:
-            found.append(Unpadded(processor, starts))
+            found.append(Unpadded(processor, torch.tensor(starts, device=device)))
             processors[place] = found[-1]
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.labels import Label, Labelled, tokenize_labels
@@ -160,7 +161,7 @@ class ClassifyRunner:
             start = longest - len(row) if left else 0
             ids[index, start : start + len(row)] = torch.tensor(row)
             mask[index, start : start + len(row)] = 1
-        return ids.to(self._device), mask.to(self._device)
+        return queued_to(ids, self._device), queued_to(mask, self._device)
 
     def result(self, row: _Row) -> dict[str, Any]:
         logprobs = [row.logprobs[number] for number in range(len(row.labels))]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 import torch
 
+from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.limits import limits_of
@@ -105,8 +106,8 @@ class EmbedRunner:
     def run(
         self, pieces: Sequence[RowPiece[_Row]], ids: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        mask = mask.to(self._device)
-        inputs = {"input_ids": ids.to(self._device), "attention_mask": mask}
+        mask = queued_to(mask, self._device)
+        inputs = {"input_ids": queued_to(ids, self._device), "attention_mask": mask}
         hidden = self._base(**inputs).last_hidden_state
         for piece, vector in zip(pieces, self._pool(hidden, mask).cpu(), strict=True):
             piece.row.vector = vector

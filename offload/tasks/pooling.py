@@ -120,7 +120,7 @@ def _max(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return hidden[torch.arange(len(mask)), mask.sum(1) - 1]
+    return hidden[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
 
 
 _POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

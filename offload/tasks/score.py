@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.limits import limits_of
@@ -112,7 +113,8 @@ class ScoreRunner:
         self, pieces: Sequence[_Window], ids: torch.Tensor, mask: torch.Tensor
     ) -> None:
         found = self._scorer.log_probabilities(
-            ids.to(self._device), None if mask.all() else mask.to(self._device)
+            queued_to(ids, self._device),
+            None if mask.all() else queued_to(mask, self._device),
         ).cpu()
         for window, logprobs in zip(pieces, found, strict=True):
             part = logprobs[window.scored - 1 : len(window.ids) - 1]
