@@ -16,7 +16,7 @@ from ..model import engine_of
 from ..rows.limits import Limits
 from ..rows.row_error import RowError
 from .decoding import Decoder, RowEnds, row_seed
-from .decoding_options import DecodingOptions, criteria_of, way_of
+from .decoding_options import NOT_HERE, DecodingOptions, criteria_of, way_of
 from .logits import FiniteCheck
 from .row_sampling import RowSampling
 
@@ -76,16 +76,19 @@ class Completions:
         self._ways: dict[RowSampling, DecodingOptions] = {}
 
     @contextmanager
-    def stop_strings_taken_over(self) -> Iterator[None]:
-        """Removes the stop strings from the model's generation config meanwhile.
+    def defaults_taken_over(self) -> Iterator[None]:
+        """Removes from the model's generation config meanwhile what Penstock does
+        itself, or leaves out.
 
-        `generate` would use them in addition to Penstock's, and would need a tokenizer
-        for that.
+        transformers' `generate` takes from there what its options leave open. It would
+        use stop strings in addition to Penstock's, and would need a tokenizer for that.
         """
         before = self._model.generation_config
-        if before.stop_strings:
+        removed = [k for k in ("stop_strings", *NOT_HERE) if getattr(before, k, None)]
+        if removed:
             self._model.generation_config = copy.deepcopy(before)
-            self._model.generation_config.stop_strings = None
+            for key in removed:
+                setattr(self._model.generation_config, key, None)
         try:
             yield
         finally:

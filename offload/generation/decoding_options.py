@@ -71,7 +71,7 @@ _ANY = frozenset(
 _MOST_SEQUENCES = 10_000
 _MOST_PLACES = 1 << 25
 _TOKEN_CHARACTERS = 8
-_NOT_HERE = {
+NOT_HERE = {
     "max_time": "a completion would depend on the clock, and not be made again",
     "assistant_early_exit": "a model cannot leave layers out that are streamed",
     "dola_layers": "it needs what layers in between give",
@@ -240,7 +240,7 @@ def _refuse_unused(values: Mapping[str, Any]) -> None:
             "max_length would also count the prompt: set max_new_tokens, the number of "
             "new tokens"
         )
-    for key, why in _NOT_HERE.items():
+    for key, why in NOT_HERE.items():
         if values.get(key):
             raise UsageError(f"{key} is not used here: {why}; leave it out")
     for key in _OUTPUTS:
@@ -263,7 +263,7 @@ def _leave_out(
     transformers keeps or returns things, and notes them."""
     # transformers replaces None by what the file says.
     instead = {"cache_implementation": "dynamic", "return_dict_in_generate": False}
-    instead |= dict.fromkeys(_NOT_HERE)
+    instead |= dict.fromkeys(NOT_HERE)
     for key in (*instead, *_OUTPUTS):
         value = getattr(config, key, None)
         if value and key not in values:

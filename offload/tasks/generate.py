@@ -144,7 +144,7 @@ class GenerateRunner:
         # A compiled block cannot stop inside to wait for other micro-batches.
         coalesce = None if self._engine.policy.compile else True
         with (
-            self._completions.stop_strings_taken_over(),
+            self._completions.defaults_taken_over(),
             self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep,
         ):
             for outcome in sweep.run(self._complete, self._micro_batches(parts)):

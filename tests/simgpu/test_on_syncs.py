@@ -12,8 +12,7 @@ from checkpoint import make_checkpoint
 from nets import Net, batches, make, same, serially
 from on_device import GPU, TIERS
 from penstock import Policy
-from penstock.offload.tasks.generate import GenerateProgress
-from penstock.offload.tasks.score import ScoreProgress
+from penstock.offload.tasks.task_progress import GenerateProgress, ScoreProgress
 from sim_device import SimGpu
 from test_on_tasks import PROMPTS, ROWS, SMALL
 
