@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -234,6 +235,14 @@ def test_all_folders_are_in_the_order(floor: str) -> None:
     folders = {path.parent for path in FILES if floor_at(path) == floor}
     names = [folder.relative_to(ROOT / floor).as_posix() for folder in folders]
     assert sorted(names) == sorted(name or "." for name in ORDER[floor])
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_contributors_are_told_the_same_order(floor: str) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, _, table = text.partition(f"| `{floor}/` |")
+    rows = re.findall(r"^\| (?:`(\w+)/`|files beside)", table.split("\n\n")[0], re.M)
+    assert tuple(rows) == (ORDER[floor] if "" in rows else ORDER[floor][:-1])
 
 
 def test_faces_are_there() -> None:

@@ -3,6 +3,7 @@
 A codec stands between the *stored image* of a unit (the bytes that lie in files) and
 its *slot image* (the parameters that modules see). `Codec` (codec) is the contract.
 `Cast` (cast) copies elements and changes their dtype; `Computed` (computed) calls a
-function on whole tensors. A recipe names the codec of each of its slices, so the code
-that reads, places and moves bytes never asks which one it is.
+function on whole tensors. A recipe names the codec of each of its slices. The code that
+reads, places and moves bytes only asks whether it is `CAST`: then both images may be
+equal, and bytes are read straight into place.
 """

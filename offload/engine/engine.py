@@ -165,7 +165,8 @@ class Engine:
 
     @property
     def first_unit_at(self) -> float | None:
-        """When the first site began to compute (`time.perf_counter`); None before."""
+        """When the weights of the first site were there and it began to compute
+        (`time.perf_counter`); None before."""
         return self._entry.first_visit_at
 
     @property

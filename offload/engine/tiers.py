@@ -1,7 +1,7 @@
 """Opens the tiers that hold a model's weights, and the links from them into slots.
 
-Only this file opens tiers. `Binding` (weights) is given the host tier, and binds its
-units where they lie.
+Only this file opens tiers of weights. `Binding` (weights) is given the host tier, and
+binds its units where they lie.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +103,7 @@ class Tiers(Closing):
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
         """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
+        # Units that stay on the device have no link: they come from disk, once.
         start = self._loads.get(self.placement[unit], self._loads[Tier.DISK])
         return start(unit, offset, after)
 
