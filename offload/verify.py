@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..io.codecs.cast import Cast
+from ..io.codecs.computed import Computed
 from ..io.errors import UsageError
 from ..io.weights.recipe import Recipe
 from ..scheduler.sweep.module_state import ModuleState
@@ -76,6 +78,7 @@ def verify(
         fits = 2 * engine.statistics().model_bytes < available_bytes()
         # transformers would apply an adapter in this folder.
         fits = fits and not (Path(path) / CONFIG_FILE).exists()
+        fits = fits and not _is_quantised(engine)  # transformers would not dequantise
         resident = _resident(model, path) if fits else None
         name = "transformers' own loading" if fits else "safetensors, unit by unit"
         result = Verification(name, num_sites=len(engine.model_division.sites))
@@ -235,6 +238,12 @@ def _resident(model: Any, path: str | Path) -> Any:
         **loading(engine_of(model).policy.trust_remote_code),
     )
     return loaded.train(False)
+
+
+def _is_quantised(engine: Engine) -> bool:
+    """Whether a codec knows what the files hold, and transformers has to be told."""
+    codecs = [p.codec for recipe in engine.recipes.values() for p in recipe.slices]
+    return not all(isinstance(codec, Cast | Computed) for codec in codecs)
 
 
 def _from_model(resident: Any) -> Reference:

@@ -28,6 +28,7 @@ from .hf_config import (
 )
 from .hf_names import make_recipes
 from .placeholder import absent_parameter
+from .quantizer import dequantizer_of, prepare
 from .stored import check_readable, stored_dtype, unused_words
 from .trust import unused_code
 
@@ -57,13 +58,16 @@ def build(
     folder = checkpoint.folder
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=len(checkpoint.entries))
+    quantizer = dequantizer_of(config, folder)
     model_class = model_class_of(config, folder, trust_remote_code)
     model_dtype = _choose_dtype(config, checkpoint, dtype)
     _set_dtype(config, model_dtype)
     config.name_or_path = str(folder)
     with of_config(folder):
         model = _on_meta(model_class, config, model_dtype, trust_remote_code)
-    recipes, unknown = make_recipes(model, checkpoint, model_dtype)
+        if quantizer is not None:
+            prepare(model, quantizer, model_dtype)
+    recipes, unknown = make_recipes(model, checkpoint, model_dtype, quantizer)
     check_readable(recipes.values(), checkpoint)
     with of_config(folder):
         notes = _finish(model, recipes, unknown, checkpoint)
@@ -82,6 +86,11 @@ def state_on_meta(
     """
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=10_000)  # of the largest models
+    if dequantizer_of(config, folder) is not None:
+        raise UsageError(
+            f"{folder} is quantised and has no weights: config.json alone does not say "
+            "how many bytes they have; download the weights, too"
+        )
     model_class = model_class_of(config, folder, trust_remote_code)
     _set_dtype(config, dtype)
     with of_config(folder):

@@ -78,11 +78,6 @@ def check_layers(config: Any, folder: Path, *, num_tensors: int) -> None:
 def model_class_of(
     config: Any, folder: Path, is_trusted: bool
 ) -> type[PreTrainedModel]:
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(
-            f"{folder} is quantised ({config.quantization_config}); this version "
-            "streams unquantised checkpoints only"
-        )
     names = config.architectures or []
     code = trust.own_code(read_json_object(folder / "config.json")) or ""
     if code and is_trusted and (found := _own_class(config, folder, names)):

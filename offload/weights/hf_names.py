@@ -4,12 +4,7 @@ transformers renames, merges and splits tensors when it loads them. Its own mapp
 used here, so each checkpoint that it can load is loaded in the same way.
 """
 
-import contextlib
-import re
-import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,39 +17,34 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
-from ...io.errors import CheckpointError, ClosedError
-from ...io.weights.recipe import Recipe, TensorSlice, View, computed, plain
+from ...io.weights.recipe import Recipe, plain
+from .conversions import Target, check_shape, converted
+from .dequantising import Dequantising, is_dequantised
 from .dtype_plan import DtypePlan
 
 
-@dataclass
-class _Target:
-    """A group of the model's tensors that is made from a group of stored ones."""
-
-    converter: Any
-    sources: dict[str, list[TensorEntry]]
-    """The stored tensors, by the converter's source pattern, in transformers' order."""
-
-
 def make_recipes(
-    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantizer: Any = None,
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
     """How to make each parameter and persistent buffer of `model` from `checkpoint`.
 
     Returns the recipes, by name in the model, for all tensors that the checkpoint
     holds; and the stored tensors that the model does not have: their names in the
-    files, by the names that they would have in the model.
+    files, by the names that they would have in the model. `quantizer` is transformers'
+    own (see `dequantizer_of`), if the checkpoint is quantised.
     """
     state: dict[str, torch.Tensor] = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     dtypes = DtypePlan(model, dtype)
     recipes: dict[str, Recipe] = {}
-    targets: dict[str, _Target] = {}
+    targets: dict[str, Target] = {}
     unknown: dict[str, str] = {}
     for stored in sorted(checkpoint.entries, key=dot_natural_key):
         entry = checkpoint.entries[stored]
@@ -67,222 +57,18 @@ def make_recipes(
             continue
         if pattern is None:
             recipes[name] = plain(entry, name=name, dtype=dtypes.of(name, state[name]))
-            _check_shape(recipes[name], state[name], entry)
+            check_shape(recipes[name], state[name], entry)
         else:
             target = targets.setdefault(
-                name, _Target(by_pattern[pattern], defaultdict(list))
+                name, Target(by_pattern[pattern], defaultdict(list))
             )
             target.sources[pattern].append(entry)
+    dequantising = Dequantising(model, state, dtypes)
     for name, target in targets.items():
-        for recipe in _converted(model, name, target, state, dtypes):
-            recipes[recipe.name] = recipe
+        if is_dequantised(target):
+            made = dequantising.recipes_of(name, target)
+        else:
+            made = converted(model, name, target, state, dtypes)
+        recipes.update((recipe.name, recipe) for recipe in made)
     used = {entry.name for recipe in recipes.values() for entry in recipe.entries}
     return recipes, {name: s for name, s in unknown.items() if s not in used}
-
-
-def _check_shape(recipe: Recipe, meta: torch.Tensor, entry: TensorEntry) -> None:
-    if recipe.shape != tuple(meta.shape):
-        raise CheckpointError(
-            f"{entry.path}, tensor {entry.name!r} has shape {list(entry.shape)}, but "
-            f"the model's {recipe.name!r} has {list(meta.shape)}: config.json is of "
-            "another model"
-        )
-
-
-# Conversions. If views suffice, bytes are copied to their places; else transformers'
-# own function converts tensors.
-
-
-class _Meta(torch.Tensor):
-    """A meta tensor that claims to be contiguous.
-
-    So transformers' operations return views of it, whose strides tell where every
-    element goes.
-    """
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> "_Meta":
-        return self
-
-
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(_Meta)
-
-
-def _converted(
-    model: PreTrainedModel,
-    name: str,
-    target: _Target,
-    state: Mapping[str, torch.Tensor],
-    dtypes: DtypePlan,
-) -> list[Recipe]:
-    """The recipes of all tensors of the model that `target`'s converter makes."""
-    for attempt in (_merged, _cut):
-        # If an operation is not a view, these ways fail with various errors. The last
-        # way always works.
-        with contextlib.suppress(Exception):
-            pieces = attempt(model, name, target, state)
-            return [
-                Recipe(
-                    made,
-                    tuple(state[made].shape),
-                    dtypes.of(made, state[made]),
-                    tuple(parts),
-                )
-                for made, parts in pieces.items()
-            ]
-    return list(_by_function(model, name, target, state, dtypes))
-
-
-def _run(
-    operations: list[Any],
-    tensors: dict[str, Any],
-    converter: Any,
-    model: PreTrainedModel,
-    name: str,
-) -> dict[str, Any]:
-    for operation in operations:
-        tensors = operation.convert(
-            tensors,
-            source_patterns=converter.source_patterns,
-            target_patterns=converter.target_patterns,
-            full_layer_name=name,
-            model=model,
-            config=model.config,
-            missing_keys=None,
-        )
-    return tensors
-
-
-def _merged(
-    model: PreTrainedModel,
-    name: str,
-    target: _Target,
-    state: Mapping[str, torch.Tensor],
-) -> dict[str, list[TensorSlice]]:
-    """Slices of many stored tensors that fill one tensor.
-
-    The reverse operations, run on a meta parameter, return the view of it that each
-    stored tensor fills.
-    """
-    meta = state[name]
-    whole = _meta(tuple(meta.shape), meta.dtype)
-    reverse = target.converter.reverse_transform()
-    views = _run(
-        reverse.operations, {reverse.source_patterns[0]: [whole]}, reverse, model, name
-    )
-    pieces: list[TensorSlice] = []
-    for pattern, entries in target.sources.items():
-        found = [
-            (int(match[1]) if match.groups() else 0, view)
-            for key, view in views.items()
-            if (match := re.fullmatch(_numbered(pattern), key.replace("\\.", ".")))
-        ]
-        found.sort(key=lambda item: item[0])
-        for entry, (_, view) in zip(entries, found, strict=True):
-            view = view[0] if isinstance(view, list) else view
-            pieces.append(
-                TensorSlice(entry, View.whole(entry.shape), _view_of(view, whole))
-            )
-            _check_piece(pieces[-1])
-    if sum(piece.target.numel for piece in pieces) != meta.numel():
-        raise ValueError(f"{name} is not filled")
-    return {name: pieces}
-
-
-def _numbered(pattern: str) -> str:
-    """A regex for the full names that match a pattern of transformers, which may write
-    a dot as "." or "\\."."""
-    plain_dots = pattern.replace("\\.", ".")
-    return re.escape(plain_dots).replace(r"\*", r"(\d+)")
-
-
-def _cut(
-    model: PreTrainedModel,
-    name: str,
-    target: _Target,
-    state: Mapping[str, torch.Tensor],
-) -> dict[str, list[TensorSlice]]:
-    """Slices of one stored tensor that fill many tensors.
-
-    The operations, run on a meta tensor, return views of the stored tensor.
-    """
-    ((pattern, (entry,)),) = target.sources.items()
-    whole = _meta(entry.shape, entry.dtype)
-    converter = target.converter
-    views = _run(converter.operations, {pattern: [whole]}, converter, model, name)
-    pieces = {}
-    for key, view in _full_names(name, views).items():
-        view = view[0] if isinstance(view, list) else view
-        shape = tuple(state[key].shape)
-        pieces[key] = [TensorSlice(entry, _view_of(view, whole), View.whole(shape))]
-        _check_piece(pieces[key][0])
-    return pieces
-
-
-def _by_function(
-    model: PreTrainedModel,
-    name: str,
-    target: _Target,
-    state: Mapping[str, torch.Tensor],
-    dtypes: DtypePlan,
-) -> Iterator[Recipe]:
-    """Recipes that call transformers' own conversion at each load.
-
-    It gets the stored tensors, cast to their dtype first, as in transformers.
-    """
-    entries = tuple(e for group in target.sources.values() for e in group)
-    first = dtypes.of(name, state[name])
-    metas = {
-        pattern: [_plain_meta(e, first) for e in group]
-        for pattern, group in target.sources.items()
-    }
-    converter = target.converter
-    made = _full_names(name, _run(converter.operations, metas, converter, model, name))
-    # The converting threads must not keep the model alive.
-    weak = weakref.ref(model)
-    for key in made:
-        if key not in state:
-            raise CheckpointError(f"{name}: transformers converts it to unknown {key}")
-
-        def compute(stored: Mapping[str, torch.Tensor], key: str = key) -> torch.Tensor:
-            tensors = {
-                pattern: [stored[e.name].to(first) for e in group]
-                for pattern, group in target.sources.items()
-            }
-            there = weak()
-            if there is None:
-                raise ClosedError(f"the model of {name!r} is gone")
-            results = _run(converter.operations, tensors, converter, there, name)
-            result = _full_names(name, results)[key]
-            tensor = result[0] if isinstance(result, list) else result
-            assert isinstance(tensor, torch.Tensor)
-            return tensor
-
-        shape = tuple(state[key].shape)
-        yield computed(key, shape, dtypes.of(key, state[key]), compute, entries)
-
-
-def _plain_meta(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(entry.shape, dtype=dtype, device="meta")
-
-
-def _full_names(name: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes the names in `tensors`, which operations return by pattern, with the
-    prefix and suffix of `name`."""
-    full = name.replace("*.", "0.")
-    for key in tensors:
-        if key in full:
-            prefix, _, suffix = full.partition(key)
-            return {prefix + k + suffix: v for k, v in tensors.items()}
-    return dict(tensors)
-
-
-def _view_of(view: torch.Tensor, whole: torch.Tensor) -> View:
-    if view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
-        raise ValueError("no view")
-    return View.of(view)
-
-
-def _check_piece(piece: TensorSlice) -> None:
-    if piece.source.shape != piece.target.shape:
-        raise ValueError(f"{piece.entry.name}: {piece.source} does not fill its place")

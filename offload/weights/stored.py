@@ -16,14 +16,15 @@ _NUM_EXAMPLES = 3
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype of the first floating tensor, by name, in the first file, by name; None
-    if there is none.
+    """The dtype of the first floating tensor of more than 8 bits, by name, in the first
+    file, by name; None if there is none.
 
     transformers uses it if the config names no dtype.
     """
     first = min((entry.path for entry in checkpoint.entries.values()), default=None)
     here = (e for _, e in sorted(checkpoint.entries.items()) if e.path == first)
-    return next((e.dtype for e in here if e.dtype.is_floating_point), None)
+    floats = (e.dtype for e in here if e.dtype.is_floating_point)
+    return next((dtype for dtype in floats if dtype.itemsize > 1), None)
 
 
 def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:

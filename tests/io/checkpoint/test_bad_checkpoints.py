@@ -182,9 +182,9 @@ DAMAGES: dict[str, tuple[Damage, type[PenstockError], list[str]]] = {
         ["config.json", "LlamaConfig"],
     ),
     "quantised": (
-        lambda f: change_config(f, quantization_config={"quant_method": "fp8"}),
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),
         UsageError,
-        ["is quantised", "fp8"],
+        ["is quantised (gptq)", "take a release in FP8"],
     ),
     "missing_tensor": (
         lambda f: drop_tensors(f, "layers.1.mlp.up_proj"),

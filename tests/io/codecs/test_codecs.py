@@ -27,21 +27,26 @@ from recipes import write_packed
 ROWS, COLUMNS = 50, 6
 
 
-def decode_of(codec: Codec, tensors: Sequence[torch.Tensor]) -> Decode:
-    """The decode of tensors that lie in one file each."""
+def decode_of(
+    codec: Codec,
+    tensors: Sequence[torch.Tensor],
+    shape: tuple[int, int] = (ROWS, COLUMNS),
+    dtype: torch.dtype = torch.float32,
+) -> Decode:
+    """The decode of tensors that lie in one file each, to a target of `shape`."""
     inputs = tuple(
         Input(Extent(Path(f"{i}"), 0, t.nbytes), t.dtype, View.whole(tuple(t.shape)))
         for i, t in enumerate(tensors)
     )
-    whole = View.whole((ROWS, COLUMNS))
-    return Decode(codec, inputs, 0, torch.float32, ROWS * COLUMNS, whole)
+    whole = View.whole(shape)
+    return Decode(codec, inputs, 0, dtype, whole.numel, whole)
 
 
 def in_parts(
     decode: Decode, tensors: Sequence[torch.Tensor], max_bytes: int
 ) -> tuple[torch.Tensor, list[int]]:
     """What `decode` makes of `tensors` in parts, and the bytes that each part read."""
-    result = torch.full((ROWS, COLUMNS), torch.nan)
+    result = torch.full(decode.target.shape, torch.nan, dtype=decode.target_dtype)
     sizes = []
     for inputs, rows in parts_of(decode, result, max_bytes):
         stored = []
@@ -52,6 +57,17 @@ def in_parts(
         decode.codec.decode(stored, rows)
         sizes.append(sum(each.extent.nbytes for each in inputs))
     return result, sizes
+
+
+def decoded_in_parts(
+    codec: Codec,
+    tensors: Sequence[torch.Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    max_bytes: int,
+) -> torch.Tensor:
+    """What `codec` makes of `tensors` in parts of at most about `max_bytes`."""
+    return in_parts(decode_of(codec, tensors, shape, dtype), tensors, max_bytes)[0]
 
 
 def scaled_tensors(rows_each: int) -> list[torch.Tensor]:

@@ -1,0 +1,148 @@
+"""Makes recipes of the weights of a quantised checkpoint."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from ...io.checkpoint.header import TensorEntry
+from ...io.errors import CheckpointError
+from ...io.weights.recipe import Recipe, View, plain
+from .conversions import Target, check_shape, converted, places_in
+from .dtype_plan import DtypePlan
+from .formats import Format, format_of, is_coded
+
+Parts = dict[str, TensorEntry]
+"""The stored tensors of one weight, by what they are: `weight`, `weight_scale_inv`."""
+
+
+def is_dequantised(target: Target) -> bool:
+    """Whether transformers' first operation on the stored tensors dequantises them.
+
+    It is, for all weights of a quantised checkpoint; some may be stored as they are.
+    """
+    operations = target.converter.operations
+    return bool(operations) and hasattr(operations[0], "hf_quantizer")
+
+
+class Dequantising:
+    """Knows how the weights of `model` (on meta) are made of quantised tensors."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        state: Mapping[str, torch.Tensor],
+        dtypes: DtypePlan,
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._dtypes = dtypes
+        self._plain: list[Any] | None = None
+
+    def recipes_of(self, name: str, target: Target) -> list[Recipe]:
+        """The recipes of what `target` makes, the tensor `name` among them.
+
+        Raises CheckpointError for stored tensors that are missing or do not go
+        together, and for what cannot be streamed.
+        """
+        operation, *others = target.converter.operations
+        kind = format_of(operation)
+        weights = _weights(target)
+        numbers = {
+            pattern: [_numbers(kind, parts) for parts in found.values()]
+            for pattern, found in weights.items()
+        }
+        found = [parts for group in weights.values() for parts in group.values()]
+        is_quantised = any(kind.is_quantised(parts) for parts in found)
+        for parts in found:
+            entry = _numbers(kind, parts)
+            if not kind.is_quantised(parts) and (is_quantised or is_coded(entry.dtype)):
+                raise CheckpointError(
+                    f"{entry.path}: {entry.name!r} is kept as {entry.dtype}, and the "
+                    f"files have no scales for it, which {name!r} needs: the "
+                    "checkpoint is incomplete; download or copy it again"
+                )
+        if not is_quantised:
+            return self._unquantised(name, numbers, is_converted=bool(others))
+        meta = self._state[name]
+        views = [View.whole(tuple(meta.shape))]
+        if others:
+            views = self._places(name, numbers)
+        pairs = zip(found, views, strict=True)
+        slices = tuple(kind.slice(parts, view) for parts, view in pairs)
+        dtype = self._dtypes.of(name, meta)
+        return [Recipe(name, tuple(meta.shape), dtype, slices)]
+
+    def _unquantised(
+        self,
+        name: str,
+        numbers: dict[str, list[TensorEntry]],
+        *,
+        is_converted: bool,
+    ) -> list[Recipe]:
+        if is_converted:
+            target = Target(self._converter(name, numbers), numbers)
+            return converted(self._model, name, target, self._state, self._dtypes)
+        ((entry,),) = numbers.values()
+        dtype = self._dtypes.of(name, self._state[name])
+        recipe = plain(entry, name=name, dtype=dtype)
+        check_shape(recipe, self._state[name], entry)
+        return [recipe]
+
+    def _places(
+        self, name: str, numbers: Mapping[str, list[TensorEntry]]
+    ) -> list[View]:
+        """The part of the tensor `name` that each weight fills."""
+        target = Target(self._converter(name, numbers), dict(numbers))
+        try:
+            places = places_in(self._model, name, target, self._state[name])
+        except Exception as error:
+            count = sum(map(len, numbers.values()))
+            raise CheckpointError(
+                f"{name} cannot be put together from {count} quantised tensors "
+                f"({error}): some are missing, or they are merged in a way that "
+                "cannot be streamed; take an unquantised release of the model"
+            ) from error
+        return [view for _, view in places]
+
+    def _converter(self, name: str, numbers: Mapping[str, list[TensorEntry]]) -> Any:
+        """The converter that the model has for unquantised weights."""
+        if self._plain is None:
+            mapping = get_model_conversion_mapping(self._model)
+            self._plain = [m for m in mapping if isinstance(m, WeightConverter)]
+        for converter in self._plain:
+            if numbers.keys() <= set(converter.source_patterns):
+                return converter
+        raise CheckpointError(
+            f"{name}: transformers {list(numbers)} has no conversion without scales"
+        )
+
+
+def _weights(target: Target) -> dict[str, dict[str, Parts]]:
+    """The stored tensors of `target`, by the source pattern of the unquantised weight,
+    and by the module that holds them: both in transformers' order."""
+    found: dict[str, dict[str, Parts]] = {}
+    for pattern, entries in target.sources.items():
+        prefix, dot, part = pattern.rpartition(".")
+        weights = found.setdefault(f"{prefix}{dot}weight", defaultdict(dict))
+        for entry in entries:
+            weights[entry.name.rpartition(".")[0]][part] = entry
+    order = {p: i for i, p in enumerate(target.converter.source_patterns)}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _numbers(kind: Format, parts: Parts) -> TensorEntry:
+    """The stored tensor of the weight itself, among its `parts`."""
+    for part in kind.numbers:
+        if part in parts:
+            return parts[part]
+    entry = next(iter(parts.values()))
+    raise CheckpointError(
+        f"{entry.path}: {entry.name!r} is there, but not the "
+        f"{' or '.join(kind.numbers)} beside it: the checkpoint is incomplete; "
+        "download or copy it again"
+    )

@@ -1,0 +1,55 @@
+"""Makes transformers' quantizer for a checkpoint, set to dequantise what it loads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...io.errors import CheckpointError, UsageError
+from ...io.user_errors import about
+
+_INSTEAD = "take a release in FP8 (quant_method fp8), or an unquantised one"
+
+
+def dequantizer_of(config: Any, folder: Path) -> Any:
+    """Transformers' quantizer for a checkpoint in `folder`; None if it is unquantised.
+
+    It says which stored tensors make a weight. Nothing of what it needs to compute with
+    quantised weights has to be installed. The `quantization_config` is taken out of
+    `config`: the model is none that computes with them. Raises UsageError for what
+    cannot be streamed.
+    """
+    found = config.__dict__.pop("quantization_config", None)
+    if found is None:
+        return None
+    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in ("fp8", "mxfp8"):
+        raise UsageError(
+            f"{folder} is quantised ({method or str(found)[:100]}), which this version "
+            f"does not stream: {_INSTEAD}"
+        )
+    with about(
+        f"{folder}/config.json, quantization_config", CheckpointError, every=True
+    ):
+        settings = AutoQuantizationConfig.from_dict(copy.deepcopy(found))
+        settings.dequantize = True
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    if getattr(settings, "modules_to_convert", None):
+        raise UsageError(
+            f"{folder} keeps embeddings quantised (modules_to_convert), which this "
+            f"version does not stream: {_INSTEAD}"
+        )
+    return quantizer
+
+
+def prepare(model: PreTrainedModel, quantizer: Any, dtype: torch.dtype) -> None:
+    """Makes the modules of `model` (on meta) those that `quantizer` loads, in
+    `dtype`."""
+    quantizer.preprocess_model(
+        model, dtype=dtype, device_map=None, checkpoint_files=None, config=model.config
+    )
+    quantizer.remove_quantization_config(model)

@@ -1,0 +1,93 @@
+"""Codecs of quantised weights make the same bits as one plain formula, in any parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_codecs import decoded_in_parts
+
+from checkpoints import random_floats, random_tensor, same_bits
+from penstock.io.codecs.fp8 import Fp8
+from penstock.io.codecs.tiles import ScaleBlocks
+
+SHAPES = [
+    ((300, 260), ScaleBlocks(128, 128)),  # the blocks at the edges are smaller
+    ((7, 33), ScaleBlocks(0, 33)),
+    ((64, 100), ScaleBlocks(1, 100)),
+    ((64, 64), ScaleBlocks(1, 32)),
+    ((13, 34), ScaleBlocks(3, 5)),
+    ((5, 70_001), ScaleBlocks(128, 128)),  # a row is more than a tile
+    ((3, 70_000), ScaleBlocks(1, 70_000)),
+]
+
+
+def spread(
+    scales: torch.Tensor, blocks: ScaleBlocks, shape: tuple[int, int]
+) -> torch.Tensor:
+    """The scale of each number of `shape`."""
+    rows, columns = shape
+    down = scales.repeat_interleave(blocks.rows or rows, 0)[:rows]
+    return down.repeat_interleave(blocks.columns, 1)[:, :columns]
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("shape", "blocks"), SHAPES)
+def test_8_bit_floats(
+    shape: tuple[int, int], blocks: ScaleBlocks, kind: torch.dtype, max_bytes: int
+) -> None:
+    weight = random_tensor(kind, shape)  # NaNs and infinities are among them
+    grid = blocks.grid(shape)
+    for stored in (torch.float32, torch.bfloat16):
+        scales = random_floats(stored, grid)
+        for rounding in {torch.float32, stored}:
+            factors = spread(scales.to(rounding), blocks, shape)
+            wanted = weight.to(rounding) * factors
+            for dtype in (torch.float32, torch.bfloat16):
+                found = decoded_in_parts(
+                    Fp8(blocks, rounding), [weight, scales], shape, dtype, max_bytes
+                )
+                assert same_bits(found.nan_to_num(1), wanted.to(dtype).nan_to_num(1))
+                assert torch.equal(found.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_that_are_exponents(kind: torch.dtype) -> None:
+    shape, blocks = (64, 64), ScaleBlocks(1, 32)
+    weight = random_floats(torch.float32, shape).to(torch.float8_e4m3fn)
+    scales = torch.arange(64 * 2, dtype=torch.uint8).view(64, 2) + 60
+    found = decoded_in_parts(
+        Fp8(blocks), [weight, scales.view(kind)], shape, torch.float32, 500
+    )
+    powers = 2.0 ** (scales.double() - 127)
+    wanted = weight.double() * spread(powers, blocks, shape)
+    assert same_bits(found, wanted.float())
+
+
+def test_a_target_with_strides() -> None:
+    shape, blocks = (30, 40), ScaleBlocks(16, 8)
+    weight = random_floats(torch.float32, shape).to(torch.float8_e4m3fn)
+    scales = random_floats(torch.float32, blocks.grid(shape))
+    found = torch.empty(40, 30, dtype=torch.bfloat16)
+    Fp8(blocks).decode([weight, scales], found.t())
+    wanted = (weight.float() * spread(scales, blocks, shape)).bfloat16()
+    assert same_bits(found, wanted.t().contiguous())
+
+
+def test_only_the_calling_thread_decodes() -> None:
+    """Each call of torch has fewer elements than it divides among threads."""
+    shape, blocks = (130, 4100), ScaleBlocks(128, 128)
+    weight = random_floats(torch.float32, shape).to(torch.float8_e4m3fn)
+    scales = random_floats(torch.float32, blocks.grid(shape))
+    target = torch.empty(shape)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        Fp8(blocks).decode([weight, scales], target)
+    sizes = [
+        torch.Size(shape).numel()
+        for event in profile.events() or ()
+        if event.name in ("aten::mul", "aten::copy_", "aten::index_select")
+        for shape in event.input_shapes
+        if shape
+    ]
+    assert sizes
+    assert max(sizes) < 32_768
