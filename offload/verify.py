@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..io.codecs.cast import Cast
 from ..io.codecs.computed import Computed
+from ..io.devices.accelerators import memory_of
 from ..io.errors import UsageError
 from ..io.weights.recipe import Recipe
 from ..scheduler.sweep.module_state import ModuleState
@@ -74,8 +75,8 @@ def verify(
     model = load(path, policy)
     try:
         engine = engine_of(model)
-        inputs = inputs or sample_inputs(model)
-        fits = 2 * engine.statistics().model_bytes < available_bytes()
+        inputs = tree_map(_to(engine.device), dict(inputs or sample_inputs(model)))
+        fits = _fits(engine)
         # transformers would apply an adapter in this folder.
         fits = fits and not (Path(path) / CONFIG_FILE).exists()
         fits = fits and not _is_quantised(engine)  # transformers would not dequantise
@@ -129,6 +130,22 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[:, :5]
     return inputs
+
+
+def _fits(engine: Engine) -> bool:
+    """Whether the resident model finds room beside the streamed one: in host memory,
+    which loads it, and on the device, which computes."""
+    nbytes = engine.statistics().model_bytes
+    on_device = True
+    if engine.device.type != "cpu":
+        free, _ = memory_of(str(engine.device))
+        on_device = 2 * nbytes < free
+    return on_device and 2 * nbytes < available_bytes()
+
+
+def _to(device: torch.device) -> Callable[[Any], Any]:
+    """Moves tensors, and leaves other values as they are."""
+    return lambda value: value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class _comparing:
@@ -237,7 +254,7 @@ def _resident(model: Any, path: str | Path) -> Any:
         use_safetensors=True,
         **loading(engine_of(model).policy.trust_remote_code),
     )
-    return loaded.train(False)
+    return loaded.train(False).to(engine_of(model).device)
 
 
 def _is_quantised(engine: Engine) -> bool:
@@ -255,7 +272,7 @@ def _from_files(engine: Engine) -> Reference:
     """Reads one tensor at a time with the safetensors library."""
 
     def reference(name: str) -> torch.Tensor:
-        return _assembled(engine.recipes[name])
+        return _assembled(engine.recipes[name]).to(engine.device)
 
     return reference
 

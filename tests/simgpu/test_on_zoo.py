@@ -22,8 +22,7 @@ pytestmark = pytest.mark.simgpu
 NAMES = [name for name, case in zoo.ARCHITECTURES.items() if not case.mutates]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 OWN_BITS = {"jetmoe"}
-"""On an accelerator these differ from the CPU when they are resident, too: their code
-asks on which device it is."""
+"""These differ from the CPU when they are resident on the device, too."""
 PER_PROCESS = 6
 KEPT = ("llama", "marian", "mamba", "jetmoe", "t5", "mixtral", "llava", "gemma3n_text")
 """A sample: dense, positions that no file holds, weights that are read outside of their

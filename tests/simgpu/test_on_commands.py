@@ -1,0 +1,125 @@
+"""What is done beside jobs, on the simulated GPU; and what goes wrong there."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import penstock
+from checkpoint import make_checkpoint
+from nets import Net, batches, make, same, serially
+from on_device import GPU
+from penstock import DoesNotFitError, PenstockError, Policy
+from penstock.io.devices.accelerator import AcceleratorStream
+from penstock.offload import verify
+from sim_device import SimGpu
+from test_on_tasks import ROWS, SMALL
+
+pytestmark = pytest.mark.simgpu
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(
+        tmp_path / "tiny", "tiny", dtype="float32", shards_of="100KB"
+    )
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_verify_compares_with_weights_on_the_same_device(
+    simgpu: SimGpu, folder: Path, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the resident model, or, where it does not fit, unit by unit."""
+    if not fits:
+        monkeypatch.setattr(verify, "memory_of", lambda name: (1 << 10, 1 << 30))
+    simgpu.schedule(1)
+    policy = Policy(device=GPU, device_memory="220KiB", resident_below=10)
+    result = verify.verify(folder, policy)
+    assert result.is_equal, result.differences
+    assert result.reference.startswith("transformers'" if fits else "safetensors")
+
+
+def test_a_device_that_is_too_small_is_said_and_can_be_used_again(
+    simgpu: SimGpu, folder: Path
+) -> None:
+    """At the working set, and in the middle of filling another device."""
+    with penstock.load(folder, Policy(**SMALL)) as model:
+        expected = list(penstock.score(model, ROWS["score"]))
+    values: dict[str, Any] = {**SMALL, "device": GPU, "device_memory": "400KiB"}
+    values["peer"] = {"simgpu:1": "500KiB"}
+    for device in range(2):
+        torch.accelerator.empty_cache()
+        simgpu.set_capacity(8 << 20, device)
+        free, _ = torch.accelerator.get_memory_info(device)
+        others = torch.empty(
+            free - (64 << 10), dtype=torch.uint8, device=f"simgpu:{device}"
+        )
+        with pytest.raises(DoesNotFitError, match=f"simgpu:{device}.*bytes free"):
+            penstock.load(folder, Policy(**values))
+        del others
+        simgpu.set_capacity(1 << 30, device)
+        gc.collect()
+        for index in range(2):
+            assert torch.accelerator.memory_allocated(index) == 0, "memory is left"
+    with penstock.load(folder, Policy(**values)) as model:
+        assert list(penstock.score(model, ROWS["score"])) == expected
+
+
+def test_a_copy_that_fails_is_raised_and_the_module_can_be_streamed_again(
+    simgpu: SimGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, items = make(Net), batches(3)
+    expected = serially(net, items)
+    there = [item.to(GPU) for item in items]
+    policy = Policy(device=GPU, device_memory="20KiB", resident_below=1)
+    copy, num_copies = AcceleratorStream.copy, 0
+
+    def failing(
+        self: AcceleratorStream, target: torch.Tensor, source: torch.Tensor
+    ) -> None:
+        nonlocal num_copies
+        num_copies += 1
+        if num_copies == 9:
+            raise RuntimeError("the link is down")
+        copy(self, target, source)
+
+    for seed in range(3):
+        simgpu.schedule(seed)
+        num_copies = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(AcceleratorStream, "copy", failing)
+            with (
+                penstock.wrap(net, policy),
+                pytest.raises(PenstockError, match=r"not be copied: .*link is down"),
+            ):
+                serially(net, there * 3)
+        with penstock.wrap(net, policy):
+            assert same([x.cpu() for x in serially(net, there)], expected)
+        assert same(serially(net, items), expected)
+
+
+def test_a_kernel_that_fails_is_raised_and_the_module_can_be_streamed_again(
+    simgpu: SimGpu,
+) -> None:
+    """An index out of range, which the device finds when the kernel runs."""
+    net, items = make(Net), batches(3)
+    expected = serially(net, items)
+    there = [item.to(GPU) for item in items]
+    policy = Policy(device=GPU, device_memory="20KiB", resident_below=1)
+    table, place = torch.zeros(4, 4, device=GPU), torch.tensor([9], device=GPU)
+    penstock.wrap(net, policy)
+    serially(net, there)
+    torch.embedding(table, place)
+    with pytest.raises(RuntimeError):
+        torch.accelerator.synchronize()
+    with pytest.raises(RuntimeError):  # it stays, as on CUDA
+        penstock.unwrap(net)
+    assert simgpu.take_error()
+    penstock.unwrap(net)
+    with penstock.wrap(net, policy):
+        assert same([x.cpu() for x in serially(net, there)], expected)
+    assert same(serially(net, items), expected)
