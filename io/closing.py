@@ -1,6 +1,7 @@
 """The base class of objects that hold threads, files or memory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Self
 
 
@@ -15,3 +16,18 @@ class Closing(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def run_all(steps: Iterable[Callable[[], object]]) -> list[Exception]:
+    """Calls all `steps` in order, whatever some of them raise. Returns their errors.
+
+    So a device that has failed does not keep files and threads open. An interrupt
+    passes at once.
+    """
+    errors: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            errors.append(error)
+    return errors

@@ -216,7 +216,16 @@ def unwrap(model: Model) -> Model:
     if spilled is not None and spilled.changed is None:
         updated = engine.updates.tensors()
         # A module keeps what was written to its weights.
-        spilled.changed = updated | spilled.written(engine.resident, updated)
+        try:
+            spilled.changed = updated | spilled.written(engine.resident, updated)
+        except RuntimeError as error:
+            if engine.device.type == "cpu":
+                raise
+            spilled.changed = updated  # the device has failed, and gives nothing back
+            engine.fallbacks.announce(
+                f"{engine.device} cannot be read any more ({error}): what was written "
+                "to weights there since they were wrapped is lost"
+            )
     engine.close()
     if spilled is not None:
         spilled.restore(model)

@@ -101,8 +101,10 @@ class AcceleratorMemory:
 
     def close(self) -> None:
         if self._buffer is not None:
-            torch.accelerator.synchronize(self._device)
-            self._buffer = None
+            try:
+                torch.accelerator.synchronize(self._device)
+            finally:  # a device that has failed raises here for ever
+                self._buffer = None
 
 
 class AcceleratorDevice:

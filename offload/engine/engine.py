@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...io.closing import run_all
 from ...io.errors import FaultError, PenstockError
 from ...io.fallbacks import Fallbacks
 from ...io.kv.count import KvStatistics
@@ -222,20 +223,21 @@ class Engine:
         if self._is_closed or self.fork_guard.is_forked:
             return
         self._sweeps.close()
-        if self._kv is not None:
-            self._kv.close()
-        if self._hooks is not None:
-            self._hooks.remove()
-        if self._compilation is not None:
-            self._compilation.stop()
-        self._working_set.close()
-        for gatherer in self._weights.gatherers.values():
-            gatherer.close()
-        self._binding.unbind_all()
-        self._weights.moved.close()
-        self._tiers.close()
-        self.updates.close()
-        give_freed_back()
+        gatherers = self._weights.gatherers.values()
+        steps: list[Callable[[], object]] = [
+            *([] if self._kv is None else [self._kv.close]),
+            *([] if self._hooks is None else [self._hooks.remove]),
+            *([] if self._compilation is None else [self._compilation.stop]),
+            self._working_set.close,
+            *(gatherer.close for gatherer in gatherers),
+            self._binding.unbind_all,
+            self._weights.moved.close,
+            self._tiers.close,
+            self.updates.close,
+            give_freed_back,
+        ]
+        for error in run_all(steps):
+            _log.warning("while the model was closed: %s", error)
         self._is_closed = True  # set last: after an interrupt, `close` runs again
 
     def _count_fault(self, name: str, unit: int) -> None:

@@ -144,10 +144,10 @@ class Tiers(Closing):
 
     def close(self) -> None:
         """Waits for all work, ends the threads and frees the memory."""
-        for activation_offload in self._activation_offloads:
-            activation_offload.close()
-        self.device.synchronize()
-        self._opened.close()
+        with self._opened:  # closed even if the device has failed
+            for activation_offload in self._activation_offloads:
+                activation_offload.close()
+            self.device.synchronize()
 
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)
