@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    CompressedTensorsConfig,
     DeepseekV3Config,
     FineGrainedFP8Config,
     LlamaConfig,
@@ -124,13 +127,59 @@ def fp8_of(
     return numbers.to(torch.float8_e4m3fn), scales
 
 
+def compressed(source: Path, folder: Path, scheme_name: str) -> Path:
+    """The checkpoint in `source` as compressed-tensors itself writes it."""
+    library: Any = importlib.import_module("compressed_tensors.quantization")
+    compressors: Any = importlib.import_module("compressed_tensors.compressors")
+    formats: Any = importlib.import_module("compressed_tensors.compressors.format")
+    utils: Any = importlib.import_module("compressed_tensors.quantization.utils")
+
+    scheme = library.preset_name_to_scheme(scheme_name, targets=["Linear"])
+    weights = scheme.weights
+    assert weights is not None
+    if weights.group_size:
+        weights.group_size = 16
+    if weights.block_structure:
+        weights.block_structure = [16, 32]
+    scheme.format = formats.infer_module_format(torch.nn.Linear, scheme)
+    compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
+
+    def change(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        down, across = weights.block_structure or (1, weights.group_size or columns)
+        parts = weight.view(rows // down, down, columns // across, across)
+        scales, zeros = utils.calculate_qparams(
+            parts.amin((1, 3)), parts.amax((1, 3)), weights
+        )
+        state = {"weight": weight, "weight_scale": scales.to(weight.dtype)}
+        if not weights.symmetric:
+            state["weight_zero_point"] = zeros
+        made = compressor.compress(state, scheme)
+        prefix = name.removesuffix("weight")
+        return {prefix + key: torch.as_tensor(value) for key, value in made.items()}
+
+    config = library.QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head"],
+        format=scheme.format,
+        quantization_status=library.QuantizationStatus.COMPRESSED,
+    )
+    section = json.loads(config.model_dump_json())
+    return quantised(source, folder, change, section)
+
+
 def dequantised(folder: Path, **options: Any) -> PreTrainedModel:
     """The model that transformers makes of a quantised checkpoint, dequantised."""
     section = json.loads((folder / "config.json").read_text())["quantization_config"]
-    kinds = {"fp8": FineGrainedFP8Config}
+    kinds: dict[str, Any] = {
+        "fp8": FineGrainedFP8Config,
+        "compressed-tensors": CompressedTensorsConfig,
+    }
     settings = kinds[section["quant_method"]](dequantize=True)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, **{"dtype": "auto", **options}
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the section gets the option above
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, **{"dtype": "auto", **options}
+        )
     model.train(False)
     return model

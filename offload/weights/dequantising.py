@@ -50,7 +50,7 @@ class Dequantising:
         together, and for what cannot be streamed.
         """
         operation, *others = target.converter.operations
-        kind = format_of(operation)
+        kind = format_of(operation, is_merged=bool(others))
         weights = _weights(target)
         numbers = {
             pattern: [_numbers(kind, parts) for parts in found.values()]

@@ -7,7 +7,10 @@ from typing import Any, Protocol
 import torch
 
 from ...io.checkpoint.header import TensorEntry
+from ...io.codecs.codec import Codec
 from ...io.codecs.fp8 import Fp8
+from ...io.codecs.int4 import Int4
+from ...io.codecs.int8 import Int8
 from ...io.codecs.tiles import ScaleBlocks
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
@@ -20,6 +23,18 @@ _SCALES = (
     torch.uint8,
 )
 """The dtypes that scales may have; bytes are exponents."""
+
+
+_KNOWN = {
+    ("pack-quantized", "int", 4),
+    ("int-quantized", "int", 8),
+    ("naive-quantized", "int", 8),
+    ("naive-quantized", "float", 8),
+    ("float-quantized", "float", 8),
+}
+"""What compressed-tensors writes and can be streamed: format, type and bits."""
+_OTHER_ORDERS = ("group", "dynamic")
+"""Orders of columns that need a table (`weight_g_idx`)."""
 
 
 class Format(Protocol):
@@ -42,16 +57,57 @@ class Format(Protocol):
         ...
 
 
-def format_of(operation: Any) -> Format:
-    """The format that transformers' `operation` dequantises."""
+def format_of(operation: Any, *, is_merged: bool) -> Format:
+    """The format that transformers' `operation` dequantises; what it makes `is_merged`
+    by other operations, or is a weight of the model."""
     name = type(operation).__name__
+    settings: Any = getattr(operation.hf_quantizer, "quantization_config", None)
     if name == "Fp8Dequantize":
-        found = operation.hf_quantizer.quantization_config.weight_block_size
+        found = settings.weight_block_size
         return Fp8Format(ScaleBlocks(*found) if found else None)
+    if name == "CompressedTensorsDequantize":
+        config = operation.hf_quantizer.compressor.quantization_config
+        return _compressed(config, is_merged)
     raise UsageError(
         f"transformers dequantises this checkpoint with {name}, which this version "
         "does not know: take an unquantised release of the model"
     )
+
+
+def _compressed(config: Any, is_merged: bool) -> "CompressedFormat":
+    """The format that a config of compressed-tensors describes.
+
+    Raises UsageError if it has several, or one that cannot be streamed.
+    """
+    groups = list(config.config_groups.values())
+    weights = groups[0].weights
+    found = [group.format or config.format for group in groups]
+    kind, *others = sorted(set(map(_word, found)))
+    if others or any(group.weights != weights for group in groups):
+        what = f"several formats ({', '.join((kind, *others))})"
+    elif weights is None:
+        what = "a format that it does not describe"
+    elif (kind, _word(weights.type), weights.num_bits) not in _KNOWN:
+        what = f"the format {kind}, {weights.num_bits} bits"
+    elif _word(weights.actorder) in _OTHER_ORDERS:
+        what = f"columns in another order (actorder: {_word(weights.actorder)})"
+    else:
+        block = weights.block_structure if _word(weights.strategy) == "block" else None
+        return CompressedFormat(
+            kind,
+            ScaleBlocks(*block) if block else None,
+            is_symmetric=weights.symmetric,
+            is_exact=is_merged and _word(weights.type) == "float",
+        )
+    raise UsageError(
+        f"compressed-tensors keeps these weights in {what}, which this version does "
+        "not stream: take a release in W4A16, W8A8 or FP8, or an unquantised one"
+    )
+
+
+def _word(value: Any) -> str:
+    """A word of a config, which may be a member of an enumeration."""
+    return str(getattr(value, "value", value))
 
 
 def is_coded(dtype: torch.dtype) -> bool:
@@ -79,9 +135,82 @@ class Fp8Format:
                 "an unquantised one"
             )
         _check_filled(weight, weight.shape, target)
-        blocks = _blocks(weight, scales, self.blocks)
+        blocks = _blocks(weight, scales, weight.shape, self.blocks)
         source = View.whole(weight.shape)
         return TensorSlice(weight, source, target, Fp8(blocks), (scales,))
+
+
+@dataclass(frozen=True)
+class CompressedFormat:
+    """What compressed-tensors writes: 4-bit integers in words, 8-bit integers, 8-bit
+    floats."""
+
+    kind: str
+    blocks: ScaleBlocks | None
+    is_symmetric: bool
+    is_exact: bool
+    """Whether products are not rounded to the dtype of the scales, as transformers
+    does it for 8-bit floats of experts."""
+    numbers = ("weight_packed", "weight")
+
+    def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
+        return "weight_scale" in parts
+
+    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
+        scales = parts["weight_scale"]
+        weight = parts.get("weight_packed", parts.get("weight"))
+        assert weight is not None, "weights without numbers are refused before"
+        zeros = parts.get("weight_zero_point")
+        if self.is_symmetric and self.kind == "pack-quantized":
+            zeros = None
+        rounding = torch.float32 if self.is_exact else scales.dtype
+        if rounding not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(
+                f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which "
+                "scales are not: download or copy it again"
+            )
+        if zeros is None and not self.is_symmetric:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} has no weight_zero_point beside it: "
+                "the checkpoint is incomplete; download or copy it again"
+            )
+        companions = (scales,) if zeros is None else (scales, zeros)
+        codec = self._codec(weight, scales, zeros, rounding, target)
+        return TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
+
+    def _codec(
+        self,
+        weight: TensorEntry,
+        scales: TensorEntry,
+        zeros: TensorEntry | None,
+        rounding: torch.dtype,
+        target: View,
+    ) -> Codec:
+        is_packed = self.kind == "pack-quantized"
+        wanted = torch.int32 if is_packed else torch.int8
+        if weight.dtype == torch.float8_e4m3fn and self.kind != "int-quantized":
+            _check_filled(weight, weight.shape, target)
+            if zeros is not None:
+                raise _not_for(zeros, weight, weight.shape)
+            return Fp8(_blocks(weight, scales, weight.shape, self.blocks), rounding)
+        if weight.dtype != wanted:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} is kept as {weight.dtype}, which the "
+                f"format {self.kind} does not have: download or copy it again"
+            )
+        rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        shape = (rows, columns * 8 if is_packed else columns)
+        _check_filled(weight, shape, target)
+        blocks = _blocks(weight, scales, shape, self.blocks)
+        _, across = blocks.grid(shape)
+        zero_shape = (-(-rows // 8), across) if is_packed else scales.shape
+        if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):
+            raise _not_for(zeros, weight, shape)
+        if not is_packed:
+            return Int8(blocks, rounding, zeros is not None)
+        if blocks.rows != 1 and rows > 1:
+            raise _not_for(scales, weight, shape)
+        return Int4(blocks.columns, rounding, zeros is not None)
 
 
 def _check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> None:
@@ -95,9 +224,12 @@ def _check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> N
 
 
 def _blocks(
-    weight: TensorEntry, scales: TensorEntry, said: ScaleBlocks | None
+    weight: TensorEntry,
+    scales: TensorEntry,
+    shape: tuple[int, ...],
+    said: ScaleBlocks | None,
 ) -> ScaleBlocks:
-    """The blocks that `scales` are for.
+    """The blocks that `scales` are for, of a weight of `shape`.
 
     They are as the config says (`said`), where the shape of `scales` fits that. Else
     the weight is divided evenly, as transformers does it: experts may have other blocks
@@ -108,16 +240,25 @@ def _blocks(
             f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
             "are not: download or copy it again"
         )
-    rows, columns = weight.shape
+    rows, columns = shape
     down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
-    if said is not None and said.grid(weight.shape) == (down, across):
+    if said is not None and said.grid(shape) == (down, across):
         return ScaleBlocks(0 if down == 1 else said.rows, said.columns)
     is_one = len(scales.shape) == 2 or scales.shape in ((), (1,))
     if not is_one or not (down and across) or rows % down or columns % across:
-        beside = f", in blocks of {said.rows} x {said.columns}" if said else ""
-        raise CheckpointError(
-            f"{scales.path}: {scales.name!r} has shape {list(scales.shape)}, which are "
-            f"not the scales of {weight.name!r}, {list(weight.shape)}{beside}: "
-            "download or copy it again"
-        )
-    return ScaleBlocks(0 if down == 1 else rows // down, columns // across)
+        raise _not_for(scales, weight, shape, said)
+    return ScaleBlocks(0 if down == 1 < rows else rows // down, columns // across)
+
+
+def _not_for(
+    scales: TensorEntry,
+    weight: TensorEntry,
+    shape: tuple[int, ...],
+    said: ScaleBlocks | None = None,
+) -> CheckpointError:
+    beside = f", in blocks of {said.rows} x {said.columns}" if said else ""
+    return CheckpointError(
+        f"{scales.path}: {scales.name!r} ({scales.dtype}) has shape "
+        f"{list(scales.shape)}, which is not that of the scales or zeros of "
+        f"{weight.name!r}, {list(shape)}{beside}: download or copy it again"
+    )

@@ -205,8 +205,14 @@ def with_narrow_weight(tensors: Tensors) -> None:
 BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no_scales": (without_scales, "the files have no scales for it"),
     "no_weight": (without_weight, "is there, but not the weight beside it"),
-    "few_scales": (with_few_scales, r"has shape \[3, 4\], which are not the scales"),
-    "flat_scales": (with_flat_scales, r"has shape \[16\], which are not the scales"),
+    "few_scales": (
+        with_few_scales,
+        r"has shape \[3, 4\], which is not that",
+    ),
+    "flat_scales": (
+        with_flat_scales,
+        r"has shape \[16\], which is not that",
+    ),
     "integer_scales": (with_integer_scales, "is kept as torch.int32, which scales"),
     "integer_weight": (with_integer_weight, "which is no 8-bit float"),
     "narrow_weight": (with_narrow_weight, r"holds a weight of \[128, 32\], but"),
