@@ -16,11 +16,13 @@ from transformers import (
     CompressedTensorsConfig,
     DeepseekV3Config,
     FineGrainedFP8Config,
+    GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from transformers.utils.quantization_config import Mxfp4Config
 
 from penstock.io.checkpoint.index import SINGLE_FILE
 
@@ -46,6 +48,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         moe_intermediate_size=32,
         num_experts=4,
         num_experts_per_tok=2,
+    ),
+    "gpt_oss": GptOssConfig(
+        **_COMMON,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
     ),
     "deepseek_v3": DeepseekV3Config(
         **_COMMON,
@@ -82,7 +93,8 @@ def quantised(
     change: Callable[[str, torch.Tensor], Tensors],
     section: Mapping[str, Any],
 ) -> Path:
-    """The checkpoint in `source`, each linear weight replaced by what `change` makes of
+    """The checkpoint in `source`, each weight of a linear layer or of stacked experts
+    replaced by what `change` makes of
     its name and itself; `section` is the `quantization_config`."""
     tensors: Tensors = {}
     for name, tensor in load_file(source / SINGLE_FILE).items():
@@ -97,6 +109,8 @@ def quantised(
 
 
 def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return True
     others = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "router")
     is_other = any(part in name for part in others)
     return tensor.ndim == 2 and name.endswith(".weight") and not is_other
@@ -125,6 +139,20 @@ def fp8_of(
     scales = scales.log2().ceil().exp2() if powers else scales
     numbers = (parts / scales[:, None, :, None]).view_as(padded)[:rows, :columns]
     return numbers.to(torch.float8_e4m3fn), scales
+
+
+def fp4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` in 4-bit floats, two in a byte (uint8), and the exponents, plus 127, of
+    the scales of 32 in a row (uint8)."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    parts = torch.unflatten(weight.float(), -1, (-1, 32))
+    exponents = parts.abs().amax(-1).clamp(min=2.0**-100).log2().floor() - 2
+    parts = parts / exponents.exp2()[..., None]
+    codes = (parts.abs()[..., None] - positive).abs().argmin(-1).to(torch.uint8)
+    codes = codes | ((parts < 0).to(torch.uint8) << 3)
+    codes = torch.unflatten(codes, -1, (16, 2))
+    numbers = codes[..., 0] | (codes[..., 1] << 4)
+    return numbers, (exponents + 127).to(torch.uint8)
 
 
 def compressed(source: Path, folder: Path, scheme_name: str) -> Path:
@@ -173,6 +201,7 @@ def dequantised(folder: Path, **options: Any) -> PreTrainedModel:
     section = json.loads((folder / "config.json").read_text())["quantization_config"]
     kinds: dict[str, Any] = {
         "fp8": FineGrainedFP8Config,
+        "mxfp4": Mxfp4Config,
         "compressed-tensors": CompressedTensorsConfig,
     }
     settings = kinds[section["quant_method"]](dequantize=True)

@@ -8,22 +8,14 @@ import torch
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.codec import Codec
+from ...io.codecs.fp4 import Fp4
 from ...io.codecs.fp8 import Fp8
 from ...io.codecs.int4 import Int4
 from ...io.codecs.int8 import Int8
 from ...io.codecs.tiles import ScaleBlocks
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
-
-_SCALES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e8m0fnu,
-    torch.uint8,
-)
-"""The dtypes that scales may have; bytes are exponents."""
-
+from .stored import check_filled, not_for, scale_blocks
 
 _KNOWN = {
     ("pack-quantized", "int", 4),
@@ -49,8 +41,10 @@ class Format(Protocol):
         """Whether a weight with these `parts` is quantised."""
         ...
 
-    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
-        """The slice that a quantised weight fills: `target`, [rows, columns].
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        """The slices of a quantised weight, which fill `target`.
 
         Raises CheckpointError if the parts do not go together, or do not fit.
         """
@@ -68,6 +62,8 @@ def format_of(operation: Any, *, is_merged: bool) -> Format:
     if name == "CompressedTensorsDequantize":
         config = operation.hf_quantizer.compressor.quantization_config
         return _compressed(config, is_merged)
+    if name == "Mxfp4Dequantize":
+        return MxFormat()
     raise UsageError(
         f"transformers dequantises this checkpoint with {name}, which this version "
         "does not know: take an unquantised release of the model"
@@ -126,18 +122,27 @@ class Fp8Format:
     def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
         return "weight_scale_inv" in parts
 
-    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
         weight, scales = parts["weight"], parts["weight_scale_inv"]
+        if weight.dtype == torch.int8:  # two in a byte: experts of DeepSeek-V4
+            rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+            shape = (rows, 2 * columns)
+            check_filled(weight, shape, target)
+            codec = Fp4(scale_blocks(weight, scales, shape, self.blocks))
+            source = View.whole(weight.shape)
+            return [TensorSlice(weight, source, target, codec, (scales,))]
         if not (weight.dtype.is_floating_point and weight.dtype.itemsize == 1):
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} has scales, but is kept as "
                 f"{weight.dtype}, which is no 8-bit float: take a release in FP8, or "
                 "an unquantised one"
             )
-        _check_filled(weight, weight.shape, target)
-        blocks = _blocks(weight, scales, weight.shape, self.blocks)
+        check_filled(weight, weight.shape, target)
+        blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
         source = View.whole(weight.shape)
-        return TensorSlice(weight, source, target, Fp8(blocks), (scales,))
+        return [TensorSlice(weight, source, target, Fp8(blocks), (scales,))]
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ class CompressedFormat:
     def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
         return "weight_scale" in parts
 
-    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
         scales = parts["weight_scale"]
         weight = parts.get("weight_packed", parts.get("weight"))
         assert weight is not None, "weights without numbers are refused before"
@@ -176,7 +183,9 @@ class CompressedFormat:
             )
         companions = (scales,) if zeros is None else (scales, zeros)
         codec = self._codec(weight, scales, zeros, rounding, target)
-        return TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
+        return [
+            TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
+        ]
 
     def _codec(
         self,
@@ -189,10 +198,12 @@ class CompressedFormat:
         is_packed = self.kind == "pack-quantized"
         wanted = torch.int32 if is_packed else torch.int8
         if weight.dtype == torch.float8_e4m3fn and self.kind != "int-quantized":
-            _check_filled(weight, weight.shape, target)
+            check_filled(weight, weight.shape, target)
             if zeros is not None:
-                raise _not_for(zeros, weight, weight.shape)
-            return Fp8(_blocks(weight, scales, weight.shape, self.blocks), rounding)
+                raise not_for(zeros, weight, weight.shape)
+            return Fp8(
+                scale_blocks(weight, scales, weight.shape, self.blocks), rounding
+            )
         if weight.dtype != wanted:
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} is kept as {weight.dtype}, which the "
@@ -200,65 +211,63 @@ class CompressedFormat:
             )
         rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
         shape = (rows, columns * 8 if is_packed else columns)
-        _check_filled(weight, shape, target)
-        blocks = _blocks(weight, scales, shape, self.blocks)
+        check_filled(weight, shape, target)
+        blocks = scale_blocks(weight, scales, shape, self.blocks)
         _, across = blocks.grid(shape)
         zero_shape = (-(-rows // 8), across) if is_packed else scales.shape
         if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):
-            raise _not_for(zeros, weight, shape)
+            raise not_for(zeros, weight, shape)
         if not is_packed:
             return Int8(blocks, rounding, zeros is not None)
         if blocks.rows != 1 and rows > 1:
-            raise _not_for(scales, weight, shape)
+            raise not_for(scales, weight, shape)
         return Int4(blocks.columns, rounding, zeros is not None)
 
 
-def _check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> None:
-    """Raises CheckpointError unless a weight of `shape` fills `target`."""
-    if len(shape) != 2 or shape != target.shape:
-        raise CheckpointError(
-            f"{entry.path}, tensor {entry.name!r} holds a weight of {list(shape)}, but "
-            f"the model has {list(target.shape)} there: config.json is of another "
-            "model, or weights of this shape cannot be streamed quantised"
-        )
+@dataclass(frozen=True)
+class MxFormat:
+    """Stacked experts of 4-bit floats, 32 of them with a scale (gpt-oss).
 
-
-def _blocks(
-    weight: TensorEntry,
-    scales: TensorEntry,
-    shape: tuple[int, ...],
-    said: ScaleBlocks | None,
-) -> ScaleBlocks:
-    """The blocks that `scales` are for, of a weight of `shape`.
-
-    They are as the config says (`said`), where the shape of `scales` fits that. Else
-    the weight is divided evenly, as transformers does it: experts may have other blocks
-    than the rest, and the config does not say so.
+    They are [experts, rows, groups, 16] of bytes, and scales [experts, rows, groups];
+    the parameter is [experts, 32 * groups, rows].
     """
-    if scales.dtype not in _SCALES:
-        raise CheckpointError(
-            f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
-            "are not: download or copy it again"
-        )
-    rows, columns = shape
-    down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
-    if said is not None and said.grid(shape) == (down, across):
-        return ScaleBlocks(0 if down == 1 else said.rows, said.columns)
-    is_one = len(scales.shape) == 2 or scales.shape in ((), (1,))
-    if not is_one or not (down and across) or rows % down or columns % across:
-        raise _not_for(scales, weight, shape, said)
-    return ScaleBlocks(0 if down == 1 < rows else rows // down, columns // across)
+
+    numbers = ("gate_up_proj_blocks", "down_proj_blocks")
+
+    def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
+        return any(part.endswith("_scales") for part in parts)
+
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        weight = next(entry for part, entry in parts.items() if part in self.numbers)
+        scales = next(entry for part, entry in parts.items() if part.endswith("scales"))
+        shape = weight.shape if len(weight.shape) == 4 else (0, 0, 0, 0)
+        experts, rows, groups, nbytes = shape
+        if (experts, 32 * groups, rows) != target.shape or nbytes != 16:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} has shape {list(weight.shape)}, but "
+                f"the model has {list(target.shape)} there: config.json is of another "
+                "model"
+            )
+        for entry, wanted in ((weight, shape), (scales, shape[:3])):
+            if (entry.dtype, entry.shape) != (torch.uint8, wanted):
+                raise not_for(entry, weight, shape)
+        size, columns = rows * groups, 32 * groups
+        codec = Fp4(ScaleBlocks(1, 32))
+        return [
+            TensorSlice(
+                weight,
+                _from(16 * size * i, (rows, 16 * groups)),
+                View(columns * rows * i, (rows, columns), (1, rows)),
+                codec,
+                (scales,),
+                (_from(size * i, (rows, groups)),),
+            )
+            for i in range(experts)
+        ]
 
 
-def _not_for(
-    scales: TensorEntry,
-    weight: TensorEntry,
-    shape: tuple[int, ...],
-    said: ScaleBlocks | None = None,
-) -> CheckpointError:
-    beside = f", in blocks of {said.rows} x {said.columns}" if said else ""
-    return CheckpointError(
-        f"{scales.path}: {scales.name!r} ({scales.dtype}) has shape "
-        f"{list(scales.shape)}, which is not that of the scales or zeros of "
-        f"{weight.name!r}, {list(shape)}{beside}: download or copy it again"
-    )
+def _from(offset: int, shape: tuple[int, ...]) -> View:
+    """A contiguous part of `shape` from the element `offset` on."""
+    return View(offset, shape, View.whole(shape).stride)

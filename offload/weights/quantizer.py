@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...io.errors import CheckpointError, UsageError
 from ...io.user_errors import about
 
-_METHODS = ("fp8", "mxfp8", "compressed-tensors")
+_METHODS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
 _INSTEAD = "take a release in FP8 or by compressed-tensors, or an unquantised one"
 
 
@@ -57,6 +57,8 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
 def prepare(model: PreTrainedModel, quantizer: Any, dtype: torch.dtype) -> None:
     """Makes the modules of `model` (on meta) those that `quantizer` loads, in
     `dtype`."""
+    if quantizer.quantization_config.quant_method == "mxfp4":
+        return  # it replaces nothing, and would warn of kernels that nobody needs
     quantizer.preprocess_model(
         model, dtype=dtype, device_map=None, checkpoint_files=None, config=model.config
     )

@@ -7,6 +7,7 @@ import torch
 from test_codecs import decoded_in_parts
 
 from checkpoints import random_floats, random_tensor, same_bits
+from penstock.io.codecs.fp4 import Fp4
 from penstock.io.codecs.fp8 import Fp8
 from penstock.io.codecs.int4 import Int4
 from penstock.io.codecs.int8 import Int8
@@ -101,6 +102,20 @@ def test_4_bit_integers(
             codec = Int4(group, kind, has_zeros)
             found = decoded_in_parts(codec, stored, shape, dtype, max_bytes)
             assert same_bits(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000])
+def test_4_bit_floats(max_bytes: int) -> None:
+    shape, blocks = (20, 96), ScaleBlocks(1, 32)
+    weight = random_tensor(torch.uint8, (20, 48))
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat((numbers, -numbers))
+    codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+    scales = random_floats(torch.float32, blocks.grid(shape))
+    wanted = numbers[codes.long()] * spread(scales, blocks, shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = decoded_in_parts(Fp4(blocks), [weight, scales], shape, dtype, max_bytes)
+        assert same_bits(found, wanted.to(dtype))
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu])
