@@ -282,7 +282,9 @@ def _assembled(recipe: Recipe) -> torch.Tensor:
     for part in recipe.slices:
         first, *others = (_stored(entry.path, entry.name) for entry in part.entries)
         source = part.source.on(first.reshape(-1))
-        part.codec.decode((source, *others), part.target.on(flat))
+        views = [view for _, view in part.companion_parts]
+        beside = [v.on(t.reshape(-1)) for v, t in zip(views, others, strict=True)]
+        part.codec.decode((source, *beside), part.target.on(flat))
     return flat.view(recipe.shape)
 
 

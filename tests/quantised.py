@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    CompressedTensorsConfig,
     DeepseekV3Config,
     FineGrainedFP8Config,
+    GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from transformers.utils.quantization_config import Mxfp4Config
 
 from penstock.io.checkpoint.index import SINGLE_FILE
 
@@ -43,6 +48,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         moe_intermediate_size=32,
         num_experts=4,
         num_experts_per_tok=2,
+    ),
+    "gpt_oss": GptOssConfig(
+        **_COMMON,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
     ),
     "deepseek_v3": DeepseekV3Config(
         **_COMMON,
@@ -79,7 +93,8 @@ def quantised(
     change: Callable[[str, torch.Tensor], Tensors],
     section: Mapping[str, Any],
 ) -> Path:
-    """The checkpoint in `source`, each linear weight replaced by what `change` makes of
+    """The checkpoint in `source`, each weight of a linear layer or of stacked experts
+    replaced by what `change` makes of
     its name and itself; `section` is the `quantization_config`."""
     tensors: Tensors = {}
     for name, tensor in load_file(source / SINGLE_FILE).items():
@@ -94,6 +109,8 @@ def quantised(
 
 
 def is_linear(name: str, tensor: torch.Tensor) -> bool:
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return True
     others = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "router")
     is_other = any(part in name for part in others)
     return tensor.ndim == 2 and name.endswith(".weight") and not is_other
@@ -124,13 +141,74 @@ def fp8_of(
     return numbers.to(torch.float8_e4m3fn), scales
 
 
+def fp4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` in 4-bit floats, two in a byte (uint8), and the exponents, plus 127, of
+    the scales of 32 in a row (uint8)."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    parts = torch.unflatten(weight.float(), -1, (-1, 32))
+    exponents = parts.abs().amax(-1).clamp(min=2.0**-100).log2().floor() - 2
+    parts = parts / exponents.exp2()[..., None]
+    codes = (parts.abs()[..., None] - positive).abs().argmin(-1).to(torch.uint8)
+    codes = codes | ((parts < 0).to(torch.uint8) << 3)
+    codes = torch.unflatten(codes, -1, (16, 2))
+    numbers = codes[..., 0] | (codes[..., 1] << 4)
+    return numbers, (exponents + 127).to(torch.uint8)
+
+
+def compressed(source: Path, folder: Path, scheme_name: str) -> Path:
+    """The checkpoint in `source` as compressed-tensors itself writes it."""
+    library: Any = importlib.import_module("compressed_tensors.quantization")
+    compressors: Any = importlib.import_module("compressed_tensors.compressors")
+    formats: Any = importlib.import_module("compressed_tensors.compressors.format")
+    utils: Any = importlib.import_module("compressed_tensors.quantization.utils")
+
+    scheme = library.preset_name_to_scheme(scheme_name, targets=["Linear"])
+    weights = scheme.weights
+    assert weights is not None
+    if weights.group_size:
+        weights.group_size = 16
+    if weights.block_structure:
+        weights.block_structure = [16, 32]
+    scheme.format = formats.infer_module_format(torch.nn.Linear, scheme)
+    compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format)
+
+    def change(name: str, weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        down, across = weights.block_structure or (1, weights.group_size or columns)
+        parts = weight.view(rows // down, down, columns // across, across)
+        scales, zeros = utils.calculate_qparams(
+            parts.amin((1, 3)), parts.amax((1, 3)), weights
+        )
+        state = {"weight": weight, "weight_scale": scales.to(weight.dtype)}
+        if not weights.symmetric:
+            state["weight_zero_point"] = zeros
+        made = compressor.compress(state, scheme)
+        prefix = name.removesuffix("weight")
+        return {prefix + key: torch.as_tensor(value) for key, value in made.items()}
+
+    config = library.QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head"],
+        format=scheme.format,
+        quantization_status=library.QuantizationStatus.COMPRESSED,
+    )
+    section = json.loads(config.model_dump_json())
+    return quantised(source, folder, change, section)
+
+
 def dequantised(folder: Path, **options: Any) -> PreTrainedModel:
     """The model that transformers makes of a quantised checkpoint, dequantised."""
     section = json.loads((folder / "config.json").read_text())["quantization_config"]
-    kinds = {"fp8": FineGrainedFP8Config}
+    kinds: dict[str, Any] = {
+        "fp8": FineGrainedFP8Config,
+        "mxfp4": Mxfp4Config,
+        "compressed-tensors": CompressedTensorsConfig,
+    }
     settings = kinds[section["quant_method"]](dequantize=True)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, **{"dtype": "auto", **options}
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the section gets the option above
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, **{"dtype": "auto", **options}
+        )
     model.train(False)
     return model

@@ -258,9 +258,17 @@ def _decode(recipe: Recipe, part: TensorSlice, base: int) -> Decode:
     else:
         source = View.whole(source.shape)
     first = Input(extent, part.entry.dtype, source)
-    others = (whole_input(entry) for entry in part.companions)
+    others = (_input(entry, view) for entry, view in part.companion_parts)
     numel = recipe.nbytes // recipe.dtype.itemsize
     return Decode(part.codec, (first, *others), base, recipe.dtype, numel, part.target)
+
+
+def _input(entry: TensorEntry, view: View) -> Input:
+    """The elements of a stored tensor in `view`, which is contiguous."""
+    size = entry.dtype.itemsize
+    start = entry.offset + view.offset * size
+    extent = Extent(entry.path, start, view.numel * size)
+    return Input(extent, entry.dtype, View.whole(view.shape))
 
 
 def whole_input(entry: TensorEntry) -> Input:

@@ -77,7 +77,9 @@ class TensorSlice:
     codec: Codec = CAST
     """How the elements of `target` are made from those of `source`."""
     companions: tuple[TensorEntry, ...] = ()
-    """The other stored tensors that the codec needs, each as a whole."""
+    """The other stored tensors that the codec needs."""
+    companion_views: tuple[View, ...] = ()
+    """The contiguous part of each companion that it needs; wholes, if empty."""
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -91,7 +93,14 @@ class TensorSlice:
             nbytes = self.source.numel * self.entry.dtype.itemsize
         else:
             nbytes = self.entry.nbytes
-        return nbytes + sum(entry.nbytes for entry in self.companions)
+        return nbytes + sum(v.numel * e.dtype.itemsize for e, v in self.companion_parts)
+
+    @property
+    def companion_parts(self) -> tuple[tuple[TensorEntry, View], ...]:
+        """The companions, each with the part of it that the codec needs."""
+        wholes = tuple(View.whole(entry.shape) for entry in self.companions)
+        views = self.companion_views or wholes
+        return tuple(zip(self.companions, views, strict=True))
 
     @property
     def source_extent(self) -> Extent | None:

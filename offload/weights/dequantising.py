@@ -50,7 +50,7 @@ class Dequantising:
         together, and for what cannot be streamed.
         """
         operation, *others = target.converter.operations
-        kind = format_of(operation)
+        kind = format_of(operation, is_merged=bool(others))
         weights = _weights(target)
         numbers = {
             pattern: [_numbers(kind, parts) for parts in found.values()]
@@ -73,7 +73,7 @@ class Dequantising:
         if others:
             views = self._places(name, numbers)
         pairs = zip(found, views, strict=True)
-        slices = tuple(kind.slice(parts, view) for parts, view in pairs)
+        slices = tuple(s for parts, view in pairs for s in kind.slices(parts, view))
         dtype = self._dtypes.of(name, meta)
         return [Recipe(name, tuple(meta.shape), dtype, slices)]
 
@@ -131,8 +131,10 @@ def _weights(target: Target) -> dict[str, dict[str, Parts]]:
         weights = found.setdefault(f"{prefix}{dot}weight", defaultdict(dict))
         for entry in entries:
             weights[entry.name.rpartition(".")[0]][part] = entry
-    order = {p: i for i, p in enumerate(target.converter.source_patterns)}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    order = [p.rpartition(".")[0] for p in target.converter.source_patterns]
+    return dict(
+        sorted(found.items(), key=lambda i: order.index(i[0].rpartition(".")[0]))
+    )
 
 
 def _numbers(kind: Format, parts: Parts) -> TensorEntry:

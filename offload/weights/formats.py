@@ -7,19 +7,26 @@ from typing import Any, Protocol
 import torch
 
 from ...io.checkpoint.header import TensorEntry
+from ...io.codecs.codec import Codec
+from ...io.codecs.fp4 import Fp4
 from ...io.codecs.fp8 import Fp8
+from ...io.codecs.int4 import Int4
+from ...io.codecs.int8 import Int8
 from ...io.codecs.tiles import ScaleBlocks
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
+from .stored import check_filled, not_for, scale_blocks
 
-_SCALES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e8m0fnu,
-    torch.uint8,
-)
-"""The dtypes that scales may have; bytes are exponents."""
+_KNOWN = {
+    ("pack-quantized", "int", 4),
+    ("int-quantized", "int", 8),
+    ("naive-quantized", "int", 8),
+    ("naive-quantized", "float", 8),
+    ("float-quantized", "float", 8),
+}
+"""What compressed-tensors writes and can be streamed: format, type and bits."""
+_OTHER_ORDERS = ("group", "dynamic")
+"""Orders of columns that need a table (`weight_g_idx`)."""
 
 
 class Format(Protocol):
@@ -34,24 +41,69 @@ class Format(Protocol):
         """Whether a weight with these `parts` is quantised."""
         ...
 
-    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
-        """The slice that a quantised weight fills: `target`, [rows, columns].
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        """The slices of a quantised weight, which fill `target`.
 
         Raises CheckpointError if the parts do not go together, or do not fit.
         """
         ...
 
 
-def format_of(operation: Any) -> Format:
-    """The format that transformers' `operation` dequantises."""
+def format_of(operation: Any, *, is_merged: bool) -> Format:
+    """The format that transformers' `operation` dequantises; what it makes `is_merged`
+    by other operations, or is a weight of the model."""
     name = type(operation).__name__
+    settings: Any = getattr(operation.hf_quantizer, "quantization_config", None)
     if name == "Fp8Dequantize":
-        found = operation.hf_quantizer.quantization_config.weight_block_size
+        found = settings.weight_block_size
         return Fp8Format(ScaleBlocks(*found) if found else None)
+    if name == "CompressedTensorsDequantize":
+        config = operation.hf_quantizer.compressor.quantization_config
+        return _compressed(config, is_merged)
+    if name == "Mxfp4Dequantize":
+        return MxFormat()
     raise UsageError(
         f"transformers dequantises this checkpoint with {name}, which this version "
         "does not know: take an unquantised release of the model"
     )
+
+
+def _compressed(config: Any, is_merged: bool) -> "CompressedFormat":
+    """The format that a config of compressed-tensors describes.
+
+    Raises UsageError if it has several, or one that cannot be streamed.
+    """
+    groups = list(config.config_groups.values())
+    weights = groups[0].weights
+    found = [group.format or config.format for group in groups]
+    kind, *others = sorted(set(map(_word, found)))
+    if others or any(group.weights != weights for group in groups):
+        what = f"several formats ({', '.join((kind, *others))})"
+    elif weights is None:
+        what = "a format that it does not describe"
+    elif (kind, _word(weights.type), weights.num_bits) not in _KNOWN:
+        what = f"the format {kind}, {weights.num_bits} bits"
+    elif _word(weights.actorder) in _OTHER_ORDERS:
+        what = f"columns in another order (actorder: {_word(weights.actorder)})"
+    else:
+        block = weights.block_structure if _word(weights.strategy) == "block" else None
+        return CompressedFormat(
+            kind,
+            ScaleBlocks(*block) if block else None,
+            is_symmetric=weights.symmetric,
+            is_exact=is_merged and _word(weights.type) == "float",
+        )
+    raise UsageError(
+        f"compressed-tensors keeps these weights in {what}, which this version does "
+        "not stream: take a release in W4A16, W8A8 or FP8, or an unquantised one"
+    )
+
+
+def _word(value: Any) -> str:
+    """A word of a config, which may be a member of an enumeration."""
+    return str(getattr(value, "value", value))
 
 
 def is_coded(dtype: torch.dtype) -> bool:
@@ -70,54 +122,152 @@ class Fp8Format:
     def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
         return "weight_scale_inv" in parts
 
-    def slice(self, parts: Mapping[str, TensorEntry], target: View) -> TensorSlice:
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
         weight, scales = parts["weight"], parts["weight_scale_inv"]
+        if weight.dtype == torch.int8:  # two in a byte: experts of DeepSeek-V4
+            rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+            shape = (rows, 2 * columns)
+            check_filled(weight, shape, target)
+            codec = Fp4(scale_blocks(weight, scales, shape, self.blocks))
+            source = View.whole(weight.shape)
+            return [TensorSlice(weight, source, target, codec, (scales,))]
         if not (weight.dtype.is_floating_point and weight.dtype.itemsize == 1):
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} has scales, but is kept as "
                 f"{weight.dtype}, which is no 8-bit float: take a release in FP8, or "
                 "an unquantised one"
             )
-        _check_filled(weight, weight.shape, target)
-        blocks = _blocks(weight, scales, self.blocks)
+        check_filled(weight, weight.shape, target)
+        blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
         source = View.whole(weight.shape)
-        return TensorSlice(weight, source, target, Fp8(blocks), (scales,))
+        return [TensorSlice(weight, source, target, Fp8(blocks), (scales,))]
 
 
-def _check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> None:
-    """Raises CheckpointError unless a weight of `shape` fills `target`."""
-    if len(shape) != 2 or shape != target.shape:
-        raise CheckpointError(
-            f"{entry.path}, tensor {entry.name!r} holds a weight of {list(shape)}, but "
-            f"the model has {list(target.shape)} there: config.json is of another "
-            "model, or weights of this shape cannot be streamed quantised"
-        )
+@dataclass(frozen=True)
+class CompressedFormat:
+    """What compressed-tensors writes: 4-bit integers in words, 8-bit integers, 8-bit
+    floats."""
+
+    kind: str
+    blocks: ScaleBlocks | None
+    is_symmetric: bool
+    is_exact: bool
+    """Whether products are not rounded to the dtype of the scales, as transformers
+    does it for 8-bit floats of experts."""
+    numbers = ("weight_packed", "weight")
+
+    def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
+        return "weight_scale" in parts
+
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        scales = parts["weight_scale"]
+        weight = parts.get("weight_packed", parts.get("weight"))
+        assert weight is not None, "weights without numbers are refused before"
+        zeros = parts.get("weight_zero_point")
+        if self.is_symmetric and self.kind == "pack-quantized":
+            zeros = None
+        rounding = torch.float32 if self.is_exact else scales.dtype
+        if rounding not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(
+                f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which "
+                "scales are not: download or copy it again"
+            )
+        if zeros is None and not self.is_symmetric:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} has no weight_zero_point beside it: "
+                "the checkpoint is incomplete; download or copy it again"
+            )
+        companions = (scales,) if zeros is None else (scales, zeros)
+        codec = self._codec(weight, scales, zeros, rounding, target)
+        return [
+            TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
+        ]
+
+    def _codec(
+        self,
+        weight: TensorEntry,
+        scales: TensorEntry,
+        zeros: TensorEntry | None,
+        rounding: torch.dtype,
+        target: View,
+    ) -> Codec:
+        is_packed = self.kind == "pack-quantized"
+        wanted = torch.int32 if is_packed else torch.int8
+        if weight.dtype == torch.float8_e4m3fn and self.kind != "int-quantized":
+            check_filled(weight, weight.shape, target)
+            if zeros is not None:
+                raise not_for(zeros, weight, weight.shape)
+            return Fp8(
+                scale_blocks(weight, scales, weight.shape, self.blocks), rounding
+            )
+        if weight.dtype != wanted:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} is kept as {weight.dtype}, which the "
+                f"format {self.kind} does not have: download or copy it again"
+            )
+        rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        shape = (rows, columns * 8 if is_packed else columns)
+        check_filled(weight, shape, target)
+        blocks = scale_blocks(weight, scales, shape, self.blocks)
+        _, across = blocks.grid(shape)
+        zero_shape = (-(-rows // 8), across) if is_packed else scales.shape
+        if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):
+            raise not_for(zeros, weight, shape)
+        if not is_packed:
+            return Int8(blocks, rounding, zeros is not None)
+        if blocks.rows != 1 and rows > 1:
+            raise not_for(scales, weight, shape)
+        return Int4(blocks.columns, rounding, zeros is not None)
 
 
-def _blocks(
-    weight: TensorEntry, scales: TensorEntry, said: ScaleBlocks | None
-) -> ScaleBlocks:
-    """The blocks that `scales` are for.
+@dataclass(frozen=True)
+class MxFormat:
+    """Stacked experts of 4-bit floats, 32 of them with a scale (gpt-oss).
 
-    They are as the config says (`said`), where the shape of `scales` fits that. Else
-    the weight is divided evenly, as transformers does it: experts may have other blocks
-    than the rest, and the config does not say so.
+    They are [experts, rows, groups, 16] of bytes, and scales [experts, rows, groups];
+    the parameter is [experts, 32 * groups, rows].
     """
-    if scales.dtype not in _SCALES:
-        raise CheckpointError(
-            f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
-            "are not: download or copy it again"
-        )
-    rows, columns = weight.shape
-    down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
-    if said is not None and said.grid(weight.shape) == (down, across):
-        return ScaleBlocks(0 if down == 1 else said.rows, said.columns)
-    is_one = len(scales.shape) == 2 or scales.shape in ((), (1,))
-    if not is_one or not (down and across) or rows % down or columns % across:
-        beside = f", in blocks of {said.rows} x {said.columns}" if said else ""
-        raise CheckpointError(
-            f"{scales.path}: {scales.name!r} has shape {list(scales.shape)}, which are "
-            f"not the scales of {weight.name!r}, {list(weight.shape)}{beside}: "
-            "download or copy it again"
-        )
-    return ScaleBlocks(0 if down == 1 else rows // down, columns // across)
+
+    numbers = ("gate_up_proj_blocks", "down_proj_blocks")
+
+    def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
+        return any(part.endswith("_scales") for part in parts)
+
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        weight = next(entry for part, entry in parts.items() if part in self.numbers)
+        scales = next(entry for part, entry in parts.items() if part.endswith("scales"))
+        shape = weight.shape if len(weight.shape) == 4 else (0, 0, 0, 0)
+        experts, rows, groups, nbytes = shape
+        if (experts, 32 * groups, rows) != target.shape or nbytes != 16:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name!r} has shape {list(weight.shape)}, but "
+                f"the model has {list(target.shape)} there: config.json is of another "
+                "model"
+            )
+        for entry, wanted in ((weight, shape), (scales, shape[:3])):
+            if (entry.dtype, entry.shape) != (torch.uint8, wanted):
+                raise not_for(entry, weight, shape)
+        size, columns = rows * groups, 32 * groups
+        codec = Fp4(ScaleBlocks(1, 32))
+        return [
+            TensorSlice(
+                weight,
+                _from(16 * size * i, (rows, 16 * groups)),
+                View(columns * rows * i, (rows, columns), (1, rows)),
+                codec,
+                (scales,),
+                (_from(size * i, (rows, groups)),),
+            )
+            for i in range(experts)
+        ]
+
+
+def _from(offset: int, shape: tuple[int, ...]) -> View:
+    """A contiguous part of `shape` from the element `offset` on."""
+    return View(offset, shape, View.whole(shape).stride)

@@ -1,6 +1,7 @@
 """Makes transformers' quantizer for a checkpoint, set to dequantise what it loads."""
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 from ...io.errors import CheckpointError, UsageError
 from ...io.user_errors import about
 
-_INSTEAD = "take a release in FP8 (quant_method fp8), or an unquantised one"
+_METHODS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
+_INSTEAD = "take a release in FP8 or by compressed-tensors, or an unquantised one"
 
 
 def dequantizer_of(config: Any, folder: Path) -> Any:
@@ -27,17 +29,23 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in ("fp8", "mxfp8"):
+    if method not in _METHODS:
         raise UsageError(
             f"{folder} is quantised ({method or str(found)[:100]}), which this version "
             f"does not stream: {_INSTEAD}"
         )
-    with about(
-        f"{folder}/config.json, quantization_config", CheckpointError, every=True
-    ):
+    if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        raise UsageError(
+            f"{folder} is quantised by compressed-tensors, which is not installed: "
+            'pip install "penstock[quantised]"'
+        )
+    where = f"{folder}/config.json, quantization_config"
+    with about(where, CheckpointError, every=True):
         settings = AutoQuantizationConfig.from_dict(copy.deepcopy(found))
         settings.dequantize = True
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        if method == "compressed-tensors":  # it needs nothing more, and is set up so
+            quantizer.validate_environment()
     if getattr(settings, "modules_to_convert", None):
         raise UsageError(
             f"{folder} keeps embeddings quantised (modules_to_convert), which this "
@@ -49,6 +57,8 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
 def prepare(model: PreTrainedModel, quantizer: Any, dtype: torch.dtype) -> None:
     """Makes the modules of `model` (on meta) those that `quantizer` loads, in
     `dtype`."""
+    if quantizer.quantization_config.quant_method == "mxfp4":
+        return  # it replaces nothing, and would warn of kernels that nobody needs
     quantizer.preprocess_model(
         model, dtype=dtype, device_map=None, checkpoint_files=None, config=model.config
     )

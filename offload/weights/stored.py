@@ -1,5 +1,5 @@
-"""Checks the tensors of a checkpoint: their dtype, those that cannot be used, those
-that are not used."""
+"""Checks the tensors of a checkpoint: their dtype, their scales, those that cannot be
+used, those that are not used."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,10 +9,19 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
 from ...io.codecs.cast import Cast
 from ...io.codecs.computed import Computed
+from ...io.codecs.tiles import ScaleBlocks
 from ...io.errors import CheckpointError
-from ...io.weights.recipe import Recipe
+from ...io.weights.recipe import Recipe, View
 
 _NUM_EXAMPLES = 3
+_SCALES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e8m0fnu,
+    torch.uint8,
+)
+"""The dtypes that scales may have; bytes are exponents."""
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
@@ -65,3 +74,54 @@ def _is_quantised(entry: TensorEntry, wanted: torch.dtype) -> bool:
     if entry.dtype == wanted:
         return False
     return not entry.dtype.is_floating_point or entry.dtype.itemsize == 1
+
+
+def check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> None:
+    """Raises CheckpointError unless a weight of `shape` fills `target`."""
+    if len(shape) != 2 or shape != target.shape:
+        raise CheckpointError(
+            f"{entry.path}, tensor {entry.name!r} holds a weight of {list(shape)}, but "
+            f"the model has {list(target.shape)} there: config.json is of another "
+            "model, or weights of this shape cannot be streamed quantised"
+        )
+
+
+def scale_blocks(
+    weight: TensorEntry,
+    scales: TensorEntry,
+    shape: tuple[int, ...],
+    said: ScaleBlocks | None,
+) -> ScaleBlocks:
+    """The blocks that `scales` are for, of a weight of `shape`.
+
+    They are as the config says (`said`), where the shape of `scales` fits that. Else
+    the weight is divided evenly, as transformers does it: experts may have other blocks
+    than the rest, and the config does not say so.
+    """
+    if scales.dtype not in _SCALES:
+        raise CheckpointError(
+            f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
+            "are not: download or copy it again"
+        )
+    rows, columns = shape
+    down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
+    if said is not None and said.grid(shape) == (down, across):
+        return ScaleBlocks(0 if down == 1 else said.rows, said.columns)
+    is_one = len(scales.shape) == 2 or scales.shape in ((), (1,))
+    if not is_one or not (down and across) or rows % down or columns % across:
+        raise not_for(scales, weight, shape, said)
+    return ScaleBlocks(0 if down == 1 < rows else rows // down, columns // across)
+
+
+def not_for(
+    scales: TensorEntry,
+    weight: TensorEntry,
+    shape: tuple[int, ...],
+    said: ScaleBlocks | None = None,
+) -> CheckpointError:
+    beside = f", in blocks of {said.rows} x {said.columns}" if said else ""
+    return CheckpointError(
+        f"{scales.path}: {scales.name!r} ({scales.dtype}) has shape "
+        f"{list(scales.shape)}, which is not that of the scales or zeros of "
+        f"{weight.name!r}, {list(shape)}{beside}: download or copy it again"
+    )

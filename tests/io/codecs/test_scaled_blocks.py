@@ -7,7 +7,10 @@ import torch
 from test_codecs import decoded_in_parts
 
 from checkpoints import random_floats, random_tensor, same_bits
+from penstock.io.codecs.fp4 import Fp4
 from penstock.io.codecs.fp8 import Fp8
+from penstock.io.codecs.int4 import Int4
+from penstock.io.codecs.int8 import Int8
 from penstock.io.codecs.tiles import ScaleBlocks
 
 SHAPES = [
@@ -49,6 +52,70 @@ def test_8_bit_floats(
                 )
                 assert same_bits(found.nan_to_num(1), wanted.to(dtype).nan_to_num(1))
                 assert torch.equal(found.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize(("shape", "blocks"), SHAPES)
+def test_8_bit_integers(
+    shape: tuple[int, int], blocks: ScaleBlocks, has_zeros: bool, max_bytes: int
+) -> None:
+    weight = random_tensor(torch.int8, shape)
+    grid = blocks.grid(shape)
+    zeros = random_tensor(torch.int8, grid)
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        scales = random_floats(kind, grid)
+        numbers = weight.to(kind)
+        if has_zeros:
+            numbers -= spread(zeros.to(kind), blocks, shape)
+        wanted = numbers * spread(scales, blocks, shape)
+        stored = [weight, scales, zeros] if has_zeros else [weight, scales]
+        for dtype in (torch.float32, torch.bfloat16):
+            codec = Int8(blocks, kind, has_zeros)
+            found = decoded_in_parts(codec, stored, shape, dtype, max_bytes)
+            assert same_bits(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((20, 64), 32), ((13, 72), 24), ((11, 8), 8), ((9, 40_000), 8)]
+)
+def test_4_bit_integers(
+    shape: tuple[int, int], group: int, has_zeros: bool, max_bytes: int
+) -> None:
+    rows, columns = shape
+    groups = columns // group
+    weight = random_tensor(torch.int32, (rows, columns // 8))
+    words = random_tensor(torch.int32, (-(-rows // 8), groups), seed=1)
+    shifts = torch.arange(0, 32, 4)
+    unpacked = ((weight[..., None] >> shifts) & 15).flatten(1) - 8
+    zeros = ((words[:, None] >> shifts[:, None]) & 15).flatten(0, 1)[:rows] - 8
+    for kind in (torch.float32, torch.bfloat16):
+        scales = random_floats(kind, (rows, groups))
+        numbers = unpacked.to(kind)
+        if has_zeros:
+            numbers -= zeros.to(kind).repeat_interleave(group, 1)
+        wanted = numbers * scales.repeat_interleave(group, 1)
+        stored = [weight, scales, words] if has_zeros else [weight, scales]
+        for dtype in (torch.float32, torch.bfloat16):
+            codec = Int4(group, kind, has_zeros)
+            found = decoded_in_parts(codec, stored, shape, dtype, max_bytes)
+            assert same_bits(found, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 20_000])
+def test_4_bit_floats(max_bytes: int) -> None:
+    shape, blocks = (20, 96), ScaleBlocks(1, 32)
+    weight = random_tensor(torch.uint8, (20, 48))
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat((numbers, -numbers))
+    codes = torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+    scales = random_floats(torch.float32, blocks.grid(shape))
+    wanted = numbers[codes.long()] * spread(scales, blocks, shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = decoded_in_parts(Fp4(blocks), [weight, scales], shape, dtype, max_bytes)
+        assert same_bits(found, wanted.to(dtype))
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu])

@@ -23,6 +23,7 @@ from penstock.offload.weights import hf
 from quantised import (
     Tensors,
     dequantised,
+    fp4_of,
     fp8_of,
     fp8_section,
     original,
@@ -74,6 +75,26 @@ def some_of(name: str, weight: torch.Tensor) -> Tensors:
     return blocks_of(name, weight) if ".experts." in name else {name: weight}
 
 
+def halves_of(name: str, weight: torch.Tensor) -> Tensors:
+    """As DeepSeek-V4 has it: experts of 4-bit floats, 8-bit ones beside them."""
+    if ".experts." not in name:
+        return exponents_of(name, weight)
+    numbers, exponents = fp4_of(weight)
+    key = f"{name.removesuffix('weight')}scale"
+    return {
+        name: numbers.flatten(1).view(torch.int8),
+        key: exponents.view(torch.float8_e8m0fnu),
+    }
+
+
+def stacked_of(name: str, weight: torch.Tensor) -> Tensors:
+    """As gpt-oss has it: transposed, and only the experts."""
+    if ".experts." not in name:
+        return {name: weight}
+    numbers, exponents = fp4_of(weight.transpose(1, 2))
+    return {f"{name}_blocks": numbers, f"{name}_scales": exponents}
+
+
 CASES: dict[str, tuple[str, Callable[[str, torch.Tensor], Tensors], Any]] = {
     "dense": ("llama", blocks_of, BLOCKS),
     "per_channel": ("llama", channels_of, None),
@@ -84,6 +105,8 @@ CASES: dict[str, tuple[str, Callable[[str, torch.Tensor], Tensors], Any]] = {
     "moe_per_channel": ("qwen3_moe", channels_of, None),
     "moe_in_part": ("qwen3_moe", some_of, BLOCKS),
     "deepseek": ("deepseek_v3", blocks_of, BLOCKS),
+    "deepseek_v4": ("deepseek_v3", halves_of, BLOCKS),
+    "gpt_oss": ("gpt_oss", stacked_of, "mxfp4"),
 }
 
 
@@ -100,7 +123,10 @@ def folder_of(
             if model not in made:
                 made[model] = original(tmp_path_factory.mktemp(model), model)
             folder = tmp_path_factory.mktemp(name)
-            made[name] = quantised(made[model], folder, change, fp8_section(blocks))
+            section = fp8_section(blocks)
+            if blocks == "mxfp4":
+                section = {"quant_method": "mxfp4"}
+            made[name] = quantised(made[model], folder, change, section)
         return made[name]
 
     return make
@@ -134,7 +160,7 @@ def test_weights_are_those_that_transformers_dequantises(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dense", "moe", "deepseek"])
+@pytest.mark.parametrize("case", ["dense", "moe", "deepseek", "gpt_oss"])
 def test_streamed_is_equal_to_resident(
     case: str, folder_of: Callable[[str], Path]
 ) -> None:
@@ -205,8 +231,14 @@ def with_narrow_weight(tensors: Tensors) -> None:
 BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no_scales": (without_scales, "the files have no scales for it"),
     "no_weight": (without_weight, "is there, but not the weight beside it"),
-    "few_scales": (with_few_scales, r"has shape \[3, 4\], which are not the scales"),
-    "flat_scales": (with_flat_scales, r"has shape \[16\], which are not the scales"),
+    "few_scales": (
+        with_few_scales,
+        r"has shape \[3, 4\], which is not that",
+    ),
+    "flat_scales": (
+        with_flat_scales,
+        r"has shape \[16\], which is not that",
+    ),
     "integer_scales": (with_integer_scales, "is kept as torch.int32, which scales"),
     "integer_weight": (with_integer_weight, "which is no 8-bit float"),
     "narrow_weight": (with_narrow_weight, r"holds a weight of \[128, 32\], but"),
@@ -227,6 +259,24 @@ def test_what_does_not_go_together_is_one_sentence(
         penstock.load(tmp_path, POLICY)
     assert NAME in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_stacked_experts_that_do_not_go_together(
+    part: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("gpt_oss")
+    name = f"model.layers.0.mlp.experts.down_proj_{part}"
+    for is_cut in (False, True):
+        tensors = load_file(folder / SINGLE_FILE)
+        found = tensors.pop(name)
+        if is_cut:
+            tensors[name] = found[:, :8]
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+        with pytest.raises(CheckpointError, match=r"experts\.down_proj_"):
+            penstock.load(tmp_path, POLICY)
 
 
 def test_truncated_scales_are_refused(

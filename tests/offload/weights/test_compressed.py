@@ -1,0 +1,188 @@
+"""What compressed-tensors writes is what transformers makes of it, dequantised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_loader import opened
+
+import penstock
+from checkpoints import same_bits
+from penstock import Policy
+from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
+from penstock.io.codecs.cast import Cast
+from penstock.io.codecs.computed import Computed
+from penstock.io.errors import CheckpointError, PenstockError, UsageError
+from penstock.offload.verify import verify
+from penstock.offload.weights import hf, quantizer
+from quantised import Tensors, compressed, dequantised, original
+
+HAS_LIBRARY = importlib.util.find_spec("compressed_tensors") is not None
+needs_library = pytest.mark.skipif(
+    not HAS_LIBRARY,
+    reason='needs compressed-tensors: pip install "penstock[quantised]"',
+)
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+POLICY = Policy(device_memory="1MiB", resident_below=1)
+IDS = torch.arange(14).view(2, 7) + 3
+CASES = {
+    "W4A16": ("llama", "Int4"),
+    "W4A16_ASYM": ("llama", "Int4"),
+    "W8A8": ("llama", "Int8"),
+    "FP8": ("llama", "Fp8"),
+    "FP8_DYNAMIC": ("llama", "Fp8"),
+    "FP8_BLOCK": ("llama", "Fp8"),
+    "W4A16 experts": ("qwen3_moe", "Int4"),
+    "FP8_DYNAMIC experts": ("qwen3_moe", "Fp8"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the checkpoint of a case, once."""
+    made: dict[str, Path] = {}
+
+    def make(case: str) -> Path:
+        if case not in made:
+            model, _ = CASES[case]
+            if model not in made:
+                made[model] = original(tmp_path_factory.mktemp(model), model)
+            folder = tmp_path_factory.mktemp("compressed")
+            made[case] = compressed(made[model], folder, case.split()[0])
+        return made[case]
+
+    return make
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_those_that_transformers_dequantises(
+    case: str, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(case)
+    checkpoint = open_checkpoint(folder)
+    skeleton = hf.build(checkpoint, "auto")
+    codecs = {p.codec for r in skeleton.recipes.values() for p in r.slices}
+    kinds = {type(c).__name__ for c in codecs if not isinstance(c, Cast | Computed)}
+    assert kinds == {CASES[case][1]}
+    wanted = dequantised(folder).state_dict()
+    assert skeleton.recipes.keys() == wanted.keys()
+    with opened(checkpoint, list(skeleton.recipes.values()), bounce_bytes=4096) as rig:
+        for name, tensor in rig.load().items():
+            assert same_bits(tensor, wanted[name]), name
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["W4A16_ASYM", "W8A8", "FP8_DYNAMIC experts"])
+def test_streamed_is_equal_to_resident(
+    case: str, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(case)
+    with penstock.load(folder, POLICY) as model, torch.inference_mode():
+        assert same_bits(model(IDS).logits, dequantised(folder)(IDS).logits)
+        assert not penstock.statistics(model).fallbacks
+    assert verify(folder, POLICY).is_equal
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+def without_zeros(tensors: Tensors) -> None:
+    del tensors[f"{NAME}_zero_point"]
+
+
+def with_few_zeros(tensors: Tensors) -> None:
+    tensors[f"{NAME}_zero_point"] = tensors[f"{NAME}_zero_point"][:3].clone()
+
+
+def without_scales(tensors: Tensors) -> None:
+    del tensors[f"{NAME}_scale"]
+
+
+def with_few_scales(tensors: Tensors) -> None:
+    tensors[f"{NAME}_scale"] = tensors[f"{NAME}_scale"][:3].clone()
+
+
+def with_short_rows(tensors: Tensors) -> None:
+    tensors[f"{NAME}_packed"] = tensors[f"{NAME}_packed"][:, :4].clone()
+
+
+def with_other_numbers(tensors: Tensors) -> None:
+    tensors[f"{NAME}_packed"] = tensors[f"{NAME}_packed"].to(torch.int64)
+
+
+def without_numbers(tensors: Tensors) -> None:
+    del tensors[f"{NAME}_packed"]
+
+
+BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "no_zeros": (without_zeros, "has no weight_zero_point beside it"),
+    "few_zeros": (with_few_zeros, r"has shape \[3, 4\], which is not that"),
+    "no_scales": (without_scales, "the files have no scales for it"),
+    "few_scales": (with_few_scales, r"has shape \[3, 4\], which is not that"),
+    "short_rows": (with_short_rows, r"holds a weight of \[128, 32\], but"),
+    "other_numbers": (with_other_numbers, "is kept as torch.int64, which the format"),
+    "no_numbers": (without_numbers, "but not the weight_packed or weight beside it"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("bad", BAD)
+def test_what_does_not_go_together_is_one_sentence(
+    bad: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("W4A16_ASYM")
+    change, words = BAD[bad]
+    tensors = load_file(folder / SINGLE_FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=words) as refused:
+        penstock.load(tmp_path, POLICY)
+    assert NAME in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_bits": 3}, "the format pack-quantized, 3 bits"),
+        ({"actorder": "group"}, "actorder.*group"),
+    ],
+)
+def test_other_formats_are_refused_by_name(
+    change: dict[str, object],
+    words: str,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = folder_of("W4A16")
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(PenstockError, match=words):
+        penstock.load(tmp_path, POLICY)
+
+
+def test_without_the_library_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = original(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'pip install "penstock\[quantised\]"'):
+        penstock.load(folder, POLICY)
