@@ -8,6 +8,9 @@ import torch
 TILE_NUMEL = 32_000
 """Fewer elements than torch computes in parallel (at::internal::GRAIN_SIZE, 32,768):
 what is made of tiles uses the calling thread only, and stays in its caches."""
+_TURNED_COLUMNS = 256
+"""The columns of a tile whose rows do not lie in memory as rows: it is narrow, so that
+neighbours in memory are written together."""
 
 Numbers = Callable[[slice, slice, torch.Tensor], None]
 """Writes the numbers in a range of rows and a range of columns to a tensor of one
@@ -56,7 +59,9 @@ def write_scaled(
     step = blocks.columns
     if step % column_step:
         step *= column_step
-    for columns in _spans(num_columns, TILE_NUMEL, step):
+    is_turned = num_rows > 1 and target.stride(0) < target.stride(1)
+    most_columns = _TURNED_COLUMNS if is_turned else TILE_NUMEL
+    for columns in _spans(num_columns, most_columns, step):
         width = columns.stop - columns.start
         across = _touched(columns, blocks.columns)
         most_rows = TILE_NUMEL // width
