@@ -108,11 +108,8 @@ def results_of(folder: Path, case: Case, device: str) -> list[dict[str, Any]]:
 
 KEPT = (
     "score, host and peer",
-    "embed",
     "classify",
-    "generate, prompts in parts",
     "kv in host memory, activations out, shared products",
-    "kv on disk",
     "attention on the host",
     "sampling",
 )

@@ -24,9 +24,8 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 OWN_BITS = {"jetmoe"}
 """These differ from the CPU when they are resident on the device, too."""
 PER_PROCESS = 6
-KEPT = ("llama", "marian", "mamba", "jetmoe", "t5", "mixtral", "llava", "gemma3n_text")
-"""A sample: dense, positions that no file holds, weights that are read outside of their
-forward, other bits, an encoder, experts, images, shared states."""
+KEPT = ("llama", "marian", "t5", "mixtral", "gemma3n_text")
+"""A sample: dense, positions that no file holds, an encoder, experts, shared states."""
 
 Outputs = dict[str, list[torch.Tensor]]
 
