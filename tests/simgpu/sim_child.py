@@ -59,7 +59,9 @@ def _run(item: pytest.Item) -> list[pytest.TestReport]:
         path = Path(folder) / "reports"
         path.touch()
         _, _, name = item.nodeid.partition("::")
-        plain = ("-q", "--tb=short", "-p", "no:cacheprovider")
+        plain = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+        if item.config.getoption("--whole"):
+            plain.append("--whole")
         done = forked_python.run(
             *("-c", _CODE, f"{item.path}::{name}", *plain),
             f"--rootdir={item.config.rootpath}",
