@@ -3,9 +3,10 @@
 A codec stands between the *stored image* of a unit (the bytes that lie in files) and
 its *slot image* (the parameters that modules see). `Codec` (codec) is the contract.
 `Cast` (cast) copies elements and changes their dtype; `Computed` (computed) calls a
-function on whole tensors. `Fp8` (fp8), `Fp4` (fp4), `Int8` (int8) and `Int4` (int4)
-multiply small numbers by the scales of their blocks: they look numbers up (tables) and
-multiply them, a tile at a time (tiles). A recipe names the codec of each of its slices.
-The code that reads, places and moves bytes only asks whether it is `CAST`: then both
-images may be equal, and bytes are read straight into place.
+function on whole tensors. Four multiply small numbers by the scales of their blocks:
+`ScaledFloats` (fp8), `PackedFloats` (fp4), `ScaledIntegers` (int8) and `PackedIntegers`
+(int4). They look numbers up (tables), and multiply them a tile at a time (tiles). A
+recipe names the codec of each of its slices. The code that reads, places and moves
+bytes only asks whether it is `CAST`: then both images may be equal, and bytes are read
+straight into place.
 """

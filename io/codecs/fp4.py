@@ -14,7 +14,7 @@ _NUMBERS = _POSITIVE + tuple(-number for number in _POSITIVE)
 
 
 @dataclass(frozen=True, slots=True)
-class Fp4:
+class PackedFloats:
     """Multiplies 4-bit floats by the scales of their blocks; see `Codec`.
 
     The stored tensors are the weight ([rows, columns / 2] of bytes, the first number in

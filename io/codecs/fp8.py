@@ -10,7 +10,7 @@ from .tiles import ScaleBlocks, write_scaled
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8:
+class ScaledFloats:
     """Multiplies 8-bit floats by the scales of their blocks; see `Codec`.
 
     The stored tensors are the weight ([rows, columns], a float dtype of 8 bits) and its

@@ -13,7 +13,7 @@ _PER_WORD = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Int4:
+class PackedIntegers:
     """Multiplies 4-bit integers by the scales of their groups; see `Codec`.
 
     The stored tensors are the weight (int32, [rows, columns / 8], the first number of a

@@ -9,7 +9,7 @@ from .tiles import ScaleBlocks, write_scaled
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
+class ScaledIntegers:
     """Multiplies 8-bit integers by the scales of their blocks; see `Codec`.
 
     The stored tensors are the weight (int8, [rows, columns]), its scales (floats), and

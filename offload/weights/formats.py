@@ -8,10 +8,10 @@ import torch
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.codec import Codec
-from ...io.codecs.fp4 import Fp4
-from ...io.codecs.fp8 import Fp8
-from ...io.codecs.int4 import Int4
-from ...io.codecs.int8 import Int8
+from ...io.codecs.fp4 import PackedFloats
+from ...io.codecs.fp8 import ScaledFloats
+from ...io.codecs.int4 import PackedIntegers
+from ...io.codecs.int8 import ScaledIntegers
 from ...io.codecs.tiles import ScaleBlocks
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
@@ -130,7 +130,7 @@ class Fp8Format:
             rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
             shape = (rows, 2 * columns)
             check_filled(weight, shape, target)
-            codec = Fp4(scale_blocks(weight, scales, shape, self.blocks))
+            codec = PackedFloats(scale_blocks(weight, scales, shape, self.blocks))
             source = View.whole(weight.shape)
             return [TensorSlice(weight, source, target, codec, (scales,))]
         if not (weight.dtype.is_floating_point and weight.dtype.itemsize == 1):
@@ -142,7 +142,7 @@ class Fp8Format:
         check_filled(weight, weight.shape, target)
         blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
         source = View.whole(weight.shape)
-        return [TensorSlice(weight, source, target, Fp8(blocks), (scales,))]
+        return [TensorSlice(weight, source, target, ScaledFloats(blocks), (scales,))]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class CompressedFormat:
             check_filled(weight, weight.shape, target)
             if zeros is not None:
                 raise not_for(zeros, weight, weight.shape)
-            return Fp8(
+            return ScaledFloats(
                 scale_blocks(weight, scales, weight.shape, self.blocks), rounding
             )
         if weight.dtype != wanted:
@@ -218,10 +218,10 @@ class CompressedFormat:
         if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):
             raise not_for(zeros, weight, shape)
         if not is_packed:
-            return Int8(blocks, rounding, zeros is not None)
+            return ScaledIntegers(blocks, rounding, zeros is not None)
         if blocks.rows != 1 and rows > 1:
             raise not_for(scales, weight, shape)
-        return Int4(blocks.columns, rounding, zeros is not None)
+        return PackedIntegers(blocks.columns, rounding, zeros is not None)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class MxFormat:
             if (entry.dtype, entry.shape) != (torch.uint8, wanted):
                 raise not_for(entry, weight, shape)
         size, columns = rows * groups, 32 * groups
-        codec = Fp4(ScaleBlocks(1, 32))
+        codec = PackedFloats(ScaleBlocks(1, 32))
         return [
             TensorSlice(
                 weight,

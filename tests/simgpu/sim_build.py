@@ -49,11 +49,12 @@ def _run(command: list[str]) -> None:
 
 
 def _compile(target: Path) -> None:
-    from torch.utils import cpp_extension  # which imports setuptools
+    # Imports setuptools.
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = _compiler()
-    include = [f"-I{path}" for path in cpp_extension.include_paths()]
-    folders = cpp_extension.library_paths()
+    include = [f"-I{path}" for path in include_paths()]
+    folders = library_paths()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
@@ -77,7 +78,7 @@ def _compile(target: Path) -> None:
         built.replace(target)
 
 
-def library() -> Path:
+def compiled() -> Path:
     """The compiled device, which other processes may be compiling at the same time.
 
     Raises NoCompilerError where there is none, RuntimeError where it fails.

@@ -48,7 +48,7 @@ def simgpu() -> Iterator[SimGpu]:
 def _missing() -> str:
     """Why there is no simulated GPU here; "" if there is one."""
     try:
-        sim_build.library()
+        sim_build.compiled()
     except sim_build.NoCompilerError as error:
         return str(error)
     return ""

@@ -93,7 +93,7 @@ def start() -> SimGpu:
 
     Raises NoCompilerError where it cannot be compiled.
     """
-    path = sim_build.library()
+    path = sim_build.compiled()
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     torch._C._rename_privateuse1_backend("simgpu")
     torch.ops.simgpu.register_device()

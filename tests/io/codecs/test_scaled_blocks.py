@@ -7,10 +7,10 @@ import torch
 from test_codecs import decoded_in_parts
 
 from checkpoints import random_floats, random_tensor, same_bits
-from penstock.io.codecs.fp4 import Fp4
-from penstock.io.codecs.fp8 import Fp8
-from penstock.io.codecs.int4 import Int4
-from penstock.io.codecs.int8 import Int8
+from penstock.io.codecs.fp4 import PackedFloats
+from penstock.io.codecs.fp8 import ScaledFloats
+from penstock.io.codecs.int4 import PackedIntegers
+from penstock.io.codecs.int8 import ScaledIntegers
 from penstock.io.codecs.tiles import ScaleBlocks
 
 SHAPES = [
@@ -48,7 +48,11 @@ def test_8_bit_floats(
             wanted = weight.to(rounding) * factors
             for dtype in (torch.float32, torch.bfloat16):
                 found = decoded_in_parts(
-                    Fp8(blocks, rounding), [weight, scales], shape, dtype, max_bytes
+                    ScaledFloats(blocks, rounding),
+                    [weight, scales],
+                    shape,
+                    dtype,
+                    max_bytes,
                 )
                 assert same_bits(found.nan_to_num(1), wanted.to(dtype).nan_to_num(1))
                 assert torch.equal(found.isnan(), wanted.isnan())
@@ -71,7 +75,7 @@ def test_8_bit_integers(
         wanted = numbers * spread(scales, blocks, shape)
         stored = [weight, scales, zeros] if has_zeros else [weight, scales]
         for dtype in (torch.float32, torch.bfloat16):
-            codec = Int8(blocks, kind, has_zeros)
+            codec = ScaledIntegers(blocks, kind, has_zeros)
             found = decoded_in_parts(codec, stored, shape, dtype, max_bytes)
             assert same_bits(found, wanted.to(dtype))
 
@@ -99,7 +103,7 @@ def test_4_bit_integers(
         wanted = numbers * scales.repeat_interleave(group, 1)
         stored = [weight, scales, words] if has_zeros else [weight, scales]
         for dtype in (torch.float32, torch.bfloat16):
-            codec = Int4(group, kind, has_zeros)
+            codec = PackedIntegers(group, kind, has_zeros)
             found = decoded_in_parts(codec, stored, shape, dtype, max_bytes)
             assert same_bits(found, wanted.to(dtype))
 
@@ -114,7 +118,9 @@ def test_4_bit_floats(max_bytes: int) -> None:
     scales = random_floats(torch.float32, blocks.grid(shape))
     wanted = numbers[codes.long()] * spread(scales, blocks, shape)
     for dtype in (torch.float32, torch.bfloat16):
-        found = decoded_in_parts(Fp4(blocks), [weight, scales], shape, dtype, max_bytes)
+        found = decoded_in_parts(
+            PackedFloats(blocks), [weight, scales], shape, dtype, max_bytes
+        )
         assert same_bits(found, wanted.to(dtype))
 
 
@@ -124,7 +130,7 @@ def test_scales_that_are_exponents(kind: torch.dtype) -> None:
     weight = random_floats(torch.float32, shape).to(torch.float8_e4m3fn)
     scales = torch.arange(64 * 2, dtype=torch.uint8).view(64, 2) + 60
     found = decoded_in_parts(
-        Fp8(blocks), [weight, scales.view(kind)], shape, torch.float32, 500
+        ScaledFloats(blocks), [weight, scales.view(kind)], shape, torch.float32, 500
     )
     powers = 2.0 ** (scales.double() - 127)
     wanted = weight.double() * spread(powers, blocks, shape)
@@ -136,7 +142,7 @@ def test_a_target_with_strides() -> None:
     weight = random_floats(torch.float32, shape).to(torch.float8_e4m3fn)
     scales = random_floats(torch.float32, blocks.grid(shape))
     found = torch.empty(600, 30, dtype=torch.bfloat16)
-    Fp8(blocks).decode([weight, scales], found.t())
+    ScaledFloats(blocks).decode([weight, scales], found.t())
     wanted = (weight.float() * spread(scales, blocks, shape)).bfloat16()
     assert same_bits(found, wanted.t().contiguous())
 
@@ -148,7 +154,7 @@ def test_only_the_calling_thread_decodes() -> None:
     scales = random_floats(torch.float32, blocks.grid(shape))
     target = torch.empty(shape)
     with torch.profiler.profile(record_shapes=True) as profile:
-        Fp8(blocks).decode([weight, scales], target)
+        ScaledFloats(blocks).decode([weight, scales], target)
     sizes = [
         torch.Size(shape).numel()
         for event in profile.events() or ()

@@ -33,14 +33,14 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 POLICY = Policy(device_memory="1MiB", resident_below=1)
 IDS = torch.arange(14).view(2, 7) + 3
 CASES = {
-    "W4A16": ("llama", "Int4"),
-    "W4A16_ASYM": ("llama", "Int4"),
-    "W8A8": ("llama", "Int8"),
-    "FP8": ("llama", "Fp8"),
-    "FP8_DYNAMIC": ("llama", "Fp8"),
-    "FP8_BLOCK": ("llama", "Fp8"),
-    "W4A16 experts": ("qwen3_moe", "Int4"),
-    "FP8_DYNAMIC experts": ("qwen3_moe", "Fp8"),
+    "W4A16": ("llama", "PackedIntegers"),
+    "W4A16_ASYM": ("llama", "PackedIntegers"),
+    "W8A8": ("llama", "ScaledIntegers"),
+    "FP8": ("llama", "ScaledFloats"),
+    "FP8_DYNAMIC": ("llama", "ScaledFloats"),
+    "FP8_BLOCK": ("llama", "ScaledFloats"),
+    "W4A16 experts": ("qwen3_moe", "PackedIntegers"),
+    "FP8_DYNAMIC experts": ("qwen3_moe", "ScaledFloats"),
 }
 
 
