@@ -42,7 +42,10 @@ class AcceleratorStream:
 
     def record(self) -> Event:
         """An event that passes when all work queued so far is done."""
-        event = _new_event(self._stream.device)
+        # Not an event of a subclass such as torch.cuda.Event: `torch.Stream` takes its
+        # memory for that of a `torch.Event`, and does not check. `blocking` lets a
+        # thread that waits sleep; torch ignores it so far.
+        event = torch.Event(self._stream.device, enable_timing=False, blocking=True)
         event.record(self._stream)
         return AcceleratorEvent(event)
 
@@ -52,18 +55,6 @@ class AcceleratorStream:
             self._stream.wait_event(event.event)
         else:
             event.wait()
-
-
-def _new_event(device: torch.device) -> torch.Event:
-    """An event for streams of `device`.
-
-    On CUDA, a thread that waits for it sleeps, and does not keep a core busy.
-    `torch.Event` cannot do that yet.
-    """
-    if device.type == "cuda":
-        event: torch.Event = module_of("cuda").Event(blocking=True)
-        return event
-    return torch.Event(device)
 
 
 class AcceleratorMemory:

@@ -14,7 +14,11 @@ from checkpoint import make_checkpoint
 from nets import Net, batches, make, same, serially
 from on_device import GPU
 from penstock import DoesNotFitError, PenstockError, Policy
-from penstock.io.devices.accelerator import AcceleratorStream
+from penstock.io.devices.accelerator import (
+    AcceleratorDevice,
+    AcceleratorEvent,
+    AcceleratorStream,
+)
 from penstock.offload import verify
 from sim_device import SimGpu
 from test_on_tasks import ROWS, SMALL
@@ -125,3 +129,15 @@ def test_a_module_comes_back_from_a_device_that_has_failed(
     with penstock.wrap(net, policy):
         assert same([x.cpu() for x in serially(net, there)], expected)
     assert same(serially(net, items), expected)
+
+
+def test_streams_and_events_are_torchs_own_classes(simgpu: SimGpu) -> None:
+    """torch does not check the class: `torch.Stream` would wait for what an event of a
+    subclass, such as torch.cuda.Event, has in the same place of its memory."""
+    device = AcceleratorDevice(GPU)
+    for stream in (device.compute, device.stream()):
+        event = stream.record()
+        assert isinstance(event, AcceleratorEvent)
+        assert type(event.event) is torch.Event
+        assert type(stream._stream) is torch.Stream
+    assert not simgpu.take_error()
