@@ -37,7 +37,14 @@ class AcceleratorStream:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queues a copy of `source` to `target`, of the same shape."""
-        with self._stream:
+        # As a new object: torch keeps what `with` restores in the object, which other
+        # threads may have entered meanwhile.
+        own = torch.Stream(
+            stream_id=self._stream.stream_id,
+            device_index=self._stream.device_index,
+            device_type=self._stream.device_type,
+        )
+        with own:
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -140,4 +141,40 @@ def test_streams_and_events_are_torchs_own_classes(simgpu: SimGpu) -> None:
         assert isinstance(event, AcceleratorEvent)
         assert type(event.event) is torch.Event
         assert type(stream._stream) is torch.Stream
+    assert not simgpu.take_error()
+
+
+class Target:
+    """A tensor whose copy ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def copy_(self, source: torch.Tensor, *, non_blocking: bool) -> None:
+        self.begun.set()
+        assert self.may_end.wait(10)
+
+
+def test_threads_that_copy_on_one_stream_keep_their_own_streams(
+    simgpu: SimGpu,
+) -> None:
+    """The first to begin is the first to end, within the copy of the second."""
+    stream, source = AcceleratorDevice(GPU).stream(), torch.zeros(1)
+    targets, changed = [Target(), Target()], []
+
+    def copy(target: Any) -> None:
+        own = torch.Stream(GPU)
+        torch.accelerator.set_stream(own)
+        stream.copy(target, source)
+        if torch.accelerator.current_stream() != own:
+            changed.append(target)
+
+    threads = [threading.Thread(target=copy, args=(target,)) for target in targets]
+    for thread, target in zip(threads, targets, strict=True):
+        thread.start()
+        assert target.begun.wait(10)
+    for thread, target in zip(threads, targets, strict=True):
+        target.may_end.set()
+        thread.join()
+    assert changed == []
     assert not simgpu.take_error()
