@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..io.codecs.cast import Cast
 from ..io.codecs.computed import Computed
+from ..io.codecs.tiles import TILES
 from ..io.devices.accelerators import memory_of
 from ..io.errors import UsageError
 from ..io.weights.recipe import Recipe
@@ -284,7 +285,7 @@ def _assembled(recipe: Recipe) -> torch.Tensor:
         source = part.source.on(first.reshape(-1))
         views = [view for _, view in part.companion_parts]
         beside = [v.on(t.reshape(-1)) for v, t in zip(views, others, strict=True)]
-        part.codec.decode((source, *beside), part.target.on(flat))
+        part.codec.decode((source, *beside), part.target.on(flat), TILES)
     return flat.view(recipe.shape)
 
 

@@ -18,6 +18,7 @@ from penstock.io.readers.files import ALIGNMENT
 from penstock.io.readers.threads import ThreadReader
 from penstock.io.weights.host import HostTier
 from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, layout
+from penstock.io.weights.loader import Loader
 from penstock.io.weights.recipe import plain
 
 CEILING = "plain memory"
@@ -97,9 +98,8 @@ def run(path: Path, rounds: int) -> list[Copied]:
             HostTier,
             layouts,
             range(len(layouts)),
-            reader,
+            partial(Loader, layouts, reader=reader, bounce_bytes=1 << 20),
             stamps,
-            bounce_bytes=1 << 20,
             version="bench",
             progress=lambda done, total: None,
         )

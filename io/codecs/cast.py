@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels import Kernels
+
 _SERIAL_NUMEL = 32_000
 """Fewer elements than torch copies in parallel (at::internal::GRAIN_SIZE, 32,768)."""
 
@@ -26,7 +28,9 @@ class Cast:
     def is_elementwise(self) -> bool:
         return True
 
-    def decode(self, stored: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    def decode(
+        self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
+    ) -> None:
         (source,) = stored
         copy_serially(target, source)
 

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from .kernels import Kernels
+
 
 class Codec(Protocol):
     """Makes a part of a parameter from stored tensors.
@@ -39,11 +41,13 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, stored: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    def decode(
+        self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
+    ) -> None:
         """Writes the rows of `target` (any strides), made from those of `stored`.
 
         All are on one device. A stored tensor has the rows that `rows_each` says, in
-        its stored dtype. Runs on the calling thread only. Raises what torch raises for
-        contents that cannot be decoded.
+        its stored dtype. Runs on the calling thread only, by `kernels` where they have
+        the loops. Raises what torch raises for contents that cannot be decoded.
         """
         ...

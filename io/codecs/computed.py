@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .kernels import Kernels
+
 Compute = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Computes a parameter from whole stored tensors, given by their names."""
 
@@ -32,6 +34,8 @@ class Computed:
     def is_elementwise(self) -> bool:
         return False
 
-    def decode(self, stored: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    def decode(
+        self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
+    ) -> None:
         made = self.compute(dict(zip(self.names, stored, strict=True)))
         target.copy_(made.to(target.dtype))

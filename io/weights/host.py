@@ -8,7 +8,6 @@ from ..checkpoint.header import FileStamp
 from ..closing import Closing
 from ..memory.arena import Arena, HostMemory
 from ..memory.shared import SharedArena
-from ..readers.reader import Reader
 from .filling import fill, side_by_side
 from .layout import Layout
 from .loader import Loader
@@ -17,8 +16,8 @@ from .loader import Loader
 class HostTier(Closing):
     """Holds `units` (indices into `layouts`) one behind the other in host memory.
 
-    The constructor reads them all, in parallel, and calls `progress(done_bytes,
-    total_bytes)` after each.
+    The constructor reads them all by a loader into that memory, in parallel, and calls
+    `progress(done_bytes, total_bytes)` after each.
 
     With `shared`, processes that hold the same units of the same files share one copy,
     which the first process reads. `version` identifies the code that makes parameters
@@ -32,18 +31,16 @@ class HostTier(Closing):
         self,
         layouts: Sequence[Layout],
         units: Sequence[int],
-        reader: Reader,
+        loader_into: Callable[[HostMemory], Loader],
         stamps: Mapping[Path, FileStamp],
         *,
-        bounce_bytes: int,
         shared: bool,
         version: str,
         prepare: Callable[[HostMemory], None] = lambda memory: None,
         progress: Callable[[int, int], None],
     ) -> None:
         self._layouts = layouts
-        self._reader = reader
-        self._bounce_bytes = bounce_bytes
+        self._loader_into = loader_into
         self._progress = progress
         self.offsets, nbytes = side_by_side({u: layouts[u].nbytes for u in units})
         """The offset of each unit in `memory`, in bytes."""
@@ -72,7 +69,7 @@ class HostTier(Closing):
 
         Nobody may use these units meanwhile.
         """
-        loader = self._loader(self.memory)
+        loader = self._loader_into(self.memory)
         try:
             for unit in units:
                 loader.load(unit, self.offsets[unit]).wait()
@@ -82,12 +79,8 @@ class HostTier(Closing):
     def close(self) -> None:
         self.memory.close()
 
-    def _loader(self, memory: HostMemory) -> Loader:
-        bounce = self._bounce_bytes
-        return Loader(self._layouts, memory, self._reader, bounce_bytes=bounce)
-
     def _fill(self, memory: HostMemory) -> None:
-        loader = self._loader(memory)
+        loader = self._loader_into(memory)
         try:
             fill(
                 (

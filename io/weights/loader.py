@@ -10,6 +10,8 @@ from functools import partial
 import torch
 
 from ..codecs.codec import Codec
+from ..codecs.kernels import Kernels
+from ..codecs.tiles import TILES
 from ..errors import PenstockError
 from ..event import Event
 from ..extent import Extent
@@ -85,6 +87,7 @@ class Loader:
         reader: Reader,
         *,
         bounce_bytes: int,
+        kernels: Kernels = TILES,
         record: Record = unrecorded,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -94,6 +97,7 @@ class Loader:
         self._arena = arena
         self._reader = reader
         self._bounce_bytes = bounce_bytes
+        self._kernels = kernels
         self._copier = BounceCopier(
             self._submit,
             alignment=reader.alignment,
@@ -212,7 +216,7 @@ class Loader:
             each.view.on(_elements(content, each.dtype))
             for each, content in zip(inputs, stored, strict=True)
         ]
-        codec.decode(tensors, target)
+        codec.decode(tensors, target, self._kernels)
         nbytes = sum(map(len, stored))
         self._record(CASTING, unit, start, self._clock(), nbytes)
         self._count(copied=nbytes)

@@ -40,6 +40,7 @@ from ...scheduler.activations.ownership import Ownership
 from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
+from .kernels import open_kernels
 from .readers import open_reader
 
 
@@ -85,6 +86,13 @@ class Tiers(Closing):
             self.reader = open_reader(checkpoint.stamps, io, fallbacks)
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
+            self._loader_into = partial(
+                Loader,
+                layouts,
+                reader=self.layered,
+                bounce_bytes=policy.io.bounce,
+                kernels=open_kernels(layouts, policy.io, fallbacks),
+            )
             self.loaders: list[Loader | DirectToDevice] = []
             self._open_disk(opened)
             for name in policy.peer:
@@ -153,10 +161,7 @@ class Tiers(Closing):
         return tuple(u for u, where in enumerate(self.placement) if where == tier)
 
     def _loader(self, memory: Arena) -> Loader:
-        bounce, record = self._policy.io.bounce, self._record
-        loader = Loader(
-            self._layouts, memory, self.layered, bounce_bytes=bounce, record=record
-        )
+        loader = self._loader_into(memory, record=self._record)
         self.loaders.append(loader)
         return loader
 
@@ -254,14 +259,11 @@ class Tiers(Closing):
                 HostTier(
                     self._layouts,
                     units,
-                    self.layered,
+                    self._loader_into,
                     self._checkpoint.stamps,
-                    bounce_bytes=self._policy.io.bounce,
                     shared=self._policy.host_shared,
                     version=f"{version_of('penstock')} {version_of('transformers')}",
-                    prepare=lambda memory: self._fallbacks.announce(
-                        self.device.settle(memory)
-                    ),
+                    prepare=lambda it: self._fallbacks.announce(self.device.settle(it)),
                     progress=progress,
                 )
             )

@@ -8,11 +8,9 @@ import torch
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.codec import Codec
-from ...io.codecs.fp4 import PackedFloats
-from ...io.codecs.fp8 import ScaledFloats
-from ...io.codecs.int4 import PackedIntegers
-from ...io.codecs.int8 import ScaledIntegers
-from ...io.codecs.tiles import ScaleBlocks
+from ...io.codecs.codes import Codes
+from ...io.codecs.kernels import ScaleBlocks
+from ...io.codecs.scaled import Offsets, Scaled
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
 from .stored import check_filled, not_for, scale_blocks
@@ -25,6 +23,10 @@ _KNOWN = {
     ("float-quantized", "float", 8),
 }
 """What compressed-tensors writes and can be streamed: format, type and bits."""
+_FLOATS = {
+    torch.float8_e4m3fn: Codes.FLOAT8_E4M3,
+    torch.float8_e5m2: Codes.FLOAT8_E5M2,
+}
 _OTHER_ORDERS = ("group", "dynamic")
 """Orders of columns that need a table (`weight_g_idx`)."""
 
@@ -130,10 +132,12 @@ class Fp8Format:
             rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
             shape = (rows, 2 * columns)
             check_filled(weight, shape, target)
-            codec = PackedFloats(scale_blocks(weight, scales, shape, self.blocks))
+            blocks = scale_blocks(weight, scales, shape, self.blocks)
+            codec = Scaled(Codes.FLOAT4_E2M1, blocks)
             source = View.whole(weight.shape)
             return [TensorSlice(weight, source, target, codec, (scales,))]
-        if not (weight.dtype.is_floating_point and weight.dtype.itemsize == 1):
+        codes = _FLOATS.get(weight.dtype)
+        if codes is None:
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} has scales, but is kept as "
                 f"{weight.dtype}, which is no 8-bit float: take a release in FP8, or "
@@ -142,7 +146,7 @@ class Fp8Format:
         check_filled(weight, weight.shape, target)
         blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
         source = View.whole(weight.shape)
-        return [TensorSlice(weight, source, target, ScaledFloats(blocks), (scales,))]
+        return [TensorSlice(weight, source, target, Scaled(codes, blocks), (scales,))]
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,8 @@ class CompressedFormat:
             check_filled(weight, weight.shape, target)
             if zeros is not None:
                 raise not_for(zeros, weight, weight.shape)
-            return ScaledFloats(
-                scale_blocks(weight, scales, weight.shape, self.blocks), rounding
-            )
+            blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
+            return Scaled(Codes.FLOAT8_E4M3, blocks, rounding)
         if weight.dtype != wanted:
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} is kept as {weight.dtype}, which the "
@@ -218,10 +221,12 @@ class CompressedFormat:
         if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):
             raise not_for(zeros, weight, shape)
         if not is_packed:
-            return ScaledIntegers(blocks, rounding, zeros is not None)
+            offsets = Offsets.NONE if zeros is None else Offsets.INT8
+            return Scaled(Codes.INT8, blocks, rounding, offsets)
         if blocks.rows != 1 and rows > 1:
             raise not_for(scales, weight, shape)
-        return PackedIntegers(blocks.columns, rounding, zeros is not None)
+        offsets = Offsets.NONE if zeros is None else Offsets.PACKED
+        return Scaled(Codes.INT4, ScaleBlocks(1, blocks.columns), rounding, offsets)
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ class MxFormat:
             if (entry.dtype, entry.shape) != (torch.uint8, wanted):
                 raise not_for(entry, weight, shape)
         size, columns = rows * groups, 32 * groups
-        codec = PackedFloats(ScaleBlocks(1, 32))
+        codec = Scaled(Codes.FLOAT4_E2M1, ScaleBlocks(1, 32))
         return [
             TensorSlice(
                 weight,

@@ -9,7 +9,7 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
 from ...io.codecs.cast import Cast
 from ...io.codecs.computed import Computed
-from ...io.codecs.tiles import ScaleBlocks
+from ...io.codecs.kernels import ScaleBlocks
 from ...io.errors import CheckpointError
 from ...io.weights.recipe import Recipe, View
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scaled import Scaled
+from row_scaled import RowScaled
 from test_loader import opened
 
 from checkpoints import random_floats, random_tensor, same_bits
@@ -16,6 +16,8 @@ from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
 from penstock.io.codecs.cast import CAST
 from penstock.io.codecs.codec import Codec
 from penstock.io.codecs.computed import Computed
+from penstock.io.codecs.kernels import Kernels
+from penstock.io.codecs.tiles import TILES
 from penstock.io.errors import CheckpointError
 from penstock.io.extent import Extent
 from penstock.io.weights.decoding import parts_of
@@ -43,7 +45,10 @@ def decode_of(
 
 
 def in_parts(
-    decode: Decode, tensors: Sequence[torch.Tensor], max_bytes: int
+    decode: Decode,
+    tensors: Sequence[torch.Tensor],
+    max_bytes: int,
+    kernels: Kernels = TILES,
 ) -> tuple[torch.Tensor, list[int]]:
     """What `decode` makes of `tensors` in parts, and the bytes that each part read."""
     result = torch.full(decode.target.shape, torch.nan, dtype=decode.target_dtype)
@@ -54,7 +59,7 @@ def in_parts(
             content = tensors[int(each.extent.path.name)].reshape(-1).view(torch.uint8)
             part = content[each.extent.offset : each.extent.end].clone()
             stored.append(each.view.on(part.view(each.dtype)))
-        decode.codec.decode(stored, rows)
+        decode.codec.decode(stored, rows, kernels)
         sizes.append(sum(each.extent.nbytes for each in inputs))
     return result, sizes
 
@@ -65,9 +70,11 @@ def decoded_in_parts(
     shape: tuple[int, int],
     dtype: torch.dtype,
     max_bytes: int,
+    kernels: Kernels,
 ) -> torch.Tensor:
     """What `codec` makes of `tensors` in parts of at most about `max_bytes`."""
-    return in_parts(decode_of(codec, tensors, shape, dtype), tensors, max_bytes)[0]
+    decode = decode_of(codec, tensors, shape, dtype)
+    return in_parts(decode, tensors, max_bytes, kernels)[0]
 
 
 def scaled_tensors(rows_each: int) -> list[torch.Tensor]:
@@ -82,9 +89,9 @@ def scaled_tensors(rows_each: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("rows_each", [1, 3, 16, 64])
 def test_ranges_of_rows_with_their_scales(rows_each: int, max_bytes: int) -> None:
     tensors = scaled_tensors(rows_each)
-    decode = decode_of(Scaled(rows_each), tensors)
+    decode = decode_of(RowScaled(rows_each), tensors)
     wanted = torch.empty(ROWS, COLUMNS)
-    decode.codec.decode(tensors, wanted)
+    decode.codec.decode(tensors, wanted, TILES)
     found, sizes = in_parts(decode, tensors, max_bytes)
     assert same_bits(found, wanted)
     least = min(rows_each, ROWS) * COLUMNS + 4 + 4
@@ -124,10 +131,10 @@ def test_a_codec_with_companions_by_the_loader(
     shape = (COLUMNS, ROWS) if is_turned else (ROWS, COLUMNS)
     whole = torch.empty(shape, device="meta")
     target = View.of(whole.t() if is_turned else whole)
-    part = TensorSlice(entry, source, target, Scaled(rows_each), tuple(companions))
+    part = TensorSlice(entry, source, target, RowScaled(rows_each), tuple(companions))
     recipe = Recipe("it", shape, torch.bfloat16, (part,))
     wanted = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
-    Scaled(rows_each).decode(list(stored.values()), wanted)
+    RowScaled(rows_each).decode(list(stored.values()), wanted, TILES)
     with opened(checkpoint, [recipe], bounce_bytes=bounce_bytes) as rig:
         made = rig.load()["it"]
         statistics = rig.loader.statistics()
@@ -137,7 +144,7 @@ def test_a_codec_with_companions_by_the_loader(
     assert statistics.bytes_copied >= statistics.bytes_loaded
 
 
-@pytest.mark.parametrize("codec", [CAST, Scaled(1)])
+@pytest.mark.parametrize("codec", [CAST, RowScaled(1)])
 def test_integers_are_weights_only_with_a_codec_that_knows_them(
     codec: Codec, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from checkpoints import random_tensor, same_bits
 from penstock.io.checkpoint.index import open_files
+from penstock.io.codecs.tiles import TILES
 from penstock.io.extent import Extent
 from penstock.io.weights.layout import TENSOR_ALIGNMENT, Layout, Move, Placed, layout
 from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
@@ -49,7 +50,7 @@ class Slot:
             start = copy.target_offset
             assert start + size <= plan.nbytes
             target = self.content[start : start + size].clone().view(copy.target_dtype)
-            copy.codec.decode(stored, copy.target.on(target))
+            copy.codec.decode(stored, copy.target.on(target), TILES)
             touched = torch.zeros(copy.target_numel, dtype=torch.int32)
             copy.target.on(touched).add_(1)
             self.content[start : start + size] = target.view(torch.uint8)

@@ -175,6 +175,21 @@ def test_streamed_is_equal_to_resident(
     assert verify(folder, POLICY).is_equal
 
 
+def test_it_is_announced_that_torch_decodes(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    folder = folder_of("dense")
+    with penstock.load(folder, POLICY) as model, torch.inference_mode():
+        slow = model(IDS).logits
+        fallbacks = penstock.statistics(model).fallbacks
+    (sentence,) = (each for each in fallbacks if "decoded by torch" in each)
+    assert "there is no C compiler" in sentence
+    monkeypatch.delenv("CC")
+    with penstock.load(folder, POLICY) as model, torch.inference_mode():
+        assert same_bits(model(IDS).logits, slow)
+
+
 @pytest.mark.slow
 def test_blocks_at_the_edges_are_as_large_as_the_config_says(tmp_path: Path) -> None:
     """transformers divides such weights evenly, or refuses them."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from penstock.io.codecs.kernels import Kernels
+
 
 @dataclass(frozen=True)
-class Scaled:
+class RowScaled:
     """Row r is `stored[r] * scales[r // rows] + offset`; see `Codec`."""
 
     rows: int
@@ -26,7 +28,9 @@ class Scaled:
     def is_elementwise(self) -> bool:
         return False
 
-    def decode(self, stored: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    def decode(
+        self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
+    ) -> None:
         numbers, scales, offset = stored
         assert len(scales) == -(-len(numbers) // self.rows)
         each = scales.repeat_interleave(self.rows, dim=0)[: len(numbers)]

@@ -1,0 +1,199 @@
+"""The kernels in C (decode.c), compiled where they are first needed."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .codes import Codes
+from .kernels import Kernels, ScaleBlocks, ScaledNumbers
+from .tiles import TILES
+
+_SOURCE = Path(__file__).with_name("decode.c")
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
+"""The results have the bits of torch: no two operations are contracted to one."""
+_SECONDS = 60.0
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers of `enum dtype`."""
+
+
+class CannotCompileError(Exception):
+    """There is no compiler, or what it made cannot be used: says why."""
+
+
+class _Job(ctypes.Structure):
+    """`struct job` of decode.c."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("code_stride", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("block_rows", ctypes.c_int64),
+        ("block_columns", ctypes.c_int64),
+        ("target", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("per_byte", ctypes.c_int32),
+        ("rounding", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class Compiled:
+    """See `Kernels`. What the C code does not do is left to torch."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._decode = library.penstock_decode
+        self._decode.argtypes = (ctypes.POINTER(_Job),)
+        self._decode.restype = None
+        self._dtypes = dict(_DTYPES)
+        if not library.penstock_has_float16():
+            del self._dtypes[torch.float16]
+
+    def __repr__(self) -> str:
+        return "<Compiled kernels>"
+
+    def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
+        codes, offsets = numbers.bytes, numbers.offsets
+        is_known = {target.dtype, numbers.rounding} <= self._dtypes.keys()
+        if not is_known or codes.stride(1) != 1 or not target.numel():
+            TILES.write_scaled(target, numbers)
+            return
+        table, scales = numbers.codes.table, numbers.scales
+        job = _Job(
+            codes.data_ptr(),
+            codes.stride(0),
+            table.data_ptr(),
+            scales.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
+            *target.shape,
+            numbers.blocks.rows,
+            numbers.blocks.columns,
+            target.data_ptr(),
+            *target.stride(),
+            numbers.codes.per_byte,
+            self._dtypes[numbers.rounding],
+            self._dtypes[target.dtype],
+        )
+        self._decode(ctypes.byref(job))  # drops the GIL
+
+
+def compiled(folder: Path) -> Compiled:
+    """The kernels as C code, compiled into `folder` unless that was done before.
+
+    Raises CannotCompileError where there is no compiler, where it fails, and where its
+    code computes other bits than torch does.
+    """
+    compiler = _compiler()
+    found = folder / f"decode-{_key(compiler)}.so"
+    try:
+        if not found.is_file():
+            _compile(compiler, found)
+        made = Compiled(ctypes.CDLL(str(found)))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        raise CannotCompileError(f"{' '.join(compiler)} failed: {error}") from error
+    _check(made)
+    return made
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler: that of the variable CC, or a usual one."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for command in [asked] if asked else [[name] for name in _COMPILERS]:
+        if (path := shutil.which(command[0])) is not None:
+            return [path, *command[1:]]
+    raise CannotCompileError("there is no C compiler (cc, gcc or clang, or that of CC)")
+
+
+def _key(compiler: list[str]) -> str:
+    """Changes with whatever the compiled code depends on: several machines may share
+    the folder."""
+    path = Path(compiler[0]).resolve()
+    parts = (
+        _SOURCE.read_text(),
+        *_FLAGS,
+        *compiler,
+        str(path),
+        str(path.stat().st_mtime_ns),
+        platform.machine(),
+        _processor(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What the CPU can do, as Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    words = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(words)}))
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    """Compiles to `target`, which other processes may do at the same time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        done = subprocess.run(
+            [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise OSError(said[0] if said else f"exit code {done.returncode}")
+        made.replace(target)
+
+
+def _check(kernels: Kernels) -> None:
+    """Raises CannotCompileError if `kernels` make other bits than torch."""
+    for codes, rounding, dtype in (
+        (Codes.FLOAT8_E4M3, torch.float32, torch.bfloat16),
+        (Codes.INT4, torch.bfloat16, torch.float32),
+        (Codes.INT8, torch.float16, torch.float16),
+    ):
+        columns = 200
+        blocks = ScaleBlocks(2, 40)
+        generator = torch.Generator().manual_seed(0)
+        grid = blocks.grid((5, columns))
+        numbers = ScaledNumbers(
+            torch.randint(
+                0, 120, (5, columns // codes.per_byte), generator=generator
+            ).to(torch.uint8),
+            codes,
+            blocks,
+            torch.rand(grid, generator=generator),
+            torch.rand(grid, generator=generator),
+            rounding,
+        )
+        for turned in (False, True):
+            found, wanted = (
+                torch.empty(columns, 5, dtype=dtype, device="cpu").t()
+                if turned
+                else torch.empty(5, columns, dtype=dtype, device="cpu")
+                for _ in range(2)
+            )
+            kernels.write_scaled(found, numbers)
+            TILES.write_scaled(wanted, numbers)
+            if not torch.equal(found, wanted):
+                raise CannotCompileError(
+                    f"compiled loops make other bits of {codes.value} than torch"
+                )

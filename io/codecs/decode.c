@@ -1,0 +1,197 @@
+/* Decodes small codes that share the scales of their blocks: what tiles.py does, in
+   loops that a compiler vectorises. Each product is rounded as torch rounds it. */
+
+#include <stdint.h>
+#include <string.h>
+
+enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+#define SPAN 512  /* numbers of a row that are decoded at a time: even */
+#define HEIGHT 128 /* rows of a tile that is turned before it is written */
+#define WIDTH 64   /* and its columns */
+
+/* `_Job` in compiled.py. */
+struct job {
+    const uint8_t *codes;
+    int64_t code_stride;  /* bytes from a row to the next */
+    const float *table;   /* the numbers that each byte means */
+    const float *scales;  /* [blocks down, blocks across] */
+    const float *offsets; /* like scales, or NULL */
+    int64_t rows, columns;
+    int64_t block_rows, block_columns; /* block_rows is 0 if all rows share theirs */
+    void *target;
+    int64_t row_stride, column_stride; /* elements */
+    int32_t per_byte;                  /* numbers in a byte: 1 or 2 */
+    int32_t rounding, dtype;
+};
+
+static inline uint16_t bfloat16_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint16_t rounded = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+static inline float float_of(uint16_t bfloat16)
+{
+    uint32_t bits = (uint32_t)bfloat16 << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Writes `(number - offset) * scale` of one block. */
+static inline void decode_bytes(const uint8_t *restrict codes, const float *restrict table,
+                                int64_t n, float offset, float scale, float *restrict out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (table[codes[i]] - offset) * scale;
+}
+
+static inline void scale_in_place(int64_t n, float offset, float scale,
+                                  float *restrict out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (out[i] - offset) * scale;
+}
+
+static void look_up_pairs(const uint8_t *restrict codes, const float *restrict table,
+                          int64_t n, float *restrict out)
+{
+    for (int64_t i = 0; i < n / 2; i++)
+        memcpy(out + 2 * i, table + 2 * codes[i], 2 * sizeof(float));
+    if (n % 2)
+        out[n - 1] = table[2 * codes[n / 2]];
+}
+
+static void round_to(int32_t dtype, int64_t n, float *restrict out)
+{
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < n; i++)
+            out[i] = float_of(bfloat16_of(out[i]));
+#ifdef __FLT16_MANT_DIG__
+    if (dtype == FLOAT16)
+        for (int64_t i = 0; i < n; i++)
+            out[i] = (float)(_Float16)out[i];
+#endif
+}
+
+/* The numbers `from` ... `from + n` of a row, in float32; `from` is even. */
+static void decode_span(const struct job *job, int64_t row, int64_t from, int64_t n,
+                        float *out)
+{
+    int64_t size = job->block_columns, across = (job->columns + size - 1) / size;
+    int64_t first = job->block_rows ? row / job->block_rows * across : 0;
+    const uint8_t *codes = job->codes + row * job->code_stride + from / job->per_byte;
+    if (job->per_byte == 2)
+        look_up_pairs(codes, job->table, n, out);
+    int64_t block = first + from / size, left = size - from % size;
+    for (int64_t i = 0, num; i < n; i += num, block++, left = size) {
+        float scale = job->scales[block];
+        float offset = job->offsets ? job->offsets[block] : 0;
+        num = left < n - i ? left : n - i;
+        if (job->per_byte == 1)
+            decode_bytes(codes + i, job->table, num, offset, scale, out + i);
+        else
+            scale_in_place(num, offset, scale, out + i);
+    }
+    if (job->rounding != job->dtype)
+        round_to(job->rounding, n, out);
+}
+
+static void store(int32_t dtype, int64_t n, const float *restrict from, void *to)
+{
+    if (dtype == BFLOAT16) {
+        uint16_t *restrict halves = to;
+        for (int64_t i = 0; i < n; i++)
+            halves[i] = bfloat16_of(from[i]);
+    }
+#ifdef __FLT16_MANT_DIG__
+    if (dtype == FLOAT16) {
+        _Float16 *restrict halves = to;
+        for (int64_t i = 0; i < n; i++)
+            halves[i] = (_Float16)from[i];
+    }
+#endif
+}
+
+/* The columns of a row lie side by side. */
+static void decode_rows(const struct job *job)
+{
+    float numbers[SPAN];
+    for (int64_t row = 0; row < job->rows; row++) {
+        for (int64_t from = 0; from < job->columns; from += SPAN) {
+            int64_t n = job->columns - from < SPAN ? job->columns - from : SPAN;
+            int64_t at = row * job->row_stride + from;
+            if (job->dtype == FLOAT32) {
+                decode_span(job, row, from, n, (float *)job->target + at);
+            } else {
+                decode_span(job, row, from, n, numbers);
+                store(job->dtype, n, numbers, (uint16_t *)job->target + at);
+            }
+        }
+    }
+}
+
+/* Writes `height` x `n` numbers, turned: `tile` has a row for each column. */
+static inline void write_turned(const struct job *job, int64_t row, int64_t from,
+                                int64_t height, int64_t n, const char *tile,
+                                int64_t size)
+{
+    for (int64_t j = 0; j < n; j++, tile += HEIGHT * size) {
+        int64_t at = row * job->row_stride + (from + j) * job->column_stride;
+        char *to = (char *)job->target + at * size;
+        if (job->row_stride == 1)
+            memcpy(to, tile, height * size);
+        else
+            for (int64_t i = 0; i < height; i++)
+                memcpy(to + i * job->row_stride * size, tile + i * size, size);
+    }
+}
+
+/* They do not. */
+static void decode_turned(const struct job *job)
+{
+    float numbers[WIDTH], wide[WIDTH][HEIGHT];
+    uint16_t halves[WIDTH], narrow[WIDTH][HEIGHT];
+    for (int64_t row = 0; row < job->rows; row += HEIGHT) {
+        int64_t height = job->rows - row < HEIGHT ? job->rows - row : HEIGHT;
+        for (int64_t from = 0; from < job->columns; from += WIDTH) {
+            int64_t n = job->columns - from < WIDTH ? job->columns - from : WIDTH;
+            for (int64_t i = 0; i < height; i++) {
+                decode_span(job, row + i, from, n, numbers);
+                if (job->dtype == FLOAT32) {
+                    for (int64_t j = 0; j < n; j++)
+                        wide[j][i] = numbers[j];
+                } else {
+                    store(job->dtype, n, numbers, halves);
+                    for (int64_t j = 0; j < n; j++)
+                        narrow[j][i] = halves[j];
+                }
+            }
+            if (job->dtype == FLOAT32)
+                write_turned(job, row, from, height, n, (char *)wide, 4);
+            else
+                write_turned(job, row, from, height, n, (char *)narrow, 2);
+        }
+    }
+}
+
+/* Whether this compiler has 16-bit floats. */
+int32_t penstock_has_float16(void)
+{
+#ifdef __FLT16_MANT_DIG__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void penstock_decode(const struct job *job)
+{
+    if (job->column_stride == 1)
+        decode_rows(job);
+    else
+        decode_turned(job);
+}

@@ -1,0 +1,89 @@
+"""Kernels are compiled once, where there is a compiler; else it is said why not."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from penstock.io.codecs import compiled as module
+from penstock.io.codecs.compiled import CannotCompileError, compiled
+from penstock.io.codecs.kernels import ScaledNumbers
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "a compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def compiler() -> None:
+    try:
+        module._compiler()
+    except CannotCompileError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_several_at_once_compile_and_later_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: compiled(tmp_path), range(3)))
+    (made,) = tmp_path.iterdir()
+    monkeypatch.setattr(subprocess, "run", None)
+    compiled(tmp_path)
+    assert list(tmp_path.iterdir()) == [made]
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(CannotCompileError, match="there is no C compiler"):
+        compiled(tmp_path)
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(CannotCompileError, match="there is no C compiler"):
+        compiled(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("echo 'it is ill' >&2; exit 1", "it is ill"),
+        ("exit 3", "exit code 3"),
+        ("exit 0", "No such file"),
+        ('for it; do last="$it"; done; echo nonsense > "$last"', "decode-"),
+    ],
+)
+def test_a_compiler_that_fails(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", f"'{script(tmp_path, text)}'")
+    with pytest.raises(CannotCompileError, match=said):
+        compiled(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(CannotCompileError, match="File exists"):
+        compiled(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_code_that_makes_other_bits_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong:
+        def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
+            target.zero_()
+
+    monkeypatch.setattr(module, "Compiled", lambda library: Wrong())
+    with pytest.raises(CannotCompileError, match="other bits"):
+        compiled(tmp_path)
