@@ -120,6 +120,12 @@ class Policy(Section):
     host_memory: Bytes | None = None
     """Bytes of weights that are read once and stay in host memory, beside
     device_memory; the rest is read from disk in every pass. None: no weights stay."""
+    weights_kept: Literal["auto", "stored", "decoded"] = "auto"
+    """How weights are kept in memory (`host_memory`, `peer`): as the files have them,
+    and decoded or cast whenever they are loaded (`stored`), or as they are computed
+    with (`decoded`). `auto`: as they are stored if they have fewer bytes so; on a CPU
+    only if not all of them fit in `host_memory` otherwise, since decoded ones are used
+    where they lie."""
     host_shared: bool = False
     """Processes of this machine that load the same checkpoint with the same policy
     share one copy of the weights in host memory."""

@@ -14,10 +14,12 @@ def place(
     *,
     budgets: Mapping[str, int],
     rules: Mapping[str, str],
+    kept: Sequence[int] | None = None,
 ) -> tuple[str, ...]:
     """Returns the tier of each unit of `sizes` bytes. The first of `rules` (regular
     expression -> tier) that matches its name decides. Without one, it is the first tier
-    of `budgets` (bytes, in order of preference) that has room, else "disk".
+    of `budgets` (bytes, in order of preference) that has room, else "disk". Units have
+    as many bytes as `kept` says in all tiers but the device, if it is given.
 
     Raises PolicyError when rules put more into a tier than its budget holds.
     """
@@ -28,7 +30,8 @@ def place(
     left = dict(budgets)
     for tier in dict.fromkeys(tier for tier in ruled if tier not in (None, Tier.DISK)):
         assert tier is not None, "None was left out"
-        need = sum(n for n, where in zip(sizes, ruled, strict=True) if where == tier)
+        there = sizes if kept is None or tier == Tier.DEVICE else kept
+        need = sum(n for n, where in zip(there, ruled, strict=True) if where == tier)
         if need > left.get(tier, 0):
             raise PolicyError(
                 f"placement puts {need} bytes into {tier!r}, which has room for "
@@ -39,7 +42,8 @@ def place(
     tiers = list(ruled)
     for tier, budget in left.items():
         free = [unit for unit, where in enumerate(tiers) if where is None]
-        for index in spread([sizes[unit] for unit in free], budget):
+        there = sizes if kept is None or tier == Tier.DEVICE else kept
+        for index in spread([there[unit] for unit in free], budget):
             tiers[free[index]] = tier
     return tuple(tier or Tier.DISK for tier in tiers)
 

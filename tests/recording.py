@@ -98,6 +98,9 @@ class FakeStream:
 
         self.give(act, [range_of(source)], [range_of(target)], f"copy on {self.name}")
 
+    def run(self, work: Callable[[], None]) -> None:
+        self.give(work, [], [], f"work on {self.name}")
+
     def record(self) -> Event:
         with self.device.lock:
             return FakeEvent(self.device, dict(self.clock), self.last, self.name)

@@ -39,12 +39,13 @@ CAST = Cast()
 
 
 def copy_serially(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies `source` to `target` (same shape, any dtypes, CPU), and casts.
+    """Copies `source` to `target` (same shape, any dtypes), and casts.
 
     It uses the calling thread only. Torch would split a large copy over its own thread
     pool, which would compete with the thread that computes.
     """
-    if not (target.is_contiguous() and source.is_contiguous()):
+    is_plain = target.is_contiguous() and source.is_contiguous()
+    if not is_plain or source.device.type != "cpu":
         target.copy_(source)
         return
     # One call, so that the interpreter's lock is free for the computing thread.

@@ -89,7 +89,9 @@ class Scaled:
 def _numbers(stored: torch.Tensor) -> torch.Tensor:
     """Numbers of any dtype in float32; unsigned bytes are exponents."""
     if stored.dtype == torch.uint8:
-        return (stored.to(torch.float32) - 127.0).exp2()
+        # The bits of a power of two; those of the smallest, 2 ** -127, are not shifted.
+        bits = (stored.to(torch.int32) << 23).masked_fill_(stored == 0, 1 << 22)
+        return bits.view(torch.float32)
     return stored.to(torch.float32)
 
 

@@ -4,6 +4,7 @@ It uses torch's interface for any accelerator. What only some kinds have (regist
 host memory, NUMA nodes) is asked for, and left out where it is missing.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class AcceleratorStream:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queues a copy of `source` to `target`, of the same shape."""
+        self.run(lambda: _copy(target, source))
+
+    def run(self, work: Callable[[], None]) -> None:
         # As a new object: torch keeps what `with` restores in the object, which other
         # threads may have entered meanwhile.
         own = torch.Stream(
@@ -45,7 +49,7 @@ class AcceleratorStream:
             device_type=self._stream.device_type,
         )
         with own:
-            target.copy_(source, non_blocking=True)
+            work()
 
     def record(self) -> Event:
         """An event that passes when all work queued so far is done."""
@@ -165,6 +169,10 @@ class AcceleratorDevice:
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self._device)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
 
 
 def _device_of(name: str) -> torch.device:

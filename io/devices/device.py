@@ -5,6 +5,7 @@ loading threads call `Event.wait`.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ class Stream(Protocol):
 
         Nobody may change or free them until an event recorded afterwards has passed.
         """
+        ...
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queues what `work` computes with tensors of the device; calls it once."""
         ...
 
     def record(self) -> Event:
@@ -114,6 +119,9 @@ class CpuStream:
         assert target.is_contiguous(), "copies need contiguous tensors"
         assert source.is_contiguous(), "copies need contiguous tensors"
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
 
     def record(self) -> Event:
         return _Done()

@@ -91,6 +91,9 @@ class WorkerStream(Closing):
 
         self.give(act, source.nbytes)
 
+    def run(self, work: Callable[[], None]) -> None:
+        self.give(work)
+
     def record(self) -> Event:
         """An event that passes when all work given so far is done."""
         return self._last

@@ -1,12 +1,13 @@
 """The host tier: units are read once and stay in host memory."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from ..checkpoint.header import FileStamp
 from ..closing import Closing
-from ..memory.arena import Arena, HostMemory
+from ..memory.arena import Arena, HostMemory, Memory
 from ..memory.shared import SharedArena
 from .filling import fill, side_by_side
 from .layout import Layout
@@ -42,6 +43,9 @@ class HostTier(Closing):
         self._layouts = layouts
         self._loader_into = loader_into
         self._progress = progress
+        self.moved: dict[int, Memory] = {}
+        """Units that have grown since, in memory of their own."""
+        self._rooms = {unit: layouts[unit].nbytes for unit in units}
         self.offsets, nbytes = side_by_side({u: layouts[u].nbytes for u in units})
         """The offset of each unit in `memory`, in bytes."""
         self.memory: HostMemory
@@ -69,15 +73,19 @@ class HostTier(Closing):
 
         Nobody may use these units meanwhile.
         """
-        loader = self._loader_into(self.memory)
-        try:
-            for unit in units:
-                loader.load(unit, self.offsets[unit]).wait()
-        finally:
-            loader.close()
+        for unit in units:
+            nbytes = self._layouts[unit].nbytes
+            if (own := self.moved.pop(unit, None)) is not None:
+                own.close()
+            memory, offset = self.memory, self.offsets[unit]
+            if nbytes > self._rooms[unit]:
+                self.moved[unit], offset = (memory := Arena(nbytes)), 0
+            with closing(self._loader_into(memory)) as loader:
+                loader.load(unit, offset).wait()
 
     def close(self) -> None:
-        self.memory.close()
+        for memory in (*self.moved.values(), self.memory):
+            memory.close()
 
     def _fill(self, memory: HostMemory) -> None:
         loader = self._loader_into(memory)

@@ -198,25 +198,26 @@ def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
 
     There, its offsets in file and slot are equal modulo `memory_alignment`.
     """
-    if not _is_raw(recipe, recipe.slices[0]):
-        return position
     part = recipe.slices[0]
-    extent = part.source_extent
-    assert extent is not None, "a raw slice is contiguous"
+    extent = raw_extent(recipe, part)
+    if extent is None:
+        return position
     target = part.target.offset * recipe.dtype.itemsize
     return position + (extent.offset - target - position) % memory_alignment
 
 
-def _is_raw(recipe: Recipe, part: TensorSlice) -> bool:
-    """Whether the slice is copied byte by byte into one range of the slot."""
+def raw_extent(recipe: Recipe, part: TensorSlice) -> Extent | None:
+    """The byte range that is copied as it is into one range of the slot; None if the
+    slice is made in another way."""
     extent = part.source_extent
-    return (
+    is_raw = (
         extent is not None
         and part.codec == CAST
         and part.entry.dtype == recipe.dtype
         and part.target.is_contiguous
         and extent.offset % recipe.dtype.itemsize == 0
     )
+    return extent if is_raw else None
 
 
 def _assemble(
@@ -224,10 +225,9 @@ def _assemble(
 ) -> tuple[list[Read], list[Decode]]:
     if not part.target.numel:
         return [], []
-    if not _is_raw(recipe, part):
-        return [], [_decode(recipe, part, base)]
-    extent = part.source_extent
-    assert extent is not None, "a raw slice is contiguous"
+    extent = raw_extent(recipe, part)
+    if extent is None:
+        return [], [decode_of(recipe, part, base)]
     slot = base + part.target.offset * recipe.dtype.itemsize
     start = align_up(extent.offset, alignment)
     end = align_down(extent.end, alignment)
@@ -251,7 +251,8 @@ def byte_copy(extent: Extent, slot_offset: int) -> Decode:
     return Decode(CAST, (source,), slot_offset, torch.uint8, extent.nbytes, whole)
 
 
-def _decode(recipe: Recipe, part: TensorSlice, base: int) -> Decode:
+def decode_of(recipe: Recipe, part: TensorSlice, base: int) -> Decode:
+    """Makes the slice; the parameter begins at the offset `base` of the slot."""
     extent, source = part.source_extent, part.source
     if extent is None:  # the part is not one byte range: read the whole tensor
         extent = part.entry.extent

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..closing import Closing
+from ..codecs.kernels import Kernels
+from ..codecs.tiles import TILES
 from ..devices.device import Device
 from ..errors import ClosedError, PenstockError
 from ..event import Event
@@ -19,6 +21,7 @@ from ..tier import Tier
 from ..timeline import STAGING, Record, unrecorded
 from .source import Source
 from .transfer import Transfer
+from .unpacking import Image, Unpacker
 
 
 class LinkLoad:
@@ -97,6 +100,7 @@ class Link(Closing):
         device: Device,
         *,
         pace: Pace | None,
+        kernels: Kernels = TILES,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
         record: Record = unrecorded,
@@ -108,6 +112,7 @@ class Link(Closing):
         self._target = target
         self._device = device
         self._stream = device.stream()
+        self._unpacker = Unpacker(device, target, self._stream, kernels)
         self._pace = pace
         self._sleep = sleep
         self._clock = clock
@@ -153,6 +158,7 @@ class Link(Closing):
             self._jobs.put(None)
         self._thread.join()
         self._source.close()
+        self._unpacker.close()
 
     def _ask_ahead(self) -> None:
         with self._lock:
@@ -190,9 +196,11 @@ class Link(Closing):
                         self._target.tensor(offset + shift, nbytes),
                         memory.tensor(offset, nbytes),
                     )
+            image = Image(memory, start, self._source.cut)
+            self._unpacker.unpack(transfer.decodes, image, job.offset)
         finally:  # copies already queued still write if a later one failed
             job.load.ready = self._stream.record()
-        nbytes = sum(run.nbytes for run in transfer.runs)
+        nbytes = transfer.moved_bytes
         if self._pace is not None:
             # A drive reads the stored bytes, which a cast may have changed in number.
             paced = transfer.stored_bytes if self.tier == Tier.DISK else nbytes

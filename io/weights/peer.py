@@ -30,6 +30,10 @@ class PeerTier(Closing):
         progress: Callable[[int, int], None],
     ) -> None:
         self.device = device
+        self.moved: dict[int, Memory] = {}
+        """Units that have grown since, in memory of their own."""
+        self._transfers = transfers
+        self._rooms = {unit: transfers[unit].nbytes for unit in units}
         self.offsets, nbytes = side_by_side({u: transfers[u].nbytes for u in units})
         """The offset of each unit in `memory`, in bytes."""
         self.memory = device.allocate(nbytes)
@@ -58,12 +62,18 @@ class PeerTier(Closing):
 
         Nobody may use these units meanwhile.
         """
-        if not units:
-            return
-        with open_link(self.memory, self.device) as link:
-            for unit in units:
-                link.load(unit, self.offsets[unit], ()).wait()
-            self.device.synchronize()
+        for unit in units:
+            nbytes = self._transfers[unit].nbytes
+            if (own := self.moved.pop(unit, None)) is not None:
+                own.close()
+            memory, offset = self.memory, self.offsets[unit]
+            if nbytes > self._rooms[unit]:
+                memory, offset = self.device.allocate(nbytes), 0
+                self.moved[unit] = memory
+            with open_link(memory, self.device) as link:
+                link.load(unit, offset, ()).wait()
+                self.device.synchronize()
 
     def close(self) -> None:
-        self.memory.close()
+        for memory in (*self.moved.values(), self.memory):
+            memory.close()

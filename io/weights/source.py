@@ -50,27 +50,34 @@ class Source(Protocol):
 
 
 class ResidentSource:
-    """Units that stay in `memory`, each at its offset (bytes) in `offsets`."""
+    """Units that stay in `memory`, each at its offset (bytes) in `offsets`; those in
+    `moved` have memory of their own."""
 
     def __init__(
         self,
         memory: Memory,
         offsets: Mapping[int, int],
+        moved: Mapping[int, Memory] | None = None,
         *,
         pinned: Pinned | None = None,
     ) -> None:
         self._memory = memory
         self._offsets = offsets
+        self._moved = moved if moved is not None else {}
         self._pinned = pinned
+        self._is_moved = False
+        """Whether the unit of the last `get` is; only the link's thread asks."""
 
     def ask(self, unit: int) -> bool:
         return True
 
     def get(self, unit: int) -> tuple[Memory, int]:
-        return self._memory, self._offsets[unit]
+        own = self._moved.get(unit)
+        self._is_moved = own is not None
+        return (self._memory, self._offsets[unit]) if own is None else (own, 0)
 
     def cut(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        return _cut(self._pinned, offset, nbytes)
+        return _cut(None if self._is_moved else self._pinned, offset, nbytes)
 
     def give_back(self, event: Event | None) -> None:
         pass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..extent import align_up
-from .layout import Layout, Placed
+from .layout import Decode, Layout, Placed
 
 _TENSOR_ALIGNMENT = 256
 SLOT_ALIGNMENT = 512
@@ -41,6 +41,15 @@ class Transfer:
     """Where each parameter lies in the slot."""
     stored_bytes: int
     """Bytes of the checkpoint that make the unit."""
+    decodes: tuple[Decode, ...] = ()
+    """What is decoded into the slot, if the other memory holds a stored image; see
+    `StoredImage`."""
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that are copied from the other memory."""
+        runs = sum(run.nbytes for run in self.runs)
+        return runs + sum(decode.stored_bytes for decode in self.decodes)
 
 
 def same_layout(plan: "Layout | Transfer") -> Transfer:

@@ -95,6 +95,7 @@ def build(
         policy,
         record,
         fallbacks,
+        arranged.images,
     )
     with ExitStack() as opened:  # closes what was opened if a later step fails
         opened.callback(tiers.close)

@@ -1,12 +1,15 @@
 """Opens the reader that a policy asks for."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ...io.checkpoint.header import FileStamp
 from ...io.fallbacks import Fallbacks
+from ...io.readers import gds
 from ...io.readers import libaio_reader as aio
 from ...io.readers.aiofiles_reader import AiofilesReader
 from ...io.readers.choice import RememberedChoice, choose
@@ -14,6 +17,8 @@ from ...io.readers.files import memory_alignment
 from ...io.readers.libaio_reader import LibaioReader
 from ...io.readers.reader import Reader
 from ...io.readers.threads import ThreadReader
+from ...io.weights import direct
+from ...io.weights.layout import Layout
 from ..policy import IO, cache_fallback, cache_folder
 
 
@@ -35,6 +40,25 @@ def open_reader(
     )
     fallbacks.announce(cache_fallback(io))
     return makers[name]()
+
+
+def open_gds(
+    device: str,
+    layouts: Sequence[Layout],
+    stamps: Mapping[Path, FileStamp],
+    io: IO,
+    fallbacks: Fallbacks,
+) -> gds.GdsReader | None:
+    """Opens the reader that reads straight into the memory of `device`; None, which is
+    announced, where it or the model's `layouts` do not allow it."""
+    largest = max(stamps, key=lambda path: stamps[path].size_bytes)
+    reason = direct.why_not(layouts) or gds.why_not(torch.device(device), largest)
+    if reason is not None:
+        fallbacks.announce(f"no reader 'gds': {reason}; weights go through host memory")
+        return None
+    return gds.GdsReader(
+        stamps, num_threads=io.threads, chunk_bytes=io.chunk, fallbacks=fallbacks
+    )
 
 
 def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:

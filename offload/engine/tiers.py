@@ -12,6 +12,7 @@ import torch
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.closing import Closing
+from ...io.codecs.whole import WHOLE
 from ...io.devices.accelerators import reaches
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
@@ -21,10 +22,8 @@ from ...io.memory.arena import Arena, HostMemory, Memory
 from ...io.memory.host_buffers import HostBuffers
 from ...io.memory.pinned import Pinned
 from ...io.pace import Pace
-from ...io.readers import gds
 from ...io.tier import Tier, tier_of
 from ...io.timeline import Record
-from ...io.weights import direct
 from ...io.weights.direct import DirectToDevice
 from ...io.weights.host import HostTier
 from ...io.weights.layered import LayeredReader
@@ -34,14 +33,16 @@ from ...io.weights.load import Load
 from ...io.weights.loader import Loader
 from ...io.weights.peer import PeerTier
 from ...io.weights.source import ResidentSource, Source, StagedSource
-from ...io.weights.transfer import Transfer, same_layout
+from ...io.weights.stored_image import StoredImage
+from ...io.weights.transfer import Transfer
 from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOffload
 from ...scheduler.activations.ownership import Ownership
 from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
+from .kept import KeptUnits
 from .kernels import open_kernels
-from .readers import open_reader
+from .readers import open_gds, open_reader
 
 
 class Tiers(Closing):
@@ -59,6 +60,7 @@ class Tiers(Closing):
         policy: Policy,
         record: Record,
         fallbacks: Fallbacks,
+        images: Sequence[StoredImage] | None = None,
     ) -> None:
         self.device = device
         self.placement = placement
@@ -74,8 +76,8 @@ class Tiers(Closing):
         self._policy = policy
         self._record = record
         self._fallbacks = fallbacks
-        self._link = partial(Link, record=record)
         self._transfers = dict(enumerate(transfers))
+        self.kept = KeptUnits(layouts, transfers, images)
         self._loads: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
         with ExitStack() as opened:
             self.memory: Memory = device.allocate(capacity)
@@ -86,13 +88,12 @@ class Tiers(Closing):
             self.reader = open_reader(checkpoint.stamps, io, fallbacks)
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
-            self._loader_into = partial(
-                Loader,
-                layouts,
-                reader=self.layered,
-                bounce_bytes=policy.io.bounce,
-                kernels=open_kernels(layouts, policy.io, fallbacks),
+            kernels = open_kernels(layouts, policy.io, fallbacks)
+            self._loader_of = partial(
+                Loader, reader=self.layered, bounce_bytes=io.bounce, kernels=kernels
             )
+            on_device = kernels if device.is_host else WHOLE
+            self._link = partial(Link, kernels=on_device, record=record)
             self.loaders: list[Loader | DirectToDevice] = []
             self._open_disk(opened)
             for name in policy.peer:
@@ -160,8 +161,8 @@ class Tiers(Closing):
     def _units_of(self, tier: str) -> tuple[int, ...]:
         return tuple(u for u, where in enumerate(self.placement) if where == tier)
 
-    def _loader(self, memory: Arena) -> Loader:
-        loader = self._loader_into(memory, record=self._record)
+    def _loader(self, layouts: Sequence[Layout], memory: Arena) -> Loader:
+        loader = self._loader_of(layouts, memory, record=self._record)
         self.loaders.append(loader)
         return loader
 
@@ -172,11 +173,13 @@ class Tiers(Closing):
             return
         if self.device.is_host and Tier.DISK not in self._policy.links:
             assert isinstance(self.memory, Arena), "memory of the host"
-            loader = self._loader(self.memory)
+            loader = self._loader(self._layouts, self.memory)
             opened.callback(loader.close)
             self._loads[Tier.DISK] = loader.load
         else:
-            link = opened.enter_context(self.link_from_disk(self.memory, self.device))
+            link = opened.enter_context(
+                self._link_from_disk(self.kept.transfers, self.memory, self.device)
+            )
             self._loads[Tier.DISK] = link.load
             self.links.append(link)
 
@@ -184,22 +187,11 @@ class Tiers(Closing):
         """By cuFile, where all of system, drive, driver and model allow it."""
         if self.device.is_host:
             return False  # `open_reader` has announced that
-        files = self._checkpoint.stamps
-        largest = max(files, key=lambda path: files[path].size_bytes)
-        reason = direct.why_not(self._layouts)
-        reason = reason or gds.why_not(torch.device(self.device.name), largest)
-        if reason is not None:
-            self._fallbacks.announce(
-                f"no reader 'gds': {reason}; weights go through host memory"
-            )
+        io, announced = self._policy.io, self._fallbacks
+        stamps = self._checkpoint.stamps
+        reader = open_gds(self.device.name, self._layouts, stamps, io, announced)
+        if reader is None:
             return False
-        io = self._policy.io
-        reader = gds.GdsReader(
-            files,
-            num_threads=io.threads,
-            chunk_bytes=io.chunk,
-            fallbacks=self._fallbacks,
-        )
         opened.enter_context(reader)
         layouts, transfers, record = self._layouts, self._transfers, self._record
         self.direct_to_device = opened.enter_context(
@@ -209,19 +201,28 @@ class Tiers(Closing):
         self.loaders.append(self.direct_to_device)
         return True
 
-    def link_from_disk(self, target: Memory, device: Device) -> Link:
-        """A link from the checkpoint's files into the memory `target` of `device`."""
-        largest = max(plan.nbytes for plan in self._layouts)
+    def link_to_peer(self, target: Memory, device: Device) -> Link:
+        """A link from the checkpoint's files into the memory `target` of `device`,
+        where units lie as peers keep them."""
+        return self._link_from_disk(self.kept.to_peer, target, device)
+
+    def _link_from_disk(
+        self, transfers: Mapping[int, Transfer], target: Memory, device: Device
+    ) -> Link:
+        largest = max(plan.nbytes for plan in self.kept.layouts)
         asked = self._policy.staging_memory
-        nbytes = 3 * largest if asked == "auto" else max(asked, largest)
+        nbytes = self.kept.ring_bytes() if asked == "auto" else max(asked, largest)
         memory = Arena(nbytes)
         self._fallbacks.announce(device.settle(memory))
         pinned = self._pin(memory, device)
         source = StagedSource(
-            self._loader(memory), self._layouts, memory, pinned=pinned
+            self._loader(self.kept.layouts, memory),
+            self.kept.layouts,
+            memory,
+            pinned=pinned,
         )
         pace = throttle(self._policy, Tier.DISK)
-        return self._link(Tier.DISK, source, self._transfers, target, device, pace=pace)
+        return self._link(Tier.DISK, source, transfers, target, device, pace=pace)
 
     def _open_peer(self, name: str, opened: ExitStack) -> None:
         units = self._units_of(name)
@@ -237,18 +238,17 @@ class Tiers(Closing):
         with FillProgress(f"reading into {name}") as progress:
             peer = opened.enter_context(
                 PeerTier(
-                    self._transfers,
+                    self.kept.to_peer,
                     units,
                     device,
-                    open_link=self.link_from_disk,
+                    open_link=self.link_to_peer,
                     progress=progress,
                 )
             )
         self.peers.append(peer)
-        transfers = {unit: same_layout(self._transfers[unit]) for unit in units}
-        source = ResidentSource(peer.memory, peer.offsets)
+        source = ResidentSource(peer.memory, peer.offsets, peer.moved)
         pace = throttle(self._policy, Tier.PEER)
-        self._open_link(name, source, transfers, pace, opened)
+        self._open_link(name, source, self.kept.from_peer, pace, opened)
 
     def _open_host(self, opened: ExitStack) -> None:
         units = self._units_of(Tier.HOST)
@@ -257,9 +257,9 @@ class Tiers(Closing):
         with FillProgress("reading into host memory") as progress:
             self.host = opened.enter_context(
                 HostTier(
-                    self._layouts,
+                    self.kept.layouts,
                     units,
-                    self._loader_into,
+                    partial(self._loader_of, self.kept.layouts),
                     self._checkpoint.stamps,
                     shared=self._policy.host_shared,
                     version=f"{version_of('penstock')} {version_of('transformers')}",
@@ -268,10 +268,11 @@ class Tiers(Closing):
                 )
             )
         pace = throttle(self._policy, Tier.HOST)
-        if not self.device.is_host or pace is not None:
-            pinned = self._pin(self.host.memory, self.device)
-            source = ResidentSource(self.host.memory, self.host.offsets, pinned=pinned)
-            self._open_link(Tier.HOST, source, self._transfers, pace, opened)
+        if not self.device.is_host or pace is not None or self.kept.are_images:
+            host = self.host
+            pin = self._pin(host.memory, self.device)
+            source = ResidentSource(host.memory, host.offsets, host.moved, pinned=pin)
+            self._open_link(Tier.HOST, source, self.kept.transfers, pace, opened)
 
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
         asked = self._policy.pinned_memory

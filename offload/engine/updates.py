@@ -20,6 +20,7 @@ from ...io.tier import Tier
 from ...io.weights.layout import Layout
 from ...io.weights.overlay import overlaid
 from ...io.weights.recipe import Recipe, plain
+from ...io.weights.stored_image import StoredImage, stored_image
 from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
 from ..weights.new_values import NewValue, new_values
@@ -54,6 +55,7 @@ class Updates(Closing):
         self._gatherers = weights.gatherers
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
+        self._slots = division.transfers
         self._unit_of = weights.unit_of
         self._entries: dict[str, TensorEntry] = {}
         self._folder: SpillFolder | None = None
@@ -167,11 +169,25 @@ class Updates(Closing):
             self._recipes[name] = recipe
             if name in self._gatherers:
                 self._gatherers[name].read_from(recipe)
+        kept = self._tiers.kept
+        for unit in units if kept.are_images else ():
+            kept.replace(unit, self._image(unit))
         for unit in units:  # ends the loads of these units that are under way
             self._working_set.load_again(unit)
         self._load_tiers_again(units)
         for unit in units:
             self._working_set.load_again(unit)
+
+    def _image(self, unit: int) -> StoredImage:
+        """How tiers keep `unit` now."""
+        slot = self._slots[unit]
+        return stored_image(
+            slot.name,
+            [self._recipes[tensor.name] for tensor in slot.tensors],
+            slot,
+            alignment=ALIGNMENT,
+            max_gap_bytes=0,
+        )
 
     def _load_tiers_again(self, units: Sequence[int]) -> None:
         """Loads the units that stay in host memory or on a peer again."""
@@ -181,7 +197,7 @@ class Updates(Closing):
             host.load_again([unit for unit in units if unit in host.offsets])
         for peer in tiers.peers:
             changed = [unit for unit in units if unit in peer.offsets]
-            peer.load_again(changed, tiers.link_from_disk)
+            peer.load_again(changed, tiers.link_to_peer)
 
     def _why_fixed(self, unit: int) -> str | None:
         """Why `unit` cannot be changed; None if it can be."""

@@ -1,16 +1,18 @@
 """Decides how a model is divided into units and where each unit stays, under a policy.
 Reads no weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import nn
 
+from ...io.codecs.computed import Computed
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
 from ...io.weights.recipe import Recipe
+from ...io.weights.stored_image import StoredImage
 from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
 from ...scheduler.placement import place
 from ..policy import Policy
@@ -18,6 +20,10 @@ from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memor
 from .division import Divider, Division, capacity_of, check_least
 from .sites import ParameterRef
 from .wish import Wishes
+
+_WORTHWHILE = 0.9
+"""Tiers keep weights as they are stored if these have fewer bytes than this share of
+what is computed with."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class Arrangement:
     division: Division
     placement: tuple[str, ...]
     """The tier of each unit."""
+    images: tuple[StoredImage, ...] | None = None
+    """How tiers in memory keep each unit as its files have it; None if they keep what
+    is computed with."""
     budget: MemoryBudget | None = None
     """How the process's memory is divided; None if the caller gave no memory."""
 
@@ -95,7 +104,10 @@ class Arranger:
         )
         division = divider.divide(capacity)
         check_least(divider.divide, capacity)
-        placement = _placement(division, capacity, policy, is_host=self._is_host)
+        images = self._images(division, policy)
+        placement = _placement(
+            division, capacity, policy, images, is_host=self._is_host
+        )
         return Arrangement(
             self._places,
             self._recipes,
@@ -103,8 +115,38 @@ class Arranger:
             capacity,
             division,
             placement,
+            images,
             budget,
         )
+
+    @cached_property
+    def _is_computed(self) -> bool:
+        """Whether a function computes some tensors."""
+        parts = (p for recipe in self._recipes.values() for p in recipe.slices)
+        return any(isinstance(part.codec, Computed) for part in parts)
+
+    def _images(
+        self, division: Division, policy: Policy
+    ) -> tuple[StoredImage, ...] | None:
+        """The units as tiers in memory keep them; None if they are as in slots."""
+        is_in_memory = policy.host_memory or policy.peer
+        if policy.weights_kept == "decoded" or (self._is_host and not is_in_memory):
+            return None
+        if not self._is_host and self._is_computed:
+            return None  # the device could compute other bits than the host
+        found = self._divider.images(division)
+        units = zip(division.found.units, division.transfers, found, strict=True)
+        sizes = [
+            (slot.nbytes, image.layout.nbytes)
+            for unit, slot, image in units
+            if unit.sites and not unit.is_resident
+        ]
+        decoded, stored = map(sum, zip(*sizes, strict=True)) if sizes else (0, 0)
+        if policy.weights_kept == "auto":
+            fits = self._is_host and decoded <= (policy.host_memory or 0)
+            if fits or stored > _WORTHWHILE * decoded:
+                return None
+        return found
 
 
 def arrange(
@@ -143,7 +185,12 @@ def _transfer(is_host: bool, max_gap_bytes: int, plan: Layout) -> Transfer:
 
 
 def _placement(
-    division: Division, capacity: int, policy: Policy, *, is_host: bool
+    division: Division,
+    capacity: int,
+    policy: Policy,
+    images: Sequence[StoredImage] | None,
+    *,
+    is_host: bool,
 ) -> tuple[str, ...]:
     """The tier of each unit. Resident units are loaded once, from disk."""
     found, transfers = division.found, division.transfers
@@ -156,7 +203,13 @@ def _placement(
     tiers = place(
         [transfers[unit].nbytes for unit in streamed],
         [found.units[unit].name for unit in streamed],
-        budgets=_budgets(division, capacity, policy, is_host=is_host),
+        budgets=_budgets(
+            division,
+            capacity,
+            policy,
+            is_in_place=is_host and Tier.HOST not in policy.links and images is None,
+        ),
+        kept=None if images is None else [images[u].layout.nbytes for u in streamed],
         rules={
             rule: first_peer if tier == Tier.PEER else tier
             for rule, tier in policy.placement.items()
@@ -167,13 +220,12 @@ def _placement(
 
 
 def _budgets(
-    division: Division, capacity: int, policy: Policy, *, is_host: bool
+    division: Division, capacity: int, policy: Policy, *, is_in_place: bool
 ) -> dict[str, int]:
     """The bytes of each tier, the fastest first."""
     host: dict[str, int] = {Tier.HOST: policy.host_memory or 0}
     room = _room_to_stay(division, capacity, policy.lookahead)
     rest: dict[str, int] = {Tier.DEVICE: room, **policy.peer}
-    is_in_place = is_host and Tier.HOST not in policy.links
     return {**host, **rest} if is_in_place else {**rest, **host}
 
 

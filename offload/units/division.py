@@ -12,6 +12,7 @@ from ...io.errors import DoesNotFitError
 from ...io.extent import align_down
 from ...io.weights.layout import Layout, layout
 from ...io.weights.recipe import Recipe
+from ...io.weights.stored_image import StoredImage, stored_image
 from ...io.weights.transfer import Transfer
 from ..monitoring.show import human_bytes
 from ..policy import Policy
@@ -91,6 +92,8 @@ class Divider:
     too small to be streamed. Nothing else of the two limits matters.
     """
 
+    _images: dict[Division, tuple[StoredImage, ...]] = field(default_factory=dict)
+
     @cached_property
     def nbytes(self) -> dict[str, int]:
         """The bytes of each tensor."""
@@ -144,6 +147,22 @@ class Divider:
             for unit in found.units
         ]
         return Division(found, layouts, [self.transfer_of(plan) for plan in layouts])
+
+    def images(self, division: Division) -> tuple[StoredImage, ...]:
+        """How memory can keep each unit of `division` as its files have it."""
+        if division not in self._images:
+            units = zip(division.found.units, division.transfers, strict=True)
+            self._images[division] = tuple(
+                stored_image(
+                    unit.name,
+                    [self.recipes[name] for name in unit.tensors],
+                    slot,
+                    alignment=self.alignment,
+                    max_gap_bytes=0,
+                )
+                for unit, slot in units
+            )
+        return self._images[division]
 
     @cached_property
     def _module_sizes(self) -> list[int]:

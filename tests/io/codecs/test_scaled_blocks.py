@@ -14,6 +14,7 @@ from penstock.io.codecs.compiled import CannotCompileError, Compiled, compiled
 from penstock.io.codecs.kernels import Kernels, ScaleBlocks
 from penstock.io.codecs.scaled import Offsets, Scaled
 from penstock.io.codecs.tiles import TILES
+from penstock.io.codecs.whole import WHOLE
 
 SHAPES = [
     ((300, 260), ScaleBlocks(128, 128)),  # the blocks at the edges are smaller
@@ -35,10 +36,12 @@ def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["tiles", "compiled"])
+@pytest.fixture(params=["tiles", "compiled", "whole"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "tiles":
         return TILES
+    if request.param == "whole":
+        return WHOLE
     found: Compiled = request.getfixturevalue("compiled_kernels")
     return found
 

@@ -1,0 +1,50 @@
+"""The kernels for accelerators: operations on whole tensors, on the current stream."""
+
+import torch
+
+from .codes import Codes
+from .kernels import ScaledNumbers
+
+
+class Whole:
+    """See `Kernels`; the tensors are those of any device. The host waits for nothing.
+    Needs memory for about four times as many float32 as there are numbers."""
+
+    def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
+        rows, columns = target.shape
+        made = _numbers(numbers.bytes, numbers.codes)[:, :columns]
+        blocks = numbers.blocks.rows, numbers.blocks.columns
+        if numbers.offsets is not None:
+            made = made - _spread(numbers.offsets, blocks, rows, columns)
+        made = made * _spread(numbers.scales, blocks, rows, columns)
+        target.copy_(made.to(numbers.rounding))
+
+
+WHOLE = Whole()
+
+
+def _numbers(stored: torch.Tensor, codes: Codes) -> torch.Tensor:
+    """What the codes in bytes mean: float32, [rows, columns]."""
+    if codes.per_byte == 1:
+        kind: torch.dtype = getattr(torch, codes.value)
+        return stored.view(kind).to(torch.float32)
+    each = torch.stack((stored & 15, stored >> 4), -1).flatten(1)
+    if codes is Codes.INT4:
+        return each.to(torch.float32) - 8.0
+    size = (each & 7).to(torch.int32)
+    # Two bits of exponent and one of fraction, as those of float32; the smallest have
+    # no exponent.
+    bits = torch.where(size < 2, size * (126 << 23), (size << 22) + (126 << 23))
+    bits |= (each >> 3).to(torch.int32) << 31
+    return bits.view(torch.float32)
+
+
+def _spread(
+    values: torch.Tensor, blocks: tuple[int, int], rows: int, columns: int
+) -> torch.Tensor:
+    """The value of each number: [rows, columns], or [1, columns] if all rows share."""
+    down, across = blocks
+    found = values[:, :, None].expand(-1, -1, across).flatten(1)[:, :columns]
+    if not down or down == 1:
+        return found
+    return found[:, None].expand(-1, down, -1).flatten(0, 1)[:rows]

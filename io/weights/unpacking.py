@@ -1,0 +1,151 @@
+"""Makes the slot of a unit from its stored image, on the device of the slot."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..closing import Closing
+from ..codecs.kernels import Kernels
+from ..devices.device import Device, Stream
+from ..event import Event
+from ..extent import align_up
+from ..memory.arena import Memory
+from .decoding import parts_of
+from .layout import Decode, Input
+
+SCRATCH_BYTES = 16 << 20
+"""Bytes of the stored image that are on a device for a moment, until they are
+decoded. They must be few: torch needs several times as much to decode them."""
+_ALIGNMENT = 256
+_NUM_HALVES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Where the image of a unit lies."""
+
+    memory: Memory
+    start: int
+    """Its offset there, in bytes."""
+    cut: Callable[[int, int], Iterator[tuple[int, int]]]
+    """Splits a range of `memory` into those that are copied one by one; see
+    `Source.cut`."""
+
+
+class Unpacker(Closing):
+    """Decodes into `target`, memory of `device`, what `copies` brings there.
+
+    Where the device is the host, decodes read the image where it lies. Otherwise its
+    bytes are copied to one half of a scratch, while those in the other half are
+    decoded by a stream of their own. Only one thread uses it.
+    """
+
+    def __init__(
+        self, device: Device, target: Memory, copies: Stream, kernels: Kernels
+    ) -> None:
+        self._device = device
+        self._target = target
+        self._copies = copies
+        self._kernels = kernels
+        self._scratch: Memory | None = None
+        self._half = 0
+        self._used: list[Event | None] = [None] * _NUM_HALVES
+        """When the decodes from each half are done."""
+
+    @cached_property
+    def _stream(self) -> Stream:
+        return self._device.stream()
+
+    def unpack(self, decodes: Sequence[Decode], image: Image, slot: int) -> None:
+        """Makes the parameters of `decodes` in the slot at the offset `slot` of the
+        target, from `image`.
+
+        This begins after the copies so far; later copies begin when it is done.
+        """
+        if not decodes:
+            return
+        self._stream.wait(self._copies.record())
+        try:
+            self._unpack(decodes, image, slot)
+        finally:
+            self._copies.wait(self._stream.record())
+
+    def close(self) -> None:
+        if self._scratch is not None:
+            self._scratch.close()
+
+    def _unpack(self, decodes: Sequence[Decode], image: Image, slot: int) -> None:
+        for decode in decodes:
+            size = decode.target_dtype.itemsize
+            flat = self._target.tensor(
+                slot + decode.target_offset, decode.target_numel * size
+            )
+            target = decode.target.on(flat.view(decode.target_dtype))
+            if self._device.is_host:
+                self._decode(decode, _seen(decode.inputs, image), target)
+                continue
+            for inputs, rows in parts_of(decode, target, SCRATCH_BYTES):
+                self._decode_there(decode, inputs, image, rows)
+
+    def _decode(
+        self, decode: Decode, stored: Sequence[torch.Tensor], target: torch.Tensor
+    ) -> None:
+        self._stream.run(lambda: decode.codec.decode(stored, target, self._kernels))
+
+    def _decode_there(
+        self,
+        decode: Decode,
+        inputs: Sequence[Input],
+        image: Image,
+        target: torch.Tensor,
+    ) -> None:
+        sizes = [align_up(each.extent.nbytes, _ALIGNMENT) for each in inputs]
+        scratch, at = self._room(sum(sizes))
+        if (earlier := self._used[self._half]) is not None:
+            self._copies.wait(earlier)
+        stored = []
+        for each, size in zip(inputs, sizes, strict=True):
+            start, nbytes = image.start + each.extent.offset, each.extent.nbytes
+            for offset, length in image.cut(start, nbytes) if nbytes else ():
+                self._copies.copy(
+                    scratch.tensor(at + offset - start, length),
+                    image.memory.tensor(offset, length),
+                )
+            stored.append(each.view.on(_elements(scratch, at, nbytes, each)))
+            at += size
+        self._stream.wait(self._copies.record())
+        self._decode(decode, stored, target)
+        self._used[self._half] = self._stream.record()
+        self._half = (self._half + 1) % _NUM_HALVES
+
+    def _room(self, nbytes: int) -> tuple[Memory, int]:
+        """The scratch, and where `nbytes` of its next half begin."""
+        if self._scratch is None or self._scratch.nbytes < _NUM_HALVES * nbytes:
+            if self._scratch is not None:  # a tensor that cannot be cut into parts
+                self._scratch.close()
+            most = max(align_up(nbytes, 1 << 20), SCRATCH_BYTES + (1 << 20))
+            self._scratch = self._device.allocate(_NUM_HALVES * most)
+            self._used = [None] * _NUM_HALVES
+        return self._scratch, self._half * (self._scratch.nbytes // _NUM_HALVES)
+
+
+def _seen(inputs: Sequence[Input], image: Image) -> list[torch.Tensor]:
+    """The stored tensors where they lie."""
+    found = []
+    for each in inputs:
+        start = image.start + each.extent.offset
+        content = _elements(image.memory, start, each.extent.nbytes, each)
+        found.append(each.view.on(content))
+    return found
+
+
+def _elements(memory: Memory, offset: int, nbytes: int, of: Input) -> torch.Tensor:
+    """Bytes of `memory` as elements: one-dimensional, a view where they are aligned."""
+    if not nbytes:
+        return torch.empty(0, dtype=of.dtype)
+    found = memory.tensor(offset, nbytes)
+    if found.data_ptr() % of.dtype.itemsize:
+        found = found.clone()
+    return found.view(of.dtype)
