@@ -36,7 +36,7 @@ def checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def outputs(folder: Path, device: str, **values: Any) -> tuple[list[torch.Tensor], Any]:
-    memory = "500KiB" if "placement" in values else "160KiB"  # a layer stays there
+    memory = "800KiB" if "placement" in values else "160KiB"  # a layer stays there
     policy = Policy(device=device, device_memory=memory, resident_below=1, **values)
     with penstock.load(folder, policy) as model, torch.inference_mode():
         there = IDS.to(device)
