@@ -24,6 +24,7 @@ def score(part: Part, model: Any, shape: Shape, num: int) -> dict[str, Any]:
     """Scores `num` micro-batches in one sweep, twice; the second time is measured, if
     there is time for it."""
     scorer = CausalScorer(model, max_logits_bytes=LOGITS_BYTES)
+    num = part.number(num, 1 + num // 8)
     batches = [ids.to(part.device) for ids in token_ids(shape, num)]
 
     def act() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def score(part: Part, model: Any, shape: Shape, num: int) -> dict[str, Any]:
 
     part.synchronize()
     found, is_first = act(), True
-    if found["seconds"] < part.seconds_left / 3:
+    if not part.is_dry and found["seconds"] < part.seconds_left / 3:
         found, is_first = act(), False
     tokens = num * shape.micro_batch_tokens
     layers = model.config.num_hidden_layers

@@ -67,6 +67,10 @@ class Part:
         self.module: Any = module_of(self.device)
         self.put(device=opened.words)
 
+    def number(self, real: int, dry: int) -> int:
+        """How many of something there are: fewer in a dry run."""
+        return dry if self.is_dry else real
+
     @property
     def seconds_left(self) -> float:
         """Seconds until the part is killed."""
@@ -124,7 +128,7 @@ class Part:
         act()
         self.synchronize()
         found = []
-        for _ in range(rounds):
+        for _ in range(self.number(rounds, 1)):
             start = time.perf_counter()
             act()
             self.synchronize()
@@ -137,7 +141,7 @@ class Part:
         """The median seconds between the beginning and the end of what `act` does on
         `stream`, which is current meanwhile, by the device's own clock."""
         found = []
-        for _ in range(1 + rounds):
+        for _ in range(1 + self.number(rounds, 1)):
             first, last = (
                 torch.Event(stream.device, enable_timing=True) for _ in range(2)
             )

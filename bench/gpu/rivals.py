@@ -23,14 +23,17 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from gpu.common import Part, lacking
 from gpu.shapes import Shape, fill, first_of, position, shape_and_layers, token_ids
 
-NUM_MICRO_BATCHES = 8
 HEADROOM_BYTES = 14 << 30
 """Bytes of device memory to leave free beside resident weights."""
 
 
+def num_micro_batches(part: Part) -> int:
+    return part.number(8, 2)
+
+
 def timed(part: Part, act: Callable[[], object], rounds: int) -> float:
     found = []
-    for _ in range(rounds):
+    for _ in range(part.number(rounds, 1)):
         start = time.perf_counter()
         act()
         part.synchronize()
@@ -67,11 +70,11 @@ def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def accelerate(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     model = offloaded(part, shape, num_layers)
-    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+    batches = [ids.to(part.device) for ids in token_ids(shape, num_micro_batches(part))]
     one = timed(part, lambda: forward(model, batches[0]), rounds=1)
     if part.seconds_left > 3 * one:
         one = min(one, timed(part, lambda: forward(model, batches[1]), rounds=1))
-    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
     found = {
         "tokens": tokens,
         "seconds_of_one_micro_batch": one,
@@ -105,7 +108,7 @@ def plain(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
         fill(weight.view(-1).view(torch.uint8), 0.02, part.device)
     rows = (shape.rows, shape.row_tokens, shape.hidden)
     kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": part.device}
-    states = [torch.randn(rows, **kind) for _ in range(NUM_MICRO_BATCHES)]
+    states = [torch.randn(rows, **kind) for _ in range(num_micro_batches(part))]
     embedded = position(part, shape, num_layers)
     few = min(num_layers, 4)  # all are alike
 
@@ -119,7 +122,7 @@ def plain(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
             ]
 
     seconds = part.seconds_of(act, rounds=2) * num_layers / few
-    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -134,7 +137,7 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
         factory: Any = AutoModelForCausalLM
         model = factory.from_config(shape.config(num_layers), dtype=torch.bfloat16)
     model.eval()
-    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+    batches = [ids.to(part.device) for ids in token_ids(shape, num_micro_batches(part))]
 
     def act() -> None:
         for ids in batches:
@@ -143,7 +146,7 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     act()
     part.synchronize()
     seconds = timed(part, act, rounds=2)
-    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
     return {
         "tokens": tokens,
         "seconds": seconds,

@@ -81,7 +81,7 @@ def shape_and_layers(
 ) -> tuple[Shape, int]:
     """The shape of the model, and the number of blocks that are streamed."""
     shape = shape_of(is_dry)
-    return shape, 5 if is_dry else most_layers(shape, wanted_bytes)
+    return shape, 3 if is_dry else most_layers(shape, wanted_bytes)
 
 
 def block_flops(part: Part, shape: Shape) -> float:

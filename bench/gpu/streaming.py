@@ -46,7 +46,7 @@ def alone(part: Part, rig: Rig) -> dict[str, Any]:
     link, plain, moved = [], [], []
     rig.stream()
     part.synchronize()
-    for _ in range(ROUNDS):
+    for _ in range(part.number(ROUNDS, 1)):
         seconds, bytes_moved = timed(part, rig, rig.stream)
         link.append(bytes_moved / seconds)
         moved.append(bytes_moved)
@@ -63,13 +63,14 @@ def alone(part: Part, rig: Rig) -> dict[str, Any]:
 
 def computing(part: Part, rig: Rig, shape: Shape, num: int) -> dict[str, Any]:
     """Runs `num` micro-batches, streamed and with weights that stay, in turns."""
+    num = part.number(num, 1 + num // 8)
     states = hidden_states(part, shape, num)
     seconds, moved, stays = [], [], []
     rig.run(states)
     rig.stay(states)
     part.synchronize()
     waited = rig.working_set.wait_seconds
-    for _ in range(2):
+    for _ in range(part.number(2, 1)):
         found = timed(part, rig, lambda: rig.run(states))
         seconds.append(found[0])
         moved.append(found[1])
@@ -121,7 +122,8 @@ def main() -> None:
     )
     part.give_back()
     start = time.perf_counter()
-    with torch.inference_mode(), open_rig(part, shape, layers, NUM_SLOTS) as rig:
+    slots = part.number(NUM_SLOTS, 2)
+    with torch.inference_mode(), open_rig(part, shape, layers, slots) as rig:
         part.put(
             load_seconds=time.perf_counter() - start,
             weights_bytes=layers * rig.unit_bytes,
@@ -130,7 +132,8 @@ def main() -> None:
         )
         same = part.attempt("bit_identical", lambda: is_equal(part, rig, shape))
         found = part.attempt("alone", lambda: alone(part, rig))
-        for num in IN_FLIGHT if found is not None else ():
+        in_flight = IN_FLIGHT[: part.number(3, 2)]
+        for num in in_flight if found is not None else ():
             part.attempt(
                 f"in_flight_{num}",
                 partial(judge, part, rig, shape, num, found, flops),

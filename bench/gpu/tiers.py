@@ -28,7 +28,7 @@ _BLOCKS = r"layers\."
 
 def size(part: Part) -> tuple[int, int]:
     """How many blocks the model has, and how many are on the device at one time."""
-    return (6, 3) if part.is_dry else (12, 4)
+    return part.number(12, 4), part.number(4, 3)
 
 
 def policies(part: Part, shape: Shape) -> dict[str, dict[str, Any] | str]:
@@ -103,8 +103,10 @@ def weights(part: Part, folder: Path, shape: Shape) -> None:
 
 
 def generation(part: Part, folder: Path, shape: Shape) -> None:
-    length, num_new = (6, 3) if part.is_dry else (128, 8)
-    prompts = [ids[:, :length].to(part.device) for ids in token_ids(shape, 4)]
+    length, num_new = part.number(128, 6), part.number(8, 2)
+    prompts = [
+        ids[:, :length].to(part.device) for ids in token_ids(shape, part.number(4, 2))
+    ]
     expected: list[torch.Tensor] = []
 
     def run(kv: dict[str, Any], key: str) -> dict[str, Any]:

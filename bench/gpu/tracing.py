@@ -36,8 +36,11 @@ def record(part: Part, path: Path, two_passes: Callable[[], object]) -> dict[str
 
 
 def of_rig(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
-    with torch.inference_mode(), open_rig(part, shape, num_layers, 3) as rig:
-        states = hidden_states(part, shape, 4)
+    with (
+        torch.inference_mode(),
+        open_rig(part, shape, num_layers, part.number(3, 2)) as rig,
+    ):
+        states = hidden_states(part, shape, part.number(4, 2))
 
         def two_passes() -> None:
             rig.run(rig.run(states))
@@ -55,10 +58,10 @@ def of_sweep(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
 
     with streamed(part, shape, num_layers, num_slots=3) as model:
         scorer = CausalScorer(model, max_logits_bytes=LOGITS_BYTES)
-        batches = [ids.to(part.device) for ids in token_ids(shape, 8)]
+        batches = [ids.to(part.device) for ids in token_ids(shape, part.number(8, 2))]
 
         def two_passes() -> None:
-            with penstock.sweep(model, width=4) as sweep:
+            with penstock.sweep(model, width=len(batches) // 2) as sweep:
                 sweep.map(lambda ids: scorer.log_probabilities(ids, None), batches)
 
         found = record(part, part.kept / "trace_sweep.json.gz", two_passes)
@@ -73,7 +76,7 @@ def of_sweep(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
 def main() -> None:
     part = Part("tracing", __doc__)
     shape = shape_of(part.is_dry)
-    layers = 5 if part.is_dry else 8
+    layers = part.number(8, 4)
     part.attempt("rig", lambda: of_rig(part, shape, layers))
     part.give_back()
     if (reason := lacking()) is not None:
