@@ -85,9 +85,9 @@ PARTS = (
     Part("links", "gpu.links", 75, ("torch", "psutil")),
     Part("streaming", "gpu.streaming", 85, _BLOCKS),
     Part("api", "gpu.api", 95, _WHOLE),
-    Part("tests", "gpu.checks", 100, ("torch", "pytest", "hypothesis", "safetensors")),
+    Part("rivals", "gpu.rivals", 85, _BLOCKS),
     Part("tracing", "gpu.tracing", 55, _BLOCKS),
-    Part("rivals", "gpu.rivals", 70, _BLOCKS),
+    Part("tests", "gpu.checks", 100, ("torch", "pytest", "hypothesis", "safetensors")),
     Part("tiers", "gpu.tiers", 70, _WHOLE),
 )
 """In order of importance."""

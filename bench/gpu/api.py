@@ -1,7 +1,7 @@
 """Streams and scores through Penstock's public API: a checkpoint, hooks, a sweep, a
 scorer.
 
-Takes at most 90 seconds; needs a GPU with 20 GB, and 90 GB of host memory for all
+Takes at most 95 seconds; needs a GPU with 20 GB, and 90 GB of host memory for all
 blocks (with less it has fewer).
 """
 

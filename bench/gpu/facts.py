@@ -51,8 +51,10 @@ def versions() -> dict[str, str | None]:
 
 def gpu(part: Part) -> dict[str, Any]:
     """Facts about the accelerator, from torch and its maker's tool."""
+    from penstock.io.devices.accelerators import memory_of
+
     card = part.module.get_device_properties(part.device)
-    free, total = torch.accelerator.get_memory_info(part.device)
+    free, total = memory_of(str(part.device))
     found: dict[str, Any] = {
         "name": card.name,
         "memory_bytes": total,

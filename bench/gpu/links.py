@@ -5,7 +5,7 @@ Copies run on a stream of their own, as many as make a few GiB, and events of th
 stream take the time. Rates count each byte once, although a copy within the device
 reads and writes it.
 
-Takes at most 70 seconds; needs 4 GiB of a real drive, and a GPU for its links.
+Takes at most 75 seconds; needs 4 GiB of a real drive, and a GPU for its links.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ blocks. So it is timed twice: with one micro-batch after the other (from the tim
 one), and with all tokens as one batch, which is the best that it can do. The plain loop
 has the same memory, and all micro-batches run through a block while it is there.
 
-Takes at most 70 seconds; needs a GPU, accelerate for its part, and 80 GB of the GPU's
+Takes at most 85 seconds; needs a GPU, accelerate for its part, and 80 GB of the GPU's
 memory to have all weights on it.
 """
 
@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gpu.common import Part, lacking
 from gpu.shapes import Shape, fill, first_of, position, shape_and_layers, token_ids
+from penstock.io.devices.accelerators import memory_of
 
 HEADROOM_BYTES = 14 << 30
 """Bytes of device memory to leave free beside resident weights."""
@@ -163,7 +164,7 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
 def fits(part: Part, shape: Shape, num_layers: int) -> bool:
     if not part.has_gpu or part.is_dry:
         return True
-    free, _ = torch.accelerator.get_memory_info(part.device)
+    free, _ = memory_of(str(part.device))
     tables = 4 * shape.hidden * shape.vocabulary
     return num_layers * shape.layer_bytes + tables + HEADROOM_BYTES <= free
 
@@ -172,7 +173,7 @@ def main() -> None:
     part = Part("rivals", __doc__)
     shape, layers = shape_and_layers(part.is_dry)
     part.put(num_layers=layers, weights_bytes=layers * shape.layer_bytes)
-    with torch.inference_mode():
+    with torch.no_grad():
         part.give_back()
         if fits(part, shape, layers):
             part.attempt("resident", lambda: resident(part, shape, layers))

@@ -5,7 +5,7 @@ The thread that runs the model must never wait for the device. Waiting means cal
 the runtime that synchronise, and copies that are not asynchronous, between the start
 and the end of the two passes.
 
-Takes at most 50 seconds; needs a GPU with 20 GB, and 40 GB of host memory.
+Takes at most 55 seconds; needs a GPU with 20 GB, and 40 GB of host memory.
 """
 
 import threading
@@ -37,7 +37,7 @@ def record(part: Part, path: Path, two_passes: Callable[[], object]) -> dict[str
 
 def of_rig(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         open_rig(part, shape, num_layers, part.number(3, 2)) as rig,
     ):
         states = hidden_states(part, shape, part.number(4, 2))

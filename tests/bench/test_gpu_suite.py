@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 import forked_python
 import sim_build
@@ -49,18 +50,18 @@ def can_be_simulated() -> bool:
     return True
 
 
-DryRun = Callable[..., tuple[int, dict[str, Any], str]]
+RunSuite = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture
-def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DryRun:
+def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSuite:
     """Runs the suite into `tmp_path`. Returns its exit code, suite.json and card.md."""
     import gpu_suite
 
     def run(
         *options: str, first: Callable[[], None] = in_its_folder
     ) -> tuple[int, dict[str, Any], str]:
-        words = [str(SUITE), "--out", str(tmp_path), "--dry-run", *options]
+        words = [str(SUITE), "--out", str(tmp_path), *options]
         monkeypatch.setattr(sys, "argv", words)
         supervise = partial(supervise_forked, first=first)
         monkeypatch.setattr(gpu_suite, "supervise", supervise)
@@ -77,12 +78,12 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DryRun:
 
 @pytest.mark.slow
 def test_a_dry_run_does_every_part_on_the_simulated_gpu(
-    tmp_path: Path, dry_run: DryRun
+    tmp_path: Path, run_suite: RunSuite
 ) -> None:
     """Or on the CPU, where it cannot be compiled."""
     is_simulated = can_be_simulated()
     has_accelerate = importlib.util.find_spec("accelerate") is not None
-    code, suite, card = dry_run()
+    code, suite, card = run_suite("--dry-run")
     assert code == 0, card
     assert suite["device"].startswith("simgpu:0" if is_simulated else "cpu: ")
     assert f"The device is {suite['device']}" in card
@@ -146,9 +147,11 @@ def without_compiler() -> None:
 
 @pytest.mark.slow
 def test_without_a_compiler_a_dry_run_is_on_the_cpu_and_says_so(
-    dry_run: DryRun,
+    run_suite: RunSuite,
 ) -> None:
-    code, suite, card = dry_run("--only", "links", "streaming", first=without_compiler)
+    code, suite, card = run_suite(
+        "--dry-run", "--only", "links", "streaming", first=without_compiler
+    )
     assert code == 0, card
     words = "cpu: no simulated GPU, as there is no C++ compiler called c++"
     assert suite["device"] == words
@@ -158,11 +161,24 @@ def test_without_a_compiler_a_dry_run_is_on_the_cpu_and_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+def test_without_an_accelerator_only_a_dry_run_is_possible(
+    run_suite: RunSuite,
+) -> None:
+    code, suite, card = run_suite("--only", "machine")
+    assert code == 1
+    assert suite["device"] is None
+    assert "torch finds no accelerator here; --dry-run needs none" in card
+
+
+@pytest.mark.slow
 def test_a_part_that_fails_is_reported_and_stops_no_other(
-    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
+    run_suite: RunSuite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PENSTOCK_SUITE_FAIL", "links")
-    code, suite, card = dry_run("--only", "machine", "links", "streaming")
+    code, suite, card = run_suite(
+        "--dry-run", "--only", "machine", "links", "streaming"
+    )
     assert code == 1
     status = {name: part["status"] for name, part in suite["parts"].items()}
     assert status["links"] == "FAILED: exit code 1"
