@@ -35,11 +35,12 @@ def open_device(*, is_dry: bool) -> Opened:
 
 def _simulated() -> Opened:
     sys.path.append(str(SIMULATED))
+    import sim_build
     import sim_device  # it compiles the device where that has not been done
 
     try:
         sim_device.start()
-    except (sim_device.sim_build.NoCompilerError, RuntimeError) as error:
+    except (sim_build.NoCompilerError, RuntimeError) as error:
         return Opened(torch.device("cpu"), f"cpu: no simulated GPU, as {error}")
     return Opened(torch.device("simgpu", 0), "simgpu:0, the simulated GPU of the tests")
 

@@ -121,10 +121,9 @@ def registered(part: Part, sizes: Sizes) -> dict[str, Any]:
 
 def copies(part: Part, sizes: Sizes) -> None:
     nbytes, total = sizes.chunks[-1], sizes.total
-    host = {"dtype": torch.uint8}
     device = torch.empty(nbytes, dtype=torch.uint8, device=part.device)
-    pinned = torch.empty(nbytes, pin_memory=True, **host).fill_(1)
-    pageable = torch.empty(nbytes, **host).fill_(1)
+    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+    pageable = torch.empty(nbytes, dtype=torch.uint8).fill_(1)
     other = torch.empty_like(device)
     ways: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {
         "pinned_h2d": (device, pinned, total),

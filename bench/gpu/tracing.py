@@ -26,7 +26,8 @@ def record(part: Part, path: Path, two_passes: Callable[[], object]) -> dict[str
     """Runs `two_passes` once to warm up, and once under the profiler."""
     two_passes()
     part.synchronize()
-    with profile(activities=supported_activities()) as profiler:
+    activities = supported_activities()  # type: ignore[no-untyped-call]
+    with profile(activities=activities) as profiler:
         with record_function(traces.MARK):
             two_passes()
         part.synchronize()
