@@ -13,7 +13,6 @@ from penstock.io.checkpoint.header import FileStamp
 from penstock.io.extent import Extent
 from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena
-from penstock.io.readers.aiofiles_reader import AiofilesReader
 from penstock.io.readers.libaio_reader import LibaioReader
 from penstock.io.readers.reader import Reader
 from penstock.io.readers.threads import ThreadReader
@@ -114,4 +113,6 @@ def reader_of(path: Path, case: Case) -> Reader:
             direct=True,
             fallbacks=Fallbacks(),
         )
+    from penstock.io.readers.aiofiles_reader import AiofilesReader  # may be missing
+
     return AiofilesReader(stamps, num_tasks=depth, chunk_bytes=chunk)

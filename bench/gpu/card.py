@@ -4,27 +4,46 @@ library."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HEADLINES = (
-    ("pinned host to device, best", "links", "pinned_h2d_bytes_per_second", None),
-    ("the same from Penstock's own pinned memory", "links", "registered_h2d", None),
-    ("bf16 products, best", "links", "bf16_matmul_flops_per_second", None),
-    ("tests passed", "tests", "num_passed", None),
+HEADLINES: tuple[tuple[str, str, str, str], ...] = (
+    ("pinned host to device, best", "links", "pinned_h2d_bytes_per_second", ""),
+    ("device to pinned host, best", "links", "pinned_d2h_bytes_per_second", ""),
+    ("pageable host to device, best", "links", "pageable_h2d_bytes_per_second", ""),
+    ("device to pageable host, best", "links", "pageable_d2h_bytes_per_second", ""),
+    ("both directions at once, sum", "links", "both_ways.sum_bytes_per_second", ""),
+    (
+        "from Penstock's own pinned memory",
+        "links",
+        "registered_h2d.bytes_per_second",
+        "",
+    ),
+    ("from another accelerator, best", "links", "from_peer_bytes_per_second", ""),
+    ("disk to host, threads", "links", "disk_threads_bytes_per_second", ""),
+    (
+        "disk to pinned host to device",
+        "links",
+        "disk_to_device.bytes_per_second",
+        "",
+    ),
+    ("disk to device directly", "links", "gds_bytes_per_second", ""),
+    ("bf16 products, best", "links", "bf16_matmul_flops_per_second", ""),
+    ("tests passed", "tests", "num_passed", ""),
     ("tests failed", "tests", "num_failed", "0"),
-    ("link alone, of a bare loop of copies", "streaming", "alone.of_plain", "0.97"),
     (
         "streamed blocks equal to resident ones, bit for bit",
         "streaming",
         "bit_identical",
         "true",
     ),
+    ("the same from every tier, and of keys and values", "tiers", "all_equal", "true"),
+    ("link alone, of a bare loop of copies", "streaming", "alone.of_plain", "0.97"),
     (
-        "few tokens: of max(compute, transfer)",
+        "few tokens: of max(compute, weights / link)",
         "streaming",
         "in_flight_1.of_max_of_compute_and_transfer",
         "0.97",
     ),
     (
-        "many tokens: of max(compute, transfer)",
+        "many tokens: of max(compute, weights / link)",
         "streaming",
         "in_flight_8.of_max_of_compute_and_transfer",
         "0.97",
@@ -41,22 +60,63 @@ HEADLINES = (
         "in_flight_8.of_matmul_rate",
         "0.60",
     ),
-    ("penstock.sweep, tokens/s", "api", "in_flight_8.tokens_per_second", None),
-    ("resident, tokens/s", "rivals", "resident.tokens_per_second", None),
+    ("penstock.sweep, tokens/s", "api", "in_flight_8.tokens_per_second", ""),
+    ("penstock.sweep, peak of the device", "api", "peak_device_bytes", ""),
+    ("resident, tokens/s", "rivals", "resident.tokens_per_second", ""),
+    ("resident, peak of the device", "rivals", "resident.peak_device_bytes", ""),
+    (
+        "copy, then compute (no overlap), tokens/s",
+        "rivals",
+        "plain.tokens_per_second",
+        "",
+    ),
     (
         "accelerate, one micro-batch after the other, tokens/s",
         "rivals",
         "accelerate.tokens_per_second",
-        "a tenth of penstock",
+        "",
     ),
     (
         "accelerate, all as one batch, tokens/s",
         "rivals",
         "accelerate.as_one_batch_tokens_per_second",
-        None,
+        "",
     ),
     ("waits of the main thread (blocks)", "tracing", "rig.main_thread_waits", "0"),
-    ("waits of the main thread (sweep)", "tracing", "sweep.main_thread_waits", "0"),
+    (
+        "waits of the main thread (sweep), for each micro-batch",
+        "tracing",
+        "sweep.main_thread_waits_each",
+        "1 at most",
+    ),
+    (
+        "sweep: seconds that kernels wait for copies",
+        "tracing",
+        "sweep.kernels_wait_for_copies_seconds",
+        "",
+    ),
+    (
+        "sweep: seconds that kernels wait for the host",
+        "tracing",
+        "sweep.kernels_wait_for_host_seconds",
+        "",
+    ),
+)
+
+_SWEEP = "in_flight_8.tokens_per_second"
+RATIOS = (
+    ("penstock.sweep, of resident", "resident.tokens_per_second", "0.9"),
+    ("penstock.sweep, of copy, then compute", "plain.tokens_per_second", ""),
+    (
+        "penstock.sweep, of accelerate, one micro-batch after the other",
+        "accelerate.tokens_per_second",
+        "10",
+    ),
+    (
+        "penstock.sweep, of accelerate, all as one batch",
+        "accelerate.as_one_batch_tokens_per_second",
+        "",
+    ),
 )
 
 _UNITS = (
@@ -80,6 +140,7 @@ def markdown(suite: Mapping[str, Any]) -> str:
             + (
                 ", a dry run: the figures mean nothing." if suite["is_dry_run"] else "."
             ),
+            f"The device is {suite['device'] or 'not known: no part got so far'}.",
             "",
             "| | measured | target |",
             "| --- | ---: | ---: |",
@@ -106,18 +167,29 @@ def _name(suite: Mapping[str, Any]) -> str:
 
 def _headlines(parts: Mapping[str, Any]) -> Iterator[str]:
     for label, part, path, target in HEADLINES:
-        value: Any = parts.get(part, {}).get("figures", {})
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if path == "registered_h2d" and isinstance(value, dict):
-            value = value.get("bytes_per_second")
-        if isinstance(value, dict) and "error" not in value:
-            value = max((v for v in value.values() if _is_number(v)), default=None)
-        unit_of = "bytes_per_second" if path == "registered_h2d" else path
-        shown = (
-            "-" if value is None or isinstance(value, dict) else _show(unit_of, value)
-        )
-        yield f"| {label} | {shown} | {target or ''} |"
+        value = _at(parts, part, path)
+        shown = "-" if value is None else _show(path, value)
+        yield f"| {label} | {shown} | {target} |"
+    for label, path, target in RATIOS:
+        rates = _rate(parts, "api", _SWEEP), _rate(parts, "rivals", path)
+        shown = f"{rates[0] / rates[1]:.3g}" if rates[0] and rates[1] else "-"
+        yield f"| {label} | {shown} | {target} |"
+
+
+def _rate(parts: Mapping[str, Any], part: str, path: str) -> float | None:
+    """Tokens and blocks per second: the two may differ in the number of blocks."""
+    rate, num = _at(parts, part, path), _at(parts, part, "num_layers")
+    return rate * num if _is_number(rate) and _is_number(num) else None
+
+
+def _at(parts: Mapping[str, Any], part: str, path: str) -> Any:
+    """The figure at `path`; of several by size, the greatest; None if there is none."""
+    value: Any = parts.get(part, {}).get("figures", {})
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return max((v for v in value.values() if _is_number(v)), default=None)
+    return value if isinstance(value, bool) or _is_number(value) else None
 
 
 def _failures(parts: Mapping[str, Any]) -> Iterator[str]:

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gpu.common import Part
-from gpu.shapes import Shape, fill, first_of
-from penstock.io.devices.accelerator import AcceleratorDevice
-from penstock.io.devices.device import CpuDevice, Device
+from gpu.shapes import Shape, fill, first_of, position
+from penstock.io.devices.device import Device
+from penstock.io.devices.opening import open_device
 from penstock.io.event import Event
 from penstock.io.extent import align_up
 from penstock.io.memory.arena import Arena, Memory
@@ -142,17 +139,17 @@ def open_rig(
     ]
     unit_bytes = transfers[0].nbytes
     stride = align_up(unit_bytes, _PIECE_BYTES)
-    device: Device = AcceleratorDevice("cuda:0") if part.has_cuda else CpuDevice()
+    device = open_device(str(part.device))
     with ExitStack() as stack:
         host = stack.enter_context(Arena(stride * num_layers))
         fallback = None
-        if part.has_cuda:  # registered unit by unit, so that no copy crosses a border
+        if part.has_gpu:  # registered unit by unit, so that no copy crosses a border
             fallback = stack.enter_context(
                 Pinned(
                     host.view(0, host.nbytes),
                     max_bytes=host.nbytes,
                     chunk_bytes=stride,
-                    registrar=registrar_of(torch.cuda),
+                    registrar=registrar_of(part.module),
                 )
             ).fallback
         for index in range(num_layers):
@@ -192,7 +189,7 @@ def open_rig(
             working_set,
             open_sites,
             memory,
-            _position(part, shape, num_layers),
+            position(part, shape, num_layers),
             fallback,
         )
 
@@ -212,16 +209,6 @@ def hidden_states(part: Part, shape: Shape, num: int) -> list[torch.Tensor]:
 
 def _mark(device: Device) -> Callable[[], Event | None]:
     return (lambda: None) if device.is_host else (lambda: device.compute.record())
-
-
-def _position(
-    part: Part, shape: Shape, num_layers: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rotary = LlamaRotaryEmbedding(shape.config(num_layers)).to(part.device)
-    like = torch.empty(1, dtype=torch.bfloat16, device=part.device)
-    ids = torch.arange(shape.row_tokens, device=part.device)[None]
-    cos, sin = rotary(like, ids)
-    return cos, sin
 
 
 def _layout(name: str, layer: nn.Module) -> Layout:

@@ -1,16 +1,16 @@
-"""Does the same work in other ways: accelerate's `cpu_offload`, and all weights on the
-device.
+"""Does the same work in other ways: all weights on the device, accelerate's
+`cpu_offload`, and a plain loop that copies each block and then computes.
 
 accelerate gets its weights without a file: those of every block are the same tensors in
 host memory, which is pageable, as accelerate leaves it. Each of its forwards moves all
 blocks. So it is timed twice: with one micro-batch after the other (from the time of
-one), and with all tokens as one batch, which is the best that it can do.
+one), and with all tokens as one batch, which is the best that it can do. The plain loop
+has the same memory, and all micro-batches run through a block while it is there.
 
-Takes at most 60 seconds; needs a GPU and accelerate, and 80 GB of the GPU's memory to
-have all weights on it.
+Takes at most 85 seconds; needs a GPU, accelerate for its part, and 80 GB of the GPU's
+memory to have all weights on it.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -18,18 +18,23 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from gpu.common import Part
-from gpu.shapes import Shape, fill, shape_and_layers, token_ids
+from gpu.common import Part, lacking
+from gpu.shapes import Shape, fill, first_of, position, shape_and_layers, token_ids
+from penstock.io.devices.accelerators import memory_of
 
-NUM_MICRO_BATCHES = 8
 HEADROOM_BYTES = 14 << 30
 """Bytes of device memory to leave free beside resident weights."""
 
 
+def num_micro_batches(part: Part) -> int:
+    return part.number(8, 2)
+
+
 def timed(part: Part, act: Callable[[], object], rounds: int) -> float:
     found = []
-    for _ in range(rounds):
+    for _ in range(part.number(rounds, 1)):
         start = time.perf_counter()
         act()
         part.synchronize()
@@ -66,22 +71,65 @@ def forward(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def accelerate(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     model = offloaded(part, shape, num_layers)
-    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+    batches = [ids.to(part.device) for ids in token_ids(shape, num_micro_batches(part))]
     one = timed(part, lambda: forward(model, batches[0]), rounds=1)
-    one = min(one, timed(part, lambda: forward(model, batches[1]), rounds=1))
-    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    if part.seconds_left > 3 * one:
+        one = min(one, timed(part, lambda: forward(model, batches[1]), rounds=1))
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
     found = {
         "tokens": tokens,
         "seconds_of_one_micro_batch": one,
         "tokens_per_second": shape.micro_batch_tokens / one,
+        "bytes_per_second": num_layers * shape.layer_bytes / one,
+        "peak_device_bytes": part.peak_bytes(),
     }
     part.put(accelerate=found)
+    if part.seconds_left < 3 * one:
+        return {**found, "as_one_batch": "skipped: no time left"}
     whole = torch.cat(batches)
     seconds = timed(part, lambda: forward(model, whole), rounds=1)
     return {
         **found,
         "as_one_batch_seconds": seconds,
         "as_one_batch_tokens_per_second": tokens / seconds,
+        "as_one_batch_peak_device_bytes": part.peak_bytes(),
+    }
+
+
+def plain(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
+    """Blocks of pageable memory, copied when it is their turn: no overlap."""
+    config = shape.config(num_layers)
+    with torch.device("meta"):
+        block = LlamaDecoderLayer(config, 0).bfloat16().eval()
+    there = block.to_empty(device=part.device)
+    stored = [
+        torch.empty(weight.shape, dtype=torch.bfloat16) for weight in there.parameters()
+    ]
+    for weight in stored:
+        fill(weight.view(-1).view(torch.uint8), 0.02, part.device)
+    rows = (shape.rows, shape.row_tokens, shape.hidden)
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": part.device}
+    states = [torch.randn(rows, **kind) for _ in range(num_micro_batches(part))]
+    embedded = position(part, shape, num_layers)
+    few = min(num_layers, 4)  # all are alike
+
+    def act() -> None:
+        found = states
+        for _ in range(few):
+            for target, source in zip(there.parameters(), stored, strict=True):
+                target.copy_(source)
+            found = [
+                first_of(there(state, position_embeddings=embedded)) for state in found
+            ]
+
+    seconds = part.seconds_of(act, rounds=2) * num_layers / few
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "measured_blocks": few,
+        "tokens_per_second": tokens / seconds,
+        "peak_device_bytes": part.peak_bytes(),
     }
 
 
@@ -90,7 +138,7 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
         factory: Any = AutoModelForCausalLM
         model = factory.from_config(shape.config(num_layers), dtype=torch.bfloat16)
     model.eval()
-    batches = [ids.to(part.device) for ids in token_ids(shape, NUM_MICRO_BATCHES)]
+    batches = [ids.to(part.device) for ids in token_ids(shape, num_micro_batches(part))]
 
     def act() -> None:
         for ids in batches:
@@ -99,7 +147,7 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
     act()
     part.synchronize()
     seconds = timed(part, act, rounds=2)
-    tokens = NUM_MICRO_BATCHES * shape.micro_batch_tokens
+    tokens = num_micro_batches(part) * shape.micro_batch_tokens
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -109,13 +157,14 @@ def resident(part: Part, shape: Shape, num_layers: int) -> dict[str, Any]:
         * shape.layer_parameters
         * tokens
         / seconds,
+        "peak_device_bytes": part.peak_bytes(),
     }
 
 
 def fits(part: Part, shape: Shape, num_layers: int) -> bool:
-    if not part.has_cuda:
+    if not part.has_gpu or part.is_dry:
         return True
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = memory_of(str(part.device))
     tables = 4 * shape.hidden * shape.vocabulary
     return num_layers * shape.layer_bytes + tables + HEADROOM_BYTES <= free
 
@@ -124,15 +173,19 @@ def main() -> None:
     part = Part("rivals", __doc__)
     shape, layers = shape_and_layers(part.is_dry)
     part.put(num_layers=layers, weights_bytes=layers * shape.layer_bytes)
-    with torch.inference_mode():
+    with torch.no_grad():
+        part.give_back()
         if fits(part, shape, layers):
             part.attempt("resident", lambda: resident(part, shape, layers))
         else:
             part.put(resident="skipped: it does not fit")
-        gc.collect()
-        if part.has_cuda:
-            torch.cuda.empty_cache()
-        part.attempt("accelerate", lambda: accelerate(part, shape, layers))
+        part.give_back()
+        part.attempt("plain", lambda: plain(part, shape, layers))
+        part.give_back()
+        if (reason := lacking(("accelerate",))) is not None:
+            part.put(accelerate=reason)
+        else:
+            part.attempt("accelerate", lambda: accelerate(part, shape, layers))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gpu.common import Part
 from gpu.links import matmul
+from penstock.offload.monitoring.memory import available_bytes
 
 MARGIN_BYTES = 24 << 30
 """Bytes of host memory to leave free."""
 WANTED_BYTES = 65_000_000_000
-"""Bytes of weights: more than what the project promises to stream (64 GB)."""
+"""Bytes of weights of a whole model: more than what the project promises to stream
+(64 GB)."""
+FEWER_BYTES = 30_000_000_000
+"""Bytes of weights where only rates count, which are those of any number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Shape:
 
 
 SEVENTY_B = Shape()
+EIGHT_B = Shape(hidden=4096, intermediate=14336, heads=32)
 TINY = Shape(
     hidden=64, intermediate=176, heads=4, kv_heads=2, vocabulary=600, row_tokens=8
 )
@@ -71,10 +76,12 @@ def shape_of(is_dry: bool) -> Shape:
     return TINY if is_dry else SEVENTY_B
 
 
-def shape_and_layers(is_dry: bool) -> tuple[Shape, int]:
+def shape_and_layers(
+    is_dry: bool, wanted_bytes: int = WANTED_BYTES
+) -> tuple[Shape, int]:
     """The shape of the model, and the number of blocks that are streamed."""
     shape = shape_of(is_dry)
-    return shape, 5 if is_dry else most_layers(shape)
+    return shape, 3 if is_dry else most_layers(shape, wanted_bytes)
 
 
 def block_flops(part: Part, shape: Shape) -> float:
@@ -82,10 +89,10 @@ def block_flops(part: Part, shape: Shape) -> float:
     return matmul(part, shape.micro_batch_tokens, shape.intermediate, shape.hidden)
 
 
-def most_layers(shape: Shape, wanted_bytes: int = WANTED_BYTES) -> int:
+def most_layers(shape: Shape, wanted_bytes: int) -> int:
     """The number of blocks that have `wanted_bytes`, or fewer if host memory cannot
     hold them."""
-    free = psutil.virtual_memory().available - MARGIN_BYTES
+    free = available_bytes() - MARGIN_BYTES
     wanted = -(-wanted_bytes // shape.layer_bytes)
     return max(3, min(wanted, free // shape.layer_bytes))
 
@@ -98,6 +105,17 @@ def token_ids(shape: Shape, num_micro_batches: int) -> list[torch.Tensor]:
         )
         for _ in range(num_micro_batches)
     ]
+
+
+def position(
+    part: Part, shape: Shape, num_layers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary tables of a micro-batch: cos and sin, bfloat16 [1, length, head]."""
+    rotary = LlamaRotaryEmbedding(shape.config(num_layers)).to(part.device)
+    like = torch.empty(1, dtype=torch.bfloat16, device=part.device)
+    ids = torch.arange(shape.row_tokens, device=part.device)[None]
+    cos, sin = rotary(like, ids)
+    return cos, sin
 
 
 def first_of(output: Any) -> torch.Tensor:

@@ -78,9 +78,10 @@ class AcceleratorMemory:
         self.nbytes = nbytes
         self._device = device
         try:
-            self._buffer: torch.Tensor | None = torch.empty(
-                nbytes, dtype=torch.uint8, device=device
-            )
+            with torch.inference_mode(False):  # other threads write into it
+                self._buffer: torch.Tensor | None = torch.empty(
+                    nbytes, dtype=torch.uint8, device=device
+                )
             # The allocator may return memory that this stream still uses, and the
             # copies to come run on another stream.
             torch.accelerator.current_stream(device).synchronize()

@@ -1,5 +1,6 @@
 // `torch.ops.simgpu`: what tests and `torch.simgpu` ask for that torch has no call for.
 #include "tensors.h"
+#include "trace.h"
 
 #include <torch/library.h>
 
@@ -26,6 +27,7 @@ TORCH_LIBRARY(simgpu, m) {
   m.def("register_device", [] {
     register_hooks();
     register_kernels();
+    register_profiler();
   });
   m.def("schedule", [](Int seed, Int most_held_ops, double held, double late) {
     set_schedule({uint64_t(seed), uint64_t(most_held_ops), held, late});

@@ -3,6 +3,7 @@
 // As with CUDA, the host waits for a copy from or to its memory unless that memory is
 // pinned and the caller has asked not to wait.
 #include "tensors.h"
+#include "trace.h"
 
 #include <ATen/ops/_local_scalar_dense.h>
 #include <torch/library.h>
@@ -26,23 +27,31 @@ void copy_to_peer(const at::Tensor& from, const at::Tensor& to) {
   Queue& target = current_queue(to.device().index());
   push_wait(source, end_of(target));
   const auto done =
-      push(source, [a = address_of(from), b = address_of(to)] { b.copy_(a); });
+      push(
+          source, [a = address_of(from), b = address_of(to)] { b.copy_(a); },
+          "Memcpy PtoP (Device -> Device)");
   push_wait(target, done);
 }
 
 void copy_with_host(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const auto& host = is_ours(from) ? to : from;
   const auto& device = is_ours(from) ? from : to;
-  const bool waits = !(is_pinned_tensor(host) && non_blocking);
+  const bool is_pinned = is_pinned_tensor(host);
+  const bool waits = !(is_pinned && non_blocking);
+  const char* name = is_ours(to)
+      ? (is_pinned ? "Memcpy HtoD (Pinned -> Device)" : "Memcpy HtoD (Pageable -> Device)")
+      : (is_pinned ? "Memcpy DtoH (Device -> Pinned)" : "Memcpy DtoH (Device -> Pageable)");
   if (waits)
     count_sync(Sync::copy); // which may raise: nothing is queued yet
   const auto done = push(
       current_queue(device.device().index()),
-      [a = address_of(from), b = address_of(to)] { b.copy_(a); });
-  if (waits)
+      [a = address_of(from), b = address_of(to)] { b.copy_(a); }, name);
+  if (waits) {
+    TracedWait traced(Sync::copy);
     finish(done);
-  else
+  } else {
     record_pinned_use(host.const_data_ptr(), done);
+  }
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
@@ -54,7 +63,8 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     else
       push(
           current_queue(to.device().index()),
-          [a = address_of(from), b = address_of(to)] { b.copy_(a); });
+          [a = address_of(from), b = address_of(to)] { b.copy_(a); },
+          "Memcpy DtoD (Device -> Device)");
   } else {
     copy_with_host(from, to, non_blocking);
   }

@@ -212,7 +212,8 @@ Stack run_later(Call& call) {
   push(
       current_queue(call.device.index()),
       [op = call.op, &traits, args = std::move(call.args),
-       targets = std::move(targets)] { run(op, traits, args, targets); });
+       targets = std::move(targets)] { run(op, traits, args, targets); },
+      traits.name.c_str());
   return results;
 }
 
@@ -231,7 +232,9 @@ Stack run_at_once(Call& call) {
       if (traits.returned[i] >= 0 || !made.defined())
         return made;
       auto target = empty_like(made, call.device);
-      push(queue, [to = address_of(target), made] { to.copy_(made); });
+      push(
+          queue, [to = address_of(target), made] { to.copy_(made); },
+          traits.name.c_str());
       return target;
     });
   return results;

@@ -244,7 +244,8 @@ struct DeviceAllocator final : c10::DeviceAllocator {
   static void nothing(void*) {}
   void copy_data(void* to, const void* from, size_t n) const override {
     auto& queue = current_queue(device_of(to));
-    push(queue, [to = real(to), from = real(from), n] { std::memcpy(to, from, n); });
+    push(queue, [to = real(to), from = real(from), n] { std::memcpy(to, from, n); },
+         "Memcpy DtoD (Device -> Device)");
   }
   bool initialized() override {
     return true;

@@ -18,7 +18,7 @@ CACHE = HERE.parent.parent / "build" / "simgpu"
 # Two files for the compiler, since what they include takes longer than what they say.
 _GROUPS = (
     ("tensors", "traits", "dispatch", "copies", "views", "api"),
-    ("schedule", "streams", "syncs", "addresses", "memory", "pinned", "hooks"),
+    ("schedule", "streams", "syncs", "trace", "addresses", "memory", "pinned", "hooks"),
 )
 _FLAGS = ("-std=c++20", "-O0", "-fPIC", "-w")
 
@@ -53,7 +53,8 @@ def _compile(target: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = _compiler()
-    include = [f"-I{path}" for path in include_paths()]
+    paths = include_paths()
+    include = [f"-I{path}" for path in (*paths, f"{paths[0]}/kineto")]
     folders = library_paths()
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     with tempfile.TemporaryDirectory(dir=target.parent) as name:

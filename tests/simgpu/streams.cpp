@@ -3,7 +3,7 @@
 //
 // Work that fails (an index out of range) fails later than the call that queued it: the
 // first error is raised by whoever waits next, and by all others until it is taken.
-#include "streams.h"
+#include "trace.h"
 
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
@@ -24,6 +24,7 @@ using Clock = std::chrono::steady_clock;
 struct Piece {
   std::function<void()> work;
   Mark before; // what it waits for, without work
+  const char* name = nullptr;
   uint64_t tick = 0; // when it was queued
   Clock::time_point time;
 };
@@ -134,9 +135,11 @@ void serve(Queue& q) {
     q.wake.wait(lock, [&] { return !q.pieces.empty(); });
     await_turn(w, q, lock);
     auto work = std::move(q.pieces.front().work);
+    const char* name = q.pieces.front().name;
     if (work) {
       lock.unlock();
       std::string error;
+      const auto begin = name ? trace_time() : 0;
       try {
         work();
       } catch (const c10::Error& raised) {
@@ -144,6 +147,7 @@ void serve(Queue& q) {
       } catch (const std::exception& raised) {
         error = raised.what();
       }
+      trace_work(q.device, q.id, name, begin);
       work = nullptr;
       lock.lock();
       if (w.error.empty())
@@ -201,8 +205,8 @@ c10::Stream next_stream(int device) {
       c10::Stream::UNSAFE, c10::Device(kType, c10::DeviceIndex(device)), id);
 }
 
-Mark push(Queue& queue, std::function<void()> work) {
-  return add(queue, {std::move(work), {}});
+Mark push(Queue& queue, std::function<void()> work, const char* name) {
+  return add(queue, {std::move(work), {}, name});
 }
 
 void push_wait(Queue& queue, Mark mark) {
@@ -226,6 +230,7 @@ bool passed(Mark mark) {
 
 void wait(Mark mark, Sync reason) {
   count_sync(reason);
+  TracedWait traced(reason);
   finish(mark);
 }
 
@@ -240,6 +245,7 @@ void finish(Mark mark) {
 
 void wait_for_device(int device, Sync reason) {
   count_sync(reason);
+  TracedWait traced(reason);
   World& w = world();
   std::unique_lock lock(w.lock);
   tick(w);

@@ -30,8 +30,9 @@ Queue& queue_at(int device, int id);
 Queue& queue_of(c10::Stream stream);
 c10::Stream next_stream(int device);
 
-// Adds work, returns the point behind it. Work holds addresses, never tensors.
-Mark push(Queue& queue, std::function<void()> work);
+// Adds work, returns the point behind it. Work holds addresses, never tensors. In traces
+// it has this name; without one it is in none.
+Mark push(Queue& queue, std::function<void()> work, const char* name = nullptr);
 // Later work of `queue` begins after `mark`.
 void push_wait(Queue& queue, Mark mark);
 Mark end_of(Queue& queue);

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import penstock
 import zoo
+from gpu_device import GPU, NAME
 from nets import same
 from penstock import Policy
 from penstock.io.errors import ClosedError, DoesNotFitError, PenstockError
@@ -409,8 +410,7 @@ def test_activations_may_leave_the_device_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("device", [pytest.param(NAME, marks=GPU)])
 @pytest.mark.parametrize(
     "kv",
     [
@@ -423,16 +423,16 @@ def test_activations_may_leave_the_device_too(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", FEW)
 def test_on_a_gpu_the_same_tokens_are_generated(
-    name: str, kv: dict[str, Any], tmp_path: Path
+    name: str, kv: dict[str, Any], device: str, tmp_path: Path
 ) -> None:
     items = [
-        {key: tensor.to("cuda:0") for key, tensor in item.items()}
+        {key: tensor.to(device) for key, tensor in item.items()}
         for item in batches_of(name)
     ]
     zoo.save_checkpoint(name, tmp_path)
-    with loaded(tmp_path, {"tier": "auto"}, device="cuda:0") as model:
+    with loaded(tmp_path, {"tier": "auto"}, device=device) as model:
         expected = swept(model, items)
-    with loaded(tmp_path, kv, device="cuda:0") as model:
+    with loaded(tmp_path, kv, device=device) as model:
         assert same(swept(model, items), expected)
         assert torch.equal(model.generate(**items[0], **GREEDY), expected[0])
         assert_nothing_is_held(model)

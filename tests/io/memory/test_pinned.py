@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from gpu_device import GPU, NAME
+from penstock.io.devices.accelerators import module_of
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.pinned import Pinned, Registrar, registrar_of
 
@@ -195,19 +197,20 @@ def test_a_copy_is_cut_where_pieces_end(
                 assert any(within) if is_pinned else all(beside)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_pins_and_forgets_its_refusals(memory: memoryview) -> None:
-    registrar = registrar_of(torch.cuda)
+@pytest.mark.parametrize("device", [pytest.param(NAME, marks=GPU)])
+def test_a_runtime_pins_and_forgets_its_refusals(
+    device: str, memory: memoryview
+) -> None:
+    registrar = registrar_of(module_of(device))
     assert registrar is not None
     with pin(memory, registrar) as pinned:
         assert pinned.fallback is None
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         assert whole.is_pinned()
-        with pin(memory, registrar) as again:  # CUDA refuses to do it twice
+        with pin(memory, registrar) as again:  # it refuses to do it twice
             assert again.pinned_bytes == 0
             assert again.fallback is not None
-        on_gpu = torch.empty_like(whole, device="cuda")
+        on_gpu = torch.empty_like(whole, device=device)
         for offset, nbytes, _ in pinned.cut(0, len(memory)):
             part = slice(offset, offset + nbytes)
             on_gpu[part].copy_(whole[part], non_blocking=True)

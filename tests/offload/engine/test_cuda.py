@@ -17,15 +17,13 @@ import torch
 import nets
 import penstock
 import zoo
+from gpu_device import GPU, NAME
 from penstock import Policy
+from penstock.io.devices.accelerators import allocated_bytes
 from penstock.io.errors import DoesNotFitError
 from penstock.offload.tasks.head import CausalScorer
 
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
-DEVICES = ("cpu", pytest.param("cuda:0", marks=GPU))
+DEVICES = ("cpu", pytest.param(NAME, marks=GPU))
 # Plain, merged experts, positions in a buffer, tied, ALiBi, sliding windows.
 NAMES = ("llama", "mixtral", "gpt2", "opt", "bloom", "gemma2")
 TIERS: dict[str, dict[str, Any]] = {
@@ -39,15 +37,11 @@ TIERS: dict[str, dict[str, Any]] = {
 }
 CASES = [
     *(("cpu", "llama", tier) for tier in TIERS),
-    *(
-        pytest.param("cuda:0", name, tier, marks=GPU)
-        for name in NAMES
-        for tier in TIERS
-    ),
+    *(pytest.param(NAME, name, tier, marks=GPU) for name in NAMES for tier in TIERS),
 ]
 SEEDS = [
     *(("cpu", seed) for seed in range(2)),
-    *(pytest.param("cuda:0", seed, marks=GPU) for seed in range(8)),
+    *(pytest.param(NAME, seed, marks=GPU) for seed in range(8)),
 ]
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -182,23 +176,22 @@ def test_a_wrapped_module_computes_as_before(device: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("device", [pytest.param(NAME, marks=GPU)])
 @pytest.mark.parametrize("tier", TIERS)
 def test_no_memory_of_the_device_is_left_when_a_model_is_unwrapped(
-    tier: str, tmp_path: Path
+    tier: str, device: str, tmp_path: Path
 ) -> None:
     zoo.save_checkpoint("llama", tmp_path)
-    batch = on("cuda:0", zoo.inputs("llama"))
+    batch = on(device, zoo.inputs("llama"))
 
     def use() -> None:
-        with load(tmp_path, "cuda:0", **TIERS[tier]) as model, torch.inference_mode():
+        with load(tmp_path, device, **TIERS[tier]) as model, torch.inference_mode():
             logits_of(model, batch)
 
-    use()  # what CUDA and cuBLAS allocate once, for good
+    use()  # what a runtime allocates once, for good
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = allocated_bytes(device)
     for _ in range(3):
         use()
         gc.collect()
-        assert torch.cuda.memory_allocated() == before
+        assert allocated_bytes(device) == before
