@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_device import GPU, NAME
 from transformers import DynamicCache
 
 import penstock
 import zoo
-from gpu_device import GPU, NAME
 from nets import same
 from penstock import Policy
 from penstock.io.errors import ClosedError, DoesNotFitError, PenstockError

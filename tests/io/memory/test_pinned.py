@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-
 from gpu_device import GPU, NAME
+
 from penstock.io.devices.accelerators import module_of
 from penstock.io.memory.arena import Arena
 from penstock.io.memory.pinned import Pinned, Registrar, registrar_of

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_device import GPU, NAME
 
 import nets
 import penstock
 import zoo
-from gpu_device import GPU, NAME
 from penstock import Policy
 from penstock.io.devices.accelerators import allocated_bytes
 from penstock.io.errors import DoesNotFitError
