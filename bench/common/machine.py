@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from penstock.io.devices.accelerators import accelerators, title_of
+
 
 def card(folder: Path) -> dict[str, Any]:
     """Facts about this computer. A value is None if the system does not tell it."""
@@ -21,10 +23,7 @@ def card(folder: Path) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "disk_free_bytes": psutil.disk_usage(str(folder)).free,
         "file_system": _file_system(folder),
-        "gpus": [
-            torch.cuda.get_device_name(index)
-            for index in range(torch.cuda.device_count())
-        ],
+        "gpus": [title_of(name) for name in accelerators()],
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
