@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from ...io.extent import align_up
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
@@ -95,6 +96,8 @@ class Arranger:
         )
         division = divider.divide(capacity)
         check_least(divider.divide, capacity)
+        if not self._is_host:  # whose memory is taken at once, used or not
+            capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
         placement = _placement(division, capacity, policy, is_host=self._is_host)
         return Arrangement(
             self._places,
