@@ -21,7 +21,7 @@ pytestmark = pytest.mark.simgpu
 
 NAMES = [name for name, case in zoo.ARCHITECTURES.items() if not case.mutates]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-PER_PROCESS = 6
+PER_PROCESS = 3
 KEPT = ("llama", "marian", "t5", "mixtral", "gemma3n_text")
 """A sample: dense, positions that no file holds, an encoder, experts, shared states."""
 
