@@ -165,7 +165,8 @@ def compressed(source: Path, folder: Path, scheme_name: str) -> Path:
     scheme = library.preset_name_to_scheme(scheme_name, targets=["Linear"])
     weights = scheme.weights
     assert weights is not None
-    if weights.group_size:
+    is_packed_float = weights.type == "float" and weights.num_bits == 4
+    if weights.group_size and not is_packed_float:
         weights.group_size = 16
     if weights.block_structure:
         weights.block_structure = [16, 32]
@@ -176,10 +177,17 @@ def compressed(source: Path, folder: Path, scheme_name: str) -> Path:
         rows, columns = weight.shape
         down, across = weights.block_structure or (1, weights.group_size or columns)
         parts = weight.view(rows // down, down, columns // across, across)
+        divisor = None
+        if weights.strategy == "tensor_group":
+            divisor = utils.generate_gparam(weight.amin(), weight.amax())
         scales, zeros = utils.calculate_qparams(
-            parts.amin((1, 3)), parts.amax((1, 3)), weights
+            parts.amin((1, 3)), parts.amax((1, 3)), weights, global_scale=divisor
         )
-        state = {"weight": weight, "weight_scale": scales.to(weight.dtype)}
+        state = {"weight": weight, "weight_scale": scales}
+        if divisor is not None:
+            state["weight_global_scale"] = divisor
+        elif not is_packed_float:
+            state["weight_scale"] = scales.to(weight.dtype)
         if not weights.symmetric:
             state["weight_zero_point"] = zeros
         made = compressor.compress(state, scheme)

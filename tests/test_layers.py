@@ -314,6 +314,25 @@ def calls_in(path: Path) -> Iterator[tuple[str, int]]:
             yield node.func.id, node.lineno
 
 
+def test_one_kind_of_accelerator_is_named_by_the_devices_only() -> None:
+    """Others ask them for what they need: it may be there for other kinds, too."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*FILES, *(ROOT / "bench" / "common").rglob("*.py")]
+        if path.parent != ROOT / "io" / "devices"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (
+            isinstance(node, ast.Attribute)
+            and ast.unparse(node) in ("torch.cuda", "torch.xpu")
+        )
+        or (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("torch.cuda")
+        )
+    ]
+    assert not found
+
+
 def test_only_build_puts_the_parts_together() -> None:
     """Others may name their types."""
     wrong = [

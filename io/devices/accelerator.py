@@ -89,7 +89,8 @@ class AcceleratorMemory:
             free, total = memory_of(str(device))
             raise DoesNotFitError(
                 f"{device} has {free} of {total} bytes free, which is less than the "
-                f"{nbytes} asked for: lower device_memory"
+                f"{nbytes} asked for: lower device_memory (for another GPU: peer), or "
+                "end what else uses it"
             ) from error
 
     def __repr__(self) -> str:

@@ -3,9 +3,7 @@
 The bytes pass neither host memory nor the CPU.
 """
 
-import ctypes
 import errno
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Protocol
 import torch
 
 from ..checkpoint.header import FileStamp
-from ..closing import Closing
+from ..devices.accelerators import is_accelerator
+from ..devices.cufile import CuFile
 from ..fallbacks import Fallbacks
 from .files import ALIGNMENT, Files, OpenFile, reads_directly
 from .queued_reader import QueuedReader, RequestPart, Workers
@@ -32,48 +31,9 @@ class DeviceFile(Protocol):
     def close(self) -> None: ...
 
 
-class CuFile(Closing):
-    """A file that torch has registered with NVIDIA's cuFile.
-
-    `read` calls the library that torch has loaded. Torch's own `load_storage` holds the
-    GIL during the read, and does not return the number of bytes. The constructor raises
-    OSError or RuntimeError if the system, the driver or torch does not support this.
-    """
-
-    def __init__(self, path: str) -> None:
-        from torch.cuda.gds import GdsFile
-
-        self._read = ctypes.CDLL("libcufile.so.0", use_errno=True).cuFileRead
-        self._read.restype = ctypes.c_ssize_t
-        self._file: GdsFile | None = GdsFile(path, os.O_RDONLY)
-
-    def read(self, target: torch.Tensor, offset: int) -> int:
-        """Reads from `offset` into `target`; see `DeviceFile.read`."""
-        assert self._file is not None, "a closed file is not read"
-        assert self._file.handle is not None, "an open file is registered"
-        with torch.cuda.device(target.device):
-            torch.cuda.current_stream().query()  # initialises CUDA on this thread
-            count: int = self._read(
-                ctypes.c_void_p(self._file.handle),
-                ctypes.c_void_p(target.data_ptr()),
-                ctypes.c_size_t(len(target)),
-                ctypes.c_int64(offset),
-                ctypes.c_int64(0),
-            )
-        if count == -1:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        if count < 0:
-            raise OSError(errno.EIO, f"cuFile's error {-count}")
-        return count
-
-    def close(self) -> None:
-        self._file = None  # the last reference: torch closes it
-
-
 def why_not(device: torch.device, path: Path) -> str | None:
     """Why `path` cannot be read directly into `device`; None if it can."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != CuFile.device_type or not is_accelerator(str(device)):
         return f"it reads into the memory of a GPU, and the device is {device.type}"
     return probe(device, path, open_file=CuFile)
 

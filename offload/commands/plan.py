@@ -96,6 +96,8 @@ def machine(
         except OSError as error:
             raise OutputError(f"cannot measure or write {path}: {error}") from error
     _, missing = makers_of({}, IO(), Fallbacks())
+    if device != "cpu":
+        missing["gds"] = "it reads into the GPU's memory, which is not measured"
     if found.disk is not None:
         for line in reader_lines(found.disk, missing):
             console.print(line, soft_wrap=True, highlight=False)

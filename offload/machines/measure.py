@@ -66,9 +66,11 @@ def product_seconds(device: str, wait: Callable[[], None]) -> float:
     return seconds_of(lambda: functional.linear(x, w), wait=wait, least=50, most=500)
 
 
-def memory_bandwidth(device: str, wait: Callable[[], None]) -> int:
-    """Bytes read and written per second, by a copy of 256 MiB."""
-    source = torch.zeros(64 << 20, device=device)
+def memory_bandwidth(
+    device: str, wait: Callable[[], None], nbytes: int = 256 << 20
+) -> int:
+    """Bytes read and written per second, by a copy of `nbytes`."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     seconds = seconds_of(lambda: target.copy_(source), wait=wait)
     return round(2 * source.nbytes / seconds)

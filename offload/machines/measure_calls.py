@@ -180,7 +180,7 @@ def jobs_policy(device: str, cache: Path, **settings: Any) -> Policy:
         device=device,
         io={"cache": cache, "reader": "threads"},
         **{
-            "device_memory": "1GiB",
+            "device_memory": "1GiB" if device == "cpu" else "auto",
             "micro_batch_sequences": _ROWS_EACH,
             "sequences_in_flight": _NUM_BATCHES * _ROWS_EACH,
             **settings,

@@ -13,9 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from ...io.devices.accelerators import accelerators, memory_of, reaches, title_of
+from ...io.extent import align_down
+from ...io.readers.files import ALIGNMENT
 from .machine import Copies
 
 _BYTES = 256 << 20
+_SHARE = 8
+"""One of so many free bytes is copied where less than 2 GiB are free."""
 _TIMES = 5
 
 
@@ -33,7 +37,15 @@ class CopyStarter(Protocol):
 
 def measure_copies(device: str) -> Copies:
     """The bandwidths of copies to and from the GPU `device`."""
-    return copies_of(AcceleratorCopier(device, _BYTES), _BYTES)
+    nbytes = copied_bytes(device)
+    return copies_of(AcceleratorCopier(device, nbytes), nbytes)
+
+
+def copied_bytes(device: str) -> int:
+    """How many bytes a copy has that is timed: 256 MiB, or less if the GPU `device` or
+    another one has little memory free."""
+    free = min(memory_of(name)[0] for name in {device, *accelerators()})
+    return align_down(min(_BYTES, free // _SHARE), ALIGNMENT)
 
 
 def copies_of(

@@ -16,7 +16,7 @@ from .machine import Calls, Copies, Machine
 from .measure_beside import cast_beside
 from .measure_between import Between, measure_between
 from .measure_calls import calls
-from .measure_gpu import gpu_facts, measure_copies
+from .measure_gpu import copied_bytes, gpu_facts, measure_copies
 from .measure_products import Products, Rates
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,7 +73,9 @@ def measure_machine(
     if is_gpu:
         progress("copies to and from the GPU")
         gpu = dict(gpu_facts(device))
-        gpu["device_bandwidth"] = measure.memory_bandwidth(device, wait)
+        gpu["device_bandwidth"] = measure.memory_bandwidth(
+            device, wait, copied_bytes(device)
+        )
         copies = measure_copies(device)
     usual = {name: each.usual() for name, each in products.items()}
     return _machine(disk, host, usual, found, copies, gpu, cast, between)

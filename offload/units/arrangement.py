@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from torch import nn
 
 from ...io.codecs.computed import Computed
+from ...io.extent import align_up
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
@@ -104,6 +105,8 @@ class Arranger:
         )
         division = divider.divide(capacity)
         check_least(divider.divide, capacity)
+        if not self._is_host:  # whose memory is taken at once, used or not
+            capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
         images = self._images(division, policy)
         placement = _placement(
             division, capacity, policy, images, is_host=self._is_host

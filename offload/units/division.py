@@ -52,6 +52,10 @@ class Division:
         """Bytes of the resident units, and the bytes that each site needs at once."""
         return needs(self.found, [plan.nbytes for plan in self.transfers])
 
+    def whole_bytes(self) -> int:
+        """Bytes in which all units fit at the same time."""
+        return sum(plan.nbytes for plan in self.transfers)
+
     def paired_bytes(self) -> int:
         """Bytes in which each site fits beside its successor, resident units included.
 

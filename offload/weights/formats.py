@@ -21,8 +21,13 @@ _KNOWN = {
     ("naive-quantized", "int", 8),
     ("naive-quantized", "float", 8),
     ("float-quantized", "float", 8),
+    ("nvfp4-pack-quantized", "float", 4),
+    ("mxfp4-pack-quantized", "float", 4),
 }
 """What compressed-tensors writes and can be streamed: format, type and bits."""
+_WITH_DIVISOR = "nvfp4-pack-quantized"
+"""The format whose scales are divided by one number (`weight_global_scale`)."""
+_PACKED_FLOATS = (_WITH_DIVISOR, "mxfp4-pack-quantized")
 _FLOATS = {
     torch.float8_e4m3fn: Codes.FLOAT8_E4M3,
     torch.float8_e5m2: Codes.FLOAT8_E5M2,
@@ -90,6 +95,11 @@ def _compressed(config: Any, is_merged: bool) -> "CompressedFormat":
     elif _word(weights.actorder) in _OTHER_ORDERS:
         what = f"columns in another order (actorder: {_word(weights.actorder)})"
     else:
+        if is_merged and kind == _WITH_DIVISOR:
+            raise UsageError(
+                "transformers does not know how experts in NVFP4 are dequantised: take "
+                "a release in W4A16, W8A8 or FP8, or an unquantised one"
+            )
         block = weights.block_structure if _word(weights.strategy) == "block" else None
         return CompressedFormat(
             kind,
@@ -152,7 +162,7 @@ class Fp8Format:
 @dataclass(frozen=True)
 class CompressedFormat:
     """What compressed-tensors writes: 4-bit integers in words, 8-bit integers, 8-bit
-    floats."""
+    floats, 4-bit floats."""
 
     kind: str
     blocks: ScaleBlocks | None
@@ -171,6 +181,8 @@ class CompressedFormat:
         scales = parts["weight_scale"]
         weight = parts.get("weight_packed", parts.get("weight"))
         assert weight is not None, "weights without numbers are refused before"
+        if self.kind in _PACKED_FLOATS:
+            return [self._packed_floats(weight, scales, parts, target)]
         zeros = parts.get("weight_zero_point")
         if self.is_symmetric and self.kind == "pack-quantized":
             zeros = None
@@ -190,6 +202,43 @@ class CompressedFormat:
         return [
             TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
         ]
+
+    def _packed_floats(
+        self,
+        weight: TensorEntry,
+        scales: TensorEntry,
+        parts: Mapping[str, TensorEntry],
+        target: View,
+    ) -> TensorSlice:
+        """The slice of two 4-bit floats in a byte."""
+        rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        shape = (rows, 2 * columns)
+        check_filled(weight, shape, target)
+        has_divisor = self.kind == _WITH_DIVISOR
+        kind = torch.float8_e4m3fn if has_divisor else torch.uint8
+        for entry, wanted in ((weight, torch.uint8), (scales, kind)):
+            if entry.dtype != wanted:
+                raise CheckpointError(
+                    f"{entry.path}: {entry.name!r} is kept as {entry.dtype}, which the "
+                    f"format {self.kind} does not have: download or copy it again"
+                )
+        blocks = scale_blocks(weight, scales, shape, self.blocks)
+        companions = [scales]
+        if has_divisor:
+            divisor = parts.get("weight_global_scale")
+            if divisor is None:
+                raise CheckpointError(
+                    f"{weight.path}: {weight.name!r} has no weight_global_scale beside "
+                    "it: the checkpoint is incomplete; download or copy it again"
+                )
+            if (divisor.dtype, divisor.shape) != (torch.float32, (1,)):
+                raise not_for(divisor, weight, shape)
+            companions.append(divisor)
+        codec = Scaled(
+            Codes.FLOAT4_E2M1, blocks, torch.bfloat16, has_divisor=has_divisor
+        )
+        whole = View.whole(weight.shape)
+        return TensorSlice(weight, whole, target, codec, tuple(companions))
 
     def _codec(
         self,

@@ -19,6 +19,7 @@ _SCALES = (
     torch.bfloat16,
     torch.float16,
     torch.float8_e8m0fnu,
+    torch.float8_e4m3fn,
     torch.uint8,
 )
 """The dtypes that scales may have; bytes are exponents."""

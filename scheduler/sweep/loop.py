@@ -165,6 +165,7 @@ class SweepLoop:
             errors = self._in_flight.end_all()
             self._coalescing.stop(self)
             self._loop_state.resume()  # again: an interrupt may have cut it off
+            self._input.let_go()
         self._owner.has_ended()
         if errors:
             raise errors[0]

@@ -6,6 +6,10 @@ from operator import length_hint
 from typing import Any
 
 
+def _ended(batch: Any) -> Any:
+    raise AssertionError("a sweep that has ended starts nothing")
+
+
 @dataclass
 class SweepInput:
     """The function to call with each batch, and the batches that are left."""
@@ -35,6 +39,11 @@ class SweepInput:
             raise
         self.num_taken += 1
         return self.num_taken - 1, batch
+
+    def let_go(self) -> None:
+        """Drops the function and the batches. The sweep that has ended is part of
+        reference cycles, which would keep them until the garbage collector runs."""
+        self.fn, self.batches, self._left = _ended, (), iter(())
 
 
 @dataclass(slots=True)

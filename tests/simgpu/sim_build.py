@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "simgpu"
 # Two files for the compiler, since what they include takes longer than what they say.
 _GROUPS = (
-    ("tensors", "traits", "dispatch", "copies", "views", "api"),
+    ("tensors", "traits", "dispatch", "copies", "views", "api", "autocast"),
     ("schedule", "streams", "syncs", "trace", "addresses", "memory", "pinned", "hooks"),
 )
 _FLAGS = ("-std=c++20", "-O0", "-fPIC", "-w")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import sim_build
+import sim_plugin
 
 SYNCS = ("stream", "device", "event", "item", "copy", "shape", "allocator")
 """Why the host waited: for a stream, a device or an event, as asked; for a number
@@ -89,7 +91,8 @@ class SimGpu:
 
 @functools.cache
 def start() -> SimGpu:
-    """Makes the simulated GPU this process's accelerator.
+    """Makes the simulated GPU this process's accelerator, and that of processes that it
+    spawns.
 
     Raises NoCompilerError where it cannot be compiled.
     """
@@ -100,6 +103,7 @@ def start() -> SimGpu:
     import sim_module
 
     torch._register_device_module("simgpu", sim_module.as_module())  # type: ignore[no-untyped-call]
+    sys.path += [path for path in sim_plugin.paths() if path not in sys.path]
     atexit.register(_settle)
     return SimGpu()
 

@@ -21,9 +21,7 @@ pytestmark = pytest.mark.simgpu
 
 NAMES = [name for name, case in zoo.ARCHITECTURES.items() if not case.mutates]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-OWN_BITS = {"jetmoe"}
-"""These differ from the CPU when they are resident on the device, too."""
-PER_PROCESS = 6
+PER_PROCESS = 3
 KEPT = ("llama", "marian", "t5", "mixtral", "gemma3n_text")
 """A sample: dense, positions that no file holds, an encoder, experts, shared states."""
 
@@ -75,9 +73,10 @@ def differences(simgpu: SimGpu, name: str, folder: Path, tiers: list[str]) -> li
     generates = zoo.ARCHITECTURES[name].generates
     batches = [zoo.inputs(name, seed=seed) for seed in range(2)]
     resident = zoo.load(name, folder)
-    if name in OWN_BITS:
-        resident.to(GPU)
-        batches = [on_device(batch, GPU) for batch in batches]
+    for parameter in resident.parameters():
+        # From addresses in the file: the CPU's products of one row have other last bits
+        # where these are no multiples of 16, which those in a device's memory are.
+        parameter.data = parameter.data.clone()
     expected = outputs(resident, batches, generates)
     del resident
     found = []

@@ -13,12 +13,13 @@ import torch
 from test_readers import PAGE, MakeReader, ReaderContract, stamps_of, write
 
 from penstock.io.checkpoint.header import FileStamp
+from penstock.io.devices.cufile import CuFile
 from penstock.io.errors import ReadError
 from penstock.io.extent import Extent
 from penstock.io.fallbacks import Fallbacks
 from penstock.io.handle import Handle
 from penstock.io.readers import gds
-from penstock.io.readers.gds import CuFile, GdsReader, probe, why_not
+from penstock.io.readers.gds import GdsReader, probe, why_not
 from penstock.io.readers.reader import Reader, ReaderStatistics
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -38,6 +38,8 @@ CASES = {
     "FP8": ("llama", "float8_e4m3fn"),
     "FP8_DYNAMIC": ("llama", "float8_e4m3fn"),
     "FP8_BLOCK": ("llama", "float8_e4m3fn"),
+    "NVFP4A16": ("llama", "float4_e2m1"),
+    "MXFP4A16": ("llama", "float4_e2m1"),
     "W4A16 experts": ("qwen3_moe", "int4"),
     "FP8_DYNAMIC experts": ("qwen3_moe", "float8_e4m3fn"),
 }
@@ -81,7 +83,9 @@ def test_weights_are_those_that_transformers_dequantises(
 
 @needs_library
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["W4A16_ASYM", "W8A8", "FP8_DYNAMIC experts"])
+@pytest.mark.parametrize(
+    "case", ["W4A16_ASYM", "W8A8", "NVFP4A16", "FP8_DYNAMIC experts"]
+)
 def test_streamed_is_equal_to_resident(
     case: str, folder_of: Callable[[str], Path]
 ) -> None:

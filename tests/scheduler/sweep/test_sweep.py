@@ -268,6 +268,21 @@ def test_a_finished_micro_batch_leaves_nothing_of_its_own_behind() -> None:
         gc.enable()
 
 
+def test_a_sweep_that_has_ended_keeps_no_batches() -> None:
+    """Nor needs the garbage collector for that."""
+    net, items = make(Net), batches(4)
+    kept = [weakref.ref(item) for item in items]
+    gc.disable()
+    try:
+        with streamed(net):
+            with penstock.sweep(net, width=2) as sweep:
+                sweep.map(net, items)
+            del items, sweep
+            assert [batch() for batch in kept] == [None] * 4
+    finally:
+        gc.enable()
+
+
 # Errors.
 
 
