@@ -78,7 +78,7 @@ class FileStorage(KvStorage):
             try:
                 written.wait()
                 self._fetch(start, end, incoming.buffer)
-                arrival.ready = incoming.send()
+                incoming.send()
             finally:
                 incoming.close()
 

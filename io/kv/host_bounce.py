@@ -29,11 +29,8 @@ class Incoming(Protocol):
     buffer: torch.Tensor
     """uint8, in host memory: read the rows into it."""
 
-    def send(self) -> Event | None:
-        """Starts to copy `buffer` to the device. On the reader's thread.
-
-        Returns the event of the copy; None if no copy was needed.
-        """
+    def send(self) -> None:
+        """Copies `buffer` to the device. On the reader's thread, which waits for it."""
         ...
 
     def close(self) -> None: ...
@@ -156,12 +153,10 @@ class _Back:
         self._back = back
         self._before = before
 
-    def send(self) -> Event:
+    def send(self) -> None:
         self._back.wait(self._before)
         self._back.copy(self._target, self.buffer)
-        copied = self._back.record()
-        copied.wait()  # the next read into the buffer follows no stream
-        return copied
+        self._back.record().wait()  # the next read into the buffer follows no stream
 
     def close(self) -> None:
         del self.buffer, self._target

@@ -21,9 +21,9 @@ class Arrival:
     """Rows that are being fetched to the device."""
 
     handle: Handle | None = None
-    """Done when the last copy is queued; None if it is queued already."""
+    """Done when the last byte has arrived; None if `ready` tells."""
     ready: Event | None = None
-    """Passes when the last byte has arrived; None if no copy is queued."""
+    """Passes when the last byte has arrived; None if `handle` tells."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

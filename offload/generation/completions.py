@@ -3,27 +3,30 @@ tokens."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ...io.devices.queued_copy import queued_to
+from ...io.devices.host_copy import Finding, HostCopy
+from ...io.devices.known import knowing_constants, known_to
 from ...io.errors import UsageError, readable
 from ..model import engine_of
 from ..rows.limits import Limits
 from ..rows.row_error import RowError
-from .decoding import Decoder, RowEnds, row_seed
+from .decoding import IMPOSSIBLE, Decoder, Watch, row_seed
 from .decoding_options import NOT_HERE, DecodingOptions, criteria_of, way_of
-from .logits import FiniteCheck
+from .logits import FiniteCheck, PromptFlags
+from .row_ends import RowEnds, Steps, ends_of
 from .row_sampling import RowSampling
 
 _NOT_FINITE = (
     "the model gave logits that are not finite: its weights or its dtype overflow on "
     "this text"
 )
+_IMPOSSIBLE = f"the model failed: RuntimeError: {IMPOSSIBLE}"
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class Completions:
         """The options for rows that set none."""
         self._criteria = criteria_of(tokenizer, self.way.stop)
         self._ways: dict[RowSampling, DecodingOptions] = {}
+        self._steps = Steps()
 
     @contextmanager
     def defaults_taken_over(self) -> Iterator[None]:
@@ -118,15 +122,16 @@ class Completions:
         self,
         prompts: Sequence[Prompt],
         tick: Callable[[int], None],
+        watch: Watch,
         *,
         chunk_tokens: int | None = None,
         leave: Callable[[int], None] | None = None,
-    ) -> None:
-        """Completes `prompts`, which have the same options, and sets the `result` of
-        each.
+    ) -> Finding:
+        """Completes `prompts`, which have the same options. Sets the `result` of each
+        when what is returned is taken.
 
-        `tick(rows)` is called when so many rows have got a token. For `chunk_tokens`
-        and `leave` see `Decoder`.
+        `tick(rows)` is called when so many rows have got a token. For the others see
+        `Decoder`.
         """
         way = prompts[0].way
         try:
@@ -134,41 +139,82 @@ class Completions:
         except UsageError as error:
             for prompt in prompts:
                 prompt.fail(f"what the row asks for is refused: {error}")
-            return
+            return Finding([], lambda: None)
         ids, mask = self._padded([prompt.ids for prompt in prompts], way.pad)
         ends = RowEnds()
         check: FiniteCheck | None = FiniteCheck(len(prompts))
         if way.config.remove_invalid_values:  # transformers replaces such values
             check = None
+        impossible = PromptFlags(len(prompts))
         draws = [self._draw(prompt) for prompt in prompts]
         options: dict[str, Any] = {}
+        preparing = ExitStack()
         if way.is_one_by_one:
             longest = ids.shape[1] if self._pads_left else 0
             starts = [max(longest - len(prompt.ids), 0) for prompt in prompts]
             options["custom_generate"] = Decoder(
-                draws, starts, ends, tick, check, chunk_tokens, leave
+                draws,
+                starts,
+                ends,
+                tick,
+                impossible,
+                self._steps,
+                watch,
+                preparing.close,
+                check,
+                chunk_tokens,
+                leave,
             )
+            preparing.enter_context(knowing_constants())
         else:
             torch.manual_seed(row_seed(*draws[0], 0))
             options["logits_processor"] = LogitsProcessorList([check] if check else [])
-        found = self._model.generate(
-            queued_to(ids, self._device),
-            attention_mask=queued_to(mask, self._device),
-            generation_config=way.config,
-            stopping_criteria=criteria,
-            **options,
-        ).cpu()
-        if not way.is_one_by_one:
-            start = ids.shape[1] if self._pads_left else 1
-            ends = _ends_of(found, start, way, criteria)
-            tick(sum(ends.lengths.values()))
+        with preparing:
+            found = self._model.generate(
+                known_to(ids, self._device),
+                attention_mask=known_to(mask, self._device),
+                generation_config=way.config,
+                stopping_criteria=criteria,
+                **options,
+            )
+        flags = {impossible: _IMPOSSIBLE}
+        if check is not None:
+            flags[check.bad] = _NOT_FINITE
+        for each in flags:
+            each.store()
+
+        def note(found: torch.Tensor) -> None:
+            if way.is_one_by_one:
+                ends.note()
+                all_ends = ends
+            else:
+                start = ids.shape[1] if self._pads_left else 1
+                all_ends = ends_of(found, start, way, criteria)
+                tick(sum(all_ends.lengths.values()))
+            self._note(prompts, found, all_ends, way)
+            for each, why in flags.items():
+                for number in each.prompts():
+                    prompts[number].fail(why)
+
+        return Finding([HostCopy(found)], note)
+
+    def _note(
+        self,
+        prompts: Sequence[Prompt],
+        found: torch.Tensor,
+        ends: RowEnds,
+        way: DecodingOptions,
+    ) -> None:
+        """Sets the results of `prompts`, whose ids are `found` [sequences, tokens]."""
         each = len(found) // len(prompts)
         for number, prompt in enumerate(prompts):
             rows = range(number * each, (number + 1) * each)
-            results = [self._result(found[row], row, ends, way) for row in rows]
-            prompt.result = {"id": prompt.identity, **_joined(results)}
-        for number in check.bad_prompts() if check else ():
-            prompts[number].fail(_NOT_FINITE)
+            try:
+                results = [self._result(found[row], row, ends, way) for row in rows]
+            except Exception as error:  # a tokenizer's
+                prompt.fail(f"the model failed: {type(error).__name__}: {error}")
+            else:
+                prompt.result = {"id": prompt.identity, **_joined(results)}
 
     def _criteria_of(self, way: DecodingOptions) -> StoppingCriteriaList:
         """The stopping criteria. Those of rows are not kept, since each row may have
@@ -222,34 +268,6 @@ class Completions:
             "tokens": length,
             "finish_reason": "stop" if is_stopped else "length",
         }
-
-
-def _ends_of(
-    found: torch.Tensor,
-    start: int,
-    way: DecodingOptions,
-    criteria: StoppingCriteriaList,
-) -> RowEnds:
-    """Where each row of `found` [rows, tokens] ended: at its first end of text, or at
-    its last token.
-
-    For rows that no `Decoder` has watched. They are padded to the longest one.
-    """
-    ends = RowEnds(start)
-    for row, ids in enumerate(found[:, start:].tolist()):
-        length = next(
-            (
-                i + 1
-                for i, token in enumerate(ids)
-                if token in way.ends
-                or (criteria and criteria(found[[row], : start + i + 1], None).any())
-            ),
-            None,
-        )
-        ends.lengths[row] = len(ids) if length is None else length
-        if length is not None or len(ids) < way.max_new_tokens:
-            ends.stopped.add(row)
-    return ends
 
 
 def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:

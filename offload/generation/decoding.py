@@ -1,36 +1,25 @@
-"""Extends transformers' decoding.
-
-Each row has its own random state, it is recorded where and why each row ended, and rows
-that have ended are dropped.
-"""
+"""Extends transformers' decoding: each row has its own random state, and rows that have
+ended are dropped."""
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MaxLengthCriteria, StoppingCriteriaList
 
+from ...io.devices.known import rows_of
+from ...io.devices.queued_copy import queued_to
 from ..units.model_kind import is_plain
-from .logits import FiniteCheck, unpadded
+from .logits import FiniteCheck, PromptFlags, unpadded
+from .row_ends import RowEnds, RowsEnded, Steps, Watched
 from .shrinking import may_shrink, shrunk
 
-
-@dataclass(slots=True)
-class RowEnds:
-    """Where the rows of one micro-batch ended; filled while it runs."""
-
-    start: int = 0
-    """The number of ids before the first new one: the prompt, or the start of the
-    decoder."""
-    num_steps: int = 0
-    lengths: dict[int, int] = field(default_factory=dict)
-    """The number of new tokens by row, including the end-of-text token."""
-    stopped: set[int] = field(default_factory=set)
-    """Rows that ended by an end-of-text token or a stop string, not by the limit."""
+Watch = Callable[[Callable[[], None] | None], None]
+IMPOSSIBLE = "probability tensor contains either `inf`, `nan` or element < 0"
+"""What torch says of probabilities from which nothing can be drawn."""
 
 
 class RowSampler:
@@ -38,81 +27,44 @@ class RowSampler:
 
     So a row does not depend on the others beside it. All other tokens become
     impossible, and the greedy choice that follows takes the drawn one.
+
+    Random numbers are made on the CPU, and are the same for all devices. `impossible`
+    notes the rows from whose probabilities nothing can be drawn.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(
+        self, seeds: Sequence[int], impossible: PromptFlags | None = None
+    ) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.impossible = impossible or PromptFlags(len(seeds))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps only the rows with these indices: the others have ended."""
         self._generators = [self._generators[row] for row in rows]
+        self.impossible.keep(rows)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` are [rows, vocabulary], processed by all other processors. Returns
         the same shape and dtype: 0 for the drawn tokens, minus infinity for all
         others."""
-        probabilities = scores.float().softmax(-1).cpu()
-        drawn = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities, self._generators, strict=True)
-        ]
-        chosen = torch.stack(drawn).to(scores.device)
+        probabilities = scores.float().softmax(-1)
+        if probabilities.device.type == "cpu":
+            drawn = [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(probabilities, self._generators, strict=True)
+            ]
+            chosen = torch.stack(drawn)
+        else:
+            # What `multinomial` does, without its wait for the probabilities.
+            shape = probabilities.shape[-1:]
+            noise = [
+                torch.empty(shape, device="cpu").exponential_(1, generator=generator)
+                for generator in self._generators
+            ]
+            there = queued_to(torch.stack(noise), probabilities.device)
+            chosen = (probabilities / there).argmax(-1, keepdim=True)
+            self.impossible.add(~probabilities.isfinite().all(-1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
-class _Watched(StoppingCriteriaList):
-    """Wraps stopping criteria, and records which of `rows` met one, and when.
-
-    With `shrinks`, all rows stop once half of them have ended; `left` are those that
-    have to continue.
-    """
-
-    def __init__(
-        self,
-        criteria: StoppingCriteriaList,
-        ends: RowEnds,
-        tick: Callable[[int], None],
-        rows: Sequence[int],
-        *,
-        shrinks: bool,
-        check: FiniteCheck | None = None,
-    ) -> None:
-        super().__init__(criteria)
-        self._check = check
-        self._ends = ends
-        self._tick = tick
-        self._rows = rows
-        self._shrinks = shrinks
-        self.left: list[int] = []
-        """Indices into `rows`."""
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        ends, rows = self._ends, self._rows
-        ends.num_steps += 1
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        by_itself = torch.zeros_like(done)
-        for criterion in self:
-            met = criterion(input_ids, scores, **kwargs)
-            done |= met
-            if not isinstance(criterion, MaxLengthCriteria):
-                by_itself |= met
-        if self._check is not None and self._check.is_bad is not None:
-            done |= self._check.is_bad  # their results are thrown away
-        self._tick(sum(row not in ends.lengths for row in rows))
-        # One copy for both: on a GPU it waits for the micro-batch's work.
-        for row, (is_done, is_own) in zip(
-            rows, torch.stack([done, by_itself], dim=1).tolist(), strict=True
-        ):
-            if is_done and row not in ends.lengths:
-                ends.lengths[row] = ends.num_steps
-                if is_own:
-                    ends.stopped.add(row)
-        if self._shrinks:
-            left = [p for p, row in enumerate(rows) if row not in ends.lengths]
-            if 0 < 2 * len(left) <= len(rows):
-                self.left = left
-                return torch.ones_like(done)
-        return done
 
 
 def row_seed(seed: int, row: int, number: int) -> int:
@@ -141,6 +93,14 @@ class Decoder:
     """The number of padding tokens before each prompt."""
     ends: RowEnds
     tick: Callable[[int], None]
+    impossible: PromptFlags
+    """Of which prompts nothing could be drawn; filled."""
+    steps: Steps
+    """Those of all micro-batches that run together."""
+    watch: Watch
+    """Sets what is called when the running micro-batch may run a site."""
+    begin: Callable[[], object]
+    """Called first: `generate` has prepared its inputs."""
     check: FiniteCheck | None = None
     chunk_tokens: int | None = None
     """Prompts run in calls of at most this many tokens of each row; None: in one
@@ -159,6 +119,8 @@ class Decoder:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Returns the ids, int64 [rows, tokens], padded after the end of each row."""
+        self.begin()
+        input_ids = input_ids.as_subclass(torch.Tensor)
         self.ends.start = input_ids.shape[1]
         config = copy.copy(generation_config)
         keeps_plain = is_plain(kwargs.get("past_key_values"))
@@ -170,35 +132,45 @@ class Decoder:
         )
         if keeps_plain and config.prefill_chunk_size is None:
             config.prefill_chunk_size = self.chunk_tokens
-        sampler = RowSampler(self._seeds(len(input_ids)))
+        sampler = RowSampler(self._seeds(len(input_ids)), self.impossible)
         each = len(input_ids) // len(self.draws)
         starts = [start for start in self.starts for _ in range(each)]
         keepers: list[Any] = [sampler]
         keepers += unpadded(logits_processor, starts, input_ids.device)
+        flags = [self.impossible]
         if self.check is not None:
             logits_processor.insert(0, self.check)
             keepers.append(self.check)
+            flags.append(self.check.bad)
         if config.do_sample:
             logits_processor.append(sampler)
             config.do_sample = False
         rows = list(range(len(input_ids)))
         found: dict[int, torch.Tensor] = {}
         while True:
-            watched = _Watched(
+            watched = Watched(
                 stopping_criteria,
                 self.ends,
                 self.tick,
                 rows,
                 shrinks=shrinks,
-                check=self.check,
+                flags=flags,
+                steps=self.steps,
             )
-            ids = model._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=watched,
-                generation_config=config,
-                **kwargs,
-            )
+            self.watch(watched.arrive)
+            try:
+                ids = model._sample(
+                    input_ids,
+                    logits_processor=logits_processor,
+                    stopping_criteria=watched,
+                    generation_config=config,
+                    **kwargs,
+                )
+            except RowsEnded:
+                assert watched.ids is not None, "it has run a step"
+                ids = watched.ids
+            finally:
+                self.watch(None)
             if not (left := watched.left) and not found:
                 return ids  # type: ignore[no-any-return]
             found.update(zip(rows, ids, strict=True))
@@ -210,7 +182,7 @@ class Decoder:
                 keeper.keep(left)
             assert self.leave is not None, "only a decoder with `leave` shrinks"
             self.leave(len(rows) - len(left))
-            input_ids, rows = ids[left], [rows[place] for place in left]
+            input_ids, rows = rows_of(ids, left), [rows[place] for place in left]
             config.prefill_chunk_size = None
         return pad_sequence(
             [found[row] for row in range(len(found))],

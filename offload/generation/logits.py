@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from ...io.devices.host_copy import HostCopy
+from ...io.devices.known import rows_of
+from ...io.devices.queued_copy import queued_to
+
 FILLS: dict[str, int | None] = {
     "NoRepeatNGramLogitsProcessor": -1,
     "RepetitionPenaltyLogitsProcessor": None,
@@ -19,6 +23,49 @@ no id, for one that asks which ids follow each other.
 """
 
 
+class PromptFlags:
+    """Collects of which prompts something is true. Nobody waits for the device until
+    `prompts`."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._num_prompts = num_prompts
+        self._prompts: list[int] = []
+        """The prompt of each sequence; the sequences of one prompt are next to each
+        other."""
+        self.current: torch.Tensor | None = None
+        """Of which sequences it was true since the last `store`: bool [sequences]."""
+        self._stored: list[tuple[list[int], HostCopy]] = []
+
+    def add(self, found: torch.Tensor) -> None:
+        """`found` is bool [sequences]."""
+        if len(self._prompts) != len(found):
+            self.store()
+            each = max(1, len(found) // self._num_prompts)
+            self._prompts = [place // each for place in range(len(found))]
+        self.current = found if self.current is None else self.current | found
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps only the sequences `rows`: the others have ended."""
+        self.store()
+        self._prompts = [self._prompts[row] for row in rows] if self._prompts else []
+
+    def store(self) -> None:
+        """Queues a copy of the flags to host memory."""
+        flags, self.current = self.current, None
+        if flags is not None:
+            self._stored.append((self._prompts, HostCopy(flags)))
+
+    def prompts(self) -> set[int]:
+        """The prompts of which it was true at any time."""
+        self.store()
+        return {
+            prompt
+            for prompts, copy in self._stored
+            for prompt, flag in zip(prompts, copy.wait().tolist(), strict=True)
+            if flag
+        }
+
+
 class FiniteCheck:
     """A logits processor that notes which prompts got no usable logits.
 
@@ -27,40 +74,20 @@ class FiniteCheck:
     """
 
     def __init__(self, num_prompts: int) -> None:
-        self._num_prompts = num_prompts
-        self._prompts: list[int] = []
-        """The prompt of each sequence; the sequences of one prompt are next to each
-        other."""
-        self.is_bad: torch.Tensor | None = None
-        """Which sequences had unusable logits since the last `bad_prompts`: bool
-        [sequences]."""
-        self._bad: set[int] = set()
+        self.bad = PromptFlags(num_prompts)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` are [sequences, vocabulary]; so is the result, with zeros for
         sequences without usable logits."""
-        if len(self._prompts) != len(scores):
-            self.bad_prompts()
-            each = max(1, len(scores) // self._num_prompts)
-            self._prompts = [place // each for place in range(len(scores))]
         found = ~scores.amax(-1).isfinite()
-        self.is_bad = found if self.is_bad is None else self.is_bad | found
+        self.bad.add(found)
         if found.device.type == "cpu" and not found.any():
             return scores  # on a GPU, this test would wait for the device
         return scores.masked_fill(found[:, None], 0.0)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps only the sequences `rows`: the others have ended."""
-        self.bad_prompts()
-        self._prompts = [self._prompts[row] for row in rows]
-
-    def bad_prompts(self) -> set[int]:
-        """The prompts that were noted so far."""
-        flags, self.is_bad = self.is_bad, None
-        if flags is not None:
-            found = zip(self._prompts, flags.tolist(), strict=True)
-            self._bad |= {prompt for prompt, is_bad in found if is_bad}
-        return self._bad
+        self.bad.keep(rows)
 
 
 class Unpadded:
@@ -76,7 +103,7 @@ class Unpadded:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps only the rows with these indices: the others have ended."""
-        self._starts = self._starts[list(rows)]
+        self._starts = rows_of(self._starts, rows)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`ids`: int64 [rows, tokens]; `scores` and the result: [rows, vocabulary],
@@ -103,6 +130,6 @@ def unpadded(
         return found
     for place, processor in enumerate(processors):
         if type(processor).__name__ in FILLS:
-            found.append(Unpadded(processor, torch.tensor(starts, device=device)))
+            found.append(Unpadded(processor, queued_to(torch.tensor(starts), device)))
             processors[place] = found[-1]
     return found

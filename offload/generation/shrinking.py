@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from ...io.devices.known import rows_of
+from ...io.devices.queued_copy import queued_to
+
 ROW_BY_ROW = frozenset(
     {
         "EpsilonLogitsWarper",
@@ -71,8 +74,9 @@ def shrunk(
         # From the length of the mask, transformers knows that `ids` begin with what is
         # cached.
         found["attention_mask"] = torch.ones_like(ids)
-    found["past_key_values"].batch_select_indices(torch.tensor(rows))
+    index = queued_to(torch.tensor(rows), ids.device)
+    found["past_key_values"].batch_select_indices(index)
     for name, value in found.items():
         if isinstance(value, torch.Tensor):
-            found[name] = value[list(rows)]
+            found[name] = rows_of(value, rows)
     return found

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...io.devices.host_copy import Finding, HostCopy
+from ...io.devices.known import known_to
 from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
@@ -120,36 +122,48 @@ class ClassifyRunner:
 
     def run(
         self, pieces: Sequence[_Prompt], ids: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+    ) -> Finding:
         if self._shares:
-            self._run_shared(pieces)
-            return
+            return self._run_shared(pieces)
         whole = [piece.ids + piece.labels[0][1].ids for piece in pieces]
-        found = self._scorer.log_probabilities(*self._padded(whole, left=False)).cpu()
-        for piece, logprobs in zip(pieces, found, strict=True):
-            ((number, label),) = piece.labels
-            start, end = len(piece.ids) + label.first, len(piece.ids) + len(label.ids)
-            part = logprobs[start - 1 : end - 1]
-            piece.row.logprobs[number] = float(part.double().sum())
+        found = self._scorer.log_probabilities(*self._padded(whole, left=False))
 
-    def _run_shared(self, pieces: Sequence[_Prompt]) -> None:
+        def note(found: torch.Tensor) -> None:
+            for piece, logprobs in zip(pieces, found, strict=True):
+                ((number, label),) = piece.labels
+                start = len(piece.ids) + label.first
+                part = logprobs[start - 1 : len(piece.ids) + len(label.ids) - 1]
+                piece.row.logprobs[number] = float(part.double().sum())
+
+        return Finding([HostCopy(found)], note)
+
+    def _run_shared(self, pieces: Sequence[_Prompt]) -> Finding:
         prompts = self._padded([piece.ids for piece in pieces], left=True)
         shared = SharedPrompts(self._model, self._scorer, *prompts)
-        first = shared.logits.log_softmax(-1).cpu()
-        longer: list[tuple[int, int, Label]] = []
-        for index, piece in enumerate(pieces):
-            for number, label in piece.labels:
-                value = float(first[index, label.ids[0]]) if label.first == 0 else 0.0
-                piece.row.logprobs[number] = value
-                if len(label.ids) > 1:
-                    longer.append((index, number, label))
-        if not longer:
-            return
-        tails = self._padded([label.ids for _, _, label in longer], left=False)
-        found = shared.log_probabilities(*tails, [index for index, _, _ in longer])
-        for (index, number, label), logprobs in zip(longer, found.cpu(), strict=True):
-            part = logprobs[max(label.first - 1, 0) : len(label.ids) - 1]
-            pieces[index].row.logprobs[number] += float(part.double().sum())
+        copies = [HostCopy(shared.logits.log_softmax(-1))]
+        longer = [
+            (index, number, label)
+            for index, piece in enumerate(pieces)
+            for number, label in piece.labels
+            if len(label.ids) > 1
+        ]
+        if longer:
+            tails = self._padded([label.ids for _, _, label in longer], left=False)
+            continued = [index for index, _, _ in longer]
+            copies.append(HostCopy(shared.log_probabilities(*tails, continued)))
+
+        def note(first: torch.Tensor, *others: torch.Tensor) -> None:
+            for index, piece in enumerate(pieces):
+                for number, label in piece.labels:
+                    is_counted = label.first == 0
+                    value = float(first[index, label.ids[0]]) if is_counted else 0.0
+                    piece.row.logprobs[number] = value
+            for found in others:
+                for (index, number, label), each in zip(longer, found, strict=True):
+                    part = each[max(label.first - 1, 0) : len(label.ids) - 1]
+                    pieces[index].row.logprobs[number] += float(part.double().sum())
+
+        return Finding(copies, note)
 
     def _padded(
         self, rows: Sequence[tuple[int, ...]], *, left: bool
@@ -161,7 +175,7 @@ class ClassifyRunner:
             start = longest - len(row) if left else 0
             ids[index, start : start + len(row)] = torch.tensor(row)
             mask[index, start : start + len(row)] = 1
-        return queued_to(ids, self._device), queued_to(mask, self._device)
+        return queued_to(ids, self._device), known_to(mask, self._device)
 
     def result(self, row: _Row) -> dict[str, Any]:
         logprobs = [row.logprobs[number] for number in range(len(row.labels))]

@@ -7,6 +7,8 @@ from typing import Any
 import numpy
 import torch
 
+from ...io.devices.host_copy import Finding, HostCopy
+from ...io.devices.known import known_to
 from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
@@ -105,12 +107,16 @@ class EmbedRunner:
 
     def run(
         self, pieces: Sequence[RowPiece[_Row]], ids: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        mask = queued_to(mask, self._device)
+    ) -> Finding:
+        mask = known_to(mask, self._device)
         inputs = {"input_ids": queued_to(ids, self._device), "attention_mask": mask}
         hidden = self._base(**inputs).last_hidden_state
-        for piece, vector in zip(pieces, self._pool(hidden, mask).cpu(), strict=True):
-            piece.row.vector = vector
+
+        def note(vectors: torch.Tensor) -> None:
+            for piece, vector in zip(pieces, vectors, strict=True):
+                piece.row.vector = vector
+
+        return Finding([HostCopy(self._pool(hidden, mask))], note)
 
     def result(self, row: _Row) -> dict[str, Any]:
         if not row.vector.isfinite().all():

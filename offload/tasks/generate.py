@@ -17,6 +17,7 @@ from ..adapters import without_wrapper
 from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
+from ..generation.decoding import Watch
 from ..generation.decoding_options import DecodingOptions
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
@@ -25,6 +26,7 @@ from ..rows.limits import limits_of
 from ..rows.row_error import RowError
 from ..rows.text import check_row, tokenize_prompt, tokenizer_of
 from ..units.model_kind import keeps_only_keys_and_values
+from .findings import Findings
 from .generate_task import Generate
 from .head import check_head
 from .pools import prompts_pooled
@@ -86,8 +88,7 @@ class _Group(NamedTuple):
 class GenerateRunner:
     """Runs micro-batches of prompts that go on together, token by token. What is drawn
     for a row depends on its number, so that each part of a job has the same tokens
-    without the others; only products that micro-batches share (`coalesce`) have other
-    last bits in other company."""
+    without the others; but products shared (`coalesce`) have other last bits."""
 
     @classmethod
     def of(
@@ -130,6 +131,8 @@ class GenerateRunner:
         self._in_flight = policy.sequences_in_flight
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._pool_rows = prompts_pooled(policy)
+        self._findings = Findings(self._in_flight // self._max_rows)
+        self._watch: Watch
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """The micro-batches that have not started."""
@@ -147,10 +150,13 @@ class GenerateRunner:
             self._completions.defaults_taken_over(),
             self._engine.sweep(self._has_room, seed=0, coalesce=coalesce) as sweep,
         ):
+            self._watch = sweep.watch
             for outcome in sweep.run(self._complete, self._micro_batches(parts)):
                 if outcome.error is not None:
                     raise outcome.error  # the job's: those of rows are in results
+                self._findings.take()
                 yield from self._finished()
+            self._findings.finish()
         yield from self._finished()
 
     def _has_room(self) -> bool:
@@ -178,8 +184,7 @@ class GenerateRunner:
                 yield _Group([], None)  # so that its failed rows are yielded now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
-        """Takes rows as they are needed and groups prompts of similar lengths. Returns
-        False at the end of `rows`."""
+        """Takes rows, groups prompts of similar lengths. False at the end of `rows`."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
@@ -249,9 +254,10 @@ class GenerateRunner:
         in_flight = RowsInFlight(progress, len(prompts))
         try:
             with self._caches.holding(prompts), torch.inference_mode():
-                self._completions.run(
+                finding = self._completions.run(
                     prompts,
                     self._count,
+                    self._watch,
                     chunk_tokens=group.chunk_tokens,
                     leave=in_flight.leave if self._shrinks else None,
                 )
@@ -259,6 +265,8 @@ class GenerateRunner:
             raise
         except Exception as error:
             self._complete_alone(prompts, error)
+        else:
+            self._findings.add(finding, partial(_end, prompts))
         finally:
             in_flight.leave(in_flight.num)
             progress.rows_computed += len(prompts)
@@ -267,18 +275,26 @@ class GenerateRunner:
         progress.tokens_padding += len(lengths) * max(lengths) - sum(lengths)
 
     def _complete_alone(self, prompts: Sequence[Prompt], error: Exception) -> None:
-        """Completes `prompts`, which failed together with `error`, one by one."""
+        """Completes `prompts`, which failed together, one by one."""
         if len(prompts) == 1:
-            prompts[0].fail(f"the model failed: {type(error).__name__}: {error}")
+            _end(prompts, error)
             return
         for prompt in prompts:
             try:
                 with torch.inference_mode():
-                    self._completions.run([prompt], self._count)
+                    found = self._completions.run([prompt], self._count, self._watch)
             except PenstockError:
                 raise
             except Exception as own:
                 self._complete_alone([prompt], own)
+            else:
+                self._findings.add(found, partial(_end, [prompt]))
 
     def _count(self, num_rows: int) -> None:
         self._progress.output_tokens += num_rows
+
+
+def _end(prompts: Sequence[Prompt], error: Exception | None) -> None:
+    """With an `error`, `prompts` have failed."""
+    for prompt in prompts if error is not None else ():
+        prompt.fail(f"the model failed: {type(error).__name__}: {error}")

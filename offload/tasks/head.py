@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...io.devices.known import known_to
 from ...io.errors import UsageError
 from ..weights.placeholder import StreamedParameter
 
@@ -133,6 +134,18 @@ def _by_chunks(
         chosen = logits.gather(-1, targets[:, part, None]).squeeze(-1)
         result[:, part] = chosen - torch.logsumexp(logits, dim=-1)
     return result
+
+
+def padding_mask(mask: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """`mask`, 0 at padding, on `device`; on the CPU None if nothing is padding.
+
+    On an accelerator transformers also asks, without a mask, whether several texts were
+    packed into a row, and waits for the answer. It asks a full mask whether it is full,
+    which the host knows, and then does what it does without one.
+    """
+    if device.type == "cpu" and mask.all():
+        return None
+    return known_to(mask, device)
 
 
 def check_causal(model: Any) -> None:

@@ -4,16 +4,19 @@ into micro-batches, and yields results in the order of rows."""
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from ...io.devices.host_copy import Finding
 from ...io.errors import PenstockError, readable
 from ...scheduler.packing import pack
 from ..files.parts import NumberedRows
 from ..model import engine_of
 from ..rows.row_error import RowError
+from .findings import Findings
 from .pools import micro_batches_in_flight, tokens_pooled
 from .task_progress import ScoreProgress
 
@@ -67,10 +70,12 @@ class RowRunner(Protocol[R, P]):
         """Yields each of `rows` with its pieces, or with the error why it has none."""
         ...
 
-    def run(self, pieces: Sequence[P], ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """Runs the model on `pieces` and notes in their rows what it finds. `ids` and
-        `mask` are int64 [pieces, tokens] on the CPU, padded on the right, where `mask`
-        is 0."""
+    def run(
+        self, pieces: Sequence[P], ids: torch.Tensor, mask: torch.Tensor
+    ) -> Finding:
+        """Runs the model on `pieces`. Returns what it finds, which is noted in their
+        rows when it is taken. `ids` and `mask` are int64 [pieces, tokens] on the CPU,
+        padded on the right, where `mask` is 0."""
         ...
 
     def result(self, row: R) -> dict[str, Any]:
@@ -94,6 +99,7 @@ class Packed(Generic[R, P]):
         self._pool_tokens = tokens_pooled(policy)
         self._progress = progress
         self._pending: deque[R] = deque()
+        self._findings = Findings(self._width)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
         """Yields results in the order of rows: a finished row waits for those before
@@ -102,7 +108,9 @@ class Packed(Generic[R, P]):
             for outcome in sweep.run(self._compute, self._micro_batches(parts)):
                 if outcome.error is not None:
                     raise outcome.error  # the job's: those of rows are in results
+                self._findings.take()
                 yield from self._finished()
+            self._findings.finish()
         yield from self._finished()
 
     def _finished(self) -> Iterator[dict[str, Any]]:
@@ -160,21 +168,18 @@ class Packed(Generic[R, P]):
             progress.rows_in_flight -= num_rows
             progress.tokens_in_flight -= num_tokens
             progress.rows_computed += num_rows
-        for piece in pieces:
-            piece.row.pieces_left -= 1
 
     def _run(self, pieces: Sequence[P]) -> None:
         """Runs the model. Its exceptions are errors of rows: pieces that fail together
         are run again one by one, so that one of them does not fail the others."""
         ids, mask = self._padded(pieces)
         try:
-            self._runner.run(pieces, ids, mask)
+            finding = self._runner.run(pieces, ids, mask)
         except PenstockError:
             raise
         except Exception as error:
             if len(pieces) == 1:
-                why = f"the model failed: {type(error).__name__}: {error}"
-                pieces[0].row.error = readable(why)
+                _end(pieces, error)
                 return
             for piece in pieces:
                 self._run([piece])
@@ -182,6 +187,7 @@ class Packed(Generic[R, P]):
         num_tokens = int(mask.sum())
         self._progress.tokens_done += num_tokens
         self._progress.tokens_padding += mask.numel() - num_tokens
+        self._findings.add(finding, partial(_end, pieces))
 
     def _padded(self, pieces: Sequence[P]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(piece.ids) for piece in pieces)
@@ -191,3 +197,12 @@ class Packed(Generic[R, P]):
             ids[index, : len(piece.ids)] = torch.tensor(piece.ids)
             mask[index, : len(piece.ids)] = 1
         return ids, mask
+
+
+def _end(pieces: Sequence[RowPiece[Any]], error: Exception | None) -> None:
+    """Counts `pieces` as done, or with `error` as failed."""
+    for piece in pieces:
+        piece.row.pieces_left -= 1
+        if error is not None:
+            why = f"the model failed: {type(error).__name__}: {error}"
+            piece.row.error = readable(why)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from ...io.devices.host_copy import Finding, HostCopy
 from ...io.devices.queued_copy import queued_to
 from ...io.errors import UsageError
 from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.row_error import RowError
 from ..rows.text import TokenRow, tokenize_all
-from .head import CausalScorer
+from .head import CausalScorer, padding_mask
 from .packed import Row, RowPiece
 from .score_task import Score
 from .task_progress import ScoreProgress
@@ -111,14 +112,17 @@ class ScoreRunner:
 
     def run(
         self, pieces: Sequence[_Window], ids: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+    ) -> Finding:
         found = self._scorer.log_probabilities(
-            queued_to(ids, self._device),
-            None if mask.all() else queued_to(mask, self._device),
-        ).cpu()
-        for window, logprobs in zip(pieces, found, strict=True):
-            part = logprobs[window.scored - 1 : len(window.ids) - 1]
-            window.row.logprobs[window.start] = float(part.double().sum())
+            queued_to(ids, self._device), padding_mask(mask, self._device)
+        )
+
+        def note(found: torch.Tensor) -> None:
+            for window, logprobs in zip(pieces, found, strict=True):
+                part = logprobs[window.scored - 1 : len(window.ids) - 1]
+                window.row.logprobs[window.start] = float(part.double().sum())
+
+        return Finding([HostCopy(found)], note)
 
     def result(self, row: _Row) -> dict[str, Any]:
         """The result of a row. Windows are added up by where they start, so that the

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ...io.devices.known import rows_of
+from ...io.devices.queued_copy import queued_to
 from ..units.model_kind import keeps_only_keys_and_values
 from .head import CausalScorer
 
@@ -63,10 +65,10 @@ class SharedPrompts:
         float32 [continuations, tokens - 1]. `ids` and `mask` are [continuations,
         tokens], padded on the right; `prompts` has the number of the prompt that each
         one continues."""
-        repeats = torch.tensor(prompts, device=ids.device)
+        repeats = queued_to(torch.tensor(prompts), ids.device)
         cache = copy.copy(self._cache)
         cache.layers = [_shared(layer, repeats) for layer in cache.layers]
-        whole = torch.cat([self._mask[repeats], mask], dim=1)
+        whole = torch.cat([rows_of(self._mask, prompts), mask], dim=1)
         return self._scorer.log_probabilities(
             ids,
             whole,

@@ -128,6 +128,7 @@ class SweepLoop:
             self._exit_if_stopping(me)
         else:
             self._entry.bind_for(site, records_gradients=me.records_gradients)
+        me.may_run(site, previous)
         self._entry.open_sites.enter(site)
         me.inside.append(site)
 

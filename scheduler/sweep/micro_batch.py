@@ -48,6 +48,8 @@ class MicroBatch:
         self.records_gradients = False
         """Whether grad mode was on when it reached its current site."""
         self.inside: list[int] = []
+        self.arrived: Callable[[], None] | None = None
+        """Called in the micro-batch before it runs a site; see `Sweep.watch`."""
         self.is_parked = False
         """Whether it waits inside a site, at a row-wise module, for others to reach the
         same module."""
@@ -108,6 +110,14 @@ class MicroBatch:
         _log.warning("micro-batch %d swallows its exit and is left behind", self.index)
         while True:
             self.wait()
+
+    def may_run(self, site: int, previous: int | None) -> None:
+        """Called before it runs `site`, and after `previous`. Raises what `arrived`
+        raises: then it does not run `site`."""
+        if self.arrived is not None:
+            self.last_site = previous
+            self.arrived()
+            self.last_site = site
 
     def park(self) -> None:
         """Suspends the running micro-batch inside a site, for a short time: see

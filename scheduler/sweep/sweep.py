@@ -193,6 +193,13 @@ class Sweep(Closing):
     def is_closed(self) -> bool:
         return self._is_closed
 
+    def watch(self, arrived: Callable[[], None] | None) -> None:
+        """Called by a running micro-batch: from now on calls `arrived()` in it whenever
+        it may run a site, just before it does. `arrived` may raise, to leave the
+        forward; the micro-batch may then call the model again."""
+        assert self._loop is not None, "a micro-batch of this sweep calls it"
+        self._loop.running.arrived = arrived
+
     def statistics(self) -> SweepStatistics:
         return SweepStatistics(
             num_started=self._progress.num_started,

@@ -91,7 +91,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeEvent(void* event) const override {
     if (event)
-      wait(static_cast<Event*>(event)->mark, Sync::event);
+      wait_for_event(static_cast<Event*>(event)->mark);
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
     delete static_cast<Event*>(event);

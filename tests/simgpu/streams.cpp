@@ -234,6 +234,18 @@ void wait(Mark mark, Sync reason) {
   finish(mark);
 }
 
+void wait_for_event(Mark mark) {
+  bool has_passed = true, is_covered = false;
+  if (mark.queue) {
+    std::lock_guard lock(world().lock);
+    has_passed = mark.queue->done >= mark.seq;
+    is_covered = mark.queue->queued >= mark.seq + kCover;
+  }
+  if (!has_passed)
+    count_sync(is_covered ? Sync::covered : Sync::event);
+  finish(mark);
+}
+
 void finish(Mark mark) {
   World& w = world();
   std::unique_lock lock(w.lock);

@@ -16,7 +16,11 @@ constexpr int kStreamsPerDevice = 33; // the default one, and a pool as CUDA's o
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 
 // Why the host waits for a device. The names are in sim_device.py, in this order.
-enum class Sync { stream, device, event, item, copy, shape, allocator, count };
+enum class Sync {
+  stream, device, event, covered, item, copy, shape, allocator, count
+};
+// So many pieces of work behind an event keep its stream busy while the host wakes up.
+constexpr uint64_t kCover = 16;
 
 struct Queue;
 
@@ -39,6 +43,7 @@ Mark end_of(Queue& queue);
 
 bool passed(Mark mark); // a call by the host: held work comes closer to its turn
 void wait(Mark mark, Sync reason);
+void wait_for_event(Mark mark); // free if it has passed
 void finish(Mark mark); // waits without counting it
 void wait_for_device(int device, Sync reason);
 

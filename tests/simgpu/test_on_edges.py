@@ -57,9 +57,9 @@ EDGES: dict[str, tuple[str, ...]] = {
         "_Back.send",
     ),
 }
-"""By workload, the functions that wait. Not here: `PinnedPool.take`, which repeats what
-`_Back.send` and `_Out.wait` have waited for already."""
-REPEATED = {"PinnedPool.take"}
+"""By workload, the functions that wait. Not here: those that wait before memory is
+given up or allocated, which are in test_on_freed.py."""
+ELSEWHERE = {"PinnedPool.take"}
 
 
 class Edges:
@@ -167,7 +167,7 @@ def test_an_edge_that_is_missing_is_seen(
     expected = run("cpu")
     simgpu.schedule(0)
     assert are_same(run(GPU), expected), "it is wrong with all edges"
-    others = {edge for where in EDGES.values() for edge in where} | REPEATED
+    others = {edge for where in EDGES.values() for edge in where} | ELSEWHERE
     assert edges.used <= others, "an edge that this file does not know"
     missed = []
     for edge in EDGES[name]:

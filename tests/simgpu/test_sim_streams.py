@@ -161,7 +161,11 @@ def test_syncs_are_counted_by_reason(simgpu: SimGpu) -> None:
     tensor.copy_(pinned)
     torch.accelerator.current_stream().synchronize()
     torch.accelerator.synchronize()
-    event.synchronize()
+    event.synchronize()  # it has passed
+    with simgpu.held(torch.accelerator.current_stream()):
+        tensor.add_(1)
+        event.record()
+        event.synchronize()
     module.empty_cache()
     assert simgpu.syncs() == {
         "item": 1,
@@ -172,6 +176,23 @@ def test_syncs_are_counted_by_reason(simgpu: SimGpu) -> None:
         "event": 1,
         "allocator": 2,  # it waits for both devices
     }
+
+
+def test_a_wait_with_work_behind_it_is_covered(simgpu: SimGpu) -> None:
+    tensor = torch.ones(4, device=GPU)
+    event = torch.Event(GPU)
+    for num_behind in (15, 16):
+        with simgpu.held(torch.accelerator.current_stream()):
+            event.record()
+            for _ in range(num_behind):
+                tensor.add_(1)
+            event.synchronize()
+    with simgpu.no_syncs(), simgpu.held(torch.accelerator.current_stream()):
+        event.record()
+        for _ in range(16):
+            tensor.add_(1)
+        event.synchronize()
+    assert simgpu.syncs() == {"event": 1, "covered": 2}
 
 
 def test_syncs_are_counted_by_thread(simgpu: SimGpu) -> None:
