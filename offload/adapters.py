@@ -12,8 +12,8 @@ import torch
 from ..io.checkpoint.header import read_header
 from ..io.errors import CheckpointError, UsageError
 from ..io.regular_file import read_json_object
+from .configs.trust import all_of, check_files
 from .patterns import check_patterns
-from .weights.trust import all_of, check_files
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -25,11 +25,11 @@ from ..io.errors import UsageError
 from ..io.weights.recipe import Recipe
 from ..scheduler.sweep.module_state import ModuleState
 from .adapters import CONFIG_FILE
+from .configs.trust import loading
 from .engine.engine import Engine
 from .model import engine_of, load, unwrap
 from .monitoring.memory import available_bytes
 from .policy import Policy
-from .weights.trust import loading
 
 Reference = Callable[[str], torch.Tensor]
 """Loads the tensor with this name in the model in a way that is not streaming."""

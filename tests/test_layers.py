@@ -47,6 +47,7 @@ ORDER = {
         "engine",
         "kv",
         "weights",
+        "configs",
         "units",
         "settings",
         "monitoring",

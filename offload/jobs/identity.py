@@ -11,11 +11,11 @@ from typing import Any
 from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import CheckpointError
 from ...io.readers.checksums import SIDE_FILE
+from ..configs.trust import check_files
 from ..files.fingerprint import content_digest, fingerprint
 from ..files.inputs import Inputs
 from ..files.parts import Cut
 from ..policy import Policy
-from ..weights.trust import check_files
 from .manifest import Manifest
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")

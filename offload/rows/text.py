@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from ...io.errors import UsageError
 from ...io.regular_file import read_json_object
 from ...io.user_errors import about
+from ..configs.trust import check_files, loading, own_code, refuse_code
 from ..files.json_rows import CHAT, refused
 from ..model import engine_of
-from ..weights.trust import check_files, loading, own_code, refuse_code
 from .chat import tokenize_chat
 from .row_error import RowError
 from .tokenizer_check import check_tokenizer

@@ -19,18 +19,18 @@ from transformers import PreTrainedModel
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import Recipe
-from .hf_config import (
+from ..configs.hf_config import (
     check_layers,
     model_class_of,
     of_config,
     read_config,
     set_generation,
 )
+from ..configs.quantizer import dequantizer_of, prepare
+from ..configs.trust import unused_code
 from .hf_names import make_recipes
 from .placeholder import absent_parameter
-from .quantizer import dequantizer_of, prepare
 from .stored import check_readable, stored_dtype, unused_words
-from .trust import unused_code
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,8 @@ class SweepLoop:
         self._coalescing = coalescing
         self._loop_state = ThreadState(devices)
         self._owner = Owner(self)
-        self._in_flight = MicroBatchesInFlight(
-            entry.open_sites, side_transfers, self._loop_state
-        )
+        state = self._loop_state
+        self._in_flight = MicroBatchesInFlight(entry.open_sites, side_transfers, state)
         self._waiting = Waiting()
         self._serving: int | None = None
         self._is_stopping = False

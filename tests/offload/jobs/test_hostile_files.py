@@ -21,6 +21,7 @@ from jobs import run_job, write_rows
 from penstock import Policy
 from penstock.io.checkpoint.index import INDEX_FILE, open_checkpoint
 from penstock.io.readers.checksums import read_side_file
+from penstock.offload.configs import hf_config
 from penstock.offload.files.durable import DurableFiles
 from penstock.offload.files.inputs import Inputs
 from penstock.offload.files.json_rows import SCORED_KEYS
@@ -30,7 +31,6 @@ from penstock.offload.jobs.part_store import PartStore
 from penstock.offload.machines.machine import Machine
 from penstock.offload.rows.text import load_tokenizer, tokenize_all
 from penstock.offload.tasks.pooling import pooled
-from penstock.offload.weights import hf_config
 
 ROWS = [{"id": 1, "text": "import os def foo return"}]
 POLICY = """extends: laptop-16gb-ram-nvme

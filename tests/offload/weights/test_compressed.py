@@ -18,8 +18,9 @@ from penstock import Policy
 from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
 from penstock.io.codecs.scaled import Scaled
 from penstock.io.errors import CheckpointError, PenstockError, UsageError
+from penstock.offload.configs import quantizer
 from penstock.offload.verify import verify
-from penstock.offload.weights import hf, quantizer
+from penstock.offload.weights import hf
 from quantised import Tensors, compressed, dequantised, original
 
 HAS_LIBRARY = importlib.util.find_spec("compressed_tensors") is not None

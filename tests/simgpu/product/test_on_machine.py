@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_on_tasks import ROWS, SMALL
 
 from checkpoint import make_checkpoint
 from on_device import GPU
@@ -26,7 +27,6 @@ from penstock.offload.machines import (
 from penstock.offload.machines.machine import Machine
 from penstock.offload.machines.measure_calls import Block
 from sim_device import SimGpu
-from test_on_tasks import ROWS, SMALL
 
 pytestmark = pytest.mark.simgpu
 
@@ -152,7 +152,7 @@ def test_commands_write_what_they_write_on_the_cpu(
         written = []
         for device, more in {
             "cpu": [part for key in SMALL for part in ("--set", f"{key}={SMALL[key]}")],
-            GPU: ["--policy", tmp_path / "policy.yaml"],
+            GPU: ["--policy", str(tmp_path / "policy.yaml")],
         }.items():
             output = tmp_path / f"{task}-{device}.jsonl"
             report = tmp_path / f"{task}-{device}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_on_tasks import PROMPTS, SMALL
 
 import penstock
 from checkpoint import make_checkpoint
@@ -14,7 +15,6 @@ from nets import Net, batches, make, same, serially
 from on_device import GPU, TIERS
 from penstock import Policy
 from sim_device import SimGpu
-from test_on_tasks import PROMPTS, SMALL
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("few_objects")]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_on_tasks import ROWS, SMALL
 
 import penstock
 from checkpoint import make_checkpoint
@@ -22,7 +23,6 @@ from penstock.io.devices.accelerator import (
 )
 from penstock.offload import verify
 from sim_device import SimGpu
-from test_on_tasks import ROWS, SMALL
 
 pytestmark = pytest.mark.simgpu
 

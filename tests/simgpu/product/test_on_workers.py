@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_on_tasks import SMALL
 
 from checkpoint import make_checkpoint
 from penstock import Policy
@@ -20,7 +21,6 @@ from penstock.offload.jobs.job import Done, Job
 from penstock.offload.tasks.task_progress import TaskProgress
 from shared_work import Scoring
 from sim_device import SimGpu
-from test_on_tasks import SMALL
 
 pytestmark = pytest.mark.simgpu
 

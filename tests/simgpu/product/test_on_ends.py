@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_on_tasks import PROMPTS, SMALL
 
 import penstock
 from checkpoint import make_checkpoint
 from on_device import GPU
 from penstock import Policy
 from sim_device import SimGpu
-from test_on_tasks import PROMPTS, SMALL
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("few_objects")]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_on_tasks import PROMPTS, SMALL
 
 import penstock
 from checkpoint import make_checkpoint
@@ -23,7 +24,6 @@ from on_device import GPU
 from penstock import Policy
 from penstock.io.devices.accelerator import AcceleratorEvent, AcceleratorStream
 from sim_device import SimGpu
-from test_on_tasks import PROMPTS, SMALL
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("few_objects")]
 
