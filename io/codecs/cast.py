@@ -17,6 +17,10 @@ class Cast:
     see `Codec`."""
 
     @property
+    def name(self) -> str:
+        return "cast"
+
+    @property
     def identity(self) -> str:
         return "cast-1"
 

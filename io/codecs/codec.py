@@ -17,6 +17,11 @@ class Codec(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """What it decodes, as reports and machine files call it."""
+        ...
+
+    @property
     def identity(self) -> str:
         """Its name, its version, and what else its results depend on.
 

@@ -23,6 +23,10 @@ class Computed:
     compute: Compute = field(repr=False)
 
     @property
+    def name(self) -> str:
+        return "computed"
+
+    @property
     def identity(self) -> str:
         return "computed-1"
 

@@ -42,6 +42,10 @@ class Scaled:
     has_divisor: bool = False
 
     @property
+    def name(self) -> str:
+        return self.codes.value
+
+    @property
     def identity(self) -> str:
         size = f"{self.blocks.rows}x{self.blocks.columns}"
         offsets = f"{self.offsets.value} {self.has_divisor}"

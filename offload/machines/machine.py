@@ -122,6 +122,10 @@ class Machine(Section):
     cast_bandwidth: Bytes | None = None
     """Stored bytes per second that one thread casts to the dtype of the matrix
     products."""
+    decoding: dict[str, Bytes] = Field(default_factory=dict)
+    """Stored bytes per second that one thread decodes to the same dtype, by codec
+    (`float8_e4m3fn`, `int8`, `int4`, `float4_e2m1`, `lossless`). Without it, those that
+    a CPU with AVX2 decodes while it casts as many as `cast_bandwidth` says."""
     disk: Disk | None = None
     """The drive that checkpoints lie on."""
     copies: Copies | None = None

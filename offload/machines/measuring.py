@@ -16,6 +16,7 @@ from .machine import Calls, Copies, Machine
 from .measure_beside import cast_beside
 from .measure_between import Between, measure_between
 from .measure_calls import calls
+from .measure_decoding import decoding_bandwidth
 from .measure_gpu import copied_bytes, gpu_facts, measure_copies
 from .measure_products import Products, Rates
 
@@ -46,9 +47,10 @@ def measure_machine(
     progress("the memory")
     host = measure.memory_bandwidth("cpu", _no_wait)
     cast = measure.cast_bandwidth()
-    product = measure.product_seconds(device, wait)
     cache = cache_folder(io)
     cache.mkdir(parents=True, exist_ok=True)
+    decoding = decoding_bandwidth(cache)
+    product = measure.product_seconds(device, wait)
     with tempfile.TemporaryDirectory(dir=cache, prefix="measure-") as folder:
         progress("small models, for what calls take")
         found = calls(device, Path(folder), product)
@@ -78,7 +80,7 @@ def measure_machine(
         )
         copies = measure_copies(device)
     usual = {name: each.usual() for name, each in products.items()}
-    return _machine(disk, host, usual, found, copies, gpu, cast, between)
+    return _machine(disk, host, usual, found, copies, gpu, cast, decoding, between)
 
 
 def check_measurable(place: Path, device: str) -> None:
@@ -102,6 +104,7 @@ def _machine(
     copies: Copies | None,
     gpu: dict[str, object],
     cast: int,
+    decoding: dict[str, int],
     between: Between,
 ) -> Machine:
     facts = measure.host_facts()
@@ -117,6 +120,7 @@ def _machine(
         "pointwise_bandwidth": between.pointwise,
         "decode_bandwidth": between.decode,
         "cast_bandwidth": cast,
+        "decoding": decoding,
         "disk": disk,
         "copies": copies,
         "calls": found,

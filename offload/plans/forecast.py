@@ -35,15 +35,19 @@ class Forecast:
 
     @property
     def bytes_by_tier(self) -> dict[str, int]:
-        """The bytes of the weights in each tier, in the dtype that is computed in."""
+        """The bytes of the weights in each tier: in the dtype that is computed in,
+        unless memory keeps them as they are stored."""
         found: dict[str, int] = dict.fromkeys(Tier, 0)
         units = self.arrangement.division.found.units
-        recipes = self.arrangement.recipes
+        recipes, images = self.arrangement.recipes, self.arrangement.images
         placed: set[str] = set()
-        for unit, tier in zip(units, self.arrangement.placement, strict=True):
+        for index, unit in enumerate(units):
+            tier = self.arrangement.placement[index]
             where = Tier.DEVICE if unit.is_resident else tier
             where = Tier.DISK if not (unit.sites or unit.is_resident) else where
             nbytes = sum(recipes[name].nbytes for name in unit.tensors)
+            if images is not None and tier_of(where) in (Tier.HOST, Tier.PEER):
+                nbytes = images[index].layout.nbytes
             found[tier_of(where)] += nbytes
             placed.update(unit.tensors)
         found[Tier.DISK] += sum(r.nbytes for n, r in recipes.items() if n not in placed)
@@ -153,9 +157,13 @@ def _forecast(
     machine: Machine,
     task: Task,
 ) -> Forecast:
+    images, kept = arrangement.images, None
+    if images is not None:
+        kept = tuple(image.layout.nbytes for image in images)
     settings = Settings(
         arrangement.placement,
         arrangement.capacity,
+        kept_bytes=kept,
         lookahead=policy.lookahead,
         logits_bytes=policy.logits_memory,
         kv_tier=policy.kv.tier,
@@ -165,7 +173,7 @@ def _forecast(
         and not policy.compile,
         activations_move=policy.activations == "host" and policy.device != "cpu",
     )
-    rates = rates_of(machine, policy, dtype)
+    rates = rates_of(machine, policy, dtype, decodes=images is not None)
     return Forecast(arrangement, shape, CostModel(shape, rates, settings), policy)
 
 

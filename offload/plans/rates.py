@@ -11,9 +11,24 @@ from ..policy import Policy
 _HALF = ("bfloat16", "float16")
 
 
-def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
+_DECODING = {
+    "float8_e4m3fn": 0.4,
+    "float8_e5m2": 0.4,
+    "int8": 0.4,
+    "int4": 0.2,
+    "float4_e2m1": 0.2,
+    "lossless": 0.7,
+}
+"""Stored bytes that are decoded while one is cast, where a machine's file has no
+`decoding`: measured on a CPU with AVX2, by compiled code."""
+
+
+def rates_of(
+    machine: Machine, policy: Policy, dtype: str, *, decodes: bool = False
+) -> Rates:
     """The rates of `machine` for weights of `dtype`. The `links` of `policy` limit some
-    of its links."""
+    of its links. `decodes`: whether weights in memory are decoded when they are
+    loaded, and so not used in place."""
     matmul = Curve.of(matmul_of(machine, dtype))
     attention = machine.attention.get(dtype)  # type: ignore[call-overload]
     device = machine.device_bandwidth or machine.host_bandwidth or math.inf
@@ -22,14 +37,20 @@ def rates_of(machine: Machine, policy: Policy, dtype: str) -> Rates:
     disk = machine.disk
     cpu_seconds = 0.0 if disk is None else disk.cpu_seconds_per_gb.get(reader, 0.0)
     calls = machine.calls
+    links = _links(machine, policy, reader)
+    if decodes:
+        links.setdefault(Tier.HOST, float(machine.host_bandwidth or math.inf))
+    cast = machine.cast_bandwidth or math.inf
+    estimated = {} if math.isinf(cast) else {c: cast * r for c, r in _DECODING.items()}
     return Rates(
         matmul_flops=matmul,
         attention_flops=Curve.of(attention) if attention else matmul,
         device_bytes=device,
         pointwise_bytes=machine.pointwise_bandwidth or device,
         decode_bytes=machine.decode_bandwidth or device,
-        links=_links(machine, policy, reader),
-        cast_bytes=machine.cast_bandwidth or math.inf,
+        links=links,
+        cast_bytes=cast,
+        decoding={**estimated, **machine.decoding},
         num_cores=(machine.num_threads or machine.cores) if is_cpu else 0,
         read_cpu_seconds_per_byte=cpu_seconds / 1e9,
         out_bytes=machine.copies.pinned_to_host if machine.copies else math.inf,

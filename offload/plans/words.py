@@ -100,7 +100,9 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
         tier = model.settings.placement[unit]
         if tier != Tier.DEVICE and tier in model.rates.links:
             cost = model.shape.units[unit]
-            seconds = load_seconds(cost, tier, model.rates)
+            seconds = load_seconds(
+                cost, tier, model.rates, model.settings.kept_of(unit)
+            )
             busy[tier] = busy.get(tier, 0.0) + seconds
             crossing = model.rates.crossing_seconds(tier, seconds)
             busy[Tier.HOST] = busy.get(Tier.HOST, 0.0) + crossing

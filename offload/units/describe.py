@@ -47,7 +47,7 @@ def describe(
             unit.sites,
             plan.stored_bytes,
             transfer.nbytes,
-            _cast_bytes(plan),
+            _decoded(plan),
             unit.is_resident,
         )
         for unit, plan, transfer in zip(
@@ -185,8 +185,13 @@ def _widths(config: Any, heads: int) -> tuple[int, int]:
     return heads * size, 2 * kv_heads * size
 
 
-def _cast_bytes(plan: Layout) -> int:
-    return sum(each.stored_bytes for each in plan.decodes)
+def _decoded(plan: Layout) -> tuple[tuple[str, int], ...]:
+    """The codecs of a unit, each with the stored bytes that it takes."""
+    found: dict[str, int] = {}
+    for each in plan.decodes:
+        name = each.codec.name
+        found[name] = found.get(name, 0) + each.stored_bytes
+    return tuple(found.items())
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:

@@ -268,9 +268,9 @@ class CostModel:
             for site in unit.sites:
                 if not self._runs(self.shape.sites[site]):
                     continue
-                seconds = load_seconds(unit, tier, self.rates)
-                loads[site].append(WeightLoad(tier, unit.nbytes, seconds))
-                stolen[site] += stolen_seconds(unit, tier, self.rates)
+                way = unit, tier, self.rates, self.settings.kept_of(index)
+                loads[site].append(WeightLoad(tier, unit.nbytes, load_seconds(*way)))
+                stolen[site] += stolen_seconds(*way)
         return loads, stolen
 
     def _first_compute(self, compute: list[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...io.tier import Tier
@@ -85,6 +85,9 @@ class Rates:
     without a link are used in place."""
     cast_bytes: float = math.inf
     """Casting of stored bytes, in one thread."""
+    decoding: Mapping[str, float] = field(default_factory=dict)
+    """Decoding of stored bytes by other codecs, in one thread; those that are missing
+    are as fast as casts."""
     num_cast_threads: int = 2
     num_cores: int = 1
     """CPU cores that casting and reading share with computing; 0: they share none."""
@@ -98,6 +101,16 @@ class Rates:
     calls: CallCosts = CallCosts()
     crosses_host: bool = False
     """Whether bytes from disk also use the link of host memory, as on a GPU."""
+
+    def cast_like(self, decoded: Iterable[tuple[str, int]]) -> float:
+        """How many bytes could be cast in the time that `decoded` takes: codecs with
+        their stored bytes."""
+        return sum(
+            nbytes * self.cast_bytes / self.decoding.get(codec, self.cast_bytes)
+            if codec in self.decoding
+            else nbytes
+            for codec, nbytes in decoded
+        )
 
     def crossing_seconds(self, tier: str, seconds: float) -> float:
         """Seconds on the link of host memory for bytes that take `seconds` on the link

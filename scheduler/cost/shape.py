@@ -48,8 +48,9 @@ class UnitCost:
     """Bytes read from the checkpoint."""
     nbytes: int
     """Bytes of its slot."""
-    cast_bytes: int = 0
-    """Stored bytes that are cast or assembled while loading."""
+    decoded: tuple[tuple[str, int], ...] = ()
+    """The codecs that decode it on the CPU while it is loaded, each with the stored
+    bytes that it takes; `cast` also assembles."""
     is_resident: bool = False
 
 
@@ -128,6 +129,9 @@ class Settings:
     """Bytes of the working set."""
     lookahead: int
     logits_bytes: int
+    kept_bytes: tuple[int, ...] | None = None
+    """Bytes of each unit in memory, if tiers there keep what is stored and decode it
+    whenever it is loaded; None if they keep what is in slots."""
     kv_tier: str = "auto"
     kv_itemsize: float | None = None
     """Bytes of a stored element of keys and values, scales included; None: as in
@@ -136,6 +140,10 @@ class Settings:
     activations_move: bool = False
     stops_at_hidden: bool = False
     """Whether only sites with `makes_hidden` run and are loaded."""
+
+    def kept_of(self, unit: int) -> int | None:
+        """Bytes of `unit` in memory, if it is kept there as it is stored; else None."""
+        return None if self.kept_bytes is None else self.kept_bytes[unit]
 
 
 def split_rows(num_rows: int, each: int, length: int) -> list[MicroBatchShape]:

@@ -241,9 +241,10 @@ void wait_for_event(Mark mark) {
     has_passed = mark.queue->done >= mark.seq;
     is_covered = mark.queue->queued >= mark.seq + kCover;
   }
-  if (!has_passed)
-    count_sync(is_covered ? Sync::covered : Sync::event);
-  finish(mark);
+  if (has_passed)
+    finish(mark);
+  else
+    wait(mark, is_covered ? Sync::covered : Sync::event);
 }
 
 void finish(Mark mark) {

@@ -27,8 +27,8 @@ const std::set<ActivityType> kTypes = {
 // Calls by the names that CUDA's have, in the order of `Sync`.
 constexpr const char* kWaits[] = {
     "simgpuStreamSynchronize", "simgpuDeviceSynchronize", "simgpuEventSynchronize",
-    "simgpuMemcpy",            "simgpuMemcpy",            "simgpuStreamSynchronize",
-    "simgpuFree"};
+    "simgpuEventSynchronize",  "simgpuMemcpy",            "simgpuMemcpy",
+    "simgpuStreamSynchronize", "simgpuFree"};
 static_assert(std::size(kWaits) == size_t(Sync::count));
 
 struct Recorded {

@@ -17,6 +17,10 @@ class RowScaled:
     rows: int
 
     @property
+    def name(self) -> str:
+        return "scaled rows"
+
+    @property
     def identity(self) -> str:
         return f"scaled-1 {self.rows}"
 

@@ -224,7 +224,9 @@ def test_what_is_cast_beside_computing_takes_from_it(
 ) -> None:
     """A share of two cores, or what was measured; where cores are spare, nothing."""
     shape = shape_of()
-    units = [replace(unit, cast_bytes=unit.nbytes // 2) for unit in shape.units]
+    units = [
+        replace(unit, decoded=(("cast", unit.nbytes // 2),)) for unit in shape.units
+    ]
     shape, batches = replace(shape, units=tuple(units)), [MicroBatchShape(8, 128)]
     model = model_of(shape, disk=1e12, calls=CallCosts(cast=measured))
     rates = replace(model.rates, cast_bytes=1e9, num_cores=2, num_cast_threads=99)
