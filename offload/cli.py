@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from ..io.errors import PenstockError, StoppedError, readable
 from ..io.user_errors import user_errors
 from .commands import plan, tune
+from .commands.convert import convert
 from .commands.job_command import job_command
 from .commands.options import (
     Model,
@@ -121,6 +122,7 @@ def _verify_checksums(model: Path, policy: Policy) -> None:
         print(f"{result.num_tensors} tensors are as they were: {result.side_file}")
 
 
+app.command()(convert)
 app.command()(policy)
 
 

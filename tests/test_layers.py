@@ -36,6 +36,7 @@ ORDER = {
     "offload": (
         "commands",
         "tuning",
+        "convert",
         "jobs",
         "reports",
         "plans",

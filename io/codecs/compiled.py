@@ -14,6 +14,7 @@ import torch
 
 from .codes import Codes
 from .kernels import Kernels, ScaleBlocks, ScaledNumbers
+from .packed import PackedFloats, block_rows_of, escapes, pack
 from .tiles import TILES
 
 _SOURCE = Path(__file__).with_name("decode.c")
@@ -51,6 +52,23 @@ class _Job(ctypes.Structure):
     )
 
 
+class _Packed(ctypes.Structure):
+    """`struct packed` of decode.c."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        ("byte_stride", ctypes.c_int64),
+        ("escapes", ctypes.c_void_p),
+        ("most_escapes", ctypes.c_int64),
+        ("block_rows", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("target", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 class Compiled:
     """See `Kernels`. What the C code does not do is left to torch."""
 
@@ -58,6 +76,9 @@ class Compiled:
         self._decode = library.penstock_decode
         self._decode.argtypes = (ctypes.POINTER(_Job),)
         self._decode.restype = None
+        self._unpack = library.penstock_unpack
+        self._unpack.argtypes = (ctypes.POINTER(_Packed),)
+        self._unpack.restype = None
         self._dtypes = dict(_DTYPES)
         if not library.penstock_has_float16():
             del self._dtypes[torch.float16]
@@ -88,6 +109,28 @@ class Compiled:
             self._dtypes[target.dtype],
         )
         self._decode(ctypes.byref(job))  # drops the GIL
+
+    def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
+        is_known = target.dtype in (torch.float32, torch.bfloat16)
+        stored, found = numbers.bytes, numbers.escapes
+        is_known = is_known and target.stride(1) == 1 == stored.stride(1)
+        if not is_known or not target.numel():
+            TILES.write_packed(target, numbers)
+            return
+        if found is not None:
+            found = found.contiguous()
+        job = _Packed(
+            stored.data_ptr(),
+            stored.stride(0),
+            None if found is None else found.data_ptr(),
+            0 if found is None else found.shape[1],
+            numbers.block_rows,
+            *target.shape,
+            target.data_ptr(),
+            target.stride(0),
+            _DTYPES[target.dtype],
+        )
+        self._unpack(ctypes.byref(job))  # drops the GIL
 
 
 def compiled(folder: Path) -> Compiled:
@@ -197,3 +240,23 @@ def _check(kernels: Kernels) -> None:
                 raise CannotCompileError(
                     f"compiled loops make other bits of {codes.value} than torch"
                 )
+    _check_packed(kernels)
+
+
+def _check_packed(kernels: Kernels) -> None:
+    """Does the same for packed numbers."""
+    columns = 203
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 15), 1 << 15, (5, columns), generator=generator)
+    made, blocks = pack(bits.to(torch.int16).view(torch.bfloat16))
+    numbers = PackedFloats(made, columns, escapes(blocks), block_rows_of(columns))
+    for dtype, kind in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32)):
+        found, wanted = (
+            torch.empty(5, columns, dtype=dtype, device="cpu") for _ in range(2)
+        )
+        kernels.write_packed(found, numbers)
+        TILES.write_packed(wanted, numbers)
+        if not torch.equal(found.view(kind), wanted.view(kind)):
+            raise CannotCompileError(
+                "compiled loops make other bits of packed bfloat16 than torch"
+            )

@@ -1,5 +1,6 @@
-/* Decodes small codes that share the scales of their blocks: what tiles.py does, in
-   loops that a compiler vectorises. Each product is rounded as torch rounds it. */
+/* Decodes small codes that share the scales of their blocks, and packed bfloat16: what
+   tiles.py does, in loops that a compiler vectorises. Each product is rounded as torch
+   rounds it. */
 
 #include <stdint.h>
 #include <string.h>
@@ -194,4 +195,93 @@ void penstock_decode(const struct job *job)
         decode_rows(job);
     else
         decode_turned(job);
+}
+
+/* `_Packed` in compiled.py. */
+struct packed {
+    const uint8_t *bytes; /* see `PackedFloats` in kernels.py */
+    int64_t byte_stride;  /* bytes from a row to the next */
+    const void *escapes;  /* [blocks, most_escapes], 32 bits each, or NULL */
+    int64_t most_escapes, block_rows;
+    int64_t rows, columns;
+    void *target;
+    int64_t row_stride; /* elements; columns lie side by side */
+    int32_t dtype;      /* FLOAT32 or BFLOAT16 */
+};
+
+static inline uint16_t joined(uint8_t rest, uint8_t exponent)
+{
+    return (uint16_t)((rest & 0x80) << 8 | exponent << 7 | (rest & 0x7f));
+}
+
+static inline uint8_t exponent_of(uint8_t code, uint8_t other, uint8_t base)
+{
+    return code ? (uint8_t)(base + code) : other;
+}
+
+static inline void unpack_bfloat16(const uint8_t *restrict rest,
+                                   const uint8_t *restrict codes, int shift,
+                                   uint8_t other, uint8_t base, int64_t n,
+                                   uint16_t *restrict out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = joined(rest[i], exponent_of((codes[i] >> shift) & 15, other, base));
+}
+
+static inline void unpack_float32(const uint8_t *restrict rest,
+                                  const uint8_t *restrict codes, int shift,
+                                  uint8_t other, uint8_t base, int64_t n,
+                                  uint32_t *restrict out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (uint32_t)joined(rest[i], exponent_of((codes[i] >> shift) & 15, other,
+                                                       base))
+                 << 16;
+}
+
+/* Writes the numbers whose exponents are listed apart. */
+static void write_escapes(const struct packed *job)
+{
+    const char *word = job->escapes;
+    for (int64_t first = 0; first < job->rows; first += job->block_rows) {
+        int64_t left = job->rows - first;
+        int64_t rows = left < job->block_rows ? left : job->block_rows;
+        for (int64_t i = 0; i < job->most_escapes; i++, word += 4) {
+            uint32_t found;
+            memcpy(&found, word, 4);
+            int64_t row = (found >> 8) / job->columns;
+            int64_t column = (found >> 8) % job->columns;
+            if (row >= rows)
+                continue;
+            row += first;
+            uint8_t rest = job->bytes[row * job->byte_stride + column];
+            uint16_t bits = joined(rest, (uint8_t)found);
+            int64_t at = row * job->row_stride + column;
+            if (job->dtype == FLOAT32)
+                ((uint32_t *)job->target)[at] = (uint32_t)bits << 16;
+            else
+                ((uint16_t *)job->target)[at] = bits;
+        }
+    }
+}
+
+void penstock_unpack(const struct packed *job)
+{
+    int64_t left = (job->columns + 1) / 2, right = job->columns / 2;
+    for (int64_t row = 0; row < job->rows; row++) {
+        const uint8_t *rest = job->bytes + row * job->byte_stride;
+        const uint8_t *codes = rest + job->columns;
+        uint8_t other = codes[left], base = codes[left + 1];
+        if (job->dtype == FLOAT32) {
+            uint32_t *out = (uint32_t *)job->target + row * job->row_stride;
+            unpack_float32(rest, codes, 0, other, base, left, out);
+            unpack_float32(rest + left, codes, 4, other, base, right, out + left);
+        } else {
+            uint16_t *out = (uint16_t *)job->target + row * job->row_stride;
+            unpack_bfloat16(rest, codes, 0, other, base, left, out);
+            unpack_bfloat16(rest + left, codes, 4, other, base, right, out + left);
+        }
+    }
+    if (job->escapes)
+        write_escapes(job);
 }

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from .codes import Codes
+from .packed import PackedFloats
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +53,9 @@ class Kernels(Protocol):
     def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
         """Writes `numbers` to `target` ([rows, columns], any strides, a floating dtype)
         and casts them to its dtype."""
+        ...
+
+    def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
+        """Writes `numbers` to `target` ([rows, columns], any strides, a floating dtype)
+        and casts them to its dtype. NaNs keep their bits in bfloat16."""
         ...

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from .kernels import ScaleBlocks, ScaledNumbers
+from .packed import PackedFloats, escapes_of, joined
 
 _TILE_NUMEL = 32_000
 """Fewer elements than torch computes in parallel (at::internal::GRAIN_SIZE, 32,768):
@@ -56,6 +57,28 @@ class Tiles:
                 if rounded is not None:
                     tile = rounded[: tile.numel()].view(tile.shape).copy_(tile)
                 there.copy_(tile)
+
+    def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
+        num_rows, num_columns = target.shape
+        stored, half = numbers.bytes, (num_columns + 1) // 2
+        for start, end, shift in ((0, half, 0), (half, num_columns, 4)):
+            for columns in _spans(end - start, _TILE_NUMEL, 1):
+                first, last = start + columns.start, start + columns.stop
+                at = num_columns + columns.start
+                for rows in _spans(num_rows, _TILE_NUMEL // (last - first), 1):
+                    tile = stored[rows]
+                    codes = (tile[:, at : at + last - first] >> shift) & 15
+                    others, bases = tile[:, -2:-1], tile[:, -1:]
+                    exponents = torch.where(codes == 0, others, codes + bases)
+                    bits = joined(tile[:, first:last], exponents)
+                    target[rows, first:last] = bits.view(torch.bfloat16)
+        if numbers.escapes is None:
+            return
+        places, exponents = escapes_of(numbers, num_rows)
+        is_used = places < num_rows * num_columns
+        lines, columns_at = _divided(places[is_used], num_columns)
+        found = joined(stored[lines, columns_at], exponents[is_used])
+        target[lines, columns_at] = found.view(torch.bfloat16).to(target.dtype)
 
 
 TILES = Tiles()
@@ -135,3 +158,11 @@ def _spans(size: int, most: int, block: int) -> Iterator[slice]:
         end = min(start + outer, size)
         for first in range(start, end, most):
             yield slice(first, min(first + most, end))
+
+
+def _divided(
+    places: torch.Tensor, num_columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows and the columns of `places`, which count row by row."""
+    rows = torch.div(places, num_columns, rounding_mode="floor")
+    return rows, places - rows * num_columns

@@ -4,6 +4,7 @@ import torch
 
 from .codes import Codes
 from .kernels import ScaledNumbers
+from .packed import PackedFloats, escapes_of, joined
 
 
 class Whole:
@@ -19,8 +20,28 @@ class Whole:
         made = made * _spread(numbers.scales, blocks, rows, columns)
         target.copy_(made.to(numbers.rounding))
 
+    def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
+        columns = target.shape[1]
+        stored, half = numbers.bytes, (columns + 1) // 2
+        codes = stored[:, columns : columns + half]
+        codes = torch.cat((codes & 15, codes[:, : columns - half] >> 4), 1)
+        others, bases = stored[:, -2:-1], stored[:, -1:]
+        exponents = torch.where(codes == 0, others, bases + codes)
+        if numbers.escapes is not None:
+            exponents = _escaped(exponents, numbers)
+        bits = joined(stored[:, :columns], exponents)
+        target.copy_(bits.view(torch.bfloat16))
+
 
 WHOLE = Whole()
+
+
+def _escaped(exponents: torch.Tensor, numbers: PackedFloats) -> torch.Tensor:
+    """`exponents` ([rows, columns]) with those that are listed apart. The host does not
+    wait to know how many there are."""
+    places, found = escapes_of(numbers, len(exponents))
+    flat = torch.cat((exponents.flatten(), exponents.new_zeros(1)))
+    return flat.scatter_(0, places, found)[:-1].view(exponents.shape)
 
 
 def _numbers(stored: torch.Tensor, codes: Codes) -> torch.Tensor:

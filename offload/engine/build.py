@@ -31,11 +31,11 @@ from ..units.division import missing_overlap
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
-from ..weights.moved_tensors import MovedTensors
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .groups import Forwards, Weights
+from .moved_tensors import MovedTensors
 from .readers import memory_alignment_of
 from .tiers import Tiers
 

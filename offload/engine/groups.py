@@ -14,8 +14,8 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import KvTiers
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
-from ..weights.moved_tensors import MovedTensors
 from ..weights.row_gatherer import RowGatherer
+from .moved_tensors import MovedTensors
 from .tiers import Tiers
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from ...io.codecs.compiled import CannotCompileError, compiled
 from ...io.codecs.kernels import Kernels
+from ...io.codecs.lossless import Lossless
 from ...io.codecs.scaled import Scaled
 from ...io.codecs.tiles import TILES
 from ...io.fallbacks import Fallbacks
@@ -15,7 +16,7 @@ def open_kernels(layouts: Iterable[Layout], io: IO, fallbacks: Fallbacks) -> Ker
     """The kernels for the codecs of `layouts`: compiled ones if these need them, kept
     in the cache folder of `io`; else those in torch, which `fallbacks` is told."""
     codecs = (each.codec for plan in layouts for each in plan.decodes)
-    if not any(isinstance(codec, Scaled) for codec in codecs):
+    if not any(isinstance(codec, Scaled | Lossless) for codec in codecs):
         return TILES
     try:
         return compiled(cache_folder(io) / "compiled")

@@ -29,6 +29,7 @@ from ..configs.hf_config import (
 from ..configs.quantizer import dequantizer_of, prepare
 from ..configs.trust import unused_code
 from .hf_names import make_recipes
+from .lossless import is_lossless, lossless_files
 from .placeholder import absent_parameter
 from .stored import check_readable, stored_dtype, unused_words
 
@@ -58,6 +59,9 @@ def build(
     folder = checkpoint.folder
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=len(checkpoint.entries))
+    lossless = lossless_files(config, checkpoint)
+    if lossless is not None:
+        checkpoint = lossless.checkpoint
     quantizer = dequantizer_of(config, folder)
     model_class = model_class_of(config, folder, trust_remote_code)
     model_dtype = _choose_dtype(config, checkpoint, dtype)
@@ -69,6 +73,8 @@ def build(
             prepare(model, quantizer, model_dtype)
     recipes, unknown = make_recipes(model, checkpoint, model_dtype, quantizer)
     check_readable(recipes.values(), checkpoint)
+    if lossless is not None:
+        recipes = lossless.recipes(recipes)
     with of_config(folder):
         notes = _finish(model, recipes, unknown, checkpoint)
     set_generation(model, folder, trust_remote_code)
@@ -86,7 +92,7 @@ def state_on_meta(
     """
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=10_000)  # of the largest models
-    if dequantizer_of(config, folder) is not None:
+    if is_lossless(config) or dequantizer_of(config, folder) is not None:
         raise UsageError(
             f"{folder} is quantised and has no weights: config.json alone does not say "
             "how many bytes they have; download the weights, too"

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from penstock.io.codecs import compiled as module
-from penstock.io.codecs.compiled import CannotCompileError, compiled
+from penstock.io.codecs.compiled import CannotCompileError, Compiled, compiled
 from penstock.io.codecs.kernels import ScaledNumbers
+from penstock.io.codecs.packed import PackedFloats
+from penstock.io.codecs.tiles import TILES
 
 
 def script(folder: Path, text: str) -> Path:
@@ -77,11 +79,27 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_code_that_packs_other_bits_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: Compiled, target: torch.Tensor, numbers: PackedFloats) -> None:
+        TILES.write_packed(target, numbers)
+        target[-1, -1] = 0
+
+    monkeypatch.setattr(Compiled, "write_packed", wrong)
+    with pytest.raises(CannotCompileError, match="other bits of packed bfloat16"):
+        compiled(tmp_path)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_code_that_makes_other_bits_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong:
         def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
+            target.zero_()
+
+        def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
             target.zero_()
 
     monkeypatch.setattr(module, "Compiled", lambda library: Wrong())

@@ -11,7 +11,7 @@ import penstock
 import zoo
 from nets import Net, batches, make, same, serially
 from penstock import Policy
-from penstock.offload.weights.moved_tensors import MovedTensors
+from penstock.offload.engine.moved_tensors import MovedTensors
 
 
 class Tables(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...io.closing import Closing
-from .placeholder import StreamedParameter
+from ..weights.placeholder import StreamedParameter
 
 
 class MovedTensors(Closing):
