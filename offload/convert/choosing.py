@@ -28,7 +28,7 @@ _FUSED = (
 
 
 @dataclass(frozen=True, slots=True)
-class TensorChoice:
+class Chosen:
     """What is converted, and what is left."""
 
     weights: frozenset[str]
@@ -37,7 +37,7 @@ class TensorChoice:
     """The modules whose weights are left, though they are no embeddings or norms."""
 
 
-def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> TensorChoice:
+def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> Chosen:
     """The weights of linear layers, and of experts that are stored one by one, which
     `scheme` takes; but for those of modules whose name `ignore`, a regex, is found in.
 
@@ -75,12 +75,10 @@ def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> Tensor
             "weights stay as they are"
         )
     ignored -= wanted.keys()
-    return TensorChoice(
-        frozenset(e.name for e in wanted.values()), tuple(sorted(ignored))
-    )
+    return Chosen(frozenset(e.name for e in wanted.values()), tuple(sorted(ignored)))
 
 
-def choose_lossless(checkpoint: Checkpoint, ignore: str) -> TensorChoice:
+def choose_lossless(checkpoint: Checkpoint, ignore: str) -> Chosen:
     """The matrices of bfloat16, but for embedding tables, whose rows are read one by
     one, and for modules whose name `ignore`, a regex, is found in.
 
@@ -103,7 +101,7 @@ def choose_lossless(checkpoint: Checkpoint, ignore: str) -> TensorChoice:
             f"{checkpoint.folder} has no matrix of bfloat16 to be packed, which is "
             f"what lossless is for: its tensors are {', '.join(dtypes)}"
         )
-    return TensorChoice(frozenset(weights))
+    return Chosen(frozenset(weights))
 
 
 def can_pack(weight: TensorEntry) -> bool:
