@@ -24,14 +24,22 @@ class Offsets(Enum):
     the lowest bits, packed down the rows. Each row is a block."""
 
 
+class Divisor(Enum):
+    """A number that all scales are divided by: a float of one element."""
+
+    NONE = "none"
+    STORED = "stored"
+    INVERSE = "inverse"
+    """What is stored is one over it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """Multiplies `codes` by the scales of their `blocks`; see `Codec`.
 
     The stored tensors are the codes ([rows, columns / those in an element], any dtype
     of integers or 8-bit floats), the scales (floats, or unsigned bytes, which are
-    exponents of two, plus 127), the `offsets`, and the number that all scales are
-    divided by (a float), where `has_divisor`.
+    exponents of two, plus 127), the `offsets`, and the `divisor`.
     """
 
     codes: Codes
@@ -39,7 +47,7 @@ class Scaled:
     rounding: torch.dtype = torch.float32
     """The dtype of the product, before it is cast to that of the target."""
     offsets: Offsets = Offsets.NONE
-    has_divisor: bool = False
+    divisor: Divisor = Divisor.NONE
 
     @property
     def name(self) -> str:
@@ -48,7 +56,7 @@ class Scaled:
     @property
     def identity(self) -> str:
         size = f"{self.blocks.rows}x{self.blocks.columns}"
-        offsets = f"{self.offsets.value} {self.has_divisor}"
+        offsets = f"{self.offsets.value} {self.divisor.value}"
         return f"scaled-1 {self.codes.value} {size} {self.rounding} {offsets}"
 
     @property
@@ -59,7 +67,7 @@ class Scaled:
             1,
             rows,
             *offsets.get(self.offsets, ()),
-            *((0,) if self.has_divisor else ()),
+            *((0,) if self.divisor is not Divisor.NONE else ()),
         )
 
     @property
@@ -72,8 +80,11 @@ class Scaled:
         weight, stored_scales, *others = stored
         grid = self.blocks.grid(tuple(target.shape))
         scales = _numbers(stored_scales)
-        if self.has_divisor:
-            scales = scales / _numbers(others.pop())
+        if self.divisor is not Divisor.NONE:
+            divisor = _numbers(others.pop())
+            if self.divisor is Divisor.INVERSE:
+                divisor = 1 / divisor
+            scales = scales / divisor
         offsets = None
         if self.offsets is Offsets.INT8:
             offsets = _numbers(others[0]).reshape(grid)

@@ -1,6 +1,7 @@
 """Reads the config files of a checkpoint.
 
-`hf_config` makes transformers' config and names the class of the model, `quantizer`
-makes transformers' quantizer, which tells how its weights are quantised. `trust`
-decides whose code may run.
+`hf_config` makes transformers' config and names the class of the model. `quantizer`
+makes transformers' quantizer, which tells how its weights are quantised; checkpoints of
+NVIDIA's Model Optimizer are read as another kind (modelopt). `trust` decides whose code
+may run.
 """

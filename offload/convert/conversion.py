@@ -20,7 +20,7 @@ from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
 from ..configs import trust
 from ..files.durable import DurableFiles, put_in_place, sealed, unsealed, write_whole
-from .choosing import Chosen, choose_linear, choose_lossless
+from .choosing import Selection, choose_linear, choose_lossless
 from .schemes import Scheme, Target, Unchanged
 from .shard import Shard, write_shard
 
@@ -105,12 +105,12 @@ class Conversion:
             ) from error
         return self._result(choice, was_there=False)
 
-    def _choice(self) -> Chosen:
+    def _choice(self) -> Selection:
         if isinstance(self._scheme, Scheme):
             return choose_linear(self._checkpoint, self._scheme, self._ignore)
         return choose_lossless(self._checkpoint, self._ignore)
 
-    def _write(self, choice: Chosen, progress: Progress, disk: DurableFiles) -> None:
+    def _write(self, choice: Selection, progress: Progress, disk: DurableFiles) -> None:
         shards = dict(self._shards(choice))
         left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
         self._check_room(left)
@@ -137,7 +137,7 @@ class Conversion:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_whole(disk, self._out / CONFIG_FILE, [text.encode()])
 
-    def _shards(self, choice: Chosen) -> Iterator[tuple[str, Shard]]:
+    def _shards(self, choice: Selection) -> Iterator[tuple[str, Shard]]:
         """What each file becomes, by its name."""
         by_path: dict[Path, list[TensorEntry]] = {
             p: [] for p in self._checkpoint.stamps
@@ -178,7 +178,7 @@ class Conversion:
             disk.make_folder(target.parent)
             write_whole(disk, target, [read_whole(source, _MOST_BYTES)])
 
-    def _result(self, choice: Chosen, *, was_there: bool) -> Converted:
+    def _result(self, choice: Selection, *, was_there: bool) -> Converted:
         made = open_checkpoint(self._out)
         return Converted(
             len(choice.weights),

@@ -10,7 +10,7 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.codec import Codec
 from ...io.codecs.codes import Codes
 from ...io.codecs.kernels import ScaleBlocks
-from ...io.codecs.scaled import Offsets, Scaled
+from ...io.codecs.scaled import Divisor, Offsets, Scaled
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
 from .stored import check_filled, not_for, scale_blocks
@@ -137,7 +137,7 @@ class CompressedFormat:
                     f"format {self.kind} does not have: download or copy it again"
                 )
         blocks = scale_blocks(weight, scales, shape, self.blocks)
-        companions = [scales]
+        companions, way = [scales], Divisor.NONE
         if has_divisor:
             divisor = parts.get("weight_global_scale")
             if divisor is None:
@@ -145,12 +145,12 @@ class CompressedFormat:
                     f"{weight.path}: {weight.name!r} has no weight_global_scale beside "
                     "it: the checkpoint is incomplete; download or copy it again"
                 )
-            if (divisor.dtype, divisor.shape) != (torch.float32, (1,)):
+            if divisor.dtype != torch.float32 or divisor.shape not in ((1,), ()):
                 raise not_for(divisor, weight, shape)
             companions.append(divisor)
-        codec = Scaled(
-            Codes.FLOAT4_E2M1, blocks, torch.bfloat16, has_divisor=has_divisor
-        )
+            # Model Optimizer keeps what is multiplied, in a tensor without dimensions.
+            way = Divisor.STORED if divisor.shape else Divisor.INVERSE
+        codec = Scaled(Codes.FLOAT4_E2M1, blocks, torch.bfloat16, divisor=way)
         whole = View.whole(weight.shape)
         return TensorSlice(weight, whole, target, codec, tuple(companions))
 

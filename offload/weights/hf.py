@@ -26,6 +26,7 @@ from ..configs.hf_config import (
     read_config,
     set_generation,
 )
+from ..configs.modelopt import as_compressed, modelopt_section
 from ..configs.quantizer import dequantizer_of, prepare
 from ..configs.trust import unused_code
 from .hf_names import make_recipes
@@ -62,6 +63,10 @@ def build(
     lossless = lossless_files(config, checkpoint)
     if lossless is not None:
         checkpoint = lossless.checkpoint
+    section = modelopt_section(config, folder)
+    if section is not None:
+        config.quantization_config = section
+        checkpoint = as_compressed(checkpoint)
     quantizer = dequantizer_of(config, folder)
     model_class = model_class_of(config, folder, trust_remote_code)
     model_dtype = _choose_dtype(config, checkpoint, dtype)
@@ -92,7 +97,8 @@ def state_on_meta(
     """
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=10_000)  # of the largest models
-    if is_lossless(config) or dequantizer_of(config, folder) is not None:
+    is_quantised = is_lossless(config) or modelopt_section(config, folder) is not None
+    if is_quantised or dequantizer_of(config, folder) is not None:
         raise UsageError(
             f"{folder} is quantised and has no weights: config.json alone does not say "
             "how many bytes they have; download the weights, too"

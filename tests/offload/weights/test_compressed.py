@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,85 @@ def test_weights_are_those_that_transformers_dequantises(
     with opened(checkpoint, list(skeleton.recipes.values()), bounce_bytes=4096) as rig:
         for name, tensor in rig.load().items():
             assert same_bits(tensor, wanted[name]), name
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["hf_quant_config.json", "config.json"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "FP8"])
+def test_model_optimizer_is_read_as_the_librarys_converter_reads_it(
+    algorithm: str, where: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = folder_of("NVFP4A16" if algorithm == "NVFP4" else "FP8")
+    named: Tensors = {}
+    for name, tensor in load_file(source / SINGLE_FILE).items():
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            named[f"{module}.weight"] = tensor
+        elif part == "weight_global_scale":
+            named[f"{module}.weight_scale_2"] = (1 / tensor).view(())
+        elif part == "weight_scale" and algorithm == "FP8":
+            named[name] = tensor.float().view(()) if tensor.numel() == 1 else tensor
+        elif not part.startswith("input"):
+            named[name] = tensor
+        if part == "weight_scale":
+            named[f"{module}.input_scale"] = torch.tensor(1.0)
+    optimised = tmp_path / "optimised"
+    optimised.mkdir()
+    save_file(named, optimised / SINGLE_FILE, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    section = config.pop("quantization_config")
+    said = {"quant_algo": algorithm, "exclude_modules": ["lm_head", "*.router*"]}
+    if where == "config.json":
+        config["quantization_config"] = {"quant_method": "modelopt", **said}
+    else:
+        text = json.dumps({"producer": {"name": "modelopt"}, "quantization": said})
+        (optimised / where).write_text(text)
+    (optimised / "config.json").write_text(json.dumps(config))
+    # What the converter makes of them: transformers itself does not know the format.
+    tensors = dict(named)
+    if algorithm == "NVFP4":
+        converters: Any = importlib.import_module(
+            "compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4"
+        )
+        converter = converters.ModelOptNvfp4Converter(
+            ignore=["lm_head"], targets=["re:.*proj$"]
+        )
+        tensors = converter.process(tensors)
+        for name in list(tensors):
+            if name.endswith("global_scale"):
+                tensors[name] = tensors[name].view(1)
+            if name.endswith("input_global_scale"):
+                del tensors[name]
+    else:
+        tensors = {k: v for k, v in tensors.items() if not k.endswith("input_scale")}
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    save_file(tensors, converted / SINGLE_FILE, {"format": "pt"})
+    config["quantization_config"] = section
+    (converted / "config.json").write_text(json.dumps(config))
+    wanted = dequantised(converted).state_dict()
+    checkpoint = open_checkpoint(optimised)
+    skeleton = hf.build(checkpoint, "auto")
+    assert not skeleton.notes
+    with opened(checkpoint, list(skeleton.recipes.values()), bounce_bytes=4096) as rig:
+        made = rig.load()
+        assert made.keys() == wanted.keys()
+        for name, tensor in made.items():
+            assert same_bits(tensor, wanted[name]), name
+
+
+@needs_library
+def test_other_formats_of_model_optimizer_are_refused_by_name(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("FP8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "W4A8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(UsageError, match=r"Model Optimizer \(W4A8\).*NVFP4 and FP8"):
+        penstock.load(tmp_path, POLICY)
 
 
 @needs_library

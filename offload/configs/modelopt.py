@@ -1,0 +1,98 @@
+"""Reads checkpoints of NVIDIA's Model Optimizer as those of compressed-tensors.
+
+They keep the same numbers under other names (compressed-tensors has a converter for
+them). What they say of activations is not used: only weights are quantised here.
+"""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ...io.checkpoint.header import TensorEntry
+from ...io.checkpoint.index import Checkpoint
+from ...io.errors import UsageError
+from ...io.regular_file import read_json_object
+
+_FILE = "hf_quant_config.json"
+_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "NVFP4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "strategy": "tensor_group", "group_size": 16},
+    ),
+    "FP8": ("float-quantized", {"num_bits": 8, "strategy": "tensor"}),
+}
+"""The formats and settings of compressed-tensors, by Model Optimizer's `quant_algo`."""
+_OF_ACTIVATIONS = ("input_scale", "k_scale", "v_scale")
+
+
+def modelopt_section(config: Any, folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of compressed-tensors for a checkpoint of Model
+    Optimizer in `folder`; None if it is none.
+
+    Raises UsageError for a format that is not streamed.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None and (folder / _FILE).is_file():
+        found = read_json_object(folder / _FILE)
+        found = {"quant_method": "modelopt", **_dict(found.get("quantization"))}
+    if not isinstance(found, dict) or found.get("quant_method") != "modelopt":
+        return None
+    algorithm = found.get("quant_algo")
+    if algorithm not in _WEIGHTS:
+        raise UsageError(
+            f"{folder} is quantised by Model Optimizer ({str(algorithm)[:100]}), and "
+            f"only {' and '.join(_WEIGHTS)} can be streamed: take such a release, or "
+            "an unquantised one"
+        )
+    kind, weights = _WEIGHTS[algorithm]
+    left_out = found.get("exclude_modules") or found.get("ignore") or []
+    group = {
+        "targets": ["Linear"],
+        "format": kind,
+        "weights": {"type": "float", "symmetric": True, "dynamic": False, **weights},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [_pattern(str(each)) for each in left_out],
+    }
+
+
+def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, of Model Optimizer, with the names that compressed-tensors has."""
+    entries = {}
+    for name, entry in checkpoint.entries.items():
+        new = _name(name, entry)
+        if new is not None:
+            entries[new] = replace(entry, name=new)
+    return replace(checkpoint, entries=MappingProxyType(entries))
+
+
+def _name(name: str, entry: TensorEntry) -> str | None:
+    """The name in compressed-tensors; None for what is about activations."""
+    module, _, part = name.rpartition(".")
+    if part in _OF_ACTIVATIONS:
+        return None
+    if part == "weight" and entry.dtype == torch.uint8:
+        return f"{module}.weight_packed"
+    if part == "weight_scale_2":
+        return f"{module}.weight_global_scale"
+    return name
+
+
+def _pattern(left_out: str) -> str:
+    """A name of modules, which may have wildcards, as compressed-tensors writes it."""
+    if "*" not in left_out and "?" not in left_out:
+        return left_out
+    return f"re:{fnmatch.translate(left_out)}"
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
