@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -85,11 +83,9 @@ def checkpoints(folder: Path, kinds: list[str], layers: int) -> dict[str, Path]:
         )
     for kind in kinds:
         found[kind] = folder / kind
-        to = kind.partition("-")[0]
-        command = [sys.executable, "-m", "penstock", "convert", str(found["bf16"])]
-        command += [str(found[kind]), "--to", to, *GROUPS.get(kind, [])]
         if not found[kind].exists():
-            subprocess.run(command, check=True)
+            to, options = kind.partition("-")[0], GROUPS.get(kind, [])
+            models.converted(found["bf16"], found[kind], to, *options)
     return found
 
 

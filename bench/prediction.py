@@ -1,6 +1,6 @@
 """Compares predictions with measurements: random policies, models and shapes.
 
-    python bench/prediction.py [--runs 30] [--laps 3] [--seed 0] [--out DIR]
+    python bench/prediction.py [--runs 30] [--laps 3] [--seed 0] [--to int4]
 
 Each lap measures this machine first (or takes --machine FILE), then runs all cases and
 prints predicted and measured times. The error of a case is the median of its
@@ -8,9 +8,10 @@ predictions, from the machine files of all laps, divided by the median of its ru
 Before and after each run, the rates of matrix products and of the drive are measured
 for a moment: `drift` is that rate divided by the one in the file. The error is also
 given with the rates of the file times their drift. So errors of the model can be told
-from changes of the machine. Cases are small Llamas with random weights, scored and
-completed, streamed from disk, with a part of them in host memory, and over links with
-limited speed. The last line is one JSON object.
+from changes of the machine. Cases are small Llamas with random weights (in bfloat16, or
+converted `--to` fewer bits), scored and completed, streamed from disk, with a part of
+them in host memory, and over links with limited speed. The last line is one JSON
+object.
 
 Takes about six minutes a lap, and one to measure the machine; needs 2 GB of a real
 drive and 4 GB of memory.
@@ -34,6 +35,7 @@ from rich.console import Console
 import penstock
 from common import frame
 from common.drift import Probe, drifted
+from common.models import converted
 from common.prediction_cases import SHAPES, Case, cases, make_model
 from penstock import Policy
 from penstock.offload.machines.machine import Machine
@@ -215,6 +217,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--machine", type=Path, help="its file, else it is measured")
     parser.add_argument("--models", type=Path, help="folder to keep the models in")
     parser.add_argument("--out", type=Path, help="folder for prediction.md and .json")
+    parser.add_argument(
+        "--to", choices=("fp8", "int8", "int4", "lossless"), help="convert the models"
+    )
     parser.add_argument("--shrink", type=int, default=1, help="make models smaller")
     return parser.parse_args(arguments)
 
@@ -225,7 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     with frame.scratch(kept=args.models) as folder:
         made = cases(args.runs, args.seed)
         for number in sorted({case.shape for case in made}):
-            make_model(folder / str(number), SHAPES[number], shrink=args.shrink)
+            name, shape = str(number), SHAPES[number]
+            if args.to is None:
+                make_model(folder / name, shape, shrink=args.shrink)
+            elif not (folder / name).exists():
+                whole = make_model(folder / f"{name}-bf16", shape, shrink=args.shrink)
+                converted(whole, folder / name, args.to)
         largest = max(folder.glob("*/*.safetensors"), key=lambda p: p.stat().st_size)
         laps = []
         for number in range(1, args.laps + 1):

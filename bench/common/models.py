@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 from checkpoint import SIZES, make_checkpoint, write_tokenizer
 
-__all__ = ["SIZES", "llama", "make_checkpoint", "square", "write_tokenizer"]
+__all__ = [
+    "SIZES",
+    "converted",
+    "llama",
+    "make_checkpoint",
+    "square",
+    "write_tokenizer",
+]
 
 
 def llama(
@@ -28,6 +36,14 @@ def llama(
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**config))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def converted(model: Path, folder: Path, to: str, *options: str) -> Path:
+    """`model` as `penstock convert --to` makes it, in `folder`, which is returned."""
+    command = [sys.executable, "-c", "from penstock.offload.cli import main; main()"]
+    command += ["convert", str(model), str(folder), "--to", to, *options]
+    subprocess.run(command, check=True)
     return folder
 
 
