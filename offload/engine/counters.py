@@ -1,8 +1,9 @@
 """The counters of a streamed model."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...io.codecs.cast import CAST
 from ...io.kv.count import KvStatistics
 from ...io.merging import Rule, counter
 from ...io.tier import Tier, tier_of
@@ -25,6 +26,10 @@ class Statistics(SweepCounters):
     bytes_by_tier: Mapping[str, int]
     """Where the weights are: `device` (resident), `host` (read once, used where they
     lie) and `disk` (streamed)."""
+    codecs: Mapping[str, int]
+    """Stored bytes of the weights, by what decodes them: `int4`, `float8_e4m3fn`,
+    `lossless`, ...; `cast` for another dtype, `none` for those that are used as they
+    are stored."""
     reader: str
     """How files are read: `libaio`, `threads`, ..."""
     bytes_read: Mapping[str, int] = counter(Rule.SUM, dict)
@@ -58,6 +63,18 @@ class Statistics(SweepCounters):
     def rows_per_joint_call(self) -> float:
         """The mean number of rows of a joint call; 0 if there was none."""
         return self.num_joint_rows / max(1, self.num_joint_calls)
+
+
+def bytes_by_codec(recipes: Iterable[Recipe]) -> dict[str, int]:
+    """The stored bytes of the parameters, by the name of the codec that decodes them;
+    `none` for those that are copied."""
+    found: dict[str, int] = {}
+    for recipe in recipes:
+        for part in recipe.slices:
+            is_copied = part.codec == CAST and part.entry.dtype == recipe.dtype
+            name = "none" if is_copied else part.codec.name
+            found[name] = found.get(name, 0) + part.stored_bytes
+    return found
 
 
 def bytes_by_tier(

@@ -21,7 +21,7 @@ from ...scheduler.sweep.sweep import Sweep
 from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
-from .counters import Statistics, bytes_by_tier
+from .counters import Statistics, bytes_by_codec, bytes_by_tier
 from .groups import Forwards, Weights
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps
@@ -193,6 +193,7 @@ class Engine:
             device_memory_bytes=working_set.capacity_bytes,
             budget=self.budget,
             bytes_by_tier=by_tier,
+            codecs=bytes_by_codec(self.recipes.values()),
             reader=reader.name,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),

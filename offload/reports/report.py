@@ -128,6 +128,7 @@ def make_report(
         "device_memory_bytes": statistics.device_memory_bytes,
         "memory": {**asdict(statistics.budget), "in_words": str(statistics.budget)},
         "bytes_by_tier": dict(statistics.bytes_by_tier),
+        "codecs": dict(statistics.codecs),
         "bytes_read": dict(statistics.bytes_read),
         "bytes_loaded": statistics.bytes_loaded,
         "bytes_gathered": statistics.bytes_gathered,

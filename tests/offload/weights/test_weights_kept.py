@@ -54,6 +54,9 @@ def outputs(folder: Path, **values: Any) -> tuple[torch.Tensor, Any]:
     with penstock.load(folder, policy) as model, torch.inference_mode():
         model(IDS)
         logits = model(IDS).logits
+        named = set(penstock.statistics(model).codecs)
+        assert named & {"float8_e4m3fn", "cast"}
+        assert "computed" not in named
         return logits, penstock.statistics(model)
 
 
