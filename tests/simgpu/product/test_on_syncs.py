@@ -14,6 +14,7 @@ from checkpoint import make_checkpoint
 from nets import Net, batches, make, same, serially
 from on_device import GPU, TIERS
 from penstock import Policy
+from shares import shared
 from sim_device import SimGpu
 
 pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("few_objects")]
@@ -77,7 +78,9 @@ JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", shared(list(JOBS), lambda _, name: name in ("score", "embed", "greedy"))
+)
 def test_jobs_do_not_let_the_device_idle(
     simgpu: SimGpu, folder: Path, name: str
 ) -> None:
@@ -117,5 +120,5 @@ def test_a_micro_batch_alone_waits_for_its_tokens_only(
         before = simgpu.syncs(this_thread=True)
         list(penstock.generate(model, PROMPTS[:1], max_new_tokens=6))
         waits = simgpu.syncs(this_thread=True) - before
-    assert set(waits) == {"event"}
-    assert waits["event"] <= 6
+    assert set(waits) <= {"event", "covered"}
+    assert sum(waits.values()) <= 6
