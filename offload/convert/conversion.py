@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from ...io.checkpoint.header import TensorEntry, read_header
-from ...io.checkpoint.index import INDEX_FILE, open_checkpoint
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from ...io.errors import MachineError, OutputError, UsageError
 from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
@@ -89,14 +89,17 @@ class Conversion:
         """Writes what is missing. Raises MachineError where the disk has no room,
         OutputError where it cannot be written."""
         disk = disk or DurableFiles()
-        if (self._out / CONFIG_FILE).exists():
-            choice = self._choice()
-            return self._result(choice, was_there=True)
         choice = self._choice()
+        if (self._out / CONFIG_FILE).exists():
+            return self._result(choice, was_there=True)
+        shards = dict(self._shards(choice))
+        left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
         try:
+            self._check_room(left)
             disk.make_folder(self._out)
             with _locked(self._out):
-                self._write(choice, progress, disk)
+                self._write(left, progress, disk)
+                self._finish(shards, choice, disk)
         except OSError as error:
             room = " (no room is left)" if error.errno == errno.ENOSPC else ""
             raise OutputError(
@@ -110,10 +113,9 @@ class Conversion:
             return choose_linear(self._checkpoint, self._scheme, self._ignore)
         return choose_lossless(self._checkpoint, self._ignore)
 
-    def _write(self, choice: Choice, progress: Progress, disk: DurableFiles) -> None:
-        shards = dict(self._shards(choice))
-        left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
-        self._check_room(left)
+    def _write(
+        self, left: dict[str, Shard], progress: Progress, disk: DurableFiles
+    ) -> None:
         if not (self._out / RECORD_FILE).exists():
             write_whole(disk, self._out / RECORD_FILE, [sealed(self._record, indent=2)])
         total = sum(_bytes_of(shard.tensors) for shard in left.values())
@@ -129,7 +131,12 @@ class Conversion:
             stamp = self._checkpoint.stamps[self._checkpoint.folder / name]
             write_shard(shard, partial, stamp, count)
             put_in_place(disk, partial, self._out / name)
-        if (self._checkpoint.folder / INDEX_FILE).exists() and len(shards) > 1:
+
+    def _finish(
+        self, shards: dict[str, Shard], choice: Choice, disk: DurableFiles
+    ) -> None:
+        """Writes all but the weights; config.json last: now it is a checkpoint."""
+        if shards.keys() != {SINGLE_FILE}:
             self._write_index(shards, disk)
         self._copy_others(disk)
         section = self._scheme.section(choice.ignored)
@@ -151,7 +158,10 @@ class Conversion:
     def _check_room(self, left: dict[str, Shard]) -> None:
         """Raises MachineError if what is `left` does not fit on the drive."""
         needed = sum(shard.nbytes for shard in left.values())
-        free = shutil.disk_usage(self._out).free
+        there = self._out.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
         for name in left:
             partial = self._out / (name + _PARTIAL)
             free += partial.stat().st_size if partial.exists() else 0
