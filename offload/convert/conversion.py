@@ -20,8 +20,8 @@ from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
 from ..files.durable import DurableFiles, put_in_place, sealed, unsealed, write_whole
 from ..weights import trust
-from .choosing import Choice, choose_linear, choose_lossless
-from .schemes import Scheme, Target, Unchanged
+from .choosing import ChosenWeights, choose_linear, choose_lossless
+from .schemes import Scheme, TargetFormat, Unchanged
 from .shard import Shard, write_shard
 
 CONFIG_FILE = "config.json"
@@ -57,7 +57,7 @@ class Conversion:
     """One checkpoint, one folder, one format."""
 
     def __init__(
-        self, model: Path, out: Path, target: Target, *, group: int, ignore: str
+        self, model: Path, out: Path, target: TargetFormat, *, group: int, ignore: str
     ) -> None:
         """Raises UsageError for what cannot be done, before anything is written."""
         self._scheme = Unchanged() if target == "lossless" else Scheme(target, group)
@@ -108,7 +108,7 @@ class Conversion:
             ) from error
         return self._result(choice, was_there=False)
 
-    def _choice(self) -> Choice:
+    def _choice(self) -> ChosenWeights:
         if isinstance(self._scheme, Scheme):
             return choose_linear(self._checkpoint, self._scheme, self._ignore)
         return choose_lossless(self._checkpoint, self._ignore)
@@ -133,7 +133,7 @@ class Conversion:
             put_in_place(disk, partial, self._out / name)
 
     def _finish(
-        self, shards: dict[str, Shard], choice: Choice, disk: DurableFiles
+        self, shards: dict[str, Shard], choice: ChosenWeights, disk: DurableFiles
     ) -> None:
         """Writes all but the weights; config.json last: now it is a checkpoint."""
         if shards.keys() != {SINGLE_FILE}:
@@ -144,7 +144,7 @@ class Conversion:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_whole(disk, self._out / CONFIG_FILE, [text.encode()])
 
-    def _shards(self, choice: Choice) -> Iterator[tuple[str, Shard]]:
+    def _shards(self, choice: ChosenWeights) -> Iterator[tuple[str, Shard]]:
         """What each file becomes, by its name."""
         by_path: dict[Path, list[TensorEntry]] = {
             p: [] for p in self._checkpoint.stamps
@@ -188,7 +188,7 @@ class Conversion:
             disk.make_folder(target.parent)
             write_whole(disk, target, [read_whole(source, _MOST_BYTES)])
 
-    def _result(self, choice: Choice, *, was_there: bool) -> Converted:
+    def _result(self, choice: ChosenWeights, *, was_there: bool) -> Converted:
         made = open_checkpoint(self._out)
         return Converted(
             len(choice.weights),

@@ -20,15 +20,15 @@ import forked_python
 from jobs import FragileDisk, Killed
 from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.errors import MachineError, OutputError, PenstockError, UsageError
-from penstock.offload.convert import conversion, shard
+from penstock.offload.convert import conversion
 from penstock.offload.convert.conversion import Conversion
-from penstock.offload.convert.schemes import Target
+from penstock.offload.convert.schemes import TargetFormat
 from penstock.offload.files.durable import DurableFiles
 from quantised import original
 
 pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
 
-TARGETS: tuple[Target, ...] = ("int4", "int8", "fp8", "lossless")
+TARGETS: tuple[TargetFormat, ...] = ("int4", "int8", "fp8", "lossless")
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversion_of(
-    model: Path, out: Path, target: Target = "int8", **options: Any
+    model: Path, out: Path, target: TargetFormat = "int8", **options: Any
 ) -> Conversion:
     ignore = "" if target == "lossless" else "lm_head"
     return Conversion(model, out, target, **{"group": 32, "ignore": ignore, **options})
 
 
-def convert(model: Path, out: Path, target: Target = "int8", **options: Any) -> None:
+def convert(
+    model: Path, out: Path, target: TargetFormat = "int8", **options: Any
+) -> None:
     conversion_of(model, out, target, **options).run(lambda done, total: None)
 
 
@@ -88,7 +90,7 @@ def killed_at(instant: int) -> tuple[Callable[[int, int], None], FragileDisk]:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
-    target: Target, model: Path, tmp_path: Path
+    target: TargetFormat, model: Path, tmp_path: Path
 ) -> None:
     convert(model, tmp_path / "whole", target)
     wanted = content(tmp_path / "whole")
@@ -129,7 +131,7 @@ def test_what_is_copied(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_tensors_of_any_size_are_aligned(target: Target, tmp_path: Path) -> None:
+def test_tensors_of_any_size_are_aligned(target: TargetFormat, tmp_path: Path) -> None:
     """As torch needs them; and the library reads what was written."""
     folder = original(tmp_path / "model", "llama")
     tensors = load_file(folder / "model.safetensors")
@@ -185,7 +187,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["int4", "lossless"])
-def test_memory_is_that_of_a_few_rows(target: Target, tmp_path: Path) -> None:
+def test_memory_is_that_of_a_few_rows(target: TargetFormat, tmp_path: Path) -> None:
     """Of tensors of 64 MiB each."""
     folder = original(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())
@@ -318,7 +320,7 @@ def test_a_disk_without_room(
     class Usage:
         free = 12_345
 
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     words = r"needs 1\d\d,\d{3} bytes, and its drive has 12,345 free"
     refused(model, tmp_path / "out", words, MachineError)
 
@@ -329,7 +331,7 @@ def test_a_disk_that_fills_up(
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shard.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match=r"no room is left.*the same command again"):
         convert(model, tmp_path / "out")
     monkeypatch.undo()

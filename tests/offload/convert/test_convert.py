@@ -22,7 +22,7 @@ from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.codecs.lossless import Lossless
 from penstock.io.codecs.scaled import Scaled
 from penstock.offload.convert.conversion import Conversion, Converted
-from penstock.offload.convert.schemes import Target
+from penstock.offload.convert.schemes import TargetFormat
 from penstock.offload.verify import verify
 from penstock.offload.weights import hf
 from quantised import Tensors, dequantised, original
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 POLICY = Policy(device_memory="1MiB", resident_below=1)
 IDS = torch.arange(14).view(2, 7) + 3
-CASES: dict[str, tuple[str, Target]] = {
+CASES: dict[str, tuple[str, TargetFormat]] = {
     "int4": ("llama", "int4"),
     "int8": ("llama", "int8"),
     "fp8": ("llama", "fp8"),
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, Target]] = {
 LOSSLESS = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
-def convert(model: Path, out: Path, target: Target, **options: Any) -> Converted:
+def convert(model: Path, out: Path, target: TargetFormat, **options: Any) -> Converted:
     values = {"group": 32, "ignore": "lm_head" if target != "lossless" else ""}
     made = Conversion(model, out, target, **{**values, **options})
     return made.run(lambda done, total: None)
