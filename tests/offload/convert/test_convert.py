@@ -185,6 +185,21 @@ def test_a_lossless_model_computes_the_same(
     assert verify(tmp_path, POLICY).is_equal
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", [{"host_memory": "1MiB"}, {"peer": {"cpu": "1MiB"}}])
+def test_tiers_keep_packed_weights(
+    tier: dict[str, Any], original_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert(original_of("qwen3_moe"), tmp_path, "lossless")
+    results = []
+    for folder in (original_of("qwen3_moe"), tmp_path):
+        policy = Policy(device_memory="160KiB", resident_below=1, **tier)
+        with penstock.load(folder, policy) as model, torch.inference_mode():
+            model(IDS)
+            results.append(model(IDS).logits)
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize(
     ("ignore", "left"),
     [
