@@ -28,7 +28,7 @@ _FUSED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class ChosenWeights:
     """What is converted, and what is left."""
 
     weights: frozenset[str]
@@ -37,7 +37,7 @@ class Selection:
     """The modules whose weights are left, though they are no embeddings or norms."""
 
 
-def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> Selection:
+def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> ChosenWeights:
     """The weights of linear layers, and of experts that are stored one by one, which
     `scheme` takes; but for those of modules whose name `ignore`, a regex, is found in.
 
@@ -75,10 +75,12 @@ def choose_linear(checkpoint: Checkpoint, scheme: Scheme, ignore: str) -> Select
             "weights stay as they are"
         )
     ignored -= wanted.keys()
-    return Selection(frozenset(e.name for e in wanted.values()), tuple(sorted(ignored)))
+    return ChosenWeights(
+        frozenset(e.name for e in wanted.values()), tuple(sorted(ignored))
+    )
 
 
-def choose_lossless(checkpoint: Checkpoint, ignore: str) -> Selection:
+def choose_lossless(checkpoint: Checkpoint, ignore: str) -> ChosenWeights:
     """The matrices of bfloat16, but for embedding tables, whose rows are read one by
     one, and for modules whose name `ignore`, a regex, is found in.
 
@@ -101,7 +103,7 @@ def choose_lossless(checkpoint: Checkpoint, ignore: str) -> Selection:
             f"{checkpoint.folder} has no matrix of bfloat16 to be packed, which is "
             f"what lossless is for: its tensors are {', '.join(dtypes)}"
         )
-    return Selection(frozenset(weights))
+    return ChosenWeights(frozenset(weights))
 
 
 def can_pack(weight: TensorEntry) -> bool:

@@ -14,14 +14,14 @@ from typing import Any
 import xxhash
 
 from ...io.checkpoint.header import TensorEntry, read_header
-from ...io.checkpoint.index import INDEX_FILE, open_checkpoint
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from ...io.errors import MachineError, OutputError, UsageError
 from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
 from ..configs import trust
 from ..files.durable import DurableFiles, put_in_place, sealed, unsealed, write_whole
-from .choosing import Selection, choose_linear, choose_lossless
-from .schemes import Scheme, Target, Unchanged
+from .choosing import ChosenWeights, choose_linear, choose_lossless
+from .schemes import Scheme, TargetFormat, Unchanged
 from .shard import Shard, write_shard
 
 CONFIG_FILE = "config.json"
@@ -57,7 +57,7 @@ class Conversion:
     """One checkpoint, one folder, one format."""
 
     def __init__(
-        self, model: Path, out: Path, target: Target, *, group: int, ignore: str
+        self, model: Path, out: Path, target: TargetFormat, *, group: int, ignore: str
     ) -> None:
         """Raises UsageError for what cannot be done, before anything is written."""
         self._scheme = Unchanged() if target == "lossless" else Scheme(target, group)
@@ -89,14 +89,17 @@ class Conversion:
         """Writes what is missing. Raises MachineError where the disk has no room,
         OutputError where it cannot be written."""
         disk = disk or DurableFiles()
-        if (self._out / CONFIG_FILE).exists():
-            choice = self._choice()
-            return self._result(choice, was_there=True)
         choice = self._choice()
+        if (self._out / CONFIG_FILE).exists():
+            return self._result(choice, was_there=True)
+        shards = dict(self._shards(choice))
+        left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
         try:
+            self._check_room(left)
             disk.make_folder(self._out)
             with _locked(self._out):
-                self._write(choice, progress, disk)
+                self._write(left, progress, disk)
+                self._finish(shards, choice, disk)
         except OSError as error:
             room = " (no room is left)" if error.errno == errno.ENOSPC else ""
             raise OutputError(
@@ -105,15 +108,14 @@ class Conversion:
             ) from error
         return self._result(choice, was_there=False)
 
-    def _choice(self) -> Selection:
+    def _choice(self) -> ChosenWeights:
         if isinstance(self._scheme, Scheme):
             return choose_linear(self._checkpoint, self._scheme, self._ignore)
         return choose_lossless(self._checkpoint, self._ignore)
 
-    def _write(self, choice: Selection, progress: Progress, disk: DurableFiles) -> None:
-        shards = dict(self._shards(choice))
-        left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
-        self._check_room(left)
+    def _write(
+        self, left: dict[str, Shard], progress: Progress, disk: DurableFiles
+    ) -> None:
         if not (self._out / RECORD_FILE).exists():
             write_whole(disk, self._out / RECORD_FILE, [sealed(self._record, indent=2)])
         total = sum(_bytes_of(shard.tensors) for shard in left.values())
@@ -129,7 +131,12 @@ class Conversion:
             stamp = self._checkpoint.stamps[self._checkpoint.folder / name]
             write_shard(shard, partial, stamp, count)
             put_in_place(disk, partial, self._out / name)
-        if (self._checkpoint.folder / INDEX_FILE).exists() and len(shards) > 1:
+
+    def _finish(
+        self, shards: dict[str, Shard], choice: ChosenWeights, disk: DurableFiles
+    ) -> None:
+        """Writes all but the weights; config.json last: now it is a checkpoint."""
+        if shards.keys() != {SINGLE_FILE}:
             self._write_index(shards, disk)
         self._copy_others(disk)
         section = self._scheme.section(choice.ignored)
@@ -137,7 +144,7 @@ class Conversion:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_whole(disk, self._out / CONFIG_FILE, [text.encode()])
 
-    def _shards(self, choice: Selection) -> Iterator[tuple[str, Shard]]:
+    def _shards(self, choice: ChosenWeights) -> Iterator[tuple[str, Shard]]:
         """What each file becomes, by its name."""
         by_path: dict[Path, list[TensorEntry]] = {
             p: [] for p in self._checkpoint.stamps
@@ -151,7 +158,10 @@ class Conversion:
     def _check_room(self, left: dict[str, Shard]) -> None:
         """Raises MachineError if what is `left` does not fit on the drive."""
         needed = sum(shard.nbytes for shard in left.values())
-        free = shutil.disk_usage(self._out).free
+        there = self._out.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
         for name in left:
             partial = self._out / (name + _PARTIAL)
             free += partial.stat().st_size if partial.exists() else 0
@@ -178,7 +188,7 @@ class Conversion:
             disk.make_folder(target.parent)
             write_whole(disk, target, [read_whole(source, _MOST_BYTES)])
 
-    def _result(self, choice: Selection, *, was_there: bool) -> Converted:
+    def _result(self, choice: ChosenWeights, *, was_there: bool) -> Converted:
         made = open_checkpoint(self._out)
         return Converted(
             len(choice.weights),

@@ -11,7 +11,7 @@ from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import View
 from ..weights.lossless import SECTION
 
-Target = Literal["int4", "int8", "fp8", "lossless"]
+TargetFormat = Literal["int4", "int8", "fp8", "lossless"]
 _NUMBERS = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _FORMATS = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}
 _MOST = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}

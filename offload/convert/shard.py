@@ -18,7 +18,10 @@ from ...io.weights.recipe import View
 from ..weights.lossless import ESCAPES, ROWS
 from .schemes import NewTensor, Scheme, Unchanged
 
-_CHUNK_NUMEL = 1 << 20
+_CHUNK_NUMEL = 1 << 19
+"""Elements that are converted at a time: they take about 20 times as many bytes."""
+_FEW_COLUMNS = 256
+"""Packing counts as many different exponents in each row, however short it is."""
 _CHUNK_BYTES = 4 << 20
 _ALIGNMENT = 8
 """Bytes: no dtype of torch needs more."""
@@ -198,7 +201,8 @@ class _Writer:
         """Some rows of a weight at a time, two-dimensional: whole blocks of them."""
         *outer, columns = entry.shape
         num_rows = View.whole(tuple(outer)).numel
-        step = max(1, _CHUNK_NUMEL // columns // block) * block
+        most = _CHUNK_NUMEL // max(columns, _FEW_COLUMNS)
+        step = max(1, most // block) * block
         width = columns * entry.dtype.itemsize
         for start in range(0, num_rows, step):
             count = min(step, num_rows - start)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,43 @@ def test_a_device_that_is_too_small_is_said_and_can_be_used_again(
             assert torch.accelerator.memory_allocated(index) == 0, "memory is left"
     with penstock.load(folder, Policy(**values)) as model:
         assert list(penstock.score(model, ROWS["score"])) == expected
+
+
+def test_memory_that_runs_out_anywhere_leaves_nothing(
+    simgpu: SimGpu, folder: Path
+) -> None:
+    """While a model is loaded, in a forward, in the middle of a job."""
+    policy = Policy(**{**SMALL, "device": GPU, "device_memory": "400KiB"})
+
+    def scored() -> list[dict[str, Any]]:
+        with penstock.load(folder, policy) as model:
+            return list(penstock.score(model, ROWS["score"]))
+
+    expected = scored()
+    gc.collect()
+    torch.accelerator.empty_cache()
+    simgpu.set_capacity(8 << 20)
+    began = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    ends: Counter[str] = Counter()
+    for capacity in range(64 << 10, 4 << 20, 136 << 10):
+        simgpu.schedule(capacity)
+        free, _ = torch.accelerator.get_memory_info(0)
+        others = torch.empty(free - capacity, dtype=torch.uint8, device=GPU)
+        try:
+            rows = scored()
+        except (DoesNotFitError, torch.OutOfMemoryError):
+            ends["refused"] += 1
+        else:
+            whole = [row for row in rows if "error" not in row]
+            assert all(row in expected for row in whole)
+            ends["whole" if whole == expected else "in part"] += 1
+        del others
+        gc.collect()
+        assert torch.accelerator.memory_allocated(0) == 0, capacity
+        torch.accelerator.empty_cache()
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == began
+    assert ends["refused"] > 2
+    assert ends["whole"] > 2
 
 
 def test_a_copy_that_fails_is_raised_and_the_module_can_be_streamed_again(
