@@ -1,6 +1,6 @@
 """Measures what quantising costs in perplexity, on a model that has learnt something.
 
-    python bench/quality.py [--steps 1200] [--models DIR] [--out DIR]
+    python bench/quality.py [--steps 1000] [--models DIR] [--out DIR]
 
 Trains a small Llama on the documentation in Python's modules that are on this machine
 (nothing is downloaded; always the same for a seed), and holds some files' text out. The
@@ -50,7 +50,8 @@ def penstock(*arguments: str | Path) -> None:
     """Runs the command line. Raises SystemExit with what it says where it fails."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True)
     if done.returncode:
-        raise SystemExit(f"penstock {arguments[0]}: {done.stderr.decode()}")
+        said = (done.stdout + done.stderr).decode()
+        raise SystemExit(f"penstock {arguments[0]}: {said}")
 
 
 def converts() -> bool:
@@ -105,7 +106,8 @@ def guesses(folder: Path, training: Sequence[str], rows: Sequence[str]) -> float
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def tokens(texts: Sequence[str]) -> list[int]:
-        return [i for ids in tokenizer(list(texts))["input_ids"] for i in ids[1:]]
+        encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+        return [token for ids in encoded for token in ids[1:]]
 
     counts = Counter(tokens(training))
     total = sum(counts.values()) + len(tokenizer)
@@ -154,7 +156,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = frame.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1200, help="of training")
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--hidden", type=int, default=128)
@@ -186,7 +188,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     ways = [way for way in args.ways if by_command or way == "fp8"]
     if skipped := [way for way in args.ways if way not in ways]:
         print(f"no penstock convert in this version, so no {', '.join(skipped)}")
-    results = []
+    results: list[dict[str, Any]] = []
     for way in ways:
         shutil.rmtree(folder / way, ignore_errors=True)
         model = quantised(original, folder / way, way, by_command=by_command)
@@ -218,8 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     with frame.scratch(kept=args.models) as folder:
         card = frame.card(folder)
-        found = {"machine": card, "settings": frame.settings(args)}
-        found |= run(folder, args)
+        found = {"machine": card, "settings": frame.settings(args), **run(folder, args)}
     is_good = all(result["is_good"] for result in found["results"])
     out = args.out and args.out / "quality.json"
     return frame.finish(found, out=out, is_good=is_good)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from common.models import SIZES, write_tokenizer
 
 _TOKENIZER_BYTES = 1_000_000
+_LEAST_CONTEXT = 256
 _WARM_UP = 0.05
 _LEARNING_RATE = 3e-3
 
@@ -42,7 +43,7 @@ class Training:
             num_attention_heads=self.hidden // 64,
             num_key_value_heads=self.hidden // 64,
             vocab_size=self.vocabulary,
-            max_position_embeddings=2 * self.length,
+            max_position_embeddings=max(_LEAST_CONTEXT, 2 * self.length),
             bos_token_id=0,
             eos_token_id=1,
         )
@@ -59,7 +60,8 @@ def trained(folder: Path, training: Training, texts: Sequence[str]) -> dict[str,
     }
     write_tokenizer(folder, type(tiny)(**size))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [token for text in tokenizer(list(texts))["input_ids"] for token in text]
+    found = tokenizer(list(texts), verbose=False)["input_ids"]
+    ids = [token for of_text in found for token in of_text]
     torch.manual_seed(training.seed)
     model: Any = LlamaForCausalLM(training.config())
     began = time.perf_counter()

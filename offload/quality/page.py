@@ -62,7 +62,8 @@ def decades(errors: Sequence[float | None]) -> tuple[int, int]:
     found = [math.log10(error) for error in errors if error]
     if not found:
         return -3, 0
-    low, high = math.floor(min(found)), math.ceil(max(found))
+    # An error of 1 % in float32 may be a little less.
+    low, high = math.floor(min(found) + 1e-6), math.ceil(max(found) - 1e-6)
     return low, max(high, low + 1)
 
 
@@ -72,7 +73,11 @@ def height(error: float | None, low: int, high: int) -> float:
     number."""
     if error is None:
         return 100.0
-    return 0.0 if error == 0 else max(1.0, _place(math.log10(error), low, high))
+    return (
+        0.0
+        if error == 0
+        else min(100.0, max(1.0, _place(math.log10(error), low, high)))
+    )
 
 
 def _place(power: float, low: int, high: int) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed_models import make_fp8, make_original, make_rows
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,9 +35,24 @@ from penstock.offload.quality.stages import Stages
 from penstock.offload.quality.texts import Texts
 from penstock.offload.quality.token_scores import TokenScores
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 POLICY = Policy(dtype="float32", device_memory="400KiB", micro_batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_original(tmp_path_factory.mktemp("original") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def fp8(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fp8(original, tmp_path_factory.mktemp("fp8"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return make_rows(tmp_path / "texts.jsonl")
 
 
 def compared(
@@ -193,12 +209,12 @@ def test_one_tensor_of_each_is_in_memory_at_a_time(
 
     def counted(recipe: Any) -> torch.Tensor:
         nonlocal most
-        tensor = real(recipe)
+        tensor: torch.Tensor = real(recipe)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in alive))
         return tensor
 
-    real = pair_module.assembled
+    real = vars(pair_module)["assembled"]
     monkeypatch.setattr(pair_module, "assembled", counted)
     compared(fp8, original)
     assert len(alive) == 2 * 39
@@ -217,7 +233,7 @@ def test_one_model_is_loaded_at_a_time(
             yield model
         events.append(f"close {path.name}")
 
-    real = texts_module.load_for
+    real = vars(texts_module)["load_for"]
     monkeypatch.setattr(texts_module, "load_for", recorded)
     compared(fp8, original, rows)
     one, other = original.name, fp8.name

@@ -1,4 +1,4 @@
-"""A small Llama with a tokenizer, and the same in FP8."""
+"""Makes a small Llama with a tokenizer, the same in FP8, and texts to score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,37 +17,28 @@ BLOCKS = (16, 16)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
-@pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_original(folder: Path) -> Path:
     """In float32. Its weights are large, so that it is sure of next tokens."""
-    folder = tmp_path_factory.mktemp("original") / "tiny"
     make_checkpoint(folder, "tiny", dtype="float32")
     tensors = load_file(folder / SINGLE_FILE)
-    save_file(
-        {n: t * 8 if t.ndim == 2 else t for n, t in tensors.items()},
-        folder / SINGLE_FILE,
-        {"format": "pt"},
-    )
+    large = {n: t * 8 if t.ndim == 2 else t for n, t in tensors.items()}
+    save_file(large, folder / SINGLE_FILE, {"format": "pt"})
     return folder
 
 
-@pytest.fixture(scope="session")
-def fp8(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_fp8(original: Path, folder: Path) -> Path:
     def change(name: str, weight: torch.Tensor) -> Tensors:
         numbers, scales = fp8_of(weight, BLOCKS)
         return {name: numbers, f"{name}_scale_inv": scales}
 
-    folder = tmp_path_factory.mktemp("fp8")
     quantised(original, folder, change, fp8_section(BLOCKS))
     for name in TOKENIZER:
         shutil.copy(original / name, folder)
     return folder
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def make_rows(path: Path) -> Path:
     texts = [f"def f{i}(x):\n    return x + {'very ' * i}{i}" for i in range(12)]
-    path = tmp_path / "texts.jsonl"
     lines = [{"id": f"r{i}", "text": text} for i, text in enumerate(texts)]
     lines.append({"id": "p", "prompt": "import os\nprint(", "completion": "os.path)"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
