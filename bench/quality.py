@@ -16,6 +16,7 @@ than torch.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -54,15 +55,19 @@ def penstock(*arguments: str | Path) -> None:
         raise SystemExit(f"penstock {arguments[0]}: {said}")
 
 
-def converts() -> bool:
-    """Whether this version has `penstock convert`."""
+def by_command() -> set[str]:
+    """The ways that `penstock convert` has, and whose results can be loaded here."""
     done = subprocess.run([*COMMAND, "convert", "--help"], capture_output=True)
-    return done.returncode == 0
+    if done.returncode:
+        return set()
+    has_library = importlib.util.find_spec("compressed_tensors") is not None
+    return set(GOALS) if has_library else {"lossless"}
 
 
-def quantised(source: Path, folder: Path, way: str, *, by_command: bool) -> Path:
-    """The checkpoint `source` in another format, in `folder`. Returns the folder."""
-    if by_command:
+def quantised(source: Path, folder: Path, way: str, *, is_command: bool) -> Path:
+    """The checkpoint `source` in another format, in `folder`: by the command, or in FP8
+    also by this script. Returns the folder."""
+    if is_command:
         group = ("--group", f"{BLOCK}") if way == "int4" else ()
         penstock("convert", source, folder, "--to", way, *group)
         return folder
@@ -123,7 +128,9 @@ def compared(model: Path, original: Path, rows: Path, out: Path) -> dict[str, An
     return found
 
 
-def result_of(way: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def result_of(
+    way: str, found: Mapping[str, Any], *, is_command: bool
+) -> dict[str, Any]:
     """What is kept of a comparison."""
     texts, weights = found["texts"], found["weights"]
     return {
@@ -133,6 +140,7 @@ def result_of(way: str, found: Mapping[str, Any]) -> dict[str, Any]:
         "standard_error": texts["perplexity_difference_standard_error"],
         "goal": GOALS[way],
         "is_good": texts["perplexity_difference"] <= GOALS[way],
+        "format": "penstock convert" if is_command else "this script",
         "is_identical": texts["is_identical"],
         "top1_agreement": texts["top1_agreement"],
         "weights_relative_error": weights["relative_error"],
@@ -184,14 +192,16 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         frame.write(made, json.dumps(trained(original, asked, training)))
     found: dict[str, Any] = json.loads(made.read_text())
     by_frequency = guesses(original, training, texts)
-    by_command = converts()
-    ways = [way for way in args.ways if by_command or way == "fp8"]
+    commands = by_command()
+    ways = [way for way in args.ways if way in {*commands, "fp8"}]
     if skipped := [way for way in args.ways if way not in ways]:
-        print(f"no penstock convert in this version, so no {', '.join(skipped)}")
+        print(
+            f"no {', '.join(skipped)}: needs penstock convert and penstock[quantised]"
+        )
     results: list[dict[str, Any]] = []
     for way in ways:
         shutil.rmtree(folder / way, ignore_errors=True)
-        model = quantised(original, folder / way, way, by_command=by_command)
+        model = quantised(original, folder / way, way, is_command=way in commands)
         figures = compared(model, original, rows, folder / f"{way}.json")
         if not results:
             texts_found = figures["texts"]
@@ -211,7 +221,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 f"{found['perplexity']:.4f} (by frequency {by_frequency:.1f}, evenly "
                 f"{args.vocabulary})"
             )
-        results.append(result_of(way, figures))
+        results.append(result_of(way, figures, is_command=way in commands))
         show(results[-1])
     return {**found, "skipped": skipped, "results": results}
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ...io.errors import UsageError, readable
 from ..policy import Policy
-from .job_command import ROWS_WITH_ERRORS
+from .job_command import INTERRUPTED, ROWS_WITH_ERRORS
 from .options import (
     SOURCES,
     Model,
@@ -147,7 +147,11 @@ def _compare(
                 "cannot be: put them into a file"
             )
         texts = Texts(inputs, window)
-    found = compare(model, original, policy, texts, Stages(Console(stderr=True)))
+    try:
+        found = compare(model, original, policy, texts, Stages(Console(stderr=True)))
+    except KeyboardInterrupt:
+        say("interrupted: nothing was written")
+        raise typer.Exit(INTERRUPTED) from None
     if output is not None:
         write_figures(output, found.figures())
     if report is not None:

@@ -154,11 +154,16 @@ def _in_order(skeleton: hf.Skeleton) -> list[str]:
     return [*found, *(name for name in skeleton.recipes if name not in order)]
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    for key in sorted({*one, *other} - _NOT_OF_THE_MODEL):
-        values = one.get(key), other.get(key)
-        if values[0] != values[1] and not isinstance(values[0], dict):
+def _differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """What two configs say differently, in a sentence each."""
+    for key in sorted({*map(str, one), *map(str, other)} - _NOT_OF_THE_MODEL):
+        mine, its = one.get(key), other.get(key)
+        if isinstance(mine, dict) and isinstance(its, dict):
+            yield from _differing(mine, its, f"{prefix}{key}.")
+        elif mine != its:
             yield (
-                f"config.json differs from the original's: {key} is {values[0]!r:.60}, "
-                f"not {values[1]!r:.60}"
+                f"config.json differs from the original's: {prefix}{key} is "
+                f"{mine!r:.60}, not {its!r:.60}"
             )

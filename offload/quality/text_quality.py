@@ -65,7 +65,7 @@ class TextQuality:
     @property
     def difference(self) -> float:
         """The model's perplexity less the original's, divided by the original's."""
-        return math.expm1(min(-self._change / self.tokens, 700.0))
+        return math.expm1(min(-self._change / self.tokens, 700.0)) + 0.0  # not -0.0
 
     @property
     def standard_error(self) -> float | None:

@@ -241,8 +241,24 @@ def test_weights_that_are_no_numbers_are_told(original: Path, tmp_path: Path) ->
 
 def test_a_config_of_another_model_is_told(original: Path, tmp_path: Path) -> None:
     """Weights fit, and are the same; what is computed with them is not."""
-    other = copied(original, tmp_path / "other", rms_norm_eps=0.5)
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    changed = {"rms_norm_eps": 0.5, "rope_parameters": rope}
+    other = copied(original, tmp_path / "other", **changed)
     code, said, err = verify(other, "--against", original)
     assert code == 0
     assert "weights: identical" in said
     assert "config.json differs from the original's: rms_norm_eps is 0.5, not" in err
+    assert "rope_parameters.rope_theta is 500000.0, not 10000.0" in err
+    code, _, err = verify(original, "--against", original)
+    assert code == 0
+    assert "differs" not in err
+
+
+def test_ctrl_c_is_said(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("penstock.offload.quality.comparison.open_pair", interrupted)
+    code, said, err = verify(original, "--against", original)
+    assert (code, said) == (130, "")
+    assert "interrupted: nothing was written" in err
