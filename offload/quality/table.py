@@ -16,9 +16,11 @@ from .weight_errors import UnitError, WeightError
 def units_table(comparison: Comparison) -> Table:
     """A row for each unit, in the order of the model."""
     table = Table(
-        box=SIMPLE_HEAD, caption="error: |model - original| / |original|, as norms"
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="error: |model - original| / |original|, as norms",
     )
-    table.add_column("unit", overflow="fold")
+    table.add_column("unit", no_wrap=True)
     for name in ("stored", "original", "error", "largest"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("worst tensor", overflow="fold")
