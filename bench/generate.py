@@ -85,7 +85,7 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
             flags = [f"--{key}={value}" for key, value in given.items()]
             found[name] = [str(python), str(script), *common, *flags]
             continue
-        script = frame.BENCH / "generate_worker.py"
+        script = frame.BENCH / "common" / "generate_worker.py"
         worker = [sys.executable, str(script), mode, *common]
         extra = setting.split(":") if setting else []
         found[name] = [*worker, "--set", *settings, *extra]

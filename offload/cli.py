@@ -6,8 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,19 +13,11 @@ from rich.logging import RichHandler
 
 from ..io.errors import PenstockError, StoppedError, readable
 from ..io.user_errors import user_errors
-from .commands import plan, tune
+from .commands import plan, tune, verify
 from .commands.convert import convert
 from .commands.job_command import job_command
-from .commands.options import (
-    Model,
-    PolicyFile,
-    Settings,
-    TrustRemoteCode,
-    policy_of,
-    say,
-)
+from .commands.options import say
 from .commands.policy import policy
-from .policy import Policy
 from .startup import hidden
 from .tasks.registry import TASKS
 
@@ -62,66 +52,7 @@ for _task in TASKS.values():
     app.command()(job_command(_task))
 plan.add_to(app)
 tune.add_to(app)
-
-
-@app.command()
-def verify(
-    model: Model,
-    policy: PolicyFile = None,
-    settings: Settings = None,
-    checksums: Annotated[
-        bool,
-        typer.Option(
-            "--checksums",
-            help="Instead: sums the bytes of every tensor, the first time into a file "
-            "beside the checkpoint, later to compare with it.",
-        ),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Streamed against resident, unit by unit, bit for bit, on a few tokens.
-
-    Says which weights are used outside of their module's forward, too. Exit code 1
-    when anything differs.
-    """
-    chosen = policy_of(policy, settings, trust_remote_code)
-    if checksums:
-        _verify_checksums(model, chosen)
-        return
-    from .verify import verify as run
-
-    result = run(model, chosen)
-    print(
-        f"{len(result.sites_run)} of {result.num_sites} sites run, "
-        f"{result.num_tensors} tensors compared with {result.reference}"
-    )
-    for name, count in result.faults.items():
-        where = f"outside of its module's forward ({count}x)"
-        print(f"fault: {readable(name)} is used {where}")
-    for difference in result.differences:
-        print(f"DIFFERS: {readable(difference)}")
-    print("equal, bit for bit" if result.is_equal else "NOT EQUAL")
-    if not result.is_equal:
-        raise typer.Exit(1)
-
-
-def _verify_checksums(model: Path, policy: Policy) -> None:
-    from .engine.integrity import verify_checksums
-
-    result = verify_checksums(model, policy)
-    for difference in result.differences:
-        print(f"DIFFERS: {readable(difference)}")
-    if result.differences:
-        print(f"NOT AS SUMMED: download it again, or delete {result.side_file}")
-        raise typer.Exit(1)
-    if result.was_written:
-        print(
-            f"wrote the checksums of {result.num_tensors} tensors: {result.side_file}"
-        )
-    else:
-        print(f"{result.num_tensors} tensors are as they were: {result.side_file}")
-
-
+verify.add_to(app)
 app.command()(convert)
 app.command()(policy)
 

@@ -273,12 +273,14 @@ def _from_files(engine: Engine) -> Reference:
     """Reads one tensor at a time with the safetensors library."""
 
     def reference(name: str) -> torch.Tensor:
-        return _assembled(engine.recipes[name]).to(engine.device)
+        return assembled(engine.recipes[name]).to(engine.device)
 
     return reference
 
 
-def _assembled(recipe: Recipe) -> torch.Tensor:
+def assembled(recipe: Recipe) -> torch.Tensor:
+    """The tensor that `recipe` makes, in its shape and dtype, on the CPU: its parts are
+    read with the safetensors library, and decoded."""
     flat = torch.empty(torch.Size(recipe.shape).numel(), dtype=recipe.dtype)
     for part in recipe.slices:
         first, *others = (_stored(entry.path, entry.name) for entry in part.entries)

@@ -36,6 +36,7 @@ ORDER = {
     "offload": (
         "commands",
         "tuning",
+        "quality",
         "convert",
         "jobs",
         "reports",

@@ -35,8 +35,8 @@ _HEADLINES = {
 _NONE = "no prediction"
 
 
-def render(report: Mapping[str, Any], recorded: Recorded) -> str:
-    """The whole page. `report` is the content of report.json."""
+def templates() -> jinja2.Environment:
+    """The templates of pages, filled in with autoescaping."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -46,18 +46,27 @@ def render(report: Mapping[str, Any], recorded: Recorded) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"bytes": human_bytes, "seconds": human_seconds}
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        speed=_speed(report),
-        bound=_HEADLINES.get(report["bound_by"], report["bound_by"]),
-        shares=_shares(report),
-        predictions=_predictions(report),
-        tiers=_tiers(report),
-        lanes=_lanes_in_numbers(recorded.spans),
-        passes=round(num_passes(recorded.spans)) or 1,
-        asked=_as_yaml(report["asked"]),
-        policy=_as_yaml(report["policy"]),
-        data=picture_data(report, recorded),
+    return environment
+
+
+def render(report: Mapping[str, Any], recorded: Recorded) -> str:
+    """The whole page. `report` is the content of report.json."""
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            speed=_speed(report),
+            bound=_HEADLINES.get(report["bound_by"], report["bound_by"]),
+            shares=_shares(report),
+            predictions=_predictions(report),
+            tiers=_tiers(report),
+            lanes=_lanes_in_numbers(recorded.spans),
+            passes=round(num_passes(recorded.spans)) or 1,
+            asked=_as_yaml(report["asked"]),
+            policy=_as_yaml(report["policy"]),
+            data=picture_data(report, recorded),
+        )
     )
 
 

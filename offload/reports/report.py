@@ -160,12 +160,15 @@ def make_report(
 def write_report(folder: Path, report: dict[str, Any], recorded: Recorded) -> None:
     """Writes report.json, report.html and trace.json to `folder`, which is created if
     needed. Raises OutputError."""
-    _write(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    _write(folder / "report.html", render(report, recorded))
-    _write(folder / "trace.json", json.dumps(trace(report["model"], recorded)) + "\n")
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(folder / "report.html", render(report, recorded))
+    write_text(
+        folder / "trace.json", json.dumps(trace(report["model"], recorded)) + "\n"
+    )
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file; its folder is created if needed. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

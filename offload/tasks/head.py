@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,16 @@ from torch import nn
 from ...io.devices.known import known_to
 from ...io.errors import UsageError
 from ..weights.placeholder import StreamedParameter
+
+
+class Predictions(NamedTuple):
+    """What a model says of every token but the first, given those before it."""
+
+    logprobs: torch.Tensor
+    """The natural log-probability of the token: float32 [rows, length - 1]."""
+    tops: torch.Tensor
+    """The most probable token: int64 [rows, length - 1]; empty where it was not asked
+    for."""
 
 
 class CausalScorer:
@@ -48,7 +58,15 @@ class CausalScorer:
         at padding, which is on the right; the values there mean nothing. `inputs` are
         further arguments of the model, such as a cache of earlier tokens."""
         logits_of = self._run(ids, attention_mask, {"use_cache": False, **inputs})
-        return _by_chunks(logits_of, ids[:, 1:], self._step(ids))
+        return _by_chunks(logits_of, ids[:, 1:], self._step(ids)).logprobs
+
+    def predictions(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Predictions:
+        """Like `log_probabilities`, with the token that is most probable at each
+        place."""
+        logits_of = self._run(ids, attention_mask, {"use_cache": False})
+        return _by_chunks(logits_of, ids[:, 1:], self._step(ids), with_tops=True)
 
     def next_logits(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs: Any
@@ -124,16 +142,23 @@ class _Given(nn.Module):
 
 
 def _by_chunks(
-    logits_of: Callable[[slice], torch.Tensor], targets: torch.Tensor, step: int
-) -> torch.Tensor:
+    logits_of: Callable[[slice], torch.Tensor],
+    targets: torch.Tensor,
+    step: int,
+    *,
+    with_tops: bool = False,
+) -> Predictions:
     rows, length = targets.shape
     result = torch.empty(rows, length, dtype=torch.float32, device=targets.device)
+    tops = targets.new_empty(rows, length if with_tops else 0)
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
         logits = logits_of(part).float()
         chosen = logits.gather(-1, targets[:, part, None]).squeeze(-1)
         result[:, part] = chosen - torch.logsumexp(logits, dim=-1)
-    return result
+        if with_tops:
+            tops[:, part] = logits.argmax(-1)
+    return Predictions(result, tops)
 
 
 def padding_mask(mask: torch.Tensor, device: torch.device) -> torch.Tensor | None:

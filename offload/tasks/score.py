@@ -22,18 +22,29 @@ from .task_progress import ScoreProgress
 
 
 @dataclass(slots=True)
-class _Row(Row):
+class ScoredRow(Row):
+    """A row to score."""
+
     num_tokens: int = 0
     logprobs: dict[int, float] = field(default_factory=dict)
     """The log-probability of each window, by where it starts."""
+    details: dict[int, Any] = field(default_factory=dict)
+    """What a runner that is built on this one keeps of each window."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Window(RowPiece[_Row]):
+class TextWindow(RowPiece[ScoredRow]):
+    """The part of a row that goes through the model in one call."""
+
     scored: int
     """Index in `ids` of the first token to score."""
     start: int
     """Where this window starts in its row. Windows are added up in this order."""
+
+    @property
+    def places(self) -> slice:
+        """Where the scored tokens are among all tokens but the first."""
+        return slice(self.scored - 1, len(self.ids) - 1)
 
 
 def score(
@@ -81,10 +92,10 @@ class ScoreRunner:
 
     def cut(
         self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[_Row, Sequence[_Window] | RowError]]:
+    ) -> Iterator[tuple[ScoredRow, Sequence[TextWindow] | RowError]]:
         found = tokenize_all(self._tokenizer, rows)
         for source, tokens in zip(rows, found, strict=True):
-            row = _Row(source.get("id"))
+            row = ScoredRow(source.get("id"))
             if isinstance(tokens, RowError):
                 yield row, tokens
                 continue
@@ -95,7 +106,7 @@ class ScoreRunner:
             except RowError as error:
                 yield row, error
 
-    def _windows(self, row: _Row, tokens: TokenRow) -> list[_Window]:
+    def _windows(self, row: ScoredRow, tokens: TokenRow) -> list[TextWindow]:
         length = len(tokens.ids)
         if self._window is None:
             if self._context is not None and length > self._context:
@@ -103,15 +114,15 @@ class ScoreRunner:
                     f"the text has {length} tokens but the model's context is "
                     f"{self._context}: score it in windows (--window {self._context})"
                 )
-            return [_Window(row, tokens.ids, tokens.first, 0)]
+            return [TextWindow(row, tokens.ids, tokens.first, 0)]
         cuts = spans(length, tokens.first, window=self._window, stride=self._stride)
         return [
-            _Window(row, tokens.ids[start:end], scored - start, start)
+            TextWindow(row, tokens.ids[start:end], scored - start, start)
             for start, end, scored in cuts
         ]
 
     def run(
-        self, pieces: Sequence[_Window], ids: torch.Tensor, mask: torch.Tensor
+        self, pieces: Sequence[TextWindow], ids: torch.Tensor, mask: torch.Tensor
     ) -> Finding:
         found = self._scorer.log_probabilities(
             queued_to(ids, self._device), padding_mask(mask, self._device)
@@ -119,12 +130,12 @@ class ScoreRunner:
 
         def note(found: torch.Tensor) -> None:
             for window, logprobs in zip(pieces, found, strict=True):
-                part = logprobs[window.scored - 1 : len(window.ids) - 1]
+                part = logprobs[window.places]
                 window.row.logprobs[window.start] = float(part.double().sum())
 
         return Finding([HostCopy(found)], note)
 
-    def result(self, row: _Row) -> dict[str, Any]:
+    def result(self, row: ScoredRow) -> dict[str, Any]:
         """The result of a row. Windows are added up by where they start, so that the
         sum does not depend on which was finished first."""
         total = math.fsum(row.logprobs[start] for start in sorted(row.logprobs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import threading
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from test_on_tasks import ROWS, SMALL
 
 import penstock
@@ -24,6 +26,11 @@ from penstock.io.devices.accelerator import (
     AcceleratorStream,
 )
 from penstock.offload import verify
+from penstock.offload.files.inputs import Inputs
+from penstock.offload.files.json_rows import SCORED_KEYS
+from penstock.offload.files.sources import Own, find_files
+from penstock.offload.quality.stages import Stages
+from penstock.offload.quality.texts import Texts, compare_texts
 from sim_device import SimGpu
 
 pytestmark = pytest.mark.simgpu
@@ -48,6 +55,24 @@ def test_verify_compares_with_weights_on_the_same_device(
     result = verify.verify(folder, policy)
     assert result.is_equal, result.differences
     assert result.reference.startswith("transformers'" if fits else "safetensors")
+
+
+def test_texts_are_compared_on_the_device(
+    simgpu: SimGpu, folder: Path, tmp_path: Path
+) -> None:
+    """As on the CPU, bit for bit."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS["score"]))
+    stages = Stages(Console(quiet=True))
+    found = []
+    for device in ("cpu", GPU):
+        simgpu.schedule(1)
+        policy = Policy(**{**SMALL, "device": device, "dtype": "float32"})
+        texts = Texts(Inputs(find_files([rows], Own()), SCORED_KEYS))
+        found.append(compare_texts(folder, folder, policy, texts, stages))
+    assert found[0] == found[1]
+    assert found[0].is_identical
+    assert found[0].tokens > 20
 
 
 def test_a_device_that_is_too_small_is_said_and_can_be_used_again(
