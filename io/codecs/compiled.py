@@ -19,8 +19,12 @@ from .tiles import TILES
 
 _SOURCE = Path(__file__).with_name("decode.c")
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC")
-"""The results have the bits of torch: no two operations are contracted to one."""
+_FLAGS = (
+    *("-O3", "-march=native", "-fno-fast-math", "-ffp-contract=off", "-std=gnu11"),
+    *("-shared", "-fPIC"),
+)
+"""The results have the bits of torch: no two operations are contracted to one. Fast
+math, which CC may ask for, would also have the whole process lose small numbers."""
 _SECONDS = 60.0
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of `enum dtype`."""

@@ -35,10 +35,10 @@ class Tiles:
             width = columns.stop - columns.start
             across = _touched(columns, blocks.columns)
             most_rows = _TILE_NUMEL // width
-            factors = _Values(numbers.scales[:, across], blocks, width)
+            factors = _Values(numbers.scales[:, across], blocks, columns)
             shifts = None
             if numbers.offsets is not None:
-                shifts = _Values(numbers.offsets[:, across], blocks, width)
+                shifts = _Values(numbers.offsets[:, across], blocks, columns)
             shape = factors.shape
             tiles = scratch[: most_rows * width].view(most_rows, *shape)
             goal = target[:, columns]
@@ -111,15 +111,19 @@ class _Lookup:
 
 
 class _Values:
-    """The values of `blocks`, [down, across], in the columns of one tile of `width`."""
+    """The values of `blocks`, [down, across], in the `columns` of one tile."""
 
-    def __init__(self, values: torch.Tensor, blocks: ScaleBlocks, width: int) -> None:
-        across = values.shape[1]
+    def __init__(
+        self, values: torch.Tensor, blocks: ScaleBlocks, columns: slice
+    ) -> None:
+        across, width = values.shape[1], columns.stop - columns.start
         is_even = across > 1 and across * blocks.columns == width
         self.shape = (across, blocks.columns) if is_even else (width,)
         """The columns of a tile: [blocks, columns of a block], if all are whole."""
         self._values = values
         self._blocks = blocks
+        self._first = columns.start % blocks.columns
+        """Columns of the first block that lie left of the tile."""
         self._down = slice(-1)
         self._last: torch.Tensor | None = None
 
@@ -138,7 +142,7 @@ class _Values:
             found = found[..., None]
         elif found.shape[1] > 1:
             found = found[..., None].expand(-1, -1, self._blocks.columns)
-            found = found.flatten(1)[:, : self.shape[0]]
+            found = found.flatten(1)[:, self._first : self._first + self.shape[0]]
         self._down, self._last = down, found
         return found
 

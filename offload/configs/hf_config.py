@@ -39,6 +39,7 @@ def read_config(folder: Path, is_trusted: bool) -> Any:
         )
     trust.check_files(folder)
     values = trust.read_config(folder, is_trusted=is_trusted)
+    _check_section(path, values)
     code, kind = trust.own_code(values), values.get("model_type")
     is_known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
     if code is not None and not (is_trusted or is_known):
@@ -53,6 +54,17 @@ def read_config(folder: Path, is_trusted: bool) -> Any:
             f"{path}: architectures must be a list of names, not {names!r:.100}"
         )
     return config
+
+
+def _check_section(path: Path, values: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a `quantization_config` is no object."""
+    for part in (values, *values.values()):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(
+                f"{path}: quantization_config must be an object that says how weights "
+                f"are quantised, not {found!r:.60}: download or copy it again"
+            )
 
 
 def check_layers(config: Any, folder: Path, *, num_tensors: int) -> None:

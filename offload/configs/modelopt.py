@@ -4,7 +4,6 @@ They keep the same numbers under other names (compressed-tensors has a converter
 them). What they say of activations is not used: only weights are quantised here.
 """
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import Checkpoint
-from ...io.errors import UsageError
+from ...io.errors import CheckpointError, UsageError
 from ...io.regular_file import read_json_object
 
 _FILE = "hf_quant_config.json"
@@ -27,14 +26,19 @@ _WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "FP8": ("float-quantized", {"num_bits": 8, "strategy": "tensor"}),
 }
 """The formats and settings of compressed-tensors, by Model Optimizer's `quant_algo`."""
+GROUP = "model_optimizer"
+"""The only one of the `config_groups`: its NVFP4 has a global scale that multiplies,
+where that of compressed-tensors divides."""
 _OF_ACTIVATIONS = ("input_scale", "k_scale", "v_scale")
 
 
 def modelopt_section(config: Any, folder: Path) -> dict[str, Any] | None:
     """The `quantization_config` of compressed-tensors for a checkpoint of Model
-    Optimizer in `folder`; None if it is none.
+    Optimizer in `folder`; None if it is none, or if only its keys and values are to be
+    quantised: then the section is taken out of `config`.
 
-    Raises UsageError for a format that is not streamed.
+    Which modules are left out is not used: those have no scales. Raises UsageError for
+    a format that is not streamed.
     """
     found = getattr(config, "quantization_config", None)
     if found is None and (folder / _FILE).is_file():
@@ -43,14 +47,16 @@ def modelopt_section(config: Any, folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or found.get("quant_method") != "modelopt":
         return None
     algorithm = found.get("quant_algo")
-    if algorithm not in _WEIGHTS:
+    if algorithm is None:
+        config.__dict__.pop("quantization_config", None)
+        return None
+    if not isinstance(algorithm, str) or algorithm not in _WEIGHTS:
         raise UsageError(
             f"{folder} is quantised by Model Optimizer ({str(algorithm)[:100]}), and "
             f"only {' and '.join(_WEIGHTS)} can be streamed: take such a release, or "
             "an unquantised one"
         )
     kind, weights = _WEIGHTS[algorithm]
-    left_out = found.get("exclude_modules") or found.get("ignore") or []
     group = {
         "targets": ["Linear"],
         "format": kind,
@@ -60,18 +66,27 @@ def modelopt_section(config: Any, folder: Path) -> dict[str, Any] | None:
         "quant_method": "compressed-tensors",
         "format": kind,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": [_pattern(str(each)) for each in left_out],
+        "config_groups": {GROUP: group},
+        "ignore": [],
     }
 
 
 def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint`, of Model Optimizer, with the names that compressed-tensors has."""
+    """`checkpoint`, of Model Optimizer, with the names that compressed-tensors has.
+
+    Raises CheckpointError if two tensors get one name.
+    """
     entries = {}
     for name, entry in checkpoint.entries.items():
         new = _name(name, entry)
-        if new is not None:
-            entries[new] = replace(entry, name=new)
+        if new is None:
+            continue
+        if new in entries:
+            raise CheckpointError(
+                f"{entry.path}: {name!r} and {entries[new].name!r} are both there, for "
+                "one weight: download or copy it again"
+            )
+        entries[new] = replace(entry, name=new)
     return replace(checkpoint, entries=MappingProxyType(entries))
 
 
@@ -85,13 +100,6 @@ def _name(name: str, entry: TensorEntry) -> str | None:
     if part == "weight_scale_2":
         return f"{module}.weight_global_scale"
     return name
-
-
-def _pattern(left_out: str) -> str:
-    """A name of modules, which may have wildcards, as compressed-tensors writes it."""
-    if "*" not in left_out and "?" not in left_out:
-        return left_out
-    return f"re:{fnmatch.translate(left_out)}"
 
 
 def _dict(value: Any) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if method not in _METHODS:
         raise UsageError(
-            f"{folder} is quantised ({method or str(found)[:100]}), which this version "
+            f"{folder} is quantised ({str(method or found)[:100]}), which this version "
             f"does not stream: {_INSTEAD}"
         )
     if method == "compressed-tensors" and find_spec("compressed_tensors") is None:
@@ -40,6 +40,12 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
             'pip install "penstock[quantised]"'
         )
     where = f"{folder}/config.json, quantization_config"
+    groups = found.get("config_groups")
+    if method == "compressed-tensors" and not (groups and isinstance(groups, dict)):
+        raise UsageError(
+            f"{where}: config_groups is {groups!r:.100}, and does not say how weights "
+            f"are kept: {_INSTEAD}"
+        )
     with about(where, CheckpointError, every=True):
         settings = AutoQuantizationConfig.from_dict(copy.deepcopy(found))
         settings.dequantize = True

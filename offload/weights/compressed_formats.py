@@ -13,6 +13,7 @@ from ...io.codecs.kernels import ScaleBlocks
 from ...io.codecs.scaled import Divisor, Offsets, Scaled
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
+from ..configs.modelopt import GROUP
 from .stored import check_filled, not_for, scale_blocks
 
 _KNOWN = {
@@ -61,6 +62,9 @@ def compressed_format(config: Any, is_merged: bool) -> "CompressedFormat":
             ScaleBlocks(*block) if block else None,
             is_symmetric=weights.symmetric,
             is_exact=is_merged and _word(weights.type) == "float",
+            divisor=Divisor.INVERSE
+            if GROUP in config.config_groups
+            else Divisor.STORED,
         )
     raise UsageError(
         f"compressed-tensors keeps these weights in {what}, which this version does "
@@ -84,6 +88,8 @@ class CompressedFormat:
     is_exact: bool
     """Whether products are not rounded to the dtype of the scales, as transformers
     does it for 8-bit floats of experts."""
+    divisor: Divisor = Divisor.STORED
+    """How global scales are stored, where there are any."""
     numbers = ("weight_packed", "weight")
 
     def is_quantised(self, parts: Mapping[str, TensorEntry]) -> bool:
@@ -148,8 +154,7 @@ class CompressedFormat:
             if divisor.dtype != torch.float32 or divisor.shape not in ((1,), ()):
                 raise not_for(divisor, weight, shape)
             companions.append(divisor)
-            # Model Optimizer keeps what is multiplied, in a tensor without dimensions.
-            way = Divisor.STORED if divisor.shape else Divisor.INVERSE
+            way = self.divisor
         codec = Scaled(Codes.FLOAT4_E2M1, blocks, torch.bfloat16, divisor=way)
         whole = View.whole(weight.shape)
         return TensorSlice(weight, whole, target, codec, tuple(companions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,21 @@ def test_a_compiler_that_fails(
     monkeypatch.setenv("CC", f"'{script(tmp_path, text)}'")
     with pytest.raises(CannotCompileError, match=said):
         compiled(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_fast_math_of_the_compiler_leaves_small_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it links in would set the thread that loads it to write zeros for them."""
+    monkeypatch.setenv("CC", f"{module._compiler()[0]} -ffast-math")
+
+    def halved() -> float:
+        compiled(tmp_path)
+        return sys.float_info.min / float(len("ab"))
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(halved).result() > 0
 
 
 @pytest.mark.usefixtures("compiler")

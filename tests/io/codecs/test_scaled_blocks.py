@@ -195,6 +195,21 @@ def test_a_target_with_strides(kernels: Kernels) -> None:
     assert same_bits(found, wanted.t().contiguous())
 
 
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_byte_lies_in_two_blocks(is_turned: bool, kernels: Kernels) -> None:
+    """And a block is wider than a tile."""
+    block = 301 if is_turned else 32_001
+    shape, blocks = (3, 2 * block), ScaleBlocks(1, block)
+    weight = random_tensor(torch.int32, (3, block)).to(torch.uint8)
+    numbers = torch.stack((weight & 15, weight >> 4), -1).flatten(1).float() - 8
+    scales = random_floats(torch.float32, blocks.grid(shape))
+    found = torch.empty(shape)
+    if is_turned:
+        found = torch.empty(shape[::-1]).t()
+    Scaled(Codes.INT4, blocks).decode([weight, scales], found, kernels)
+    assert same_bits(found.contiguous(), numbers * spread(scales, blocks, shape))
+
+
 def test_only_the_calling_thread_decodes() -> None:
     """Each call of torch has fewer elements than it divides among threads."""
     shape, blocks = (130, 4100), ScaleBlocks(128, 128)

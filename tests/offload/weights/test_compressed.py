@@ -164,6 +164,74 @@ def test_other_formats_of_model_optimizer_are_refused_by_name(
 
 
 @needs_library
+@pytest.mark.parametrize("algorithm", [["NVFP4"], 4, "x" * 10_000])
+def test_odd_values_of_model_optimizer_are_one_sentence(
+    algorithm: Any, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("FP8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "exclude_modules": 5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(UsageError, match=r"Model Optimizer.*NVFP4 and FP8") as refused:
+        penstock.load(tmp_path, POLICY)
+    assert len(str(refused.value)) < 1_000
+
+
+@pytest.mark.parametrize("where", ["hf_quant_config.json", "config.json"])
+def test_plain_weights_beside_quantised_keys_and_values_are_read(
+    where: str, tmp_path: Path
+) -> None:
+    folder = original(tmp_path, "llama")
+    said = {"quant_algo": None, "kv_cache_quant_algo": "FP8", "exclude_modules": [1]}
+    if where == "config.json":
+        config = json.loads((folder / where).read_text())
+        config["quantization_config"] = {"quant_method": "modelopt", **said}
+        (folder / where).write_text(json.dumps(config))
+    else:
+        (folder / where).write_text(json.dumps({"quantization": said}))
+    skeleton = hf.build(open_checkpoint(folder), "auto")
+    assert not skeleton.notes
+
+
+@needs_library
+def test_two_tensors_for_one_weight_are_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("NVFP4A16")
+    tensors = load_file(folder / SINGLE_FILE)
+    name = next(name for name in tensors if name.endswith("weight_packed"))
+    tensors[name.replace("weight_packed", "weight")] = tensors[name].clone()
+    save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="both there, for one weight"):
+        penstock.load(tmp_path, POLICY)
+
+
+@needs_library
+def test_a_global_scale_without_dimensions_divides(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What it means is not guessed from its shape."""
+    folder = folder_of("NVFP4A16")
+    tensors = {
+        name: tensor.view(()) if name.endswith("global_scale") else tensor
+        for name, tensor in load_file(folder / SINGLE_FILE).items()
+    }
+    save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+    (tmp_path / "config.json").symlink_to(folder / "config.json")
+    wanted = dequantised(folder)
+    with penstock.load(tmp_path, POLICY) as model, torch.inference_mode():
+        assert same_bits(model(IDS).logits, wanted(IDS).logits)
+
+
+@needs_library
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["W4A16_ASYM", "W8A8", "NVFP4A16", "FP8_DYNAMIC experts"]
@@ -218,6 +286,23 @@ BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "other_numbers": (with_other_numbers, "is kept as torch.int64, which the format"),
     "no_numbers": (without_numbers, "but not the weight_packed or weight beside it"),
 }
+
+
+@needs_library
+@pytest.mark.parametrize("groups", [None, {}, [], 0, "x" * 10_000])
+def test_a_section_without_groups_is_one_sentence(
+    groups: Any, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("W4A16")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"] = groups
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(
+        UsageError, match=r"config_groups is .*take a release"
+    ) as refused:
+        penstock.load(tmp_path, POLICY)
+    assert len(str(refused.value)) < 1_000
 
 
 @needs_library

@@ -310,6 +310,9 @@ def test_truncated_scales_are_refused(
     [
         ({"quant_method": "awq"}, r"is quantised \(awq\).*: take a release in FP8"),
         ({"bits": 4}, "is quantised .*'bits': 4.*: take a release in FP8"),
+        ({"quant_method": "x" * 10_000}, r"is quantised \(x{100}\)"),
+        ("fp8", "must be an object that says how.*not 'fp8': download"),
+        ([fp8_section(BLOCKS)], "must be an object that says how.*not .*: download"),
         (
             {**fp8_section(BLOCKS), "activation_scheme": "odd"},
             "config.json, quantization_config: .*odd",
@@ -321,7 +324,7 @@ def test_truncated_scales_are_refused(
     ],
 )
 def test_other_sections_are_refused_by_name(
-    section: dict[str, Any],
+    section: Any,
     words: str,
     folder_of: Callable[[str], Path],
     tmp_path: Path,
