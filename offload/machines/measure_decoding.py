@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ...io.codecs.codec import Codec
 from ...io.codecs.codes import Codes
 from ...io.codecs.compiled import CannotCompileError, compiled
 from ...io.codecs.kernels import Kernels, ScaleBlocks
+from ...io.codecs.lossless import Lossless
 from ...io.codecs.scaled import Scaled
 from ...io.codecs.tiles import TILES
 from .measure import seconds_of
@@ -38,19 +40,25 @@ def decoding_bandwidth(cache: Path) -> dict[str, int]:
     parts = torch.split(target, _ROWS * _COLUMNS)
     pieces = itertools.cycle([part.view(_ROWS, _COLUMNS) for part in parts])
     found = {}
-    for codes, blocks in _BLOCKS.items():
-        codec = Scaled(codes, blocks)
-        shape = _ROWS, _COLUMNS // codes.per_byte
-        numbers = torch.zeros(shape, dtype=torch.uint8)
-        scales = torch.ones(blocks.grid((_ROWS, _COLUMNS)))
-        decode = partial(_decode, codec, [numbers, scales], pieces, kernels)
-        nbytes = numbers.nbytes + scales.nbytes
+    for codec, stored in _samples():
+        decode = partial(_decode, codec, stored, pieces, kernels)
+        nbytes = sum(tensor.nbytes for tensor in stored)
         found[codec.name] = round(nbytes / seconds_of(decode, least=10, most=50))
     return found
 
 
+def _samples() -> Iterator[tuple[Codec, list[torch.Tensor]]]:
+    """Each codec, with stored tensors of [rows, columns] zeros."""
+    for codes, blocks in _BLOCKS.items():
+        shape = _ROWS, _COLUMNS // codes.per_byte
+        scales = torch.ones(blocks.grid((_ROWS, _COLUMNS)))
+        yield Scaled(codes, blocks), [torch.zeros(shape, dtype=torch.uint8), scales]
+    packed = torch.zeros(_ROWS, _COLUMNS + _COLUMNS // 2 + 2, dtype=torch.uint8)
+    yield Lossless(_COLUMNS, has_escapes=False), [packed]
+
+
 def _decode(
-    codec: Scaled,
+    codec: Codec,
     stored: list[torch.Tensor],
     pieces: Iterator[torch.Tensor],
     kernels: Kernels,
