@@ -1,5 +1,6 @@
 """The kernels in C (decode.c), compiled where they are first needed."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -138,16 +139,16 @@ class Compiled:
 
 
 def compiled(folder: Path) -> Compiled:
-    """The kernels as C code, compiled into `folder` unless that was done before.
+    """The kernels as C code, compiled into `folder` unless that was done before and
+    the file is as it was then.
 
     Raises CannotCompileError where there is no compiler, where it fails, and where its
     code computes other bits than torch does.
     """
     compiler = _compiler()
-    found = folder / f"decode-{_key(compiler)}.so"
     try:
-        if not found.is_file():
-            _compile(compiler, found)
+        stem = f"decode-{_key(compiler)}"
+        found = _kept(folder, stem) or _compile(compiler, folder, stem)
         made = Compiled(ctypes.CDLL(str(found)))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         raise CannotCompileError(f"{' '.join(compiler)} failed: {error}") from error
@@ -157,7 +158,11 @@ def compiled(folder: Path) -> Compiled:
 
 def _compiler() -> list[str]:
     """The command of the C compiler: that of the variable CC, or a usual one."""
-    asked = shlex.split(os.environ.get("CC", ""))
+    said = os.environ.get("CC", "")
+    try:
+        asked = shlex.split(said)
+    except ValueError as error:  # a quotation that does not end
+        raise CannotCompileError(f"CC is {said!r:.100}: {error}") from error
     for command in [asked] if asked else [[name] for name in _COMPILERS]:
         if (path := shutil.which(command[0])) is not None:
             return [path, *command[1:]]
@@ -190,11 +195,29 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(words)}))
 
 
-def _compile(compiler: list[str], target: Path) -> None:
-    """Compiles to `target`, which other processes may do at the same time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
+def _kept(folder: Path, stem: str) -> Path | None:
+    """What was compiled before; None if there is nothing.
+
+    A file that is damaged is removed: a process that loaded it would end.
+    """
+    for path in folder.glob(f"{stem}-*.so"):
+        with contextlib.suppress(OSError):
+            if path.name == _name(stem, path.read_bytes()):
+                return path
+            path.unlink()
+    return None
+
+
+def _name(stem: str, content: bytes) -> str:
+    """The name of a file, which says what its content must be."""
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
+    """Compiles into `folder`, which other processes may do at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made_in:
+        made = Path(made_in) / f"{stem}.so"
         done = subprocess.run(
             [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)],
             stdin=subprocess.DEVNULL,
@@ -207,7 +230,7 @@ def _compile(compiler: list[str], target: Path) -> None:
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines()
             raise OSError(said[0] if said else f"exit code {done.returncode}")
-        made.replace(target)
+        return made.replace(folder / _name(stem, made.read_bytes()))
 
 
 def _check(kernels: Kernels) -> None:

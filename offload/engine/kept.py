@@ -1,7 +1,9 @@
 """How units lie in the memory of tiers, and how links bring them from there."""
 
 from collections.abc import Sequence
+from typing import Literal
 
+from ...io.errors import UsageError
 from ...io.extent import align_up
 from ...io.weights.layout import Layout
 from ...io.weights.stored_image import StoredImage
@@ -18,6 +20,7 @@ class KeptUnits:
         layouts: Sequence[Layout],
         transfers: Sequence[Transfer],
         images: Sequence[StoredImage] | None,
+        staging_memory: int | Literal["auto"],
     ) -> None:
         self.are_images = images is not None
         self._slots = transfers
@@ -35,6 +38,13 @@ class KeptUnits:
             self.to_peer = {}
             for unit, image in enumerate(images):
                 self.replace(unit, image)
+        largest = max(plan.nbytes for plan in self.layouts)
+        self.staging_bytes = (
+            self._ring_bytes(largest)
+            if staging_memory == "auto"
+            else max(staging_memory, largest)
+        )
+        """Bytes of a ring buffer through which units are read from disk."""
 
     def __repr__(self) -> str:
         kind = "as stored" if self.are_images else "decoded"
@@ -46,12 +56,19 @@ class KeptUnits:
         self.transfers[unit] = image.transfer
         self.to_peer[unit] = same_layout(image.layout)
 
-    def ring_bytes(self) -> int:
-        """Bytes of a ring buffer through which units are read: for three units.
+    def check_staging(self, image: StoredImage) -> None:
+        """Raises UsageError if `image` does not fit into the ring buffer."""
+        needed = image.layout.nbytes
+        if needed > self.staging_bytes:
+            raise UsageError(
+                f"{image.layout.name} takes {needed:,} bytes with its new values, and "
+                f"staging_memory has {self.staging_bytes:,}: raise it to at least "
+                f"{needed:,}, or set weights_kept: decoded"
+            )
 
-        An image must also fit after an update, with new values beside the stored ones.
-        """
-        largest = max(plan.nbytes for plan in self.layouts)
+    def _ring_bytes(self, largest: int) -> int:
+        """For three units. An image must also fit after an update, with new values
+        beside the stored ones."""
         if not self.are_images:
             return 3 * largest
         most = max(

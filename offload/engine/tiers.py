@@ -77,7 +77,7 @@ class Tiers(Closing):
         self._record = record
         self._fallbacks = fallbacks
         self._transfers = dict(enumerate(transfers))
-        self.kept = KeptUnits(layouts, transfers, images)
+        self.kept = KeptUnits(layouts, transfers, images, policy.staging_memory)
         self._loads: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
         with ExitStack() as opened:
             self.memory: Memory = device.allocate(capacity)
@@ -209,10 +209,7 @@ class Tiers(Closing):
     def _link_from_disk(
         self, transfers: Mapping[int, Transfer], target: Memory, device: Device
     ) -> Link:
-        largest = max(plan.nbytes for plan in self.kept.layouts)
-        asked = self._policy.staging_memory
-        nbytes = self.kept.ring_bytes() if asked == "auto" else max(asked, largest)
-        memory = Arena(nbytes)
+        memory = Arena(self.kept.staging_bytes)
         self._fallbacks.announce(device.settle(memory))
         pinned = self._pin(memory, device)
         source = StagedSource(

@@ -170,8 +170,12 @@ class Updates(Closing):
             if name in self._gatherers:
                 self._gatherers[name].read_from(recipe)
         kept = self._tiers.kept
-        for unit in units if kept.are_images else ():
-            kept.replace(unit, self._image(unit))
+        images = {unit: self._image(unit) for unit in units if kept.are_images}
+        for unit, image in images.items():
+            if self._is_staged(unit):
+                kept.check_staging(image)
+        for unit, image in images.items():
+            kept.replace(unit, image)
         for unit in units:  # ends the loads of these units that are under way
             self._working_set.load_again(unit)
         self._load_tiers_again(units)
@@ -188,6 +192,12 @@ class Updates(Closing):
             alignment=ALIGNMENT,
             max_gap_bytes=0,
         )
+
+    def _is_staged(self, unit: int) -> bool:
+        """Whether `unit` is read from disk through a ring buffer."""
+        where = self._tiers.placement[unit]
+        has_link = any(link.tier == Tier.DISK for link in self._tiers.links)
+        return where in self._policy.peer or (where != Tier.HOST and has_link)
 
     def _load_tiers_again(self, units: Sequence[int]) -> None:
         """Loads the units that stay in host memory or on a peer again."""

@@ -53,6 +53,9 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     with pytest.raises(CannotCompileError, match="there is no C compiler"):
         compiled(tmp_path)
+    monkeypatch.setenv("CC", "cc '-O2")
+    with pytest.raises(CannotCompileError, match=r"CC is .*No closing quotation"):
+        compiled(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,19 @@ def test_a_compiler_that_fails(
     monkeypatch.setenv("CC", f"'{script(tmp_path, text)}'")
     with pytest.raises(CannotCompileError, match=said):
         compiled(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("num_bytes", [0, 1_000, 8_192])
+def test_what_was_cut_off_is_compiled_again(num_bytes: int, tmp_path: Path) -> None:
+    """The loader of the system maps it, and the process ends at what is not there."""
+    compiled(tmp_path)
+    (made,) = tmp_path.iterdir()
+    content = made.read_bytes()
+    made.unlink()  # this process has mapped it
+    made.write_bytes(content[:num_bytes])
+    compiled(tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
 
 
 @pytest.mark.usefixtures("compiler")

@@ -12,6 +12,7 @@ import penstock
 from checkpoint import make_checkpoint
 from checkpoints import same_bits
 from penstock import Policy
+from penstock.io.errors import UsageError
 from penstock.offload.model import engine_of
 from quantised import dequantised, fp8_of, fp8_section, original, quantised
 
@@ -110,3 +111,30 @@ def test_new_values_are_those_of_the_next_forward(tier: str, fp8: Path) -> None:
             assert same_bits(other(IDS).logits, changed)
         penstock.update(model, {name: old[name] for name in state})
         assert same_bits(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("tier", ["disk", "peer"])
+def test_new_values_that_staging_memory_does_not_hold_are_refused(
+    tier: str, fp8: Path
+) -> None:
+    """And nothing has changed."""
+    values: dict[str, Any] = {
+        "disk": {
+            "host_memory": "90KiB",
+            "placement": {"layers": "disk"},
+            "links": {"disk": {"bandwidth": "1GB"}},
+        },
+        "peer": {"peer": {"cpu": "1MiB"}},
+    }[tier]
+    values |= {"weights_kept": "stored", "staging_memory": "4KiB"}
+    policy = Policy(device_memory="160KiB", resident_below=1, **values)
+    with penstock.load(fp8, policy) as model, torch.inference_mode():
+        before = model(IDS).logits
+        name = "model.layers.1.mlp.experts.down_proj"
+        new = torch.randn(model.get_parameter(name).shape, dtype=torch.bfloat16)
+        with pytest.raises(UsageError, match=r"staging_memory has .*: raise it to"):
+            penstock.update(model, {name: new})
+        assert same_bits(model(IDS).logits, before)
+        small = torch.full((64,), 2.0, dtype=torch.bfloat16)
+        penstock.update(model, {"model.norm.weight": small})
+        assert not same_bits(model(IDS).logits, before)
