@@ -76,7 +76,7 @@ def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises CheckpointError if two tensors get one name.
     """
-    entries = {}
+    entries: dict[str, TensorEntry] = {}
     for name, entry in checkpoint.entries.items():
         new = _name(name, entry)
         if new is None:

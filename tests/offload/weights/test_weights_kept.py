@@ -115,15 +115,15 @@ def test_new_values_that_staging_memory_does_not_hold_are_refused(
     tier: str, fp8: Path
 ) -> None:
     """And nothing has changed."""
-    values: dict[str, Any] = {
+    tiers: dict[str, dict[str, Any]] = {
         "disk": {
             "host_memory": "90KiB",
             "placement": {"layers": "disk"},
             "links": {"disk": {"bandwidth": "1GB"}},
         },
         "peer": {"peer": {"cpu": "1MiB"}},
-    }[tier]
-    values |= {"weights_kept": "stored", "staging_memory": "4KiB"}
+    }
+    values = {**tiers[tier], "weights_kept": "stored", "staging_memory": "4KiB"}
     policy = Policy(device_memory="160KiB", resident_below=1, **values)
     with penstock.load(fp8, policy) as model, torch.inference_mode():
         before = model(IDS).logits
