@@ -55,9 +55,6 @@ def outputs(folder: Path, **values: Any) -> tuple[torch.Tensor, Any]:
     with penstock.load(folder, policy) as model, torch.inference_mode():
         model(IDS)
         logits = model(IDS).logits
-        named = set(penstock.statistics(model).codecs)
-        assert named & {"float8_e4m3fn", "cast"}
-        assert "computed" not in named
         return logits, penstock.statistics(model)
 
 
@@ -118,7 +115,7 @@ def test_new_values_that_staging_memory_does_not_hold_are_refused(
     tier: str, fp8: Path
 ) -> None:
     """And nothing has changed."""
-    given: dict[str, dict[str, Any]] = {
+    tiers: dict[str, dict[str, Any]] = {
         "disk": {
             "host_memory": "90KiB",
             "placement": {"layers": "disk"},
@@ -126,8 +123,7 @@ def test_new_values_that_staging_memory_does_not_hold_are_refused(
         },
         "peer": {"peer": {"cpu": "1MiB"}},
     }
-    values = given[tier]
-    values |= {"weights_kept": "stored", "staging_memory": "4KiB"}
+    values = {**tiers[tier], "weights_kept": "stored", "staging_memory": "4KiB"}
     policy = Policy(device_memory="160KiB", resident_below=1, **values)
     with penstock.load(fp8, policy) as model, torch.inference_mode():
         before = model(IDS).logits
