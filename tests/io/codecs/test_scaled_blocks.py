@@ -15,6 +15,7 @@ from penstock.io.codecs.kernels import Kernels, ScaleBlocks
 from penstock.io.codecs.scaled import Offsets, Scaled
 from penstock.io.codecs.tiles import TILES
 from penstock.io.codecs.whole import WHOLE
+from shares import shared
 
 SHAPES = [
     ((300, 260), ScaleBlocks(128, 128)),  # the blocks at the edges are smaller
@@ -25,6 +26,7 @@ SHAPES = [
     ((5, 70_001), ScaleBlocks(128, 128)),  # a row is more than a tile
     ((3, 70_000), ScaleBlocks(1, 70_000)),
 ]
+SIZES = shared([1, 20_000, 10**7], lambda place, _: place == 0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def spread(
     return down.repeat_interleave(blocks.columns, 1)[:, :columns]
 
 
-@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("max_bytes", SIZES)
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize(("shape", "blocks"), SHAPES)
 def test_8_bit_floats(
@@ -86,7 +88,7 @@ def test_8_bit_floats(
                 assert torch.equal(found.isnan(), wanted.isnan())
 
 
-@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("max_bytes", SIZES)
 @pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize(("shape", "blocks"), SHAPES)
 def test_8_bit_integers(
@@ -113,7 +115,7 @@ def test_8_bit_integers(
             assert same_bits(found, wanted.to(dtype))
 
 
-@pytest.mark.parametrize("max_bytes", [1, 20_000, 10**7])
+@pytest.mark.parametrize("max_bytes", SIZES)
 @pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize(
     ("shape", "group"), [((20, 64), 32), ((13, 72), 24), ((11, 8), 8), ((9, 40_000), 8)]
