@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 
 import torch
 
@@ -41,7 +44,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 128,
 }
 GROUPS = {"int4": ["--group", "128"], "int4-g32": ["--group", "32"]}
-FEW, MANY = (4, 8), (16, 128)
+FEW, MANY = (4, 1), (8, 64)
 """Rows and tokens of each: those that a link binds, and those that computing binds."""
 
 
