@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -242,16 +243,19 @@ def _check(kernels: Kernels) -> None:
     ):
         columns = 200
         blocks = ScaleBlocks(2, 40)
-        generator = torch.Generator().manual_seed(0)
+        draw: dict[str, Any] = {  # whatever torch's defaults are
+            "generator": torch.Generator("cpu").manual_seed(0),
+            "device": "cpu",
+        }
         grid = blocks.grid((5, columns))
         numbers = ScaledNumbers(
             torch.randint(
-                0, 120, (5, columns // codes.per_byte), generator=generator
-            ).to(torch.uint8),
+                0, 120, (5, columns // codes.per_byte), dtype=torch.uint8, **draw
+            ),
             codes,
             blocks,
-            torch.rand(grid, generator=generator),
-            torch.rand(grid, generator=generator),
+            torch.rand(grid, dtype=torch.float32, **draw),
+            torch.rand(grid, dtype=torch.float32, **draw),
             rounding,
         )
         for turned in (False, True):
@@ -273,9 +277,15 @@ def _check(kernels: Kernels) -> None:
 def _check_packed(kernels: Kernels) -> None:
     """Does the same for packed numbers."""
     columns = 203
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(1 << 15), 1 << 15, (5, columns), generator=generator)
-    made, blocks = pack(bits.to(torch.int16).view(torch.bfloat16))
+    bits = torch.randint(
+        -(1 << 15),
+        1 << 15,
+        (5, columns),
+        dtype=torch.int16,
+        generator=torch.Generator("cpu").manual_seed(0),
+        device="cpu",
+    )
+    made, blocks = pack(bits.view(torch.bfloat16))
     numbers = PackedFloats(made, columns, escapes(blocks), block_rows_of(columns))
     for dtype, kind in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32)):
         found, wanted = (

@@ -86,12 +86,12 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     rows, columns = weight.shape
     bits = weight.contiguous().view(torch.int16)
     exponents = ((bits >> 7) & 0xFF).to(torch.int32)
-    lines = torch.arange(rows, dtype=torch.int32)[:, None]
+    lines = torch.arange(rows, dtype=torch.int32, device="cpu")[:, None]
     counts = torch.bincount((exponents + (lines << 8)).flatten(), minlength=rows << 8)
     counts = counts.view(rows, 256)
     sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
     firsts = (sums[:, _IN_A_ROW:] - sums[:, :-_IN_A_ROW]).argmax(1)[:, None]
-    span = firsts + torch.arange(_IN_A_ROW)
+    span = firsts + torch.arange(_IN_A_ROW, device="cpu")
     others = counts.scatter(1, span, -1).argmax(1)[:, None]
     codes = exponents - firsts.to(torch.int32) + 1
     is_other = exponents == others
@@ -100,7 +100,7 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     small = codes.to(torch.uint8)
     half = (columns + 1) // 2
     upper = torch.nn.functional.pad(small[:, half:], (0, 2 * half - columns))
-    made = torch.empty(rows, row_bytes_of(columns), dtype=torch.uint8)
+    made = torch.empty(rows, row_bytes_of(columns), dtype=torch.uint8, device="cpu")
     made[:, :columns] = ((bits >> 8) & 0x80 | bits & 0x7F).to(torch.uint8)
     made[:, columns : columns + half] = small[:, :half] | upper << 4
     made[:, -2:-1] = others.to(torch.uint8)
@@ -119,7 +119,9 @@ def escapes(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
     most = max((len(block) for block in blocks), default=0)
     if not most:
         return None
-    made = torch.full((len(blocks), most + most % 2), -1, dtype=torch.int32)
+    made = torch.full(
+        (len(blocks), most + most % 2), -1, dtype=torch.int32, device="cpu"
+    )
     for row, block in zip(made, blocks, strict=True):
         row[: len(block)] = block
     return made

@@ -144,7 +144,7 @@ def _seen(inputs: Sequence[Input], image: Image) -> list[torch.Tensor]:
 def _elements(memory: Memory, offset: int, nbytes: int, of: Input) -> torch.Tensor:
     """Bytes of `memory` as elements: one-dimensional, a view where they are aligned."""
     if not nbytes:
-        return torch.empty(0, dtype=of.dtype)
+        return memory.tensor(0, 1)[:0].view(of.dtype)
     found = memory.tensor(offset, nbytes)
     if found.data_ptr() % of.dtype.itemsize:
         found = found.clone()

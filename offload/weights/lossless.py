@@ -64,7 +64,9 @@ class PackedWeight:
 
     def unpacked(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The whole weight, made of stored tensors given by their names."""
-        flat = torch.empty(self.num_rows, self.codec.columns, dtype=torch.bfloat16)
+        flat = torch.empty(
+            self.num_rows, self.codec.columns, dtype=torch.bfloat16, device="cpu"
+        )
         parts = [stored[entry.name] for entry in self.entries]
         parts[0] = parts[0].reshape(self.num_rows, -1)
         self.codec.decode(parts, flat, TILES)

@@ -45,6 +45,17 @@ def test_several_at_once_compile_and_later_ones_do_not(
     assert list(tmp_path.iterdir()) == [made]
 
 
+@pytest.mark.usefixtures("compiler")
+def test_whatever_torchs_defaults_are(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            compiled(tmp_path)
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
