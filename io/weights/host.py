@@ -1,6 +1,6 @@
 """The host tier: units are read once and stay in host memory."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -68,20 +68,24 @@ class HostTier(Closing):
     def __repr__(self) -> str:
         return f"<HostTier: {len(self.offsets)} units in {self.memory!r}>"
 
-    def load_again(self, units: Iterable[int]) -> None:
+    def load_again(self, units: Sequence[int]) -> None:
         """Reads `units` again after their files changed.
 
         Nobody may use these units meanwhile.
         """
-        for unit in units:
-            nbytes = self._layouts[unit].nbytes
-            if (own := self.moved.pop(unit, None)) is not None:
-                own.close()
-            memory, offset = self.memory, self.offsets[unit]
-            if nbytes > self._rooms[unit]:
-                self.moved[unit], offset = (memory := Arena(nbytes)), 0
-            with closing(self._loader_into(memory)) as loader:
-                loader.load(unit, offset).wait()
+        if not units:
+            return
+        with closing(self._loader_into(self.memory)) as loader:
+            for unit in units:
+                nbytes = self._layouts[unit].nbytes
+                if (own := self.moved.pop(unit, None)) is not None:
+                    own.close()
+                if nbytes <= self._rooms[unit]:
+                    loader.load(unit, self.offsets[unit]).wait()
+                    continue
+                self.moved[unit] = memory = Arena(nbytes)
+                with closing(self._loader_into(memory)) as own_loader:
+                    own_loader.load(unit, 0).wait()
 
     def close(self) -> None:
         for memory in (*self.moved.values(), self.memory):

@@ -62,16 +62,20 @@ class PeerTier(Closing):
 
         Nobody may use these units meanwhile.
         """
+        grown = {u for u in units if self._transfers[u].nbytes > self._rooms[u]}
         for unit in units:
-            nbytes = self._transfers[unit].nbytes
             if (own := self.moved.pop(unit, None)) is not None:
                 own.close()
-            memory, offset = self.memory, self.offsets[unit]
-            if nbytes > self._rooms[unit]:
-                memory, offset = self.device.allocate(nbytes), 0
-                self.moved[unit] = memory
+        if kept := [unit for unit in units if unit not in grown]:
+            with open_link(self.memory, self.device) as link:
+                for unit in kept:
+                    link.load(unit, self.offsets[unit], ()).wait()
+                self.device.synchronize()
+        for unit in grown:
+            memory = self.device.allocate(self._transfers[unit].nbytes)
+            self.moved[unit] = memory
             with open_link(memory, self.device) as link:
-                link.load(unit, offset, ()).wait()
+                link.load(unit, 0, ()).wait()
                 self.device.synchronize()
 
     def close(self) -> None:
