@@ -32,6 +32,10 @@ class Cast:
     def is_elementwise(self) -> bool:
         return True
 
+    @property
+    def uses_kernels(self) -> bool:
+        return False
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

@@ -46,6 +46,11 @@ class Codec(Protocol):
         """
         ...
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether `decode` calls `kernels`."""
+        ...
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

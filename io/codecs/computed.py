@@ -38,6 +38,10 @@ class Computed:
     def is_elementwise(self) -> bool:
         return False
 
+    @property
+    def uses_kernels(self) -> bool:
+        return False
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

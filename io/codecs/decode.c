@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -23,6 +26,7 @@ struct job {
     void *target;
     int64_t row_stride, column_stride; /* elements */
     int32_t per_byte;                  /* numbers in a byte: 1 or 2 */
+    int32_t is_int8;                   /* the table is that of signed bytes */
     int32_t rounding, dtype;
 };
 
@@ -50,20 +54,49 @@ static inline void decode_bytes(const uint8_t *restrict codes, const float *rest
         out[i] = (table[codes[i]] - offset) * scale;
 }
 
-static inline void scale_in_place(int64_t n, float offset, float scale,
-                                  float *restrict out)
+static inline void decode_int8(const uint8_t *restrict codes, int64_t n, float offset,
+                               float scale, float *restrict out)
 {
     for (int64_t i = 0; i < n; i++)
-        out[i] = (out[i] - offset) * scale;
+        out[i] = ((float)(int8_t)codes[i] - offset) * scale;
 }
 
-static void look_up_pairs(const uint8_t *restrict codes, const float *restrict table,
-                          int64_t n, float *restrict out)
+/* The same for two codes in a byte, from the code `from` on. The 16 products are made
+   once, and looked up. */
+static inline void decode_halves(const uint8_t *restrict codes, int64_t from,
+                                 const float *restrict table, int64_t n, float offset,
+                                 float scale, float *restrict out)
 {
-    for (int64_t i = 0; i < n / 2; i++)
-        memcpy(out + 2 * i, table + 2 * codes[i], 2 * sizeof(float));
-    if (n % 2)
-        out[n - 1] = table[2 * codes[n / 2]];
+    float numbers[16];
+    for (int i = 0; i < 16; i++)
+        numbers[i] = (table[2 * i] - offset) * scale;
+    int64_t i = 0;
+    if (from % 2 && n)
+        out[i++] = numbers[codes[from / 2] >> 4];
+    codes += (from + i) / 2;
+    int64_t start = i;
+#ifdef __AVX2__
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i mask = _mm256_set1_epi32(15);
+    __m256 low = _mm256_loadu_ps(numbers), high = _mm256_loadu_ps(numbers + 8);
+    for (; i + 8 <= n; i += 8) {
+        int32_t word;
+        memcpy(&word, codes + (i - start) / 2, 4);
+        __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+        code = _mm256_and_si256(code, mask);
+        __m256 first = _mm256_permutevar8x32_ps(low, code);
+        __m256 second = _mm256_permutevar8x32_ps(high, code);
+        __m256 is_second = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(first, second, is_second));
+    }
+#endif
+    for (; i + 2 <= n; i += 2) {
+        uint8_t both = codes[(i - start) / 2];
+        out[i] = numbers[both & 15];
+        out[i + 1] = numbers[both >> 4];
+    }
+    if (i < n)
+        out[i] = numbers[codes[(i - start) / 2] & 15];
 }
 
 static void round_to(int32_t dtype, int64_t n, float *restrict out)
@@ -85,17 +118,17 @@ static void decode_span(const struct job *job, int64_t row, int64_t from, int64_
     int64_t size = job->block_columns, across = (job->columns + size - 1) / size;
     int64_t first = job->block_rows ? row / job->block_rows * across : 0;
     const uint8_t *codes = job->codes + row * job->code_stride + from / job->per_byte;
-    if (job->per_byte == 2)
-        look_up_pairs(codes, job->table, n, out);
     int64_t block = first + from / size, left = size - from % size;
     for (int64_t i = 0, num; i < n; i += num, block++, left = size) {
         float scale = job->scales[block];
         float offset = job->offsets ? job->offsets[block] : 0;
         num = left < n - i ? left : n - i;
-        if (job->per_byte == 1)
-            decode_bytes(codes + i, job->table, num, offset, scale, out + i);
+        if (job->per_byte == 2)
+            decode_halves(codes, i, job->table, num, offset, scale, out + i);
+        else if (job->is_int8)
+            decode_int8(codes + i, num, offset, scale, out + i);
         else
-            scale_in_place(num, offset, scale, out + i);
+            decode_bytes(codes + i, job->table, num, offset, scale, out + i);
     }
     if (job->rounding != job->dtype)
         round_to(job->rounding, n, out);

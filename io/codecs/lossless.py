@@ -41,6 +41,10 @@ class Lossless:
     def is_elementwise(self) -> bool:
         return False
 
+    @property
+    def uses_kernels(self) -> bool:
+        return True
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

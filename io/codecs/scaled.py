@@ -74,6 +74,10 @@ class Scaled:
     def is_elementwise(self) -> bool:
         return False
 
+    @property
+    def uses_kernels(self) -> bool:
+        return True
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

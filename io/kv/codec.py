@@ -4,12 +4,15 @@ from typing import Protocol
 
 import torch
 
+from ..codecs.codes import Codes
+from ..codecs.kernels import Kernels, ScaleBlocks, ScaledNumbers
 from ..extent import align_up
 from .layer_buffer import Pair
 from .shape import KvShape
 
 _MOST_IN_GROUP = 32
 _ROW_ALIGNMENT = 16
+_CODES = {torch.int8: Codes.INT8, torch.float8_e4m3fn: Codes.FLOAT8_E4M3}
 _LEAST_SCALE = 2.0**-14
 """The smallest normal float16. Elements below half of it become zero."""
 
@@ -83,6 +86,7 @@ class Plain:
 
 class Quantised:
     """Symmetric quantisation to `kind` (torch.int8 or torch.float8_e4m3fn).
+    `kernels` are for the device of the rows.
 
     An element is its byte times the float16 scale of its group. A group has up to 32
     elements of one head of one token. Errors: the largest element of a group is exact
@@ -92,9 +96,10 @@ class Quantised:
 
     is_lossy = True
 
-    def __init__(self, shape: KvShape, kind: torch.dtype) -> None:
+    def __init__(self, shape: KvShape, kind: torch.dtype, kernels: Kernels) -> None:
         self._shape = shape
         self._kind = kind
+        self._kernels = kernels
         self._key_group = _group(shape.key_dim)
         self._value_group = _group(shape.value_dim)
         self._num_elements = shape.key_numel + shape.value_numel
@@ -158,11 +163,21 @@ class Quantised:
         self, elements: torch.Tensor, scales: torch.Tensor, heads: int
     ) -> torch.Tensor:
         """The inverse of `_put`: [batch, heads, tokens, dim] in the model's dtype."""
-        num = elements.shape[0]
-        exact = elements.float().view(num, scales.shape[1], -1)
-        exact = exact * scales.unsqueeze(-1).float()
-        result = exact.view(num, self._shape.batch, heads, -1).to(self._shape.dtype)
-        return result.permute(1, 2, 0, 3)
+        num, numel = elements.shape
+        with torch.inference_mode(False):
+            made = torch.empty(
+                (num, numel), dtype=self._shape.dtype, device=elements.device
+            )
+        numbers = ScaledNumbers(
+            elements.view(torch.uint8),
+            _CODES[self._kind],
+            ScaleBlocks(1, numel // scales.shape[1]),
+            scales.float().contiguous(),
+            None,
+            torch.float32,
+        )
+        self._kernels.write_scaled(made, numbers)
+        return made.view(num, self._shape.batch, heads, -1).permute(1, 2, 0, 3)
 
 
 def _group(dim: int) -> int:

@@ -41,7 +41,7 @@ from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .kept import KeptUnits
-from .kernels import open_kernels
+from .kernels import kernels_for
 from .readers import open_gds, open_reader
 
 
@@ -88,7 +88,7 @@ class Tiers(Closing):
             self.reader = open_reader(checkpoint.stamps, io, fallbacks)
             opened.enter_context(self.reader)
             self.layered = opened.enter_context(LayeredReader(self.reader))
-            kernels = open_kernels(layouts, policy.io, fallbacks)
+            kernels = kernels_for(layouts, policy.io, fallbacks)
             self._loader_of = partial(
                 Loader, reader=self.layered, bounce_bytes=io.bounce, kernels=kernels
             )

@@ -3,11 +3,15 @@
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from ...io.closing import Closing
+from ...io.codecs.kernels import Kernels
+from ...io.codecs.opening import open_kernels
+from ...io.codecs.whole import WHOLE
 from ...io.devices.device import Device, Stream
 from ...io.fallbacks import Fallbacks
 from ...io.kv.buffer_pool import BufferPool, DevicePool, PinnedPool, UnpinnedPool
@@ -150,7 +154,16 @@ class KvTiers(Closing):
         return True
 
     def _codec(self, shape: KvShape) -> KvCodec:
-        return Plain(shape) if self._kind is None else Quantised(shape, self._kind)
+        if self._kind is None:
+            return Plain(shape)
+        return Quantised(shape, self._kind, self._kernels)
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        if not self._device.is_host:
+            return WHOLE
+        folder = cache_folder(self._policy.io)
+        return open_kernels(folder, self._fallbacks, "keys and values")
 
     def _on_disk(self) -> DiskTier:
         device = self._device

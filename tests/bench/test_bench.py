@@ -50,6 +50,7 @@ def test_the_benchmark_of_tiers_measures_every_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_the_benchmark_of_completions_compares_all_its_contenders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,10 @@ class RowScaled:
     def is_elementwise(self) -> bool:
         return False
 
+    @property
+    def uses_kernels(self) -> bool:
+        return False
+
     def decode(
         self, stored: Sequence[torch.Tensor], target: torch.Tensor, kernels: Kernels
     ) -> None:

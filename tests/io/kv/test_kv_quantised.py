@@ -12,6 +12,7 @@ import torch
 import penstock
 import zoo
 from penstock import Policy
+from penstock.io.codecs.tiles import TILES
 from penstock.io.kv.codec import Quantised
 from penstock.io.kv.shape import KvShape
 
@@ -36,7 +37,7 @@ def test_what_is_lost_is_bounded(
         for dim in dims
     )
     shape = KvShape.of(keys, values)
-    codec = Quantised(shape, kind)
+    codec = Quantised(shape, kind, TILES)
     rows = codec.encode(keys, values)
     assert rows.shape == (6 * codec.row_bytes,)
     found = codec.decode(rows)
@@ -58,12 +59,12 @@ def test_what_is_lost_is_bounded(
 
 def test_it_takes_half_of_the_bytes() -> None:
     shape = KvShape(4, 8, 128, 8, 128, torch.bfloat16)
-    assert Quantised(shape, torch.int8).row_bytes == shape.row_bytes * 17 // 32
+    assert Quantised(shape, torch.int8, TILES).row_bytes == shape.row_bytes * 17 // 32
 
 
 def test_nothing_is_kept_as_nothing() -> None:
     zeros = torch.zeros(1, 1, 2, 8)
-    codec = Quantised(KvShape.of(zeros, zeros), torch.float8_e4m3fn)
+    codec = Quantised(KvShape.of(zeros, zeros), torch.float8_e4m3fn, TILES)
     for found in codec.decode(codec.encode(zeros, zeros)):
         assert torch.equal(found, zeros)
 

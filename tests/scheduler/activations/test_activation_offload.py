@@ -96,7 +96,7 @@ def generated(name: str, folder: Path, num: int, **policy: Any) -> tuple[Any, An
 
 @pytest.mark.parametrize(
     "name",
-    shared(["llama", "gpt2", "mixtral", "t5", "mamba"], lambda n, _: n in (0, 3, 4)),
+    shared(["llama", "gpt2", "mixtral", "t5", "mamba"], lambda n, _: n in (0, 4)),
 )
 def test_generate_with_its_caches_is_bit_identical(name: str, tmp_path: Path) -> None:
     found, expected, statistics = generated(name, tmp_path, 4, activations="host")
@@ -223,7 +223,7 @@ KEEPERS = [
     ("keep", "is_first_time"),
     shared(
         [(keep, is_first) for keep in KEEPERS for is_first in (True, False)],
-        lambda _, case: not case[1] or case[0] in (keep_in_a_list, keep_for_autograd),
+        lambda n, case: case[0] == keep_in_a_list or n % 4 == 1,
     ),
 )
 def test_what_others_refer_to_stays(

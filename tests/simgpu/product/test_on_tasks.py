@@ -108,9 +108,7 @@ def results_of(folder: Path, case: Case, device: str) -> list[dict[str, Any]]:
 
 KEPT = (
     "score, host and peer",
-    "classify",
     "kv in host memory, activations out, shared products",
-    "attention on the host",
     "sampling",
 )
 PARTS = [list(KEPT), *(list(CASES)[start::3] for start in range(3))]
