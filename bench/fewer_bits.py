@@ -4,7 +4,7 @@ Makes a Llama with blocks of the 3B shape, converts it by `penstock convert`, an
 each kind in turns, two passes at a time: few sequences over a link of limited speed
 (`--link`), and many tokens with the link as fast as the drive. Shown are, per pass, as
 shares of bfloat16's: the bytes that were read, the CPU seconds of decoding, and tokens
-a second. Ceiling of
+a second; and the loops that decode beside the cast, in one thread. Ceiling of
 the slow link: the bytes that bfloat16 reads over those that the kind reads.
 
     python bench/fewer_bits.py [--kinds fp8 int8 int4 lossless] [--layers 6]
@@ -31,10 +31,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 import torch
 
 import penstock
-from common import frame, machine, models
+from common import decoding, frame, machine, models
 from penstock import Policy
 from penstock.io.timeline import CASTING
 from penstock.offload.model import engine_of
+from penstock.offload.policy import IO, cache_folder
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
@@ -69,13 +70,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with frame.scratch(args.work) as folder:
         card = machine.card(folder)
+        decodes = decoding.over_casting(cache_folder(IO()))
         folders = checkpoints(folder, args.kinds, args.layers)
         passes = [
             *measured(folders, args, FEW, "few sequences", args.link),
             *measured(folders, args, MANY, "many tokens", None),
         ]
     print(table(passes, args))
-    result = {"machine": card, "passes": [asdict(p) for p in passes]}
+    print("\n| one thread | over casting bfloat16 to float32 |\n|---|---|")
+    for name, ratio in decodes.items():
+        print(f"| {name} | {ratio:.2f} |")
+    result = {
+        "machine": card,
+        "passes": [asdict(p) for p in passes],
+        "decodes": decodes,
+    }
     print(json.dumps(result))
 
 

@@ -33,6 +33,11 @@ class Codes(Enum):
         """The numbers that each byte means: float32, [256, per_byte], on the CPU."""
         return _table(self.value)
 
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The numbers that the codes mean: float32, of one dimension, on the CPU."""
+        return _numbers(self.value)
+
 
 @functools.cache
 def _table(name: str) -> torch.Tensor:
@@ -42,3 +47,9 @@ def _table(name: str) -> torch.Tensor:
         return torch.stack((numbers[codes % 16], numbers[codes // 16]), -1)
     kind: torch.dtype = getattr(torch, name)
     return codes.to(torch.uint8).view(kind).to(torch.float32)[:, None]
+
+
+@functools.cache
+def _numbers(name: str) -> torch.Tensor:
+    table = _table(name)
+    return table[: 16 if table.shape[1] == 2 else 256, 0].contiguous()

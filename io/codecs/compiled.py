@@ -30,6 +30,8 @@ math, which CC may ask for, would also have the whole process lose small numbers
 _SECONDS = 60.0
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of `enum dtype`."""
+_KINDS = {Codes.INT8: 1, Codes.FLOAT8_E4M3: 2}
+"""The numbers of `enum kind`; 0 for others."""
 
 
 class CannotCompileError(Exception):
@@ -53,7 +55,7 @@ class _Job(ctypes.Structure):
         ("row_stride", ctypes.c_int64),
         ("column_stride", ctypes.c_int64),
         ("per_byte", ctypes.c_int32),
-        ("is_int8", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
         ("rounding", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
     )
@@ -99,7 +101,7 @@ class Compiled:
         if not is_known or codes.stride(1) != 1 or not target.numel():
             TILES.write_scaled(target, numbers)
             return
-        table, scales = numbers.codes.table, numbers.scales
+        table, scales = numbers.codes.numbers, numbers.scales
         job = _Job(
             codes.data_ptr(),
             codes.stride(0),
@@ -112,7 +114,7 @@ class Compiled:
             target.data_ptr(),
             *target.stride(),
             numbers.codes.per_byte,
-            numbers.codes is Codes.INT8,
+            _KINDS.get(numbers.codes, 0),
             self._dtypes[numbers.rounding],
             self._dtypes[target.dtype],
         )

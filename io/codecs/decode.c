@@ -4,11 +4,15 @@
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX2__
+#if defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
+#define HAS_AVX2
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+enum kind { TABLE, INT8, FLOAT8_E4M3 };
 
 #define SPAN 512  /* numbers of a row that are decoded at a time: even */
 #define HEIGHT 128 /* rows of a tile that is turned before it is written */
@@ -18,7 +22,7 @@ enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 struct job {
     const uint8_t *codes;
     int64_t code_stride;  /* bytes from a row to the next */
-    const float *table;   /* the numbers that each byte means */
+    const float *table;   /* the numbers that the codes mean */
     const float *scales;  /* [blocks down, blocks across] */
     const float *offsets; /* like scales, or NULL */
     int64_t rows, columns;
@@ -26,7 +30,7 @@ struct job {
     void *target;
     int64_t row_stride, column_stride; /* elements */
     int32_t per_byte;                  /* numbers in a byte: 1 or 2 */
-    int32_t is_int8;                   /* the table is that of signed bytes */
+    int32_t kind;                      /* of codes that need no table */
     int32_t rounding, dtype;
 };
 
@@ -46,7 +50,7 @@ static inline float float_of(uint16_t bfloat16)
     return value;
 }
 
-/* Writes `(number - offset) * scale` of one block. */
+/* Writes `(number - offset) * scale` of one block: codes of a byte each. */
 static inline void decode_bytes(const uint8_t *restrict codes, const float *restrict table,
                                 int64_t n, float offset, float scale, float *restrict out)
 {
@@ -61,6 +65,34 @@ static inline void decode_int8(const uint8_t *restrict codes, int64_t n, float o
         out[i] = ((float)(int8_t)codes[i] - offset) * scale;
 }
 
+/* The fields of e4m3 are those of a 16-bit float with another bias; only NaN is not. */
+static inline void decode_e4m3(const uint8_t *restrict codes, const float *restrict table,
+                               int64_t n, float offset, float scale, float *restrict out)
+{
+    int64_t i = 0;
+#ifdef HAS_AVX2
+    const __m256i low = _mm256_set1_epi16(0x7f), top = _mm256_set1_epi16(INT16_MIN);
+    const __m256i nan = _mm256_set1_epi16(0x7e00);
+    const __m256 bias = _mm256_set1_ps(256);
+    __m256 offsets = _mm256_set1_ps(offset), scales = _mm256_set1_ps(scale);
+    for (; i + 16 <= n; i += 16) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + i));
+        __m256i code = _mm256_cvtepu8_epi16(bytes), size = _mm256_and_si256(code, low);
+        __m256i half = _mm256_and_si256(_mm256_slli_epi16(code, 8), top);
+        half = _mm256_or_si256(half, _mm256_slli_epi16(size, 7));
+        __m256i is_nan = _mm256_cmpeq_epi16(size, low);
+        half = _mm256_or_si256(half, _mm256_and_si256(is_nan, nan));
+        __m256 first = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+        __m256 second = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+        first = _mm256_sub_ps(_mm256_mul_ps(first, bias), offsets);
+        second = _mm256_sub_ps(_mm256_mul_ps(second, bias), offsets);
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(first, scales));
+        _mm256_storeu_ps(out + i + 8, _mm256_mul_ps(second, scales));
+    }
+#endif
+    decode_bytes(codes + i, table, n - i, offset, scale, out + i);
+}
+
 /* The same for two codes in a byte, from the code `from` on. The 16 products are made
    once, and looked up. */
 static inline void decode_halves(const uint8_t *restrict codes, int64_t from,
@@ -69,13 +101,13 @@ static inline void decode_halves(const uint8_t *restrict codes, int64_t from,
 {
     float numbers[16];
     for (int i = 0; i < 16; i++)
-        numbers[i] = (table[2 * i] - offset) * scale;
+        numbers[i] = (table[i] - offset) * scale;
     int64_t i = 0;
     if (from % 2 && n)
         out[i++] = numbers[codes[from / 2] >> 4];
     codes += (from + i) / 2;
     int64_t start = i;
-#ifdef __AVX2__
+#ifdef HAS_AVX2
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i mask = _mm256_set1_epi32(15);
     __m256 low = _mm256_loadu_ps(numbers), high = _mm256_loadu_ps(numbers + 8);
@@ -125,8 +157,10 @@ static void decode_span(const struct job *job, int64_t row, int64_t from, int64_
         num = left < n - i ? left : n - i;
         if (job->per_byte == 2)
             decode_halves(codes, i, job->table, num, offset, scale, out + i);
-        else if (job->is_int8)
+        else if (job->kind == INT8)
             decode_int8(codes + i, num, offset, scale, out + i);
+        else if (job->kind == FLOAT8_E4M3)
+            decode_e4m3(codes + i, job->table, num, offset, scale, out + i);
         else
             decode_bytes(codes + i, job->table, num, offset, scale, out + i);
     }
@@ -184,30 +218,88 @@ static inline void write_turned(const struct job *job, int64_t row, int64_t from
     }
 }
 
-/* They do not. */
-static void decode_turned(const struct job *job)
+/* Turns 8 x 8 numbers of 16 bits, or 4 x 4 of 32: `from` has rows of WIDTH numbers, `to`
+   of HEIGHT. */
+static inline void turn_halves(const uint16_t *restrict from, uint16_t *restrict to)
 {
-    float numbers[WIDTH], wide[WIDTH][HEIGHT];
-    uint16_t halves[WIDTH], narrow[WIDTH][HEIGHT];
+#ifdef __SSE2__
+    __m128i a[8], b[8];
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm_loadu_si128((const __m128i *)(from + i * WIDTH));
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
+        b[i + 4] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) { /* 4 columns of 8 */
+        a[i] = _mm_unpacklo_epi32(b[i], b[i + 1]);
+        a[i + 1] = _mm_unpackhi_epi32(b[i], b[i + 1]);
+        a[i + 2] = _mm_unpacklo_epi32(b[i + 2], b[i + 3]);
+        a[i + 3] = _mm_unpackhi_epi32(b[i + 2], b[i + 3]);
+        for (int j = 0; j < 2; j++, to += 2 * HEIGHT) {
+            __m128i low = _mm_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            __m128i high = _mm_unpackhi_epi64(a[i + j], a[i + j + 2]);
+            _mm_storeu_si128((__m128i *)to, low);
+            _mm_storeu_si128((__m128i *)(to + HEIGHT), high);
+        }
+    }
+#else
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++)
+            to[j * HEIGHT + i] = from[i * WIDTH + j];
+#endif
+}
+
+static inline void turn_floats(const float *restrict from, float *restrict to)
+{
+#ifdef __SSE2__
+    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + WIDTH);
+    __m128 c = _mm_loadu_ps(from + 2 * WIDTH), d = _mm_loadu_ps(from + 3 * WIDTH);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + HEIGHT, b);
+    _mm_storeu_ps(to + 2 * HEIGHT, c);
+    _mm_storeu_ps(to + 3 * HEIGHT, d);
+#else
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++)
+            to[j * HEIGHT + i] = from[i * WIDTH + j];
+#endif
+}
+
+/* They do not: `tile` is decoded, `turned`, and written. */
+static void decode_turned_halves(const struct job *job)
+{
+    float numbers[WIDTH];
+    uint16_t tile[HEIGHT][WIDTH] = {0}, turned[WIDTH][HEIGHT];
     for (int64_t row = 0; row < job->rows; row += HEIGHT) {
         int64_t height = job->rows - row < HEIGHT ? job->rows - row : HEIGHT;
         for (int64_t from = 0; from < job->columns; from += WIDTH) {
             int64_t n = job->columns - from < WIDTH ? job->columns - from : WIDTH;
             for (int64_t i = 0; i < height; i++) {
                 decode_span(job, row + i, from, n, numbers);
-                if (job->dtype == FLOAT32) {
-                    for (int64_t j = 0; j < n; j++)
-                        wide[j][i] = numbers[j];
-                } else {
-                    store(job->dtype, n, numbers, halves);
-                    for (int64_t j = 0; j < n; j++)
-                        narrow[j][i] = halves[j];
-                }
+                store(job->dtype, n, numbers, tile[i]);
             }
-            if (job->dtype == FLOAT32)
-                write_turned(job, row, from, height, n, (char *)wide, 4);
-            else
-                write_turned(job, row, from, height, n, (char *)narrow, 2);
+            for (int64_t j = 0; j < n; j += 8)
+                for (int64_t i = 0; i < height; i += 8)
+                    turn_halves(&tile[i][j], &turned[j][i]);
+            write_turned(job, row, from, height, n, (char *)turned, 2);
+        }
+    }
+}
+
+static void decode_turned_floats(const struct job *job)
+{
+    float tile[HEIGHT][WIDTH] = {0}, turned[WIDTH][HEIGHT];
+    for (int64_t row = 0; row < job->rows; row += HEIGHT) {
+        int64_t height = job->rows - row < HEIGHT ? job->rows - row : HEIGHT;
+        for (int64_t from = 0; from < job->columns; from += WIDTH) {
+            int64_t n = job->columns - from < WIDTH ? job->columns - from : WIDTH;
+            for (int64_t i = 0; i < height; i++)
+                decode_span(job, row + i, from, n, tile[i]);
+            for (int64_t j = 0; j < n; j += 4)
+                for (int64_t i = 0; i < height; i += 4)
+                    turn_floats(&tile[i][j], &turned[j][i]);
+            write_turned(job, row, from, height, n, (char *)turned, 4);
         }
     }
 }
@@ -226,8 +318,10 @@ void penstock_decode(const struct job *job)
 {
     if (job->column_stride == 1)
         decode_rows(job);
+    else if (job->dtype == FLOAT32)
+        decode_turned_floats(job);
     else
-        decode_turned(job);
+        decode_turned_halves(job);
 }
 
 /* `_Packed` in compiled.py. */
