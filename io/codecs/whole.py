@@ -1,5 +1,7 @@
 """The kernels for accelerators: operations on whole tensors, on the current stream."""
 
+from dataclasses import replace
+
 import torch
 
 from .codes import Codes
@@ -9,16 +11,28 @@ from .packed import PackedFloats, escapes_of, joined
 
 class Whole:
     """See `Kernels`; the tensors are those of any device. The host waits for nothing.
-    Needs memory for about four times as many float32 as there are numbers."""
+    Needs memory for about four float32 for each of the numbers that are decoded at
+    once: `most_numel`, or a row of blocks."""
+
+    def __init__(self, most_numel: int = 4 << 20) -> None:
+        self.most_numel = most_numel
 
     def write_scaled(self, target: torch.Tensor, numbers: ScaledNumbers) -> None:
-        rows, columns = target.shape
-        made = _numbers(numbers.bytes, numbers.codes)[:, :columns]
-        blocks = numbers.blocks.rows, numbers.blocks.columns
-        if numbers.offsets is not None:
-            made = made - _spread(numbers.offsets, blocks, rows, columns)
-        made = made * _spread(numbers.scales, blocks, rows, columns)
-        target.copy_(made.to(numbers.rounding))
+        num_rows, num_columns = target.shape
+        height = numbers.blocks.rows
+        step = max(1, self.most_numel // num_columns)
+        if height:
+            step = max(height, step // height * height)
+        for first in range(0, num_rows, step):
+            last = min(first + step, num_rows)
+            down = slice(first // height, -(-last // height)) if height else slice(1)
+            part = replace(
+                numbers,
+                bytes=numbers.bytes[first:last],
+                scales=numbers.scales[down],
+                offsets=None if numbers.offsets is None else numbers.offsets[down],
+            )
+            _write_scaled(target[first:last], part)
 
     def write_packed(self, target: torch.Tensor, numbers: PackedFloats) -> None:
         columns = target.shape[1]
@@ -34,6 +48,16 @@ class Whole:
 
 
 WHOLE = Whole()
+
+
+def _write_scaled(target: torch.Tensor, numbers: ScaledNumbers) -> None:
+    rows, columns = target.shape
+    made = _numbers(numbers.bytes, numbers.codes)[:, :columns]
+    blocks = numbers.blocks.rows, numbers.blocks.columns
+    if numbers.offsets is not None:
+        made = made - _spread(numbers.offsets, blocks, rows, columns)
+    made = made * _spread(numbers.scales, blocks, rows, columns)
+    target.copy_(made.to(numbers.rounding))
 
 
 def _escaped(exponents: torch.Tensor, numbers: PackedFloats) -> torch.Tensor:
