@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_loader import opened
+from transformers import AutoModelForCausalLM
 
 import penstock
 from checkpoints import same_bits
@@ -406,6 +407,18 @@ def test_numbers_of_another_format_than_the_config_says_are_refused(
     (tmp_path / SINGLE_FILE).symlink_to(folder_of(case) / SINGLE_FILE)
     with pytest.raises(CheckpointError, match=r"is kept as .* does not have"):
         penstock.load(tmp_path, POLICY)
+
+
+@needs_library
+def test_a_model_that_decompresses_itself_is_not_wrapped(
+    folder_of: Callable[[str], Path],
+) -> None:
+    kind: Any = AutoModelForCausalLM
+    model = kind.from_pretrained(folder_of("W4A16"))
+    with pytest.raises(UsageError, match=r"penstock\.load\(folder\) streams them"):
+        penstock.wrap(model)
+    with penstock.wrap(dequantised(folder_of("W4A16"))) as wrapped:
+        assert wrapped(IDS).logits.isfinite().all()
 
 
 def test_without_the_library_the_extra_is_named(
