@@ -140,18 +140,29 @@ def _weights(target: Target) -> dict[str, dict[str, Parts]]:
         prefix, dot, part = pattern.rpartition(".")
         weights = found.setdefault(f"{prefix}{dot}weight", defaultdict(dict))
         for entry in entries:
-            weights[entry.name.rpartition(".")[0]][part] = entry
+            parts = weights[entry.name.rpartition(".")[0]]
+            if (other := parts.setdefault(part, entry)) is not entry:
+                raise _both(other, entry)
     order = [p.rpartition(".")[0] for p in target.converter.source_patterns]
     return dict(
         sorted(found.items(), key=lambda i: order.index(i[0].rpartition(".")[0]))
     )
 
 
+def _both(one: TensorEntry, other: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"{one.path}: {one.name!r} and {other.name!r} are both there, for one weight: "
+        "download or copy it again"
+    )
+
+
 def _numbers(kind: Format, parts: Parts) -> TensorEntry:
     """The stored tensor of the weight itself, among its `parts`."""
-    for part in kind.numbers:
-        if part in parts:
-            return parts[part]
+    found = [parts[part] for part in kind.numbers if part in parts]
+    if len(found) > 1:
+        raise _both(*found)
+    if found:
+        return found[0]
     entry = next(iter(parts.values()))
     raise CheckpointError(
         f"{entry.path}: {entry.name!r} is there, but not the "

@@ -231,6 +231,10 @@ def with_flat_scales(tensors: Tensors) -> None:
     tensors[NAME + SCALE] = tensors[NAME + SCALE].reshape(-1)
 
 
+def with_both_scales(tensors: Tensors) -> None:
+    tensors[NAME.removesuffix("weight") + "scale"] = tensors[NAME + SCALE].clone()
+
+
 def with_integer_scales(tensors: Tensors) -> None:
     tensors[NAME + SCALE] = tensors[NAME + SCALE].to(torch.int32)
 
@@ -254,6 +258,7 @@ BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
         with_flat_scales,
         r"has shape \[16\], which is not that",
     ),
+    "both_scales": (with_both_scales, "are both there, for one weight"),
     "integer_scales": (with_integer_scales, "is kept as torch.int32, which scales"),
     "integer_weight": (with_integer_weight, "which is no 8-bit float"),
     "narrow_weight": (with_narrow_weight, r"holds a weight of \[128, 32\], but"),
