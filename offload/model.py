@@ -19,7 +19,7 @@ from .engine.build import build
 from .engine.counters import Statistics
 from .engine.engine import Engine
 from .engine.life import Life
-from .engine.refusals import check_not_compiled, refusals
+from .engine.refusals import check_decompressed, check_not_compiled, refusals
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
 from .settings.memory_budget import Use
@@ -122,6 +122,7 @@ def wrap(module: Model, policy: Policy | Mapping[str, Any] | None = None) -> Mod
     if _ENGINE in module.__dict__:
         raise PenstockError("this module is streamed already: unwrap it first")
     check_not_compiled(module)
+    check_decompressed(module)
     policy = Policy.of(policy)
     check_installed(policy)
     spilled = spill(module, policy.dtype, cache_folder(policy.io))

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -224,16 +225,34 @@ def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made_in:
         made = Path(made_in) / f"{stem}.so"
-        done = subprocess.run(
-            [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines()
-            raise OSError(said[0] if said else f"exit code {done.returncode}")
+        code, said = _run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)])
+        if code:
+            lines = said.strip().splitlines()
+            raise OSError(lines[0] if lines else f"exit code {code}")
         return made.replace(folder / _name(stem, made.read_bytes()))
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Runs `command`. Returns its exit code, and what it printed.
+
+    It has no terminal, where it could ask something, and is a group of processes: none
+    of them is left when this raises, as it does with OSError after `_SECONDS`.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=_SECONDS)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OSError(f"it did not end in {_SECONDS:g} seconds") from None
+            raise
+    return process.returncode, said

@@ -18,6 +18,15 @@ def side_by_side(sizes: Mapping[int, int]) -> tuple[dict[int, int], int]:
     return offsets, nbytes
 
 
+def grown_bytes(
+    held_bytes: int, rooms: Mapping[int, int], sizes: Mapping[int, int]
+) -> int:
+    """The bytes of memory that holds units in `rooms` (bytes), `held_bytes` together,
+    once they have `sizes`: those that outgrow their rooms get memory of their own."""
+    own = (size for unit, size in sizes.items() if size > rooms[unit])
+    return held_bytes + sum(own)
+
+
 def fill(
     loads: Iterable[tuple[int, Callable[[], Load]]],
     progress: Callable[[int, int], None],

@@ -9,7 +9,7 @@ from ..checkpoint.header import FileStamp
 from ..closing import Closing
 from ..memory.arena import Arena, HostMemory, Memory
 from ..memory.shared import SharedArena
-from .filling import fill, side_by_side
+from .filling import fill, grown_bytes, side_by_side
 from .layout import Layout
 from .loader import Loader
 
@@ -67,6 +67,13 @@ class HostTier(Closing):
 
     def __repr__(self) -> str:
         return f"<HostTier: {len(self.offsets)} units in {self.memory!r}>"
+
+    def nbytes_with(self, sizes: Mapping[int, int]) -> int:
+        """The bytes that this tier takes once those of its units that are among `sizes`
+        have so many."""
+        there = {unit: memory.nbytes for unit, memory in self.moved.items()}
+        there.update((u, size) for u, size in sizes.items() if u in self.offsets)
+        return grown_bytes(self.memory.nbytes, self._rooms, there)
 
     def load_again(self, units: Sequence[int]) -> None:
         """Reads `units` again after their files changed.

@@ -6,7 +6,7 @@ from functools import partial
 from ..closing import Closing
 from ..devices.device import Device
 from ..memory.arena import Memory
-from .filling import fill, side_by_side
+from .filling import fill, grown_bytes, side_by_side
 from .link import Link
 from .transfer import Transfer
 
@@ -54,6 +54,13 @@ class PeerTier(Closing):
 
     def __repr__(self) -> str:
         return f"<PeerTier: {len(self.offsets)} units on {self.device.name}>"
+
+    def nbytes_with(self, sizes: Mapping[int, int]) -> int:
+        """The bytes that this tier takes once those of its units that are among `sizes`
+        have so many."""
+        there = {unit: memory.nbytes for unit, memory in self.moved.items()}
+        there.update((u, size) for u, size in sizes.items() if u in self.offsets)
+        return grown_bytes(self.memory.nbytes, self._rooms, there)
 
     def load_again(
         self, units: Sequence[int], open_link: Callable[[Memory, Device], Link]

@@ -1,11 +1,14 @@
 """Makes transformers' quantizer for a checkpoint, set to dequantise what it loads."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from ...io.errors import CheckpointError, UsageError
@@ -13,6 +16,10 @@ from ...io.user_errors import about
 
 _METHODS = ("fp8", "mxfp8", "mxfp4", "compressed-tensors")
 _INSTEAD = "take a release in FP8 or by compressed-tensors, or an unquantised one"
+_AGAIN = "download or copy it again"
+_DEEPEST = 8
+_SIZES = {"group_size": 1, "num_bits": 1, "weight_block_size": 2}
+"""Keys of a section, and how many whole numbers they have."""
 
 
 def dequantizer_of(config: Any, folder: Path) -> Any:
@@ -46,7 +53,8 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
             f"{where}: config_groups is {groups!r:.100}, and does not say how weights "
             f"are kept: {_INSTEAD}"
         )
-    with about(where, CheckpointError, every=True):
+    _check_sizes(found, where)
+    with about(where, CheckpointError, every=True, fix=_AGAIN), _first_fault():
         settings = AutoQuantizationConfig.from_dict(copy.deepcopy(found))
         settings.dequantize = True
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
@@ -58,6 +66,39 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
             f"version does not stream: {_INSTEAD}"
         )
     return quantizer
+
+
+def _check_sizes(value: Any, where: str, depth: int = 0) -> None:
+    """Raises CheckpointError for sizes anywhere in a section that are no whole numbers:
+    libraries compute with whatever they find."""
+    if isinstance(value, list) and depth < _DEEPEST:
+        for each in value:
+            _check_sizes(each, where, depth + 1)
+    if not isinstance(value, dict) or depth == _DEEPEST:
+        return
+    for key, found in value.items():
+        if key in _SIZES and found is not None:
+            sizes = found if _SIZES[key] > 1 else [found]
+            if not isinstance(sizes, list) or any(type(n) is not int for n in sizes):
+                what = "two whole numbers" if _SIZES[key] > 1 else "a whole number"
+                raise CheckpointError(
+                    f"{where}: {key} is {found!r:.100}, and must be {what}: {_AGAIN}"
+                )
+        _check_sizes(found, where, depth + 1)
+
+
+@contextmanager
+def _first_fault() -> Iterator[None]:
+    """Says the first of the faults that pydantic lists, in one sentence."""
+    try:
+        yield
+    except ValidationError as error:
+        fault = error.errors()[0]
+        places = [str(each) for each in fault["loc"] if "(" not in str(each)]
+        given = fault["input"]
+        raise ValueError(
+            f"{'.'.join(places)} is {given!r:.200}: {fault['msg']}"
+        ) from error
 
 
 def prepare(model: PreTrainedModel, quantizer: Any, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import xxhash
 
 from ...io.checkpoint.header import TensorEntry, read_header
 from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, open_checkpoint
-from ...io.errors import MachineError, OutputError, UsageError
+from ...io.errors import CheckpointError, MachineError, OutputError, UsageError
 from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
 from ..configs import trust
@@ -67,6 +67,11 @@ class Conversion:
                 f"{out} is the model itself: name another folder, which gets a "
                 "converted copy"
             )
+        if model.resolve() in out.resolve().parents:
+            raise UsageError(
+                f"{out} is in the folder of the model, which is only read: name one "
+                "outside of it"
+            )
         self._checkpoint = open_checkpoint(model)
         self._config = _config_of(model)
         self._ignore = ignore
@@ -93,6 +98,7 @@ class Conversion:
         if (self._out / CONFIG_FILE).exists():
             return self._result(choice, was_there=True)
         shards = dict(self._shards(choice))
+        _check_names(shards.values())
         left = {n: s for n, s in shards.items() if not (self._out / n).exists()}
         try:
             self._check_room(left)
@@ -240,6 +246,20 @@ def _check_folder(out: Path, record: dict[str, Any]) -> None:
     if differ:
         what = ", ".join(f"{key} {found.get(key)!r:.60}" for key in differ)
         raise UsageError(f"{out} holds another conversion ({what}): {fix}")
+
+
+def _check_names(shards: Iterable[Shard]) -> None:
+    """Raises CheckpointError if what is stored for two tensors has one name."""
+    found: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for entry in shard.tensors:
+            for name in shard.names_for(entry):
+                if (other := found.setdefault(name, entry)) is not entry:
+                    raise CheckpointError(
+                        f"{entry.path}: {other.name!r} and {entry.name!r} would both "
+                        f"be stored as {name!r}: the model has remains of another "
+                        "conversion; take another release of it"
+                    )
 
 
 def _others(model: Path) -> Iterator[Path]:

@@ -55,6 +55,13 @@ class Shard:
         shape = (*outer, row_bytes_of(columns))
         return (NewTensor(entry.name + ROWS, torch.uint8, shape),)
 
+    def names_for(self, entry: TensorEntry) -> list[str]:
+        """The names of what may be stored for `entry`."""
+        names = [made.name for made in self.made_of(entry)]
+        if entry.name in self.converted and isinstance(self.scheme, Unchanged):
+            names.append(entry.name + ESCAPES)
+        return names
+
     @property
     def nbytes(self) -> int:
         """Bytes of all that is stored, without escapes."""

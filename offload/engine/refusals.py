@@ -88,6 +88,21 @@ def check_not_compiled(module: nn.Module) -> None:
         )
 
 
+def check_decompressed(module: nn.Module) -> None:
+    """Raises UsageError for a model whose first forward makes all of its weights at
+    once of those that compressed-tensors keeps."""
+    quantizer: Any = getattr(module, "hf_quantizer", None)
+    settings = getattr(quantizer, "quantization_config", None)
+    method = getattr(settings, "quant_method", None)
+    if getattr(method, "value", method) == "compressed-tensors":
+        raise UsageError(
+            f"this {type(module).__name__} holds weights of compressed-tensors, and "
+            "decompresses all of them when it first runs: penstock.load(folder) "
+            "streams them as they are stored; or load the model with "
+            "CompressedTensorsConfig(dequantize=True)"
+        )
+
+
 def check_not_traced() -> None:
     """Raises UsageError while torch traces calls into a graph. The graph would later
     run with whatever weights are in the slots then."""

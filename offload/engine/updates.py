@@ -174,6 +174,7 @@ class Updates(Closing):
         for unit, image in images.items():
             if self._is_staged(unit):
                 kept.check_staging(image)
+        self._check_room({unit: image.layout.nbytes for unit, image in images.items()})
         for unit, image in images.items():
             kept.replace(unit, image)
         for unit in units:  # ends the loads of these units that are under way
@@ -181,6 +182,26 @@ class Updates(Closing):
         self._load_tiers_again(units)
         for unit in units:
             self._working_set.load_again(unit)
+
+    def _check_room(self, sizes: Mapping[int, int]) -> None:
+        """Raises UsageError if tiers whose units get `sizes` (bytes) exceed what the
+        policy gives them."""
+        tiers, policy = self._tiers, self._policy
+        names = [name for name in policy.peer if name in tiers.placement]
+        asked = [
+            (peer.nbytes_with(sizes), f"peer ({name})", policy.peer[name])
+            for name, peer in zip(names, tiers.peers, strict=True)
+        ]
+        if (host := tiers.host) is not None:
+            limit = policy.host_memory or 0
+            asked.append((host.nbytes_with(sizes), "host_memory", limit))
+        for needed, key, limit in asked:
+            if needed > limit:
+                raise UsageError(
+                    f"weights kept as the files have them take {needed:,} bytes with "
+                    f"their new values, and {key} has {limit:,}: set weights_kept: "
+                    "decoded, or change fewer"
+                )
 
     def _image(self, unit: int) -> StoredImage:
         """How tiers keep `unit` now."""

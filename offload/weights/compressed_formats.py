@@ -14,7 +14,7 @@ from ...io.codecs.scaled import Divisor, Offsets, Scaled
 from ...io.errors import CheckpointError, UsageError
 from ...io.weights.recipe import TensorSlice, View
 from ..configs.modelopt import GROUP
-from .stored import check_filled, not_for, scale_blocks
+from .stored import check_filled, check_scales, not_for
 
 _KNOWN = {
     ("pack-quantized", "int", 4),
@@ -31,6 +31,9 @@ _OTHER_ORDERS = ("group", "dynamic")
 _WITH_DIVISOR = "nvfp4-pack-quantized"
 """The format whose scales are divided by one number (`weight_global_scale`)."""
 _PACKED_FLOATS = (_WITH_DIVISOR, "mxfp4-pack-quantized")
+_GROUPED = ("group", "tensor_group")
+_STRATEGIES = (*_GROUPED, "block", "channel", "tensor")
+"""What shares a scale, as compressed-tensors calls it."""
 
 
 def compressed_format(config: Any, is_merged: bool) -> "CompressedFormat":
@@ -50,16 +53,18 @@ def compressed_format(config: Any, is_merged: bool) -> "CompressedFormat":
         what = f"the format {kind}, {weights.num_bits} bits"
     elif _word(weights.actorder) in _OTHER_ORDERS:
         what = f"columns in another order (actorder: {_word(weights.actorder)})"
+    elif _word(weights.strategy) not in _STRATEGIES:
+        what = f"scales by the strategy {_word(weights.strategy)}"
     else:
         if is_merged and kind == _WITH_DIVISOR:
             raise UsageError(
                 "transformers does not know how experts in NVFP4 are dequantised: take "
                 "a release in W4A16, W8A8 or FP8, or an unquantised one"
             )
-        block = weights.block_structure if _word(weights.strategy) == "block" else None
         return CompressedFormat(
             kind,
-            ScaleBlocks(*block) if block else None,
+            _word(weights.type) == "float",
+            _blocks(weights),
             is_symmetric=weights.symmetric,
             is_exact=is_merged and _word(weights.type) == "float",
             divisor=Divisor.INVERSE
@@ -70,6 +75,15 @@ def compressed_format(config: Any, is_merged: bool) -> "CompressedFormat":
         f"compressed-tensors keeps these weights in {what}, which this version does "
         "not stream: take a release in W4A16, W8A8 or FP8, or an unquantised one"
     )
+
+
+def _blocks(weights: Any) -> ScaleBlocks | None:
+    """What shares a scale; None if it is a row, or the whole weight."""
+    if _word(weights.strategy) == "block":
+        return ScaleBlocks(*weights.block_structure)
+    if _word(weights.strategy) in _GROUPED:
+        return ScaleBlocks(1, weights.group_size)
+    return None
 
 
 def _word(value: Any) -> str:
@@ -83,7 +97,10 @@ class CompressedFormat:
     floats, 4-bit floats."""
 
     kind: str
+    is_float: bool
+    """Whether the codes are floats, or integers."""
     blocks: ScaleBlocks | None
+    """What shares a scale; None if it is a row, or the whole weight."""
     is_symmetric: bool
     is_exact: bool
     """Whether products are not rounded to the dtype of the scales, as transformers
@@ -123,6 +140,26 @@ class CompressedFormat:
             TensorSlice(weight, View.whole(weight.shape), target, codec, companions)
         ]
 
+    def _scale_blocks(
+        self, weight: TensorEntry, scales: TensorEntry, shape: tuple[int, ...]
+    ) -> ScaleBlocks:
+        """The blocks that `scales` are for, of a weight of `shape`. Raises
+        CheckpointError unless they are those that the config says, as
+        compressed-tensors does: which ones they are could only be guessed."""
+        check_scales(scales)
+        rows, columns = shape
+        said = self.blocks
+        if said is None:
+            if scales.shape in ((), (1,), (1, 1), (rows, 1)):
+                is_one = scales.shape != (rows, 1) or rows == 1
+                return ScaleBlocks(0 if is_one else 1, columns)
+        elif scales.shape == said.grid(shape) and (
+            said.rows != 1 or columns % said.columns == 0
+        ):
+            is_one = scales.shape[0] == 1 < rows
+            return ScaleBlocks(0 if is_one else said.rows, said.columns)
+        raise not_for(scales, weight, shape, said)
+
     def _packed_floats(
         self,
         weight: TensorEntry,
@@ -142,7 +179,7 @@ class CompressedFormat:
                     f"{entry.path}: {entry.name!r} is kept as {entry.dtype}, which the "
                     f"format {self.kind} does not have: download or copy it again"
                 )
-        blocks = scale_blocks(weight, scales, shape, self.blocks)
+        blocks = self._scale_blocks(weight, scales, shape)
         companions, way = [scales], Divisor.NONE
         if has_divisor:
             divisor = parts.get("weight_global_scale")
@@ -169,13 +206,13 @@ class CompressedFormat:
     ) -> Codec:
         is_packed = self.kind == "pack-quantized"
         wanted = torch.int32 if is_packed else torch.int8
-        if weight.dtype == torch.float8_e4m3fn and self.kind != "int-quantized":
+        if weight.dtype == torch.float8_e4m3fn and self.is_float:
             check_filled(weight, weight.shape, target)
             if zeros is not None:
                 raise not_for(zeros, weight, weight.shape)
-            blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
+            blocks = self._scale_blocks(weight, scales, weight.shape)
             return Scaled(Codes.FLOAT8_E4M3, blocks, rounding)
-        if weight.dtype != wanted:
+        if weight.dtype != wanted or self.is_float:
             raise CheckpointError(
                 f"{weight.path}: {weight.name!r} is kept as {weight.dtype}, which the "
                 f"format {self.kind} does not have: download or copy it again"
@@ -183,7 +220,7 @@ class CompressedFormat:
         rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
         shape = (rows, columns * 8 if is_packed else columns)
         check_filled(weight, shape, target)
-        blocks = scale_blocks(weight, scales, shape, self.blocks)
+        blocks = self._scale_blocks(weight, scales, shape)
         _, across = blocks.grid(shape)
         zero_shape = (-(-rows // 8), across) if is_packed else scales.shape
         if zeros is not None and (zeros.dtype, zeros.shape) != (wanted, zero_shape):

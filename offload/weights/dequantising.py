@@ -1,7 +1,8 @@
 """Makes recipes of the weights of a quantised checkpoint."""
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from .formats import Format, format_of, is_coded
 
 Parts = dict[str, TensorEntry]
 """The stored tensors of one weight, by what they are: `weight`, `weight_scale_inv`."""
+
+
+_EXPERT = re.compile(r"(.*\.)(\d+)(\.\D*)")
+"""The name of a tensor of one of several modules, and its number among them."""
+_INCOMPLETE = (
+    "which the files lack: the checkpoint is incomplete; download or copy it again"
+)
 
 
 def is_dequantised(target: Target) -> bool:
@@ -101,12 +109,14 @@ class Dequantising:
         try:
             places = places_in(self._model, name, target, self._state[name])
         except Exception as error:
+            patterns = target.converter.source_patterns
+            why = _gap(numbers, patterns, len(self._state[name]))
             count = sum(map(len, numbers.values()))
-            raise CheckpointError(
-                f"{name} cannot be put together from {count} quantised tensors "
-                f"({error}): some are missing, or they are merged in a way that "
-                "cannot be streamed; take an unquantised release of the model"
-            ) from error
+            why = why or (
+                f"from {count} quantised tensors, as transformers would: take an "
+                "unquantised release of the model"
+            )
+            raise CheckpointError(f"{name} cannot be put together {why}") from error
         return [view for _, view in places]
 
     def _converter(self, name: str, numbers: Mapping[str, list[TensorEntry]]) -> Any:
@@ -130,21 +140,62 @@ def _weights(target: Target) -> dict[str, dict[str, Parts]]:
         prefix, dot, part = pattern.rpartition(".")
         weights = found.setdefault(f"{prefix}{dot}weight", defaultdict(dict))
         for entry in entries:
-            weights[entry.name.rpartition(".")[0]][part] = entry
+            parts = weights[entry.name.rpartition(".")[0]]
+            if (other := parts.setdefault(part, entry)) is not entry:
+                raise _both(other, entry)
     order = [p.rpartition(".")[0] for p in target.converter.source_patterns]
     return dict(
         sorted(found.items(), key=lambda i: order.index(i[0].rpartition(".")[0]))
     )
 
 
+def _both(one: TensorEntry, other: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"{one.path}: {one.name!r} and {other.name!r} are both there, for one weight: "
+        "download or copy it again"
+    )
+
+
 def _numbers(kind: Format, parts: Parts) -> TensorEntry:
     """The stored tensor of the weight itself, among its `parts`."""
-    for part in kind.numbers:
-        if part in parts:
-            return parts[part]
+    found = [parts[part] for part in kind.numbers if part in parts]
+    if len(found) > 1:
+        raise _both(*found)
+    if found:
+        return found[0]
     entry = next(iter(parts.values()))
     raise CheckpointError(
         f"{entry.path}: {entry.name!r} is there, but not the "
         f"{' or '.join(kind.numbers)} beside it: the checkpoint is incomplete; "
         "download or copy it again"
     )
+
+
+def _gap(
+    numbers: Mapping[str, list[TensorEntry]], patterns: Sequence[str], count: int
+) -> str | None:
+    """The tensors of experts that are missing, or are too many, where `count` of them
+    are to be there for each of transformers' `patterns`: how a sentence goes on."""
+    for pattern in patterns:
+        found = {_place_in_list(entry): entry for entry in numbers.get(pattern, [])}
+        if not found:
+            return f"without {pattern}, {_INCOMPLETE}"
+        entry = next(iter(found.values()))
+        if "*" not in pattern or None in found:
+            continue
+        for i in range(count):
+            if i not in found:
+                name = _EXPERT.sub(rf"\g<1>{i}\g<3>", entry.name)
+                return f"without {name!r}, {_INCOMPLETE}"
+        for expert in found.keys() - set(range(count)):
+            return (
+                f"since {found[expert].name!r} is there, too, and the model has "
+                f"{count} experts: config.json is of another model"
+            )
+    return None
+
+
+def _place_in_list(entry: TensorEntry) -> int | None:
+    """The last number among the parts of a name."""
+    found = _EXPERT.fullmatch(entry.name)
+    return int(found[2]) if found else None

@@ -200,10 +200,17 @@ def _finish(
     if info.missing_keys:
         names = sorted(info.missing_keys)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        why = "incomplete or of another architecture than config.json says"
+        for stored in unknown.values():
+            if stored.startswith(tuple(f"{name}_" for name in names[:3])):
+                why = (
+                    f"quantised, since {stored!r} is there, and its config.json does "
+                    "not say how, in quantization_config; take an unquantised one"
+                )
+                break
         raise CheckpointError(
             f"{checkpoint.folder} lacks {', '.join(names[:3])}{more}, which "
-            f"{type(model).__name__} needs: the checkpoint is incomplete or of another "
-            "architecture than config.json says"
+            f"{type(model).__name__} needs: the checkpoint is {why}"
         )
     unused = unused_words([unknown[n] for n in info.unexpected_keys], recipes)
     headless = f"{checkpoint.folder} lacks {', '.join(absent)}: it can only embed"

@@ -53,8 +53,8 @@ def check_readable(recipes: Iterable[Recipe], checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     f"{entry.path}: {entry.name!r} is kept as {entry.dtype}, and the "
                     f"model's {recipe.name!r} is {recipe.dtype}: the checkpoint is "
-                    f"quantised, and its config.json has no quantization_config{hint}; "
-                    "take an unquantised one"
+                    "quantised, and its config.json does not say how, in "
+                    f"quantization_config{hint}; take an unquantised one"
                 )
 
 
@@ -87,6 +87,15 @@ def check_filled(entry: TensorEntry, shape: tuple[int, ...], target: View) -> No
         )
 
 
+def check_scales(scales: TensorEntry) -> None:
+    """Raises CheckpointError if `scales` are in a dtype that scales do not have."""
+    if scales.dtype not in _SCALES:
+        raise CheckpointError(
+            f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
+            "are not: download or copy it again"
+        )
+
+
 def scale_blocks(
     weight: TensorEntry,
     scales: TensorEntry,
@@ -99,11 +108,7 @@ def scale_blocks(
     the weight is divided evenly, as transformers does it: experts may have other blocks
     than the rest, and the config does not say so.
     """
-    if scales.dtype not in _SCALES:
-        raise CheckpointError(
-            f"{scales.path}: {scales.name!r} is kept as {scales.dtype}, which scales "
-            "are not: download or copy it again"
-        )
+    check_scales(scales)
     rows, columns = shape
     down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
     if said is not None and said.grid(shape) == (down, across):

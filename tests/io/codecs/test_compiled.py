@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_several_at_once_compile_and_later_ones_do_not(
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: compiled(tmp_path), range(3)))
     (made,) = tmp_path.iterdir()
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     compiled(tmp_path)
     assert list(tmp_path.iterdir()) == [made]
 
@@ -84,6 +85,32 @@ def test_a_compiler_that_fails(
     monkeypatch.setenv("CC", f"'{script(tmp_path, text)}'")
     with pytest.raises(CannotCompileError, match=said):
         compiled(tmp_path / "cache")
+
+
+def test_a_compiler_that_does_not_end_is_ended_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no terminal either, where it could wait for an answer."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    text = (
+        f"sleep 1000 & (: < /dev/tty) 2> /dev/null && exit 1; echo $! > '{begun}'; wait"
+    )
+    monkeypatch.setenv("CC", f"'{script(tmp_path, text)}'")
+    children: list[int] = []
+
+    def never(self: subprocess.Popen[str], timeout: float) -> None:
+        children.append(int(begun.read_text()))
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", never)
+    with pytest.raises(CannotCompileError, match="it did not end in 60 seconds"):
+        compiled(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    (child,) = children
+    status = Path(f"/proc/{child}/stat")
+    while status.exists() and status.read_text().split()[2] not in "ZX":
+        pass
 
 
 @pytest.mark.usefixtures("compiler")

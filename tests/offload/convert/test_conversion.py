@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file
 import forked_python
 from jobs import FragileDisk, Killed
 from penstock.io.checkpoint.index import open_checkpoint
-from penstock.io.errors import MachineError, OutputError, PenstockError, UsageError
+from penstock.io.errors import (
+    CheckpointError,
+    MachineError,
+    OutputError,
+    PenstockError,
+    UsageError,
+)
 from penstock.offload.convert import conversion
 from penstock.offload.convert.conversion import Conversion
 from penstock.offload.convert.schemes import TargetFormat
@@ -230,6 +236,34 @@ def test_a_folder_with_something_else_is_refused(model: Path, tmp_path: Path) ->
     refused(model, model, "is the model itself", UsageError)
     (tmp_path / "link").symlink_to(model)
     refused(model, tmp_path / "link", "is the model itself", UsageError)
+    for inside in (
+        model / "out",
+        model / "1_Pooling" / "out",
+        tmp_path / "link" / "out",
+    ):
+        refused(model, inside, "is in the folder of the model", UsageError)
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [("int4", "_scale"), ("fp8", "_scale"), ("lossless", "_escapes")],
+)
+def test_names_that_would_be_there_twice_are_refused(
+    target: TargetFormat, part: str, model: Path, tmp_path: Path
+) -> None:
+    """In other files, too."""
+    other = edited(model, tmp_path / "other")
+    name = "model.layers.0.mlp.up_proj.weight"
+    index = other / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    file = next(each for each in sorted(set(files.values())) if each != files[name])
+    tensors = {**load_file(other / file), f"{name}{part}": torch.zeros(3)}
+    save_file(tensors, other / file, {"format": "pt"})
+    files[f"{name}{part}"] = file
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    words = rf"{name}' would both be stored as|'{name}{part}' would both be stored as"
+    refused(other, tmp_path / "out", words, CheckpointError, target=target)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_conversion_is_refused(model: Path, tmp_path: Path) -> None:

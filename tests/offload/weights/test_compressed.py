@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_loader import opened
+from transformers import AutoModelForCausalLM
 
 import penstock
 from checkpoints import same_bits
@@ -277,6 +278,10 @@ def without_numbers(tensors: Tensors) -> None:
     del tensors[f"{NAME}_packed"]
 
 
+def with_both_numbers(tensors: Tensors) -> None:
+    tensors[NAME] = torch.zeros(128, 64, dtype=torch.bfloat16)
+
+
 BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "no_zeros": (without_zeros, "has no weight_zero_point beside it"),
     "few_zeros": (with_few_zeros, r"has shape \[3, 4\], which is not that"),
@@ -284,6 +289,7 @@ BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "few_scales": (with_few_scales, r"has shape \[3, 4\], which is not that"),
     "short_rows": (with_short_rows, r"holds a weight of \[128, 32\], but"),
     "other_numbers": (with_other_numbers, "is kept as torch.int64, which the format"),
+    "both_numbers": (with_both_numbers, "are both there, for one weight"),
     "no_numbers": (without_numbers, "but not the weight_packed or weight beside it"),
 }
 
@@ -328,6 +334,10 @@ def test_what_does_not_go_together_is_one_sentence(
     [
         ({"num_bits": 3}, "the format pack-quantized, 3 bits"),
         ({"actorder": "group"}, "actorder.*group"),
+        ({"group_size": "16"}, "group_size is '16', and must be a whole number: downl"),
+        ({"group_size": [16]}, r"group_size is \[16\], and must be a whole number"),
+        ({"num_bits": 4.5}, r"num_bits is 4\.5, and must be a whole number"),
+        ({"zzz": 1}, r"quantization_config: config_groups\.group_0\.weights\.zzz is 1"),
     ],
 )
 def test_other_formats_are_refused_by_name(
@@ -344,6 +354,78 @@ def test_other_formats_are_refused_by_name(
     (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
     with pytest.raises(PenstockError, match=words):
         penstock.load(tmp_path, POLICY)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("W4A16", {"group_size": 32}),
+        ("W4A16", {"group_size": 8}),
+        ("W4A16", {"group_size": 2**40}),
+        ("W4A16", {"strategy": "channel", "group_size": None}),
+        ("NVFP4A16", {"group_size": 32}),
+        ("FP8_BLOCK", {"block_structure": [32, 16]}),
+    ],
+)
+def test_scales_of_other_groups_than_the_config_says_are_refused(
+    case: str,
+    change: dict[str, object],
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """The library refuses them, too: which of the two is right cannot be known."""
+    folder = folder_of(case)
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match=r"weight_scale.*which is not that of"):
+        penstock.load(tmp_path, POLICY)
+
+
+@needs_library
+@pytest.mark.parametrize("case", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_scales_of_half_of_the_rows_are_refused(
+    case: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of(case)
+    tensors = load_file(folder / SINGLE_FILE)
+    tensors[f"{NAME}_scale"] = tensors[f"{NAME}_scale"][::2].clone()
+    save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+    (tmp_path / "config.json").symlink_to(folder / "config.json")
+    with pytest.raises(CheckpointError, match="which is not that of") as refused:
+        penstock.load(tmp_path, POLICY)
+    assert NAME in str(refused.value)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("case", "other"),
+    [("W8A8", "FP8_BLOCK"), ("FP8_DYNAMIC", "W4A16"), ("FP8_DYNAMIC", "W8A8")],
+)
+def test_numbers_of_another_format_than_the_config_says_are_refused(
+    case: str, other: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").symlink_to(folder_of(other) / "config.json")
+    (tmp_path / SINGLE_FILE).symlink_to(folder_of(case) / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match=r"is kept as .* does not have"):
+        penstock.load(tmp_path, POLICY)
+
+
+@needs_library
+def test_a_model_that_decompresses_itself_is_not_wrapped(
+    folder_of: Callable[[str], Path],
+) -> None:
+    kind: Any = AutoModelForCausalLM
+    model = kind.from_pretrained(folder_of("W4A16"))
+    with pytest.raises(UsageError, match=r"penstock\.load\(folder\) streams them"):
+        penstock.wrap(model)
+    wrapped: Any = penstock.wrap(dequantised(folder_of("W4A16")))
+    with torch.inference_mode():
+        assert wrapped(IDS).logits.isfinite().all()
+    penstock.unwrap(wrapped)
 
 
 def test_without_the_library_the_extra_is_named(

@@ -231,6 +231,10 @@ def with_flat_scales(tensors: Tensors) -> None:
     tensors[NAME + SCALE] = tensors[NAME + SCALE].reshape(-1)
 
 
+def with_both_scales(tensors: Tensors) -> None:
+    tensors[NAME.removesuffix("weight") + "scale"] = tensors[NAME + SCALE].clone()
+
+
 def with_integer_scales(tensors: Tensors) -> None:
     tensors[NAME + SCALE] = tensors[NAME + SCALE].to(torch.int32)
 
@@ -254,6 +258,7 @@ BAD: dict[str, tuple[Callable[[Tensors], None], str]] = {
         with_flat_scales,
         r"has shape \[16\], which is not that",
     ),
+    "both_scales": (with_both_scales, "are both there, for one weight"),
     "integer_scales": (with_integer_scales, "is kept as torch.int32, which scales"),
     "integer_weight": (with_integer_weight, "which is no 8-bit float"),
     "narrow_weight": (with_narrow_weight, r"holds a weight of \[128, 32\], but"),
@@ -274,6 +279,53 @@ def test_what_does_not_go_together_is_one_sentence(
         penstock.load(tmp_path, POLICY)
     assert NAME in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("gone", "more", "words"),
+    [
+        ("2.up_proj", None, r"without '.*\.2\.up_proj\.weight', which the files lack"),
+        ("3.down_proj", None, r"without '.*\.3\.down_proj\.weight', which the files"),
+        (
+            "up_proj",
+            None,
+            r"without mlp\.experts\.\*\.up_proj\.weight, which the files",
+        ),
+        (None, "2.up_proj", r"since '.*\.4\.up_proj\.weight' is there.*has 4 experts"),
+    ],
+)
+def test_experts_that_are_missing_or_too_many_are_named(
+    gone: str | None,
+    more: str | None,
+    words: str,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = folder_of("moe")
+    tensors = load_file(folder / SINGLE_FILE)
+    for name in list(tensors):
+        if gone is not None and "layers.1.mlp.experts." in name and gone in name:
+            del tensors[name]
+        elif more is not None and f"layers.1.mlp.experts.{more}" in name:
+            tensors[name.replace("experts.2.", "experts.4.")] = tensors[name].clone()
+    save_file(tensors, tmp_path / SINGLE_FILE, {"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=words):
+        penstock.load(tmp_path, POLICY)
+
+
+def test_stacked_experts_without_a_section_are_told_as_quantised(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("gpt_oss")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    with pytest.raises(
+        CheckpointError, match=r"is quantised, since .*_(blocks|scales)'"
+    ):
+        penstock.load(tmp_path, POLICY)
 
 
 @pytest.mark.parametrize("part", ["blocks", "scales"])
@@ -335,6 +387,20 @@ def test_other_sections_are_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
     with pytest.raises(PenstockError, match=words):
+        penstock.load(tmp_path, POLICY)
+
+
+@pytest.mark.parametrize("value", [128, "128", [1.5, 1.5], [[128], [128]], {}, True])
+def test_blocks_that_are_no_numbers_are_one_sentence(
+    value: Any, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of("dense")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / SINGLE_FILE).symlink_to(folder / SINGLE_FILE)
+    words = r"weight_block_size is .*, and must be two whole numbers: download"
+    with pytest.raises(CheckpointError, match=words):
         penstock.load(tmp_path, POLICY)
 
 

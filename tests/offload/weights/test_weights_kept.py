@@ -85,10 +85,19 @@ def test_by_default_they_are_stored_where_not_all_fit_decoded(fp8: Path) -> None
             assert (images is not None) == are_images
 
 
+ROOMY = {
+    name: {**values, "host_memory": "1MiB", "placement": {"layers.0": "disk"}}
+    if "host_memory" in values
+    else values
+    for name, values in TIERS.items()
+}
+"""With memory for what an update decodes."""
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_new_values_are_those_of_the_next_forward(tier: str, fp8: Path) -> None:
     """Whether they replace quantised weights or others, and again."""
-    values: dict[str, Any] = {"weights_kept": "stored", **TIERS[tier]}
+    values: dict[str, Any] = {"weights_kept": "stored", **ROOMY[tier]}
     policy = Policy(device_memory="160KiB", resident_below=1, **values)
     with penstock.load(fp8, policy) as model, torch.inference_mode():
         before = model(IDS).logits
@@ -108,6 +117,41 @@ def test_new_values_are_those_of_the_next_forward(tier: str, fp8: Path) -> None:
             assert same_bits(other(IDS).logits, changed)
         penstock.update(model, {name: old[name] for name in state})
         assert same_bits(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("host_memory", TIERS["some on the host"]),
+        ("host_memory", TIERS["links"]),
+        (r"peer \(cpu\)", {"peer": {"cpu": "90KiB"}}),
+    ],
+)
+def test_new_values_that_outgrow_the_memory_of_a_tier_are_refused(
+    key: str, values: dict[str, Any], fp8: Path
+) -> None:
+    """They are not in fewer bits. And nothing has changed."""
+    policy = Policy(
+        device_memory="160KiB", resident_below=1, weights_kept="stored", **values
+    )
+    with penstock.load(fp8, policy) as model, torch.inference_mode():
+        before = model(IDS).logits
+        new = {
+            name: torch.randn(parameter.shape, dtype=parameter.dtype)
+            for name, parameter in model.named_parameters()
+            if "down_proj" in name
+        }
+        for _ in range(2):
+            with pytest.raises(UsageError, match=rf"{key} has .*: set weights_kept"):
+                penstock.update(model, new)
+            assert same_bits(model(IDS).logits, before)
+    decoded = policy.model_copy(update={"weights_kept": "decoded"})
+    with penstock.load(fp8, decoded) as model, torch.inference_mode():
+        penstock.update(model, new)
+        changed = model(IDS).logits
+    with penstock.load(fp8, Policy(device_memory="1MiB")) as other:
+        penstock.update(other, new)
+        assert same_bits(other(IDS).logits, changed)
 
 
 @pytest.mark.parametrize("tier", ["disk", "peer"])
