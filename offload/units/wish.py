@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ...io.kv.tiers import PENDING_BYTES
@@ -14,6 +15,7 @@ from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use
 from .describe import describe
 from .division import Division, least_capacity
+from .model_cache import ModelCache, model_cache
 
 _PAGES = 8192
 """A tensor that is read in place takes up to two pages more than it has bytes."""
@@ -110,7 +112,13 @@ class Wishes:
         config = getattr(self.model, "config", None)
         if not hasattr(config, "get_text_config"):
             return None
-        return describe(self.model, division, self.recipes, gathers_rows=False)
+        return describe(
+            self.model, division, self.recipes, gathers_rows=False, cache=self._cache
+        )
+
+    @cached_property
+    def _cache(self) -> ModelCache:
+        return model_cache(self.model)
 
 
 def cache_bytes_per_token(
