@@ -25,11 +25,21 @@ USABLE = 0.9
 is not counted."""
 _GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
 _STEP_BYTES = 64 << 20
+_FEW_PARTS, _MANY_PARTS = 8, 1 << 20
+"""Sizes of memory are tried in so many parts of what there is; in many for the choice
+that is taken, and if the model does not fit into a few."""
 _MICRO_BATCHES: Mapping[str, tuple[int, ...]] = {
     "tokens": (128, 256, 512, 1024, 2048),
     "sequences": (4, 8, 16, 32, 64),
 }
 """The micro-batch sizes that are tried, by the unit that is in flight."""
+_OF_EXPERTS: Mapping[str, tuple[int, ...]] = {
+    "tokens": (128, 512, 2048, 8192, 32768),
+    "sequences": (4, 16, 64, 256),
+}
+"""Those of models with experts: each call reads the experts that are hit, and each of
+them gets only a share of its rows."""
+_MOST_IN_FLIGHT: Mapping[str, int] = {"tokens": 2048 * 128, "sequences": 64 * 128}
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -62,12 +72,14 @@ class Planner:
         if not found:
             raise DoesNotFitError(self._why_not())
         if self.objective == "latency":
-            return min(found, key=lambda choice: choice.prediction.seconds)
+            return self._finer(min(found, key=lambda c: c.prediction.seconds))
         best = max(choice.rate for choice in found)
         good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
         if self.machine.is_estimate:
             good = [c for c in good if c.is_safe] or good
-        return self._less_memory(min(good, key=lambda choice: choice.in_flight))
+        return self._less_memory(
+            self._finer(min(good, key=lambda choice: choice.in_flight))
+        )
 
     def choices(self) -> list[Choice]:
         """All policies that fit, each with as much of the model in memory as fits."""
@@ -122,7 +134,9 @@ class Planner:
         host = int(self.machine.host_memory * USABLE)
         host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
         on_device = host if device is None else int(device * USABLE)
-        return Budget(on_device, host, is_shared=device is None)
+        disk = self.machine.disk
+        free = None if disk is None or disk.free is None else int(disk.free * USABLE)
+        return Budget(on_device, host, is_shared=device is None, disk=free)
 
     def _is_free(self, key: str) -> bool:
         """Whether the user leaves `key` to the planner."""
@@ -132,7 +146,8 @@ class Planner:
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The settings to try for what is in flight: for latency, one micro-batch."""
         each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
-        sizes = _MICRO_BATCHES[self.task.unit_in_flight]
+        unit = self.task.unit_in_flight
+        sizes = (_OF_EXPERTS if self._whole.has_experts else _MICRO_BATCHES)[unit]
         if not self._is_free(each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
@@ -141,6 +156,7 @@ class Planner:
         for each in sizes:
             widths = _WIDTHS if self.objective == "throughput" else (1,)
             totals = [each * width for width in widths]
+            totals = [t for t in totals if t <= _MOST_IN_FLIGHT[unit]]
             if not self._is_free(all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
@@ -176,11 +192,35 @@ class Planner:
             values["io"] = {**values.get("io", {}), "reader": disk.best_reader}
         return Policy(**{**values, **settings})
 
-    def _choice(self, policy: Policy) -> Choice | None:
+    def _finer(self, choice: Choice) -> Choice:
+        """`choice` with the memory that it could have, if that is better."""
+        asked = choice.asked
+        finer = self._choice(asked, (_MANY_PARTS,)) if asked is not None else None
+        return finer if finer is not None and finer.rate > choice.rate else choice
+
+    def _choice(
+        self, policy: Policy, all_parts: tuple[int, ...] = (_FEW_PARTS, _MANY_PARTS)
+    ) -> Choice | None:
         """The choice for `policy`, with as much of the model in memory as fits beside
-        what is in flight; None where that leaves too little."""
-        shape = self._any_shape(policy)
-        need = self._need(shape, policy)
+        what is in flight; None where that leaves too little, or keys and values have no
+        place."""
+        need = self._need(self._whole, policy)
+        if not self.budget.has_place_for(need, policy.kv.tier):
+            return None
+        for parts in all_parts:
+            values = self._memory(policy, need, parts)
+            if values is None:
+                return None
+            choice = self._evaluate(_updated(policy, values), need)
+            if choice is not None:
+                return replace(choice, asked=policy)
+        return None
+
+    def _memory(self, policy: Policy, need: Need, parts: int) -> dict[str, Any] | None:
+        """The sizes of memory for `policy` that leave room for `need`: multiples of one
+        of the `parts` of each budget, since few sizes need few arrangements of the
+        model. None where that leaves too little."""
+        shape = self._whole
         budget = self.budget.beside(need, policy.kv.tier)
         device, host = budget.device, budget.host
         if budget.is_shared and policy.host_memory:
@@ -190,13 +230,16 @@ class Planner:
         values: dict[str, Any] = {}
         if self._is_free("device_memory"):
             whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
-            values["device_memory"] = min(whole, device) // _STEP_BYTES * _STEP_BYTES
-            values["device_memory"] += _STEP_BYTES if device > whole else 0
+            size = _rounded(min(whole, device), self.budget.device // parts)
+            if device > whole:
+                size = -(-whole // _STEP_BYTES) * _STEP_BYTES
+            values["device_memory"] = size
         elif policy.device_memory != "auto" and policy.device_memory > device:
             return None
         if self._is_free("host_memory") and not budget.is_shared:
             host -= 3 * shape.largest_bytes  # staging
-            values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
+            size = _rounded(host, self.budget.host // parts)
+            values["host_memory"] = max(0, min(shape.streamed_bytes, size)) or None
         if values.get("device_memory", 1) <= 0:
             return None
         host -= values.get("host_memory") or 0
@@ -204,7 +247,7 @@ class Planner:
         size = values.get("device_memory", policy.device_memory)
         left = host if on_host or size == "auto" else device - size
         values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
-        return self._evaluate(_updated(policy, values), need)
+        return values
 
     def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
         """Gives keys and values all memory that is left. By themselves they would stop
@@ -242,11 +285,13 @@ class Planner:
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
         return need_of(shape, policy, self.workload, is_shared=self.budget.is_shared)
 
-    def _any_shape(self, policy: Policy) -> ModelShape:
-        """The model's shape under `policy`, with a working set that holds all of it."""
+    @cached_property
+    def _whole(self) -> ModelShape:
+        """The model's shape with a working set that holds all of it."""
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
         roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
-        return self._forecast(_updated(policy, {**roomy, "placement": {}})).shape
+        policy = _updated(self._with({}), {**roomy, "placement": {}})
+        return self._forecast(policy).shape
 
     def _forecast(self, policy: Policy) -> Forecast:
         """The forecast for `policy`. It is computed once for each division of memory:
@@ -283,7 +328,7 @@ class Planner:
     def _why_not(self) -> str:
         """Why nothing fits, and what would make it run."""
         smallest = self._with(next(iter(self._settings())))
-        shape = self._any_shape(smallest)
+        shape = self._whole
         need, budget = self._need(shape, smallest), self.budget
         least = shape.resident_bytes + shape.largest_bytes
         beside, key = need.activations + need.kv, "device_memory"
@@ -292,6 +337,12 @@ class Planner:
         return why_not(
             self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
         )
+
+
+def _rounded(nbytes: int, part: int) -> int:
+    """`nbytes`, down to a multiple of about `part` bytes."""
+    step = max(1, part // _STEP_BYTES) * _STEP_BYTES
+    return nbytes // step * step
 
 
 def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:

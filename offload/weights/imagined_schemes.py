@@ -4,7 +4,7 @@ alone."""
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...io.checkpoint.header import TensorEntry
+from ...io.codecs.codes import Codes
 from ...io.codecs.kernels import ScaleBlocks
-from ...io.weights.recipe import View
+from ...io.codecs.scaled import Scaled
+from ...io.weights.recipe import TensorSlice, View
 from .compressed_formats import compressed_format
 from .formats import Format, Fp8Format, MxFormat
 
@@ -63,7 +66,7 @@ class Scheme:
         """The parts of a parameter, each with the stored tensors that make it: one, or
         one for each weight of a stack whose rows are no whole blocks."""
         parts = self.parts_of
-        if self.block_rows == 0 or len(shape) == 2:  # as it is
+        if len(shape) == 2:
             yield View.whole(shape), parts(key, shape)
         elif shape[1] % self.block_rows == 0:
             rows = (shape[0] * shape[1], shape[2])
@@ -98,7 +101,7 @@ def scheme_of(
     method = str(getattr(settings.quant_method, "value", settings.quant_method))
     is_left_out = _skipping(model, quantizer)
     if method == "mxfp4":  # only experts
-        return Scheme(frozenset(), is_left_out, lambda _: MxFormat(), _mx_parts, 0)
+        return Scheme(frozenset(), is_left_out, lambda _: _Rows(), _mx_parts)
     found = settings.weight_block_size
     blocks = ScaleBlocks(*found) if found else None
     scales = torch.uint8 if method == "mxfp8" else torch.float32
@@ -154,9 +157,23 @@ def _mx_parts(key: str, shape: Shape) -> dict[str, Part]:
     experts, columns, rows = shape
     groups = columns // 32
     return {
-        f"{key}_blocks": Part(torch.uint8, (experts, rows, groups, 16)),
-        f"{key}_scales": Part(torch.uint8, (experts, rows, groups)),
+        f"{key}_blocks": Part(torch.uint8, (experts * rows, groups * 16)),
+        f"{key}_scales": Part(torch.uint8, (experts * rows, groups)),
     }
+
+
+class _Rows(MxFormat):
+    """Takes the rows of all experts as one weight: its bytes are right, the order of
+    its elements is not."""
+
+    def slices(
+        self, parts: Mapping[str, TensorEntry], target: View
+    ) -> list[TensorSlice]:
+        weight, scales = parts.values()
+        codec = Scaled(Codes.FLOAT4_E2M1, ScaleBlocks(1, 32))
+        rows, nbytes = weight.shape
+        place, source = View.whole((rows, 2 * nbytes)), View.whole(weight.shape)
+        return [TensorSlice(weight, source, place, codec, (scales,))]
 
 
 def _compressed(
