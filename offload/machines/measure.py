@@ -126,10 +126,12 @@ def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
 
 
 def disk_sizes(place: Path) -> dict[str, int]:
-    """The bytes of the file system that `place` lies on, and those that are free; none
-    if it does not say."""
+    """The bytes of the file system that `place` lies on, or will, and those that are
+    free; none if it does not say."""
+    path = place.absolute()
+    there = next((p for p in (path, *path.parents) if p.exists()), path)
     try:
-        found = shutil.disk_usage(place)
+        found = shutil.disk_usage(there)
     except OSError:
         return {}
     return {"capacity": found.total, "free": found.free}

@@ -122,6 +122,7 @@ class Plan:
             "activation_bytes": self.choice.need.activations,
             "waiting_activation_bytes": self.choice.need.waiting,
             "kv_bytes": self.choice.need.kv,
+            "state_bytes": self.choice.need.states,
             "kv_tier": self.policy.kv.tier,
             "because": self.sentences,
             "devices": self.devices.to_json() if self.devices else None,

@@ -81,6 +81,20 @@ class Choice:
         return self.policy.tokens_in_flight * self.policy.sequences_in_flight
 
 
+def no_place(name: str, num: int, need: Need, budget: Budget) -> str:
+    """Why keys and values of `num` sequences fit nowhere on the machine `name`."""
+    assert budget.disk is not None, "else it would do"
+    where = f"neither the device ({human_bytes(budget.device)} to give)"
+    if not budget.is_shared:
+        where += f", host memory ({human_bytes(budget.host)})"
+    return (
+        f"{name!r} cannot run it: keys and values of {num:,} sequences take "
+        f"{human_bytes(need.kv)}, for which {where} nor the drive "
+        f"({human_bytes(budget.disk)}) has room; fewer sequences_in_flight, shorter "
+        "rows, or more room on the drive would do"
+    )
+
+
 def why_not(
     name: str,
     asked: object,

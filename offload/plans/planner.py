@@ -16,7 +16,8 @@ from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
-from .planned import Budget, Choice, Workload, why_not
+from .memory_sizes import STEP_BYTES, MemorySizes, is_free
+from .planned import Budget, Choice, Workload, no_place, why_not
 from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]
@@ -24,7 +25,6 @@ USABLE = 0.9
 """The share of a memory that is planned with. The rest is for the system and for what
 is not counted."""
 _GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
-_STEP_BYTES = 64 << 20
 _FEW_PARTS, _MANY_PARTS = 8, 1 << 20
 """Sizes of memory are tried in so many parts of what there is; in many for the choice
 that is taken, and if the model does not fit into a few."""
@@ -93,7 +93,7 @@ class Planner:
         the same memory, or less where what is in flight leaves less; None where that
         leaves too little."""
         roomy = self._choice(policy)
-        if roomy is None or not self._is_free("device_memory"):
+        if roomy is None or not is_free(self.policy, "device_memory"):
             return roomy
         asked = policy.device_memory
         most = roomy.policy.device_memory
@@ -113,7 +113,7 @@ class Planner:
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
         """`choice`, made for one of `num` parts of a machine, with one copy of the
         weights in host memory for all parts. None where the user has set its size."""
-        if not self._is_free("host_memory"):
+        if not is_free(self.policy, "host_memory"):
             return None
         own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
         shape = choice.forecast.shape
@@ -138,17 +138,12 @@ class Planner:
         free = None if disk is None or disk.free is None else int(disk.free * USABLE)
         return Budget(on_device, host, is_shared=device is None, disk=free)
 
-    def _is_free(self, key: str) -> bool:
-        """Whether the user leaves `key` to the planner."""
-        value = getattr(self.policy, key)
-        return key not in self.policy.model_fields_set or value == "auto"
-
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The settings to try for what is in flight: for latency, one micro-batch."""
         each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
         unit = self.task.unit_in_flight
         sizes = (_OF_EXPERTS if self._whole.has_experts else _MICRO_BATCHES)[unit]
-        if not self._is_free(each_name):
+        if not is_free(self.policy, each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
             sizes = sizes[:1]
@@ -157,7 +152,7 @@ class Planner:
             widths = _WIDTHS if self.objective == "throughput" else (1,)
             totals = [each * width for width in widths]
             totals = [t for t in totals if t <= _MOST_IN_FLIGHT[unit]]
-            if not self._is_free(all_name):
+            if not is_free(self.policy, all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
                 for where in self._places():
@@ -170,7 +165,7 @@ class Planner:
         """The places to try for activations (or keys and values), the fastest first."""
         is_gpu = self.machine.device_memory is not None
         if not self.task.keeps_kv:
-            moves = is_gpu and self._is_free("activations")
+            moves = is_gpu and is_free(self.policy, "activations")
             return [{}, {"activations": "host"}] if moves else [{}]
         if self.policy.kv.tier != "auto" or self.policy.compile:
             return [{}]
@@ -207,56 +202,15 @@ class Planner:
         need = self._need(self._whole, policy)
         if not self.budget.has_place_for(need, policy.kv.tier):
             return None
+        sizes = MemorySizes(self.policy, self.budget, self._whole)
         for parts in all_parts:
-            values = self._memory(policy, need, parts)
+            values = sizes.for_need(policy, need, parts)
             if values is None:
                 return None
             choice = self._evaluate(_updated(policy, values), need)
             if choice is not None:
                 return replace(choice, asked=policy)
         return None
-
-    def _memory(self, policy: Policy, need: Need, parts: int) -> dict[str, Any] | None:
-        """The sizes of memory for `policy` that leave room for `need`: multiples of one
-        of the `parts` of each budget, since few sizes need few arrangements of the
-        model. None where that leaves too little."""
-        shape = self._whole
-        budget = self.budget.beside(need, policy.kv.tier)
-        device, host = budget.device, budget.host
-        if budget.is_shared and policy.host_memory:
-            device -= policy.host_memory
-        if min(device, host) < 0:
-            return None
-        values: dict[str, Any] = {}
-        if self._is_free("device_memory"):
-            whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
-            size = _rounded(min(whole, device), self.budget.device // parts)
-            if device > whole:
-                size = -(-whole // _STEP_BYTES) * _STEP_BYTES
-            values["device_memory"] = size
-        elif policy.device_memory != "auto" and policy.device_memory > device:
-            return None
-        if self._is_free("host_memory") and not budget.is_shared:
-            host -= 3 * shape.largest_bytes  # staging
-            size = _rounded(host, self.budget.host // parts)
-            values["host_memory"] = max(0, min(shape.streamed_bytes, size)) or None
-        if values.get("device_memory", 1) <= 0:
-            return None
-        host -= values.get("host_memory") or 0
-        on_host = policy.kv.tier == "host" and not budget.is_shared
-        size = values.get("device_memory", policy.device_memory)
-        left = host if on_host or size == "auto" else device - size
-        values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
-        return values
-
-    def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
-        """Gives keys and values all memory that is left. By themselves they would stop
-        at half of what is free when the model is loaded, and go on to a slower tier."""
-        kv = policy.kv
-        if kv.tier not in ("device", "host") or self.policy.kv.limits:
-            return {}
-        values = kv.model_dump(exclude_unset=True)
-        return {"kv": {**values, "limits": {kv.tier: nbytes}}}
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
         try:
@@ -310,14 +264,14 @@ class Planner:
     def _less_memory(self, best: Choice) -> Choice:
         """`best` with less of the model in memory, where that is as fast: the largest
         part, and room for those that are loaded meanwhile."""
-        if not (self.is_sparing and self._is_free("device_memory")):
+        if not (self.is_sparing and is_free(self.policy, "device_memory")):
             return best
         shape = best.forecast.shape
         least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes
-        least = -(-least // _STEP_BYTES) * _STEP_BYTES
+        least = -(-least // STEP_BYTES) * STEP_BYTES
         asked = best.policy.device_memory
         assert asked != "auto", "it was chosen"
-        for size in (least, (least + asked) // 2 // _STEP_BYTES * _STEP_BYTES):
+        for size in (least, (least + asked) // 2 // STEP_BYTES * STEP_BYTES):
             if size < asked:
                 smaller = _updated(best.policy, {"device_memory": size})
                 choice = self._evaluate(smaller, best.need)
@@ -328,21 +282,16 @@ class Planner:
     def _why_not(self) -> str:
         """Why nothing fits, and what would make it run."""
         smallest = self._with(next(iter(self._settings())))
-        shape = self._whole
+        shape, name, key = self._whole, self.machine.name, "device_memory"
         need, budget = self._need(shape, smallest), self.budget
         least = shape.resident_bytes + shape.largest_bytes
-        beside, key = need.activations + need.kv, "device_memory"
-        asked = None if self._is_free(key) else self.policy.device_memory
+        held = need.activations + need.states
+        if not budget.has_place_for(need, "disk") and held + least <= budget.device:
+            return no_place(name, self.task.in_flight(smallest), need, budget)
+        asked = None if is_free(self.policy, key) else self.policy.device_memory
+        beside = held + need.kv
         whole = round((least + beside + RUNTIME_BYTES) / USABLE)
-        return why_not(
-            self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
-        )
-
-
-def _rounded(nbytes: int, part: int) -> int:
-    """`nbytes`, down to a multiple of about `part` bytes."""
-    step = max(1, part // _STEP_BYTES) * _STEP_BYTES
-    return nbytes // step * step
+        return why_not(name, asked, least, beside, budget.device, whole_bytes=whole)
 
 
 def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:

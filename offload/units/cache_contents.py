@@ -106,7 +106,7 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def loose_in(name: str, value: Any, cache_class: type) -> list[torch.Tensor]:

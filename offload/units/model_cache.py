@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from ...scheduler.cost.shape import SiteCost
-from .cache_trace import Kept, NotTracedError, trace_cache
+from .cache_contents import Kept
+from .cache_trace import trace_cache
+from .cache_watch import NotTracedError
 from .model_kind import completes
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
@@ -57,7 +59,7 @@ class ModelCache:
 def model_cache(model: Any) -> ModelCache:
     """What `model` keeps; nothing if it cannot generate. The model may be on meta, or
     its weights be streamed."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return ModelCache({})
     text = config.get_text_config()
@@ -72,7 +74,8 @@ def model_cache(model: Any) -> ModelCache:
             f"{type(model).__name__} cannot be traced without weights ({error})"
         )
         note = note if completes(model) else ""
-        return ModelCache(derived, ran=_text_only(model), heads=width, note=note)
+        ran = frozenset(_text_only(model))
+        return ModelCache(derived, ran=ran, heads=width, note=note)
     kept = found.kept
     if not any(_attends(each) or each.width for each in kept.values()):
         kept = {n: Kept(width=width) for n in derived} | dict(kept)
@@ -114,9 +117,10 @@ def _upwards(name: str) -> Iterator[str]:
     yield ""
 
 
-def _text_only(model: nn.Module) -> frozenset[str]:
+def _text_only(model: nn.Module) -> list[str]:
+    """The names of the modules that are of no other sense, in their order."""
     names = (name for name, _ in model.named_modules())
-    return frozenset(name for name in names if not _OTHER_SENSES.search(name))
+    return [name for name in names if not _OTHER_SENSES.search(name)]
 
 
 def _derived(model: nn.Module, config: Any, heads: int) -> dict[str, Kept]:
@@ -133,21 +137,16 @@ def _derived(model: nn.Module, config: Any, heads: int) -> dict[str, Kept]:
     if getattr(config, "multi_query", False):
         kv_heads = 1
     found = {}
-    for number, layer in enumerate(sorted(layers, key=_natural)):
+    for number, (layer, names) in enumerate(layers.items()):
         kind = kinds[number] if number < len(kinds) else "full_attention"
         if "attention" not in kind or kind == "linear_attention":
             continue
-        names = sorted(layers[layer])
         named = [n for n in names if "att" in n.removeprefix(layer).lower()]
         is_sliding = kind == "sliding_attention" and window
         found[(named or names)[0]] = Kept(
             per_token=2 * kv_heads * size, window=window if is_sliding else None
         )
     return found
-
-
-def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
 def _width(config: Any, heads: int) -> int:

@@ -132,7 +132,8 @@ def imagine(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Ske
 
 def _beside_text(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of the modules that are not a part of the model's text decoder."""
-    inside = {id(module) for module in model.get_decoder().modules()}
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in decoder.modules()}
     return tuple(n for n, m in model.named_modules() if id(m) not in inside)
 
 

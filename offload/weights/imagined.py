@@ -12,7 +12,7 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import SINGLE_FILE
 from ...io.weights.recipe import Recipe, TensorSlice, plain
 from .dtype_plan import DtypePlan
-from .imagined_schemes import Part, Scheme, scheme_of
+from .imagined_schemes import Part, PublishedScheme, scheme_of
 
 
 def imagined_recipes(
@@ -57,7 +57,7 @@ def _quantised(
     name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    scheme: Scheme,
+    scheme: PublishedScheme,
     files: "_Files",
 ) -> Recipe:
     """The recipe of a weight, or of a stack of them, that `scheme` quantises."""

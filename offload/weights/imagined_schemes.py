@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scheme:
+class PublishedScheme:
     """Which weights are quantised, and in which stored tensors they are kept."""
 
     linears: frozenset[str]
@@ -84,7 +84,7 @@ def scheme_of(
     compressed: Any,
     stored: torch.dtype,
     left_out: Iterable[str],
-) -> Scheme | None:
+) -> PublishedScheme | None:
     """The scheme of transformers' `quantizer` for `model`, or of the settings of
     compressed-tensors (`compressed`); None without either.
 
@@ -101,7 +101,7 @@ def scheme_of(
     method = str(getattr(settings.quant_method, "value", settings.quant_method))
     is_left_out = _skipping(model, quantizer)
     if method == "mxfp4":  # only experts
-        return Scheme(frozenset(), is_left_out, lambda _: _Rows(), _mx_parts)
+        return PublishedScheme(frozenset(), is_left_out, lambda _: _Rows(), _mx_parts)
     found = settings.weight_block_size
     blocks = ScaleBlocks(*found) if found else None
     scales = torch.uint8 if method == "mxfp8" else torch.float32
@@ -115,7 +115,9 @@ def scheme_of(
         }
 
     rows = blocks.rows if blocks else 1
-    return Scheme(linears, is_left_out, lambda _: Fp8Format(blocks), parts, rows)
+    return PublishedScheme(
+        linears, is_left_out, lambda _: Fp8Format(blocks), parts, rows
+    )
 
 
 def _linears(model: PreTrainedModel) -> Iterator[str]:
@@ -178,7 +180,7 @@ class _Rows(MxFormat):
 
 def _compressed(
     config: Any, linears: frozenset[str], ignored: tuple[str, ...], stored: torch.dtype
-) -> Scheme:
+) -> PublishedScheme:
     """The scheme of a config of compressed-tensors."""
     group = next(iter(config.config_groups.values()))
     weights, strategy = group.weights, _word(group.weights.strategy)
@@ -219,7 +221,7 @@ def _compressed(
         return found
 
     rows = weights.block_structure[0] if strategy == "block" else 1
-    return Scheme(
+    return PublishedScheme(
         linears,
         lambda name: _is_ignored(name, ignored),
         lambda is_stack: compressed_format(config, is_stack),

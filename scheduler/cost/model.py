@@ -15,7 +15,7 @@ from .load_cost import load_seconds, stolen_seconds
 from .pipeline import PassCost, WeightLoad, run_passes
 from .rates import Rates
 from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
-from .site_time import Calls, expansion_seconds, gather_seconds, product_seconds
+from .site_time import SiteCalls, expansion_seconds, gather_seconds, product_seconds
 from .traffic import Moved, activations_moved, kv_moved
 
 _HEAD_BYTES_PER_LOGIT = 12
@@ -38,7 +38,7 @@ class CostModel:
         compute = self._by_site(
             lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
         )
-        outside = sum(self._outside(batch) for batch in batches)
+        outside = sum(self._outside(self.rates.calls.batch, b.tokens) for b in batches)
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         return self._pass(compute, outside, moved)
 
@@ -59,7 +59,7 @@ class CostModel:
                 )
             )
         )
-        outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
+        outside = sum(self._outside(self.rates.calls.step, b.tokens) for b in batches)
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         moved += kv_moved(
             self.shape,
@@ -82,7 +82,7 @@ class CostModel:
                 else self._decoded(site, batches, num_rows, context)
             )
         )
-        outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
+        outside = sum(self._outside(self.rates.calls.step, b.rows) for b in batches)
         moved = kv_moved(
             self.shape,
             self.rates,
@@ -139,7 +139,7 @@ class CostModel:
         rates, tokens = self.rates, batch.tokens
         rows = max(joint_rows, tokens)
         share = tokens / rows
-        products = product_seconds(rates, site, Calls(tokens, rows, tokens))
+        products = product_seconds(rates, site, SiteCalls(tokens, rows, tokens))
         if context:  # else they are products of the call's own tokens
             products += expansion_seconds(
                 rates, site, batch.rows, context, self.shape.itemsize
@@ -166,7 +166,7 @@ class CostModel:
         is_joint = self.settings.is_coalesced and each < WIDE_ROWS and len(batches) > 1
         width = min(MAX_ROWS, num_rows) if is_joint else each
         times = num_rows / width
-        products = product_seconds(rates, site, Calls(num_rows, width, each))
+        products = product_seconds(rates, site, SiteCalls(num_rows, width, each))
         products += expansion_seconds(
             rates, site, num_rows, context, self.shape.itemsize
         )
@@ -182,14 +182,13 @@ class CostModel:
         )
 
     def _kv_call(self, site: SiteCost) -> float:
-        is_kept = site.kv_per_token and self.settings.kv_tier != "auto"
-        return self.rates.calls.kv_layer if is_kept else 0.0
+        is_kept = bool(site.kv_per_token) and self.settings.kv_tier != "auto"
+        return is_kept * self.rates.calls.kv_layer
 
     def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
         """Seconds to read keys and values. A cache of transformers copies all of them
         for each new token."""
-        kept = site.kv_per_token + site.own_kv_per_token
-        nbytes = float(kept * num_rows)
+        nbytes = float(num_rows * (site.kv_per_token + site.own_kv_per_token))
         nbytes *= self.settings.kv_itemsize or self.shape.itemsize
         touches = 3 if self.settings.kv_tier == "auto" else 1
         return nbytes * site.context(context) * touches / self.rates.device_bytes
@@ -223,11 +222,8 @@ class CostModel:
     def _pointwise(self, elements: float) -> float:
         return elements * self.shape.itemsize / self.rates.pointwise_bytes
 
-    def _outside(self, batch: MicroBatchShape) -> float:
-        return self.rates.calls.batch + self._gather(batch.tokens)
-
-    def _gather(self, tokens: int) -> float:
-        return gather_seconds(self.rates, self.shape, tokens)
+    def _outside(self, call_seconds: float, tokens: int) -> float:
+        return call_seconds + gather_seconds(self.rates, self.shape, tokens)
 
     def _pass(
         self, compute: list[float], outside: float, moved: Sequence[Moved]
@@ -293,9 +289,7 @@ class CostModel:
         """The loads of the first pass, which include the units that stay on the device.
         Those have slots of their own."""
         first = [list(of_site) for of_site in loads]
-        if Tier.DISK not in self.rates.links:
-            return first
-        for index in self.shape.streamed:
+        for index in self.shape.streamed if Tier.DISK in self.rates.links else ():
             unit = self.shape.units[index]
             if self.settings.placement[index] == Tier.DEVICE:
                 seconds = load_seconds(unit, Tier.DISK, self.rates)

@@ -11,7 +11,7 @@ it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
+class SiteCalls:
     """How the tokens of a pass come to the matrix products of a site."""
 
     tokens: float
@@ -22,7 +22,7 @@ class Calls:
     """Those of one micro-batch: products with experts are never joined."""
 
 
-def product_seconds(rates: Rates, site: SiteCost, calls: Calls) -> float:
+def product_seconds(rates: Rates, site: SiteCost, calls: SiteCalls) -> float:
     """Seconds of the matrix products with weights. A product with an expert has only
     the rows that are sent to it, and reads only the experts that are hit."""
     if not calls.tokens or not calls.rows:
