@@ -193,6 +193,7 @@ def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
                 policy=with_dtype(asked, name),
                 _known={},
                 _choices=[],
+                _too_small=[],
             )
             others.append(try_dtype(name, beside))
     is_open = asked.dtype == "auto"

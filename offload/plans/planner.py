@@ -57,6 +57,7 @@ class Planner:
     """Whether weights use no more memory than makes it faster."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
+    _too_small: list[int] = field(default_factory=list)  # sizes of device_memory
 
     @cached_property
     def _forecaster(self) -> Forecaster:
@@ -77,9 +78,8 @@ class Planner:
         good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
         if self.machine.is_estimate:
             good = [c for c in good if c.is_safe] or good
-        return self._less_memory(
-            self._finer(min(good, key=lambda choice: choice.in_flight))
-        )
+        least = min(good, key=lambda choice: choice.in_flight)
+        return self._less_memory(self._finer(least))
 
     def choices(self) -> list[Choice]:
         """All policies that fit, each with as much of the model in memory as fits."""
@@ -213,9 +213,13 @@ class Planner:
         return None
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
+        size = 0 if policy.device_memory == "auto" else policy.device_memory
+        if 0 < size <= max(self._too_small, default=0):
+            return None
         try:
             found = self._forecast(policy)
         except DoesNotFitError:
+            self._too_small.append(size)
             return None
         prediction = predict(found.model, self._work(policy, found.shape))
         return Choice(policy, found, prediction, need)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from giants import SMALL, small, write
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -17,7 +18,6 @@ from penstock.offload.configs.hf_config import model_class_of, read_config
 from penstock.offload.units.model_cache import ModelCache, model_cache
 from penstock.scheduler.cost.memory_need import CacheBytes, cache_bytes
 from penstock.scheduler.cost.shape import ModelShape, SiteCost
-from published import SMALL, small, write
 from shares import shared
 
 ROWS, TOKENS = 2, 12
