@@ -206,7 +206,7 @@ def _disk_of(
         folder = cache_folder(io)
         key = f"drive {drive_of(folder)}, {_settings(io)}"
         found = known.get_or(key, lambda: _scratch_drive(folder, io))
-    return Disk(**found, **disk_sizes(cache_folder(io)))
+    return Disk(**{**found, **disk_sizes(cache_folder(io))})
 
 
 def _settings(io: IO) -> str:

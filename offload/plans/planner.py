@@ -95,8 +95,7 @@ class Planner:
         roomy = self._choice(policy)
         if roomy is None or not is_free(self.policy, "device_memory"):
             return roomy
-        asked = policy.device_memory
-        most = roomy.policy.device_memory
+        asked, most = policy.device_memory, roomy.policy.device_memory
         assert asked != "auto", "it was chosen"
         assert most != "auto", "it was chosen"
         if asked > most and asked != start.policy.device_memory:
@@ -189,9 +188,8 @@ class Planner:
 
     def _finer(self, choice: Choice) -> Choice:
         """`choice` with the memory that it could have, if that is better."""
-        asked = choice.asked
-        finer = self._choice(asked, (_MANY_PARTS,)) if asked is not None else None
-        return finer if finer is not None and finer.rate > choice.rate else choice
+        finer = choice.asked and self._choice(choice.asked, (_MANY_PARTS,))
+        return finer if finer and finer.rate > choice.rate else choice
 
     def _choice(
         self, policy: Policy, all_parts: tuple[int, ...] = (_FEW_PARTS, _MANY_PARTS)

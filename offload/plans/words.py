@@ -61,7 +61,7 @@ def _kv(planner: Planner, choice: Choice) -> list[str]:
     seconds = choice.prediction.busy_seconds.get(tier, 0.0)
     seconds -= weight_seconds(choice).get(tier, 0.0)
     where = "stay in host memory"
-    if tier == Tier.DISK:
+    if tier == "disk":
         where = f"go to disk{_drive(planner)}"
     return [
         f"keys and values of {num:,} sequences ({size}) {where}: {seconds:.2f} s of "

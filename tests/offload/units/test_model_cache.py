@@ -106,7 +106,8 @@ def test_planned_bytes_are_those_of_the_cache_of_published_models(
 ) -> None:
     config = read_config(write(tmp_path, small(name)), False)
     torch.manual_seed(0)
-    model: Any = model_class_of(config, tmp_path, False)(config).eval()
+    kind: Any = model_class_of(config, tmp_path, False)
+    model = kind(config).eval()
     ids = torch.randint(8, 300, (ROWS, TOKENS))
     caches = filled(model, {"input_ids": ids})
     found = planned(model, TOKENS, 0)
