@@ -127,6 +127,17 @@ def model_class_of(
     )
 
 
+def other_name(folder: Path, kind: type[PreTrainedModel]) -> tuple[str, ...]:
+    """What to announce if `kind` is not what config.json in `folder` names."""
+    names = read_json_object(folder / "config.json").get("architectures") or []
+    if kind.__name__ in names or not names:
+        return ()
+    return (
+        f"{folder}/config.json names {names[0]}, which transformers has as "
+        f"{kind.__name__}: that is used",
+    )
+
+
 def _own_class(
     config: Any, folder: Path, names: list[str]
 ) -> type[PreTrainedModel] | None:

@@ -23,6 +23,7 @@ from ..configs.hf_config import (
     check_layers,
     model_class_of,
     of_config,
+    other_name,
     read_config,
     set_generation,
 )
@@ -85,7 +86,8 @@ def build(
         notes = _finish(model, recipes, unknown, checkpoint)
     set_generation(model, folder, trust_remote_code)
     model.train(False)
-    return Skeleton(model, recipes, (*notes, *unused_code(folder)))
+    others = (*other_name(folder, model_class), *unused_code(folder))
+    return Skeleton(model, recipes, (*notes, *others))
 
 
 def imagine(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Skeleton:
@@ -127,7 +129,7 @@ def imagine(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Ske
         notes = _finish(model, recipes, {}, nothing)
     set_generation(model, folder, trust_remote_code)
     model.train(False)
-    return Skeleton(model, recipes, notes)
+    return Skeleton(model, recipes, (*notes, *other_name(folder, model_class)))
 
 
 def _beside_text(model: PreTrainedModel) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ BILLIONS = {
 """Billions of parameters, as published, without the layers that predict several tokens
 (MTP), which transformers does not build."""
 GIGABYTES = {
+    "deepseek-r1": 673.2,
+    "deepseek-v3.2": 674.0,
     "deepseek-v3": 673.2,
     "gpt-oss-120b": 65.2,
     "kimi-k2": 1029.2,
@@ -211,8 +213,10 @@ def test_a_name_of_their_own_is_known_and_their_code_is_not_run(
     write(tmp_path, own)
     code.write_text("raise SystemExit('this code ran')")
     (tmp_path / "configuration_minimax_m1.py").write_text(code.read_text())
-    made = hf.imagine(tmp_path, "auto").model
+    skeleton = hf.imagine(tmp_path, "auto")
+    made = skeleton.model
     assert type(made).__name__ == "MiniMaxForCausalLM"
+    assert "names MiniMaxM1ForCausalLM" in skeleton.notes[0]
     assert not hasattr(made.config, "auto_map")
     written: dict[str, Any] = published("minimax-m1-hf")
     for key in ("layer_types", "mlp_alpha_factor", "full_attn_alpha_factor"):
