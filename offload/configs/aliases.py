@@ -34,17 +34,14 @@ _MINIMAX = {
 _LEFT_OUT = ("auto_map", "attn_implementation", "_attn_implementation")
 """Keys that name code of others."""
 _MAPPINGS = (
-    ("ForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
-    ("ForConditionalGeneration", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
-    ("ForConditionalGeneration", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
-    ("ForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING"),
-    (
-        "ForSequenceClassification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    ),
-    ("Model", "MODEL_MAPPING"),
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
 )
-"""Transformers' classes for configs, by how their names end."""
+"""Transformers' classes for configs."""
 
 
 def known_type(values: Mapping[str, Any]) -> str | None:
@@ -65,7 +62,8 @@ def is_renamed(values: Mapping[str, Any]) -> bool:
     has_class = isinstance(names, list) and any(
         isinstance(name, str) and name in _CLASSES for name in names
     )
-    return has_class or values.get("model_type") in _MODEL_TYPES
+    kind = values.get("model_type")
+    return has_class or (isinstance(kind, str) and kind in _MODEL_TYPES)
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,18 +99,22 @@ def _minimax(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def registered_class(config: Any, names: list[str]) -> "type[PreTrainedModel] | None":
-    """The class that transformers has for `config` and for what the first of the
-    `names` says that it does; None if there is none."""
+    """The class that transformers has for `config`, if one of the `names` only spells
+    it otherwise (LLaMAForCausalLM); else None."""
     import transformers
     from transformers import PreTrainedModel
 
-    for ending, mapping in _MAPPINGS:
-        if names and not names[0].endswith(ending):
-            continue
+    spelled = {_spelling(name) for name in names}
+    for mapping in _MAPPINGS:
         found: Any = getattr(transformers, mapping, {})
-        if type(config) in found:
-            kind = found[type(config)]
-            kind = kind[0] if isinstance(kind, tuple) else kind
-            if inspect.isclass(kind) and issubclass(kind, PreTrainedModel):
-                return kind
+        made = found.get(type(config), ())
+        for kind in made if isinstance(made, tuple) else (made,):
+            is_model = inspect.isclass(kind) and issubclass(kind, PreTrainedModel)
+            if is_model and _spelling(kind.__name__) in spelled:
+                found_class: type[PreTrainedModel] = kind
+                return found_class
     return None
+
+
+def _spelling(name: str) -> str:
+    return name.replace("_", "").casefold()

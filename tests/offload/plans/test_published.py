@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from giants import NAMES, published, write
 
-from penstock.io.errors import CheckpointError, DoesNotFitError
+from penstock.io.errors import CheckpointError, DoesNotFitError, UsageError
 from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planned import Workload
@@ -223,10 +223,16 @@ def test_a_name_of_their_own_is_known_and_their_code_is_not_run(
         assert getattr(made.config, key) == written[key]
 
 
-def test_another_name_without_code_is_the_class_of_its_type(tmp_path: Path) -> None:
-    values = {**LLAMA, "num_hidden_layers": 1, "architectures": ["OwnForCausalLM"]}
+def test_a_class_that_is_spelled_otherwise_is_the_one_of_its_type(
+    tmp_path: Path,
+) -> None:
+    values = {**LLAMA, "num_hidden_layers": 1, "architectures": ["LLaMAForCausalLM"]}
     made = hf.imagine(write(tmp_path, values), "auto")
     assert type(made.model).__name__ == "LlamaForCausalLM"
+    assert "names LLaMAForCausalLM" in made.notes[0]
+    values["architectures"] = ["OwnForCausalLM"]
+    with pytest.raises(UsageError, match="names the architectures"):
+        hf.imagine(write(tmp_path, values), "auto")
     values["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="is not run"):
