@@ -36,7 +36,7 @@ def describe(
     """
     config = model.config.get_text_config() if hasattr(model, "config") else None
     found = division.found
-    cache = cache or model_cache(model)
+    cache = model_cache(model) if cache is None else cache
     head, base, share = _head_of(model), _base_of(model), _active_share(config)
     sites = cache.put_into(
         [

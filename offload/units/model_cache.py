@@ -26,8 +26,8 @@ class ModelCache:
     kept: Mapping[str, Kept]
     state_bytes: int = 0
     """Bytes of a sequence that no single module keeps."""
-    ran: frozenset[str] | None = None
-    """The modules that run for text; None: all do."""
+    ran: frozenset[int] | None = None
+    """The ids of the modules that run for text; None: all do."""
     heads: int = 0
     """The width of all heads of a layer, where the trace did not see it."""
     note: str = ""
@@ -38,7 +38,7 @@ class ModelCache:
         """`sites`, each of one of the `modules`, with what is kept in them."""
         indices = {site.name: index for index, site in reversed([*enumerate(sites)])}
         made = [
-            replace(site, runs_for_text=self._runs(site.name, module))
+            replace(site, runs_for_text=self._runs(module))
             for site, module in zip(sites, modules, strict=True)
         ]
         for name, kept in self.kept.items():
@@ -47,13 +47,10 @@ class ModelCache:
                 made[index] = _with(made[index], kept, self.heads)
         return tuple(made)
 
-    def _runs(self, name: str, module: nn.Module) -> bool:
+    def _runs(self, module: nn.Module) -> bool:
         if self.ran is None:
             return True
-        return any(
-            (f"{name}.{part}" if part and name else name or part) in self.ran
-            for part, _ in module.named_modules()
-        )
+        return any(id(part) in self.ran for part in module.modules())
 
 
 def model_cache(model: Any) -> ModelCache:
@@ -74,12 +71,13 @@ def model_cache(model: Any) -> ModelCache:
             f"{type(model).__name__} cannot be traced without weights ({error})"
         )
         note = note if completes(model) else ""
-        ran = frozenset(_text_only(model))
+        ran = _ids(model, frozenset(_text_only(model)))
         return ModelCache(derived, ran=ran, heads=width, note=note)
     kept = found.kept
     if not any(_attends(each) or each.width for each in kept.values()):
         kept = {n: Kept(width=width) for n in derived} | dict(kept)
-    return ModelCache(kept, found.state_bytes, found.ran, width)
+    ran = None if found.ran is None else _ids(model, found.ran)
+    return ModelCache(kept, found.state_bytes, ran, width)
 
 
 def _with(site: SiteCost, kept: Kept, heads: int) -> SiteCost:
@@ -115,6 +113,11 @@ def _upwards(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
+
+
+def _ids(model: nn.Module, names: frozenset[str]) -> frozenset[int]:
+    """The ids of the modules of these names."""
+    return frozenset(id(m) for name, m in model.named_modules() if name in names)
 
 
 def _text_only(model: nn.Module) -> list[str]:
