@@ -71,8 +71,8 @@ def model_cache(model: Any) -> ModelCache:
             f"{type(model).__name__} cannot be traced without weights ({error})"
         )
         note = note if completes(model) else ""
-        ran = _ids(model, frozenset(_text_only(model)))
-        return ModelCache(derived, ran=ran, heads=width, note=note)
+        of_text = _ids(model, frozenset(_text_only(model)))
+        return ModelCache(derived, ran=of_text, heads=width, note=note)
     kept = found.kept
     if not any(_attends(each) or each.width for each in kept.values()):
         kept = {n: Kept(width=width) for n in derived} | dict(kept)
