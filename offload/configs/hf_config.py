@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from ...io.errors import CheckpointError, UsageError
 from ...io.regular_file import read_json_object
 from ...io.user_errors import about
-from . import trust
+from . import aliases, trust
 
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden)_?(layers?|blocks?)$|^depth$")
 """Keys of a config that say how many blocks there are."""
@@ -40,12 +40,11 @@ def read_config(folder: Path, is_trusted: bool) -> Any:
     trust.check_files(folder)
     values = trust.read_config(folder, is_trusted=is_trusted)
     _check_section(path, values)
-    code, kind = trust.own_code(values), values.get("model_type")
-    is_known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
-    if code is not None and not (is_trusted or is_known):
+    code, kind = trust.own_code(values), aliases.known_type(values)
+    if code is not None and not (is_trusted or kind):
         raise trust.refuse_code(path, code)
     with about(str(path), CheckpointError):
-        config = AutoConfig.from_pretrained(folder, **trust.loading(is_trusted))
+        config = _config_of(folder, values, kind, is_trusted)
     if not is_trusted:
         trust.without_code(config)
     names = config.architectures or []
@@ -54,6 +53,15 @@ def read_config(folder: Path, is_trusted: bool) -> Any:
             f"{path}: architectures must be a list of names, not {names!r:.100}"
         )
     return config
+
+
+def _config_of(
+    folder: Path, values: Mapping[str, Any], kind: str | None, is_trusted: bool
+) -> Any:
+    if kind is not None and aliases.is_renamed(values) and not is_trusted:
+        config_class = transformers.CONFIG_MAPPING[kind]
+        return config_class.from_dict(aliases.renamed(values))
+    return AutoConfig.from_pretrained(folder, **trust.loading(is_trusted))
 
 
 def _check_section(path: Path, values: Mapping[str, Any]) -> None:
@@ -110,10 +118,23 @@ def model_class_of(
         )
     if code:
         raise trust.refuse_code(folder / "config.json", code)
+    if names and (made := aliases.registered_class(config, names)):
+        return made
     raise UsageError(
         f"{folder}/config.json names the architectures {names}, none of which "
         f"transformers {transformers.__version__} has; models with code of their own "
         "can be built by you and given to penstock.wrap"
+    )
+
+
+def other_name(folder: Path, kind: type[PreTrainedModel]) -> tuple[str, ...]:
+    """What to announce if `kind` is not what config.json in `folder` names."""
+    names = read_json_object(folder / "config.json").get("architectures") or []
+    if kind.__name__ in names or not names:
+        return ()
+    return (
+        f"{folder}/config.json names {names[0]}, which transformers has as "
+        f"{kind.__name__}: that is used",
     )
 
 

@@ -71,6 +71,20 @@ def modelopt_section(config: Any, folder: Path) -> dict[str, Any] | None:
     }
 
 
+def modules_left_out(config: Any, folder: Path) -> tuple[str, ...]:
+    """Patterns of the modules that Model Optimizer left as they were, as the checkpoint
+    in `folder` names them; none for another one."""
+    found = getattr(config, "quantization_config", None)
+    if found is None and (folder / _FILE).is_file():
+        found = _dict(read_json_object(folder / _FILE).get("quantization"))
+    if not isinstance(found, dict):
+        return ()
+    names = found.get("exclude_modules") or (
+        found.get("ignore") if found.get("quant_method") == "modelopt" else ()
+    )
+    return tuple(n for n in names or () if isinstance(n, str))
+
+
 def as_compressed(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint`, of Model Optimizer, with the names that compressed-tensors has.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
     `config`: the model is none that computes with them. Raises UsageError for what
     cannot be streamed.
     """
-    found = config.__dict__.pop("quantization_config", None)
+    found = _section_of(config)
     if found is None:
         return None
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
@@ -49,10 +50,7 @@ def dequantizer_of(config: Any, folder: Path) -> Any:
     where = f"{folder}/config.json, quantization_config"
     groups = found.get("config_groups")
     if method == "compressed-tensors" and not (groups and isinstance(groups, dict)):
-        raise UsageError(
-            f"{where}: config_groups is {groups!r:.100}, and does not say how weights "
-            f"are kept: {_INSTEAD}"
-        )
+        raise _no_groups(where, groups)
     _check_sizes(found, where)
     with about(where, CheckpointError, every=True, fix=_AGAIN), _first_fault():
         settings = AutoQuantizationConfig.from_dict(copy.deepcopy(found))
@@ -99,6 +97,71 @@ def _first_fault() -> Iterator[None]:
         raise ValueError(
             f"{'.'.join(places)} is {given!r:.200}: {fault['msg']}"
         ) from error
+
+
+def _section_of(config: Any) -> Any:
+    """The `quantization_config`, which is taken out of `config`; that of its text, if
+    only its text is quantised."""
+    found = config.__dict__.pop("quantization_config", None)
+    if found is None and (text := config.get_text_config()) is not config:
+        found = text.__dict__.pop("quantization_config", None)
+    return found
+
+
+def compressed_settings(config: Any, folder: Path) -> Any:
+    """The settings of compressed-tensors in `config`, from which they are taken out;
+    None if it has none.
+
+    They have the attributes of compressed-tensors' own config, which need not be
+    installed. Raises UsageError if they do not say how weights are kept.
+    """
+    text = config.get_text_config()
+    found = vars(config).get("quantization_config")
+    found = found or vars(text).get("quantization_config")
+    is_compressed = isinstance(found, dict) and (
+        found.get("quant_method") == "compressed-tensors"
+    )
+    if not is_compressed:
+        return None
+    _section_of(config)
+    groups = found.get("config_groups")
+    if not (groups and isinstance(groups, dict)):
+        raise _no_groups(f"{folder}/config.json, quantization_config", groups)
+    _check_sizes(found, f"{folder}/config.json, quantization_config")
+    return SimpleNamespace(
+        format=found.get("format"),
+        ignore=[n for n in found.get("ignore") or () if isinstance(n, str)],
+        config_groups={
+            name: SimpleNamespace(
+                format=group.get("format"), weights=_weights(group.get("weights"))
+            )
+            for name, group in groups.items()
+            if isinstance(group, dict)
+        },
+    )
+
+
+def _weights(values: Any) -> Any:
+    """The settings of a group's weights; None if it has none."""
+    if not isinstance(values, dict):
+        return None
+    usual = {
+        "type": "int",
+        "num_bits": 8,
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+    }
+    return SimpleNamespace(**{key: values.get(key, usual[key]) for key in usual})
+
+
+def _no_groups(where: str, groups: Any) -> UsageError:
+    return UsageError(
+        f"{where}: config_groups is {groups!r:.100}, and does not say how weights "
+        f"are kept: {_INSTEAD}"
+    )
 
 
 def prepare(model: PreTrainedModel, quantizer: Any, dtype: torch.dtype) -> None:

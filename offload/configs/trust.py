@@ -14,6 +14,7 @@ from typing import Any
 
 from ...io.errors import CheckpointError
 from ...io.regular_file import MAX_CONFIG_BYTES, read_json_object
+from . import aliases
 
 _KERNELS = {
     "attn_implementation": {"eager", "sdpa", "flex_attention", "paged|eager"},
@@ -83,7 +84,8 @@ def read_config(folder: Path, *, is_trusted: bool) -> dict[str, Any]:
             "(configuration_files): put the one that is meant in its place"
         )
     if not is_trusted:
-        _check_kernels(folder, values)
+        is_renamed = aliases.is_renamed(values)
+        _check_kernels(folder, aliases.renamed(values) if is_renamed else values)
     return values
 
 

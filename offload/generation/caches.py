@@ -35,11 +35,10 @@ class Caches:
         elsewhere."""
         policy, arrangement = engine.policy, engine.arrangement
         is_counted = policy.device == "cpu" and not keeps_kv(policy)
+        if not is_counted:
+            return cls(room_bytes=None, token_bytes=0)
         each = cache_bytes_per_token(model, arrangement.division, arrangement.recipes)
-        return cls(
-            room_bytes=engine.budget.waiting if is_counted else None,
-            token_bytes=int(each * _GROWING),
-        )
+        return cls(room_bytes=engine.budget.waiting, token_bytes=int(each * _GROWING))
 
     def most_rows(self, prompts: Sequence[Prompt], most: int) -> int:
         """How many rows of a micro-batch with these `prompts` have room: from 1 to

@@ -23,7 +23,7 @@ from ..files.durable import DurableFiles as Files
 from ..files.durable import write_whole
 from ..policy import IO, cache_folder
 from .machine import Calls, Disk, Machine
-from .measure import cpu_name, host_facts, scratch_file, seconds_of
+from .measure import cpu_name, disk_sizes, host_facts, scratch_file, seconds_of
 
 DAY = 24 * 3600.0
 """How many seconds an estimate is remembered. Other load on the machine changes it."""
@@ -206,7 +206,7 @@ def _disk_of(
         folder = cache_folder(io)
         key = f"drive {drive_of(folder)}, {_settings(io)}"
         found = known.get_or(key, lambda: _scratch_drive(folder, io))
-    return Disk(**found)
+    return Disk(**{**found, **disk_sizes(cache_folder(io))})
 
 
 def _settings(io: IO) -> str:

@@ -26,6 +26,10 @@ class Disk(Section):
     """Bytes per second of long reads, by reader (libaio, threads, aiofiles, gds)."""
     cpu_seconds_per_gb: dict[str, float] = Field(default_factory=dict)
     """CPU seconds to read 10**9 bytes, by reader."""
+    capacity: Bytes | None = None
+    """Bytes of the drive's file system, all of it."""
+    free: Bytes | None = None
+    """Bytes of it that were free, where keys and values may go; None: not measured."""
     row_read_seconds: float = 0.0
     """Seconds for one short read if many are requested at once, such as rows of an
     embedding table."""

@@ -4,6 +4,7 @@ minute."""
 import itertools
 import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +121,20 @@ def _disk(path: Path, io: IO, progress: Callable[[str], None]) -> Disk:
         bandwidth={t.reader: round(t.bytes_per_second) for t in trials},
         cpu_seconds_per_gb={t.reader: t.cpu_seconds_per_gb for t in trials},
         row_read_seconds=row_read,
+        **disk_sizes(path),
     )
+
+
+def disk_sizes(place: Path) -> dict[str, int]:
+    """The bytes of the file system that `place` lies on, or will, and those that are
+    free; none if it does not say."""
+    path = place.absolute()
+    there = next((p for p in (path, *path.parents) if p.exists()), path)
+    try:
+        found = shutil.disk_usage(there)
+    except OSError:
+        return {}
+    return {"capacity": found.total, "free": found.free}
 
 
 def _row_read_seconds(path: Path, reader: Any) -> float:

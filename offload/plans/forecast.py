@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ...io.readers.files import ALIGNMENT
@@ -21,6 +22,7 @@ from ..tasks.task import Task
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
+from ..units.model_cache import ModelCache, model_cache
 from .rates import rates_of
 
 
@@ -72,6 +74,10 @@ class Forecaster:
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
 
+    @cached_property
+    def _cache(self) -> ModelCache:
+        return model_cache(self._module)
+
     def forecast(self, policy: Policy) -> Forecast:
         """The forecast under `policy`. Raises DoesNotFitError where its budgets are too
         small, and PolicyError."""
@@ -86,7 +92,9 @@ class Forecaster:
         )
         division = arrangement.division
         if division not in self._described:
-            self._described[division] = _described(self._module, arrangement)
+            self._described[division] = _described(
+                self._module, arrangement, self._cache
+            )
         described = self._described[division]
         found = _forecast(arrangement, *described, policy, machine, self._task)
         stops = not self._task.runs_head
@@ -141,11 +149,19 @@ def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
     return MemoryRoom(total=total, runtime=RUNTIME_BYTES, is_asked=is_asked)
 
 
-def _described(module: Any, arrangement: Arrangement) -> tuple[ModelShape, str]:
+def _described(
+    module: Any, arrangement: Arrangement, cache: ModelCache | None = None
+) -> tuple[ModelShape, str]:
     """The shape of the model, and the dtype that it computes in."""
     recipes = arrangement.recipes
     is_gathered = bool(arrangement.gathered)
-    shape = describe(module, arrangement.division, recipes, gathers_rows=is_gathered)
+    shape = describe(
+        module,
+        arrangement.division,
+        recipes,
+        gathers_rows=is_gathered,
+        cache=cache,
+    )
     return shape, dtype_of(recipes)
 
 

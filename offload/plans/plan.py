@@ -122,6 +122,7 @@ class Plan:
             "activation_bytes": self.choice.need.activations,
             "waiting_activation_bytes": self.choice.need.waiting,
             "kv_bytes": self.choice.need.kv,
+            "state_bytes": self.choice.need.states,
             "kv_tier": self.policy.kv.tier,
             "because": self.sentences,
             "devices": self.devices.to_json() if self.devices else None,
@@ -192,6 +193,7 @@ def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
                 policy=with_dtype(asked, name),
                 _known={},
                 _choices=[],
+                _too_small=[],
             )
             others.append(try_dtype(name, beside))
     is_open = asked.dtype == "auto"

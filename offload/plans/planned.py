@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ...io.tier import Tier
 from ...scheduler.cost.memory_need import Need
 from ...scheduler.cost.workload import Prediction
 from ..monitoring.show import human_bytes
@@ -31,6 +32,8 @@ class Budget:
     host: int
     is_shared: bool
     """Whether device and host have one memory. Then `device` is all of it."""
+    disk: int | None = None
+    """Bytes that keys and values may take on the drive; None: not known."""
 
     def beside(self, need: Need, kv_tier: str) -> "Budget":
         """What is left for weights beside `need`, with keys and values in `kv_tier`.
@@ -38,8 +41,15 @@ class Budget:
         device, host = need.beside_weights(kv_tier, is_shared=self.is_shared)
         left = self.device - device
         return Budget(
-            left, left if self.is_shared else self.host - host, self.is_shared
+            left,
+            left if self.is_shared else self.host - host,
+            self.is_shared,
+            self.disk,
         )
+
+    def has_place_for(self, need: Need, kv_tier: str) -> bool:
+        """Whether the drive has room for keys and values that go to it."""
+        return kv_tier != Tier.DISK or self.disk is None or need.kv <= self.disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,8 @@ class Choice:
     forecast: Forecast
     prediction: Prediction
     need: Need
+    asked: Policy | None = None
+    """The policy before its sizes of memory were chosen; None if it had them."""
 
     @property
     def rate(self) -> float:
@@ -67,6 +79,20 @@ class Choice:
     @property
     def in_flight(self) -> int:
         return self.policy.tokens_in_flight * self.policy.sequences_in_flight
+
+
+def no_place(name: str, num: int, need: Need, budget: Budget) -> str:
+    """Why keys and values of `num` sequences fit nowhere on the machine `name`."""
+    assert budget.disk is not None, "else it would do"
+    where = f"neither the device ({human_bytes(budget.device)} to give)"
+    if not budget.is_shared:
+        where += f", host memory ({human_bytes(budget.host)})"
+    return (
+        f"{name!r} cannot run it: keys and values of {num:,} sequences take "
+        f"{human_bytes(need.kv)}, for which {where} nor the drive "
+        f"({human_bytes(budget.disk)}) has room; fewer sequences_in_flight, shorter "
+        "rows, or more room on the drive would do"
+    )
 
 
 def why_not(

@@ -4,6 +4,7 @@ from ...io.kv.tiers import PENDING_BYTES
 from ...scheduler.cost.memory_need import Need, generating_need, scoring_need
 from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
+from ..settings.contradictions import keeps_kv
 from .forecast import generating_of, kv_itemsize
 from .planned import Workload
 
@@ -41,6 +42,7 @@ def need_of(
         is_staged=_is_staged(policy, is_shared=is_shared),
         staging_bytes=None if staging == "auto" else staging,
         pending=PENDING_BYTES if policy.kv.tier == "disk" else 0,
+        is_stored=keeps_kv(policy),
     )
 
 

@@ -16,7 +16,8 @@ from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
-from .planned import Budget, Choice, Workload, why_not
+from .memory_sizes import STEP_BYTES, MemorySizes, is_free
+from .planned import Budget, Choice, Workload, no_place, why_not
 from .planned_need import need_of
 
 Objective = Literal["throughput", "latency"]
@@ -24,12 +25,21 @@ USABLE = 0.9
 """The share of a memory that is planned with. The rest is for the system and for what
 is not counted."""
 _GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
-_STEP_BYTES = 64 << 20
+_FEW_PARTS, _MANY_PARTS = 8, 1 << 20
+"""Sizes of memory are tried in so many parts of what there is; in many for the choice
+that is taken, and if the model does not fit into a few."""
 _MICRO_BATCHES: Mapping[str, tuple[int, ...]] = {
     "tokens": (128, 256, 512, 1024, 2048),
     "sequences": (4, 8, 16, 32, 64),
 }
 """The micro-batch sizes that are tried, by the unit that is in flight."""
+_OF_EXPERTS: Mapping[str, tuple[int, ...]] = {
+    "tokens": (128, 512, 2048, 8192, 32768),
+    "sequences": (4, 16, 64, 256),
+}
+"""Those of models with experts: each call reads the experts that are hit, and each of
+them gets only a share of its rows."""
+_MOST_IN_FLIGHT: Mapping[str, int] = {"tokens": 2048 * 128, "sequences": 64 * 128}
 _WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -47,6 +57,7 @@ class Planner:
     """Whether weights use no more memory than makes it faster."""
     _known: dict[tuple[Any, ...], Forecast] = field(default_factory=dict)
     _choices: list[Choice] = field(default_factory=list)
+    _too_small: list[int] = field(default_factory=list)  # sizes of device_memory
 
     @cached_property
     def _forecaster(self) -> Forecaster:
@@ -62,12 +73,13 @@ class Planner:
         if not found:
             raise DoesNotFitError(self._why_not())
         if self.objective == "latency":
-            return min(found, key=lambda choice: choice.prediction.seconds)
+            return self._finer(min(found, key=lambda c: c.prediction.seconds))
         best = max(choice.rate for choice in found)
         good = [c for c in found if c.rate >= _GOOD_ENOUGH * best]
         if self.machine.is_estimate:
             good = [c for c in good if c.is_safe] or good
-        return self._less_memory(min(good, key=lambda choice: choice.in_flight))
+        least = min(good, key=lambda choice: choice.in_flight)
+        return self._less_memory(self._finer(least))
 
     def choices(self) -> list[Choice]:
         """All policies that fit, each with as much of the model in memory as fits."""
@@ -81,10 +93,9 @@ class Planner:
         the same memory, or less where what is in flight leaves less; None where that
         leaves too little."""
         roomy = self._choice(policy)
-        if roomy is None or not self._is_free("device_memory"):
+        if roomy is None or not is_free(self.policy, "device_memory"):
             return roomy
-        asked = policy.device_memory
-        most = roomy.policy.device_memory
+        asked, most = policy.device_memory, roomy.policy.device_memory
         assert asked != "auto", "it was chosen"
         assert most != "auto", "it was chosen"
         if asked > most and asked != start.policy.device_memory:
@@ -101,7 +112,7 @@ class Planner:
     def with_shared_host(self, choice: Choice, num: int) -> Choice | None:
         """`choice`, made for one of `num` parts of a machine, with one copy of the
         weights in host memory for all parts. None where the user has set its size."""
-        if not self._is_free("host_memory"):
+        if not is_free(self.policy, "host_memory"):
             return None
         own = choice.need.beside_weights(choice.policy.kv.tier, is_shared=False)[1]
         shape = choice.forecast.shape
@@ -122,18 +133,16 @@ class Planner:
         host = int(self.machine.host_memory * USABLE)
         host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
         on_device = host if device is None else int(device * USABLE)
-        return Budget(on_device, host, is_shared=device is None)
-
-    def _is_free(self, key: str) -> bool:
-        """Whether the user leaves `key` to the planner."""
-        value = getattr(self.policy, key)
-        return key not in self.policy.model_fields_set or value == "auto"
+        disk = self.machine.disk
+        free = None if disk is None or disk.free is None else int(disk.free * USABLE)
+        return Budget(on_device, host, is_shared=device is None, disk=free)
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The settings to try for what is in flight: for latency, one micro-batch."""
         each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
-        sizes = _MICRO_BATCHES[self.task.unit_in_flight]
-        if not self._is_free(each_name):
+        unit = self.task.unit_in_flight
+        sizes = (_OF_EXPERTS if self._whole.has_experts else _MICRO_BATCHES)[unit]
+        if not is_free(self.policy, each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
             sizes = sizes[:1]
@@ -141,7 +150,8 @@ class Planner:
         for each in sizes:
             widths = _WIDTHS if self.objective == "throughput" else (1,)
             totals = [each * width for width in widths]
-            if not self._is_free(all_name):
+            totals = [t for t in totals if t <= _MOST_IN_FLIGHT[unit]]
+            if not is_free(self.policy, all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
                 for where in self._places():
@@ -154,7 +164,7 @@ class Planner:
         """The places to try for activations (or keys and values), the fastest first."""
         is_gpu = self.machine.device_memory is not None
         if not self.task.keeps_kv:
-            moves = is_gpu and self._is_free("activations")
+            moves = is_gpu and is_free(self.policy, "activations")
             return [{}, {"activations": "host"}] if moves else [{}]
         if self.policy.kv.tier != "auto" or self.policy.compile:
             return [{}]
@@ -176,49 +186,38 @@ class Planner:
             values["io"] = {**values.get("io", {}), "reader": disk.best_reader}
         return Policy(**{**values, **settings})
 
-    def _choice(self, policy: Policy) -> Choice | None:
-        """The choice for `policy`, with as much of the model in memory as fits beside
-        what is in flight; None where that leaves too little."""
-        shape = self._any_shape(policy)
-        need = self._need(shape, policy)
-        budget = self.budget.beside(need, policy.kv.tier)
-        device, host = budget.device, budget.host
-        if budget.is_shared and policy.host_memory:
-            device -= policy.host_memory
-        if min(device, host) < 0:
-            return None
-        values: dict[str, Any] = {}
-        if self._is_free("device_memory"):
-            whole = shape.resident_bytes + shape.streamed_bytes + (16 << 20)
-            values["device_memory"] = min(whole, device) // _STEP_BYTES * _STEP_BYTES
-            values["device_memory"] += _STEP_BYTES if device > whole else 0
-        elif policy.device_memory != "auto" and policy.device_memory > device:
-            return None
-        if self._is_free("host_memory") and not budget.is_shared:
-            host -= 3 * shape.largest_bytes  # staging
-            values["host_memory"] = max(0, min(shape.streamed_bytes, host)) or None
-        if values.get("device_memory", 1) <= 0:
-            return None
-        host -= values.get("host_memory") or 0
-        on_host = policy.kv.tier == "host" and not budget.is_shared
-        size = values.get("device_memory", policy.device_memory)
-        left = host if on_host or size == "auto" else device - size
-        values.update(self._kv_limits(policy, need.kv + max(0, left >> 20 << 20)))
-        return self._evaluate(_updated(policy, values), need)
+    def _finer(self, choice: Choice) -> Choice:
+        """`choice` with the memory that it could have, if that is better."""
+        finer = choice.asked and self._choice(choice.asked, (_MANY_PARTS,))
+        return finer if finer and finer.rate > choice.rate else choice
 
-    def _kv_limits(self, policy: Policy, nbytes: int) -> dict[str, Any]:
-        """Gives keys and values all memory that is left. By themselves they would stop
-        at half of what is free when the model is loaded, and go on to a slower tier."""
-        kv = policy.kv
-        if kv.tier not in ("device", "host") or self.policy.kv.limits:
-            return {}
-        values = kv.model_dump(exclude_unset=True)
-        return {"kv": {**values, "limits": {kv.tier: nbytes}}}
+    def _choice(
+        self, policy: Policy, all_parts: tuple[int, ...] = (_FEW_PARTS, _MANY_PARTS)
+    ) -> Choice | None:
+        """The choice for `policy`, with as much of the model in memory as fits beside
+        what is in flight; None where that leaves too little, or keys and values have no
+        place."""
+        need = self._need(self._whole, policy)
+        if not self.budget.has_place_for(need, policy.kv.tier):
+            return None
+        sizes = MemorySizes(self.policy, self.budget, self._whole)
+        for parts in all_parts:
+            values = sizes.for_need(policy, need, parts)
+            if values is None:
+                return None
+            choice = self._evaluate(_updated(policy, values), need)
+            if choice is not None:
+                return replace(choice, asked=policy)
+        return None
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
+        size = 0 if policy.device_memory == "auto" else policy.device_memory
+        if 0 < size <= max(self._too_small, default=0):
+            return None
         try:
             found = self._forecast(policy)
         except DoesNotFitError:
+            self._too_small.append(size)
             return None
         prediction = predict(found.model, self._work(policy, found.shape))
         return Choice(policy, found, prediction, need)
@@ -242,11 +241,13 @@ class Planner:
     def _need(self, shape: ModelShape, policy: Policy) -> Need:
         return need_of(shape, policy, self.workload, is_shared=self.budget.is_shared)
 
-    def _any_shape(self, policy: Policy) -> ModelShape:
-        """The model's shape under `policy`, with a working set that holds all of it."""
+    @cached_property
+    def _whole(self) -> ModelShape:
+        """The model's shape with a working set that holds all of it."""
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
         roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
-        return self._forecast(_updated(policy, {**roomy, "placement": {}})).shape
+        policy = _updated(self._with({}), {**roomy, "placement": {}})
+        return self._forecast(policy).shape
 
     def _forecast(self, policy: Policy) -> Forecast:
         """The forecast for `policy`. It is computed once for each division of memory:
@@ -265,14 +266,14 @@ class Planner:
     def _less_memory(self, best: Choice) -> Choice:
         """`best` with less of the model in memory, where that is as fast: the largest
         part, and room for those that are loaded meanwhile."""
-        if not (self.is_sparing and self._is_free("device_memory")):
+        if not (self.is_sparing and is_free(self.policy, "device_memory")):
             return best
         shape = best.forecast.shape
         least = shape.resident_bytes + (1 + best.policy.lookahead) * shape.largest_bytes
-        least = -(-least // _STEP_BYTES) * _STEP_BYTES
+        least = -(-least // STEP_BYTES) * STEP_BYTES
         asked = best.policy.device_memory
         assert asked != "auto", "it was chosen"
-        for size in (least, (least + asked) // 2 // _STEP_BYTES * _STEP_BYTES):
+        for size in (least, (least + asked) // 2 // STEP_BYTES * STEP_BYTES):
             if size < asked:
                 smaller = _updated(best.policy, {"device_memory": size})
                 choice = self._evaluate(smaller, best.need)
@@ -283,15 +284,16 @@ class Planner:
     def _why_not(self) -> str:
         """Why nothing fits, and what would make it run."""
         smallest = self._with(next(iter(self._settings())))
-        shape = self._any_shape(smallest)
+        shape, name, key = self._whole, self.machine.name, "device_memory"
         need, budget = self._need(shape, smallest), self.budget
         least = shape.resident_bytes + shape.largest_bytes
-        beside, key = need.activations + need.kv, "device_memory"
-        asked = None if self._is_free(key) else self.policy.device_memory
+        held = need.activations + need.states
+        if not budget.has_place_for(need, "disk") and held + least <= budget.device:
+            return no_place(name, self.task.in_flight(smallest), need, budget)
+        asked = None if is_free(self.policy, key) else self.policy.device_memory
+        beside = held + need.kv
         whole = round((least + beside + RUNTIME_BYTES) / USABLE)
-        return why_not(
-            self.machine.name, asked, least, beside, budget.device, whole_bytes=whole
-        )
+        return why_not(name, asked, least, beside, budget.device, whole_bytes=whole)
 
 
 def _updated(policy: Policy, values: Mapping[str, Any]) -> Policy:

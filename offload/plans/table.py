@@ -40,6 +40,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_row("  waiting in host memory", human_bytes(choice.need.waiting))
     if choice.need.kv:
         table.add_row("keys and values", human_bytes(choice.need.kv))
+    if choice.need.states:
+        table.add_row("states", human_bytes(choice.need.states))
     chosen = plan.policy.model_fields_set
     for key in _SHOWN:
         if key in chosen:

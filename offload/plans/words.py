@@ -14,8 +14,10 @@ def explain(planner: Planner, choice: Choice) -> list[str]:
     it, and what is kept beside the weights, and where."""
     found = [_binds(planner, choice)]
     found += _kv(planner, choice)
+    found += _states(choice)
     found += _activations(choice)
-    return found
+    note = choice.forecast.shape.note
+    return [*found, note] if planner.task.keeps_kv and note else found
 
 
 def _binds(planner: Planner, choice: Choice) -> str:
@@ -58,10 +60,31 @@ def _kv(planner: Planner, choice: Choice) -> list[str]:
     num, size = choice.policy.sequences_in_flight, human_bytes(choice.need.kv)
     seconds = choice.prediction.busy_seconds.get(tier, 0.0)
     seconds -= weight_seconds(choice).get(tier, 0.0)
-    where = "go to disk" if tier == "disk" else "stay in host memory"
+    where = "stay in host memory"
+    if tier == "disk":
+        where = f"go to disk{_drive(planner)}"
     return [
         f"keys and values of {num:,} sequences ({size}) {where}: {seconds:.2f} s of "
         f"each pass on the link of {tier}, beside the weights"
+    ]
+
+
+def _drive(planner: Planner) -> str:
+    """How much the drive has free, as a part of a sentence."""
+    disk = planner.machine.disk
+    if disk is None or disk.free is None:
+        return ", whose room is not known: penstock machine measures it"
+    return f" ({human_bytes(disk.free)} are free)"
+
+
+def _states(choice: Choice) -> list[str]:
+    """A sentence for what layers keep beside keys and values."""
+    if not choice.need.states:
+        return []
+    num = choice.policy.sequences_in_flight
+    return [
+        f"what layers keep of {num:,} sequences beside keys and values "
+        f"({human_bytes(choice.need.states)}) stays on the device"
     ]
 
 

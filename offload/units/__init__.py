@@ -6,4 +6,9 @@
 (wish) says how much memory a model can use. `describe` computes a model's costs for the
 planner. `find_row_wise` (row_wise, row_probe) finds the modules that micro-batches can
 share. `model_kind` answers questions about a model's classes.
+
+`model_cache` says what a model keeps of each token: `trace_cache` (cache_trace) runs a
+few tokens through its `meta_twin`, one of the blocks that are alike (alike_blocks) for
+all, under `OnMeta` (on_meta), while a `CacheWatch` (cache_watch) notes what comes into
+its cache (cache_contents).
 """

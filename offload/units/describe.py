@@ -1,6 +1,5 @@
 """Computes what a model costs, from its modules on meta and its config."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +12,8 @@ from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .division import Division
-from .model_kind import base_of, keeps_only_keys_and_values
-from .sites import ModelDivision
+from .model_cache import ModelCache, model_cache
+from .model_kind import base_of, completes, keeps_only_keys_and_values
 
 # How often the operations between matrix products touch an element, counted in
 # transformers' Llama. A norm reads and writes each of its elements seven times. Results
@@ -22,24 +21,32 @@ from .sites import ModelDivision
 TOUCHES_OF_NORM = 7
 TOUCHES_OF_PRODUCT = 4
 
-_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
-
 
 def describe(
-    model: Any, division: Division, recipes: Mapping[str, Recipe], gathers_rows: bool
+    model: Any,
+    division: Division,
+    recipes: Mapping[str, Recipe],
+    *,
+    gathers_rows: bool,
+    cache: ModelCache | None = None,
 ) -> ModelShape:
-    """The costs of `model`, as `division` divides it. The model may be on meta."""
+    """The costs of `model`, as `division` divides it. The model may be on meta.
+
+    `cache` says what it keeps of each token; it is found out if it is not given.
+    """
     config = model.config.get_text_config() if hasattr(model, "config") else None
     found = division.found
-    head = _head_of(model)
-    attention = _attention(found, config)
-    base = _base_of(model)
-    sites = tuple(
-        replace(
-            _site(site.name, site.module, head, config, attention.get(index)),
-            makes_hidden=base is None or id(site.module) in base,
-        )
-        for index, site in enumerate(found.sites)
+    cache = model_cache(model) if cache is None else cache
+    head, base, share = _head_of(model), _base_of(model), _active_share(config)
+    sites = cache.put_into(
+        [
+            replace(
+                _site(site.name, site.module, head, share),
+                makes_hidden=base is None or id(site.module) in base,
+            )
+            for site in found.sites
+        ],
+        [site.module for site in found.sites],
     )
     units = tuple(
         UnitCost(
@@ -61,25 +68,17 @@ def describe(
         hidden=int(getattr(config, "hidden_size", 0) or 0),
         gathers_rows=gathers_rows,
         vocabulary=int(getattr(config, "vocab_size", 0) or 0),
-        prompts_in_parts=_completes(model) and keeps_only_keys_and_values(model),
+        prompts_in_parts=completes(model) and keeps_only_keys_and_values(model),
+        state_bytes=cache.state_bytes,
+        note=cache.note,
     )
 
 
-def _completes(model: Any) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return callable(can_generate) and bool(can_generate())
-
-
 def _site(
-    name: str,
-    module: nn.Module,
-    head: nn.Module | None,
-    config: Any,
-    attention: tuple[int, int, int | None] | None,
+    name: str, module: nn.Module, head: nn.Module | None, share: float
 ) -> SiteCost:
-    width, kv, window = attention or (0, 0, None)
-    active = _active_share(config)
-    flops = weights = pointwise = 0.0
+    """The costs of one site, without attention. `share` of the experts is active."""
+    flops = weights = pointwise = expert_flops = expert_weights = 0.0
     num_modules = num_products = vocabulary = 0
     for part in module.modules():
         own = [p for p in part._parameters.values() if p is not None]
@@ -92,25 +91,29 @@ def _site(
                 if not _has_matrix(own):
                     pointwise += TOUCHES_OF_NORM * numel
                 continue
-            share = active if parameter.dim() == 3 else 1.0
+            active = share if parameter.dim() == 3 else 1.0
+            nbytes = numel * parameter.element_size()
             num_products += 1
-            flops += 2.0 * numel * share
-            weights += numel * parameter.element_size()
+            flops += 2.0 * numel * active
+            weights += nbytes
+            if active < 1.0:
+                expert_flops += 2.0 * numel * active
+                expert_weights += nbytes
             if part is not head:
                 rows = numel / parameter.shape[-1]
-                pointwise += TOUCHES_OF_PRODUCT * rows * share
+                pointwise += TOUCHES_OF_PRODUCT * rows * active
         if part is head:
             vocabulary = int(next(iter(own)).shape[0])
     return SiteCost(
         name,
         flops_per_token=flops,
         weight_bytes=weights,
+        expert_flops_per_token=expert_flops,
+        expert_weight_bytes=expert_weights,
+        expert_share=share if expert_flops else 1.0,
         num_modules=num_modules,
         num_products=num_products,
         pointwise_per_token=pointwise,
-        attention_width=width,
-        kv_per_token=kv,
-        attention_window=window,
         vocabulary=vocabulary,
     )
 
@@ -141,48 +144,6 @@ def _active_share(config: Any) -> float:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     there = next((n for name in names if (n := getattr(config, name, None))), None)
     return min(1.0, chosen / there) if chosen and there else 1.0
-
-
-def _attention(
-    found: ModelDivision, config: Any
-) -> dict[int, tuple[int, int, int | None]]:
-    """(width, elements of keys and values per token, window) of each site that attends,
-    by its index.
-
-    In each layer that is the first site with "att" in its name, or its first site.
-    """
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        return {}
-    layers: dict[str, list[int]] = defaultdict(list)
-    for index, site in enumerate(found.sites):
-        if (match := _LAYER.match(site.name)) is not None:
-            layers[match[1]].append(index)
-    kinds = getattr(config, "layer_types", None) or []
-    result = {}
-    for number, (_, sites) in enumerate(layers.items()):
-        kind = kinds[number] if number < len(kinds) else "full_attention"
-        if "attention" not in kind or kind == "linear_attention":
-            continue
-        named = [s for s in sites if "att" in found.sites[s].name.lower()]
-        window = getattr(config, "sliding_window", None)
-        is_sliding = kind == "sliding_attention" and window
-        width, kv = _widths(config, heads)
-        result[(named or sites)[0]] = (width, kv, window if is_sliding else None)
-    return result
-
-
-def _widths(config: Any, heads: int) -> tuple[int, int]:
-    """The width of all heads together, and the elements of the keys and values that one
-    token adds."""
-    if getattr(config, "kv_lora_rank", None):  # transformers keeps them expanded
-        keys = config.qk_nope_head_dim + config.qk_rope_head_dim
-        return heads * keys, heads * (keys + config.v_head_dim)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if getattr(config, "multi_query", False):
-        kv_heads = 1
-    return heads * size, 2 * kv_heads * size
 
 
 def _decoded(plan: Layout) -> tuple[tuple[str, int], ...]:

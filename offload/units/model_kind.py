@@ -20,6 +20,12 @@ def base_of(model: Any) -> Any:
     return base
 
 
+def completes(model: Any) -> bool:
+    """Whether transformers' `generate` runs on `model`."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate())
+
+
 def keeps_only_keys_and_values(model: Any) -> bool:
     """Whether the model's layers keep keys and values, and no other states.
 

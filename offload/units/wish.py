@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ...io.kv.tiers import PENDING_BYTES
@@ -14,6 +15,7 @@ from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use
 from .describe import describe
 from .division import Division, least_capacity
+from .model_cache import ModelCache, model_cache
 
 _PAGES = 8192
 """A tensor that is read in place takes up to two pages more than it has bytes."""
@@ -94,7 +96,8 @@ class Wishes:
 
     def _need(self, division: Division, policy: Policy, use: Use) -> "_Activations":
         """The activations of all that the policy has in flight."""
-        shape = self.shape(division)
+        has_caches = use == "completions" and not keeps_kv(policy)
+        shape = self.shape(division, has_caches=has_caches)
         if shape is None or not shape.hidden:
             return _Activations(0, 0)
         each = policy.micro_batch_tokens
@@ -105,12 +108,23 @@ class Wishes:
         need = scoring_need(shape, policy.tokens_in_flight, each, logits)
         return _Activations(computing, need.activations - computing)
 
-    def shape(self, division: Division) -> ModelShape | None:
-        """The model's costs; None if it has no config of transformers."""
+    def shape(self, division: Division, *, has_caches: bool) -> ModelShape | None:
+        """The model's costs; None if it has no config of transformers. Without
+        `has_caches`, what it keeps of each token is not found out, and is none."""
         config = getattr(self.model, "config", None)
         if not hasattr(config, "get_text_config"):
             return None
-        return describe(self.model, division, self.recipes, gathers_rows=False)
+        return describe(
+            self.model,
+            division,
+            self.recipes,
+            gathers_rows=False,
+            cache=self._cache if has_caches else ModelCache({}),
+        )
+
+    @cached_property
+    def _cache(self) -> ModelCache:
+        return model_cache(self.model)
 
 
 def cache_bytes_per_token(
@@ -118,7 +132,8 @@ def cache_bytes_per_token(
 ) -> int:
     """Bytes that a token adds to a cache of transformers; 0 for a module without a
     config of transformers."""
-    shape = Wishes(model, recipes, lambda _: division).shape(division)
+    wishes = Wishes(model, recipes, lambda _: division)
+    shape = wishes.shape(division, has_caches=True)
     return 0 if shape is None else shape.kv_bytes_per_token
 
 
@@ -133,7 +148,7 @@ def _of_completions(shape: ModelShape, policy: Policy) -> int:
         policy.micro_batch_sequences,
         chunk_tokens=1,
     )
-    return need.activations + (0 if keeps_kv(policy) else need.kv)
+    return need.activations + (0 if keeps_kv(policy) else need.kv + need.states)
 
 
 def _fixed(

@@ -9,4 +9,6 @@ while it is, `Binding` (binding) puts `BoundParameter`s there. `MovedTensors` ke
 other tensors on the device. `RowGatherer` reads rows of an embedding table.
 `new_values` checks what `penstock.update` writes, `gradients` refuses backward passes,
 `stored` checks dtypes of files, and `blueprint` makes a model without its weights.
+Where there are none, recipes are imagined from its config (imagined,
+imagined_schemes).
 """

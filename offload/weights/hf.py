@@ -23,13 +23,15 @@ from ..configs.hf_config import (
     check_layers,
     model_class_of,
     of_config,
+    other_name,
     read_config,
     set_generation,
 )
-from ..configs.modelopt import as_compressed, modelopt_section
-from ..configs.quantizer import dequantizer_of, prepare
+from ..configs.modelopt import as_compressed, modelopt_section, modules_left_out
+from ..configs.quantizer import compressed_settings, dequantizer_of, prepare
 from ..configs.trust import unused_code
 from .hf_names import make_recipes
+from .imagined import imagined_recipes
 from .lossless import is_lossless, lossless_files
 from .placeholder import absent_parameter
 from .stored import check_readable, stored_dtype, unused_words
@@ -84,32 +86,57 @@ def build(
         notes = _finish(model, recipes, unknown, checkpoint)
     set_generation(model, folder, trust_remote_code)
     model.train(False)
-    return Skeleton(model, recipes, (*notes, *unused_code(folder)))
+    others = (*other_name(folder, model_class), *unused_code(folder))
+    return Skeleton(model, recipes, (*notes, *others))
 
 
-def state_on_meta(
-    folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
-) -> dict[str, torch.Tensor]:
-    """The state dict, on meta, of the model that config.json in `folder` describes, in
-    `dtype`.
+def imagine(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Skeleton:
+    """Builds the model that config.json in `folder` describes, as `build` would if its
+    weights were there.
 
-    Tied tensors occur once. Raises the same errors as `build`.
+    Recipes are of one file that does not exist; its tensors have the sizes that a
+    checkpoint of this config has, quantised as that says. Raises what `build` raises.
     """
     config = read_config(folder, trust_remote_code)
     check_layers(config, folder, num_tensors=10_000)  # of the largest models
-    is_quantised = is_lossless(config) or modelopt_section(config, folder) is not None
-    if is_quantised or dequantizer_of(config, folder) is not None:
+    if is_lossless(config):
         raise UsageError(
             f"{folder} is quantised and has no weights: config.json alone does not say "
             "how many bytes they have; download the weights, too"
         )
+    left_out = modules_left_out(config, folder)
+    is_whole = "quantization_config" in vars(config)
+    section = modelopt_section(config, folder)
+    if section is not None:
+        config.quantization_config = section
+    compressed = compressed_settings(config, folder)
+    quantizer = dequantizer_of(config, folder)
     model_class = model_class_of(config, folder, trust_remote_code)
-    _set_dtype(config, dtype)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    nothing = Checkpoint(folder, {}, {})
+    computed = stored if dtype == "auto" else _choose_dtype(config, nothing, dtype)
+    _set_dtype(config, computed)
+    config.name_or_path = str(folder)
     with of_config(folder):
-        model = _on_meta(model_class, config, dtype, trust_remote_code)
-    tied = set(model.all_tied_weights_keys)
-    state: dict[str, torch.Tensor] = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+        model = _on_meta(model_class, config, computed, trust_remote_code)
+        if quantizer is not None:
+            prepare(model, quantizer, computed)
+        if compressed is not None and not is_whole and section is None:
+            left_out += _beside_text(model)
+        recipes = imagined_recipes(
+            model, folder, stored, computed, quantizer, compressed, left_out
+        )
+        notes = _finish(model, recipes, {}, nothing)
+    set_generation(model, folder, trust_remote_code)
+    model.train(False)
+    return Skeleton(model, recipes, (*notes, *other_name(folder, model_class)))
+
+
+def _beside_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the modules that are not a part of the model's text decoder."""
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in decoder.modules()}
+    return tuple(n for n, m in model.named_modules() if id(m) not in inside)
 
 
 def _choose_dtype(config: Any, checkpoint: Checkpoint, asked: str) -> torch.dtype:

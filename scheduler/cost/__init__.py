@@ -1,7 +1,7 @@
 """Predicts how long a job takes, from sizes and rates alone. Pure.
 
 predict (workload)    a whole job: its passes, one after the other
-  CostModel (model)   one pass: compute time of each site
+  CostModel (model)   one pass: compute time of each site, of its parts (site_time)
     ModelShape        FLOPs and bytes of a model
     Rates             FLOP/s and bytes/s of a machine
     run_passes        when loads and computing overlap (pipeline)

@@ -40,12 +40,15 @@ class Need:
     """Device memory: the buffer into which keys and values are loaded."""
     pending: int = 0
     """Host memory: keys and values that are being written to disk."""
+    states: int = 0
+    """Device memory: states of layers, and keys and values that no tier can keep."""
 
     def beside_weights(self, kv_tier: str, *, is_shared: bool) -> tuple[int, int]:
         """(device, host): the bytes that are not available for weights if keys and
         values are in `kv_tier`. `is_shared`: the device is the CPU, so that all bytes
         are in one memory."""
-        device, host = self.activations + self.staging, self.waiting + self.pending
+        device = self.activations + self.staging + self.states
+        host = self.waiting + self.pending
         if kv_tier == Tier.HOST:
             host += self.kv
         elif kv_tier != Tier.DISK:
@@ -72,6 +75,45 @@ def scoring_need(
     return Need(there * each + logits + workspace, 0, waiting)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Bytes that sequences keep from one pass to the next."""
+
+    kv: int
+    """Keys and values that tiers can keep."""
+    states: int
+    """States of layers, and keys and values of other kinds: they stay on the device."""
+
+    @property
+    def total(self) -> int:
+        return self.kv + self.states
+
+
+def cache_bytes(
+    shape: ModelShape,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    *,
+    kv_itemsize: float | None = None,
+    is_stored: bool = False,
+) -> CacheBytes:
+    """What `sequences` of `prompt_tokens` and `new_tokens` keep at their end. With an
+    encoder, the prompt is what that has. See `generating_need` for the others."""
+    has_encoder = any(site.cross_kv_per_token for site in shape.sites)
+    length = new_tokens if has_encoder else prompt_tokens + new_tokens
+    kept = crossing = own = states = 0
+    for site in shape.sites:
+        tokens = site.kept_tokens(length, is_stored=is_stored)
+        kept += site.kv_per_token * tokens
+        own += site.own_kv_per_token * site.kept_tokens(length)
+        crossing += site.cross_kv_per_token * prompt_tokens
+        states += site.state_bytes
+    each = shape.itemsize if kv_itemsize is None else kv_itemsize
+    states += shape.state_bytes + own * shape.itemsize
+    return CacheBytes(int(sequences * (kept + crossing) * each), sequences * states)
+
+
 def generating_need(
     shape: ModelShape,
     sequences: int,
@@ -84,32 +126,51 @@ def generating_need(
     is_staged: bool = False,
     staging_bytes: int | None = None,
     pending: int = 0,
+    is_stored: bool = False,
 ) -> Need:
     """The need of generating for `sequences` at a time, `each` of them a micro-batch.
 
     One pass computes `chunk_tokens` of each prompt (None: all). An element of keys and
     values takes `kv_itemsize` bytes (None: as many as in computing). `is_staged`: keys
     and values are loaded into a buffer of `staging_bytes` before attention reads them
-    (None: the default size)."""
+    (None: the default size). `is_stored`: a store keeps them, and not transformers."""
     chunk = min(chunk_tokens or prompt_tokens, prompt_tokens)
     held = sequences * chunk * shape.hidden * shape.itemsize
     held += sequences * _ROW_BYTES + sequences * shape.vocabulary * 4
-    scale = 1.0 if kv_itemsize is None else kv_itemsize / shape.itemsize
     length = prompt_tokens + new_tokens
-    kv = int(sequences * length * shape.kv_bytes_per_token * scale)
+    cached = cache_bytes(
+        shape,
+        sequences,
+        prompt_tokens,
+        new_tokens,
+        kv_itemsize=kv_itemsize,
+        is_stored=is_stored,
+    )
     staging = 0
     if is_staged:
-        widest = max((site.kv_per_token for site in shape.sites), default=0)
-        layer = each * length * widest * shape.itemsize * scale * 9 / 8
+        widest = max(
+            (
+                site.kv_per_token * site.kept_tokens(length, is_stored=True)
+                for site in shape.sites
+            ),
+            default=0,
+        )
+        layer = each * widest * (kv_itemsize or shape.itemsize) * 9 / 8
         most = STAGED_BYTES if staging_bytes is None else staging_bytes
         least = STAGED_LAYERS if staging_bytes is None else 1
         staging = int(max(least * layer, min(sequences / each * layer, most)))
-    workspace = _workspace(shape, each * chunk)
-    return Need(held + workspace, kv, 0, staging, pending)
+    workspace = _workspace(shape, each * chunk, rows=each, length=length)
+    return Need(held + workspace, cached.kv, 0, staging, pending, cached.states)
 
 
-def _workspace(shape: ModelShape, tokens: int) -> int:
-    """Bytes of temporaries in the block that computes: about half of what its
-    operations touch exists at one time."""
-    touched = max((site.pointwise_per_token for site in shape.sites), default=0.0)
-    return int(tokens * touched * shape.itemsize / 4)
+def _workspace(shape: ModelShape, tokens: int, rows: int = 0, length: int = 0) -> int:
+    """Bytes of temporaries in the block that computes `tokens`: about half of what its
+    operations touch exists at one time. Beside them, there are the keys and values that
+    are made for all `length` tokens of `rows` sequences, of latents or for more
+    heads."""
+    each = (
+        tokens * site.pointwise_per_token / 4
+        + rows * site.kept_tokens(length) * site.expanded_per_token
+        for site in shape.sites
+    )
+    return int(max(each, default=0.0) * shape.itemsize)

@@ -15,6 +15,7 @@ from .load_cost import load_seconds, stolen_seconds
 from .pipeline import PassCost, WeightLoad, run_passes
 from .rates import Rates
 from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
+from .site_time import SiteCalls, expansion_seconds, gather_seconds, product_seconds
 from .traffic import Moved, activations_moved, kv_moved
 
 _HEAD_BYTES_PER_LOGIT = 12
@@ -37,7 +38,7 @@ class CostModel:
         compute = self._by_site(
             lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
         )
-        outside = sum(self._outside(batch) for batch in batches)
+        outside = sum(self._outside(self.rates.calls.batch, b.tokens) for b in batches)
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         return self._pass(compute, outside, moved)
 
@@ -58,7 +59,7 @@ class CostModel:
                 )
             )
         )
-        outside = sum(self.rates.calls.step + self._gather(b.tokens) for b in batches)
+        outside = sum(self._outside(self.rates.calls.step, b.tokens) for b in batches)
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         moved += kv_moved(
             self.shape,
@@ -81,7 +82,7 @@ class CostModel:
                 else self._decoded(site, batches, num_rows, context)
             )
         )
-        outside = sum(self.rates.calls.step + self._gather(b.rows) for b in batches)
+        outside = sum(self._outside(self.rates.calls.step, b.rows) for b in batches)
         moved = kv_moved(
             self.shape,
             self.rates,
@@ -101,7 +102,8 @@ class CostModel:
         return [known[site] for site in self.shape.sites]
 
     def _runs(self, site: SiteCost) -> bool:
-        return site.makes_hidden or not self.settings.stops_at_hidden
+        is_asked = site.makes_hidden or not self.settings.stops_at_hidden
+        return is_asked and site.runs_for_text
 
     def _scored(self, site: SiteCost, batch: MicroBatchShape) -> float:
         if site.vocabulary:
@@ -135,9 +137,13 @@ class CostModel:
         """Seconds of one site for a micro-batch whose matrix products are joined with
         those of others to `joint_rows` rows."""
         rates, tokens = self.rates, batch.tokens
-        share = tokens / max(joint_rows, tokens)
-        flops = site.flops_per_token * tokens
-        products = rates.matmul_seconds(flops, joint_rows, site.weight_bytes * share)
+        rows = max(joint_rows, tokens)
+        share = tokens / rows
+        products = product_seconds(rates, site, SiteCalls(tokens, rows, tokens))
+        if context:  # else they are products of the call's own tokens
+            products += expansion_seconds(
+                rates, site, batch.rows, context, self.shape.itemsize
+            )
         seen = site.context(context + batch.length)
         attention = 4.0 * site.attention_width * tokens * seen
         return (
@@ -160,8 +166,10 @@ class CostModel:
         is_joint = self.settings.is_coalesced and each < WIDE_ROWS and len(batches) > 1
         width = min(MAX_ROWS, num_rows) if is_joint else each
         times = num_rows / width
-        flops = site.flops_per_token * num_rows
-        products = rates.matmul_seconds(flops, width, site.weight_bytes * times)
+        products = product_seconds(rates, site, SiteCalls(num_rows, width, each))
+        products += expansion_seconds(
+            rates, site, num_rows, context, self.shape.itemsize
+        )
         per_call = calls.joint_module if is_joint else calls.decode_module
         pointwise = site.pointwise_per_token * num_rows
         return (
@@ -174,13 +182,13 @@ class CostModel:
         )
 
     def _kv_call(self, site: SiteCost) -> float:
-        is_kept = site.kv_per_token and self.settings.kv_tier != "auto"
-        return self.rates.calls.kv_layer if is_kept else 0.0
+        is_kept = bool(site.kv_per_token) and self.settings.kv_tier != "auto"
+        return is_kept * self.rates.calls.kv_layer
 
     def _kv_seconds(self, site: SiteCost, num_rows: int, context: float) -> float:
         """Seconds to read keys and values. A cache of transformers copies all of them
         for each new token."""
-        nbytes = float(site.kv_per_token * num_rows)
+        nbytes = float(num_rows * (site.kv_per_token + site.own_kv_per_token))
         nbytes *= self.settings.kv_itemsize or self.shape.itemsize
         touches = 3 if self.settings.kv_tier == "auto" else 1
         return nbytes * site.context(context) * touches / self.rates.device_bytes
@@ -214,15 +222,8 @@ class CostModel:
     def _pointwise(self, elements: float) -> float:
         return elements * self.shape.itemsize / self.rates.pointwise_bytes
 
-    def _outside(self, batch: MicroBatchShape) -> float:
-        return self.rates.calls.batch + self._gather(batch.tokens)
-
-    def _gather(self, tokens: int) -> float:
-        if not self.shape.gathers_rows:
-            return 0.0
-        vocabulary = max(1, self.shape.vocabulary)
-        distinct = vocabulary * (1.0 - (1.0 - 1.0 / vocabulary) ** tokens)
-        return distinct * self.rates.calls.row_read
+    def _outside(self, call_seconds: float, tokens: int) -> float:
+        return call_seconds + gather_seconds(self.rates, self.shape, tokens)
 
     def _pass(
         self, compute: list[float], outside: float, moved: Sequence[Moved]
@@ -265,9 +266,7 @@ class CostModel:
             unit, tier = self.shape.units[index], self.settings.placement[index]
             if tier == Tier.DEVICE or tier not in self.rates.links:
                 continue
-            for site in unit.sites:
-                if not self._runs(self.shape.sites[site]):
-                    continue
+            for site in filter(lambda s: self._runs(self.shape.sites[s]), unit.sites):
                 way = unit, tier, self.rates, self.settings.kept_of(index)
                 loads[site].append(WeightLoad(tier, unit.nbytes, load_seconds(*way)))
                 stolen[site] += stolen_seconds(*way)
@@ -290,9 +289,7 @@ class CostModel:
         """The loads of the first pass, which include the units that stay on the device.
         Those have slots of their own."""
         first = [list(of_site) for of_site in loads]
-        if Tier.DISK not in self.rates.links:
-            return first
-        for index in self.shape.streamed:
+        for index in self.shape.streamed if Tier.DISK in self.rates.links else ():
             unit = self.shape.units[index]
             if self.settings.placement[index] == Tier.DEVICE:
                 seconds = load_seconds(unit, Tier.DISK, self.rates)

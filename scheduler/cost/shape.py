@@ -14,6 +14,12 @@ class SiteCost:
     """Matrix products with weights; of experts, those expected to be active."""
     weight_bytes: float = 0.0
     """Bytes of its weights in the dtype of computing."""
+    expert_flops_per_token: float = 0.0
+    """Those of `flops_per_token` that are the experts' a token is sent to."""
+    expert_weight_bytes: float = 0.0
+    """Those of `weight_bytes` that are experts'."""
+    expert_share: float = 1.0
+    """The share (0 to 1) of the experts that a token is sent to."""
     num_modules: int = 0
     """Number of modules with weights of their own."""
     num_products: int = 0
@@ -22,20 +28,45 @@ class SiteCost:
     attention_width: int = 0
     """Number of heads times head dimension; 0 without attention."""
     kv_per_token: int = 0
-    """Elements of keys and values per token."""
+    """Elements of keys and values per token that tiers can keep."""
+    own_kv_per_token: int = 0
+    """Elements per token that stay on the device, in the model's own cache."""
+    cross_kv_per_token: int = 0
+    """Elements of keys and values per token of the encoder."""
+    state_bytes: int = 0
+    """Bytes that a sequence keeps on the device, whatever its length."""
     attention_window: int | None = None
     """The most tokens that a token attends to; None: all before it."""
+    expanded_per_token: int = 0
+    """Elements of temporary keys and values for each kept token, in each call."""
+    expanded_flops: float = 0.0
+    """FLOPs in which these are made of latents, for each kept token in each call."""
     vocabulary: int = 0
     """Number of logits of a head; 0 for other sites. Scoring computes a head in chunks,
     generating only for the last token."""
     makes_hidden: bool = True
     """Whether embedding runs it: it is neither a head nor the decoder behind an
     encoder."""
+    runs_for_text: bool = True
+    """Whether a text without images or sounds runs through it, and loads it."""
 
     def context(self, length: float) -> float:
         """How many of the `length` tokens before it a token attends to."""
         window = self.attention_window
         return length if window is None else min(length, window)
+
+    def kept_tokens(self, length: int, *, is_stored: bool = False) -> int:
+        """For how many of `length` tokens there is room in the cache: of a window, one
+        less than its tokens. A store (`is_stored`) has room for twice the window."""
+        if self.attention_window is None:
+            return length
+        window = self.attention_window
+        return min(length, 2 * window if is_stored else window - 1)
+
+    def hit_share(self, num_tokens: float) -> float:
+        """The share of the experts that at least one of `num_tokens` is sent to, if all
+        are as likely."""
+        return float(1.0 - (1.0 - self.expert_share) ** num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +99,14 @@ class ModelShape:
     vocabulary: int = 0
     prompts_in_parts: bool = True
     """Whether a prompt may be computed in several calls."""
+    state_bytes: int = 0
+    """Bytes that a sequence keeps on the device, beside those of sites."""
+    note: str = ""
+    """What is to be said of how keys and values were found; "" if nothing."""
+
+    @property
+    def has_experts(self) -> bool:
+        return any(site.expert_share < 1.0 for site in self.sites)
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -97,7 +136,9 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.itemsize * sum(site.kv_per_token for site in self.sites)
+        """Bytes that a token adds to caches, while no window is full."""
+        kept = (site.kv_per_token + site.own_kv_per_token for site in self.sites)
+        return self.itemsize * sum(kept)
 
     @property
     def flops_per_token(self) -> float:

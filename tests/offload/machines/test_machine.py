@@ -297,6 +297,23 @@ def test_rounds_end_within_their_budget_but_the_first_is_made() -> None:
     assert [made(each) for each in (0.1, 1.3, 1.5, 2.5, 100.0)] == [3, 3, 2, 1, 1]
 
 
+def test_a_drive_has_a_size_and_files_of_before_have_none(tmp_path: Path) -> None:
+    found = measure.disk_sizes(tmp_path / "not" / "there" / "yet")
+    assert 0 < found["free"] <= found["capacity"]
+    path = tmp_path / "machine.yaml"
+    shipped = shipped_machines()["h200"].read_text().splitlines()
+    path.write_text("\n".join(line for line in shipped if "free:" not in line))
+    old = Machine.from_yaml(path).disk
+    assert old is not None
+    assert (old.free, old.capacity) == (None, None)
+    path.write_text("\n".join(shipped).replace("free: 24TB", "free: much"))
+    with pytest.raises(PolicyError, match=r"disk\.free"):
+        Machine.from_yaml(path)
+    for name, file in shipped_machines().items():
+        disk = Machine.from_yaml(file).disk
+        assert disk is None or disk.free, name
+
+
 def test_readers_are_listed_with_the_one_that_is_chosen_and_what_is_missing() -> None:
     disk = Disk(
         bandwidth={"threads": int(1.01e9), "libaio": int(1e9), "aiofiles": int(4e9)},

@@ -438,3 +438,20 @@ def test_without_the_library_the_extra_is_named(
     monkeypatch.setattr(quantizer, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'pip install "penstock\[quantised\]"'):
         penstock.load(folder, POLICY)
+
+
+@needs_library
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_alone_says_how_many_bytes_are_stored(
+    case: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folder_of(case)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    wanted, found = (
+        {name: (r.shape, r.stored_bytes) for name, r in made.recipes.items()}
+        for made in (
+            hf.build(open_checkpoint(folder), "auto"),
+            hf.imagine(tmp_path, "auto"),
+        )
+    )
+    assert found == wanted

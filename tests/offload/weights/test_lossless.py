@@ -232,4 +232,4 @@ def test_the_config_alone_does_not_say_how_many_bytes(
 ) -> None:
     copied(folder, tmp_path)
     with pytest.raises(PenstockError, match="is quantised and has no weights"):
-        hf.state_on_meta(tmp_path, torch.bfloat16)
+        hf.imagine(tmp_path, "auto")

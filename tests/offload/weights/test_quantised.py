@@ -17,9 +17,10 @@ from checkpoints import same_bits
 from penstock import Policy
 from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
 from penstock.io.codecs.computed import Computed
-from penstock.io.errors import CheckpointError, PenstockError, UsageError
+from penstock.io.errors import CheckpointError, PenstockError
 from penstock.offload.verify import verify
 from penstock.offload.weights import hf
+from penstock.offload.weights.blueprint import blueprint
 from quantised import (
     Tensors,
     dequantised,
@@ -404,10 +405,21 @@ def test_blocks_that_are_no_numbers_are_one_sentence(
         penstock.load(tmp_path, POLICY)
 
 
-def test_a_plan_of_quantised_weights_needs_the_weights(
-    folder_of: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("case", ["dense", "per_tensor", "moe", "deepseek", "gpt_oss"])
+def test_a_config_alone_says_how_many_bytes_are_stored_and_by_which_codecs(
+    case: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = (folder_of("dense") / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UsageError, match="alone does not say"):
-        hf.state_on_meta(tmp_path, torch.bfloat16)
+    folder = folder_of(case)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (there, has_weights), (imagined, has_none) = (
+        blueprint(each, "auto") for each in (folder, tmp_path)
+    )
+    assert (has_weights, has_none) == (True, False)
+    wanted, found = (
+        {
+            name: (r.shape, r.dtype, r.stored_bytes, {p.codec.name for p in r.slices})
+            for name, r in made.recipes.items()
+        }
+        for made in (there, imagined)
+    )
+    assert found == wanted
