@@ -162,7 +162,8 @@ class _comparing:
 
     def __enter__(self) -> None:
         for site in self._engine.model_division.sites:
-            self._watch(site.name, site.module)
+            if site.experts is None:
+                self._watch(site.name, site.module)
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:

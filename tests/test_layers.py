@@ -97,6 +97,7 @@ PURE = {
     "scheduler/simulation/schedule.py",
     "scheduler/cost/shape.py",
     "scheduler/simulation/simulated.py",
+    "scheduler/slots/routing.py",
     "scheduler/slots/slots.py",
     "scheduler/cost/traffic.py",
     "scheduler/simulation/turns.py",

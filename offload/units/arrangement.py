@@ -76,6 +76,7 @@ class Arranger:
             ALIGNMENT,
             memory_alignment,
             TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
+            not policy.compile,  # a compiler would trace what waits for experts
         )
         self._is_host = is_host
         self._wishes = Wishes(model, self._recipes, self._divider.divide)
@@ -103,8 +104,9 @@ class Arranger:
         capacity = capacity_of(
             policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
         )
-        division = divider.divide(capacity)
-        check_least(divider.divide, capacity)
+        divide = partial(divider.divide, in_place_bytes=self._in_place_bytes(policy))
+        division = divide(capacity)
+        check_least(divide, capacity)
         if not self._is_host:  # whose memory is taken at once, used or not
             capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
         images = self._images(division, policy)
@@ -121,6 +123,11 @@ class Arranger:
             images,
             budget,
         )
+
+    def _in_place_bytes(self, policy: Policy) -> int:
+        """Bytes of host memory in which units are used where they lie."""
+        is_in_place = self._is_host and Tier.HOST not in policy.links
+        return (policy.host_memory or 0) if is_in_place else 0
 
     @cached_property
     def _is_computed(self) -> bool:

@@ -14,7 +14,8 @@ from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .division import Division
 from .model_kind import base_of, keeps_only_keys_and_values
-from .sites import ModelDivision
+from .expert_stack import ExpertStack
+from .sites import FoundSite, ModelDivision
 
 # How often the operations between matrix products touch an element, counted in
 # transformers' Llama. A norm reads and writes each of its elements seven times. Results
@@ -34,9 +35,10 @@ def describe(
     head = _head_of(model)
     attention = _attention(found, config)
     base = _base_of(model)
+    divided = {id(each.stack.module): each.stack for each in found.stacks}
     sites = tuple(
         replace(
-            _site(site.name, site.module, head, config, attention.get(index)),
+            _site(site, head, config, attention.get(index), divided),
             makes_hidden=base is None or id(site.module) in base,
         )
         for index, site in enumerate(found.sites)
@@ -71,23 +73,29 @@ def _completes(model: Any) -> bool:
 
 
 def _site(
-    name: str,
-    module: nn.Module,
+    site: FoundSite,
     head: nn.Module | None,
     config: Any,
     attention: tuple[int, int, int | None] | None,
+    divided: Mapping[int, ExpertStack],
 ) -> SiteCost:
     width, kv, window = attention or (0, 0, None)
     active = _active_share(config)
     flops = weights = pointwise = 0.0
     num_modules = num_products = vocabulary = 0
-    for part in module.modules():
+    part_of_stack = 1.0
+    if site.experts is not None:
+        low, high = site.experts
+        part_of_stack = (high - low) / divided[id(site.module)].num_experts
+    for part in site.module.modules():
         own = [p for p in part._parameters.values() if p is not None]
         if not own or isinstance(part, nn.Embedding):
             continue
+        if site.experts is None and id(part) in divided:
+            continue  # its windows are sites of their own
         num_modules += 1
         for parameter in own:
-            numel = parameter.numel()
+            numel = parameter.numel() * part_of_stack
             if parameter.dim() == 1:
                 if not _has_matrix(own):
                     pointwise += TOUCHES_OF_NORM * numel
@@ -102,7 +110,7 @@ def _site(
         if part is head:
             vocabulary = int(next(iter(own)).shape[0])
     return SiteCost(
-        name,
+        site.name,
         flops_per_token=flops,
         weight_bytes=weights,
         num_modules=num_modules,

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,7 +17,9 @@ from ...io.weights.transfer import Transfer
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget
-from .sites import ModelDivision, ParameterRef, find, module_sizes
+from .expert_stack import ExpertStack
+from .experts import cut, find_stacks
+from .sites import FoundUnit, ModelDivision, ParameterRef, find, module_sizes
 
 
 def capacity_of(
@@ -50,7 +52,7 @@ class Division:
 
     def needs(self) -> tuple[int, list[int]]:
         """Bytes of the resident units, and the bytes that each site needs at once."""
-        return needs(self.found, [plan.nbytes for plan in self.transfers])
+        return needs(self.found, self._sizes())
 
     def whole_bytes(self) -> int:
         """Bytes in which all units fit at the same time."""
@@ -62,9 +64,15 @@ class Division:
         The successor is loaded while the site computes; the first site follows the last
         one.
         """
-        resident, by_site = self.needs()
-        pairs = pairwise([*by_site, *by_site[:1]])
-        return resident + max((one + other for one, other in pairs), default=0)
+        resident, _ = self.needs()
+        own = own_bytes(self.found, self._sizes())
+        around = [_with_outer(self.found, site) for site in range(len(own))]
+        pairs = pairwise([*around, *around[:1]])
+        together = (sum(own[site] for site in one | other) for one, other in pairs)
+        return resident + max(together, default=0)
+
+    def _sizes(self) -> list[int]:
+        return [plan.nbytes for plan in self.transfers]
 
 
 @dataclass(frozen=True)
@@ -89,12 +97,19 @@ class Divider:
     """The alignment of the addresses that are read to, in bytes."""
     tensor_alignment: int
     """The alignment of assembled tensors in memory that units are read to, in bytes."""
-    _known: dict[tuple[int, int], Division] = field(default_factory=dict)
+    may_cut_experts: bool
+    """Whether stacked experts may be divided."""
+    _known: dict[tuple[int, ...], Division] = field(default_factory=dict)
     """The divisions made so far.
 
     The keys are how many modules are no larger than the largest site, and how many are
-    too small to be streamed. Nothing else of the two limits matters.
+    too small to be streamed. Nothing else of the two limits matters, unless experts are
+    divided.
     """
+    _plans: dict[FoundUnit, tuple[Layout, Transfer]] = field(default_factory=dict)
+    """How each unit is laid out, whatever its sites."""
+    _pieces: dict[FoundUnit, list[Recipe]] = field(default_factory=dict)
+    """The recipes of the pieces of experts, whatever their sites."""
 
     _images: dict[Division, tuple[StoredImage, ...]] = field(default_factory=dict)
 
@@ -103,28 +118,54 @@ class Divider:
         """The bytes of each tensor."""
         return {name: recipe.nbytes for name, recipe in self.recipes.items()}
 
-    def divide(self, capacity: int) -> Division:
+    @cached_property
+    def stacks(self) -> dict[int, ExpertStack]:
+        """The stacked experts that may be divided, by the id of their module."""
+        if not self.may_cut_experts:
+            return {}
+        return find_stacks(self.model, self.places, self.recipes)
+
+    def divide(self, capacity: int, in_place_bytes: int = 0) -> Division:
         """Divides the model for a working set of `capacity` bytes.
 
         Blocks are units if two of them fit beside the resident units; otherwise they
         are divided further. Modules that cannot be divided (a head) may be larger.
+        Experts are divided if the model does not fit, together with `in_place_bytes` of
+        host memory in which units are used where they lie.
         """
+        division = self._divide(capacity, {})
+        if self.stacks and division.whole_bytes() > capacity + in_place_bytes:
+            return self._divide(capacity, self.stacks)
+        return division
+
+    def _divide(self, capacity: int, stacks: Mapping[int, ExpertStack]) -> Division:
         limit = capacity
         while True:
-            division = self._divided(limit, min(self.resident_below, capacity // 64))
+            small = min(self.resident_below, capacity // 64)
+            division = self._divided(limit, small, stacks)
             resident, by_site = division.needs()
             room = (capacity - resident) // 2
             is_coarse = any(
-                nbytes > room and any(True for _ in site.module.children())
-                for site, nbytes in zip(division.found.sites, by_site, strict=True)
+                nbytes > room and _can_be_divided(division.found, site)
+                for site, nbytes in enumerate(by_site)
             )
             if not is_coarse or limit <= 1:
                 return division
             limit = max(1, min(room, limit * 3 // 4))
 
-    def _divided(self, max_site_bytes: int, resident_below: int) -> Division:
+    def _divided(
+        self,
+        max_site_bytes: int,
+        resident_below: int,
+        stacks: Mapping[int, ExpertStack],
+    ) -> Division:
         sizes = self._module_sizes
-        key = bisect_right(sizes, max_site_bytes), bisect_left(sizes, resident_below)
+        key: tuple[int, ...] = (
+            bisect_right(sizes, max_site_bytes),
+            bisect_left(sizes, resident_below),
+        )
+        if stacks:
+            key = (*key, max_site_bytes)
         if key not in self._known:
             found = find(
                 self.model,
@@ -133,24 +174,49 @@ class Divider:
                 self.gathered,
                 max_site_bytes=max_site_bytes,
                 resident_below=resident_below,
+                stacks=stacks,
             )
             self._known[key] = self._laid_out(found)
         return self._known[key]
 
     def _laid_out(self, found: ModelDivision) -> Division:
-        layouts = [
-            layout(
+        self._cut(found)
+        plans = [self._plan(unit) for unit in found.units]
+        layouts, transfers = (list(plan) for plan in zip(*plans, strict=True))
+        return Division(found, layouts, transfers)
+
+    def _plan(self, unit: FoundUnit) -> tuple[Layout, Transfer]:
+        key = replace(unit, sites=())
+        if key not in self._plans:
+            plan = layout(
                 unit.name,
-                [self.recipes[name] for name in unit.tensors],
+                self._recipes_of(unit),
                 alignment=self.alignment,
                 memory_alignment=self.memory_alignment,
                 tensor_alignment=self.tensor_alignment,
                 # A unit that is read once may take more reads, but should have no gaps.
                 max_gap_bytes=0 if unit.is_resident else self.max_gap,
             )
-            for unit in found.units
-        ]
-        return Division(found, layouts, [self.transfer_of(plan) for plan in layouts])
+            self._plans[key] = plan, self.transfer_of(plan)
+        return self._plans[key]
+
+    def _cut(self, found: ModelDivision) -> None:
+        """Makes the recipes of all pieces: those of one stack together."""
+        for each in found.stacks:
+            units = [found.units[unit] for _, units in each.windows for unit in units]
+            keys = [replace(unit, sites=()) for unit in units]
+            if keys[0] in self._pieces:
+                continue
+            bounds = [unit.experts for unit in units if unit.experts is not None]
+            names = each.stack.tensors.values()
+            by_tensor = [cut(self.recipes[name], bounds) for name in names]
+            for key, recipes in zip(keys, zip(*by_tensor, strict=True), strict=True):
+                self._pieces[key] = list(recipes)
+
+    def _recipes_of(self, unit: FoundUnit) -> list[Recipe]:
+        if unit.experts is not None:
+            return self._pieces[replace(unit, sites=())]
+        return [self.recipes[name] for name in unit.tensors]
 
     def images(self, division: Division) -> tuple[StoredImage, ...]:
         """How memory can keep each unit of `division` as its files have it."""
@@ -159,7 +225,7 @@ class Divider:
             self._images[division] = tuple(
                 stored_image(
                     unit.name,
-                    [self.recipes[name] for name in unit.tensors],
+                    self._recipes_of(unit),
                     slot,
                     alignment=self.alignment,
                     max_gap_bytes=0,
@@ -174,15 +240,40 @@ class Divider:
 
 
 def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and the bytes that each site needs at once. Units
-    have `sizes`."""
-    resident = 0
-    by_site = [0] * len(found.sites)
+    """Bytes of the resident units, and the bytes that each site needs at once, those of
+    the site around it included. Units have `sizes`."""
+    resident = sum(
+        size
+        for unit, size in zip(found.units, sizes, strict=True)
+        if unit.is_resident
+    )
+    own = own_bytes(found, sizes)
+    sites = range(len(found.sites))
+    return resident, [sum(own[s] for s in _with_outer(found, site)) for site in sites]
+
+
+def own_bytes(found: ModelDivision, sizes: Sequence[int]) -> list[int]:
+    """The bytes of the units of each site."""
+    own = [0] * len(found.sites)
     for unit, size in zip(found.units, sizes, strict=True):
-        resident += size if unit.is_resident else 0
         for site in unit.sites:
-            by_site[site] += size
-    return resident, by_site
+            own[site] += size
+    return own
+
+
+def _with_outer(found: ModelDivision, site: int) -> set[int]:
+    outer = found.sites[site].outer
+    return {site} if outer is None else {site, outer}
+
+
+def _can_be_divided(found: ModelDivision, index: int) -> bool:
+    """Whether a smaller limit makes smaller sites of this one."""
+    site = found.sites[index]
+    if site.experts is None:
+        return any(True for _ in site.module.children())
+    low, high = site.experts
+    assert site.outer is not None, "a window is inside of a site"
+    return high - low > 1 or found.sites[site.outer].module is not site.module
 
 
 def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
