@@ -30,7 +30,8 @@ from ..policy import Policy
 from ..settings.contradictions import without_effect
 from ..settings.memory_budget import MemoryRoom, Use
 from ..units.arrangement import arrange
-from ..units.division import Division, missing_overlap
+from ..units.capacity import missing_overlap
+from ..units.division import Division
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding

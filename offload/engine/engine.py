@@ -58,7 +58,8 @@ class Engine:
         self.fork_guard = forwards.entry.fork_guard
         self._weights = weights
         self._forwards = forwards
-        self._tiers = weights.tiers
+        self._tiers = tiers = weights.tiers
+        self._in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
         self._working_set = weights.working_set
         self._binding = weights.binding
         self._entry = forwards.entry
@@ -97,6 +98,7 @@ class Engine:
             self._entry,
             self._working_set,
             self._binding,
+            self._in_place,
         )
         self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
@@ -132,8 +134,8 @@ class Engine:
         pieces = []
         with self._entry.turn(), torch.inference_mode(False):
             for unit in units:
-                if self._binding.is_in_host(unit):
-                    tensors = self._binding.tensors_in_host(unit)
+                if unit in self._in_place:
+                    tensors = self._binding.tensors(unit, self._in_place[unit])
                     pieces.append(tensors[name].detach())
                     continue
                 offset = self._working_set.acquire(unit)

@@ -22,6 +22,7 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..units.experts import way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
+from ..weights.placeholder import StreamedParameter
 
 Tensor = torch.Tensor
 Piece = tuple[int, int, int]
@@ -31,7 +32,10 @@ Piece = tuple[int, int, int]
 class RoutedExperts(Closing):
     """Replaces the class of the modules in `stacks`, until `close`, by one whose
     forward runs piece by piece. Calls that it does not know go to the own forward,
-    whose weights are placeholders: they are loaded on the spot, as a fault."""
+    whose weights are placeholders: they are loaded on the spot, as a fault.
+
+    `in_place` are the offsets of the units that are used where they lie, in host
+    memory."""
 
     def __init__(
         self,
@@ -40,11 +44,12 @@ class RoutedExperts(Closing):
         entry: ForwardEntry,
         working_set: WorkingSet,
         binding: Binding,
+        in_place: Mapping[int, int],
     ) -> None:
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
-            run = _Stack(divided, own, units, entry, working_set, binding)
+            run = _Stack(divided, own, units, entry, working_set, binding, in_place)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -171,6 +176,7 @@ class _Stack:
         entry: ForwardEntry,
         working_set: WorkingSet,
         binding: Binding,
+        in_place: Mapping[int, int],
     ) -> None:
         stack = divided.stack
         self._own: Any = own
@@ -186,6 +192,7 @@ class _Stack:
         self._routing = entry.open_sites.routing
         self._working_set = working_set
         self._binding = binding
+        self._in_place = in_place
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -204,7 +211,7 @@ class _Stack:
             and choices.shape == weights.shape
             and 0 < len(states) == len(choices)
             and not torch.is_autocast_enabled(states.device.type)
-            and all(self._binding.is_away(module, key) for key, _ in self._keys)
+            and all(_is_away(module, key) for key, _ in self._keys)
         )
         if way is None or not is_known:
             return None
@@ -223,9 +230,7 @@ class _Stack:
                 with self._open(site):
                     for unit, low, high in needs[site]:
                         with self._loaded(unit) as tensors:
-                            made = self._compute(
-                                piece, tensors, call, pairs, low, high
-                            )
+                            made = self._compute(piece, tensors, call, pairs, low, high)
                         output.add(low, high, made)
                 self._routing.withdraw(site, self._units(needs.pop(site)))
         finally:
@@ -242,8 +247,7 @@ class _Stack:
 
     def _units(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
         """Those of the pieces that have to be loaded."""
-        units = (unit for unit, _, _ in pieces)
-        return tuple(unit for unit in units if not self._binding.is_in_host(unit))
+        return tuple(unit for unit, _, _ in pieces if unit not in self._in_place)
 
     @contextmanager
     def _open(self, site: int) -> Iterator[None]:
@@ -256,8 +260,8 @@ class _Stack:
     @contextmanager
     def _loaded(self, unit: int) -> Iterator[Mapping[str, Tensor]]:
         """The tensors of a piece; they stay until the end of the context."""
-        if self._binding.is_in_host(unit):
-            yield self._binding.tensors_in_host(unit)
+        if unit in self._in_place:
+            yield self._binding.tensors(unit, self._in_place[unit])
             return
         self._routing.use(unit)
         offset = self._working_set.acquire(unit)
@@ -286,3 +290,8 @@ class _Stack:
         ones = states.new_ones(chosen.shape)
         made: Tensor = self._own.forward(piece, states, chosen, ones)
         return made
+
+
+def _is_away(module: nn.Module, key: str) -> bool:
+    """Whether the weight at `key` is streamed, and user code has put nothing there."""
+    return isinstance(module._parameters.get(key), StreamedParameter)

@@ -1,5 +1,4 @@
-"""Decides how a model is divided into units and where each unit stays, under a policy.
-Reads no weights."""
+"""Decides how a model is divided into units and where each stays. Reads no weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
 from ...scheduler.placement import place
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
-from .division import Divider, Division, capacity_of, check_least
+from .capacity import capacity_of, check_least
+from .division import Divider, Division
 from .sites import ParameterRef
 from .wish import Wishes
 
@@ -76,7 +76,7 @@ class Arranger:
             ALIGNMENT,
             memory_alignment,
             TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
-            not policy.compile,  # a compiler would trace what waits for experts
+            not policy.compile,
         )
         self._is_host = is_host
         self._wishes = Wishes(model, self._recipes, self._divider.divide)
@@ -104,7 +104,9 @@ class Arranger:
         capacity = capacity_of(
             policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
         )
-        divide = partial(divider.divide, in_place_bytes=self._in_place_bytes(policy))
+        in_place = self._is_host and Tier.HOST not in policy.links
+        used_there = (policy.host_memory or 0) * in_place
+        divide = partial(divider.divide, in_place_bytes=used_there)
         division = divide(capacity)
         check_least(divide, capacity)
         if not self._is_host:  # whose memory is taken at once, used or not
@@ -123,11 +125,6 @@ class Arranger:
             images,
             budget,
         )
-
-    def _in_place_bytes(self, policy: Policy) -> int:
-        """Bytes of host memory in which units are used where they lie."""
-        is_in_place = self._is_host and Tier.HOST not in policy.links
-        return (policy.host_memory or 0) if is_in_place else 0
 
     @cached_property
     def _is_computed(self) -> bool:
@@ -177,11 +174,7 @@ def arrange(
     DoesNotFitError, which names the least that works.
     """
     arranger = Arranger(
-        model,
-        recipes,
-        policy,
-        is_host=is_host,
-        memory_alignment=memory_alignment,
+        model, recipes, policy, is_host=is_host, memory_alignment=memory_alignment
     )
     return arranger.arrange(policy, room=room, device_bytes=device_bytes, use=use)
 

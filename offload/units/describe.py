@@ -13,8 +13,8 @@ from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .division import Division
-from .model_kind import base_of, keeps_only_keys_and_values
 from .expert_stack import ExpertStack
+from .model_kind import base_of, keeps_only_keys_and_values
 from .sites import FoundSite, ModelDivision
 
 # How often the operations between matrix products touch an element, counted in

@@ -22,7 +22,8 @@ _SUMMED_AT_THE_END = frozenset({"grouped_mm", "batched_mm"})
 """The implementations of transformers that add up the outputs of a token's experts by
 one sum over the chosen experts."""
 _IN_ORDER = "index_add_(0, token_idx,"
-"""In the source of a forward that adds each expert's outputs in the order of experts."""
+"""In the source of a forward that adds the outputs of one expert after the other."""
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds stacked experts, as transformers writes them."""
@@ -204,5 +205,3 @@ def _rows(view: View, row: int) -> tuple[int, int]:
     steps = zip(view.shape, view.stride, strict=True)
     last = view.offset + sum((size - 1) * step for size, step in steps)
     return view.offset // row, max(view.offset, last) // row
-
-

@@ -9,6 +9,7 @@ from .experts import is_experts
 from .row_probe import takes_rows_to_rows
 from .sites import ModelDivision
 
+
 def find_row_wise(found: ModelDivision) -> tuple[RowWise, ...]:
     """The row-wise modules, in definition order.
 

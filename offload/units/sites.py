@@ -114,7 +114,9 @@ def _divided(
         if site.experts is not None:
             windows[id(site.module)].append((index, tuple(pieces[index])))
     assert windows.keys() == stacks.keys(), "all stacks are in blocks"
-    return tuple(DividedStack(stacks[of], tuple(found)) for of, found in windows.items())
+    return tuple(
+        DividedStack(stacks[of], tuple(found)) for of, found in windows.items()
+    )
 
 
 def module_sizes(

@@ -12,8 +12,9 @@ from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use
+from .capacity import least_capacity
 from .describe import describe
-from .division import Division, least_capacity
+from .division import Division
 
 _PAGES = 8192
 """A tensor that is read in place takes up to two pages more than it has bytes."""

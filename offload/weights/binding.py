@@ -1,5 +1,4 @@
-"""Puts loaded parameters into a model's modules, and placeholders back before their
-bytes are reused."""
+"""Puts loaded parameters into modules, and placeholders back before they are gone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -51,12 +50,9 @@ class Binding:
             for index, unit in enumerate(found.units)
             for name in unit.tensors
         }
+        # These are not bound: who runs them asks for them.
+        self._pieces = {i for i, unit in enumerate(found.units) if unit.experts}
         self._units_of_site: list[tuple[int, ...]] = [()] * len(found.sites)
-        self._pieces = frozenset(
-            index for index, unit in enumerate(found.units) if unit.experts is not None
-        )
-        """The units that are experts. They are not bound: who runs them asks for
-        them."""
         for index, unit in enumerate(found.units):
             if index not in self._pieces and not self.is_in_host(index):
                 for site in unit.sites:
@@ -80,7 +76,6 @@ class Binding:
                     if names.get((id(part), key)) == name
                 ]
                 for name in tensors_in(site.module, names)
-                if site.experts is None
             }
             for site in found.sites
         ]
@@ -232,18 +227,6 @@ class Binding:
         if self._host is not None:
             for unit, offset in self._host.offsets.items():
                 self.bind_for_ever(unit, offset)
-
-    def is_away(self, module: nn.Module, key: str) -> bool:
-        """Whether the weight at `key` of `module` is not bound, nor replaced by user
-        code."""
-        current = module._parameters.get(key)
-        name = self.find(module, key)
-        return name is not None and current is self._placeholders[name]
-
-    def tensors_in_host(self, unit: int) -> dict[str, torch.Tensor]:
-        """The tensors of `unit`, which stays in host memory and is used there."""
-        assert self._host is not None, "a unit is there"
-        return self.tensors(unit, self._host.offsets[unit])
 
     def tensors(self, unit: int, offset: int) -> dict[str, torch.Tensor]:
         """The tensors of `unit` at `offset`, by name, in their own shapes and dtypes.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...io.errors import PenstockError
+from ..order import Order
 from .routing import Routing
 from .working_set import WorkingSet
 
@@ -111,6 +112,21 @@ class OpenSites:
         they will run."""
         units = [unit for site in sites for unit in self._units_of(site)]
         self._working_set.prefetch(dict.fromkeys(units))
+
+    def prefetch_from(
+        self, site: int, order: Order, waiting: set[int], depth: int
+    ) -> None:
+        """Starts loading the units of the `depth` sites that follow `site` in `order`,
+        as far as is known, and those of `site`, if it is a window."""
+        routing, now = self.routing, []
+        if routing.is_window(site):
+            routing.open(site)
+            now = [site]
+        # A block and the window of its experts count as one.
+        depth += bool(depth and routing)
+        waiting = waiting | routing.asked_windows
+        coming = order.upcoming(site, waiting, depth, self.stays)
+        self.prefetch_sites([*now, *coming])
 
     def shut(self) -> None:
         """Closes all sites. Called when no caller can be inside any more. An interrupt

@@ -28,8 +28,7 @@ class WorkingSet:
     Each of the `staying` units has a slot for good. Any other unit, once released,
     stays until its bytes are needed. The unit that was released last is evicted first:
     a cyclic sweep needs it again last, so as much as fits stays from pass to pass.
-    Before those, units go that are of less `worth`: how often they are used, up to
-    `ALWAYS`.
+    Before those, units go that are of less `worth`, which is at most `ALWAYS`.
     """
 
     def __init__(
@@ -251,8 +250,7 @@ class WorkingSet:
 
     def _cost(self, held: Held) -> int:
         """The cost of evicting a unit: its bytes times its worth and, among equals,
-        least for the one released last. A prefetched unit not yet read costs more than
-        all others."""
+        least for the one released last. One not yet read costs more than all others."""
         unread = 0 if held.was_read else 1 << 120
         worth = held.slot.nbytes * self._worth(held.slot.unit)
         return unread + (worth << 56) - held.released_at
@@ -298,12 +296,5 @@ class WorkingSet:
     def _why_not(self, units: Sequence[int]) -> str:
         kept = self._resident | set(self._places)
         in_use = {u for u, held in self._held.items() if held.users} - kept
-        used, stays = (sum(self._sizes[u] for u in some) for some in (in_use, kept))
-        need = sum(self._sizes[u] for u in set(units) - in_use - kept)
-        least = self._slots.least_for(need, in_use | kept)
-        capacity = self._slots.capacity
         names = " + ".join(repr(self._names[u]) for u in units)
-        return (
-            f"{names} needs {need} bytes with {used} in use and {stays} resident, but "
-            f"the working set has {capacity}; set device_memory to at least {least}"
-        )
+        return self._slots.why_not(names, set(units), self._sizes, in_use, kept)

@@ -109,25 +109,11 @@ class ForwardEntry:
             if not self.order.is_ahead(self.position, site):
                 self.num_passes += 1
             self.position = site
-            self._prefetch_from(site, waiting)
+            self.open_sites.prefetch_from(site, self.order, waiting, self._lookahead)
         except BaseException:
             self.open_sites.leave(site)
             raise
         self._opened_at = time.perf_counter()
-
-    def _prefetch_from(self, site: int, waiting: set[int]) -> None:
-        """Starts loading the units of the sites that follow, and of a window that is
-        open."""
-        routing, stays = self.open_sites.routing, self.open_sites.stays
-        now = []
-        if routing.is_window(site):
-            routing.open(site)
-            now = [site]
-        waiting = waiting | routing.asked_windows
-        # A block and the window of its experts count as one.
-        depth = self._lookahead + bool(routing and self._lookahead)
-        coming = self.order.upcoming(site, waiting, depth, stays)
-        self.open_sites.prefetch_sites([*now, *coming])
 
     def bind_for(self, site: int, *, records_gradients: bool) -> None:
         """Binds the open `site` again if the next reader's grad mode differs."""
