@@ -1,6 +1,6 @@
 """Makes the engine of a streamed model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -211,10 +211,24 @@ def _working_set(
             for index, unit in enumerate(model_division.units)
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
-        staying=[u for u, tier in enumerate(tiers.placement) if tier == Tier.DEVICE],
+        staying=_staying(model_division, tiers.placement),
         record=record,
         worth=routing.worth,
     )
+
+
+def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
+    """The units that stay on the device for good.
+
+    Where all weights come from disk, no experts do: those that are used most stay, as
+    long as they are.
+    """
+    only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
+    return [
+        index
+        for index, unit in enumerate(model_division.units)
+        if placement[index] == Tier.DEVICE and not (only_disk and unit.experts)
+    ]
 
 
 def _routing(division: Division, binding: Binding) -> Routing:
@@ -243,6 +257,11 @@ def _open_sites(
         Site(site.name, binding.units_of_site(index))
         for index, site in enumerate(model_division.sites)
     ]
+    for stack in model_division.stacks:
+        for site, (piece, *_) in stack.windows:
+            outer = model_division.sites[site].outer
+            assert outer is not None, "a window is inside of a site"
+            working_set.need_together([(*binding.units_of_site(outer), piece)])
     return OpenSites(
         sites, working_set, bind=bind, unbind=binding.unbind, routing=routing
     )

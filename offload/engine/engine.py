@@ -203,6 +203,11 @@ class Engine:
         return self._entry.first_visit_at
 
     @property
+    def asked_windows(self) -> set[int]:
+        """The sites of experts that micro-batches have chosen and not yet run."""
+        return self._entry.open_sites.routing.asked_windows
+
+    @property
     def pass_fraction(self) -> float:
         """The part of the current pass over the weights that is done, 0 to 1."""
         return self._entry.fraction
