@@ -1,8 +1,8 @@
 """Divides a model into units that fit a budget."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -85,10 +85,10 @@ class Divider:
     too small to be streamed. Nothing else of the two limits matters, unless experts are
     divided.
     """
-    _plans: dict[FoundUnit, tuple[Layout, Transfer]] = field(default_factory=dict)
+    _plans: dict[Hashable, tuple[Layout, Transfer]] = field(default_factory=dict)
     """How each unit is laid out, whatever its sites."""
-    _pieces: dict[FoundUnit, list[Recipe]] = field(default_factory=dict)
-    """The recipes of the pieces of experts, whatever their sites."""
+    _pieces: dict[str, list[Recipe]] = field(default_factory=dict)
+    """The recipes of the pieces of experts, by the name of their unit."""
 
     _images: dict[Division, tuple[StoredImage, ...]] = field(default_factory=dict)
 
@@ -112,10 +112,13 @@ class Divider:
         Experts are divided if the model does not fit, together with `in_place_bytes` of
         host memory in which units are used where they lie.
         """
-        division = self._divide(capacity, {})
-        if self.stacks and division.whole_bytes() > capacity + in_place_bytes:
-            return self._divide(capacity, self.stacks)
-        return division
+        room = capacity + in_place_bytes
+        fits = not self.stacks or sum(self.nbytes.values()) <= room
+        if fits:
+            division = self._divide(capacity, {})
+            if not self.stacks or division.whole_bytes() <= room:
+                return division
+        return self._divide(capacity, self.stacks)
 
     def _divide(self, capacity: int, stacks: Mapping[int, ExpertStack]) -> Division:
         limit = capacity
@@ -165,7 +168,7 @@ class Divider:
         return Division(found, layouts, transfers)
 
     def _plan(self, unit: FoundUnit) -> tuple[Layout, Transfer]:
-        key = replace(unit, sites=())
+        key = unit.name, unit.tensors, unit.is_resident
         if key not in self._plans:
             plan = layout(
                 unit.name,
@@ -183,18 +186,17 @@ class Divider:
         """Makes the recipes of all pieces: those of one stack together."""
         for each in found.stacks:
             units = [found.units[unit] for _, units in each.windows for unit in units]
-            keys = [replace(unit, sites=()) for unit in units]
-            if keys[0] in self._pieces:
+            if units[0].name in self._pieces:
                 continue
             bounds = [unit.experts for unit in units if unit.experts is not None]
             names = each.stack.tensors.values()
             by_tensor = [cut(self.recipes[name], bounds) for name in names]
-            for key, recipes in zip(keys, zip(*by_tensor, strict=True), strict=True):
-                self._pieces[key] = list(recipes)
+            for unit, recipes in zip(units, zip(*by_tensor, strict=True), strict=True):
+                self._pieces[unit.name] = list(recipes)
 
     def _recipes_of(self, unit: FoundUnit) -> list[Recipe]:
         if unit.experts is not None:
-            return self._pieces[replace(unit, sites=())]
+            return self._pieces[unit.name]
         return [self.recipes[name] for name in unit.tensors]
 
     def images(self, division: Division) -> tuple[StoredImage, ...]:

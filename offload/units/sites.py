@@ -92,8 +92,7 @@ def find(
     tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below, stacks)
     tree.divide(model)
     whole = {name: where for name, where in places.items() if name not in divided}
-    units = _units(tree.sites, whole, gathered)
-    units = [*units, *tree.pieces]
+    units = [*_units(tree.sites, whole, gathered), *tree.pieces]
     units.sort(key=lambda unit: (not unit.is_resident, unit.sites))
     return ModelDivision(
         tuple(tree.sites), tuple(units), _divided(tree.sites, units, stacks)

@@ -106,7 +106,7 @@ class Routing:
         """Learns from the choices of all micro-batches that have come to `stack`."""
         num, chosen = 0, 0
         for site, units in stack.items():
-            asked = self._asked.get(site, {})
+            asked = self._asked.get(site, Counter[int]())
             for unit in units:
                 now = ALWAYS if unit in asked else 0
                 step = (now - self._worth[unit]) // _DECAY

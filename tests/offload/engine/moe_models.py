@@ -1,4 +1,4 @@
-"""Small mixture-of-experts models for tests: their checkpoints, and what they compute."""
+"""Small models with experts for tests: their checkpoints, and inputs for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **_COMMON,
         num_hidden_layers=3,
         num_key_value_heads=2,
-        head_dim=16,
         num_experts=NUM_EXPERTS,
         norm_topk_prob=True,
     ),
@@ -81,9 +80,9 @@ def batches(num: int, size: int = 2, length: int = 6) -> list[dict[str, torch.Te
 def expert_bytes(model: Any) -> int:
     """Bytes of one expert."""
     experts = model.model.layers[-1].mlp.experts
-    return sum(p.nbytes for p in experts.parameters()) // NUM_EXPERTS
+    return sum(int(p.nbytes) for p in experts.parameters()) // NUM_EXPERTS
 
 
 def layer_bytes(model: Any) -> int:
     """Bytes of a layer with experts."""
-    return sum(p.nbytes for p in model.model.layers[-1].parameters())
+    return sum(int(p.nbytes) for p in model.model.layers[-1].parameters())
