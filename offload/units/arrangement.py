@@ -23,8 +23,7 @@ from .sites import ParameterRef
 from .wish import Wishes
 
 _WORTHWHILE = 0.9
-"""Tiers keep weights as they are stored if these have fewer bytes than this share of
-what is computed with."""
+"""Tiers keep weights as stored if these have fewer bytes than this share of others."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class Arranger:
         capacity = capacity_of(
             policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
         )
-        in_place = self._is_host and Tier.HOST not in policy.links
-        used_there = (policy.host_memory or 0) * in_place
-        divide = partial(divider.divide, in_place_bytes=used_there)
+        is_in_place = self._is_host and Tier.HOST not in policy.links
+        host = (policy.host_memory or 0) * is_in_place
+        divide = partial(divider.divide, in_place_bytes=host)
         division = divide(capacity)
         check_least(divide, capacity)
         if not self._is_host:  # whose memory is taken at once, used or not
@@ -141,6 +140,8 @@ class Arranger:
             return None
         if not self._is_host and self._is_computed:
             return None  # the device could compute other bits than the host
+        if policy.weights_kept == "auto" and not division.is_coded(_WORTHWHILE):
+            return None
         found = self._divider.images(division)
         units = zip(division.found.units, division.transfers, found, strict=True)
         sizes = [

@@ -49,6 +49,16 @@ class Division:
         together = (sum(own[site] for site in one | other) for one, other in pairs)
         return resident + max(together, default=0)
 
+    def is_coded(self, share: float) -> bool:
+        """Whether the streamed units have at most `share` of their bytes as the files
+        have them."""
+        plans = [
+            (plan.stored_bytes, plan.nbytes)
+            for unit, plan in zip(self.found.units, self.transfers, strict=True)
+            if unit.sites and not unit.is_resident
+        ]
+        return sum(stored for stored, _ in plans) <= share * sum(n for _, n in plans)
+
     def _sizes(self) -> list[int]:
         return [plan.nbytes for plan in self.transfers]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from moe_models import GREEDY, batches, checkpoint, layer_bytes, resident
 
 import penstock
-from moe_models import GREEDY, batches, checkpoint, layer_bytes, resident
 from on_device import GPU, TIERS
 from penstock import Policy
 from penstock.offload.model import engine_of

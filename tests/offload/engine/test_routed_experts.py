@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
-
-import penstock
 from moe_models import (
     GREEDY,
     batches,
@@ -19,6 +15,10 @@ from moe_models import (
     layer_bytes,
     resident,
 )
+from torch import nn
+from torch.nn.utils import parametrize
+
+import penstock
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.offload.model import engine_of
