@@ -109,6 +109,7 @@ class Engine:
         fault). Its unit is loaded now and, if there is room, becomes resident."""
         units = self._weights.units_of[name]
         if self.model_division.units[units[0]].experts is not None:
+            self._count_fault(name, units[0])
             return self._all_experts(name, units)
         (unit,) = units
         with self._entry.turn():
@@ -128,9 +129,16 @@ class Engine:
             finally:
                 self._working_set.release(unit)
 
+    def value_of(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The values of the weight `name`, which an open site has as `parameter`: a
+        copy of all its experts, if these are loaded one by one."""
+        units = self._weights.units_of.get(name, ())
+        if any(self.model_division.units[unit].experts for unit in units[:1]):
+            return self._all_experts(name, units)
+        return parameter
+
     def _all_experts(self, name: str, units: Sequence[int]) -> torch.Tensor:
         """A copy of the tensor `name`, all its pieces together."""
-        self._count_fault(name, units[0])
         pieces = []
         with self._entry.turn(), torch.inference_mode(False):
             for unit in units:
@@ -201,11 +209,6 @@ class Engine:
         """When the weights of the first site were there and it began to compute
         (`time.perf_counter`); None before."""
         return self._entry.first_visit_at
-
-    @property
-    def asked_windows(self) -> set[int]:
-        """The sites of experts that micro-batches have chosen and not yet run."""
-        return self._entry.open_sites.routing.asked_windows
 
     @property
     def pass_fraction(self) -> float:

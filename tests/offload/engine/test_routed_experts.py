@@ -175,7 +175,7 @@ def test_a_failure_within_a_piece_leaves_nothing(
             with pytest.raises(RuntimeError, match="no more"):
                 _ = generated(model, 3, coalesce=False) if in_sweep else model(**batch)
             experts.act_fn = own
-            assert not engine_of(model).asked_windows
+            assert not engine_of(model)._entry.open_sites.routing.asked_windows
             assert torch.equal(generated(model, 3), expected(whole, 3))
 
 
@@ -186,7 +186,7 @@ def test_a_sweep_that_is_left_within_experts_leaves_nothing(tmp_path: Path) -> N
         with penstock.sweep(model, coalesce=False) as sweep:
             done = sweep.run(lambda b: model(**b).logits, batches(4))
             next(iter(done))
-        assert not engine_of(model).asked_windows
+        assert not engine_of(model)._entry.open_sites.routing.asked_windows
         assert torch.equal(generated(model, 3), expected(whole, 3))
 
 
