@@ -131,6 +131,7 @@ class OpenSites:
     def shut(self) -> None:
         """Closes all sites. Called when no caller can be inside any more. An interrupt
         (Ctrl-C) may come between any two lines, so a `leave` may be missing."""
+        self.routing.forget()
         if not any(self._inside) and not self._working_set.has_readers:
             return
         self._working_set.release_all()

@@ -65,6 +65,10 @@ class Routing:
         if not asked:
             self._asked.pop(site, None)
 
+    def forget(self) -> None:
+        """No micro-batch is inside of a layer any more."""
+        self._asked.clear()
+
     @property
     def asked_windows(self) -> set[int]:
         """The windows that micro-batches need, as far as is known."""
