@@ -5,6 +5,7 @@
 experts how each is made. `Divider` (division) divides for a given working set; capacity
 says how large that is, and the least that works. `Arranger` (arrangement) adds the tier
 of each unit and the memory budget, for which `Wishes` (wish) says how much memory a
-model can use. `describe` computes a model's costs for the planner. `find_row_wise` (row_wise, row_probe) finds the modules that micro-batches can
-share. `model_kind` answers questions about a model's classes.
+model can use. `describe` computes a model's costs for the planner. `find_row_wise`
+(row_wise, row_probe) finds the modules that micro-batches can share. `model_kind`
+answers questions about a model's classes.
 """

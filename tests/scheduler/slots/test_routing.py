@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from penstock.scheduler.slots.routing import ALWAYS, Routing
 
-FIRST = {1: (10, 11, 12, 13), 2: (14, 15, 16, 17)}
-SECOND = {4: (20, 21, 22, 23), 5: (24, 25, 26, 27)}
+FIRST: dict[int, tuple[int, ...]] = {1: (10, 11, 12, 13), 2: (14, 15, 16, 17)}
+SECOND: dict[int, tuple[int, ...]] = {4: (20, 21, 22, 23), 5: (24, 25, 26, 27)}
 
 
 def routing() -> Routing:
