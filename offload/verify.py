@@ -162,7 +162,8 @@ class _comparing:
 
     def __enter__(self) -> None:
         for site in self._engine.model_division.sites:
-            self._watch(site.name, site.module)
+            if site.experts is None:
+                self._watch(site.name, site.module)
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
@@ -201,7 +202,7 @@ class _comparing:
                     self._reference(tensor_name), requires_grad=parameter.requires_grad
                 )
             result.num_tensors += 1
-            if not _same_bits(parameter, resident):
+            if not _same_bits(self._engine.value_of(tensor_name, parameter), resident):
                 result.differences.append(f"weights of {tensor_name}")
             store[key] = resident
         try:

@@ -98,6 +98,7 @@ PURE = {
     "scheduler/cost/shape.py",
     "scheduler/simulation/simulated.py",
     "scheduler/cost/site_time.py",
+    "scheduler/slots/routing.py",
     "scheduler/slots/slots.py",
     "scheduler/cost/traffic.py",
     "scheduler/simulation/turns.py",

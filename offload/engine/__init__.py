@@ -6,6 +6,7 @@ Engine           owns the parts; close() ends them, Life does if it is dropped
   Forwards       (groups) how forwards run on them
   SiteHooks      forward hooks on the model's modules, which call
     ForwardEntry   (scheduler) lets a forward in once its weights are loaded
+  RoutedExperts  the forward of stacked experts, piece by piece
   Tiers          where weights are kept, and how they get into slots
     open_reader()  the reader of files that the policy asks for
   Sweeps         all sweeps over the model, and their counters

@@ -1,6 +1,6 @@
 """Makes the engine of a streamed model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,14 +11,17 @@ from torch import nn
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
+from ...io.event import Event
 from ...io.fallbacks import Fallbacks
 from ...io.fork_guard import ForkGuard
 from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
+from ...io.weights.load import Load
 from ...io.weights.recipe import Recipe
 from ...io.weights.transfer import Transfer
 from ...scheduler.order import Order
 from ...scheduler.slots.open_sites import OpenSites, Site
+from ...scheduler.slots.routing import Routing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import open_kv
@@ -27,7 +30,8 @@ from ..policy import Policy
 from ..settings.contradictions import without_effect
 from ..settings.memory_budget import MemoryRoom, Use
 from ..units.arrangement import arrange
-from ..units.division import missing_overlap
+from ..units.capacity import missing_overlap
+from ..units.division import Division
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
@@ -117,9 +121,12 @@ def build(
             tiers.memory,
             tiers.in_place,
         )
-        working_set = _working_set(model_division, transfers, capacity, tiers, record)
+        routing = _routing(division, binding)
+        working_set = _working_set(
+            model_division, transfers, capacity, tiers, record, routing
+        )
         open_sites = _open_sites(
-            model_division, working_set, binding, Heap(budget.heap)
+            model_division, working_set, binding, Heap(budget.heap), routing
         )
         kv = open_kv(model, device, policy, tiers.pin, record, budget.kv, fallbacks)
         if kv is not None:
@@ -186,26 +193,61 @@ def _working_set(
     capacity: int,
     tiers: Tiers,
     record: Record,
+    routing: Routing,
 ) -> WorkingSet:
+    def load(unit: int, offset: int, after: tuple[Event, ...]) -> Load:
+        routing.load(unit)
+        return tiers.load(unit, offset, after)
+
     in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
     return WorkingSet(
         [plan.nbytes for plan in transfers],
         names=[unit.name for unit in model_division.units],
         capacity=capacity,
-        load=tiers.load,
+        load=load,
         mark=tiers.mark,
         needed=frozenset(
             index
             for index, unit in enumerate(model_division.units)
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
-        staying=[u for u, tier in enumerate(tiers.placement) if tier == Tier.DEVICE],
+        staying=_staying(model_division, tiers.placement),
         record=record,
+        worth=routing.worth,
     )
 
 
+def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
+    """The units that stay on the device for good.
+
+    Where all weights come from disk, no experts do: those that are used most stay, as
+    long as they are.
+    """
+    only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
+    return [
+        index
+        for index, unit in enumerate(model_division.units)
+        if placement[index] == Tier.DEVICE and not (only_disk and unit.experts)
+    ]
+
+
+def _routing(division: Division, binding: Binding) -> Routing:
+    stacks = [
+        {
+            site: tuple(unit for unit in units if not binding.is_in_host(unit))
+            for site, units in stack.windows
+        }
+        for stack in division.found.stacks
+    ]
+    return Routing(stacks, [plan.stored_bytes for plan in division.layouts])
+
+
 def _open_sites(
-    model_division: ModelDivision, working_set: WorkingSet, binding: Binding, heap: Heap
+    model_division: ModelDivision,
+    working_set: WorkingSet,
+    binding: Binding,
+    heap: Heap,
+    routing: Routing,
 ) -> OpenSites:
     def bind(site: int, offsets: tuple[int, ...]) -> None:
         heap.trim()  # the previous site has just freed its activations
@@ -215,7 +257,14 @@ def _open_sites(
         Site(site.name, binding.units_of_site(index))
         for index, site in enumerate(model_division.sites)
     ]
-    return OpenSites(sites, working_set, bind=bind, unbind=binding.unbind)
+    for stack in model_division.stacks:
+        for site, (piece, *_) in stack.windows:
+            outer = model_division.sites[site].outer
+            assert outer is not None, "a window is inside of a site"
+            working_set.need_together([(*binding.units_of_site(outer), piece)])
+    return OpenSites(
+        sites, working_set, bind=bind, unbind=binding.unbind, routing=routing
+    )
 
 
 def _compilation(model_division: ModelDivision, policy: Policy) -> "Compilation | None":

@@ -54,10 +54,22 @@ class Statistics(SweepCounters):
     """Keys and values that are kept in tiers; see `kv` in the policy."""
     num_unused_loads: int = counter(Rule.SUM)
     """Units that were loaded ahead and evicted before anything read them."""
+    expert_bytes_touched: int = counter(Rule.SUM)
+    """Checkpoint bytes of experts that were computed with, in models whose experts are
+    loaded as they are chosen: counted once for all micro-batches of a layer."""
+    expert_bytes_loaded: int = counter(Rule.SUM)
+    """Checkpoint bytes of experts that were loaded."""
     faults: Mapping[str, int] = counter(Rule.SUM, dict)
     """How often each weight was used outside the forward of its module, by name."""
     fallbacks: tuple[str, ...] = counter(Rule.EACH, ())
     """A sentence for each thing that could not be had as it was asked for."""
+
+    @property
+    def expert_hit_rate(self) -> float:
+        """The share (0 to 1) of the experts' bytes that were there already when they
+        were chosen; 0 if experts are not loaded as they are chosen."""
+        touched, loaded = self.expert_bytes_touched, self.expert_bytes_loaded
+        return max(0.0, 1 - loaded / touched) if touched else 0.0
 
     @property
     def rows_per_joint_call(self) -> float:
@@ -88,7 +100,7 @@ def bytes_by_tier(
     tier_bytes: dict[str, int] = dict.fromkeys(Tier, 0)
     for index, unit in enumerate(units):
         tier = Tier.DEVICE if index in resident else placement[index]
-        tier_bytes[tier_of(tier)] += sum(recipes[name].nbytes for name in unit.tensors)
+        tier_bytes[tier_of(tier)] += _bytes_of(unit, recipes)
     placed = {name for unit in units for name in unit.tensors}
     tier_bytes[Tier.DISK] += sum(
         recipe.nbytes
@@ -96,3 +108,12 @@ def bytes_by_tier(
         if name not in placed  # embeddings whose rows are read one by one
     )
     return tier_bytes
+
+
+def _bytes_of(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> int:
+    nbytes = 0
+    for recipe in (recipes[name] for name in unit.tensors):
+        low, high = unit.experts or (0, 1)
+        num = 1 if unit.experts is None else recipe.shape[0]
+        nbytes += recipe.nbytes * (high - low) // num
+    return nbytes

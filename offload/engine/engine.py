@@ -23,6 +23,7 @@ from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
 from .counters import Statistics, bytes_by_codec, bytes_by_tier
 from .groups import Forwards, Weights
+from .routed_experts import RoutedExperts
 from .site_hooks import SiteHooks
 from .sweeps import Sweeps
 from .updates import Updates
@@ -57,7 +58,8 @@ class Engine:
         self.fork_guard = forwards.entry.fork_guard
         self._weights = weights
         self._forwards = forwards
-        self._tiers = weights.tiers
+        self._tiers = tiers = weights.tiers
+        self._in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
         self._working_set = weights.working_set
         self._binding = weights.binding
         self._entry = forwards.entry
@@ -67,6 +69,7 @@ class Engine:
         self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
+        self._experts: RoutedExperts | None = None
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -89,6 +92,14 @@ class Engine:
         )
         if self._compilation is not None:
             self._compilation.start(self.fallbacks.announce)
+        self._experts = RoutedExperts(
+            self.model_division.stacks,
+            self.model_division.units,
+            self._entry,
+            self._working_set,
+            self._binding,
+            self._in_place,
+        )
         self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
         )
@@ -96,7 +107,11 @@ class Engine:
     def touch(self, name: str) -> torch.Tensor:
         """Returns the real tensor `name`, which was used while its unit is not bound (a
         fault). Its unit is loaded now and, if there is room, becomes resident."""
-        unit = self._weights.unit_of[name]
+        units = self._weights.units_of[name]
+        if self.model_division.units[units[0]].experts is not None:
+            self._count_fault(name, units[0])
+            return self._all_experts(name, units)
+        (unit,) = units
         with self._entry.turn():
             if not self._working_set.is_resident(unit):
                 self._count_fault(name, unit)
@@ -113,6 +128,31 @@ class Engine:
                     return clone_like(tensor.detach())
             finally:
                 self._working_set.release(unit)
+
+    def value_of(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The values of the weight `name`, which an open site has as `parameter`: a
+        copy of all its experts, if these are loaded one by one."""
+        units = self._weights.units_of.get(name, ())
+        if any(self.model_division.units[unit].experts for unit in units[:1]):
+            return self._all_experts(name, units)
+        return parameter
+
+    def _all_experts(self, name: str, units: Sequence[int]) -> torch.Tensor:
+        """A copy of the tensor `name`, all its pieces together."""
+        pieces = []
+        with self._entry.turn(), torch.inference_mode(False):
+            for unit in units:
+                if unit in self._in_place:
+                    tensors = self._binding.tensors(unit, self._in_place[unit])
+                    pieces.append(tensors[name].detach())
+                    continue
+                offset = self._working_set.acquire(unit)
+                try:
+                    tensors = self._binding.tensors(unit, offset)
+                    pieces.append(clone_like(tensors[name].detach()))
+                finally:
+                    self._working_set.release(unit)
+            return torch.cat(pieces)
 
     def sweep(
         self, width: Width, seed: int | None, *, coalesce: bool | None = None
@@ -186,6 +226,7 @@ class Engine:
             working_set.resident_units,
         )
         gatherers = self._weights.gatherers.values()
+        routing = self._entry.open_sites.routing
         on_gpu = self._tiers.device.peak_bytes()
         kv = None if self._kv is None else self._kv.store
         return Statistics(
@@ -206,6 +247,8 @@ class Engine:
             peak_host_bytes=peak_resident_bytes(),
             **counters_of(self._sweeps.counters()),
             num_unused_loads=working_set.num_unused_loads,
+            expert_bytes_touched=routing.touched_bytes,
+            expert_bytes_loaded=routing.loaded_bytes,
             faults=dict(self._faults),
             kv=KvStatistics() if kv is None else kv.statistics(),
             fallbacks=tuple(self.fallbacks),
@@ -228,6 +271,7 @@ class Engine:
         steps: list[Callable[[], object]] = [
             *([] if self._kv is None else [self._kv.close]),
             *([] if self._hooks is None else [self._hooks.remove]),
+            *([] if self._experts is None else [self._experts.close]),
             *([] if self._compilation is None else [self._compilation.stop]),
             self._working_set.close,
             *(gatherer.close for gatherer in gatherers),

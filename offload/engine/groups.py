@@ -40,13 +40,13 @@ class Weights:
     """The tensors that are not streamed; they are on the device."""
 
     @cached_property
-    def unit_of(self) -> Mapping[str, int]:
-        """The unit of each streamed tensor, by its name."""
-        return {
-            name: index
-            for index, unit in enumerate(self.arrangement.division.found.units)
-            for name in unit.tensors
-        }
+    def units_of(self) -> Mapping[str, tuple[int, ...]]:
+        """The units of each streamed tensor, by its name: one, or its pieces."""
+        units: dict[str, list[int]] = {}
+        for index, unit in enumerate(self.arrangement.division.found.units):
+            for name in unit.tensors:
+                units.setdefault(name, []).append(index)
+        return {name: tuple(found) for name, found in units.items()}
 
 
 @dataclass(frozen=True, slots=True)

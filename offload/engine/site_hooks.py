@@ -32,8 +32,10 @@ class SiteHooks:
         self._entry = entry
         self._binding = binding
         self._handles: list[Any] = []
+        self._holds_experts = {site.outer for site in model_division.sites}
         for index, site in enumerate(model_division.sites):
-            self._hang(site.module, index, site.name, keep_out)
+            if site.experts is None:  # a window is entered by the experts' forward
+                self._hang(site.module, index, site.name, keep_out)
         self._handles += [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, with_kwargs=True),
@@ -79,4 +81,5 @@ class SiteHooks:
         """Whether a backward pass would find the weights of `site` unchanged, and none
         of them requires a gradient."""
         stays = self._entry.open_sites.stays(site)
+        stays = stays and site not in self._holds_experts
         return stays and not self._binding.wants_gradients(site)

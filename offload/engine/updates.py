@@ -23,6 +23,7 @@ from ...io.weights.recipe import Recipe, plain
 from ...io.weights.stored_image import StoredImage, stored_image
 from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
+from ..units.experts import rows_of, unit_recipes
 from ..weights.new_values import NewValue, new_values
 from ..weights.spill_folder import SpillFolder
 from .groups import Weights
@@ -56,7 +57,8 @@ class Updates(Closing):
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
         self._slots = division.transfers
-        self._unit_of = weights.unit_of
+        self._units_of = weights.units_of
+        self._found = division.found.units
         self._entries: dict[str, TensorEntry] = {}
         self._folder: SpillFolder | None = None
         self._num_files = 0
@@ -100,10 +102,9 @@ class Updates(Closing):
 
     def _refuse_what_is_shared(self, values: Iterable[NewValue]) -> None:
         for each in values:
-            unit = self._unit_of.get(each.streamed_name or "")
-            why = None if unit is None else self._why_fixed(unit)
-            if why is not None:
-                raise UsageError(f"{each.name!r} cannot be changed: {why}")
+            for unit in self._units_of.get(each.streamed_name or "", ()):
+                if (why := self._why_fixed(unit)) is not None:
+                    raise UsageError(f"{each.name!r} cannot be changed: {why}")
 
     def _write(self, values: Mapping[str, NewValue]) -> dict[str, TensorEntry]:
         """Writes `values` to a file, in the dtypes of computing. Returns its header."""
@@ -160,10 +161,12 @@ class Updates(Closing):
         self, entries: dict[str, TensorEntry], recipes: Mapping[str, Recipe]
     ) -> None:
         self._entries = entries
-        units = sorted({self._unit_of[n] for n in recipes if n in self._unit_of})
+        units = sorted({u for n in recipes for u in self._units_of.get(n, ())})
         for unit in units:
-            plan = self._original[unit]
+            plan, rows = self._original[unit], self._found[unit].experts
             new = {t.name: entries[t.name] for t in plan.tensors if t.name in entries}
+            if rows is not None:
+                new = {name: rows_of(entry, *rows) for name, entry in new.items()}
             self._layouts[unit] = overlaid(plan, new, alignment=ALIGNMENT)
         for name, recipe in recipes.items():
             self._recipes[name] = recipe
@@ -208,7 +211,7 @@ class Updates(Closing):
         slot = self._slots[unit]
         return stored_image(
             slot.name,
-            [self._recipes[tensor.name] for tensor in slot.tensors],
+            unit_recipes(self._found[unit], self._recipes),
             slot,
             alignment=ALIGNMENT,
             max_gap_bytes=0,

@@ -72,6 +72,9 @@ def report_table(report: dict[str, Any], title: str) -> Table:
         table.add_row("  in host memory", human_bytes(weights[Tier.HOST]))
     table.add_row("passes", f"{report['passes']}")
     table.add_row("bytes read", human_bytes(report["bytes_read"][Tier.DISK]))
+    if touched := report["expert_bytes_touched"]:
+        loaded = human_bytes(report["expert_bytes_loaded"])
+        table.add_row("experts used", f"{human_bytes(touched)}, {loaded} loaded")
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))
     table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")

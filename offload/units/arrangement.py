@@ -1,5 +1,4 @@
-"""Decides how a model is divided into units and where each unit stays, under a policy.
-Reads no weights."""
+"""Decides how a model is divided into units and where each stays. Reads no weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
 from ...scheduler.placement import place
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
-from .division import Divider, Division, capacity_of, check_least
+from .capacity import capacity_of, check_least
+from .division import Divider, Division
 from .sites import ParameterRef
 from .wish import Wishes
 
 _WORTHWHILE = 0.9
-"""Tiers keep weights as they are stored if these have fewer bytes than this share of
-what is computed with."""
+"""Tiers keep weights as stored if these have fewer bytes than this share of others."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Arranger:
             ALIGNMENT,
             memory_alignment,
             TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
+            not policy.compile,
         )
         self._is_host = is_host
         self._wishes = Wishes(model, self._recipes, self._divider.divide)
@@ -103,8 +103,11 @@ class Arranger:
         capacity = capacity_of(
             policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
         )
-        division = divider.divide(capacity)
-        check_least(divider.divide, capacity)
+        is_in_place = self._is_host and Tier.HOST not in policy.links
+        host = (policy.host_memory or 0) * is_in_place
+        divide = partial(divider.divide, in_place_bytes=host)
+        division = divide(capacity)
+        check_least(divide, capacity)
         if not self._is_host:  # whose memory is taken at once, used or not
             capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
         images = self._images(division, policy)
@@ -137,6 +140,8 @@ class Arranger:
             return None
         if not self._is_host and self._is_computed:
             return None  # the device could compute other bits than the host
+        if policy.weights_kept == "auto" and not division.is_coded(_WORTHWHILE):
+            return None
         found = self._divider.images(division)
         units = zip(division.found.units, division.transfers, found, strict=True)
         sizes = [
@@ -170,11 +175,7 @@ def arrange(
     DoesNotFitError, which names the least that works.
     """
     arranger = Arranger(
-        model,
-        recipes,
-        policy,
-        is_host=is_host,
-        memory_alignment=memory_alignment,
+        model, recipes, policy, is_host=is_host, memory_alignment=memory_alignment
     )
     return arranger.arrange(policy, room=room, device_bytes=device_bytes, use=use)
 

@@ -12,8 +12,10 @@ from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
 from .division import Division
+from .expert_stack import ExpertStack
 from .model_cache import ModelCache, model_cache
 from .model_kind import base_of, completes, keeps_only_keys_and_values
+from .sites import FoundSite
 
 # How often the operations between matrix products touch an element, counted in
 # transformers' Llama. A norm reads and writes each of its elements seven times. Results
@@ -38,10 +40,11 @@ def describe(
     found = division.found
     cache = model_cache(model) if cache is None else cache
     head, base, share = _head_of(model), _base_of(model), _active_share(config)
+    divided = {id(each.stack.module): each.stack for each in found.stacks}
     sites = cache.put_into(
         [
             replace(
-                _site(site.name, site.module, head, share),
+                _site(site, head, share, divided),
                 makes_hidden=base is None or id(site.module) in base,
             )
             for site in found.sites
@@ -75,18 +78,27 @@ def describe(
 
 
 def _site(
-    name: str, module: nn.Module, head: nn.Module | None, share: float
+    site: FoundSite,
+    head: nn.Module | None,
+    share: float,
+    divided: Mapping[int, ExpertStack],
 ) -> SiteCost:
     """The costs of one site, without attention. `share` of the experts is active."""
     flops = weights = pointwise = expert_flops = expert_weights = 0.0
     num_modules = num_products = vocabulary = 0
-    for part in module.modules():
+    part_of_stack = 1.0
+    if site.experts is not None:
+        low, high = site.experts
+        part_of_stack = (high - low) / divided[id(site.module)].num_experts
+    for part in site.module.modules():
         own = [p for p in part._parameters.values() if p is not None]
         if not own or isinstance(part, nn.Embedding):
             continue
+        if site.experts is None and id(part) in divided:
+            continue  # its windows are sites of their own
         num_modules += 1
         for parameter in own:
-            numel = parameter.numel()
+            numel = parameter.numel() * part_of_stack
             if parameter.dim() == 1:
                 if not _has_matrix(own):
                     pointwise += TOUCHES_OF_NORM * numel
@@ -105,7 +117,7 @@ def _site(
         if part is head:
             vocabulary = int(next(iter(own)).shape[0])
     return SiteCost(
-        name,
+        site.name,
         flops_per_token=flops,
         weight_bytes=weights,
         expert_flops_per_token=expert_flops,

@@ -1,40 +1,20 @@
-"""Divides a model into units that fit a budget, or names the least that works."""
+"""Divides a model into units that fit a budget."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 from torch import nn
 
-from ...io.errors import DoesNotFitError
-from ...io.extent import align_down
 from ...io.weights.layout import Layout, layout
 from ...io.weights.recipe import Recipe
 from ...io.weights.stored_image import StoredImage, stored_image
 from ...io.weights.transfer import Transfer
-from ..monitoring.show import human_bytes
-from ..policy import Policy
-from ..settings.memory_budget import MemoryBudget
-from .sites import ModelDivision, ParameterRef, find, module_sizes
-
-
-def capacity_of(
-    policy: Policy,
-    nbytes: Mapping[str, int],
-    *,
-    alignment: int,
-    free_bytes: int,
-) -> int:
-    """Bytes of the working set: as the policy says; else as much of `free_bytes` as the
-    model can use."""
-    if policy.device_memory != "auto":
-        # Slots at the end of the arena must be aligned, too.
-        return align_down(policy.device_memory, alignment)
-    # A tensor that is read in place takes up to two pages more than it has bytes.
-    whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
-    return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
+from .expert_stack import ExpertStack
+from .experts import cut, find_stacks
+from .sites import FoundUnit, ModelDivision, ParameterRef, find, module_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +30,7 @@ class Division:
 
     def needs(self) -> tuple[int, list[int]]:
         """Bytes of the resident units, and the bytes that each site needs at once."""
-        return needs(self.found, [plan.nbytes for plan in self.transfers])
+        return needs(self.found, self._sizes())
 
     def whole_bytes(self) -> int:
         """Bytes in which all units fit at the same time."""
@@ -62,9 +42,25 @@ class Division:
         The successor is loaded while the site computes; the first site follows the last
         one.
         """
-        resident, by_site = self.needs()
-        pairs = pairwise([*by_site, *by_site[:1]])
-        return resident + max((one + other for one, other in pairs), default=0)
+        resident, _ = self.needs()
+        own = own_bytes(self.found, self._sizes())
+        around = [_with_outer(self.found, site) for site in range(len(own))]
+        pairs = pairwise([*around, *around[:1]])
+        together = (sum(own[site] for site in one | other) for one, other in pairs)
+        return resident + max(together, default=0)
+
+    def is_coded(self, share: float) -> bool:
+        """Whether the streamed units have at most `share` of their bytes as the files
+        have them."""
+        plans = [
+            (plan.stored_bytes, plan.nbytes)
+            for unit, plan in zip(self.found.units, self.transfers, strict=True)
+            if unit.sites and not unit.is_resident
+        ]
+        return sum(stored for stored, _ in plans) <= share * sum(n for _, n in plans)
+
+    def _sizes(self) -> list[int]:
+        return [plan.nbytes for plan in self.transfers]
 
 
 @dataclass(frozen=True)
@@ -89,12 +85,20 @@ class Divider:
     """The alignment of the addresses that are read to, in bytes."""
     tensor_alignment: int
     """The alignment of assembled tensors in memory that units are read to, in bytes."""
-    _known: dict[tuple[int, int], Division] = field(default_factory=dict)
+    may_cut_experts: bool
+    """Whether stacked experts may be divided: a compiler would trace what waits for
+    them."""
+    _known: dict[tuple[int, ...], Division] = field(default_factory=dict)
     """The divisions made so far.
 
     The keys are how many modules are no larger than the largest site, and how many are
-    too small to be streamed. Nothing else of the two limits matters.
+    too small to be streamed. Nothing else of the two limits matters, unless experts are
+    divided.
     """
+    _plans: dict[Hashable, tuple[Layout, Transfer]] = field(default_factory=dict)
+    """How each unit is laid out, whatever its sites."""
+    _pieces: dict[str, list[Recipe]] = field(default_factory=dict)
+    """The recipes of the pieces of experts, by the name of their unit."""
 
     _images: dict[Division, tuple[StoredImage, ...]] = field(default_factory=dict)
 
@@ -103,28 +107,57 @@ class Divider:
         """The bytes of each tensor."""
         return {name: recipe.nbytes for name, recipe in self.recipes.items()}
 
-    def divide(self, capacity: int) -> Division:
+    @cached_property
+    def stacks(self) -> dict[int, ExpertStack]:
+        """The stacked experts that may be divided, by the id of their module."""
+        if not self.may_cut_experts:
+            return {}
+        return find_stacks(self.model, self.places, self.recipes)
+
+    def divide(self, capacity: int, in_place_bytes: int = 0) -> Division:
         """Divides the model for a working set of `capacity` bytes.
 
         Blocks are units if two of them fit beside the resident units; otherwise they
         are divided further. Modules that cannot be divided (a head) may be larger.
+        Experts are divided if the model does not fit, together with `in_place_bytes` of
+        host memory in which units are used where they lie.
         """
+        room = capacity + in_place_bytes
+        fits = not self.stacks or sum(self.nbytes.values()) <= room
+        if fits:
+            division = self._divide(capacity, {})
+            if not self.stacks or division.whole_bytes() <= room:
+                return division
+        return self._divide(capacity, self.stacks)
+
+    def _divide(self, capacity: int, stacks: Mapping[int, ExpertStack]) -> Division:
         limit = capacity
         while True:
-            division = self._divided(limit, min(self.resident_below, capacity // 64))
+            small = min(self.resident_below, capacity // 64)
+            division = self._divided(limit, small, stacks)
             resident, by_site = division.needs()
             room = (capacity - resident) // 2
             is_coarse = any(
-                nbytes > room and any(True for _ in site.module.children())
-                for site, nbytes in zip(division.found.sites, by_site, strict=True)
+                nbytes > room and _can_be_divided(division.found, site)
+                for site, nbytes in enumerate(by_site)
             )
             if not is_coarse or limit <= 1:
                 return division
             limit = max(1, min(room, limit * 3 // 4))
 
-    def _divided(self, max_site_bytes: int, resident_below: int) -> Division:
+    def _divided(
+        self,
+        max_site_bytes: int,
+        resident_below: int,
+        stacks: Mapping[int, ExpertStack],
+    ) -> Division:
         sizes = self._module_sizes
-        key = bisect_right(sizes, max_site_bytes), bisect_left(sizes, resident_below)
+        key: tuple[int, ...] = (
+            bisect_right(sizes, max_site_bytes),
+            bisect_left(sizes, resident_below),
+        )
+        if stacks:
+            key = (*key, max_site_bytes)
         if key not in self._known:
             found = find(
                 self.model,
@@ -133,24 +166,48 @@ class Divider:
                 self.gathered,
                 max_site_bytes=max_site_bytes,
                 resident_below=resident_below,
+                stacks=stacks,
             )
             self._known[key] = self._laid_out(found)
         return self._known[key]
 
     def _laid_out(self, found: ModelDivision) -> Division:
-        layouts = [
-            layout(
+        self._cut(found)
+        plans = [self._plan(unit) for unit in found.units]
+        layouts, transfers = (list(plan) for plan in zip(*plans, strict=True))
+        return Division(found, layouts, transfers)
+
+    def _plan(self, unit: FoundUnit) -> tuple[Layout, Transfer]:
+        key = unit.name, unit.tensors, unit.is_resident
+        if key not in self._plans:
+            plan = layout(
                 unit.name,
-                [self.recipes[name] for name in unit.tensors],
+                self._recipes_of(unit),
                 alignment=self.alignment,
                 memory_alignment=self.memory_alignment,
                 tensor_alignment=self.tensor_alignment,
                 # A unit that is read once may take more reads, but should have no gaps.
                 max_gap_bytes=0 if unit.is_resident else self.max_gap,
             )
-            for unit in found.units
-        ]
-        return Division(found, layouts, [self.transfer_of(plan) for plan in layouts])
+            self._plans[key] = plan, self.transfer_of(plan)
+        return self._plans[key]
+
+    def _cut(self, found: ModelDivision) -> None:
+        """Makes the recipes of all pieces: those of one stack together."""
+        for each in found.stacks:
+            units = [found.units[unit] for _, units in each.windows for unit in units]
+            if units[0].name in self._pieces:
+                continue
+            bounds = [unit.experts for unit in units if unit.experts is not None]
+            names = each.stack.tensors.values()
+            by_tensor = [cut(self.recipes[name], bounds) for name in names]
+            for unit, recipes in zip(units, zip(*by_tensor, strict=True), strict=True):
+                self._pieces[unit.name] = list(recipes)
+
+    def _recipes_of(self, unit: FoundUnit) -> list[Recipe]:
+        if unit.experts is not None:
+            return self._pieces[unit.name]
+        return [self.recipes[name] for name in unit.tensors]
 
     def images(self, division: Division) -> tuple[StoredImage, ...]:
         """How memory can keep each unit of `division` as its files have it."""
@@ -159,7 +216,7 @@ class Divider:
             self._images[division] = tuple(
                 stored_image(
                     unit.name,
-                    [self.recipes[name] for name in unit.tensors],
+                    self._recipes_of(unit),
                     slot,
                     alignment=self.alignment,
                     max_gap_bytes=0,
@@ -174,63 +231,35 @@ class Divider:
 
 
 def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and the bytes that each site needs at once. Units
-    have `sizes`."""
-    resident = 0
-    by_site = [0] * len(found.sites)
+    """Bytes of the resident units, and the bytes that each site needs at once, those of
+    the site around it included. Units have `sizes`."""
+    resident = sum(
+        size for unit, size in zip(found.units, sizes, strict=True) if unit.is_resident
+    )
+    own = own_bytes(found, sizes)
+    sites = range(len(found.sites))
+    return resident, [sum(own[s] for s in _with_outer(found, site)) for site in sites]
+
+
+def own_bytes(found: ModelDivision, sizes: Sequence[int]) -> list[int]:
+    """The bytes of the units of each site."""
+    own = [0] * len(found.sites)
     for unit, size in zip(found.units, sizes, strict=True):
-        resident += size if unit.is_resident else 0
         for site in unit.sites:
-            by_site[site] += size
-    return resident, by_site
+            own[site] += size
+    return own
 
 
-def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
-    """The least number of bytes, not less than `capacity`, that works.
-
-    A larger budget keeps more units resident and so needs more. The first budget counts
-    that has as much as it needs itself.
-    """
-    while (needed := _needed(divide(capacity))) > capacity:
-        capacity = needed
-    return capacity
+def _with_outer(found: ModelDivision, site: int) -> set[int]:
+    outer = found.sites[site].outer
+    return {site} if outer is None else {site, outer}
 
 
-def check_least(divide: Callable[[int], Division], capacity: int) -> None:
-    """Raises DoesNotFitError if `capacity` bytes are too few; it names the least that
-    works."""
-    least = least_capacity(divide, capacity)
-    if least > capacity:
-        resident, by_site = divide(least).needs()
-        raise DoesNotFitError(
-            f"device_memory of {capacity} bytes is too small: {max(by_site, default=0)}"
-            f" bytes of the largest part and {resident} that are always needed make at "
-            f"least {least}; set device_memory to at least {least}"
-        )
-
-
-def _needed(division: Division) -> int:
-    resident, by_site = division.needs()
-    return resident + max(by_site, default=0)
-
-
-def missing_overlap(
-    division: Division, capacity: int, budget: MemoryBudget | None
-) -> str | None:
-    """What to announce if some site has no room beside its successor, which is loaded
-    while it computes. None if each has.
-
-    `capacity` is the policy's own, or a part of `budget`.
-    """
-    missing = division.paired_bytes() - capacity
-    if missing > 0 and len(division.found.sites) > 1:
-        asked = f"device_memory of {capacity + missing} bytes"
-        given = f"{capacity}"
-        if budget is not None:
-            asked = f"memory of {human_bytes(budget.total + missing)}"
-            given = human_bytes(budget.total)
-        return (
-            f"no room to fetch each part beside the one before it: {asked} would "
-            f"overlap reading and computing everywhere (it is {given})"
-        )
-    return None
+def _can_be_divided(found: ModelDivision, index: int) -> bool:
+    """Whether a smaller limit makes smaller sites of this one."""
+    site = found.sites[index]
+    if site.experts is None:
+        return any(True for _ in site.module.children())
+    low, high = site.experts
+    assert site.outer is not None, "a window is inside of a site"
+    return high - low > 1 or found.sites[site.outer].module is not site.module

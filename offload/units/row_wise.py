@@ -5,13 +5,9 @@ import sys
 from torch import nn
 
 from ...scheduler.sweep.coalescing import RowWise
+from .experts import is_experts
 from .row_probe import takes_rows_to_rows
 from .sites import ModelDivision
-
-# The attributes that transformers' `use_experts_implementation` (>= 5.17, < 6) sets on
-# a module. Its forward takes tokens, and for each token the chosen experts and their
-# weights.
-_OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
 
 
 def find_row_wise(found: ModelDivision) -> tuple[RowWise, ...]:
@@ -43,10 +39,7 @@ def _row_wise(module: nn.Module, sites: set[nn.Module]) -> RowWise | None:
 def _num_args(module: nn.Module) -> int | None:
     if type(module) is nn.Linear or type(module) is _conv1d():
         return 1
-    is_experts = (
-        hasattr(type(module), "_apply_gate") and set(vars(module)) >= _OF_EXPERTS
-    )
-    return 3 if is_experts else None
+    return 3 if is_experts(module) else None
 
 
 def _conv1d() -> type | None:

@@ -13,8 +13,9 @@ from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use
+from .capacity import least_capacity
 from .describe import describe
-from .division import Division, least_capacity
+from .division import Division
 from .model_cache import ModelCache, model_cache
 
 _PAGES = 8192

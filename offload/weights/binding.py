@@ -1,5 +1,4 @@
-"""Puts loaded parameters into a model's modules, and placeholders back before their
-bytes are reused."""
+"""Puts loaded parameters into modules, and placeholders back before they are gone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -51,14 +50,13 @@ class Binding:
             for index, unit in enumerate(found.units)
             for name in unit.tensors
         }
-        self._units_of_site = [
-            tuple(
-                index
-                for index, unit in enumerate(found.units)
-                if site in unit.sites and not self.is_in_host(index)
-            )
-            for site in range(len(found.sites))
-        ]
+        # These are not bound: who runs them asks for them.
+        self._pieces = {i for i, unit in enumerate(found.units) if unit.experts}
+        self._units_of_site: list[tuple[int, ...]] = [()] * len(found.sites)
+        for index, unit in enumerate(found.units):
+            if index not in self._pieces and not self.is_in_host(index):
+                for site in unit.sites:
+                    self._units_of_site[site] += (index,)
         names = {
             (id(place.module), place.key): name
             for name, where in places.items()
@@ -171,6 +169,8 @@ class Binding:
 
         Raises PenstockError if user code has replaced one.
         """
+        if unit in self._pieces:
+            return
         with torch.no_grad():  # it stays, so a backward pass may use it
             tensors = self.tensors(unit, offset)
         for name, tensor in tensors.items():

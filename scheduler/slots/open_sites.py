@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...io.errors import PenstockError
+from ..order import Order
+from .routing import Routing
 from .working_set import WorkingSet
 
 
@@ -28,6 +30,9 @@ class OpenSites:
     `offsets` in the arena. `unbind(site)` undoes that before the bytes are reused. Both
     raise PenstockError if user code has written to the weights; the units are then
     loaded again. All methods are called by the thread that has the turn.
+
+    A window of `routing` is a site without units: who is inside acquires those pieces
+    that it needs.
     """
 
     def __init__(
@@ -37,8 +42,10 @@ class OpenSites:
         *,
         bind: Callable[[int, tuple[int, ...]], None],
         unbind: Callable[[int], None],
+        routing: Routing | None = None,
     ) -> None:
         self.sites = sites
+        self.routing = routing or Routing((), ())
         self._working_set = working_set
         self._bind = bind
         self._unbind = unbind
@@ -98,23 +105,45 @@ class OpenSites:
 
     def stays(self, site: int) -> bool:
         """Whether all units of `site` are loaded and are never evicted."""
-        return all(self._working_set.stays(unit) for unit in self.sites[site].units)
+        return all(self._working_set.stays(unit) for unit in self._units_of(site))
 
     def prefetch_sites(self, sites: Iterable[int]) -> None:
         """Starts loading the units of `sites`, which are given in the order in which
         they will run."""
-        units = [unit for site in sites for unit in self.sites[site].units]
+        units = [unit for site in sites for unit in self._units_of(site)]
         self._working_set.prefetch(dict.fromkeys(units))
+
+    def prefetch_from(
+        self, site: int, order: Order, waiting: set[int], depth: int
+    ) -> None:
+        """Starts loading the units of the `depth` sites that follow `site` in `order`,
+        as far as is known, and those of `site`, if it is a window."""
+        routing, now = self.routing, []
+        if routing.is_window(site):
+            routing.open(site)
+            now = [site]
+        # A block and the window of its experts count as one.
+        depth += bool(depth and routing)
+        waiting = waiting | routing.asked_windows
+        coming = order.upcoming(site, waiting, depth, self.stays)
+        self.prefetch_sites([*now, *coming])
 
     def shut(self) -> None:
         """Closes all sites. Called when no caller can be inside any more. An interrupt
         (Ctrl-C) may come between any two lines, so a `leave` may be missing."""
+        self.routing.forget()
         if not any(self._inside) and not self._working_set.has_readers:
             return
         self._working_set.release_all()
         for site in range(len(self.sites)):
             self._inside[site] = 0
             self._unbind(site)
+
+    def _units_of(self, site: int) -> tuple[int, ...]:
+        """The units to load before `site` runs, as far as is known."""
+        if self.routing.is_window(site):
+            return self.routing.expected(site)
+        return self.sites[site].units
 
     def _release(self, units: Iterable[int], *, spoilt: bool) -> None:
         for unit in units:

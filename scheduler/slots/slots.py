@@ -5,7 +5,7 @@ opposite ends of the arena. So whenever two units fit together, the second one f
 bytes in one piece while the first is being read.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...io.event import Event
@@ -135,6 +135,25 @@ class Slots:
         trial = self._only(pinned)
         return all(
             trial.claim(-1, nbytes) is not None for nbytes in sorted(sizes)[::-1]
+        )
+
+    def why_not(
+        self,
+        names: str,
+        units: set[int],
+        sizes: Sequence[int],
+        in_use: set[int],
+        kept: set[int],
+    ) -> str:
+        """Why `units`, called `names`, do not fit beside those in use and those that
+        are kept."""
+        used, stays = (sum(sizes[u] for u in some) for some in (in_use, kept))
+        need = sum(sizes[u] for u in units - in_use - kept)
+        least = self.least_for(need, in_use | kept)
+        return (
+            f"{names} needs {need} bytes with {used} in use and {stays} resident, but "
+            f"the working set has {self.capacity}; set device_memory to at least "
+            f"{least}"
         )
 
     def _only(self, units: set[int]) -> "Slots":

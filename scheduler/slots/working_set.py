@@ -11,6 +11,7 @@ from ...io.errors import DoesNotFitError, closed
 from ...io.event import Event
 from ...io.timeline import WAIT, Record, unrecorded
 from ...io.weights.load import Load
+from .routing import ALWAYS
 from .slots import Held, Slot, Slots
 from .working_set_statistics import WorkingSetStatistics
 
@@ -27,6 +28,7 @@ class WorkingSet:
     Each of the `staying` units has a slot for good. Any other unit, once released,
     stays until its bytes are needed. The unit that was released last is evicted first:
     a cyclic sweep needs it again last, so as much as fits stays from pass to pass.
+    Before those, units go that are of less `worth`, which is at most `ALWAYS`.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class WorkingSet:
         needed: frozenset[int],
         staying: Iterable[int] = (),
         record: Record = unrecorded,
+        worth: Callable[[int], int] = lambda unit: ALWAYS,
     ) -> None:
         self._record = record
+        self._worth = worth
         self._sizes = sizes
         self._names = names
         self._needed: set[tuple[int, ...]] = {(unit,) for unit in needed}
@@ -113,20 +117,22 @@ class WorkingSet:
     def prefetch(self, units: Iterable[int]) -> None:
         """Starts loading `units`, in this order. Evicts only units that were read or
         are not expected any more; stops at the first unit that finds no room."""
-        wanted = [] if self._is_closed else list(units)
+        wanted = dict.fromkeys(() if self._is_closed else units)
         self._num_prefetches += 1
-        for unit in self._held.keys() & set(wanted):
+        missing = [unit for unit in wanted if unit not in self._held]
+        for unit in wanted.keys() - set(missing):
             self._held[unit].wanted_at = self._num_prefetches
-        for unit in wanted:
-            if unit in self._held:
-                continue
-            costs = {
-                other: self._cost(held)
-                for other, held in self._held.items()
-                if self._is_idle(other)
-                and other not in wanted
-                and (held.was_read or self._was_guessed_wrong(held))
-            }
+        if not missing:
+            return
+        may_go = {
+            other: self._cost(held)
+            for other, held in self._held.items()
+            if self._is_idle(other)
+            and other not in wanted
+            and (held.was_read or self._was_guessed_wrong(held))
+        }
+        for unit in missing:
+            costs = {other: c for other, c in may_go.items() if other in self._held}
             try:
                 if self._claim_and_load(unit, costs) is None:
                     return
@@ -243,10 +249,11 @@ class WorkingSet:
         return held.wanted_at < self._num_prefetches - 1
 
     def _cost(self, held: Held) -> int:
-        """The cost of evicting a unit: its bytes and, among equals, least for the one
-        released last. A prefetched unit not yet read costs more than all others."""
+        """The cost of evicting a unit: its bytes times its worth and, among equals,
+        least for the one released last. One not yet read costs more than all others."""
         unread = 0 if held.was_read else 1 << 120
-        return unread + (held.slot.nbytes << 64) - held.released_at
+        worth = held.slot.nbytes * self._worth(held.slot.unit)
+        return unread + (worth << 56) - held.released_at
 
     def _claim_and_load(self, unit: int, costs: dict[int, int]) -> Held | None:
         slot = self._places.get(unit) or self._claim(unit, costs)
@@ -289,12 +296,5 @@ class WorkingSet:
     def _why_not(self, units: Sequence[int]) -> str:
         kept = self._resident | set(self._places)
         in_use = {u for u, held in self._held.items() if held.users} - kept
-        used, stays = (sum(self._sizes[u] for u in some) for some in (in_use, kept))
-        need = sum(self._sizes[u] for u in set(units) - in_use - kept)
-        least = self._slots.least_for(need, in_use | kept)
-        capacity = self._slots.capacity
         names = " + ".join(repr(self._names[u]) for u in units)
-        return (
-            f"{names} needs {need} bytes with {used} in use and {stays} resident, but "
-            f"the working set has {capacity}; set device_memory to at least {least}"
-        )
+        return self._slots.why_not(names, set(units), self._sizes, in_use, kept)

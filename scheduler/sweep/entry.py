@@ -109,9 +109,7 @@ class ForwardEntry:
             if not self.order.is_ahead(self.position, site):
                 self.num_passes += 1
             self.position = site
-            stays = self.open_sites.stays
-            coming = self.order.upcoming(site, waiting, self._lookahead, stays)
-            self.open_sites.prefetch_sites(coming)
+            self.open_sites.prefetch_from(site, self.order, waiting, self._lookahead)
         except BaseException:
             self.open_sites.leave(site)
             raise

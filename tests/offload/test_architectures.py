@@ -23,7 +23,7 @@ NAMES = [name for name, a in zoo.ARCHITECTURES.items() if not a.mutates]
 # with the instructions of other CPUs, too.
 OF_EACH_KIND = {"llama", "gpt2", "mixtral", "qwen2_moe", "jamba", "t5", "bert"}
 # Reads the weights of a child that never runs, inside a forward that needs room, too.
-ROOMIER = {"dbrx"}
+ROOMIER = {"dbrx", "nemotron_h"}
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 

@@ -82,7 +82,7 @@ def mixed_policy(name: str, folder: Path) -> Policy:
     for quarters in (2, 3, 4, 6, 8, 12):
         values = {**MIXED, "device_memory": total * quarters // 4}
         try:
-            with penstock.load(folder, Policy(**values)) as probe:
+            with penstock.load(folder, Policy(links=LINKS, **values)) as probe:
                 rules = rules_for(engine_of(probe), MIXED["lookahead"])
         except DoesNotFitError:
             continue

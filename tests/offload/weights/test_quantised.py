@@ -18,6 +18,7 @@ from penstock import Policy
 from penstock.io.checkpoint.index import SINGLE_FILE, open_checkpoint
 from penstock.io.codecs.computed import Computed
 from penstock.io.errors import CheckpointError, PenstockError
+from penstock.offload.model import engine_of
 from penstock.offload.verify import verify
 from penstock.offload.weights import hf
 from penstock.offload.weights.blueprint import blueprint
@@ -174,6 +175,34 @@ def test_streamed_is_equal_to_resident(
         wanted = resident.generate(IDS, **options)
         assert torch.equal(model.generate(IDS, **options), wanted)
     assert verify(folder, POLICY).is_equal
+
+
+PIECES = [
+    ("moe", {}),
+    ("gpt_oss", {"weights_kept": "stored", "host_memory": "1MiB"}),
+    ("deepseek", {"host_memory": "40KiB"}),
+    ("deepseek_v4", {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "values"), PIECES)
+def test_experts_that_are_loaded_one_by_one_are_equal(
+    case: str, values: dict[str, Any], folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(case)
+    resident: Any = dequantised(folder)
+    links = {"host": {"bandwidth": "4GiB"}}
+    policy = Policy(device_memory="120KiB", resident_below=1, links=links, **values)
+    with penstock.load(folder, policy) as model, torch.inference_mode():
+        assert engine_of(model).model_division.stacks
+        assert same_bits(model(IDS).logits, resident(IDS).logits)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        wanted = resident.generate(IDS, **options)
+        assert torch.equal(model.generate(IDS, **options), wanted)
+    verified = verify(folder, policy)
+    assert verified.is_equal
+    assert not verified.faults
 
 
 def test_it_is_announced_that_torch_decodes(

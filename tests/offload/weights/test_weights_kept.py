@@ -171,7 +171,7 @@ def test_new_values_that_staging_memory_does_not_hold_are_refused(
     policy = Policy(device_memory="160KiB", resident_below=1, **values)
     with penstock.load(fp8, policy) as model, torch.inference_mode():
         before = model(IDS).logits
-        name = "model.layers.1.mlp.experts.down_proj"
+        name = "model.layers.1.self_attn.q_proj.weight"
         new = torch.randn(model.get_parameter(name).shape, dtype=torch.bfloat16)
         with pytest.raises(UsageError, match=r"staging_memory has .*: raise it to"):
             penstock.update(model, {name: new})

@@ -1,0 +1,78 @@
+"""Says how many bytes a working set has, and the least with which a model works."""
+
+from collections.abc import Callable, Mapping
+
+from ...io.errors import DoesNotFitError
+from ...io.extent import align_down
+from ..monitoring.show import human_bytes
+from ..policy import Policy
+from ..settings.memory_budget import MemoryBudget
+from .division import Division
+
+
+def capacity_of(
+    policy: Policy,
+    nbytes: Mapping[str, int],
+    *,
+    alignment: int,
+    free_bytes: int,
+) -> int:
+    """Bytes of the working set: as the policy says; else as much of `free_bytes` as the
+    model can use."""
+    if policy.device_memory != "auto":
+        # Slots at the end of the arena must be aligned, too.
+        return align_down(policy.device_memory, alignment)
+    # A tensor that is read in place takes up to two pages more than it has bytes.
+    whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
+    return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
+
+
+def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
+    """The least number of bytes, not less than `capacity`, that works.
+
+    A larger budget keeps more units resident and so needs more. The first budget counts
+    that has as much as it needs itself.
+    """
+    while (needed := _needed(divide(capacity))) > capacity:
+        capacity = needed
+    return capacity
+
+
+def check_least(divide: Callable[[int], Division], capacity: int) -> None:
+    """Raises DoesNotFitError if `capacity` bytes are too few; it names the least that
+    works."""
+    least = least_capacity(divide, capacity)
+    if least > capacity:
+        resident, by_site = divide(least).needs()
+        raise DoesNotFitError(
+            f"device_memory of {capacity} bytes is too small: {max(by_site, default=0)}"
+            f" bytes of the largest part and {resident} that are always needed make at "
+            f"least {least}; set device_memory to at least {least}"
+        )
+
+
+def _needed(division: Division) -> int:
+    resident, by_site = division.needs()
+    return resident + max(by_site, default=0)
+
+
+def missing_overlap(
+    division: Division, capacity: int, budget: MemoryBudget | None
+) -> str | None:
+    """What to announce if some site has no room beside its successor, which is loaded
+    while it computes. None if each has.
+
+    `capacity` is the policy's own, or a part of `budget`.
+    """
+    missing = division.paired_bytes() - capacity
+    if missing > 0 and len(division.found.sites) > 1:
+        asked = f"device_memory of {capacity + missing} bytes"
+        given = f"{capacity}"
+        if budget is not None:
+            asked = f"memory of {human_bytes(budget.total + missing)}"
+            given = human_bytes(budget.total)
+        return (
+            f"no room to fetch each part beside the one before it: {asked} would "
+            f"overlap reading and computing everywhere (it is {given})"
+        )
+    return None

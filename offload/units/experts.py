@@ -1,0 +1,207 @@
+"""Finds the stacked experts of a model, and cuts their recipes into pieces."""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ...io.checkpoint.header import TensorEntry
+from ...io.codecs.cast import CAST
+from ...io.weights.recipe import Recipe, TensorSlice, View
+from .expert_stack import ExpertStack
+from .sites import FoundUnit, ParameterRef
+
+# The attributes that transformers' `use_experts_implementation` (>= 5.17, < 6) sets on
+# a module. Its forward takes tokens, and for each token the chosen experts and their
+# weights.
+_OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
+_SUMMED_AT_THE_END = frozenset({"grouped_mm", "batched_mm"})
+"""The implementations of transformers that add up the outputs of a token's experts by
+one sum over the chosen experts."""
+_IN_ORDER = "index_add_(0, token_idx,"
+"""In the source of a forward that adds the outputs of one expert after the other."""
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds stacked experts, as transformers writes them."""
+    has_gate = hasattr(type(module), "_apply_gate")
+    return has_gate and set(vars(module)) >= _OF_EXPERTS
+
+
+def way_of(module: nn.Module, kind: type) -> str | None:
+    """How the outputs of one token's experts become one in the experts `module` of the
+    class `kind`: by a `sum` at the end, or `in order` of the experts. None if that is
+    not known."""
+    config: Any = module.config
+    name = getattr(config, "_experts_implementation", None)
+    if name in _SUMMED_AT_THE_END:
+        return "sum"
+    if name not in ("eager", None):
+        return None
+    return "in order" if _adds_in_order(kind) else None
+
+
+@functools.cache
+def _adds_in_order(kind: Any) -> bool:
+    forward = getattr(kind.forward, "__wrapped__", None)
+    try:
+        return forward is not None and _IN_ORDER in inspect.getsource(forward)
+    except (OSError, TypeError):  # the source is not there
+        return False
+
+
+def find_stacks(
+    model: nn.Module,
+    places: Mapping[str, Sequence[ParameterRef]],
+    recipes: Mapping[str, Recipe],
+) -> dict[int, ExpertStack]:
+    """The stacked experts of `model` that can be cut, by the id of their module."""
+    used = {
+        (id(where[0].module), where[0].key): name
+        for name, where in places.items()
+        if len(where) == 1
+    }
+    found = {}
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        stack = _stack(name, module, used, recipes)
+        if stack is not None:
+            found[id(module)] = stack
+    return found
+
+
+def _stack(
+    name: str,
+    module: nn.Module,
+    used: Mapping[tuple[int, str], str],
+    recipes: Mapping[str, Recipe],
+) -> ExpertStack | None:
+    num = getattr(module, "num_experts", None)
+    keys = [key for key, value in module._parameters.items() if value is not None]
+    tensors = {key: used.get((id(module), key), "") for key in keys}
+    if not isinstance(num, int) or num < 2 or not keys or "" in tensors.values():
+        return None
+    is_plain = (
+        not getattr(module, "_is_expert_parallel", False)
+        and "forward" not in vars(module)
+        and all(not list(child.parameters()) for child in module.children())
+        and way_of(module, type(module)) is not None
+    )
+    mine = [recipes[tensor] for tensor in tensors.values()]
+    is_cut = all(r.shape[:1] == (num,) and _is_divisible(r) for r in mine)
+    if not is_plain or not is_cut:
+        return None
+    nbytes = sum(recipe.nbytes for recipe in mine)
+    return ExpertStack(name, module, tensors, num, nbytes)
+
+
+def cut(recipe: Recipe, bounds: Sequence[tuple[int, int]]) -> list[Recipe]:
+    """The recipes of the ranges `bounds` (ascending, all together) of `recipe`, along
+    its first dimension. It is divisible."""
+    found: list[list[TensorSlice]] = [[] for _ in bounds]
+    row = recipe.nbytes // recipe.dtype.itemsize // max(1, recipe.shape[0])
+    at = [index for index, (low, high) in enumerate(bounds) for _ in range(low, high)]
+    for part in recipe.slices:
+        first, last = _rows(part.target, row)
+        for index in range(at[first], at[last] + 1):
+            low, high = bounds[index]
+            inside = _between(part, row, max(low, first), min(high, last + 1), low)
+            found[index].append(inside)
+    return [
+        replace(recipe, shape=(high - low, *recipe.shape[1:]), slices=tuple(slices))
+        for (low, high), slices in zip(bounds, found, strict=True)
+    ]
+
+
+def unit_recipes(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> list[Recipe]:
+    """How the tensors of `unit` are made: all of each, or those of its experts."""
+    mine = [recipes[name] for name in unit.tensors]
+    if unit.experts is None:
+        return mine
+    low, high = unit.experts
+    return [_middle(recipe, low, high) for recipe in mine]
+
+
+def _middle(recipe: Recipe, low: int, high: int) -> Recipe:
+    bounds = ((0, low), (low, high), (high, recipe.shape[0]))
+    return cut(recipe, bounds)[1]
+
+
+def _is_divisible(recipe: Recipe) -> bool:
+    """Whether each of its rows can be made by itself, of its own bytes."""
+    row = recipe.nbytes // recipe.dtype.itemsize // max(1, recipe.shape[0])
+    if not row:
+        return False
+    for part in recipe.slices:
+        first, last = _rows(part.target, row)
+        if first == last:
+            if part.source_extent is None:
+                return False  # each piece would read the whole stored tensor
+            continue
+        entry = part.entry
+        if part.codec != CAST or part.companions or not entry.shape:
+            return False
+        stored_row = View.whole(entry.shape).stride[0]
+        steps = part.source.stride[:1], part.target.stride[:1]
+        if steps != ((stored_row,), (row,)) or part.source.shape != part.target.shape:
+            return False
+        if _rows(_one(part.target), row)[0] != _rows(_one(part.target), row)[1]:
+            return False
+        low, high = _rows(_one(part.source), stored_row)
+        if low != high or part.target.shape[0] != last - first + 1:
+            return False
+    return True
+
+
+def _between(
+    part: TensorSlice, row: int, start: int, end: int, low: int
+) -> TensorSlice:
+    """The rows `start` ... `end` of `part`, in a parameter that begins at row `low`."""
+    first, last = _rows(part.target, row)
+    moved = replace(part.target, offset=part.target.offset - low * row)
+    if first == last:
+        return replace(part, target=moved)
+    num, skipped = end - start, start - first
+    stored_row = part.source.stride[0]
+    begin = part.source.offset // stored_row + skipped
+    return replace(
+        part,
+        entry=rows_of(part.entry, begin, begin + num),
+        source=View(
+            part.source.offset % stored_row,
+            (num, *part.source.shape[1:]),
+            part.source.stride,
+        ),
+        target=View(
+            moved.offset + skipped * row,
+            (num, *part.target.shape[1:]),
+            part.target.stride,
+        ),
+    )
+
+
+def rows_of(entry: TensorEntry, start: int, end: int) -> TensorEntry:
+    """The rows `start` ... `end` of a stored tensor, as one."""
+    row = entry.nbytes // max(1, entry.shape[0])
+    return replace(
+        entry,
+        shape=(end - start, *entry.shape[1:]),
+        offset=entry.offset + start * row,
+        nbytes=(end - start) * row,
+    )
+
+
+def _one(view: View) -> View:
+    """The first index of its first dimension."""
+    return View(view.offset, view.shape[1:], view.stride[1:])
+
+
+def _rows(view: View, row: int) -> tuple[int, int]:
+    """The first and the last row, of `row` elements, that have elements of `view`."""
+    steps = zip(view.shape, view.stride, strict=True)
+    last = view.offset + sum((size - 1) * step for size, step in steps)
+    return view.offset // row, max(view.offset, last) // row
