@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from ...io.checkpoint.header import FileStamp, TensorEntry
-from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, Checkpoint
 from ...io.regular_file import read_json_object
+from ..configs.opening import open_model
 from . import hf
 from .hf import Skeleton
 
@@ -23,7 +24,7 @@ def blueprint(
     has_weights = any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
     has_weights = has_weights or not (folder / "config.json").exists()
     if has_weights:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_model(folder)
     else:
         checkpoint = imagined_checkpoint(folder, trust_remote_code=trust_remote_code)
     made = hf.build(checkpoint, dtype, trust_remote_code=trust_remote_code)
