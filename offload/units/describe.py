@@ -187,11 +187,7 @@ def _widths(config: Any, heads: int) -> tuple[int, int]:
 
 def _decoded(plan: Layout) -> tuple[tuple[str, int], ...]:
     """The codecs of a unit, each with the stored bytes that it takes."""
-    found: dict[str, int] = {}
-    for each in plan.decodes:
-        name = each.codec.name
-        found[name] = found.get(name, 0) + each.stored_bytes
-    return tuple(found.items())
+    return tuple(plan.decoded.items())
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:
