@@ -8,12 +8,18 @@ machine increases, the number of imported modules is shown, which does not vary.
 last line of the output is one JSON object.
 
     python bench/start.py --model CHECKPOINT    # see examples/checkpoint.py
+    python bench/start.py --model OUT --config FOLDER
 
-Takes about two minutes; needs a Llama checkpoint with a tokenizer.
+The second one first writes OUT as config.json in FOLDER describes it, with holes for
+weights: of any size, they take no room, and reading them costs the kernel what it takes
+to clear memory.
+
+Takes about two minutes; needs a checkpoint, or a config, of a Llama-like model.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -33,12 +39,18 @@ Stage = Callable[[str], AbstractContextManager[None]]
 def main() -> int:
     parser = frame.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device-memory", default="auto")
     parser.add_argument("--child", choices=["penstock", "ceiling"])
     args = parser.parse_args()
     if args.child is not None:
         return frame.finish(_child(args.child, args.model, args.device_memory))
+    if args.config is not None and not args.model.exists():
+        from common import sparse
+
+        num_files, num_tensors, nbytes = sparse.write(args.config, args.model)
+        print(f"{num_tensors} tensors in {num_files} files, {nbytes / 1e9:.0f} GB")
     found: dict[str, list[dict[str, Any]]] = {"penstock": [], "ceiling": []}
     for _ in range(args.runs):
         for who, runs in found.items():
@@ -49,7 +61,7 @@ def main() -> int:
         print(f"{who:10}  {'wall':>7}  {'CPU':>7}")
         for stage, (wall, cpu) in stages["stages"].items():
             print(f"  {stage:24}  {wall:6.2f} s {cpu:6.2f} s")
-        print(f"  modules: {stages['num_modules']}")
+        print(f"  modules: {stages['num_modules']}, peak {stages['peak_mb']:.0f} MB")
     return frame.finish({"runs": args.runs, **summary})
 
 
@@ -70,6 +82,7 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first: Stages = runs[0]["stages"]
     return {
         "num_modules": runs[0]["num_modules"],
+        "peak_mb": median(run["peak_mb"] for run in runs),
         "stages": {
             stage: [median(run["stages"][stage][i] for run in runs) for i in (0, 1)]
             for stage in first
@@ -99,7 +112,8 @@ def _child(who: str, model: Path, memory: str) -> dict[str, Any]:
         time.perf_counter() - began[0],
         time.process_time() - began[1],
     )
-    return {"stages": stages, "num_modules": len(sys.modules)}
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return {"stages": stages, "num_modules": len(sys.modules), "peak_mb": peak_mb}
 
 
 def _penstock(model: Path, memory: str, stage: Stage) -> None:
@@ -110,20 +124,20 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
     with hidden():
         with stage("import penstock"), rare_collections():
             from penstock import Policy
-            from penstock.io.checkpoint.index import open_checkpoint
             from penstock.offload import jobs  # noqa: F401
+            from penstock.offload.configs.opening import open_model
             from penstock.offload.engine.build import build
             from penstock.offload.jobs import job  # noqa: F401
             from penstock.offload.rows.text import load_tokenizer
             from penstock.offload.settings.room import room_for
         with stage("import transformers"), rare_collections():
             from penstock.offload.weights import hf
-        with stage("headers"):
-            checkpoint = open_checkpoint(model)
-        with stage("skeleton"):
+        with stage("headers"), rare_collections():
+            checkpoint = open_model(model)
+        with stage("skeleton"), rare_collections():
             skeleton = hf.build(checkpoint, "auto")
         policy = Policy(device_memory=memory)
-        with stage("tiers, slots, hooks"):
+        with stage("tiers, slots, hooks"), rare_collections():
             engine = build(
                 skeleton.model,
                 checkpoint,
@@ -132,10 +146,12 @@ def _penstock(model: Path, memory: str, stage: Stage) -> None:
                 room=room_for(policy),
             )
         try:
+            ids = [1, 2, 3, 4]
             with stage("tokenizer"):
-                tokenizer = load_tokenizer(model)
+                if (model / "tokenizer_config.json").exists():
+                    ids = load_tokenizer(model)("one row of text")["input_ids"]
             with stage("first block"):
-                _first_block(skeleton.model, tokenizer("one row of text")["input_ids"])
+                _first_block(skeleton.model, ids)
         finally:
             engine.close()
 

@@ -46,12 +46,13 @@ def windows(
     windows, since one long read is faster than two short ones. Empty extents need none.
     """
     merged: list[Extent] = []
-    for extent in sorted(e for e in extents if e.nbytes):
+    found = (extent for extent in extents if extent.nbytes)
+    for extent in sorted(found, key=lambda e: (str(e.path), e.offset, e.nbytes)):
         window = aligned(extent, alignment)
         last = merged[-1] if merged else None
         if (
             last is not None
-            and last.path == window.path
+            and (last.path is window.path or last.path == window.path)
             and window.offset <= last.end + max_gap_bytes
         ):
             end = max(last.end, window.end)

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..io.checkpoint.index import open_checkpoint
 from ..io.errors import PenstockError, UsageError
 from ..io.user_errors import user_errors
 from ..scheduler.sweep.sweep import Sweep
 from .adapters import adapter_beside, apply_adapter
+from .configs.checkpoint_folder import checkpoint_folder
+from .configs.opening import open_model
 from .engine.build import build
 from .engine.counters import Statistics
 from .engine.engine import Engine
@@ -43,6 +44,8 @@ def load(
 ) -> Any:
     """Loads the Hugging Face model in the folder `path` and streams its weights.
 
+    `path` may also be the id of a model whose files are in the hub's cache: "org/name".
+
     The weights are read from the safetensors files there; nothing is converted or
     written. `policy` may be a dict of its keys. Python code that comes with the
     checkpoint runs only if the policy sets `trust_remote_code`. PEFT applies the
@@ -67,22 +70,23 @@ def load(
 
 def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
     """Like `load`, for a known use, which decides how memory is divided."""
+    path = checkpoint_folder(path)
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
 
-    check_installed(policy)
-    checkpoint = open_checkpoint(path)
-    with torch.device("cpu"):  # the policy chooses the device, not torch's default
-        skeleton = hf.build(
-            checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+        check_installed(policy)
+        checkpoint = open_model(path, cache_folder(policy.io))
+        with torch.device("cpu"):  # the policy chooses the device, not torch's default
+            skeleton = hf.build(
+                checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+            )
+        room = room_for(policy, coming_with(path))
+        engine = build(
+            skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
         )
-    room = room_for(policy, coming_with(Path(path)))
-    engine = build(
-        skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
-    )
     model = _attach(skeleton.model, engine)
     try:
-        _adapt(model, engine, Path(path))
+        _adapt(model, engine, path)
         for note in skeleton.notes:
             engine.fallbacks.announce(note)
     except BaseException:

@@ -25,6 +25,7 @@ from penstock.io.memory.pinned import Pinned, registrar_of
 from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link
 from penstock.io.weights.source import ResidentSource
+from penstock.io.weights.steps import LoadSteps
 from penstock.io.weights.transfer import packed
 from penstock.offload.units.sites import (
     FoundSite,
@@ -218,7 +219,7 @@ def _layout(name: str, layer: nn.Module) -> Layout:
         full_name = f"{name}.{key}"
         placed.append(Placed(full_name, end, parameter.dtype, tuple(parameter.shape)))
         end += parameter.nbytes
-    return Layout(name, end, (), (), (), tuple(placed), end)
+    return Layout.of(name, end, LoadSteps(), tuple(placed), end)
 
 
 def _found(

@@ -2,5 +2,6 @@
 
 `read_header` (header) turns the header of one safetensors file into `TensorEntry`s and
 the `FileStamp` of the file. `open_checkpoint` (index) joins those of all files into a
-`Checkpoint`. `dtypes` lists the dtypes of the format.
+`Checkpoint`; `HeaderCache` (header_cache) keeps them between runs. `dtypes` lists the
+dtypes of the format.
 """

@@ -6,6 +6,7 @@ Format: 8 bytes of little-endian header length, a JSON object, then the tensors'
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from .dtypes import STORED_DTYPES
 # The safetensors library refuses longer headers; so do we, before allocating.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_NUMBER = 1 << 63
+_NAMES = re.compile(rb'"[ \t\r\n]*:')
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,31 @@ class FileStamp:
         return now == self
 
 
+@dataclass(frozen=True, slots=True)
+class HeaderText:
+    """The header of one file, not parsed yet."""
+
+    path: Path
+    stamp: FileStamp
+    text: bytes
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensors begin, in bytes from the start of the file."""
+        return 8 + len(self.text)
+
+
 def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
     """Parses the header of `path`. Entries are in the order of their offsets.
 
     Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
+    header = read_text(path)
+    return header.stamp, parse(header)
+
+
+def read_text(path: Path) -> HeaderText:
+    """Reads the header of `path`. Raises CheckpointError if it has none."""
     try:
         with open_regular(path) as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
@@ -94,26 +117,59 @@ def read_header(path: Path) -> tuple[FileStamp, tuple[TensorEntry, ...]]:
                     f"says that its header has {length} bytes, but the file has "
                     f"{stamp.size_bytes}: it is truncated or no safetensors file",
                 )
-            text = file.read(length)
+            return HeaderText(path, stamp, file.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse(header: HeaderText) -> tuple[TensorEntry, ...]:
+    """The tensors of a file, in the order of their offsets. Raises CheckpointError."""
+    path, start = header.path, header.data_start
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        values = _values(header.text)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"has a header that is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
+    if not isinstance(values, dict):
         raise _broken(path, "has a header that is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = sorted(
-        (_entry(path, 8 + length, name, value) for name, value in header.items()),
-        key=lambda entry: (entry.offset, entry.nbytes),
+    values.pop("__metadata__", None)
+    return checked(
+        path,
+        header.stamp.size_bytes,
+        start,
+        [_entry(path, start, name, value) for name, value in values.items()],
     )
-    _check_coverage(path, stamp.size_bytes, 8 + length, entries)
-    return stamp, tuple(entries)
+
+
+def checked(
+    path: Path, size_bytes: int, data_start: int, entries: list[TensorEntry]
+) -> tuple[TensorEntry, ...]:
+    """`entries` in the order of their offsets. Raises CheckpointError unless they fill
+    the file."""
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_coverage(path, size_bytes, data_start, entries)
+    return tuple(entries)
 
 
 def _broken(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}; download, copy or save it again")
+
+
+def _values(text: bytes) -> Any:
+    """The value of the JSON `text`. Raises ValueError if a name occurs twice, of which
+    Python's parser keeps only the last one."""
+    if b"\\" not in text:  # so each quote begins or ends a string
+        values = json.loads(text)
+        if _num_names(values) == len(_NAMES.findall(text)):
+            return values
+    return json.loads(text, object_pairs_hook=_unique)  # several times slower
+
+
+def _num_names(values: Any) -> int:
+    """The names in an object and in the objects that are its values."""
+    if not isinstance(values, dict):
+        return -1
+    inner = (len(value) for value in values.values() if isinstance(value, dict))
+    return len(values) + sum(inner)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,9 +186,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
-    tensor = f"tensor {name!r}"
     if not _is_sound(value):
-        raise _broken(path, f"has a malformed entry of {tensor}: {value!r:.200}")
+        raise _broken(path, f"has a malformed entry of tensor {name!r}: {value!r:.200}")
     shape: tuple[int, ...] = tuple(value["shape"])
     start, end = value["data_offsets"]
     dtype_name = value["dtype"]
@@ -140,19 +195,19 @@ def _entry(path: Path, data_start: int, name: str, value: Any) -> TensorEntry:
     if stored is None or stored.torch is None:
         known = ", ".join(key for key, kind in STORED_DTYPES.items() if kind.torch)
         raise CheckpointError(
-            f"{path}, {tensor}: torch has no dtype {dtype_name}; save the checkpoint "
-            f"again in one of {known}"
+            f"{path}, tensor {name!r}: torch has no dtype {dtype_name}; save the "
+            f"checkpoint again in one of {known}"
         )
     bits = math.prod(shape) * stored.bits
     if end - start != bits // 8 or bits % 8:
         raise _broken(
             path,
-            f"contradicts itself: {tensor}, {dtype_name} {list(shape)}, takes "
+            f"contradicts itself: tensor {name!r}, {dtype_name} {list(shape)}, takes "
             f"{bits / 8:g} bytes, but its offsets {start}..{end} hold {end - start}",
         )
     if stored.packed > 1:
         if not shape or shape[-1] % stored.packed:
-            raise _broken(path, f"has {tensor} in {dtype_name} with an odd row")
+            raise _broken(path, f"has tensor {name!r} in {dtype_name} with an odd row")
         shape = (*shape[:-1], shape[-1] // stored.packed)
     return TensorEntry(name, stored.torch, shape, path, data_start + start, end - start)
 
@@ -166,7 +221,10 @@ def _is_sound(value: Any) -> bool:
         return False
     if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS:
         return False
-    return all(type(x) is int and 0 <= x < 1 << 63 for x in shape + offsets)
+    for number in (*shape, *offsets):  # `all` takes twice as long
+        if type(number) is not int or not 0 <= number < _MAX_NUMBER:
+            return False
+    return True
 
 
 def _check_coverage(

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ..extent import Extent
-from .layout import Decode, Input
 from .recipe import View
+from .steps import Decode, Input
 
 
 def parts_of(

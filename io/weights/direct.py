@@ -17,6 +17,7 @@ from ..readers.reader import ReaderStatistics
 from ..tier import Tier
 from ..timeline import Record, unrecorded
 from .layout import Layout
+from .load import Load
 from .loader import LoaderStatistics, UnitLoad
 from .transfer import Run, Transfer
 
@@ -45,12 +46,23 @@ def extents_of(plan: Layout, run: Run) -> list[tuple[Extent, int]]:
     return parts
 
 
-def why_not(layouts: Sequence[Layout]) -> str | None:
-    """Why these units cannot be read directly; None if all of them can."""
-    made = [plan.name for plan in layouts if plan.decodes]
-    if made:
-        return f"{made[0]!r} is not stored as it is used (a cast, an assembled part)"
-    return None
+def made_units(layouts: Sequence[Layout]) -> frozenset[int]:
+    """The units that cannot be read directly: something in them is not stored as it is
+    used (a cast, small parts that are put together)."""
+    return frozenset(unit for unit, plan in enumerate(layouts) if plan.decodes)
+
+
+_Start = Callable[[int, int, tuple[Event, ...]], Load]
+"""Starts to load a unit to an offset, after events."""
+
+
+def by_unit(made: frozenset[int], start_made: _Start, start_others: _Start) -> _Start:
+    """Loads units of `made` in one way, and all others in another."""
+
+    def start(unit: int, offset: int, after: tuple[Event, ...]) -> Load:
+        return (start_made if unit in made else start_others)(unit, offset, after)
+
+    return start
 
 
 class DirectToDevice(Closing):

@@ -117,7 +117,7 @@ class HostTier(Closing):
         files = sorted((str(path.resolve()), stamps[path]) for path in stamps)
         units = [
             (
-                *(plan.name, plan.nbytes, plan.tensors, plan.reads, plan.moves),
+                *(plan.name, plan.nbytes, plan.tensors, plan.reads, plan.chains),
                 *((each.codec.identity, each) for each in plan.decodes),
             )
             for plan in (self._layouts[unit] for unit in self.offsets)

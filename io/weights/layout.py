@@ -6,82 +6,49 @@ host tier or a staging buffer, from which a transfer goes on to the slot.
 
 A parameter that is one byte range of a file is read with the aligned window around it.
 O_DIRECT can then read the window straight into the slot, and the parameter is a view of
-the slot. All other parameters are assembled behind the windows. The whole blocks inside
-a slice are read in place where their offsets in file and slot agree modulo the
-alignment; the rest is copied.
+the slot. So is a parameter of several byte ranges (a stack of experts) read for a GPU:
+each range has a window of its own, and the transfer puts them together. All other
+parameters are assembled behind the windows; see assembling.py.
 
 On a CPU the last bits of a matrix product depend on the address of the weight, modulo
 the width of a vector register. So each parameter gets the address, modulo 64 bytes,
 that it would have in the resident model. There, transformers maps the file into memory,
 so that a tensor used as stored lies at its offset in the file. Any other tensor (a
 stack of experts, a cast) comes from torch's allocator, at a multiple of 64.
+
+A layout says at once how large it is and where parameters lie. The steps of a load,
+thousands for a block of experts, are worked out when they are first needed.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 
-from ..checkpoint.header import TensorEntry
-from ..codecs.cast import CAST
 from ..codecs.codec import Codec
-from ..extent import Extent, align_down, align_up, windows
-from .recipe import Recipe, TensorSlice, View
+from ..extent import Extent, align_up, aligned, windows
+from .recipe import Recipe, TensorSlice
+from .steps import Chain, Decode, LoadSteps, Read, all_steps, raw_extent
 
 TENSOR_ALIGNMENT = 64
 """Bytes: the alignment of torch's allocator (c10::gAlignment), and the size of the
 widest vector register."""
+MIN_BLOCKS = 32
+"""Byte ranges with fewer blocks on average get no windows of their own, which would
+take up to two blocks more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """An aligned window of a file that is read straight into the slot."""
+class Fragment:
+    """A byte range of a parameter that lies apart from the rest of it."""
 
-    extent: Extent
-    slot_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """Elements of a stored tensor, as a decode takes them."""
-
-    extent: Extent
-    dtype: torch.dtype
-    view: View
-    """The elements of `extent` that are taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """A part of a parameter that is read into a bounce buffer, from which `codec`
-    writes it into the slot. Parts of blocks, and strided parts, which only have to be
-    copied, are read so, too.
-    """
-
-    codec: Codec
-    inputs: tuple[Input, ...]
-    """What the codec takes, in its order."""
-    target_offset: int
-    """Where the whole target tensor begins in the slot, in bytes."""
-    target_dtype: torch.dtype
-    target_numel: int
-    """Elements of the whole target tensor."""
-    target: View
-    """The elements of it that are written."""
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes to read for it."""
-        return sum(each.extent.nbytes for each in self.inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Moves bytes within the slot that could not be read to their final offset."""
-
-    source_offset: int
-    target_offset: int
-    """Less than 64 bytes before `source_offset`: the two ranges overlap."""
+    offset: int
+    """Where it lies."""
+    start: int
+    """Where it belongs, in bytes from the start of the parameter."""
     nbytes: int
 
 
@@ -93,21 +60,65 @@ class Placed:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    fragments: tuple[Fragment, ...] = ()
+    """All of it, in order, if it does not lie in one piece. Then `offset` is that of
+    the first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The whole plan for loading one unit into a slot of `nbytes`."""
 
     name: str
     nbytes: int
-    reads: tuple[Read, ...]
-    decodes: tuple[Decode, ...]
-    moves: tuple[Move, ...]
-    """To be done after all of the above; their own order does not matter."""
     tensors: tuple[Placed, ...]
     stored_bytes: int
     """Bytes of the checkpoint that make this unit, each counted once."""
+    decoded: Mapping[str, int]
+    """Bytes of the checkpoint that each codec takes, by its name. Blocks of which one
+    part is copied, and the rest read in place, do not count."""
+    uses_kernels: bool
+    """Whether a codec does."""
+    plan_steps: Callable[[], LoadSteps] = field(repr=False, compare=False)
+    """Works out the steps of a load."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        nbytes: int,
+        steps: LoadSteps,
+        tensors: tuple[Placed, ...],
+        stored_bytes: int,
+    ) -> "Layout":
+        """A layout whose steps are known."""
+        decoded = _by_codec((d.codec, d.stored_bytes) for d in steps.decodes)
+        uses_kernels = any(each.codec.uses_kernels for each in steps.decodes)
+        return cls(
+            name,
+            nbytes,
+            tensors,
+            stored_bytes,
+            decoded,
+            uses_kernels,
+            lambda: steps,
+        )
+
+    @cached_property
+    def steps(self) -> LoadSteps:
+        return self.plan_steps()
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return self.steps.reads
+
+    @property
+    def decodes(self) -> tuple[Decode, ...]:
+        return self.steps.decodes
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return self.steps.chains
 
 
 def layout(
@@ -125,52 +136,99 @@ def layout(
     The memory they are read to is aligned to `memory_alignment`, a divisor of
     `alignment`: 1 for reads through the page cache. Assembled parameters lie at
     multiples of `tensor_alignment`: 64 if they are used in place, 1 if they are copied
-    on. Windows at most `max_gap_bytes` apart are read as one.
+    on. In that case, parameters of several byte ranges lie in fragments. Windows at
+    most `max_gap_bytes` apart are read as one.
     """
     recipes = list(recipes)
-    direct = {r.name: extent for r in recipes if (extent := _in_place(r)) is not None}
-    reads: list[Read] = []
-    position = 0
-    for window in windows(
-        direct.values(), alignment=alignment, max_gap_bytes=max_gap_bytes
-    ):
-        reads.append(Read(window, position))
-        position += window.nbytes
-    placed = {
-        r.name: Placed(r.name, _slot_offset(direct[r.name], reads), r.dtype, r.shape)
-        for r in recipes
-        if r.name in direct
-    }
-    decodes: list[Decode] = []
-    moves: list[Move] = []
+    is_copied_on = tensor_alignment == 1
+    apart = {r.name: ranges for r in recipes if (ranges := _in_place(r)) is not None}
+    parts = {r.name: _ranges(r, alignment) for r in recipes if r.name not in apart}
+    if is_copied_on:
+        apart |= {name: ranges for name, ranges in parts.items() if ranges}
+    in_windows = Windows(
+        windows(
+            (extent for ranges in apart.values() for _, extent in ranges),
+            alignment=alignment,
+            max_gap_bytes=max_gap_bytes,
+        )
+    )
+    position = in_windows.nbytes
+    placed: list[Placed] = []
+    behind: list[tuple[Recipe, int]] = []
+    chained: list[tuple[str, int, Ranges]] = []
+    parts_made: list[TensorSlice] = []
     for recipe in recipes:
-        if recipe.name in direct:
+        if recipe.name in apart:
+            placed.append(_placed(recipe, apart[recipe.name], in_windows))
             continue
-        base = _congruent(position, recipe, memory_alignment)
-        final = align_down(base, tensor_alignment)
-        if final != base and recipe.nbytes:
-            moves.append(Move(base, final, recipe.nbytes))
-        position = align_up(base + recipe.nbytes, alignment)
-        placed[recipe.name] = Placed(recipe.name, final, recipe.dtype, recipe.shape)
-        for part in recipe.slices:
-            more_reads, more_decodes = _assemble(
-                recipe, part, base, alignment, memory_alignment
-            )
-            reads += more_reads
-            decodes += more_decodes
+        ranges = parts[recipe.name]
+        base, is_read_there = _base(
+            position, ranges, memory_alignment, tensor_alignment
+        )
+        placed.append(Placed(recipe.name, base, recipe.dtype, recipe.shape))
+        if is_read_there or not ranges:
+            behind.append((recipe, base))
+            end = base + recipe.nbytes
+            if not is_read_there:
+                parts_made += recipe.slices
+        else:
+            chained.append((recipe.name, base, ranges))
+            end = align_up(base, memory_alignment)
+            end += sum(aligned(extent, alignment).nbytes for _, extent in ranges)
+        position = align_up(end, alignment)
     return Layout(
         name,
-        max(align_up(position, alignment), alignment),
-        tuple(reads),
-        tuple(decodes),
-        tuple(moves),
-        tuple(placed[r.name] for r in recipes),
+        max(position, alignment),
+        tuple(placed),
         sum(r.stored_bytes for r in recipes),
+        _by_codec((part.codec, part.stored_bytes) for part in parts_made),
+        any(part.codec.uses_kernels for part in parts_made),
+        partial(
+            all_steps, in_windows.reads, behind, chained, alignment, memory_alignment
+        ),
     )
 
 
-def _in_place(recipe: Recipe) -> Extent | None:
-    """The extent whose bytes can serve as the parameter without a copy, or None.
+def _by_codec(parts: Iterable[tuple[Codec, int]]) -> Mapping[str, int]:
+    found: dict[str, int] = {}
+    for codec, nbytes in parts:
+        found[codec.name] = found.get(codec.name, 0) + nbytes
+    return found
+
+
+class Windows:
+    """Windows of files, read one behind the other, and where they put byte ranges."""
+
+    def __init__(self, windows: Iterable[Extent]) -> None:
+        reads: list[Read] = []
+        self._by_path: dict[Path, tuple[list[int], list[Read]]] = {}
+        self.nbytes = 0
+        for window in windows:
+            starts, here = self._by_path.setdefault(window.path, ([], []))
+            starts.append(window.offset)
+            here.append(Read(window, self.nbytes))
+            reads.append(here[-1])
+            self.nbytes += window.nbytes
+        self.reads = tuple(reads)
+
+    def offset_of(self, extent: Extent) -> int:
+        """Where `extent`, which is in a window, lies: in bytes from the first one."""
+        if not extent.nbytes:
+            return 0
+        starts, here = self._by_path[extent.path]
+        read = here[bisect_right(starts, extent.offset) - 1]
+        ahead = extent.offset - read.extent.offset
+        assert ahead + extent.nbytes <= read.extent.nbytes, f"{extent} is in no window"
+        return read.slot_offset + ahead
+
+
+Ranges = Sequence[tuple[int, Extent]]
+"""Byte ranges that are a parameter, one behind the other; each with its start there in
+bytes."""
+
+
+def _in_place(recipe: Recipe) -> Ranges | None:
+    """The byte range that can serve as the parameter without a copy, or None.
 
     If the offset is no multiple of the element size, the tensor would be misaligned;
     it is copied instead.
@@ -178,100 +236,62 @@ def _in_place(recipe: Recipe) -> Extent | None:
     extent = recipe.direct
     if extent is None or extent.offset % recipe.dtype.itemsize:
         return None
-    return extent
+    return [(0, extent)]
 
 
-def _slot_offset(extent: Extent, reads: list[Read]) -> int:
-    if extent.nbytes == 0:
-        return 0
-    for read in reads:
-        window = read.extent
-        if window.path == extent.path and (
-            window.offset <= extent.offset and extent.end <= window.end
-        ):
-            return read.slot_offset + extent.offset - window.offset
-    raise AssertionError(f"{extent} is in no window")
+def _ranges(recipe: Recipe, alignment: int) -> Ranges:
+    """The byte ranges that are the parameter; none if a part of it is made in another
+    way, or if they are small."""
+    size = recipe.dtype.itemsize
+    found: list[tuple[int, Extent]] = []
+    for part in recipe.slices:
+        extent = raw_extent(recipe, part)
+        if extent is None:
+            return ()
+        if extent.nbytes:
+            found.append((part.target.offset * size, extent))
+    found.sort(key=lambda each: each[0])
+    joined: list[tuple[int, Extent]] = []
+    for start, extent in found:
+        if joined:
+            begin, last = joined[-1]
+            if extent.offset == last.end and extent.path == last.path:
+                whole = Extent(last.path, last.offset, last.nbytes + extent.nbytes)
+                joined[-1] = begin, whole
+                continue
+        joined.append((start, extent))
+    is_large = recipe.nbytes >= MIN_BLOCKS * alignment * len(joined)
+    return joined if is_large else ()
 
 
-def _congruent(position: int, recipe: Recipe, memory_alignment: int) -> int:
-    """The first offset from `position` on where the first slice can be read in place.
-
-    There, its offsets in file and slot are equal modulo `memory_alignment`.
-    """
-    part = recipe.slices[0]
-    extent = raw_extent(recipe, part)
-    if extent is None:
-        return position
-    target = part.target.offset * recipe.dtype.itemsize
-    return position + (extent.offset - target - position) % memory_alignment
-
-
-def raw_extent(recipe: Recipe, part: TensorSlice) -> Extent | None:
-    """The byte range that is copied as it is into one range of the slot; None if the
-    slice is made in another way."""
-    extent = part.source_extent
-    is_raw = (
-        extent is not None
-        and part.codec == CAST
-        and part.entry.dtype == recipe.dtype
-        and part.target.is_contiguous
-        and extent.offset % recipe.dtype.itemsize == 0
+def _placed(recipe: Recipe, ranges: Ranges, in_windows: Windows) -> Placed:
+    fragments = tuple(
+        Fragment(in_windows.offset_of(extent), start, extent.nbytes)
+        for start, extent in ranges
     )
-    return extent if is_raw else None
+    return Placed(
+        recipe.name,
+        fragments[0].offset,
+        recipe.dtype,
+        recipe.shape,
+        fragments if len(fragments) > 1 else (),
+    )
 
 
-def _assemble(
-    recipe: Recipe, part: TensorSlice, base: int, alignment: int, memory_alignment: int
-) -> tuple[list[Read], list[Decode]]:
-    if not part.target.numel:
-        return [], []
-    extent = raw_extent(recipe, part)
-    if extent is None:
-        return [], [decode_of(recipe, part, base)]
-    slot = base + part.target.offset * recipe.dtype.itemsize
-    start = align_up(extent.offset, alignment)
-    end = align_down(extent.end, alignment)
-    if (slot - extent.offset) % memory_alignment or end <= start:
-        return [], [byte_copy(extent, slot)]
-    inside = Extent(extent.path, start, end - start)
-    head = Extent(extent.path, extent.offset, start - extent.offset)
-    tail = Extent(extent.path, end, extent.end - end)
-    edges = [
-        byte_copy(edge, slot + edge.offset - extent.offset)
-        for edge in (head, tail)
-        if edge.nbytes
-    ]
-    return [Read(inside, slot + start - extent.offset)], edges
+def _base(
+    position: int, ranges: Ranges, memory_alignment: int, tensor_alignment: int
+) -> tuple[int, bool]:
+    """The first offset from `position` on for a parameter of `ranges`, and whether all
+    of them can be read there.
 
-
-def byte_copy(extent: Extent, slot_offset: int) -> Decode:
-    """Copies the bytes of `extent` to `slot_offset` as they are."""
-    whole = View.whole((extent.nbytes,))
-    source = Input(extent, torch.uint8, whole)
-    return Decode(CAST, (source,), slot_offset, torch.uint8, extent.nbytes, whole)
-
-
-def decode_of(recipe: Recipe, part: TensorSlice, base: int) -> Decode:
-    """Makes the slice; the parameter begins at the offset `base` of the slot."""
-    extent, source = part.source_extent, part.source
-    if extent is None:  # the part is not one byte range: read the whole tensor
-        extent = part.entry.extent
-    else:
-        source = View.whole(source.shape)
-    first = Input(extent, part.entry.dtype, source)
-    others = (_input(entry, view) for entry, view in part.companion_parts)
-    numel = recipe.nbytes // recipe.dtype.itemsize
-    return Decode(part.codec, (first, *others), base, recipe.dtype, numel, part.target)
-
-
-def _input(entry: TensorEntry, view: View) -> Input:
-    """The elements of a stored tensor in `view`, which is contiguous."""
-    size = entry.dtype.itemsize
-    start = entry.offset + view.offset * size
-    extent = Extent(entry.path, start, view.numel * size)
-    return Input(extent, entry.dtype, View.whole(view.shape))
-
-
-def whole_input(entry: TensorEntry) -> Input:
-    """All elements of a stored tensor."""
-    return Input(entry.extent, entry.dtype, View.whole(entry.shape))
+    They can if it agrees with the offsets in their files modulo `memory_alignment`.
+    """
+    base = align_up(position, tensor_alignment)
+    residues = {(extent.offset - start) % memory_alignment for start, extent in ranges}
+    if len(residues) != 1:
+        return base, False
+    (residue,) = residues
+    if memory_alignment > tensor_alignment:
+        found = base + (residue - base) % memory_alignment
+        return (base, False) if found % tensor_alignment else (found, True)
+    return base, residue == base % memory_alignment

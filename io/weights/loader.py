@@ -22,7 +22,8 @@ from ..tier import Tier
 from ..timeline import CASTING, Record, unrecorded
 from .copier import BounceCopier, CopyTask
 from .decoding import parts_of
-from .layout import Input, Layout
+from .layout import Layout
+from .steps import Chain, Input, Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,9 @@ class Loader:
             for read in plan.reads:
                 view = self._arena.view(offset + read.slot_offset, read.extent.nbytes)
                 handles.append(self._submit(plan.name, read.extent, view))
+            for chain in plan.chains:
+                handles.append(self._move_after(handles, plan.name, chain, offset))
             handles.append(self._decode_all(plan, offset))
-            if plan.moves:
-                handles.append(self._move_after(handles, plan, offset))
         except BaseException:  # the caller frees the slot: no read may still write it
             for handle in handles:
                 handle.wait_quietly()
@@ -173,35 +174,37 @@ class Loader:
         return handle
 
     def _move_after(
-        self, handles: Sequence[Handle], plan: Layout, offset: int
+        self, reads: Sequence[Handle], unit: str, chain: Chain, offset: int
     ) -> Handle:
-        """Starts the moves of `plan` once all of `handles` are done."""
-        moved, before = Handle(1), Handle(len(handles))
+        """Starts each move of `chain` once its read and all moves before are done."""
+        all_moved, before = Handle(len(chain.moves)), Handle(0)
+        for move, read in zip(chain.moves, reads[chain.first_read :], strict=False):
+            ready, moved = Handle(2), Handle(1)
+            place = partial(self._move, unit, move, offset)
+            task = CopyTask(unit, (), place, moved)
+            ready.when_done(partial(self._start, task))
+            read.when_done(ready.done)
+            before.when_done(ready.done)
+            moved.when_done(all_moved.done)
+            before = moved
+        return all_moved
 
-        def start() -> None:
-            move = partial(self._move, plan, offset)
-            try:
-                self._copier.put([CopyTask(plan.name, (), move, moved)])
-            except Exception as error:  # the loader was closed meanwhile
-                moved.done(error)
+    def _start(self, task: CopyTask) -> None:
+        try:
+            self._copier.put([task])
+        except Exception as error:  # the loader was closed meanwhile
+            task.handle.done(error)
 
-        before.when_done(start)
-        for handle in handles:
-            handle.when_done(before.done)
-        return moved
-
-    def _move(self, plan: Layout, offset: int, _: Sequence[memoryview]) -> None:
+    def _move(
+        self, unit: str, move: Move, offset: int, _: Sequence[memoryview]
+    ) -> None:
         start = self._clock()
-        for move in plan.moves:
-            first = offset + move.target_offset
-            nbytes = move.source_offset - move.target_offset + move.nbytes
-            both = self._arena.tensor(first, nbytes)
-            target = both.data_ptr()
-            source = target + move.source_offset - move.target_offset
-            ctypes.memmove(target, source, move.nbytes)  # drops the GIL
-        nbytes = sum(move.nbytes for move in plan.moves)
-        self._record(CASTING, plan.name, start, self._clock(), nbytes)
-        self._count(copied=nbytes)
+        nbytes = move.source_offset - move.target_offset + move.nbytes
+        target = self._arena.tensor(offset + move.target_offset, nbytes).data_ptr()
+        source = target + move.source_offset - move.target_offset
+        ctypes.memmove(target, source, move.nbytes)  # drops the GIL
+        self._record(CASTING, unit, start, self._clock(), move.nbytes)
+        self._count(copied=move.nbytes)
 
     def _decode(
         self,

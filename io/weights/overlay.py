@@ -8,8 +8,9 @@ import torch
 from ..checkpoint.header import TensorEntry
 from ..codecs.cast import CAST
 from ..extent import Extent, align_down, align_up
-from .layout import Decode, Layout, Placed, Read, byte_copy, whole_input
+from .layout import Layout, Placed
 from .recipe import View
+from .steps import Decode, LoadSteps, Read, byte_copy, whole_input
 
 _Range = tuple[int, int]
 """Start and end of a byte range of the slot; the end is not part of it."""
@@ -23,12 +24,19 @@ def overlaid(
     The slot keeps its size, and every tensor its offset. A window that contains such a
     tensor is replaced by reads around it, aligned to `alignment` bytes.
     """
-    ranges = {tensor.name: _range(tensor) for tensor in plan.tensors}
-    taken = [ranges[name] for name in entries]
-    kept = sorted(r for name, r in ranges.items() if name not in entries)
+    ranges = {tensor.name: _ranges(tensor) for tensor in plan.tensors}
+    taken = [each for name in entries for each in ranges[name]]
+    kept = sorted(r for name, rs in ranges.items() if name not in entries for r in rs)
     reads: list[Read] = []
     decodes = [d for d in plan.decodes if not _is_in(d.target_offset, taken)]
-    for read in plan.reads:
+    chained = {
+        index
+        for chain in plan.chains
+        for index in range(chain.first_read, chain.first_read + len(chain.moves))
+    }
+    for index, read in enumerate(plan.reads):
+        if index in chained:
+            continue
         window = read.slot_offset, read.slot_offset + read.extent.nbytes
         if not any(_common(window, other) for other in taken):
             reads.append(read)
@@ -38,18 +46,28 @@ def overlaid(
             reads += inside
             decodes += edges
     placed = {tensor.name: tensor for tensor in plan.tensors}
-    decodes += [_cast(e, placed[name]) for name, e in entries.items() if e.nbytes]
-    return replace(
-        plan,
-        reads=tuple(reads),
-        decodes=tuple(decodes),
-        moves=tuple(m for m in plan.moves if not _is_in(m.target_offset, taken)),
+    for name, entry in entries.items():
+        decodes += _copies(entry, placed[name])
+    chains = []
+    for chain in plan.chains:
+        if chain.name not in entries:
+            first, last = chain.first_read, chain.first_read + len(chain.moves)
+            chains.append(replace(chain, first_read=len(reads)))
+            reads += plan.reads[first:last]
+    return Layout.of(
+        plan.name,
+        plan.nbytes,
+        LoadSteps(tuple(reads), tuple(decodes), tuple(chains)),
+        plan.tensors,
+        plan.stored_bytes,
     )
 
 
-def _range(tensor: Placed) -> _Range:
+def _ranges(tensor: Placed) -> list[_Range]:
+    if tensor.fragments:
+        return [(part.offset, part.offset + part.nbytes) for part in tensor.fragments]
     nbytes = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
-    return tensor.offset, tensor.offset + nbytes
+    return [(tensor.offset, tensor.offset + nbytes)]
 
 
 def _is_in(offset: int, ranges: list[_Range]) -> bool:
@@ -88,7 +106,14 @@ def _cut(read: Read, part: _Range, alignment: int) -> tuple[list[Read], list[Dec
     )
 
 
-def _cast(entry: TensorEntry, placed: Placed) -> Decode:
-    whole = View.whole(entry.shape)
-    inputs = (whole_input(entry),)
-    return Decode(CAST, inputs, placed.offset, placed.dtype, whole.numel, whole)
+def _copies(entry: TensorEntry, placed: Placed) -> Iterator[Decode]:
+    """Puts the stored tensor `entry` where `placed` says."""
+    if not entry.nbytes:
+        return
+    for part in placed.fragments:
+        extent = Extent(entry.path, entry.offset + part.start, part.nbytes)
+        yield byte_copy(extent, part.offset)
+    if not placed.fragments:
+        whole = View.whole(entry.shape)
+        inputs = (whole_input(entry),)
+        yield Decode(CAST, inputs, placed.offset, placed.dtype, whole.numel, whole)

@@ -7,6 +7,7 @@ Most parameters are one stored tensor, unchanged. Others are stacked from many t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -17,15 +18,19 @@ from ..codecs.computed import Compute, Computed
 from ..extent import Extent
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
-    """A strided part of a contiguous tensor. All numbers count elements, not bytes."""
+    """A strided part of a contiguous tensor. All numbers count elements, not bytes.
+
+    Thousands of tensors share few views, which know what they have once worked out.
+    """
 
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def whole(cls, shape: tuple[int, ...]) -> "View":
         """All elements of a contiguous tensor of `shape`."""
         stride, step = [], 1
@@ -41,11 +46,11 @@ class View:
             int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
         )
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def is_contiguous(self) -> bool:
         """Whether the elements lie one behind the other in the tensor."""
         expected = 1
@@ -93,6 +98,8 @@ class TensorSlice:
             nbytes = self.source.numel * self.entry.dtype.itemsize
         else:
             nbytes = self.entry.nbytes
+        if not self.companion_views:
+            return nbytes + sum(entry.nbytes for entry in self.companions)
         return nbytes + sum(v.numel * e.dtype.itemsize for e, v in self.companion_parts)
 
     @property
@@ -115,7 +122,7 @@ class TensorSlice:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recipe:
     """How one parameter of the model is made from the checkpoint: part by part."""
 
@@ -157,7 +164,7 @@ class Recipe:
             return None
         return part.source_extent
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Bytes to read from files to make this parameter."""
         return sum(part.stored_bytes for part in self.slices)

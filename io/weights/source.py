@@ -9,9 +9,9 @@ from ..event import Event
 from ..handle import Handle
 from ..memory.arena import HostMemory, Memory
 from ..memory.pinned import Pinned
+from ..memory.ring import Ring
 from .layout import Layout
 from .loader import Loader, UnitLoad
-from .ring import Ring
 
 
 class Source(Protocol):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..extent import Extent, windows
-from .layout import Decode, Layout, Read, decode_of, raw_extent
+from .layout import Layout, Windows
 from .recipe import Recipe
+from .steps import Decode, LoadSteps, decode_of, raw_extent
 from .transfer import Run, Transfer
 
 IMAGE = Path("stored image")
@@ -58,55 +59,38 @@ def stored_image(
                 offset = base + part.target.offset * recipe.dtype.itemsize
                 raw.append((extent, offset))
     inputs = [each.extent for decode in decodes for each in decode.inputs]
-    reads: list[Read] = []
-    position = 0
-    for window in windows(
-        (*(extent for extent, _ in raw), *inputs),
-        alignment=alignment,
-        max_gap_bytes=max_gap_bytes,
-    ):
-        reads.append(Read(window, position))
-        position += window.nbytes
-    places = _Places(reads)
-    nbytes = max(position, alignment)
+    in_image = Windows(
+        windows(
+            (*(extent for extent, _ in raw), *inputs),
+            alignment=alignment,
+            max_gap_bytes=max_gap_bytes,
+        )
+    )
+    nbytes = max(in_image.nbytes, alignment)
     stored_bytes = sum(recipe.stored_bytes for recipe in recipes)
-    runs = (Run(places.of(extent), offset, extent.nbytes) for extent, offset in raw)
+    runs = (
+        Run(in_image.offset_of(extent), offset, extent.nbytes) for extent, offset in raw
+    )
     return StoredImage(
-        Layout(name, nbytes, tuple(reads), (), (), (), stored_bytes),
+        Layout.of(name, nbytes, LoadSteps(in_image.reads), (), stored_bytes),
         replace(
             slot,
             runs=tuple(_joined(sorted(runs, key=lambda run: run.source_offset))),
-            decodes=tuple(places.moved(decode) for decode in decodes),
+            decodes=tuple(_moved(decode, in_image) for decode in decodes),
         ),
     )
 
 
-class _Places:
-    """Finds where ranges of files lie in the image."""
-
-    def __init__(self, reads: Iterable[Read]) -> None:
-        self._by_path: dict[Path, list[Read]] = {}
-        for read in reads:
-            self._by_path.setdefault(read.extent.path, []).append(read)
-
-    def of(self, extent: Extent) -> int:
-        if not extent.nbytes:
-            return 0
-        for read in self._by_path[extent.path]:
-            window = read.extent
-            if window.offset <= extent.offset and extent.end <= window.end:
-                return read.slot_offset + extent.offset - window.offset
-        raise AssertionError(f"{extent} is in no window")
-
-    def moved(self, decode: Decode) -> Decode:
-        """`decode`, with inputs that are ranges of the image."""
-        inputs = tuple(
-            replace(
-                each, extent=Extent(IMAGE, self.of(each.extent), each.extent.nbytes)
-            )
-            for each in decode.inputs
+def _moved(decode: Decode, in_image: Windows) -> Decode:
+    """`decode`, with inputs that are ranges of the image."""
+    inputs = tuple(
+        replace(
+            each,
+            extent=Extent(IMAGE, in_image.offset_of(each.extent), each.extent.nbytes),
         )
-        return replace(decode, inputs=inputs)
+        for each in decode.inputs
+    )
+    return replace(decode, inputs=inputs)
 
 
 def _joined(runs: Iterable[Run]) -> Iterator[Run]:

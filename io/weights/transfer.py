@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..extent import align_up
-from .layout import Decode, Layout, Placed
+from .layout import Layout, Placed
+from .steps import Decode
 
 _TENSOR_ALIGNMENT = 256
 SLOT_ALIGNMENT = 512
@@ -64,21 +65,35 @@ def packed(plan: Layout, *, alignment: int, max_gap_bytes: int) -> Transfer:
 
     A run begins at a multiple of `alignment` bytes. It goes on as long as the next
     parameter is aligned in it (to 256 bytes, or `alignment` if that is less) and at
-    most `max_gap_bytes` behind the last one.
+    most `max_gap_bytes` behind the last one. Each fragment of a parameter is a run of
+    its own.
     """
     aligned_to = min(alignment, _TENSOR_ALIGNMENT)
     runs: list[Run] = []
     placed: dict[str, Placed] = {}
+    can_go_on = True
     for tensor in sorted(plan.tensors, key=lambda tensor: tensor.offset):
         nbytes = torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
         if not nbytes:
             placed[tensor.name] = replace(tensor, offset=0)
             continue
         run = runs[-1] if runs else None
-        if run is None or not _goes_on(run, tensor.offset, aligned_to, max_gap_bytes):
-            end = run.target_offset + run.nbytes if run is not None else 0
+        end = run.target_offset + run.nbytes if run is not None else 0
+        if tensor.fragments:
+            base = align_up(end, alignment)
+            parts = tensor.fragments
+            runs += (Run(p.offset, base + p.start, p.nbytes) for p in parts)
+            placed[tensor.name] = replace(tensor, offset=base, fragments=())
+            can_go_on = False
+            continue
+        if (
+            run is None
+            or not can_go_on
+            or not _goes_on(run, tensor.offset, aligned_to, max_gap_bytes)
+        ):
             run = Run(tensor.offset, align_up(end, alignment), 0)
             runs.append(run)
+            can_go_on = True
         ahead = tensor.offset - run.source_offset
         runs[-1] = replace(run, nbytes=max(run.nbytes, ahead + nbytes))
         placed[tensor.name] = replace(tensor, offset=run.target_offset + ahead)

@@ -13,7 +13,7 @@ from ..event import Event
 from ..extent import align_up
 from ..memory.arena import Memory
 from .decoding import parts_of
-from .layout import Decode, Input
+from .steps import Decode, Input
 
 SCRATCH_BYTES = 16 << 20
 """Bytes of the stored image that are on a device for a moment, until they are

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ...io.errors import UsageError, readable
+from ..configs.checkpoint_folder import checkpoint_folder
 from ..policy import Policy
 from ..tasks.registry import TASKS
 
@@ -31,8 +32,10 @@ OUTPUTS = (
 Model = Annotated[
     Path,
     typer.Argument(
-        help="Folder of a Hugging Face checkpoint: config.json, *.safetensors, and the "
-        "tokenizer's files."
+        parser=checkpoint_folder,
+        metavar="MODEL",
+        help="Folder of a Hugging Face checkpoint (config.json, *.safetensors, and the "
+        "tokenizer's files), or the id of one that is in the hub's cache: org/name.",
     ),
 ]
 PolicyFile = Annotated[

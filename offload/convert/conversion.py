@@ -14,11 +14,12 @@ from typing import Any
 import xxhash
 
 from ...io.checkpoint.header import TensorEntry, read_header
-from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from ...io.errors import CheckpointError, MachineError, OutputError, UsageError
 from ...io.readers.checksums import SIDE_FILE
 from ...io.regular_file import read_json_object, read_whole
 from ..configs import trust
+from ..configs.opening import open_model
 from ..files.durable import DurableFiles, put_in_place, sealed, unsealed, write_whole
 from .choosing import ChosenWeights, choose_linear, choose_lossless
 from .schemes import Scheme, TargetFormat, Unchanged
@@ -72,7 +73,7 @@ class Conversion:
                 f"{out} is in the folder of the model, which is only read: name one "
                 "outside of it"
             )
-        self._checkpoint = open_checkpoint(model)
+        self._checkpoint = open_model(model)
         self._config = _config_of(model)
         self._ignore = ignore
         self._record = {
@@ -195,7 +196,7 @@ class Conversion:
             write_whole(disk, target, [read_whole(source, _MOST_BYTES)])
 
     def _result(self, choice: ChosenWeights, *, was_there: bool) -> Converted:
-        made = open_checkpoint(self._out)
+        made = open_model(self._out)
         return Converted(
             len(choice.weights),
             len(self._checkpoint.entries),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...io.checkpoint.index import open_checkpoint
 from ...io.fallbacks import Fallbacks
 from ...io.readers.checksums import (
     SIDE_FILE,
@@ -12,6 +11,7 @@ from ...io.readers.checksums import (
     read_side_file,
     write_side_file,
 )
+from ..configs.opening import open_model
 from ..monitoring.progress import FillProgress
 from ..policy import Policy
 from .readers import open_reader
@@ -35,7 +35,7 @@ def verify_checksums(path: str | Path, policy: Policy | None = None) -> Integrit
     Raises CheckpointError for a checkpoint or side file that cannot be read,
     OutputError where the side file cannot be written, ReadError from the device.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(path)
     side_file = checkpoint.folder / SIDE_FILE
     known = read_side_file(side_file) if side_file.exists() else None
     io = (policy or Policy()).io

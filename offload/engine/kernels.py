@@ -12,6 +12,6 @@ from ..policy import IO, cache_folder
 
 def kernels_for(layouts: Iterable[Layout], io: IO, fallbacks: Fallbacks) -> Kernels:
     """The kernels for the codecs of `layouts`, if any uses them: see `open_kernels`."""
-    if any(each.codec.uses_kernels for plan in layouts for each in plan.decodes):
+    if any(plan.uses_kernels for plan in layouts):
         return open_kernels(cache_folder(io), fallbacks, "quantised weights")
     return TILES

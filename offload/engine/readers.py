@@ -17,7 +17,7 @@ from ...io.readers.files import memory_alignment
 from ...io.readers.libaio_reader import LibaioReader
 from ...io.readers.reader import Reader
 from ...io.readers.threads import ThreadReader
-from ...io.weights import direct
+from ...io.weights.direct import made_units
 from ...io.weights.layout import Layout
 from ..policy import IO, cache_fallback, cache_folder
 
@@ -49,13 +49,23 @@ def open_gds(
     io: IO,
     fallbacks: Fallbacks,
 ) -> gds.GdsReader | None:
-    """Opens the reader that reads straight into the memory of `device`; None, which is
-    announced, where it or the model's `layouts` do not allow it."""
+    """Opens the reader that reads straight into the memory of `device`; None where it
+    cannot be used. It is announced if some of the units `layouts`, or all, go through
+    host memory."""
     largest = max(stamps, key=lambda path: stamps[path].size_bytes)
-    reason = direct.why_not(layouts) or gds.why_not(torch.device(device), largest)
+    made = made_units(layouts)
+    whole = len(made) == len(layouts)
+    reason = None if whole else gds.why_not(torch.device(device), largest)
+    what = "weights"
+    if reason is None and made:
+        first = layouts[min(made)].name
+        reason = f"{first!r} is not stored as it is used (a cast, an assembled part)"
+        if not whole:
+            what = f"the weights of {len(made)} of {len(layouts)} parts"
     if reason is not None:
-        fallbacks.announce(f"no reader 'gds': {reason}; weights go through host memory")
-        return None
+        fallbacks.announce(f"no reader 'gds': {reason}; {what} go through host memory")
+        if what == "weights":
+            return None
     return gds.GdsReader(
         stamps, num_threads=io.threads, chunk_bytes=io.chunk, fallbacks=fallbacks
     )

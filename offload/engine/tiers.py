@@ -24,7 +24,7 @@ from ...io.memory.pinned import Pinned
 from ...io.pace import Pace
 from ...io.tier import Tier, tier_of
 from ...io.timeline import Record
-from ...io.weights.direct import DirectToDevice
+from ...io.weights.direct import DirectToDevice, by_unit, made_units
 from ...io.weights.host import HostTier
 from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
@@ -167,39 +167,42 @@ class Tiers(Closing):
         return loader
 
     def _open_disk(self, opened: ExitStack) -> None:
-        """Opens the disk tier: it reads directly into slots if the reader can, else
-        through a ring buffer in host memory."""
-        if self._policy.io.reader == "gds" and self._open_direct_to_device(opened):
+        """Units are read directly into slots if the reader can, else through a ring
+        buffer in host memory."""
+        direct = self._open_direct_to_device(opened)
+        if direct is not None and not (made := made_units(self._layouts)):
+            self._loads[Tier.DISK] = direct.load
             return
         if self.device.is_host and Tier.DISK not in self._policy.links:
             assert isinstance(self.memory, Arena), "memory of the host"
             loader = self._loader(self._layouts, self.memory)
             opened.callback(loader.close)
             self._loads[Tier.DISK] = loader.load
-        else:
-            link = opened.enter_context(
-                self._link_from_disk(self.kept.transfers, self.memory, self.device)
-            )
-            self._loads[Tier.DISK] = link.load
-            self.links.append(link)
+            return
+        link = opened.enter_context(
+            self._link_from_disk(self.kept.transfers, self.memory, self.device)
+        )
+        self.links.append(link)
+        self._loads[Tier.DISK] = link.load
+        if direct is not None:
+            self._loads[Tier.DISK] = by_unit(made, link.load, direct.load)
 
-    def _open_direct_to_device(self, opened: ExitStack) -> bool:
-        """By cuFile, where all of system, drive, driver and model allow it."""
-        if self.device.is_host:
-            return False  # `open_reader` has announced that
+    def _open_direct_to_device(self, opened: ExitStack) -> DirectToDevice | None:
+        """By cuFile, where system, drive and driver allow it."""
+        if self.device.is_host or self._policy.io.reader != "gds":
+            return None  # `open_reader` has announced that
         io, announced = self._policy.io, self._fallbacks
         stamps = self._checkpoint.stamps
         reader = open_gds(self.device.name, self._layouts, stamps, io, announced)
         if reader is None:
-            return False
+            return None
         opened.enter_context(reader)
-        layouts, transfers, record = self._layouts, self._transfers, self._record
+        direct = partial(DirectToDevice, reader=reader, record=self._record)
         self.direct_to_device = opened.enter_context(
-            DirectToDevice(layouts, transfers, self.memory, reader, record=record)
+            direct(self._layouts, self._transfers, self.memory)
         )
-        self._loads[Tier.DISK] = self.direct_to_device.load
         self.loaders.append(self.direct_to_device)
-        return True
+        return self.direct_to_device
 
     def link_to_peer(self, target: Memory, device: Device) -> Link:
         """A link from the checkpoint's files into the memory `target` of `device`,

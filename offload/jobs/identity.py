@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import CheckpointError
 from ...io.readers.checksums import SIDE_FILE
+from ..configs.opening import open_model
 from ..configs.trust import check_files
 from ..files.fingerprint import content_digest, fingerprint
 from ..files.inputs import Inputs
@@ -81,7 +81,7 @@ def adapter_digests(folder: Path) -> dict[str, str]:
 
 def model_digests(folder: Path) -> dict[str, str]:
     """The digests of the files of a checkpoint, by name. Raises CheckpointError."""
-    weights = {path.name for path in open_checkpoint(folder).stamps}
+    weights = {path.name for path in open_model(folder).stamps}
     found = {}
     try:
         for name in sorted(os.listdir(folder)):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ...io.checkpoint.index import open_checkpoint
 from ...io.closing import Closing
 from ...io.devices.accelerators import accelerators, is_accelerator, memory_of
 from ...io.errors import UsageError
 from ...io.merging import merged
 from ...io.tier import Tier
+from ..configs.opening import open_model
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
@@ -110,7 +110,7 @@ def check_workers(num: int) -> None:
 
 
 def _room(model: Path, policy: Policy) -> Room:
-    entries = open_checkpoint(model).entries.values()
+    entries = open_model(model).entries.values()
     nbytes = sum(entry.nbytes for entry in entries) + _PAGES * (len(entries) + 1)
     folder = cache_folder(policy.io).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())

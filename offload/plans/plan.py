@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import PolicyError
+from ..configs.opening import open_model
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine
 from ..policy import Policy
@@ -215,7 +215,7 @@ def estimates_of(
             f"no machine file, and quick estimates are of CPUs: run penstock machine "
             f"--device {policy.device}, which measures it once, or give --machine"
         )
-    files = open_checkpoint(model).stamps if has_weights else {}
+    files = open_model(model).stamps if has_weights else {}
     known = [name for name in dtypes if name in (WIDE, *HALF)] or [WIDE]
     try:
         return estimated_machine(known, files, policy.io)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...io.checkpoint.index import open_checkpoint
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
+from ..configs.opening import open_model
 from ..policy import Policy
 from ..rows.text import load_tokenizer
 from ..verify import assembled
@@ -87,9 +87,9 @@ def open_pair(model: Path, original: Path, policy: Policy) -> Pair:
     raises for a checkpoint that is missing or wrong.
     """
     trusted = policy.trust_remote_code
-    other = hf.build(open_checkpoint(original), policy.dtype, trust_remote_code=trusted)
+    other = hf.build(open_model(original), policy.dtype, trust_remote_code=trusted)
     dtype = str(other.model.config.dtype).removeprefix("torch.")
-    one = hf.build(open_checkpoint(model), dtype, trust_remote_code=trusted)
+    one = hf.build(open_model(model), dtype, trust_remote_code=trusted)
     _check(model, one, original, other)
     notes = [
         *(f"{model}: {note}" for note in one.notes),

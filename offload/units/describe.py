@@ -160,11 +160,7 @@ def _active_share(config: Any) -> float:
 
 def _decoded(plan: Layout) -> tuple[tuple[str, int], ...]:
     """The codecs of a unit, each with the stored bytes that it takes."""
-    found: dict[str, int] = {}
-    for each in plan.decodes:
-        name = each.codec.name
-        found[name] = found.get(name, 0) + each.stored_bytes
-    return tuple(found.items())
+    return tuple(plan.decoded.items())
 
 
 def _itemsize(recipes: Mapping[str, Recipe]) -> int:

@@ -3,7 +3,8 @@ or from config.json alone."""
 
 from pathlib import Path
 
-from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from ...io.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from ..configs.opening import open_model
 from . import hf
 from .hf import Skeleton
 
@@ -20,6 +21,6 @@ def blueprint(
     has_weights = has_weights or not (folder / "config.json").exists()
     if not has_weights:
         return hf.imagine(folder, dtype, trust_remote_code=trust_remote_code), False
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model(folder)
     made = hf.build(checkpoint, dtype, trust_remote_code=trust_remote_code)
     return made, True

@@ -7,17 +7,27 @@ function converts tensors.
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    SplitModulelist,
+    Transpose,
+)
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.errors import CheckpointError, ClosedError
 from ...io.weights.recipe import Recipe, TensorSlice, View, computed
 from .dtype_plan import DtypePlan
+
+_OF_SHAPE = (Chunk, Concatenate, MergeModulelist, SplitModulelist, Transpose)
+"""Operations whose views depend on the tensor's shape and the config alone."""
 
 
 @dataclass
@@ -54,7 +64,7 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def converted(
-    model: PreTrainedModel,
+    places: "Places",
     name: str,
     target: Target,
     state: Mapping[str, torch.Tensor],
@@ -65,7 +75,7 @@ def converted(
         # If an operation is not a view, these ways fail with various errors. The last
         # way always works.
         with contextlib.suppress(Exception):
-            pieces = attempt(model, name, target, state)
+            pieces = attempt(places, name, target, state)
             return [
                 Recipe(
                     made,
@@ -75,7 +85,7 @@ def converted(
                 )
                 for made, parts in pieces.items()
             ]
-    return list(_by_function(model, name, target, state, dtypes))
+    return list(_by_function(places.model, name, target, state, dtypes))
 
 
 def _run(
@@ -99,48 +109,74 @@ def _run(
 
 
 def _merged(
-    model: PreTrainedModel,
-    name: str,
-    target: Target,
-    state: Mapping[str, torch.Tensor],
+    places: "Places", name: str, target: Target, state: Mapping[str, torch.Tensor]
 ) -> dict[str, list[TensorSlice]]:
     """Slices of many stored tensors that fill one tensor."""
     pieces = []
-    for entry, view in places_in(model, name, target, state[name]):
+    for entry, view in places.of(name, target, state[name]):
         pieces.append(TensorSlice(entry, View.whole(entry.shape), view))
         _check_piece(pieces[-1])
     return {name: pieces}
 
 
-def places_in(
-    model: PreTrainedModel, name: str, target: Target, meta: torch.Tensor
-) -> list[tuple[TensorEntry, View]]:
-    """The stored tensors of `target`, and the part of `meta`, the tensor `name` on
-    meta, that each fills.
+class Places:
+    """Knows which parts of the tensors of `model` (on meta) stored tensors fill."""
 
-    The reverse operations, run on a meta parameter, return the view of it that each
-    stored tensor fills. Raises ValueError, or what transformers raises, if they are no
-    views, or do not fill it.
-    """
-    whole = _meta(tuple(meta.shape), meta.dtype)
-    reverse = target.converter.reverse_transform()
-    views = _run(
-        reverse.operations, {reverse.source_patterns[0]: [whole]}, reverse, model, name
-    )
-    places: list[tuple[TensorEntry, View]] = []
-    for pattern, entries in target.sources.items():
-        found = [
-            (int(match[1]) if match.groups() else 0, view)
-            for key, view in views.items()
-            if (match := re.fullmatch(_numbered(pattern), key.replace("\\.", ".")))
-        ]
-        found.sort(key=lambda item: item[0])
-        for entry, (_, view) in zip(entries, found, strict=True):
-            view = view[0] if isinstance(view, list) else view
-            places.append((entry, _view_of(view, whole)))
-    if sum(view.numel for _, view in places) != meta.numel():
-        raise ValueError(f"{name} is not filled")
-    return places
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._known: dict[Hashable, list[View]] = {}
+        self.num_traces = 0
+        """How often operations were run to find out."""
+
+    def of(
+        self, name: str, target: Target, meta: torch.Tensor
+    ) -> list[tuple[TensorEntry, View]]:
+        """The stored tensors of `target`, and the part of `meta`, the tensor `name` on
+        meta, that each fills.
+
+        The reverse operations, run on a meta parameter, return the view of it that each
+        stored tensor fills; the same ones for equal tensors of all blocks. Raises
+        ValueError, or what transformers raises, if they are no views, or do not fill
+        it.
+        """
+        entries = [entry for group in target.sources.values() for entry in group]
+        kind = (
+            id(target.converter),
+            tuple(meta.shape),
+            tuple((pattern, len(group)) for pattern, group in target.sources.items()),
+        )
+        views = self._known.get(kind)
+        if views is None:
+            views = self._traced(name, target, meta)
+            if all(type(o) in _OF_SHAPE for o in target.converter.operations):
+                self._known[kind] = views
+        return list(zip(entries, views, strict=True))
+
+    def _traced(self, name: str, target: Target, meta: torch.Tensor) -> list[View]:
+        self.num_traces += 1
+        whole = _meta(tuple(meta.shape), meta.dtype)
+        reverse = target.converter.reverse_transform()
+        made = _run(
+            reverse.operations,
+            {reverse.source_patterns[0]: [whole]},
+            reverse,
+            self.model,
+            name,
+        )
+        views: list[View] = []
+        for pattern, entries in target.sources.items():
+            found = [
+                (int(match[1]) if match.groups() else 0, view)
+                for key, view in made.items()
+                if (match := re.fullmatch(_numbered(pattern), key.replace("\\.", ".")))
+            ]
+            found.sort(key=lambda item: item[0])
+            for _, (_, view) in zip(entries, found, strict=True):
+                view = view[0] if isinstance(view, list) else view
+                views.append(_view_of(view, whole))
+        if sum(view.numel for view in views) != meta.numel():
+            raise ValueError(f"{name} is not filled")
+        return views
 
 
 def _numbered(pattern: str) -> str:
@@ -151,10 +187,7 @@ def _numbered(pattern: str) -> str:
 
 
 def _cut(
-    model: PreTrainedModel,
-    name: str,
-    target: Target,
-    state: Mapping[str, torch.Tensor],
+    places: "Places", name: str, target: Target, state: Mapping[str, torch.Tensor]
 ) -> dict[str, list[TensorSlice]]:
     """Slices of one stored tensor that fill many tensors.
 
@@ -163,7 +196,9 @@ def _cut(
     ((pattern, (entry,)),) = target.sources.items()
     whole = _meta(entry.shape, entry.dtype)
     converter = target.converter
-    views = _run(converter.operations, {pattern: [whole]}, converter, model, name)
+    views = _run(
+        converter.operations, {pattern: [whole]}, converter, places.model, name
+    )
     pieces = {}
     for key, view in _full_names(name, views).items():
         view = view[0] if isinstance(view, list) else view

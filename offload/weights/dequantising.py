@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.errors import CheckpointError
 from ...io.weights.recipe import Recipe, View, plain
-from .conversions import Target, check_shape, converted, places_in
+from .conversions import Places, Target, check_shape, converted
 from .dtype_plan import DtypePlan
 from .formats import Format, format_of, is_coded
 
@@ -38,15 +37,15 @@ def is_dequantised(target: Target) -> bool:
 
 
 class Dequantising:
-    """Knows how the weights of `model` (on meta) are made of quantised tensors."""
+    """Knows how the weights of a model are made of quantised tensors."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        places: Places,
         state: Mapping[str, torch.Tensor],
         dtypes: DtypePlan,
     ) -> None:
-        self._model = model
+        self._found = places
         self._state = state
         self._dtypes = dtypes
         self._plain: list[Any] | None = None
@@ -94,7 +93,7 @@ class Dequantising:
     ) -> list[Recipe]:
         if is_converted:
             target = Target(self._converter(name, numbers), numbers)
-            return converted(self._model, name, target, self._state, self._dtypes)
+            return converted(self._found, name, target, self._state, self._dtypes)
         ((entry,),) = numbers.values()
         dtype = self._dtypes.of(name, self._state[name])
         recipe = plain(entry, name=name, dtype=dtype)
@@ -107,7 +106,7 @@ class Dequantising:
         """The part of the tensor `name` that each weight fills."""
         target = Target(self._converter(name, numbers), dict(numbers))
         try:
-            places = places_in(self._model, name, target, self._state[name])
+            places = self._found.of(name, target, self._state[name])
         except Exception as error:
             patterns = target.converter.source_patterns
             why = _gap(numbers, patterns, len(self._state[name]))
@@ -122,7 +121,7 @@ class Dequantising:
     def _converter(self, name: str, numbers: Mapping[str, list[TensorEntry]]) -> Any:
         """The converter that the model has for unquantised weights."""
         if self._plain is None:
-            mapping = get_model_conversion_mapping(self._model)
+            mapping = get_model_conversion_mapping(self._found.model)
             self._plain = [m for m in mapping if isinstance(m, WeightConverter)]
         for converter in self._plain:
             if numbers.keys() <= set(converter.source_patterns):

@@ -22,6 +22,7 @@ from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link, LinkLoad
 from penstock.io.weights.peer import PeerTier
 from penstock.io.weights.source import ResidentSource, StagedSource
+from penstock.io.weights.steps import LoadSteps
 from penstock.io.weights.transfer import Transfer, packed, same_layout
 from penstock.scheduler.slots.working_set import WorkingSet
 from recording import RecordingDevice, range_of
@@ -80,7 +81,7 @@ def layout_of(unit: int, nbytes: int) -> Layout:
         Placed(f"{unit}.{name}", offset, torch.uint8, (length,))
         for name, offset, length in parts
     )
-    return Layout(f"unit{unit}", nbytes, (), (), (), tensors, nbytes)
+    return Layout.of(f"unit{unit}", nbytes, LoadSteps(), tensors, nbytes)
 
 
 @dataclass

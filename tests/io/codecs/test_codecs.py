@@ -21,8 +21,8 @@ from penstock.io.codecs.tiles import TILES
 from penstock.io.errors import CheckpointError
 from penstock.io.extent import Extent
 from penstock.io.weights.decoding import parts_of
-from penstock.io.weights.layout import Decode, Input
 from penstock.io.weights.recipe import Recipe, TensorSlice, View
+from penstock.io.weights.steps import Decode, Input
 from penstock.offload.weights.stored import check_readable
 from recipes import write_packed
 

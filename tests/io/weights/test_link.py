@@ -26,11 +26,12 @@ from penstock.io.fallbacks import Fallbacks
 from penstock.io.memory.arena import Arena, Memory
 from penstock.io.pace import Pace
 from penstock.io.readers.threads import ThreadReader
-from penstock.io.weights.layout import Layout, Placed, Read
+from penstock.io.weights.layout import Layout, Placed
 from penstock.io.weights.link import Link
 from penstock.io.weights.loader import Loader
 from penstock.io.weights.peer import PeerTier
 from penstock.io.weights.source import StagedSource
+from penstock.io.weights.steps import LoadSteps, Read
 from penstock.io.weights.transfer import same_layout
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -50,14 +51,12 @@ class Units:
         content = [self.content(unit) for unit in range(len(self.pages))]
         self.path.write_bytes(b"".join(content))
         self.layouts = [
-            Layout(
-                name=f"unit{unit}",
-                nbytes=n * PAGE,
-                reads=(Read(Extent(self.path, self.starts[unit], n * PAGE), 0),),
-                decodes=(),
-                moves=(),
-                tensors=(Placed(f"{unit}.weight", 0, torch.uint8, (n * PAGE,)),),
-                stored_bytes=n * PAGE,
+            Layout.of(
+                f"unit{unit}",
+                n * PAGE,
+                LoadSteps((Read(Extent(self.path, self.starts[unit], n * PAGE), 0),)),
+                (Placed(f"{unit}.weight", 0, torch.uint8, (n * PAGE,)),),
+                n * PAGE,
             )
             for unit, n in enumerate(self.pages)
         ]

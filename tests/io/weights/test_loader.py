@@ -317,7 +317,7 @@ def test_a_copy_takes_no_more_memory_than_its_bounce_buffer(
     assert max(e.nbytes for e in reader.asked) <= bounce_bytes + 2 * PAGE
 
 
-@pytest.mark.parametrize("rows", [4, 5, 64])
+@pytest.mark.parametrize("rows", [4, 5, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("data_start", [PAGE, PAGE + 2, 2 * PAGE - 2])
 def test_stacked_experts_are_right_on_page_borders_and_off_them(
@@ -349,10 +349,10 @@ def test_stacked_experts_are_right_on_page_borders_and_off_them(
     nbytes = wanted.numel() * 2
     if dtype is torch.bfloat16 and rows % 4 == 0 and data_start == PAGE:
         assert copied == 0
-    elif dtype is torch.bfloat16 and rows == 64:
-        assert copied == 6 * PAGE + nbytes, "the pages at the edges; then all is moved"
     elif dtype is torch.float32:
         assert copied == nbytes
+    else:
+        assert copied <= nbytes, "each byte once: from a bounce buffer, or moved"
 
 
 _HALVES = tuple(enumerate(["gate", "up"]))

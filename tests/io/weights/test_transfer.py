@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.io.weights.layout import Layout, Placed
+from penstock.io.weights.steps import LoadSteps
 from penstock.io.weights.transfer import Run, Transfer, packed, same_layout
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +21,7 @@ def nbytes_of(tensor: Placed) -> int:
 
 def layout_of(tensors: list[Placed]) -> Layout:
     end = max((t.offset + nbytes_of(t) for t in tensors), default=0)
-    return Layout("unit", end + 7, (), (), (), tuple(tensors), end)
+    return Layout.of("unit", end + 7, LoadSteps(), tuple(tensors), end)
 
 
 @st.composite

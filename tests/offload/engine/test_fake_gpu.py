@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_gds import FakeCuFile
 from test_pinned import FakeRegistrar
 
@@ -107,19 +108,24 @@ def test_copies_end_where_pinned_pieces_do(gpu: FakeGpu, tmp_path: Path) -> None
         assert sum(nbytes for _, nbytes in cuts) == 10 * 4096
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_weights_can_be_read_straight_into_slots(
-    kind: str, gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_gds(monkeypatch: pytest.MonkeyPatch) -> FakeCuFile:
     system = FakeCuFile()
-    zoo.save_checkpoint(kind, tmp_path)
-    resident = zoo.load(kind, tmp_path)
 
     def open_reader(stamps: Any, **sizes: Any) -> GdsReader:
         return GdsReader(stamps, open_file=system.open, **sizes)
 
     monkeypatch.setattr(gds, "GdsReader", open_reader)
     monkeypatch.setattr(gds, "why_not", lambda device, path: None)
+    return system
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_can_be_read_straight_into_slots(
+    kind: str, gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.save_checkpoint(kind, tmp_path)
+    resident = zoo.load(kind, tmp_path)
+    system = with_gds(monkeypatch)
     policy = Policy(
         device_memory=300_000, resident_below=1, **{"io": {"reader": "gds"}}
     )
@@ -132,6 +138,43 @@ def test_weights_can_be_read_straight_into_slots(
     assert found.bytes_copied == 0
     assert system.offsets, "read by cuFile"
     assert bytes_read >= found.bytes_loaded > 0
+
+
+def test_experts_that_were_stored_one_by_one_are_read_straight(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: Any = zoo.ARCHITECTURES["mixtral"].config()
+    config.hidden_size, config.intermediate_size = 256, 320
+    config.num_attention_heads = config.num_key_value_heads = 4
+    torch.manual_seed(3)
+    transformers.MixtralForCausalLM(config).save_pretrained(
+        tmp_path, max_shard_size="3MB"
+    )
+    resident: Any = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
+    system = with_gds(monkeypatch)
+    policy = Policy(
+        device_memory="16MiB", resident_below=1, **{"io": {"reader": "gds"}}
+    )
+    with penstock.load(tmp_path, policy) as model:
+        assert torch.equal(outputs(model, "llama"), outputs(resident, "llama"))
+        found = penstock.statistics(model)
+    assert found.bytes_copied == 0
+    assert system.offsets, "read by cuFile"
+
+
+def test_only_parts_that_must_be_made_are_not_read_straight(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.save_checkpoint("mixtral", tmp_path)  # whose experts are small
+    resident = zoo.load("mixtral", tmp_path)
+    system = with_gds(monkeypatch)
+    policy = Policy(device_memory="1MiB", resident_below=1, **{"io": {"reader": "gds"}})
+    with penstock.load(tmp_path, policy) as model:
+        assert torch.equal(outputs(model, "mixtral"), outputs(resident, "mixtral"))
+        found = penstock.statistics(model)
+    assert 0 < found.bytes_copied < found.bytes_loaded
+    assert system.offsets, "the others are read by cuFile"
+    assert any("the weights of" in said and "parts" in said for said in found.fallbacks)
 
 
 def test_what_must_be_cast_is_not_read_straight(gpu: FakeGpu, tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ from penstock.io.checkpoint.index import open_checkpoint
 from penstock.io.codecs.computed import Computed
 from penstock.io.errors import CheckpointError
 from penstock.io.weights.recipe import Recipe
-from penstock.offload.weights import hf
+from penstock.offload.weights import hf, hf_names
+from penstock.offload.weights.conversions import Places
+from penstock.offload.weights.hf_names import make_recipes
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -107,6 +109,87 @@ def test_the_tenth_expert_comes_after_the_ninth(tmp_path: Path) -> None:
     skeleton, made = built(tmp_path, "auto")
     loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
     check_against(loaded, skeleton, made)
+
+
+def deep(num_layers: int, folder: Path) -> int:
+    """Makes the recipes of a model of so many layers of 12 experts. Returns how often
+    transformers' operations were run on meta."""
+    config: Any = zoo.ARCHITECTURES["mixtral"].config()
+    config.num_local_experts, config.num_hidden_layers = 12, num_layers
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    checkpoint = open_checkpoint(folder)
+    model = hf.build(checkpoint, "auto").model
+    places = Places(model)
+    make_recipes(model, checkpoint, model.dtype, None, places)
+    return places.num_traces
+
+
+def test_equal_blocks_are_traced_once(tmp_path: Path) -> None:
+    few, many = deep(1, tmp_path / "few"), deep(5, tmp_path / "many")
+    assert few == many == 2, "the stacks of two projections, and of one"
+
+
+def test_patterns_are_tried_once_for_names_that_differ_in_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    rename = core_model_loading.rename_source_key
+
+    def recorded(name: str, renamings: Any, converters: Any, *rest: Any) -> Any:
+        tried.append(len(renamings) + len(converters))
+        return rename(name, renamings, converters, *rest)
+
+    monkeypatch.setattr(hf_names, "rename_source_key", recorded)
+    counts = []
+    for layers in (2, 6):
+        tried.clear()
+        deep(layers, tmp_path / str(layers))
+        counts.append(sum(tried))
+    # Recipes are made twice, and a block has 36 weights of experts.
+    assert counts[1] - counts[0] <= 4 * 2 * 36
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sees_numbers"),
+    [
+        (r"\.experts\.*\.w1\.weight", False),
+        (r"x_2\.", False),
+        (r"\w1\.", True),
+        (r"x\d1\.", True),
+        (r"a|1", True),
+        (r"layers\.(\d+)\.", False),
+        (r"\.block_sparse_moe\.", False),
+        (r"layers\.61\.", True),
+        (r"mlp\.[0-4]\.", True),
+        (r"x\d{2}", True),
+    ],
+)
+def test_a_pattern_that_sees_numbers_is_tried_on_every_name(
+    pattern: str, sees_numbers: bool
+) -> None:
+    assert hf_names._sees_numbers(WeightRenaming(pattern, "y0")) == sees_numbers
+
+
+def test_each_name_becomes_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    """For names that share what is known of each other."""
+    for name in CONVERTED + OTHERS:
+        model = zoo.build(name)
+        state = dict(model.state_dict())
+        mapping = get_model_conversion_mapping(model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        names = hf_names._Names(model, state, None)
+        saved = core_model_loading.revert_weight_conversion(model, state)
+        numbers = [key.replace(".1.", f".{n}.") for key in saved for n in (7, 8, 23)]
+        for key in [*saved, *numbers]:
+            wanted = core_model_loading.rename_source_key(
+                key, renamings, converters, model.base_model_prefix, state
+            )
+            if wanted[0] not in state and key in state:
+                wanted = core_model_loading.rename_source_key(
+                    key, [], [], model.base_model_prefix, state
+                )
+            assert names.of(key) == wanted, name
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.io.weights.ring import Ring
+from penstock.io.memory.ring import Ring
 
 
 def expected(capacity: int, taken: deque[tuple[int, int]], nbytes: int) -> int | None:
