@@ -37,11 +37,11 @@ def write(config: Path, out: Path) -> tuple[int, int, int]:
     values.pop("auto_map", None)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values))
-        state = hf.state_on_meta(Path(folder), torch.bfloat16)
+        recipes = hf.imagine(Path(folder), "bfloat16").recipes
     tensors = [
         each
-        for name, meta in state.items()
-        for plain in _one_by_one(name, tuple(meta.shape), meta.dtype)
+        for name, recipe in recipes.items()
+        for plain in _one_by_one(name, recipe.shape, recipe.dtype)
         for each in _quantised(plain, block)
     ]
     files: list[list[Tensor]] = [[]]

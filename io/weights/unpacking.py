@@ -1,6 +1,6 @@
 """Makes the slot of a unit from its stored image, on the device of the slot."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,18 +8,24 @@ import torch
 
 from ..closing import Closing
 from ..codecs.kernels import Kernels
+from ..codecs.whole import WHOLE
 from ..devices.device import Device, Stream
 from ..event import Event
 from ..extent import align_up
 from ..memory.arena import Memory
 from .decoding import parts_of
-from .steps import Decode, Input
+from .recipe import Recipe
+from .steps import Decode, Input, raw_extent
 
-SCRATCH_BYTES = 16 << 20
-"""Bytes of the stored image that are on a device for a moment, until they are
-decoded. They must be few: torch needs several times as much to decode them."""
+_MOST_BYTES = 4 << 20
+"""Bytes of a half of the scratch, unless what cannot be cut has more."""
+_LEAST_BYTES = 16 << 10
 _ALIGNMENT = 256
 _NUM_HALVES = 2
+_CUT_BYTES = _MOST_BYTES - (64 << 10)
+"""Bytes of the parts that are decoded, without what alignment adds."""
+_BYTES_EACH = 16
+"""Bytes of temporaries for each number; see `Whole`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ class Unpacker(Closing):
             if self._device.is_host:
                 self._decode(decode, _seen(decode.inputs, image), target)
                 continue
-            for inputs, rows in parts_of(decode, target, SCRATCH_BYTES):
+            for inputs, rows in parts_of(decode, target, _CUT_BYTES):
                 self._decode_there(decode, inputs, image, rows)
 
     def _decode(
@@ -123,12 +129,37 @@ class Unpacker(Closing):
     def _room(self, nbytes: int) -> tuple[Memory, int]:
         """The scratch, and where `nbytes` of its next half begin."""
         if self._scratch is None or self._scratch.nbytes < _NUM_HALVES * nbytes:
-            if self._scratch is not None:  # a tensor that cannot be cut into parts
+            if self._scratch is not None:
                 self._scratch.close()
-            most = max(align_up(nbytes, 1 << 20), SCRATCH_BYTES + (1 << 20))
-            self._scratch = self._device.allocate(_NUM_HALVES * most)
+            self._scratch = self._device.allocate(_NUM_HALVES * _half_of(nbytes))
             self._used = [None] * _NUM_HALVES
         return self._scratch, self._half * (self._scratch.nbytes // _NUM_HALVES)
+
+
+def scratch_bytes(recipes: Iterable[Recipe]) -> int:
+    """Bytes that an `Unpacker` needs on an accelerator, beside the slots, to make
+    `recipes` of what is stored."""
+    half = numel = 0
+    seen = set()
+    for recipe in recipes:
+        for part in recipe.slices:
+            if not part.target.numel or raw_extent(recipe, part) is not None:
+                continue
+            kind = part.codec, part.stored_bytes, part.target.numel
+            if kind in seen:
+                continue
+            seen.add(kind)
+            whole = part.stored_bytes + _ALIGNMENT * len(part.entries)
+            is_cut = any(part.codec.rows_each) and part.source.is_contiguous
+            half = max(half, min(whole, _CUT_BYTES) if is_cut else whole)
+            if part.codec.uses_kernels:
+                numel = max(numel, min(part.target.numel, WHOLE.most_numel))
+    return (_NUM_HALVES * _half_of(half) if half else 0) + _BYTES_EACH * numel
+
+
+def _half_of(nbytes: int) -> int:
+    """Bytes of a half in which `nbytes` are decoded: it grows a few times at most."""
+    return max(_LEAST_BYTES, 1 << (nbytes - 1).bit_length())
 
 
 def _seen(inputs: Sequence[Input], image: Image) -> list[torch.Tensor]:

@@ -83,7 +83,12 @@ def build(
     fallbacks = Fallbacks()
     is_part_of_budget = policy.device_memory == "auto" and device.is_host
     fallbacks.announce(
-        missing_overlap(division, capacity, budget if is_part_of_budget else None)
+        missing_overlap(
+            division,
+            capacity,
+            budget if is_part_of_budget else None,
+            arranged.scratch_bytes,
+        )
     )
     for message in without_effect(policy):
         fallbacks.announce(message)

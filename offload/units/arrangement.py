@@ -1,12 +1,13 @@
 """Decides how a model is divided into units and where each stays. Reads no weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from torch import nn
 
 from ...io.codecs.computed import Computed
+from ...io.errors import DoesNotFitError
 from ...io.extent import align_up
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
@@ -14,11 +15,12 @@ from ...io.weights.layout import TENSOR_ALIGNMENT, Layout
 from ...io.weights.recipe import Recipe
 from ...io.weights.stored_image import StoredImage
 from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
-from ...scheduler.placement import place
+from ...io.weights.unpacking import scratch_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
 from .capacity import capacity_of, check_least
 from .division import Divider, Division
+from .placing import placement_of
 from .sites import ParameterRef
 from .wish import Wishes
 
@@ -46,6 +48,8 @@ class Arrangement:
     is computed with."""
     budget: MemoryBudget | None = None
     """How the process's memory is divided; None if the caller gave no memory."""
+    scratch_bytes: int = 0
+    """Bytes of the device, beside the working set, in which weights are decoded."""
 
 
 class Arranger:
@@ -94,24 +98,25 @@ class Arranger:
         `device_bytes` are free on the device for the working set. Raises
         DoesNotFitError, which names the least that works.
         """
-        divider, budget = self._divider, None
+        budget = None
         if room is not None:
             wish = self._wishes.of(policy, use, is_host=self._is_host)
             budget = divide_memory(room, wish, use)
             if self._is_host:
                 device_bytes = budget.weights
-        capacity = capacity_of(
-            policy, divider.nbytes, alignment=ALIGNMENT, free_bytes=device_bytes or 0
-        )
-        is_in_place = self._is_host and Tier.HOST not in policy.links
-        host = (policy.host_memory or 0) * is_in_place
-        divide = partial(divider.divide, in_place_bytes=host)
-        division = divide(capacity)
-        check_least(divide, capacity)
-        if not self._is_host:  # whose memory is taken at once, used or not
-            capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
-        images = self._images(division, policy)
-        placement = _placement(
+        scratch, images = self._scratch_bytes(policy), None
+        if scratch:
+            try:
+                capacity, division = self._divided(policy, device_bytes or 0, scratch)
+                images = self._images(division, policy)
+            except DoesNotFitError:
+                if policy.weights_kept == "stored":
+                    raise
+        if images is None:  # nothing is decoded on the device
+            capacity, division = self._divided(policy, device_bytes or 0, 0)
+            images = None if scratch else self._images(division, policy)
+            scratch = 0
+        placement = placement_of(
             division, capacity, policy, images, is_host=self._is_host
         )
         return Arrangement(
@@ -123,7 +128,41 @@ class Arranger:
             placement,
             images,
             budget,
+            scratch,
         )
+
+    def _divided(
+        self, policy: Policy, device_bytes: int, scratch: int
+    ) -> tuple[int, Division]:
+        """The bytes of the working set, and the model as it is divided for them."""
+        divider = self._divider
+        capacity = capacity_of(
+            policy,
+            divider.nbytes,
+            alignment=ALIGNMENT,
+            free_bytes=device_bytes,
+            beside=scratch,
+        )
+        in_place = self._is_host and Tier.HOST not in policy.links
+        used_there = (policy.host_memory or 0) * in_place
+        divide = partial(divider.divide, in_place_bytes=used_there)
+        division = divide(capacity)
+        check_least(divide, capacity, scratch)
+        if not self._is_host:  # whose memory is taken at once, used or not
+            capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
+        return capacity, division
+
+    def _scratch_bytes(self, policy: Policy) -> int:
+        """Bytes of an accelerator in which its links decode weights: one from the drive
+        and one from each other tier."""
+        if self._is_host or policy.weights_kept == "decoded" or self._is_computed:
+            return 0
+        num_links = 1 + bool(policy.host_memory) + len(policy.peer)
+        return num_links * self._scratch_of_a_link
+
+    @cached_property
+    def _scratch_of_a_link(self) -> int:
+        return scratch_bytes(self._recipes.values())
 
     @cached_property
     def _is_computed(self) -> bool:
@@ -186,68 +225,6 @@ def _transfer(is_host: bool, max_gap_bytes: int, plan: Layout) -> Transfer:
     if is_host:
         return same_layout(plan)
     return packed(plan, alignment=SLOT_ALIGNMENT, max_gap_bytes=max_gap_bytes)
-
-
-def _placement(
-    division: Division,
-    capacity: int,
-    policy: Policy,
-    images: Sequence[StoredImage] | None,
-    *,
-    is_host: bool,
-) -> tuple[str, ...]:
-    """The tier of each unit. Resident units are loaded once, from disk."""
-    found, transfers = division.found, division.transfers
-    streamed = [
-        index
-        for index, unit in enumerate(found.units)
-        if unit.sites and not unit.is_resident
-    ]
-    first_peer = next(iter(policy.peer), Tier.PEER)
-    tiers = place(
-        [transfers[unit].nbytes for unit in streamed],
-        [found.units[unit].name for unit in streamed],
-        budgets=_budgets(
-            division,
-            capacity,
-            policy,
-            is_in_place=is_host and Tier.HOST not in policy.links and images is None,
-        ),
-        kept=None if images is None else [images[u].layout.nbytes for u in streamed],
-        rules={
-            rule: first_peer if tier == Tier.PEER else tier
-            for rule, tier in policy.placement.items()
-        },
-    )
-    where = dict(zip(streamed, tiers, strict=True))
-    return tuple(where.get(unit, Tier.DISK) for unit in range(len(found.units)))
-
-
-def _budgets(
-    division: Division, capacity: int, policy: Policy, *, is_in_place: bool
-) -> dict[str, int]:
-    """The bytes of each tier, the fastest first."""
-    host: dict[str, int] = {Tier.HOST: policy.host_memory or 0}
-    room = _room_to_stay(division, capacity, policy.lookahead)
-    rest: dict[str, int] = {Tier.DEVICE: room, **policy.peer}
-    return {**host, **rest} if is_in_place else {**rest, **host}
-
-
-def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
-    """Bytes of the working set for units that stay.
-
-    If the model fits, that is all streamed units; otherwise what is left beside the
-    largest site and those that are prefetched meanwhile.
-    """
-    resident, by_site = division.needs()
-    streamed = sum(
-        plan.nbytes
-        for unit, plan in zip(division.found.units, division.transfers, strict=True)
-        if unit.sites and not unit.is_resident
-    )
-    if resident + streamed <= capacity:
-        return streamed
-    return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
 
 
 def _places(

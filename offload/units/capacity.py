@@ -16,12 +16,14 @@ def capacity_of(
     *,
     alignment: int,
     free_bytes: int,
+    beside: int = 0,
 ) -> int:
     """Bytes of the working set: as the policy says; else as much of `free_bytes` as the
-    model can use."""
+    model can use. Without those `beside` it in which weights are decoded."""
     if policy.device_memory != "auto":
         # Slots at the end of the arena must be aligned, too.
-        return align_down(policy.device_memory, alignment)
+        return max(alignment, align_down(policy.device_memory - beside, alignment))
+    free_bytes -= beside
     # A tensor that is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
     return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
@@ -38,16 +40,21 @@ def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
     return capacity
 
 
-def check_least(divide: Callable[[int], Division], capacity: int) -> None:
+def check_least(
+    divide: Callable[[int], Division], capacity: int, beside: int = 0
+) -> None:
     """Raises DoesNotFitError if `capacity` bytes are too few; it names the least that
-    works."""
+    works, with those `beside` it in which weights are decoded."""
     least = least_capacity(divide, capacity)
     if least > capacity:
         resident, by_site = divide(least).needs()
+        decoding = f", and {beside} to decode weights in," if beside else ""
+        least += beside
         raise DoesNotFitError(
-            f"device_memory of {capacity} bytes is too small: {max(by_site, default=0)}"
-            f" bytes of the largest part and {resident} that are always needed make at "
-            f"least {least}; set device_memory to at least {least}"
+            f"device_memory of {capacity + beside} bytes is too small: "
+            f"{max(by_site, default=0)} bytes of the largest part and {resident} that "
+            f"are always needed{decoding} make at least {least}; set device_memory to "
+            f"at least {least}"
         )
 
 
@@ -57,17 +64,17 @@ def _needed(division: Division) -> int:
 
 
 def missing_overlap(
-    division: Division, capacity: int, budget: MemoryBudget | None
+    division: Division, capacity: int, budget: MemoryBudget | None, beside: int = 0
 ) -> str | None:
     """What to announce if some site has no room beside its successor, which is loaded
     while it computes. None if each has.
 
-    `capacity` is the policy's own, or a part of `budget`.
+    `capacity`, and what is `beside` it, are the policy's own, or a part of `budget`.
     """
     missing = division.paired_bytes() - capacity
     if missing > 0 and len(division.found.sites) > 1:
-        asked = f"device_memory of {capacity + missing} bytes"
-        given = f"{capacity}"
+        asked = f"device_memory of {capacity + beside + missing} bytes"
+        given = f"{capacity + beside}"
         if budget is not None:
             asked = f"memory of {human_bytes(budget.total + missing)}"
             given = human_bytes(budget.total)
