@@ -72,7 +72,7 @@ def report_table(report: dict[str, Any], title: str) -> Table:
         table.add_row("  in host memory", human_bytes(weights[Tier.HOST]))
     table.add_row("passes", f"{report['passes']}")
     table.add_row("bytes read", human_bytes(report["bytes_read"][Tier.DISK]))
-    if touched := report["expert_bytes_touched"]:
+    if touched := report.get("expert_bytes_touched", 0):
         loaded = human_bytes(report["expert_bytes_loaded"])
         table.add_row("experts used", f"{human_bytes(touched)}, {loaded} loaded")
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))

@@ -22,7 +22,7 @@ def capacity_of(
     model can use. Without those `beside` it in which weights are decoded."""
     if policy.device_memory != "auto":
         # Slots at the end of the arena must be aligned, too.
-        return max(alignment, align_down(policy.device_memory - beside, alignment))
+        return align_down(max(0, policy.device_memory - beside), alignment)
     free_bytes -= beside
     # A tensor that is read in place takes up to two pages more than it has bytes.
     whole = sum(nbytes.values()) + 8192 * (len(nbytes) + 1)
