@@ -10,6 +10,7 @@ from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
 from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
+from ..units.experts import bytes_of
 from ..units.sites import FoundUnit
 
 
@@ -100,7 +101,7 @@ def bytes_by_tier(
     tier_bytes: dict[str, int] = dict.fromkeys(Tier, 0)
     for index, unit in enumerate(units):
         tier = Tier.DEVICE if index in resident else placement[index]
-        tier_bytes[tier_of(tier)] += _bytes_of(unit, recipes)
+        tier_bytes[tier_of(tier)] += bytes_of(unit, recipes)
     placed = {name for unit in units for name in unit.tensors}
     tier_bytes[Tier.DISK] += sum(
         recipe.nbytes
@@ -108,12 +109,3 @@ def bytes_by_tier(
         if name not in placed  # embeddings whose rows are read one by one
     )
     return tier_bytes
-
-
-def _bytes_of(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> int:
-    nbytes = 0
-    for recipe in (recipes[name] for name in unit.tensors):
-        low, high = unit.experts or (0, 1)
-        num = 1 if unit.experts is None else recipe.shape[0]
-        nbytes += recipe.nbytes * (high - low) // num
-    return nbytes

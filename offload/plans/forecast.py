@@ -22,6 +22,7 @@ from ..tasks.task import Task
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
+from ..units.experts import bytes_of
 from ..units.model_cache import ModelCache, model_cache
 from .rates import rates_of
 
@@ -47,7 +48,7 @@ class Forecast:
             tier = self.arrangement.placement[index]
             where = Tier.DEVICE if unit.is_resident else tier
             where = Tier.DISK if not (unit.sites or unit.is_resident) else where
-            nbytes = sum(recipes[name].nbytes for name in unit.tensors)
+            nbytes = bytes_of(unit, recipes)
             if images is not None and tier_of(where) in (Tier.HOST, Tier.PEER):
                 nbytes = images[index].layout.nbytes
             found[tier_of(where)] += nbytes

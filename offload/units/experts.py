@@ -126,6 +126,16 @@ def unit_recipes(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> list[Recipe]
     return [_middle(recipe, low, high) for recipe in mine]
 
 
+def bytes_of(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> int:
+    """Bytes of the tensors of `unit`, in the dtype that is computed in."""
+    nbytes = 0
+    for recipe in (recipes[name] for name in unit.tensors):
+        low, high = unit.experts or (0, 1)
+        num = 1 if unit.experts is None else recipe.shape[0]
+        nbytes += recipe.nbytes * (high - low) // num
+    return nbytes
+
+
 def _middle(recipe: Recipe, low: int, high: int) -> Recipe:
     bounds = ((0, low), (low, high), (high, recipe.shape[0]))
     return cut(recipe, bounds)[1]
@@ -143,7 +153,12 @@ def _is_divisible(recipe: Recipe) -> bool:
                 return False  # each piece would read the whole stored tensor
             continue
         entry = part.entry
-        if part.codec != CAST or part.companions or not entry.shape:
+        if part.codec != CAST or part.companions:
+            height, rest = divmod(part.target.shape[0], last - first + 1)
+            if rest or part.target.offset % row or row_range(part, 0, height) is None:
+                return False
+            continue
+        if not entry.shape:
             return False
         stored_row = View.whole(entry.shape).stride[0]
         steps = part.source.stride[:1], part.target.stride[:1]
@@ -166,6 +181,11 @@ def _between(
     if first == last:
         return replace(part, target=moved)
     num, skipped = end - start, start - first
+    if part.codec != CAST or part.companions:
+        height = part.target.shape[0] // (last - first + 1)
+        inside = row_range(replace(part, target=moved), skipped * height, num * height)
+        assert inside is not None, "all experts are cut as the first one is"
+        return inside
     stored_row = part.source.stride[0]
     begin = part.source.offset // stored_row + skipped
     return replace(
@@ -181,6 +201,40 @@ def _between(
             (num, *part.target.shape[1:]),
             part.target.stride,
         ),
+    )
+
+
+def row_range(part: TensorSlice, start: int, num: int) -> TensorSlice | None:
+    """The slice that makes `num` rows of the target of `part`, from the row `start` on,
+    and reads nothing else but what every row needs.
+
+    The target and the stored tensors of `part` are whole tensors of rows. None where
+    they are not, or where the range ends inside of rows that are decoded together.
+    """
+    target, rows_each = part.target, part.codec.rows_each
+    wholes = View.whole(part.entry.shape) == part.source and not part.companion_views
+    is_rows = wholes and target.is_contiguous and len(target.shape) == 2
+    if not is_rows or len(rows_each) != len(part.entries):
+        return None
+    found: list[TensorEntry] = []
+    for entry, each in zip(part.entries, rows_each, strict=True):
+        if each == 0:  # every row needs all of it
+            found.append(entry)
+            continue
+        is_all = entry.shape[:1] == (-(-target.shape[0] // each),)
+        if not is_all or start % each or num % each:
+            return None
+        found.append(rows_of(entry, start // each, (start + num) // each))
+    first, *companions = found
+    columns = target.shape[1]
+    return replace(
+        part,
+        entry=first,
+        source=View.whole(first.shape),
+        target=replace(
+            target, offset=target.offset + start * columns, shape=(num, columns)
+        ),
+        companions=tuple(companions),
     )
 
 

@@ -74,6 +74,7 @@ def test_a_forecaster_that_knows_other_budgets_says_what_a_new_one_does(
     """Down to blocks that are divided, and budgets that nothing fits into."""
     forecaster = Forecaster(mixtral.model, mixtral.recipes, MACHINE, Score())
     num_sites, refused = set(), 0
+    model_bytes = sum(recipe.nbytes for recipe in mixtral.recipes.values())
     for budget in BUDGETS + BUDGETS[::-1]:
         policy = Policy(device_memory=budget)
         new = said_or_refused(
@@ -84,6 +85,7 @@ def test_a_forecaster_that_knows_other_budgets_says_what_a_new_one_does(
             refused += 1
         else:
             num_sites.add(len(new[0].sites))
+            assert sum(new[2].values()) == model_bytes, "each expert counts once"
     assert len(num_sites) > 1, "some budgets divide blocks"
     assert refused
 
