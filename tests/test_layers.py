@@ -97,6 +97,7 @@ PURE = {
     "scheduler/simulation/schedule.py",
     "scheduler/cost/shape.py",
     "scheduler/simulation/simulated.py",
+    "scheduler/cost/site_loads.py",
     "scheduler/cost/site_time.py",
     "scheduler/slots/routing.py",
     "scheduler/slots/slots.py",

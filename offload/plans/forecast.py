@@ -12,6 +12,7 @@ from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import RUNTIME_BYTES
 from ...scheduler.cost.model import CostModel
 from ...scheduler.cost.shape import MicroBatchShape, ModelShape, Settings
+from ...scheduler.cost.site_loads import site_loads
 from ...scheduler.cost.workload import Generating, Scoring
 from ...scheduler.packing import alike, pack
 from ..generation.prompt_chunk import prompt_chunk
@@ -100,7 +101,9 @@ class Forecaster:
         found = _forecast(arrangement, *described, policy, machine, self._task)
         stops = not self._task.runs_head
         settings = replace(found.model.settings, stops_at_hidden=stops)
-        return replace(found, model=replace(found.model, settings=settings))
+        model = replace(found.model, settings=settings)
+        loads = site_loads(model.shape, model.rates, settings)
+        return replace(found, model=replace(model, loads=loads))
 
     def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
         key = (is_host, policy.gather_rows, policy.resident_below, policy.io.max_gap)

@@ -4,6 +4,7 @@ predict (workload)    a whole job: its passes, one after the other
   CostModel (model)   one pass: compute time of each site, of its parts (site_time)
     ModelShape        FLOPs and bytes of a model
     Rates             FLOP/s and bytes/s of a machine
+    SiteLoads         what each site waits for (site_loads), unit by unit (load_cost)
     run_passes        when loads and computing overlap (pipeline)
 memory_need           bytes that a job needs beside its weights
 partitioning          formulas for one model over many chips

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from ...io.tier import Tier
 from ..packing import MAX_ROWS, WIDE_ROWS
-from .load_cost import load_seconds, stolen_seconds
 from .pipeline import PassCost, WeightLoad, run_passes
 from .rates import Rates
 from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
+from .site_loads import SiteLoads, runs, site_loads
 from .site_time import SiteCalls, expansion_seconds, gather_seconds, product_seconds
 from .traffic import Moved, activations_moved, kv_moved
 
@@ -31,6 +31,8 @@ class CostModel:
     shape: ModelShape
     rates: Rates
     settings: Settings
+    loads: SiteLoads | None = None
+    """What `site_loads` says of the three, if that is known already."""
 
     def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost:
         """The cost of a pass that scores the tokens of `batches`."""
@@ -96,14 +98,10 @@ class CostModel:
     def _by_site(self, seconds: Callable[[SiteCost], float]) -> list[float]:
         """Computes `seconds` for every site. Most sites are equal and computed once."""
         known = {
-            site: seconds(site) if self._runs(site) else 0.0
+            site: seconds(site) if runs(site, self.settings) else 0.0
             for site in set(self.shape.sites)
         }
         return [known[site] for site in self.shape.sites]
-
-    def _runs(self, site: SiteCost) -> bool:
-        is_asked = site.makes_hidden or not self.settings.stops_at_hidden
-        return is_asked and site.runs_for_text
 
     def _scored(self, site: SiteCost, batch: MicroBatchShape) -> float:
         if site.vocabulary:
@@ -228,7 +226,8 @@ class CostModel:
     def _pass(
         self, compute: list[float], outside: float, moved: Sequence[Moved]
     ) -> PassCost:
-        loads, stolen = self._loads()
+        found = self.loads or site_loads(self.shape, self.rates, self.settings)
+        loads = [list(of_site) for of_site in found.steady]
         out = [0.0] * len(compute)
         for one in moved:
             loads[one.site].append(one.load)
@@ -239,7 +238,7 @@ class CostModel:
                 WeightLoad(Tier.HOST, 0, seconds) for seconds in crossing if seconds
             ]
         compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
-        compute = [c + s for c, s in zip(compute, stolen, strict=True)]
+        compute = [c + s for c, s in zip(compute, found.stolen, strict=True)]
         stays = self.settings.placement
         room = self.settings.capacity_bytes - self.shape.resident_bytes
         room -= sum(
@@ -252,46 +251,10 @@ class CostModel:
             loads,
             room_bytes=room,
             lookahead=self.settings.lookahead,
-            first_compute=self._first_compute(compute),
-            first_loads=self._first_loads(loads),
+            first_compute=[c + t for c, t in zip(compute, found.touching, strict=True)],
+            first_loads=[
+                [*of_site, *more]
+                for of_site, more in zip(loads, found.staying, strict=True)
+            ],
         )
         return PassCost(time, sum(compute), outside)
-
-    def _loads(self) -> tuple[list[list[WeightLoad]], list[float]]:
-        """For each site, the loads that it waits for in every pass, and the seconds by
-        which they delay computing on the same cores."""
-        loads: list[list[WeightLoad]] = [[] for _ in self.shape.sites]
-        stolen = [0.0] * len(self.shape.sites)
-        for index in self.shape.streamed:
-            unit, tier = self.shape.units[index], self.settings.placement[index]
-            if tier == Tier.DEVICE or tier not in self.rates.links:
-                continue
-            for site in filter(lambda s: self._runs(self.shape.sites[s]), unit.sites):
-                way = unit, tier, self.rates, self.settings.kept_of(index)
-                loads[site].append(WeightLoad(tier, unit.nbytes, load_seconds(*way)))
-                stolen[site] += stolen_seconds(*way)
-        return loads, stolen
-
-    def _first_compute(self, compute: list[float]) -> list[float]:
-        """Compute seconds of the first pass, which touches the working set's memory for
-        the first time."""
-        left = float(self.settings.capacity_bytes)
-        seconds = list(compute)
-        for index in self.shape.streamed:
-            unit, tier = self.shape.units[index], self.settings.placement[index]
-            if tier == Tier.DEVICE or tier in self.rates.links:
-                nbytes = min(left, unit.nbytes)
-                seconds[unit.sites[0]] += nbytes * self.rates.calls.first_touch
-                left -= nbytes
-        return seconds
-
-    def _first_loads(self, loads: list[list[WeightLoad]]) -> list[list[WeightLoad]]:
-        """The loads of the first pass, which include the units that stay on the device.
-        Those have slots of their own."""
-        first = [list(of_site) for of_site in loads]
-        for index in self.shape.streamed if Tier.DISK in self.rates.links else ():
-            unit = self.shape.units[index]
-            if self.settings.placement[index] == Tier.DEVICE:
-                seconds = load_seconds(unit, Tier.DISK, self.rates)
-                first[unit.sites[0]].append(WeightLoad(Tier.DISK, 0, seconds))
-        return first

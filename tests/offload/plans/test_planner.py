@@ -31,6 +31,7 @@ from penstock.offload.tasks.embed_task import Embed
 from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.tasks.score_task import Score
 from penstock.offload.weights.blueprint import blueprint
+from penstock.scheduler.cost.site_loads import runs
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -504,7 +505,7 @@ EMBEDS = Workload(Embed(), 64)
 def ran(found: Plan) -> list[str]:
     """Names of the sites that a pass of the plan computes."""
     model = found.choice.forecast.model
-    return [site.name for site in model.shape.sites if model._runs(site)]
+    return [site.name for site in model.shape.sites if runs(site, model.settings)]
 
 
 @pytest.mark.slow
