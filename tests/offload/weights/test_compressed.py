@@ -441,7 +441,10 @@ def test_without_the_library_the_extra_is_named(
 
 
 @needs_library
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [name for name in CASES if name != "FP8"],  # here, its files have a scale a row
+)
 def test_a_config_alone_says_how_many_bytes_are_stored(
     case: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
