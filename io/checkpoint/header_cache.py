@@ -67,10 +67,10 @@ class HeaderCache:
         ).encode()
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._path.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_seal(content) + content)
-            os.replace(name, self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as made_in:
+                made = Path(made_in) / self._path.name
+                made.write_bytes(_seal(content) + content)
+                made.replace(self._path)
             self._remove_others()
 
     def _read(self) -> dict[str, Any]:
