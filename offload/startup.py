@@ -36,8 +36,8 @@ def hidden(names: Sequence[str] = UNUSED) -> Iterator[None]:
 def rare_collections() -> Iterator[None]:
     """Makes garbage collections rare.
 
-    The objects that an import makes stay, and collections look through them all
-    repeatedly, which takes a large part of importing transformers.
+    The objects that an import or a plan makes stay, and collections look through them
+    all repeatedly, which takes a large part of importing transformers.
     """
     usual = gc.get_threshold()
     gc.set_threshold(*_RARELY)

@@ -72,17 +72,17 @@ def spread(sizes: Sequence[int], budget: int) -> tuple[int, ...]:
     total = sum(sizes)
     if total <= budget:
         return tuple(range(len(sizes)))
-    chosen: list[int] = []
+    chosen: dict[int, None] = {}
     taken = passed = 0
     for unit, size in enumerate(sizes):
         passed += size
         # Never ahead of the even share, which is never more than the budget.
         if (taken + size) * total <= budget * passed:
-            chosen.append(unit)
+            chosen[unit] = None
             taken += size
     for unit, size in enumerate(sizes):
         if unit not in chosen and taken + size <= budget:
-            chosen.append(unit)
+            chosen[unit] = None
             taken += size
     return tuple(sorted(chosen))
 

@@ -5,7 +5,7 @@ Most parameters are one stored tensor, unchanged. Others are stacked from many t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -189,3 +189,36 @@ def computed(
     source, target = View.whole(first.shape), View.whole(shape)
     part = TensorSlice(first, source, target, codec, tuple(others))
     return Recipe(name, shape, dtype, (part,))
+
+
+def likeness(
+    recipes: Sequence[Recipe], *, alignment: int, max_gap_bytes: int
+) -> Hashable:
+    """What `recipes` have in common with others that are alike.
+
+    These make tensors of the same shapes and dtypes by the same codecs. What they read
+    lies in the same order, as far behind a multiple of `alignment` bytes, and as far
+    apart, or too far apart (more than `max_gap_bytes`) to be read at once. So they are
+    laid out in the same way. Names differ, and places in files.
+    """
+    parts = [part for recipe in recipes for part in recipe.slices]
+    entries = [entry for part in parts for entry in part.entries]
+    order = sorted(
+        range(len(entries)),
+        key=lambda i: (str(entries[i].path), entries[i].offset, entries[i].nbytes),
+    )
+    far, path, end = max_gap_bytes + 2 * alignment, None, 0
+    places: list[Hashable] = []
+    for index in order:
+        entry = entries[index]
+        if entry.path != path:
+            path, gap, end = entry.path, -1, entry.offset
+        else:
+            gap = min(entry.offset - end, far)
+        end = max(end, entry.offset + entry.nbytes)
+        places += index, gap, entry.offset % alignment, entry.dtype, entry.shape
+    made = tuple(
+        (part.codec, part.source, part.target, part.companion_views) for part in parts
+    )
+    tensors = tuple((r.dtype, r.shape, len(r.slices)) for r in recipes)
+    return tensors, made, tuple(places)

@@ -13,6 +13,7 @@ from ..configs.opening import open_model
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine
 from ..policy import Policy
+from ..startup import rare_collections
 from ..tasks.task import Task
 from ..weights.blueprint import blueprint
 from .devices import Devices, devices_of
@@ -130,6 +131,7 @@ class Plan:
         }
 
 
+@rare_collections()
 def make_plan(
     model: Path,
     policy: Policy,

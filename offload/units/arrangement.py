@@ -22,6 +22,7 @@ from .capacity import capacity_of, check_least
 from .division import Divider, Division
 from .placing import placement_of
 from .sites import ParameterRef
+from .unit_plans import UnitPlans
 from .wish import Wishes
 
 _WORTHWHILE = 0.9
@@ -68,17 +69,21 @@ class Arranger:
         self._gathered = _gathered(
             model, self._places, self._recipes, policy.gather_rows, is_host
         )
+        plans = UnitPlans(
+            self._recipes,
+            partial(_transfer, is_host, policy.io.max_gap),
+            policy.io.max_gap,
+            ALIGNMENT,
+            memory_alignment,
+            TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
+        )
         self._divider = Divider(
             model,
             self._places,
             self._recipes,
             self._gathered,
-            partial(_transfer, is_host, policy.io.max_gap),
+            plans,
             policy.resident_below,
-            policy.io.max_gap,
-            ALIGNMENT,
-            memory_alignment,
-            TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
             not policy.compile,
         )
         self._is_host = is_host

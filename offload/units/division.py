@@ -1,20 +1,21 @@
 """Divides a model into units that fit a budget."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 from torch import nn
 
-from ...io.weights.layout import Layout, layout
+from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
-from ...io.weights.stored_image import StoredImage, stored_image
+from ...io.weights.stored_image import StoredImage
 from ...io.weights.transfer import Transfer
 from .expert_stack import ExpertStack
-from .experts import cut, find_stacks
-from .sites import FoundUnit, ModelDivision, ParameterRef, find, module_sizes
+from .experts import find_stacks
+from .sites import ModelDivision, ParameterRef, find, module_sizes
+from .unit_plans import UnitPlans
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +76,9 @@ class Divider:
     places: Mapping[str, list[ParameterRef]]
     recipes: Mapping[str, Recipe]
     gathered: frozenset[str]
-    transfer_of: Callable[[Layout], Transfer]
+    plans: UnitPlans
     resident_below: int
     """Modules outside of blocks that have fewer bytes stay; from the policy."""
-    max_gap: int
-    alignment: int
-    """The alignment of offsets and sizes of reads, and of slots, in bytes."""
-    memory_alignment: int
-    """The alignment of the addresses that are read to, in bytes."""
-    tensor_alignment: int
-    """The alignment of assembled tensors in memory that units are read to, in bytes."""
     may_cut_experts: bool
     """Whether stacked experts may be divided: a compiler would trace what waits for
     them."""
@@ -95,11 +89,6 @@ class Divider:
     too small to be streamed. Nothing else of the two limits matters, unless experts are
     divided.
     """
-    _plans: dict[Hashable, tuple[Layout, Transfer]] = field(default_factory=dict)
-    """How each unit is laid out, whatever its sites."""
-    _pieces: dict[str, list[Recipe]] = field(default_factory=dict)
-    """The recipes of the pieces of experts, by the name of their unit."""
-
     _images: dict[Division, tuple[StoredImage, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -168,61 +157,13 @@ class Divider:
                 resident_below=resident_below,
                 stacks=stacks,
             )
-            self._known[key] = self._laid_out(found)
+            self._known[key] = Division(found, *self.plans.plans(found))
         return self._known[key]
-
-    def _laid_out(self, found: ModelDivision) -> Division:
-        self._cut(found)
-        plans = [self._plan(unit) for unit in found.units]
-        layouts, transfers = (list(plan) for plan in zip(*plans, strict=True))
-        return Division(found, layouts, transfers)
-
-    def _plan(self, unit: FoundUnit) -> tuple[Layout, Transfer]:
-        key = unit.name, unit.tensors, unit.is_resident
-        if key not in self._plans:
-            plan = layout(
-                unit.name,
-                self._recipes_of(unit),
-                alignment=self.alignment,
-                memory_alignment=self.memory_alignment,
-                tensor_alignment=self.tensor_alignment,
-                # A unit that is read once may take more reads, but should have no gaps.
-                max_gap_bytes=0 if unit.is_resident else self.max_gap,
-            )
-            self._plans[key] = plan, self.transfer_of(plan)
-        return self._plans[key]
-
-    def _cut(self, found: ModelDivision) -> None:
-        """Makes the recipes of all pieces: those of one stack together."""
-        for each in found.stacks:
-            units = [found.units[unit] for _, units in each.windows for unit in units]
-            if units[0].name in self._pieces:
-                continue
-            bounds = [unit.experts for unit in units if unit.experts is not None]
-            names = each.stack.tensors.values()
-            by_tensor = [cut(self.recipes[name], bounds) for name in names]
-            for unit, recipes in zip(units, zip(*by_tensor, strict=True), strict=True):
-                self._pieces[unit.name] = list(recipes)
-
-    def _recipes_of(self, unit: FoundUnit) -> list[Recipe]:
-        if unit.experts is not None:
-            return self._pieces[unit.name]
-        return [self.recipes[name] for name in unit.tensors]
 
     def images(self, division: Division) -> tuple[StoredImage, ...]:
         """How memory can keep each unit of `division` as its files have it."""
         if division not in self._images:
-            units = zip(division.found.units, division.transfers, strict=True)
-            self._images[division] = tuple(
-                stored_image(
-                    unit.name,
-                    self._recipes_of(unit),
-                    slot,
-                    alignment=self.alignment,
-                    max_gap_bytes=0,
-                )
-                for unit, slot in units
-            )
+            self._images[division] = tuple(map(self.plans.image, division.found.units))
         return self._images[division]
 
     @cached_property

@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -106,13 +105,15 @@ def cut(recipe: Recipe, bounds: Sequence[tuple[int, int]]) -> list[Recipe]:
     row = recipe.nbytes // recipe.dtype.itemsize // max(1, recipe.shape[0])
     at = [index for index, (low, high) in enumerate(bounds) for _ in range(low, high)]
     for part in recipe.slices:
-        first, last = _rows(part.target, row)
+        rows = first, last = _rows(part.target, row)
         for index in range(at[first], at[last] + 1):
             low, high = bounds[index]
-            inside = _between(part, row, max(low, first), min(high, last + 1), low)
-            found[index].append(inside)
+            start, end = max(low, first), min(high, last + 1)
+            found[index].append(_between(part, row, rows, start, end, low))
     return [
-        replace(recipe, shape=(high - low, *recipe.shape[1:]), slices=tuple(slices))
+        Recipe(
+            recipe.name, (high - low, *recipe.shape[1:]), recipe.dtype, tuple(slices)
+        )
         for (low, high), slices in zip(bounds, found, strict=True)
     ]
 
@@ -173,34 +174,28 @@ def _is_divisible(recipe: Recipe) -> bool:
 
 
 def _between(
-    part: TensorSlice, row: int, start: int, end: int, low: int
+    part: TensorSlice, row: int, rows: tuple[int, int], start: int, end: int, low: int
 ) -> TensorSlice:
-    """The rows `start` ... `end` of `part`, in a parameter that begins at row `low`."""
-    first, last = _rows(part.target, row)
-    moved = replace(part.target, offset=part.target.offset - low * row)
+    """The rows `start` ... `end` of `part`, which has the `rows` of a parameter (the
+    first and the last one), in a parameter that begins at row `low`."""
+    (first, last), target = rows, part.target
+    offset = target.offset - low * row
     if first == last:
-        return replace(part, target=moved)
+        moved = View(offset, target.shape, target.stride)
+        return _slice(part, part.entry, part.source, moved, part.companions)
     num, skipped = end - start, start - first
-    if part.codec != CAST or part.companions:
-        height = part.target.shape[0] // (last - first + 1)
-        inside = row_range(replace(part, target=moved), skipped * height, num * height)
-        assert inside is not None, "all experts are cut as the first one is"
-        return inside
+    if part.codec is not CAST or part.companions:
+        height = target.shape[0] // (last - first + 1)
+        return _row_range(part, skipped * height, num * height, offset)
     stored_row = part.source.stride[0]
     begin = part.source.offset // stored_row + skipped
-    return replace(
+    source = part.source
+    return _slice(
         part,
-        entry=rows_of(part.entry, begin, begin + num),
-        source=View(
-            part.source.offset % stored_row,
-            (num, *part.source.shape[1:]),
-            part.source.stride,
-        ),
-        target=View(
-            moved.offset + skipped * row,
-            (num, *part.target.shape[1:]),
-            part.target.stride,
-        ),
+        rows_of(part.entry, begin, begin + num),
+        View(source.offset % stored_row, (num, *source.shape[1:]), source.stride),
+        View(offset + skipped * row, (num, *target.shape[1:]), target.stride),
+        part.companions,
     )
 
 
@@ -216,37 +211,51 @@ def row_range(part: TensorSlice, start: int, num: int) -> TensorSlice | None:
     is_rows = wholes and target.is_contiguous and len(target.shape) == 2
     if not is_rows or len(rows_each) != len(part.entries):
         return None
-    found: list[TensorEntry] = []
     for entry, each in zip(part.entries, rows_each, strict=True):
         if each == 0:  # every row needs all of it
-            found.append(entry)
             continue
         is_all = entry.shape[:1] == (-(-target.shape[0] // each),)
         if not is_all or start % each or num % each:
             return None
-        found.append(rows_of(entry, start // each, (start + num) // each))
-    first, *companions = found
-    columns = target.shape[1]
-    return replace(
-        part,
-        entry=first,
-        source=View.whole(first.shape),
-        target=replace(
-            target, offset=target.offset + start * columns, shape=(num, columns)
-        ),
-        companions=tuple(companions),
+    return _row_range(part, start, num, target.offset)
+
+
+def _row_range(part: TensorSlice, start: int, num: int, offset: int) -> TensorSlice:
+    """As `row_range`, for a part that can be cut so, and whose target begins at
+    `offset`."""
+    target = part.target
+    first, *companions = (
+        rows_of(entry, start // each, (start + num) // each) if each else entry
+        for entry, each in zip(part.entries, part.codec.rows_each, strict=True)
     )
+    columns = target.shape[1]
+    made = View(offset + start * columns, (num, columns), target.stride)
+    return _slice(part, first, View.whole(first.shape), made, tuple(companions))
 
 
 def rows_of(entry: TensorEntry, start: int, end: int) -> TensorEntry:
     """The rows `start` ... `end` of a stored tensor, as one."""
     row = entry.nbytes // max(1, entry.shape[0])
-    return replace(
-        entry,
-        shape=(end - start, *entry.shape[1:]),
-        offset=entry.offset + start * row,
-        nbytes=(end - start) * row,
+    return TensorEntry(
+        entry.name,
+        entry.dtype,
+        (end - start, *entry.shape[1:]),
+        entry.path,
+        entry.offset + start * row,
+        (end - start) * row,
     )
+
+
+def _slice(
+    part: TensorSlice,
+    entry: TensorEntry,
+    source: View,
+    target: View,
+    companions: tuple[TensorEntry, ...],
+) -> TensorSlice:
+    """`part` with other places. It is written out since there are thousands."""
+    codec, views = part.codec, part.companion_views
+    return TensorSlice(entry, source, target, codec, companions, views)
 
 
 def _one(view: View) -> View:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.checkpoint.index import SINGLE_FILE
+from ...io.extent import align_up
+from ...io.readers.files import ALIGNMENT
 from ...io.weights.recipe import Recipe, TensorSlice, plain
 from .dtype_plan import DtypePlan
 from .imagined_schemes import Part, PublishedScheme, scheme_of
@@ -71,16 +73,17 @@ def _quantised(
 
 
 class _Files:
-    """One file, whose tensors lie one behind the other."""
+    """One file, whose tensors lie one behind the other, each at the start of a page.
+    So equal blocks lie in the same way, and are planned once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = 8
+        self._offset = ALIGNMENT
 
     def add(self, name: str, part: Part) -> TensorEntry:
         nbytes = math.prod(part.shape) * part.dtype.itemsize
         entry = TensorEntry(
             name, part.dtype, part.shape, self._path, self._offset, nbytes
         )
-        self._offset += nbytes
+        self._offset = align_up(self._offset + nbytes, ALIGNMENT)
         return entry

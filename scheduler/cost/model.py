@@ -239,13 +239,8 @@ class CostModel:
             ]
         compute = [max(c, o) for c, o in zip(compute, out, strict=True)]
         compute = [c + s for c, s in zip(compute, found.stolen, strict=True)]
-        stays = self.settings.placement
         room = self.settings.capacity_bytes - self.shape.resident_bytes
-        room -= sum(
-            unit.nbytes
-            for unit, tier in zip(self.shape.units, stays, strict=True)
-            if tier == Tier.DEVICE and unit.sites and not unit.is_resident
-        )
+        room -= found.staying_bytes
         time = run_passes(
             compute,
             loads,

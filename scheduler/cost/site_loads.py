@@ -23,6 +23,8 @@ class SiteLoads:
     touching: tuple[float, ...]
     """Seconds of the first pass, which touches the working set's memory for the first
     time."""
+    staying_bytes: int
+    """Bytes of the device in which units stay."""
 
 
 def runs(site: SiteCost, settings: Settings) -> bool:
@@ -38,7 +40,7 @@ def site_loads(shape: ModelShape, rates: Rates, settings: Settings) -> SiteLoads
     staying = _Sums(num)
     stolen, touching = [0.0] * num, [0.0] * num
     is_running = [runs(site, settings) for site in shape.sites]
-    left = float(settings.capacity_bytes)
+    left, staying_bytes = float(settings.capacity_bytes), 0
     for index in shape.streamed:
         unit, tier = shape.units[index], settings.placement[index]
         stays, first = tier == Tier.DEVICE, unit.sites[0]
@@ -47,6 +49,7 @@ def site_loads(shape: ModelShape, rates: Rates, settings: Settings) -> SiteLoads
             touching[first] += nbytes * rates.calls.first_touch
             left -= nbytes
         if stays:
+            staying_bytes += unit.nbytes
             if Tier.DISK in rates.links:
                 staying.add(first, Tier.DISK, 0, load_seconds(unit, Tier.DISK, rates))
         elif tier in rates.links:
@@ -57,7 +60,13 @@ def site_loads(shape: ModelShape, rates: Rates, settings: Settings) -> SiteLoads
                 if is_running[site]:
                     steady.add(site, tier, unit.nbytes, seconds)
                     stolen[site] += lost
-    return SiteLoads(steady.loads(), staying.loads(), tuple(stolen), tuple(touching))
+    return SiteLoads(
+        steady.loads(),
+        staying.loads(),
+        tuple(stolen),
+        tuple(touching),
+        staying_bytes,
+    )
 
 
 class _Sums:
