@@ -21,7 +21,8 @@ from penstock.offload.units.experts import cut
 from penstock.offload.units.sites import DividedStack, FoundUnit, ModelDivision
 from penstock.offload.units.unit_plans import UnitPlans
 
-BLOCKS, EXPERTS = 3, 4
+BLOCKS, EXPERTS = 3, 6
+PIECES = [(0, 2), (2, 4), (4, 6)]
 SHAPE = (48, 40)
 GAP = 8192
 TRANSFERS: dict[str, Callable[[Layout], Transfer]] = {
@@ -52,13 +53,13 @@ def unit_plans(recipes: dict[str, Recipe], way: str) -> UnitPlans:
 
 
 def stack_of(name: str, first: int) -> tuple[list[FoundUnit], DividedStack]:
-    """The pieces of the stack `name`, one for each expert, from the unit `first` on."""
+    """The pieces of the stack `name`; the first is the unit `first`."""
     stack = ExpertStack(name, nn.Module(), {"w": f"{name}.w"}, EXPERTS, 1 << 20)
     units = [
-        FoundUnit(f"{name}[{i}:{i + 1}]", (f"{name}.w",), (0,), False, (i, i + 1))
-        for i in range(EXPERTS)
+        FoundUnit(f"{name}[{low}:{high}]", (f"{name}.w",), (0,), False, (low, high))
+        for low, high in PIECES
     ]
-    pieces = tuple(range(first, first + EXPERTS))
+    pieces = tuple(range(first, first + len(PIECES)))
     return units, DividedStack(stack, ((0, pieces),))
 
 
@@ -96,8 +97,8 @@ def test_a_plan_is_the_one_that_a_unit_would_get_by_itself(
     layouts, transfers = together.plans(ModelDivision((), tuple(units), tuple(stacks)))
     for unit, found, transfer in zip(units, layouts, transfers, strict=True):
         assert unit.experts is not None
-        bounds = [(index, index + 1) for index in range(EXPERTS)]
-        mine = [cut(recipes[unit.tensors[0]], bounds)[unit.experts[0]]]
+        piece = PIECES.index(unit.experts)
+        mine = [cut(recipes[unit.tensors[0]], PIECES)[piece]]
         own = layout(
             unit.name,
             mine,
