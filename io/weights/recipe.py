@@ -29,6 +29,13 @@ class View:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.offset, self.shape, self.stride))
+
     @classmethod
     @lru_cache(maxsize=4096)
     def whole(cls, shape: tuple[int, ...]) -> "View":
@@ -202,23 +209,25 @@ def likeness(
     laid out in the same way. Names differ, and places in files.
     """
     parts = [part for recipe in recipes for part in recipe.slices]
-    entries = [entry for part in parts for entry in part.entries]
-    order = sorted(
-        range(len(entries)),
-        key=lambda i: (str(entries[i].path), entries[i].offset, entries[i].nbytes),
-    )
-    far, path, end = max_gap_bytes + 2 * alignment, None, 0
+    codecs: list[Codec] = []
+    made: list[Hashable] = []
+    entries: list[TensorEntry] = []
+    for part in parts:
+        if part.codec not in codecs:  # few, and comparing is faster than hashing
+            codecs.append(part.codec)
+        kind = codecs.index(part.codec)
+        made += kind, part.source, part.target, part.companion_views
+        entries.append(part.entry)
+        entries += part.companions
+    order = sorted((str(e.path), e.offset, e.nbytes, i) for i, e in enumerate(entries))
+    far, path, end = max_gap_bytes + 2 * alignment, "", 0
     places: list[Hashable] = []
-    for index in order:
+    for at, offset, nbytes, index in order:
+        gap = min(offset - end, far) if at == path else None
+        if at != path:
+            path, end = at, offset
+        end = max(end, offset + nbytes)
         entry = entries[index]
-        if entry.path != path:
-            path, gap, end = entry.path, -1, entry.offset
-        else:
-            gap = min(entry.offset - end, far)
-        end = max(end, entry.offset + entry.nbytes)
-        places += index, gap, entry.offset % alignment, entry.dtype, entry.shape
-    made = tuple(
-        (part.codec, part.source, part.target, part.companion_views) for part in parts
-    )
+        places += index, gap, offset % alignment, entry.dtype, entry.shape
     tensors = tuple((r.dtype, r.shape, len(r.slices)) for r in recipes)
-    return tensors, made, tuple(places)
+    return tensors, tuple(codecs), tuple(made), tuple(places)

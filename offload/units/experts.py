@@ -150,7 +150,7 @@ def _is_divisible(recipe: Recipe) -> bool:
     for part in recipe.slices:
         first, last = _rows(part.target, row)
         if first == last:
-            if part.source_extent is None:
+            if not part.source.is_contiguous:
                 return False  # each piece would read the whole stored tensor
             continue
         entry = part.entry
@@ -265,6 +265,7 @@ def _one(view: View) -> View:
 
 def _rows(view: View, row: int) -> tuple[int, int]:
     """The first and the last row, of `row` elements, that have elements of `view`."""
-    steps = zip(view.shape, view.stride, strict=True)
-    last = view.offset + sum((size - 1) * step for size, step in steps)
+    last = view.offset
+    for size, step in zip(view.shape, view.stride, strict=True):
+        last += (size - 1) * step
     return view.offset // row, max(view.offset, last) // row
