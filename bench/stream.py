@@ -74,7 +74,7 @@ def disk_bytes_per_second(model: Path, limit_bytes: int = 2 << 30) -> float:
 
 def commands(args: argparse.Namespace, tokens: Path) -> dict[str, list[str]]:
     """The commands that are compared, by name."""
-    worker = [sys.executable, str(frame.BENCH / "stream_worker.py")]
+    worker = [sys.executable, str(frame.BENCH / "common" / "stream_worker.py")]
     common = [
         "--model",
         str(args.model),

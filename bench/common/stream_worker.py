@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # set before it is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from transformers import AutoModelForCausalLM
