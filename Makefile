@@ -29,10 +29,10 @@ help:
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# Two processes on two cores; threads of products that wait for each other must not spin.
+# As many processes as tests/conftest.py says; threads of products that wait for each
+# other must not spin.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n logical --maxprocesses 4 \
-		--dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # What depends on the machine, as on others: CPUs without AVX-512, or without AVX; no
 # libaio; no compiler. (The tests themselves run the reader of libaio everywhere.)

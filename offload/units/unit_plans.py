@@ -52,8 +52,8 @@ class UnitPlans:
         default_factory=dict
     )
     """Where tensors lie as they are read, and in a slot, by their kind and names."""
-    _images: dict[int, StoredImage] = field(default_factory=dict)
-    """The first image of each kind."""
+    _images: dict[Hashable, StoredImage] = field(default_factory=dict)
+    """The image of each unit, and the first one of each kind, by its number."""
 
     def plans(self, found: ModelDivision) -> tuple[list[Layout], list[Transfer]]:
         """How each unit of `found` is laid out as it is read, and in its slot."""
@@ -65,7 +65,13 @@ class UnitPlans:
         return [plan.layout for plan in plans], [plan.transfer for plan in plans]
 
     def image(self, unit: FoundUnit) -> StoredImage:
-        """How memory can keep `unit`, which has a plan, as its files have it."""
+        """How memory can keep `unit` as its files have it."""
+        key = _key(unit)
+        if key not in self._images:
+            self._images[key] = self._image(unit)
+        return self._images[key]
+
+    def _image(self, unit: FoundUnit) -> StoredImage:
         plan = self._plan(unit)
         slot = plan.transfer
 
