@@ -19,7 +19,7 @@ from torch import nn
 from ...io.closing import Closing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
-from ..units.experts import way_of
+from ..units.experts import Way, way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
 from ..weights.placeholder import StreamedParameter
@@ -81,9 +81,11 @@ class _Call:
     states: Tensor
     choices: Tensor
     weights: Tensor
-    is_in_order: bool
-    """Whether each expert's outputs are added in the order of experts; else a token's
-    outputs are added up at the end."""
+    way: Way
+
+    @property
+    def is_in_order(self) -> bool:
+        return self.way == "in order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,7 @@ class _Stack:
         )
         if way is None or not is_known:
             return None
-        return _Call(states, choices, weights, is_in_order=way == "in order")
+        return _Call(states, choices, weights, way)
 
     def __call__(self, module: nn.Module, call: _Call) -> Tensor:
         pairs = _Pairs.of(call, self._num)
@@ -287,9 +289,13 @@ class _Stack:
         piece.num_experts = high - low
         piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._keys}
         chosen = (pairs.experts[rows] - low).unsqueeze(-1)
+        num = len(chosen)
+        if call.way == "batched" and num == 1 < call.choices.numel():
+            # torch computes a batch of one by another function: its bits differ
+            states, chosen = states.expand(2, -1), chosen.expand(2, -1)
         ones = states.new_ones(chosen.shape)
         made: Tensor = self._own.forward(piece, states, chosen, ones)
-        return made
+        return made[:num]
 
 
 def _is_away(module: nn.Module, key: str) -> bool:

@@ -17,6 +17,7 @@ from moe_models import (
 )
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
 
 import penstock
 from penstock import Policy
@@ -39,7 +40,7 @@ CASES = [
     (name, dtype, way, tier)
     for name in ("qwen3_moe", "deepseek_v3")
     for dtype in (F32, BF16)
-    for way in ("grouped_mm", "eager")
+    for way in ("grouped_mm", "eager", "batched_mm")
     for tier in TIERS
 ]
 
@@ -234,6 +235,21 @@ def test_unwrapped_experts_are_what_they_were(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[1].mlp.experts, own)
     penstock.unwrap(model)
     assert type(model.model.layers[1].mlp.experts) is own
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+def test_experts_of_odd_sizes_give_the_bits_of_the_whole(
+    tmp_path: Path, way: str
+) -> None:
+    """Their addresses modulo 64 bytes would be others in pieces: they stay whole."""
+    folder = checkpoint(tmp_path, "odd")
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole.set_experts_implementation(way)
+    with streamed(folder, layer_bytes(whole) + (64 << 10)) as model:
+        model.set_experts_implementation(way)
+        with torch.inference_mode():
+            for batch in batches(3):
+                assert torch.equal(model(**batch).logits, whole(**batch).logits)
 
 
 def test_experts_stay_whole_where_all_fits(tmp_path: Path) -> None:
