@@ -104,7 +104,9 @@ class _Pairs:
         """As transformers orders them. Waits for the device."""
         num_tokens, num_choices = call.choices.shape
         choices = call.choices.t() if call.is_in_order else call.choices
-        experts, order = torch.sort(choices.reshape(-1), stable=True)
+        # A row's place among those of its expert can change its bits. Like
+        # transformers' grouped_mm, whose sort is not stable.
+        experts, order = torch.sort(choices.reshape(-1), stable=call.way != "sum")
         if call.is_in_order:
             tokens = order % num_tokens
             places = tokens * num_choices + order // num_tokens
