@@ -83,10 +83,6 @@ class _Call:
     weights: Tensor
     way: Way
 
-    @property
-    def is_in_order(self) -> bool:
-        return self.way == "in order"
-
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
@@ -103,11 +99,10 @@ class _Pairs:
     def of(cls, call: _Call, num_experts: int) -> "_Pairs":
         """As transformers orders them. Waits for the device."""
         num_tokens, num_choices = call.choices.shape
-        choices = call.choices.t() if call.is_in_order else call.choices
-        # A row's place among those of its expert can change its bits. Like
-        # transformers' grouped_mm, whose sort is not stable.
+        choices = call.choices.t() if call.way == "in order" else call.choices
+        # A row's place among others can change its bits: grouped_mm's is not stable.
         experts, order = torch.sort(choices.reshape(-1), stable=call.way != "sum")
-        if call.is_in_order:
+        if call.way == "in order":
             tokens = order % num_tokens
             places = tokens * num_choices + order // num_tokens
         else:
@@ -131,7 +126,7 @@ class _Output:
         self._call = call
         self._pairs = pairs
         self._of_pairs: Tensor | None = None
-        self._sum = torch.zeros_like(call.states) if call.is_in_order else None
+        self._sum = torch.zeros_like(call.states) if call.way == "in order" else None
 
     def add(self, low: int, high: int, made: Tensor) -> None:
         """Takes what the experts `low` ... `high` made of their pairs."""
@@ -286,7 +281,7 @@ class _Stack:
         """What the experts `low` ... `high` make of their pairs: [pairs, width]."""
         rows = pairs.between(low, high)
         states = call.states[pairs.tokens[rows]]
-        if not call.is_in_order:  # as transformers casts them before the product
+        if call.way != "in order":  # as transformers casts them before the product
             states = states.to(tensors[self._keys[0][1]].dtype)
         piece.num_experts = high - low
         piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._keys}
