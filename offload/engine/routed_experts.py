@@ -22,7 +22,8 @@ from ...scheduler.sweep.entry import ForwardEntry
 from ..units.experts import Way, way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
-from ..weights.placeholder import StreamedParameter
+from ..weights.placeholder import is_away
+from .dense_experts import DenseExperts
 
 Tensor = torch.Tensor
 Piece = tuple[int, int, int]
@@ -49,7 +50,8 @@ class RoutedExperts(Closing):
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
-            run = _Stack(divided, own, units, entry, working_set, binding, in_place)
+            kind = DenseExperts if divided.stack.is_dense else _Stack
+            run = kind(divided, own, units, entry, working_set, binding, in_place)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -59,7 +61,7 @@ class RoutedExperts(Closing):
             module.__class__ = own
 
 
-def _class_of(own: type, run: "_Stack") -> type:
+def _class_of(own: type, run: Any) -> type:
     """A class like `own`, whose forward is `run` where that may be."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +212,7 @@ class _Stack:
             and choices.shape == weights.shape
             and 0 < len(states) == len(choices)
             and not torch.is_autocast_enabled(states.device.type)
-            and all(_is_away(module, key) for key, _ in self._keys)
+            and all(is_away(module, key) for key, _ in self._keys)
         )
         if way is None or not is_known:
             return None
@@ -293,8 +295,3 @@ class _Stack:
         ones = states.new_ones(chosen.shape)
         made: Tensor = self._own.forward(piece, states, chosen, ones)
         return made[:num]
-
-
-def _is_away(module: nn.Module, key: str) -> bool:
-    """Whether the weight at `key` is streamed, and user code has put nothing there."""
-    return isinstance(module._parameters.get(key), StreamedParameter)

@@ -12,6 +12,7 @@ from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.cast import CAST
 from ...io.weights.layout import TENSOR_ALIGNMENT
 from ...io.weights.recipe import Recipe, TensorSlice, View
+from .expert_probe import num_dense_experts
 from .expert_stack import ExpertStack
 from .sites import FoundUnit, ParameterRef
 
@@ -66,37 +67,47 @@ def find_stacks(
     }
     found = {}
     for name, module in model.named_modules():
-        if not is_experts(module):
+        num = num_experts_of(module)
+        if num is None:
             continue
-        stack = _stack(name, module, used, recipes)
+        stack = _stack(name, module, num, used, recipes)
         if stack is not None:
             found[id(module)] = stack
     return found
 
 
+def num_experts_of(module: nn.Module) -> int | None:
+    """The number of experts that `module` holds, stacked so that a range of them can
+    compute by itself. None if it is something else, or that is not known."""
+    if not is_experts(module):
+        return num_dense_experts(module)
+    num = getattr(module, "num_experts", None)
+    is_known = way_of(module, type(module)) is not None
+    is_own = "forward" not in vars(module)
+    is_parallel = getattr(module, "_is_expert_parallel", False)
+    return num if is_known and is_own and not is_parallel else None
+
+
 def _stack(
     name: str,
     module: nn.Module,
+    num: int,
     used: Mapping[tuple[int, str], str],
     recipes: Mapping[str, Recipe],
 ) -> ExpertStack | None:
-    num = getattr(module, "num_experts", None)
     keys = [key for key, value in module._parameters.items() if value is not None]
     tensors = {key: used.get((id(module), key), "") for key in keys}
-    if not isinstance(num, int) or num < 2 or not keys or "" in tensors.values():
+    if num < 2 or not keys or "" in tensors.values():
         return None
-    is_plain = (
-        not getattr(module, "_is_expert_parallel", False)
-        and "forward" not in vars(module)
-        and all(not list(child.parameters()) for child in module.children())
-        and way_of(module, type(module)) is not None
-    )
+    is_plain = all(not list(child.parameters()) for child in module.children())
     mine = [recipes[tensor] for tensor in tensors.values()]
     is_cut = all(r.shape[:1] == (num,) and _is_divisible(r) for r in mine)
     if not is_plain or not is_cut or not all(map(_keeps_residues, mine)):
         return None
     nbytes = sum(recipe.nbytes for recipe in mine)
-    return ExpertStack(name, module, tensors, num, nbytes)
+    return ExpertStack(
+        name, module, tensors, num, nbytes, is_dense=not is_experts(module)
+    )
 
 
 def cut(recipe: Recipe, bounds: Sequence[tuple[int, int]]) -> list[Recipe]:
