@@ -8,12 +8,15 @@ experts computes what it computes in the whole. This takes no memory for tensors
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..monitoring.show import human_bytes
 
 _TOKENS = 3
 _FEW = 2
@@ -51,6 +54,30 @@ def piece_of_experts(kind: type, module: nn.Module, num: int, num_all: int) -> A
         if "experts" in key and type(value) is int and value == num_all:
             piece.__dict__[key] = num
     return piece
+
+
+def experts_kept_whole(model: nn.Module, cut: Iterable[nn.Module]) -> str | None:
+    """What to announce of the stacked experts of `model` that are not among those that
+    are `cut`: they are loaded together. None if there are none."""
+    known = set(cut)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and module not in known
+        and any(True for _ in module.parameters())
+    }
+    if not found:
+        return None
+    name, module = next(iter(found.items()))
+    nbytes = max(sum(p.nbytes for p in each.parameters()) for each in found.values())
+    others = f" and of {len(found) - 1} other layers" if len(found) > 1 else ""
+    return (
+        f"the experts of {name}{others} are loaded together, {human_bytes(nbytes)} a "
+        f"layer, however few are chosen: a part of {type(module).__name__} cannot be "
+        "computed by itself, as far as is known"
+    )
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:

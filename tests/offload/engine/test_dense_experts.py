@@ -10,6 +10,7 @@ import torch
 from moe_models import GREEDY, batches, checkpoint, expert_bytes, layer_bytes, resident
 
 import penstock
+import zoo
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
 from penstock.offload.model import engine_of
@@ -86,3 +87,20 @@ def test_each_expert_is_loaded_once_for_all_micro_batches(tmp_path: Path) -> Non
         assert not engine_of(model)._entry.open_sites.routing.asked_windows
     assert found.expert_bytes_touched == 3 * 16 * expert_bytes(whole)
     assert found.expert_bytes_loaded <= 1.1 * found.expert_bytes_touched
+
+
+def test_experts_that_stay_together_are_announced(tmp_path: Path) -> None:
+    zoo.save_checkpoint("dbrx", tmp_path)
+    (sentence,) = whole_experts(tmp_path, 100 << 10)
+    assert "transformer.blocks.0.ffn.experts and of 2 other layers" in sentence
+    assert "72.0 KiB a layer" in sentence
+    assert "DbrxExperts" in sentence
+    assert not whole_experts(tmp_path, 1 << 20), "all fit"
+    folder = checkpoint(tmp_path / "llama4", "llama4")
+    assert not whole_experts(folder, 400 << 10)
+
+
+def whole_experts(folder: Path, num_bytes: int) -> list[str]:
+    with streamed(folder, num_bytes) as model:
+        fallbacks = penstock.statistics(model).fallbacks
+    return [sentence for sentence in fallbacks if "loaded together" in sentence]
