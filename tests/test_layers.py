@@ -51,6 +51,7 @@ ORDER = {
         "weights",
         "configs",
         "units",
+        "traces",
         "settings",
         "monitoring",
         "files",

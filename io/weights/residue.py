@@ -4,6 +4,8 @@ On a CPU the last bits of a matrix product depend on the residue of the weight; 
 layout.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .layout import TENSOR_ALIGNMENT
@@ -31,10 +33,26 @@ def clone_at(tensor: torch.Tensor, residue: int) -> torch.Tensor:
 
 
 def clone_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor` (any shape and dtype) on its device, of the same residue.
+    """A copy of the weight `tensor` (any shape and dtype), which computes its bits.
+
+    It is on its device, of its residue, and has its `requires_grad`: torch chooses
+    kernels by that.
 
     It is contiguous on a CPU.
     """
-    if tensor.device.type != "cpu":
-        return tensor.clone()
-    return clone_at(tensor, residue_of(tensor))
+    with torch.inference_mode(False):
+        if tensor.device.type != "cpu":
+            copy = tensor.detach().clone()
+        else:
+            copy = clone_at(tensor.detach(), residue_of(tensor))
+        return copy.requires_grad_(tensor.requires_grad)
+
+
+def joined_like(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The weight of which `pieces` are ranges along the first dimension, in order. It
+    has the residue and the `requires_grad` of the first one."""
+    with torch.inference_mode(False):
+        whole = torch.cat([piece.detach() for piece in pieces])
+        if (residue := residue_of(pieces[0])) != residue_of(whole):
+            whole = clone_at(whole, residue)
+        return whole.requires_grad_(pieces[0].requires_grad)

@@ -32,6 +32,7 @@ from ..settings.memory_budget import MemoryRoom, Use
 from ..units.arrangement import arrange
 from ..units.capacity import missing_overlap
 from ..units.division import Division
+from ..units.expert_probe import experts_kept_whole
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
@@ -90,6 +91,10 @@ def build(
             arranged.scratch_bytes,
         )
     )
+    in_place = (policy.host_memory or 0) * device.is_host
+    if division.whole_bytes() > capacity + in_place and not policy.compile:
+        cut = [divided.stack.module for divided in model_division.stacks]
+        fallbacks.announce(experts_kept_whole(model, cut))
     for message in without_effect(policy):
         fallbacks.announce(message)
     timeline = Timeline()

@@ -13,7 +13,7 @@ from ...io.errors import FaultError, PenstockError
 from ...io.fallbacks import Fallbacks
 from ...io.kv.count import KvStatistics
 from ...io.merging import counters_of
-from ...io.weights.residue import clone_like
+from ...io.weights.residue import clone_like, joined_like
 from ...scheduler.sweep.admission import Width
 from ...scheduler.sweep.coalescing import Coalescing
 from ...scheduler.sweep.module_state import ModuleState
@@ -124,8 +124,7 @@ class Engine:
                     self._binding.bind_for_ever(unit, offset)
                     return tensor
                 # Returns a copy: a view of it may be used after the slot is reused.
-                with torch.inference_mode(False):
-                    return clone_like(tensor.detach())
+                return clone_like(tensor)
             finally:
                 self._working_set.release(unit)
 
@@ -140,19 +139,19 @@ class Engine:
     def _all_experts(self, name: str, units: Sequence[int]) -> torch.Tensor:
         """A copy of the tensor `name`, all its pieces together."""
         pieces = []
-        with self._entry.turn(), torch.inference_mode(False):
+        with self._entry.turn():
             for unit in units:
                 if unit in self._in_place:
                     tensors = self._binding.tensors(unit, self._in_place[unit])
-                    pieces.append(tensors[name].detach())
+                    pieces.append(tensors[name])
                     continue
                 offset = self._working_set.acquire(unit)
                 try:
                     tensors = self._binding.tensors(unit, offset)
-                    pieces.append(clone_like(tensors[name].detach()))
+                    pieces.append(clone_like(tensors[name]))
                 finally:
                     self._working_set.release(unit)
-            return torch.cat(pieces)
+        return joined_like(pieces)
 
     def sweep(
         self, width: Width, seed: int | None, *, coalesce: bool | None = None

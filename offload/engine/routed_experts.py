@@ -19,10 +19,11 @@ from torch import nn
 from ...io.closing import Closing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
-from ..units.experts import way_of
+from ..units.experts import Way, way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
-from ..weights.placeholder import StreamedParameter
+from ..weights.placeholder import is_away
+from .dense_experts import DenseExperts
 
 Tensor = torch.Tensor
 Piece = tuple[int, int, int]
@@ -49,7 +50,8 @@ class RoutedExperts(Closing):
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
-            run = _Stack(divided, own, units, entry, working_set, binding, in_place)
+            kind = DenseExperts if divided.stack.is_dense else _Stack
+            run = kind(divided, own, units, entry, working_set, binding, in_place)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -59,7 +61,7 @@ class RoutedExperts(Closing):
             module.__class__ = own
 
 
-def _class_of(own: type, run: "_Stack") -> type:
+def _class_of(own: type, run: Any) -> type:
     """A class like `own`, whose forward is `run` where that may be."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,9 +83,7 @@ class _Call:
     states: Tensor
     choices: Tensor
     weights: Tensor
-    is_in_order: bool
-    """Whether each expert's outputs are added in the order of experts; else a token's
-    outputs are added up at the end."""
+    way: Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,10 @@ class _Pairs:
     def of(cls, call: _Call, num_experts: int) -> "_Pairs":
         """As transformers orders them. Waits for the device."""
         num_tokens, num_choices = call.choices.shape
-        choices = call.choices.t() if call.is_in_order else call.choices
-        experts, order = torch.sort(choices.reshape(-1), stable=True)
-        if call.is_in_order:
+        choices = call.choices.t() if call.way == "in order" else call.choices
+        # A row's place among others can change its bits: grouped_mm's is not stable.
+        experts, order = torch.sort(choices.reshape(-1), stable=call.way != "sum")
+        if call.way == "in order":
             tokens = order % num_tokens
             places = tokens * num_choices + order // num_tokens
         else:
@@ -127,7 +128,7 @@ class _Output:
         self._call = call
         self._pairs = pairs
         self._of_pairs: Tensor | None = None
-        self._sum = torch.zeros_like(call.states) if call.is_in_order else None
+        self._sum = torch.zeros_like(call.states) if call.way == "in order" else None
 
     def add(self, low: int, high: int, made: Tensor) -> None:
         """Takes what the experts `low` ... `high` made of their pairs."""
@@ -211,11 +212,11 @@ class _Stack:
             and choices.shape == weights.shape
             and 0 < len(states) == len(choices)
             and not torch.is_autocast_enabled(states.device.type)
-            and all(_is_away(module, key) for key, _ in self._keys)
+            and all(is_away(module, key) for key, _ in self._keys)
         )
         if way is None or not is_known:
             return None
-        return _Call(states, choices, weights, is_in_order=way == "in order")
+        return _Call(states, choices, weights, way)
 
     def __call__(self, module: nn.Module, call: _Call) -> Tensor:
         pairs = _Pairs.of(call, self._num)
@@ -282,16 +283,15 @@ class _Stack:
         """What the experts `low` ... `high` make of their pairs: [pairs, width]."""
         rows = pairs.between(low, high)
         states = call.states[pairs.tokens[rows]]
-        if not call.is_in_order:  # as transformers casts them before the product
+        if call.way != "in order":  # as transformers casts them before the product
             states = states.to(tensors[self._keys[0][1]].dtype)
         piece.num_experts = high - low
         piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._keys}
         chosen = (pairs.experts[rows] - low).unsqueeze(-1)
+        num = len(chosen)
+        if call.way == "batched" and num == 1 < call.choices.numel():
+            # torch computes a batch of one by another function: its bits differ
+            states, chosen = states.expand(2, -1), chosen.expand(2, -1)
         ones = states.new_ones(chosen.shape)
         made: Tensor = self._own.forward(piece, states, chosen, ones)
-        return made
-
-
-def _is_away(module: nn.Module, key: str) -> bool:
-    """Whether the weight at `key` is streamed, and user code has put nothing there."""
-    return isinstance(module._parameters.get(key), StreamedParameter)
+        return made[:num]

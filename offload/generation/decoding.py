@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...io.devices.known import rows_of
 from ...io.devices.queued_copy import queued_to
-from ..units.model_kind import is_plain
+from ..traces.model_kind import is_plain
 from .logits import FiniteCheck, PromptFlags, unpadded
 from .row_ends import RowEnds, RowsEnded, Steps, Watched
 from .shrinking import may_shrink, shrunk

@@ -20,11 +20,11 @@ from ..machines.machine import Machine
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom, reserve_of
 from ..tasks.task import Task
+from ..traces.model_cache import ModelCache, model_cache
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
 from ..units.experts import bytes_of
-from ..units.model_cache import ModelCache, model_cache
 from .rates import rates_of
 
 

@@ -16,7 +16,7 @@ from ..rows.limits import limits_of
 from ..rows.row_error import RowError
 from ..rows.text import tokenize_texts
 from ..settings.values import Pooling
-from ..units.model_kind import base_of
+from ..traces.model_kind import base_of
 from .embed_task import Embed
 from .packed import Row, RowPiece
 from .pooling import pooled

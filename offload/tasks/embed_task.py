@@ -61,7 +61,7 @@ class Embed(PackedTask):
         return EmbedRunner(self, model, tokenizer)
 
     def check_model(self, model: Any) -> None:
-        from ..units.model_kind import base_of
+        from ..traces.model_kind import base_of
 
         base_of(model)
 

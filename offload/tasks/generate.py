@@ -25,7 +25,7 @@ from ..model import engine_of
 from ..rows.limits import limits_of
 from ..rows.row_error import RowError
 from ..rows.text import check_row, tokenize_prompt, tokenizer_of
-from ..units.model_kind import keeps_only_keys_and_values
+from ..traces.model_kind import keeps_only_keys_and_values
 from .findings import Findings
 from .generate_task import Generate
 from .head import check_head

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ...io.devices.known import rows_of
 from ...io.devices.queued_copy import queued_to
-from ..units.model_kind import keeps_only_keys_and_values
+from ..traces.model_kind import keeps_only_keys_and_values
 from .head import CausalScorer
 
 

@@ -11,10 +11,11 @@ from ...io.errors import UsageError
 from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.shape import ModelShape, SiteCost, UnitCost
+from ..traces.model_cache import ModelCache, model_cache
+from ..traces.model_kind import base_of, completes, keeps_only_keys_and_values
 from .division import Division
+from .expert_probe import num_dense_experts
 from .expert_stack import ExpertStack
-from .model_cache import ModelCache, model_cache
-from .model_kind import base_of, completes, keeps_only_keys_and_values
 from .sites import FoundSite
 
 # How often the operations between matrix products touch an element, counted in
@@ -97,13 +98,14 @@ def _site(
         if site.experts is None and id(part) in divided:
             continue  # its windows are sites of their own
         num_modules += 1
+        active_share = 1.0 if num_dense_experts(part) else share
         for parameter in own:
             numel = parameter.numel() * part_of_stack
             if parameter.dim() == 1:
                 if not _has_matrix(own):
                     pointwise += TOUCHES_OF_NORM * numel
                 continue
-            active = share if parameter.dim() == 3 else 1.0
+            active = active_share if parameter.dim() == 3 else 1.0
             nbytes = numel * parameter.element_size()
             num_products += 1
             flops += 2.0 * numel * active

@@ -41,6 +41,9 @@ class ExpertStack:
     """The name of the streamed tensor, by the attribute of the module."""
     num_experts: int
     nbytes: int
+    is_dense: bool = False
+    """Whether each expert gets tokens of its own, in order, instead of those for which
+    a router has chosen it: all are needed in each pass."""
 
     @property
     def expert_bytes(self) -> int:

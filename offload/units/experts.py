@@ -3,13 +3,15 @@
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ...io.checkpoint.header import TensorEntry
 from ...io.codecs.cast import CAST
+from ...io.weights.layout import TENSOR_ALIGNMENT
 from ...io.weights.recipe import Recipe, TensorSlice, View
+from .expert_probe import num_dense_experts
 from .expert_stack import ExpertStack
 from .sites import FoundUnit, ParameterRef
 
@@ -17,9 +19,12 @@ from .sites import FoundUnit, ParameterRef
 # a module. Its forward takes tokens, and for each token the chosen experts and their
 # weights.
 _OF_EXPERTS = frozenset({"config", "has_gate", "has_bias", "is_transposed"})
-_SUMMED_AT_THE_END = frozenset({"grouped_mm", "batched_mm"})
-"""The implementations of transformers that add up the outputs of a token's experts by
-one sum over the chosen experts."""
+Way = Literal["in order", "sum", "batched"]
+"""How the outputs of one token's experts become one: added in the order of experts, or
+by a sum over the token's choices at the end. If "batched", by such a sum, too; and the
+products of all (token, choice) pairs are one batch."""
+_WAYS: Mapping[str | None, Way] = {"grouped_mm": "sum", "batched_mm": "batched"}
+"""The way of transformers' implementations that are the same for all models."""
 _IN_ORDER = "index_add_(0, token_idx,"
 """In the source of a forward that adds the outputs of one expert after the other."""
 
@@ -30,16 +35,12 @@ def is_experts(module: nn.Module) -> bool:
     return has_gate and set(vars(module)) >= _OF_EXPERTS
 
 
-def way_of(module: nn.Module, kind: type) -> str | None:
-    """How the outputs of one token's experts become one in the experts `module` of the
-    class `kind`: by a `sum` at the end, or `in order` of the experts. None if that is
-    not known."""
+def way_of(module: nn.Module, kind: type) -> Way | None:
+    """The way of the experts `module` of the class `kind`. None if it is not known."""
     config: Any = module.config
     name = getattr(config, "_experts_implementation", None)
-    if name in _SUMMED_AT_THE_END:
-        return "sum"
     if name not in ("eager", None):
-        return None
+        return _WAYS.get(name)
     return "in order" if _adds_in_order(kind) else None
 
 
@@ -65,37 +66,47 @@ def find_stacks(
     }
     found = {}
     for name, module in model.named_modules():
-        if not is_experts(module):
+        num = num_experts_of(module)
+        if num is None:
             continue
-        stack = _stack(name, module, used, recipes)
+        stack = _stack(name, module, num, used, recipes)
         if stack is not None:
             found[id(module)] = stack
     return found
 
 
+def num_experts_of(module: nn.Module) -> int | None:
+    """The number of experts that `module` holds, stacked so that a range of them can
+    compute by itself. None if it is something else, or that is not known."""
+    if not is_experts(module):
+        return num_dense_experts(module)
+    num = getattr(module, "num_experts", None)
+    is_known = way_of(module, type(module)) is not None
+    is_own = "forward" not in vars(module)
+    is_parallel = getattr(module, "_is_expert_parallel", False)
+    return num if is_known and is_own and not is_parallel else None
+
+
 def _stack(
     name: str,
     module: nn.Module,
+    num: int,
     used: Mapping[tuple[int, str], str],
     recipes: Mapping[str, Recipe],
 ) -> ExpertStack | None:
-    num = getattr(module, "num_experts", None)
     keys = [key for key, value in module._parameters.items() if value is not None]
     tensors = {key: used.get((id(module), key), "") for key in keys}
-    if not isinstance(num, int) or num < 2 or not keys or "" in tensors.values():
+    if num < 2 or not keys or "" in tensors.values():
         return None
-    is_plain = (
-        not getattr(module, "_is_expert_parallel", False)
-        and "forward" not in vars(module)
-        and all(not list(child.parameters()) for child in module.children())
-        and way_of(module, type(module)) is not None
-    )
+    is_plain = all(not list(child.parameters()) for child in module.children())
     mine = [recipes[tensor] for tensor in tensors.values()]
     is_cut = all(r.shape[:1] == (num,) and _is_divisible(r) for r in mine)
-    if not is_plain or not is_cut:
+    if not is_plain or not is_cut or not all(map(_keeps_residues, mine)):
         return None
     nbytes = sum(recipe.nbytes for recipe in mine)
-    return ExpertStack(name, module, tensors, num, nbytes)
+    return ExpertStack(
+        name, module, tensors, num, nbytes, is_dense=not is_experts(module)
+    )
 
 
 def cut(recipe: Recipe, bounds: Sequence[tuple[int, int]]) -> list[Recipe]:
@@ -140,6 +151,13 @@ def bytes_of(unit: FoundUnit, recipes: Mapping[str, Recipe]) -> int:
 def _middle(recipe: Recipe, low: int, high: int) -> Recipe:
     bounds = ((0, low), (low, high), (high, recipe.shape[0]))
     return cut(recipe, bounds)[1]
+
+
+def _keeps_residues(recipe: Recipe) -> bool:
+    """Whether an expert's matrix has one address modulo 64 bytes in a piece and in the
+    whole. The bits of products depend on it."""
+    expert_bytes = recipe.nbytes // max(1, recipe.shape[0])
+    return len(recipe.shape) < 3 or expert_bytes % TENSOR_ALIGNMENT == 0
 
 
 def _is_divisible(recipe: Recipe) -> bool:

@@ -13,10 +13,10 @@ from ...scheduler.cost.shape import ModelShape
 from ..policy import Policy
 from ..settings.contradictions import keeps_kv
 from ..settings.memory_budget import MemoryWish, Use
+from ..traces.model_cache import ModelCache, model_cache
 from .capacity import least_capacity
 from .describe import describe
 from .division import Division
-from .model_cache import ModelCache, model_cache
 
 _PAGES = 8192
 """A tensor that is read in place takes up to two pages more than it has bytes."""

@@ -158,6 +158,11 @@ class StreamedParameter(torch.Tensor):
         raise _not_here(self._name, "turned into a list")
 
 
+def is_away(module: torch.nn.Module, key: str) -> bool:
+    """Whether the weight at `key` is streamed, and user code has put nothing there."""
+    return isinstance(module._parameters.get(key), StreamedParameter)
+
+
 class AbsentParameter(StreamedParameter):
     """A placeholder for a parameter that the checkpoint does not have. Using its values
     raises CheckpointError."""

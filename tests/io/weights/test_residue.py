@@ -19,7 +19,7 @@ import zoo
 from checkpoints import SAVED_DTYPES, random_tensor, same_bits, shift_tensors
 from penstock import Policy
 from penstock.io.checkpoint.index import open_files
-from penstock.io.weights.residue import clone_at, clone_like, residue_of
+from penstock.io.weights.residue import clone_at, clone_like, joined_like, residue_of
 from penstock.io.weights.tensor_file import FILLER, write_tensors
 from penstock.offload.weights.placeholder import StreamedParameter
 
@@ -45,6 +45,19 @@ def test_a_clone_is_where_it_is_wanted(dtype: torch.dtype, residue: int) -> None
     assert clone.is_contiguous()
     assert same_bits(clone, tensor.t())
     assert residue_of(clone_like(clone)) == residue
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_copies_of_weights_compute_the_same_bits(requires_grad: bool) -> None:
+    """torch's `matmul` folds dimensions differently for what requires a gradient."""
+    weight = clone_at(torch.randn(96, 3), 8).requires_grad_(requires_grad)
+    whole = joined_like([clone_like(weight[:40].detach()), weight[40:].detach()])
+    assert residue_of(whole) == residue_of(weight)
+    for copy in (clone_like(weight), whole.requires_grad_(requires_grad)):
+        with torch.inference_mode():
+            states = torch.randn(2, 9, 3).transpose(1, 2)
+            assert torch.equal(copy @ states, weight @ states)
+        assert copy.requires_grad == requires_grad
 
 
 def test_a_file_has_every_tensor_where_it_is_wanted(tmp_path: Path) -> None:

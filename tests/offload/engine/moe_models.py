@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Llama4TextConfig,
     PreTrainedConfig,
     Qwen3MoeConfig,
 )
@@ -33,6 +34,23 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_key_value_heads=2,
         num_experts=NUM_EXPERTS,
         norm_topk_prob=True,
+    ),
+    "llama4": Llama4TextConfig(  # whose experts each compute all tokens
+        **{**_COMMON, "num_experts_per_tok": 1},
+        intermediate_size_mlp=64,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=NUM_EXPERTS,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=8,
+    ),
+    "odd": Qwen3MoeConfig(  # an expert's matrices are no multiples of 64 bytes
+        **{**_COMMON, "hidden_size": 34, "moe_intermediate_size": 17},
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        num_experts=NUM_EXPERTS,
+        head_dim=16,
     ),
     "deepseek_v3": DeepseekV3Config(
         **_COMMON,
@@ -79,7 +97,9 @@ def batches(num: int, size: int = 2, length: int = 6) -> list[dict[str, torch.Te
 
 def expert_bytes(model: Any) -> int:
     """Bytes of one expert."""
-    experts = model.model.layers[-1].mlp.experts
+    layer = model.model.layers[-1]
+    block = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+    experts = block.experts
     return sum(int(p.nbytes) for p in experts.parameters()) // NUM_EXPERTS
 
 

@@ -17,10 +17,12 @@ from moe_models import (
 )
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
 
 import penstock
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
+from penstock.offload.engine.routed_experts import _Call, _Pairs
 from penstock.offload.model import engine_of
 from shares import shared
 
@@ -39,7 +41,7 @@ CASES = [
     (name, dtype, way, tier)
     for name in ("qwen3_moe", "deepseek_v3")
     for dtype in (F32, BF16)
-    for way in ("grouped_mm", "eager")
+    for way in ("grouped_mm", "eager", "batched_mm")
     for tier in TIERS
 ]
 
@@ -88,6 +90,14 @@ def test_pieces_give_the_bits_of_the_whole(
                     assert torch.equal(logits, whole(**batch).logits)
             assert torch.equal(generated(model, 3), expected(whole, 3))
             assert not penstock.statistics(model).faults
+
+
+def test_rows_of_an_expert_are_in_the_order_of_transformers() -> None:
+    """Its sort is not stable, and a row's place among others can change its bits."""
+    choices = torch.randint(0, 4, (300, 2), generator=torch.Generator().manual_seed(0))
+    states, weights = torch.zeros(300, 8), torch.ones(300, 2)
+    pairs = _Pairs.of(_Call(states, choices, weights, "sum"), 4)
+    assert torch.equal(pairs.places, torch.sort(choices.reshape(-1))[1])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -234,6 +244,21 @@ def test_unwrapped_experts_are_what_they_were(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[1].mlp.experts, own)
     penstock.unwrap(model)
     assert type(model.model.layers[1].mlp.experts) is own
+
+
+@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+def test_experts_of_odd_sizes_give_the_bits_of_the_whole(
+    tmp_path: Path, way: str
+) -> None:
+    """Their addresses modulo 64 bytes would be others in pieces: they stay whole."""
+    folder = checkpoint(tmp_path, "odd")
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole.set_experts_implementation(way)
+    with streamed(folder, layer_bytes(whole) + (64 << 10)) as model:
+        model.set_experts_implementation(way)
+        with torch.inference_mode():
+            for batch in batches(3):
+                assert torch.equal(model(**batch).logits, whole(**batch).logits)
 
 
 def test_experts_stay_whole_where_all_fits(tmp_path: Path) -> None:

@@ -151,6 +151,20 @@ def test_a_small_device_runs_them_or_says_what_would_do(
     )
 
 
+@pytest.mark.slow
+def test_experts_that_all_compute_are_planned_one_by_one(tmp_path: Path) -> None:
+    """A layer of Maverick takes 31 GiB. Its code computes all experts for each token."""
+    folder = write(tmp_path, published("llama-4-maverick"))
+    machine = find_machine("a6000-pcie4")
+    assert machine is not None
+    policy = Policy(device_memory="20GiB", host_memory="64GiB")
+    made = make_plan(folder, policy, machine, WORK["score"])
+    assert made.choice.prediction.binds == "compute"
+    with pytest.raises(DoesNotFitError) as refused:
+        make_plan(folder, Policy(device_memory="256MiB"), machine, WORK["score"])
+    assert "GiB" in str(refused.value)
+
+
 def with_disk(free: str | None) -> Machine:
     found = find_machine("h200")
     assert found is not None

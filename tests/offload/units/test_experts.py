@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penstock.io.checkpoint.header import TensorEntry
+from penstock.io.weights.layout import layout
 from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
 from penstock.offload.units.expert_stack import (
     LARGE_BYTES,
@@ -104,6 +106,26 @@ def test_experts_that_are_stored_one_by_one_keep_their_own_files() -> None:
     pieces = cut(recipe, BOUNDS)
     assert [len(piece.slices) for piece in pieces] == [2, 1, 3]
     assert torch.equal(filled(pieces, stored).reshape(-1), stored)
+
+
+def test_an_expert_lies_where_it_does_in_the_whole_stack() -> None:
+    """At a multiple of 64 bytes, if the stack is assembled; else as in its file."""
+    part = TensorSlice(entry((4, 16), 520), View.whole((4, 16)), View.whole((4, 16)))
+    other = replace(part, target=View(64, (4, 16), (16, 1)))
+    one_by_one = Recipe("w", (2, 4, 16), torch.float32, (part, other))
+    stacked = plain(entry((2, 4, 16), 520), name="w", dtype=torch.float32)
+    residues = []
+    for recipe in (one_by_one, stacked):
+        plan = layout(
+            "unit",
+            cut(recipe, [(0, 1), (1, 2)])[:1],
+            alignment=4096,
+            memory_alignment=1,
+            tensor_alignment=64,
+            max_gap_bytes=0,
+        )
+        residues.append(plan.tensors[0].offset % 64)
+    assert residues == [0, 8]
 
 
 def test_rows_of_an_entry_are_its_bytes() -> None:

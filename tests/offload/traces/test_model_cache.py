@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 import zoo
 from penstock.offload.configs.hf_config import model_class_of, read_config
-from penstock.offload.units.model_cache import ModelCache, model_cache
+from penstock.offload.traces.model_cache import ModelCache, model_cache
 from penstock.scheduler.cost.memory_need import CacheBytes, cache_bytes
 from penstock.scheduler.cost.shape import ModelShape, SiteCost
 from shares import shared

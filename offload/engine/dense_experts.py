@@ -1,0 +1,127 @@
+"""Runs stacked experts, each of which gets tokens of its own, piece by piece.
+
+The input has the tokens of one expert after the other (Llama 4). Each piece, a range of
+experts, computes its rows by the module's own forward, whose bits are those of the
+whole: torch computes each expert as one matrix of a batch.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...scheduler.slots.working_set import WorkingSet
+from ...scheduler.sweep.entry import ForwardEntry
+from ..units.expert_probe import piece_of_experts
+from ..units.sites import DividedStack, FoundUnit
+from ..weights.binding import Binding
+from ..weights.placeholder import is_away
+
+Tensor = torch.Tensor
+_MANY = 1 << 40
+"""More rows than a piece ever has: all pieces are loaded."""
+
+
+class DenseExperts:
+    """The forward of one module, by pieces."""
+
+    def __init__(
+        self,
+        divided: DividedStack,
+        own: type,
+        units: tuple[FoundUnit, ...],
+        entry: ForwardEntry,
+        working_set: WorkingSet,
+        binding: Binding,
+        in_place: Mapping[int, int],
+    ) -> None:
+        self._own: Any = own
+        self._num = divided.stack.num_experts
+        self._keys = tuple(divided.stack.tensors.items())
+        self._windows = [
+            (site, [(unit, *(units[unit].experts or (0, 0))) for unit in pieces])
+            for site, pieces in divided.windows
+        ]
+        self._entry = entry
+        self._working_set = working_set
+        self._binding = binding
+        self._in_place = in_place
+
+    def call_of(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The rows of the call, if pieces give what the own forward gives; else
+        None."""
+        values = [*args, *kwargs.values()]
+        if len(values) != 1 or type(values[0]) is not Tensor:
+            return None
+        (rows,) = values
+        is_known = (
+            rows.dim() == 2
+            and len(rows) > 0
+            and len(rows) % self._num == 0
+            and not torch.is_autocast_enabled(rows.device.type)
+            and all(is_away(module, key) for key, _ in self._keys)
+        )
+        return rows if is_known else None
+
+    def __call__(self, module: nn.Module, rows: Tensor) -> Tensor:
+        each = len(rows) // self._num
+        routing = self._entry.open_sites.routing
+        needs: Any = {
+            site: {unit: _MANY for unit, _, _ in pieces if unit not in self._in_place}
+            for site, pieces in self._windows
+        }
+        made: list[Tensor] = []
+        routing.ask(needs)
+        try:
+            for site, pieces in self._windows:
+                with self._open(site):
+                    for unit, low, high in pieces:
+                        mine = rows[low * each : high * each]
+                        with self._loaded(unit) as tensors:
+                            made.append(self._compute(module, tensors, mine))
+                routing.withdraw(site, needs.pop(site))
+        finally:
+            for site, units in needs.items():
+                routing.withdraw(site, units)
+        return torch.cat(made)
+
+    @contextmanager
+    def _open(self, site: int) -> Iterator[None]:
+        self._entry.before(site)
+        try:
+            yield
+        finally:
+            self._entry.after(site)
+
+    @contextmanager
+    def _loaded(self, unit: int) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors of a piece; they stay until the end of the context."""
+        if unit in self._in_place:
+            yield self._binding.tensors(unit, self._in_place[unit])
+            return
+        self._entry.open_sites.routing.use(unit)
+        offset = self._working_set.acquire(unit)
+        try:
+            yield self._binding.tensors(unit, offset)
+        finally:
+            self._working_set.release(unit)
+
+    def _compute(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], rows: Tensor
+    ) -> Tensor:
+        """What the experts of a piece make of their `rows`."""
+        stacks = {key: tensors[name] for key, name in self._keys}
+        num = len(next(iter(stacks.values())))
+        num_rows = len(rows)
+        if num == 1 and rows.device.type == "cpu" and rows.dtype == torch.float32:
+            # torch computes a batch of one by another function: its bits differ
+            num, rows = 2, torch.cat([rows, rows])
+            stacks = {k: stack.expand(2, -1, -1) for k, stack in stacks.items()}
+        piece = piece_of_experts(self._own, module, num, self._num)
+        piece.__dict__["_parameters"] = stacks
+        made: Tensor = self._own.forward(piece, rows)
+        return made[:num_rows]
