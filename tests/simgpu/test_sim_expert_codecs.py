@@ -44,7 +44,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def resident(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").train(False)
 
 
 def plain(name: str, folder: Path) -> tuple[Path, Any]:
