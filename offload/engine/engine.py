@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...io.closing import run_all
-from ...io.errors import FaultError, PenstockError
+from ...io.errors import DoesNotFitError, FaultError, PenstockError
 from ...io.fallbacks import Fallbacks
 from ...io.kv.count import KvStatistics
 from ...io.merging import counters_of
@@ -115,40 +115,43 @@ class Engine:
         with self._entry.turn():
             if not self._working_set.is_resident(unit):
                 self._count_fault(name, unit)
-            offset = self._working_set.acquire(unit)
             try:
-                tensor = self._binding.tensors(unit, offset)[name]
-                if self._working_set.is_resident(unit):
-                    return tensor
-                if self._working_set.keep(unit):
-                    self._binding.bind_for_ever(unit, offset)
-                    return tensor
-                # Returns a copy: a view of it may be used after the slot is reused.
-                return clone_like(tensor)
-            finally:
-                self._working_set.release(unit)
+                return self._loaded(name, unit)
+            except DoesNotFitError:  # beside the site for which a sweep is open
+                with self._entry.aside():
+                    return self._loaded(name, unit)
+
+    def _loaded(self, name: str, unit: int) -> torch.Tensor:
+        offset = self._working_set.acquire(unit)
+        try:
+            tensor = self._binding.tensors(unit, offset)[name]
+            if not self._working_set.is_resident(unit):
+                if not self._working_set.keep(unit):
+                    # A view of a copy may be used after the slot is reused.
+                    return clone_like(tensor)
+                self._binding.bind_for_ever(unit, offset)
+            return tensor
+        finally:
+            self._working_set.release(unit)
 
     def value_of(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         """The values of the weight `name`, which an open site has as `parameter`: a
         copy of all its experts, if these are loaded one by one."""
         units = self._weights.units_of.get(name, ())
-        if any(self.model_division.units[unit].experts for unit in units[:1]):
-            return self._all_experts(name, units)
-        return parameter
+        is_cut = any(self.model_division.units[unit].experts for unit in units[:1])
+        return self._all_experts(name, units) if is_cut else parameter
 
     def _all_experts(self, name: str, units: Sequence[int]) -> torch.Tensor:
         """A copy of the tensor `name`, all its pieces together."""
-        pieces = []
+        pieces, tensors_of = [], self._binding.tensors
         with self._entry.turn():
             for unit in units:
                 if unit in self._in_place:
-                    tensors = self._binding.tensors(unit, self._in_place[unit])
-                    pieces.append(tensors[name])
+                    pieces.append(tensors_of(unit, self._in_place[unit])[name])
                     continue
                 offset = self._working_set.acquire(unit)
                 try:
-                    tensors = self._binding.tensors(unit, offset)
-                    pieces.append(clone_like(tensors[name]))
+                    pieces.append(clone_like(tensors_of(unit, offset)[name]))
                 finally:
                     self._working_set.release(unit)
         return joined_like(pieces)

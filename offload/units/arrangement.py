@@ -152,7 +152,7 @@ class Arranger:
         used_there = (policy.host_memory or 0) * in_place
         divide = partial(divider.divide, in_place_bytes=used_there)
         division = divide(capacity)
-        check_least(divide, capacity, scratch)
+        check_least(divide, capacity, alignment=ALIGNMENT, beside=scratch)
         if not self._is_host:  # whose memory is taken at once, used or not
             capacity = min(capacity, align_up(division.whole_bytes(), ALIGNMENT))
         return capacity, division

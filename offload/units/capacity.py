@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from ...io.errors import DoesNotFitError
-from ...io.extent import align_down
+from ...io.extent import align_down, align_up
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget
@@ -29,32 +29,38 @@ def capacity_of(
     return align_down(max(min(free_bytes, whole), 1 << 20), alignment)
 
 
-def least_capacity(divide: Callable[[int], Division], capacity: int) -> int:
-    """The least number of bytes, not less than `capacity`, that works.
+def least_capacity(
+    divide: Callable[[int], Division], capacity: int, alignment: int
+) -> int:
+    """The least multiple of `alignment` bytes, not less than `capacity`, that works.
 
     A larger budget keeps more units resident and so needs more. The first budget counts
     that has as much as it needs itself.
     """
     while (needed := _needed(divide(capacity))) > capacity:
-        capacity = needed
+        capacity = align_up(needed, alignment)
     return capacity
 
 
 def check_least(
-    divide: Callable[[int], Division], capacity: int, beside: int = 0
+    divide: Callable[[int], Division],
+    capacity: int,
+    *,
+    alignment: int,
+    beside: int = 0,
 ) -> None:
     """Raises DoesNotFitError if `capacity` bytes are too few; it names the least that
     works, with those `beside` it in which weights are decoded."""
-    least = least_capacity(divide, capacity)
+    least = least_capacity(divide, capacity, alignment)
     if least > capacity:
         resident, by_site = divide(least).needs()
         decoding = f", and {beside} to decode weights in," if beside else ""
-        least += beside
+        needed = max(by_site, default=0) + resident + beside
         raise DoesNotFitError(
             f"device_memory of {capacity + beside} bytes is too small: "
             f"{max(by_site, default=0)} bytes of the largest part and {resident} that "
-            f"are always needed{decoding} make at least {least}; set device_memory to "
-            f"at least {least}"
+            f"are always needed{decoding} make at least {needed}; set device_memory to "
+            f"at least {least + beside}"
         )
 
 

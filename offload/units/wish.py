@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ...io.kv.tiers import PENDING_BYTES
+from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import generating_need, scoring_need
@@ -89,7 +90,9 @@ class Wishes:
         paired = max(division.paired_bytes(), resident + 2 * max(blocks, default=0))
         ahead = resident + (1 + policy.lookahead) * largest
         return {
-            "least_weights": min(least_capacity(self.divide, 1) + _PAGES, whole),
+            "least_weights": min(
+                least_capacity(self.divide, 1, ALIGNMENT) + _PAGES, whole
+            ),
             "paired_weights": min(paired + _PAGES, whole),
             "ahead_weights": min(ahead + _PAGES, whole),
             "whole_weights": whole,

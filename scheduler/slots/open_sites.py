@@ -5,7 +5,8 @@ A site is a module that runs as a whole (a block, an embedding, a head). It need
 unit of weights, or several where it shares weights with other sites.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ...io.errors import PenstockError
@@ -102,6 +103,19 @@ class OpenSites:
                 raise
             finally:
                 self._release(self.sites[site].units, spoilt=spoilt)
+
+    @contextmanager
+    def aside(self, site: int | None) -> Iterator[None]:
+        """Closes `site` meanwhile, so that its bytes can be used, if it is open for a
+        sweep and nobody is inside of it."""
+        may_close = site is not None and self._inside[site] == 1
+        if site is not None and may_close:
+            self.leave(site)
+        try:
+            yield
+        finally:
+            if site is not None and may_close:
+                self.enter(site)
 
     def stays(self, site: int) -> bool:
         """Whether all units of `site` are loaded and are never evicted."""

@@ -129,6 +129,12 @@ class ForwardEntry:
         with torch.set_grad_enabled(self._records_gradients):
             self.open_sites.leave(site)
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Closes the site that a sweep serves meanwhile, if nobody is inside of it."""
+        self._records_gradients = torch.is_grad_enabled()
+        is_swept = self._loop_here() is not None
+        return self.open_sites.aside(self.position if is_swept else None)
+
     def ran(self, index: int, start: float) -> None:
         """Records that micro-batch `index` has run since `start` (perf_counter)."""
         self._record(MICRO_BATCHES, f"{index}", start, time.perf_counter())
@@ -280,9 +286,7 @@ class ForwardEntry:
         """The owner in whose name the caller takes the turn: the sweep that runs in its
         thread, or else the number of its thread."""
         loop = self._loop
-        if loop is not None and loop.is_mine:
-            return loop
-        return threading.get_ident()
+        return loop if loop is not None and loop.is_mine else threading.get_ident()
 
     def _take_turn(self) -> Any:
         """Waits for the turn. Returns its owner, which has to give it back."""

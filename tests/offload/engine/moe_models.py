@@ -46,11 +46,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         attention_chunk_size=8,
     ),
     "odd": Qwen3MoeConfig(  # an expert's matrices are no multiples of 64 bytes
-        **{**_COMMON, "hidden_size": 34, "moe_intermediate_size": 17},
+        **{**_COMMON, "hidden_size": 34, "moe_intermediate_size": 17, "head_dim": 16},
         num_hidden_layers=2,
         num_key_value_heads=2,
         num_experts=NUM_EXPERTS,
-        head_dim=16,
     ),
     "deepseek_v3": DeepseekV3Config(
         **_COMMON,

@@ -252,7 +252,7 @@ def test_experts_of_odd_sizes_give_the_bits_of_the_whole(
 ) -> None:
     """Their addresses modulo 64 bytes would be others in pieces: they stay whole."""
     folder = checkpoint(tmp_path, "odd")
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder).train(False)
     whole.set_experts_implementation(way)
     with streamed(folder, layer_bytes(whole) + (64 << 10)) as model:
         model.set_experts_implementation(way)

@@ -153,7 +153,7 @@ def test_a_small_device_runs_them_or_says_what_would_do(
 
 @pytest.mark.slow
 def test_experts_that_all_compute_are_planned_one_by_one(tmp_path: Path) -> None:
-    """A layer of Maverick takes 31 GiB. Its code computes all experts for each token."""
+    """A layer of Maverick takes 31 GiB. Each token is computed by all its experts."""
     folder = write(tmp_path, published("llama-4-maverick"))
     machine = find_machine("a6000-pcie4")
     assert machine is not None

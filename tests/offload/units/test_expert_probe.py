@@ -59,8 +59,8 @@ def test_experts_that_compute_by_themselves_are_found() -> None:
     assert num_dense_experts(experts) == 6
     rows = torch.randn(12, 8)
     piece = piece_of_experts(Stack, experts, 2, 6)
-    own = experts._parameters
-    piece.__dict__["_parameters"] = {key: own[key][2:4] for key in ("up", "down")}
+    few = {"up": experts.up[2:4], "down": experts.down[2:4]}
+    piece.__dict__["_parameters"] = few
     assert torch.equal(piece(rows[4:8]), experts(rows)[4:8])
     assert experts.num_experts == 6
 
