@@ -187,17 +187,8 @@ class Link(Closing):
         try:
             for event in job.after:
                 self._stream.wait(event)
-            for run in transfer.runs:
-                shift = job.offset + run.target_offset - start - run.source_offset
-                for offset, nbytes in self._source.cut(
-                    start + run.source_offset, run.nbytes
-                ):
-                    self._stream.copy(
-                        self._target.tensor(offset + shift, nbytes),
-                        memory.tensor(offset, nbytes),
-                    )
             image = Image(memory, start, self._source.cut)
-            self._unpacker.unpack(transfer.decodes, image, job.offset)
+            self._unpacker.fill(transfer, image, job.offset)
         finally:  # copies already queued still write if a later one failed
             job.load.ready = self._stream.record()
         nbytes = transfer.moved_bytes

@@ -40,6 +40,7 @@ from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .groups import Forwards, Weights
+from .host_experts import open_host_experts
 from .moved_tensors import MovedTensors
 from .readers import memory_alignment_of
 from .tiers import Tiers
@@ -131,7 +132,9 @@ def build(
             tiers.memory,
             tiers.in_place,
         )
-        routing = _routing(division, binding)
+        host_experts = open_host_experts(division, tiers, policy, fallbacks)
+        opened.callback(host_experts.close)
+        routing = _routing(division, binding, host_experts.least_tokens)
         working_set = _working_set(
             model_division, transfers, capacity, tiers, record, routing
         )
@@ -150,6 +153,7 @@ def build(
             binding,
             gatherers,
             _move_rest(model, places, device),
+            host_experts,
         )
         entry = ForwardEntry(
             open_sites,
@@ -241,7 +245,9 @@ def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[in
     ]
 
 
-def _routing(division: Division, binding: Binding) -> Routing:
+def _routing(
+    division: Division, binding: Binding, least_tokens: Mapping[int, int]
+) -> Routing:
     stacks = [
         {
             site: tuple(unit for unit in units if not binding.is_in_host(unit))
@@ -249,7 +255,8 @@ def _routing(division: Division, binding: Binding) -> Routing:
         }
         for stack in division.found.stacks
     ]
-    return Routing(stacks, [plan.stored_bytes for plan in division.layouts])
+    stored = [plan.stored_bytes for plan in division.layouts]
+    return Routing(stacks, stored, least_tokens)
 
 
 def _open_sites(

@@ -120,7 +120,7 @@ class OpenSites:
         as far as is known, and those of `site`, if it is a window."""
         routing, now = self.routing, []
         if routing.is_window(site):
-            routing.open(site)
+            routing.open(site, self._working_set.holds)
             now = [site]
         # A block and the window of its experts count as one.
         depth += bool(depth and routing)
@@ -142,7 +142,7 @@ class OpenSites:
     def _units_of(self, site: int) -> tuple[int, ...]:
         """The units to load before `site` runs, as far as is known."""
         if self.routing.is_window(site):
-            return self.routing.expected(site)
+            return self.routing.expected(site, self._working_set.holds)
         return self.sites[site].units
 
     def _release(self, units: Iterable[int], *, spoilt: bool) -> None:

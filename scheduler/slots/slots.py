@@ -40,6 +40,12 @@ class Held:
     last_read: Event | None = None
     """The event after the device work that the last reader queued."""
 
+    def cost(self, worth: int) -> int:
+        """The cost of evicting it: its bytes times its `worth` and, among equals, least
+        for the one released last. One not yet read costs more than all others."""
+        unread = 0 if self.was_read else 1 << 120
+        return unread + (self.slot.nbytes * worth << 56) - self.released_at
+
 
 class Slots:
     """The slots of an arena of `capacity` bytes, kept in address order."""

@@ -171,6 +171,10 @@ class WorkingSet:
     def is_resident(self, unit: int) -> bool:
         return unit in self._resident
 
+    def holds(self, unit: int) -> bool:
+        """Whether `unit` has a slot: it is loaded, or being loaded."""
+        return unit in self._held
+
     def stays(self, unit: int) -> bool:
         """Whether `unit` is loaded and is never evicted."""
         return unit in self._resident or (unit in self._places and unit in self._held)
@@ -249,11 +253,7 @@ class WorkingSet:
         return held.wanted_at < self._num_prefetches - 1
 
     def _cost(self, held: Held) -> int:
-        """The cost of evicting a unit: its bytes times its worth and, among equals,
-        least for the one released last. One not yet read costs more than all others."""
-        unread = 0 if held.was_read else 1 << 120
-        worth = held.slot.nbytes * self._worth(held.slot.unit)
-        return unread + (worth << 56) - held.released_at
+        return held.cost(self._worth(held.slot.unit))
 
     def _claim_and_load(self, unit: int, costs: dict[int, int]) -> Held | None:
         slot = self._places.get(unit) or self._claim(unit, costs)
