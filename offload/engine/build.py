@@ -132,7 +132,9 @@ def build(
             tiers.memory,
             tiers.in_place,
         )
-        host_experts = open_host_experts(division, tiers, policy, fallbacks)
+        host_experts = open_host_experts(
+            division, tiers, placeholders, policy, fallbacks
+        )
         opened.callback(host_experts.close)
         routing = _routing(division, binding, host_experts.least_tokens)
         working_set = _working_set(

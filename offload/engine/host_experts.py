@@ -31,25 +31,33 @@ class HostExperts(Closing):
     lends the weights of units to the CPU. Used by the thread that has the turn.
 
     `least_tokens` says which units the CPU may compute, and how many tokens have to
-    choose one so that it is loaded instead.
+    choose one so that it is loaded instead. `placeholders` stand for the weights in the
+    model, by name.
     """
 
     def __init__(
         self,
         least_tokens: Mapping[int, int],
         parameters: HostParameters | None,
+        placeholders: Mapping[str, Tensor],
         device: Device,
         pin: Callable[[Arena], Closing | None],
     ) -> None:
         self.least_tokens = least_tokens
         self._parameters = parameters
+        self._placeholders = placeholders
         self._device = device
         self._buffers = HostBuffers(pin)
 
     def parameters(self, unit: int) -> dict[str, Tensor]:
-        """The weights of `unit` in host memory, by name, until the next call."""
+        """The weights of `unit` in host memory, by name, until the next call. Their
+        `requires_grad` is as on the device; see `Binding`."""
         assert self._parameters is not None, "there are units that it computes"
-        return self._parameters.of(unit)
+        found, records = self._parameters.of(unit), torch.is_grad_enabled()
+        for name, tensor in found.items():
+            wants = self._placeholders[name].requires_grad
+            tensor.requires_grad_(wants and not records)
+        return found
 
     @contextmanager
     def sent(self, states: Tensor) -> Iterator[Callable[[], Tensor]]:
@@ -108,7 +116,11 @@ class HostExperts(Closing):
 
 
 def open_host_experts(
-    division: Division, tiers: Tiers, policy: Policy, fallbacks: Fallbacks
+    division: Division,
+    tiers: Tiers,
+    placeholders: Mapping[str, Tensor],
+    policy: Policy,
+    fallbacks: Fallbacks,
 ) -> HostExperts:
     """What computes experts on the CPU. It is announced if the policy asks for that in
     vain."""
@@ -120,7 +132,7 @@ def open_host_experts(
         kernels = kernels_for(division.layouts, policy.io, fallbacks)
         kept = tiers.kept
         parameters = HostParameters(tiers.host, kept.layouts, kept.transfers, kernels)
-    return HostExperts(least, parameters, tiers.device, tiers.pin)
+    return HostExperts(least, parameters, placeholders, tiers.device, tiers.pin)
 
 
 def least_tokens(
