@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import penstock
 from penstock import Policy
 from penstock.io.errors import DoesNotFitError
-from penstock.offload.engine.routed_experts import _Call, _Pairs
+from penstock.offload.engine.expert_pairs import ExpertCall, ExpertPairs
 from penstock.offload.model import engine_of
 from shares import shared
 
@@ -96,7 +96,7 @@ def test_rows_of_an_expert_are_in_the_order_of_transformers() -> None:
     """Its sort is not stable, and a row's place among others can change its bits."""
     choices = torch.randint(0, 4, (300, 2), generator=torch.Generator().manual_seed(0))
     states, weights = torch.zeros(300, 8), torch.ones(300, 2)
-    pairs = _Pairs.of(_Call(states, choices, weights, "sum"), 4)
+    pairs = ExpertPairs.of(ExpertCall(states, choices, weights, "sum"), 4)
     assert torch.equal(pairs.places, torch.sort(choices.reshape(-1))[1])
 
 
