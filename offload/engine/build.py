@@ -33,6 +33,7 @@ from ..units.arrangement import arrange
 from ..units.capacity import missing_overlap
 from ..units.division import Division
 from ..units.expert_probe import experts_kept_whole
+from ..units.placing import loaded_from
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
@@ -104,7 +105,13 @@ def build(
         checkpoint,
         division.layouts,
         transfers,
-        arranged.placement,
+        loaded_from(
+            division,
+            arranged.placement,
+            policy,
+            arranged.images,
+            is_host=device.is_host,
+        ),
         device,
         capacity,
         policy,
@@ -234,11 +241,8 @@ def _working_set(
 
 
 def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
-    """The units that stay on the device for good.
-
-    Where all weights come from disk, no experts do: those that are used most stay, as
-    long as they are.
-    """
+    """The units that stay on the device for good. Where all weights come from disk, no
+    experts do: those that are used most stay, as long as they are."""
     only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
     return [
         index

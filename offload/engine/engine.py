@@ -222,7 +222,7 @@ class Engine:
         by_tier = bytes_by_tier(
             self.model_division.units,
             self.recipes,
-            self._tiers.placement,
+            self.arrangement.placement,
             working_set.resident_units,
         )
         gatherers = self._weights.gatherers.values()

@@ -46,8 +46,8 @@ from .readers import open_gds, open_reader
 
 
 class Tiers(Closing):
-    """Keeps each unit of `layouts` in the tier that `placement` says, and loads units
-    into slots of `memory`. If the constructor raises, nothing stays open."""
+    """Keeps each unit of `layouts` in the tier that `placement` says, and loads it from
+    there into slots of `memory`. If the constructor raises, nothing stays open."""
 
     def __init__(
         self,

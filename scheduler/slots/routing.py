@@ -137,6 +137,11 @@ class Routing:
         """Whether a piece of the open window is computed on the host."""
         return unit in self._on_host
 
+    def hottest_on_host(self) -> tuple[int, ...]:
+        """The piece of the open window that is used most among those that are computed
+        on the host: it had better have a slot."""
+        return tuple(sorted(self._on_host, key=lambda u: (-self._worth[u], u))[:1])
+
     def use_on_host(self, unit: int, num_experts: int, num_tokens: int) -> None:
         """The host computes so many experts of a piece of the open window, for so many
         tokens."""

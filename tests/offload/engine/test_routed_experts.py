@@ -143,19 +143,60 @@ def test_only_chosen_experts_are_loaded(
     assert found.expert_bytes_loaded < num_layers * len(passes) * 16 * each
 
 
-def test_experts_that_are_used_most_stay(tmp_path: Path) -> None:
-    """The same prompt again finds its experts there."""
+@pytest.mark.parametrize("tier", ["disk", "host"])
+def test_experts_that_are_used_most_stay(tmp_path: Path, tier: str) -> None:
+    """The same prompt again finds its experts there, wherever they come from; after a
+    while another one does, too."""
     whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
-    (batch,) = batches(1, 1, 2)
-    with streamed(folder, 2 * layer_bytes(whole)) as model, torch.inference_mode():
-        for _ in range(3):
-            model(**batch)
-        before = penstock.statistics(model)
-        model(**batch)
-        after = penstock.statistics(model)
-    assert after.expert_bytes_touched > before.expert_bytes_touched
-    assert after.expert_bytes_loaded == before.expert_bytes_loaded
-    assert after.expert_hit_rate > before.expert_hit_rate
+    num_bytes = 3 * layer_bytes(whole) // 2
+    whole.set_experts_implementation("grouped_mm")
+    with streamed(folder, num_bytes, lookahead=0, **TIERS[tier]) as model:
+        division = engine_of(model).model_division
+        placement = engine_of(model).arrangement.placement
+        stay = [
+            u for u, t in zip(division.units, placement, strict=True) if t == "device"
+        ]
+        assert any(unit.experts for unit in stay), "as plans count them"
+        for batch in batches(2, 1, 2):
+            for _ in range(8):
+                with torch.inference_mode():
+                    assert torch.equal(model(**batch).logits, whole(**batch).logits)
+            before = penstock.statistics(model)
+            with torch.inference_mode():
+                model(**batch)
+            after = penstock.statistics(model)
+            assert after.expert_bytes_touched > before.expert_bytes_touched
+            assert after.expert_bytes_loaded == before.expert_bytes_loaded
+            assert after.expert_hit_rate > before.expert_hit_rate
+
+
+@pytest.mark.parametrize(
+    ("values", "num"),
+    [
+        ({}, 16),
+        ({"host_memory": "2200KiB"}, 9),
+        ({"placement": {r"layers\.0\..*experts": "device", "experts": "host"}}, 0),
+    ],
+)
+def test_experts_come_from_host_memory_as_far_as_it_has_room(
+    tmp_path: Path, values: dict[str, Any], num: int
+) -> None:
+    """Those that the plan counts for the device, unless a rule puts them there."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    sizes = {"device_memory": 3 * layer_bytes(whole) // 2, "lookahead": 0}
+    policy = Policy(**{**SMALL, **TIERS["host"], **sizes, **values})
+    with penstock.load(folder, policy) as model:
+        engine = engine_of(model)
+        placed, loaded = engine.arrangement.placement, engine._tiers.placement
+        units = engine.model_division.units
+        assert penstock.statistics(model).bytes_by_tier["device"]
+        assert engine.arrangement.division.found.stacks
+        moved = [u for u, a, b in zip(units, placed, loaded, strict=True) if a != b]
+        assert all(unit.experts for unit in moved)
+        assert len(moved) == num
+        tiers = engine._tiers
+        assert tiers.host is not None
+        assert tiers.host.memory.nbytes <= (policy.host_memory or 0)
 
 
 class Failing(nn.Module):

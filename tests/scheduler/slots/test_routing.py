@@ -153,3 +153,17 @@ def test_what_the_host_computes_is_counted() -> None:
     assert found.expected(2) == ()
     found.open(1)
     assert not found.is_on_host(10)
+
+
+def test_the_hottest_on_the_host_had_better_have_a_slot() -> None:
+    found = with_host()
+    for _ in range(3):
+        run(found, {1: (11, 13)})
+    ask(found, FIRST)
+    assert found.hottest_on_host() == (11,)
+    found.open(1)
+    assert found.hottest_on_host() == (11,)
+    found.open(1, {11}.__contains__)
+    assert found.hottest_on_host() == (13,)
+    found.open(4)
+    assert found.hottest_on_host() == ()
