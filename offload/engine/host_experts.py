@@ -48,6 +48,8 @@ class HostExperts(Closing):
         self._placeholders = placeholders
         self._device = device
         self._buffers = HostBuffers(pin)
+        self._returned: Event | None = None
+        """Passes when the last copy to the device is done."""
 
     def parameters(self, unit: int) -> dict[str, Tensor]:
         """The weights of `unit` in host memory, by name, until the next call. Their
@@ -78,16 +80,17 @@ class HostExperts(Closing):
             yield arrived
 
     def back(self, made: Sequence[Tensor]) -> Tensor:
-        """Copies what the CPU has made, one behind the other, to the device. Call it
-        after the last `sent` has arrived: the copies before have left their buffers
-        then, as all are in one stream."""
+        """Copies what the CPU has made, one behind the other, to the device."""
         compute = self._device.compute
         shape = (sum(len(each) for each in made), *made[0].shape[1:])
         there = torch.empty(shape, dtype=made[0].dtype, device=self._device.name)
         with self._lent(there) as (here, used):
+            if self._returned is not None:  # from the same buffer, most likely
+                self._returned.wait()
             torch.cat(list(made), out=here)
             compute.copy(there, here)
-            used.append(compute.record())
+            self._returned = compute.record()
+            used.append(self._returned)
         return there
 
     def close(self) -> None:
