@@ -82,6 +82,20 @@ class HostTier(Closing):
         there.update((u, size) for u, size in sizes.items() if u in self.offsets)
         return grown_bytes(self.memory.nbytes, self._rooms, there)
 
+    def loader(self) -> Loader:
+        """A loader into this memory, for a unit that gets another's place."""
+        return self._loader_into(self.memory)
+
+    def has_room_for(self, new: int, old: int) -> bool:
+        """Whether the unit `new` fits into the place of `old`."""
+        is_there = old not in self.moved and new not in self.offsets
+        return is_there and self._layouts[new].nbytes <= self._rooms[old]
+
+    def give_place(self, old: int, new: int) -> None:
+        """Gives the place of the unit `old` to `new`, which is to be read into it."""
+        self.offsets[new] = self.offsets.pop(old)
+        self._rooms[new] = self._rooms.pop(old)
+
     def load_again(self, units: Sequence[int]) -> None:
         """Reads `units` again after their files changed.
 

@@ -146,6 +146,10 @@ class Link(Closing):
         self._ask_ahead()
         return load
 
+    def mark(self) -> Event:
+        """An event that passes when all copies queued so far are done."""
+        return self._stream.record()
+
     def statistics(self) -> LinkStatistics:
         return self._statistics
 

@@ -41,6 +41,7 @@ from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .groups import Forwards, Weights
+from .host_cache import HostCache
 from .host_experts import open_host_experts
 from .moved_tensors import MovedTensors
 from .readers import memory_alignment_of
@@ -162,7 +163,7 @@ def build(
             binding,
             gatherers,
             _move_rest(model, places, device),
-            host_experts,
+            HostCache(tiers, working_set, routing, host_experts, policy),
         )
         entry = ForwardEntry(
             open_sites,

@@ -70,6 +70,9 @@ class Statistics(SweepCounters):
     """How often the CPU computed an expert for the tokens of a micro-batch."""
     host_expert_tokens: int = counter(Rule.SUM)
     """Tokens of these calls. A token counts for each of its experts."""
+    host_experts_exchanged: int = counter(Rule.SUM)
+    """Experts, or groups of them that are loaded together, that have taken the place of
+    less used ones in host memory."""
     faults: Mapping[str, int] = counter(Rule.SUM, dict)
     """How often each weight was used outside the forward of its module, by name."""
     fallbacks: tuple[str, ...] = counter(Rule.EACH, ())
@@ -97,6 +100,7 @@ def expert_counters(routing: Routing) -> dict[str, int]:
         "host_expert_bytes": on_host.nbytes,
         "host_expert_calls": on_host.num_calls,
         "host_expert_tokens": on_host.num_tokens,
+        "host_experts_exchanged": on_host.num_exchanged,
     }
 
 

@@ -99,7 +99,7 @@ class Engine:
             self._working_set,
             self._binding,
             self._in_place,
-            self._weights.host_experts,
+            self._weights.host_cache,
         )
         self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
@@ -256,7 +256,7 @@ class Engine:
     def closers(self) -> Sequence[Callable[[], None]]:
         """Functions that close all parts that do not refer to the model, in order."""
         kv = () if self._kv is None else (self._kv.close,)
-        own = (self._working_set.close, self._weights.host_experts.close)
+        own = (self._working_set.close, self._weights.host_cache.close)
         return (*kv, *own, self._tiers.close, give_freed_back)
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ class Engine:
             *([] if self._experts is None else [self._experts.close]),
             *([] if self._compilation is None else [self._compilation.stop]),
             self._working_set.close,
-            self._weights.host_experts.close,
+            self._weights.host_cache.close,
             *(gatherer.close for gatherer in gatherers),
             self._binding.unbind_all,
             self._weights.moved.close,

@@ -4,7 +4,7 @@ The hidden states of the tokens that chose an expert move to host memory and bac
 few tokens chose it, they have fewer bytes than its weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,26 +30,38 @@ class HostExperts(Closing):
     """Moves hidden states between `device` and the CPU, through pinned buffers, and
     lends the weights of units to the CPU. Used by the thread that has the turn.
 
-    `least_tokens` says which units the CPU may compute, and how many tokens have to
-    choose one so that it is loaded instead. `placeholders` stand for the weights in the
-    model, by name.
+    `all_tokens` says which units the CPU may compute while they are in host memory, and
+    how many tokens have to choose one so that it is loaded instead. Those that are
+    `there` are in `least_tokens`. `placeholders` stand for the weights in the model, by
+    name.
     """
 
     def __init__(
         self,
-        least_tokens: Mapping[int, int],
+        all_tokens: Mapping[int, int],
+        there: Iterable[int],
         parameters: HostParameters | None,
         placeholders: Mapping[str, Tensor],
         device: Device,
         pin: Callable[[Arena], Closing | None],
     ) -> None:
-        self.least_tokens = least_tokens
+        self._all_tokens = all_tokens
+        self.least_tokens = {unit: all_tokens[unit] for unit in there}
         self._parameters = parameters
         self._placeholders = placeholders
         self._device = device
         self._buffers = HostBuffers(pin)
         self._returned: Event | None = None
         """Passes when the last copy to the device is done."""
+
+    def forget(self, unit: int) -> None:
+        """A unit is in host memory no more."""
+        self.least_tokens.pop(unit, None)
+
+    def remember(self, unit: int) -> None:
+        """A unit has come to host memory."""
+        if unit in self._all_tokens:
+            self.least_tokens[unit] = self._all_tokens[unit]
 
     def parameters(self, unit: int) -> dict[str, Tensor]:
         """The weights of `unit` in host memory, by name, until the next call. Their
@@ -127,20 +139,19 @@ def open_host_experts(
 ) -> HostExperts:
     """What computes experts on the CPU. It is announced if the policy asks for that in
     vain."""
-    least = least_tokens(division.found, tiers.placement, policy)
-    fallbacks.announce(why_none(division.found, tiers.placement, policy))
+    tokens = least_tokens(division.found, policy)
+    there = [unit for unit in tokens if tiers.placement[unit] == Tier.HOST]
+    fallbacks.announce(why_none(division.found, there, policy))
     parameters = None
-    if least:
+    if there:
         assert tiers.host is not None, "units are placed there"
         kernels = kernels_for(division.layouts, policy.io, fallbacks)
         kept = tiers.kept
         parameters = HostParameters(tiers.host, kept.layouts, kept.transfers, kernels)
-    return HostExperts(least, parameters, placeholders, tiers.device, tiers.pin)
+    return HostExperts(tokens, there, parameters, placeholders, tiers.device, tiers.pin)
 
 
-def least_tokens(
-    found: ModelDivision, placement: Sequence[str], policy: Policy
-) -> dict[int, int]:
+def least_tokens(found: ModelDivision, policy: Policy) -> dict[int, int]:
     """How many tokens have to choose a unit of experts, so that it is loaded: of those
     units that the CPU may compute where they lie. Pure."""
     if isinstance(policy.experts, str) or policy.device == "cpu":
@@ -153,17 +164,16 @@ def least_tokens(
         for unit in units
     }
     return {
-        unit: policy.experts * (high - low)
-        for unit, (low, high) in _ranges(found)
-        if unit in able and placement[unit] == Tier.HOST
+        index: policy.experts * (unit.experts[1] - unit.experts[0])
+        for index, unit in enumerate(found.units)
+        if unit.experts is not None and index in able
     }
 
 
-def why_none(
-    found: ModelDivision, placement: Sequence[str], policy: Policy
-) -> str | None:
+def why_none(found: ModelDivision, there: Sequence[int], policy: Policy) -> str | None:
     """Why `experts` of the policy has no effect on a model that is divided so; None if
-    it has, or if `without_effect` says it. Pure."""
+    it has, or if `without_effect` says it. The units that are `there` lie in host
+    memory. Pure."""
     asked = policy.experts
     if asked == "device" or policy.device == "cpu" or policy.host_memory is None:
         return None
@@ -179,15 +189,9 @@ def why_none(
             "by one (it has none, all of it fits into device_memory, or they are of a "
             "kind that is not divided)"
         )
-    if not least_tokens(found, placement, policy):
+    if not there:
         return (
             f"experts: {asked} has no effect: no experts lie in host memory; raise "
             "host_memory, or name them in placement"
         )
     return None
-
-
-def _ranges(found: ModelDivision) -> list[tuple[int, tuple[int, int]]]:
-    """The units of experts, and the range of experts of each."""
-    units = enumerate(found.units)
-    return [(index, unit.experts) for index, unit in units if unit.experts is not None]

@@ -24,7 +24,7 @@ from ..weights.binding import Binding
 from ..weights.placeholder import is_away
 from .dense_experts import DenseExperts
 from .expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
-from .host_experts import HostExperts
+from .host_cache import HostCache
 
 Tensor = torch.Tensor
 Piece = tuple[int, int, int]
@@ -37,7 +37,8 @@ class RoutedExperts(Closing):
     whose weights are placeholders: they are loaded on the spot, as a fault.
 
     `in_place` are the offsets of the units that are used where they lie, in host
-    memory. On an accelerator, `host` lets the CPU compute some of the others there."""
+    memory. `cache` chooses which of the others lie there, and lets the CPU compute some
+    of them beside an accelerator."""
 
     def __init__(
         self,
@@ -47,14 +48,14 @@ class RoutedExperts(Closing):
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
-        host: HostExperts,
+        cache: HostCache,
     ) -> None:
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
             parts = divided, own, units, entry, working_set, binding, in_place
             is_dense = divided.stack.is_dense
-            run = DenseExperts(*parts) if is_dense else _Stack(*parts, host)
+            run = DenseExperts(*parts) if is_dense else _Stack(*parts, cache)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -90,7 +91,7 @@ class _Stack:
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
-        host: HostExperts,
+        cache: HostCache,
     ) -> None:
         stack = divided.stack
         self._own: Any = own
@@ -107,7 +108,9 @@ class _Stack:
         self._working_set = working_set
         self._binding = binding
         self._in_place = in_place
-        self._host = host
+        self._cache = cache
+        self._host = cache.experts
+        self._pieces = [unit for _, pieces in divided.windows for unit in pieces]
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,6 +147,7 @@ class _Stack:
             while asked:  # dicts keep their order
                 site = next(iter(asked))
                 with self._open(site):
+                    self._cache.step(self._pieces, self._entry.num_passes)
                     window = self._window(piece, needs[site], call, pairs)
                     for low, high, made in window:
                         output.add(low, high, made)

@@ -63,7 +63,7 @@ class Tiers(Closing):
         images: Sequence[StoredImage] | None = None,
     ) -> None:
         self.device = device
-        self.placement = placement
+        self.placement = list(placement)
         self.links: list[Link] = []
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []

@@ -139,6 +139,7 @@ def make_report(
         "host_expert_bytes": statistics.host_expert_bytes,
         "host_expert_calls": statistics.host_expert_calls,
         "host_expert_tokens": statistics.host_expert_tokens,
+        "host_experts_exchanged": statistics.host_experts_exchanged,
         "wait_seconds": statistics.wait_seconds,
         "compute_seconds": statistics.compute_seconds,
         "peak_device_bytes": statistics.peak_device_bytes,

@@ -10,7 +10,7 @@ micro-batches that wait for it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ALWAYS = 256
@@ -40,6 +40,8 @@ class HostCounts:
     """Tokens of these calls; a token counts for each of its experts."""
     nbytes: int = 0
     """Stored bytes that were not loaded: once each time that a window is open."""
+    num_exchanged: int = 0
+    """Units that have taken another's place in host memory."""
 
 
 class Routing:
@@ -55,7 +57,7 @@ class Routing:
     ) -> None:
         self._stacks = stacks
         self._nbytes = nbytes
-        self._least_tokens = least_tokens or {}
+        self._least_tokens = {} if least_tokens is None else least_tokens
         self._stack_of = {site: i for i, stack in enumerate(stacks) for site in stack}
         self._asked: dict[int, Counter[int]] = {}
         """How many micro-batches need each piece of a window, by site. Windows that
@@ -165,6 +167,19 @@ class Routing:
     def worth(self, unit: int) -> int:
         """How often a unit is used: 1 (hardly) to `ALWAYS` (in each pass)."""
         return self._worth.get(unit, ALWAYS)
+
+    def exchange(
+        self, inside: Iterable[int], outside: Iterable[int]
+    ) -> tuple[int, int] | None:
+        """Which unit `inside` of a faster memory is to give its place to which one
+        `outside`: the least used to the most used, if that is worth so much more that
+        reading it pays."""
+        old = min(inside, key=lambda unit: (self._worth[unit], unit), default=None)
+        new = min(outside, key=lambda unit: (-self._worth[unit], unit), default=None)
+        if old is None or new is None:
+            return None
+        least = 2 * self._worth[old] + ALWAYS // _DECAY
+        return (old, new) if self._worth[new] >= least else None
 
     def _stay_out(self, site: int, holds: Holds) -> frozenset[int]:
         """The chosen pieces of a window that are not worth loading: too few tokens

@@ -193,6 +193,31 @@ def test_experts_that_are_used_most_get_slots(simgpu: SimGpu, tmp_path: Path) ->
     assert found["bytes"] == 0
 
 
+@pytest.mark.parametrize("experts", ["device", 3])
+def test_experts_that_come_to_host_memory_give_the_same_bits(
+    simgpu: SimGpu, tmp_path: Path, experts: str | int
+) -> None:
+    """A place is written to once its copies are done, and read from once it is read;
+    whatever step that is at, the model may be closed."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    few = policy(432 << 10, experts=experts, lookahead=0, host_memory="800KiB")
+    prompts = batches(2, 1, 2)
+    with torch.inference_mode():
+        wanted = [whole(**batch).logits for batch in prompts]
+    found = 0
+    for num in (5, 24):
+        with penstock.load(folder, few) as model, torch.inference_mode():
+            for seed in range(num):
+                simgpu.schedule(seed, held_seconds=0.001)
+                turn = seed // 12 % 2
+                logits = model(**on_device(prompts[turn], GPU)).logits
+                assert torch.equal(logits.cpu(), wanted[turn])
+            statistics = penstock.statistics(model)
+            found = statistics.host_experts_exchanged
+            assert bool(statistics.host_expert_calls) == (experts != "device")
+    assert found > 3
+
+
 class Failing(torch.nn.Module):
     """An activation that fails on the CPU, in its call number `at`."""
 

@@ -167,3 +167,21 @@ def test_the_hottest_on_the_host_had_better_have_a_slot() -> None:
     assert found.hottest_on_host() == (13,)
     found.open(4)
     assert found.hottest_on_host() == ()
+
+
+def test_the_most_used_takes_the_place_of_the_least_used() -> None:
+    """If it is used much more: twice as often, and in one pass of eight."""
+    found = routing()
+    inside, outside = (10, 11, 14), (12, 13, 15)
+    assert found.exchange(inside, outside) is None, "all are worth as much at first"
+    for _ in range(30):
+        run(found, {1: (10, 13), 2: (15,)})
+    assert found.exchange(inside, outside) == (11, 13)
+    assert found.exchange((10,), outside) is None
+    assert found.exchange(inside, (12,)) is None
+    assert found.exchange((), outside) is None
+    assert found.exchange(inside, ()) is None
+    for _ in range(30):
+        run(found, {1: (10,), 2: (16,)})
+    run(found, {1: (12,), 2: (16,)})
+    assert found.exchange((11,), (12,)) is None, "once is not often"
