@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
-from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.event import Event
 from ...io.fallbacks import Fallbacks
@@ -43,7 +42,7 @@ from .engine import Engine
 from .groups import Forwards, Weights
 from .host_cache import HostCache
 from .host_experts import open_host_experts
-from .moved_tensors import MovedTensors
+from .moved_tensors import move_rest
 from .readers import memory_alignment_of
 from .tiers import Tiers
 
@@ -162,7 +161,7 @@ def build(
             working_set,
             binding,
             gatherers,
-            _move_rest(model, places, device),
+            move_rest(model, places, device),
             HostCache(tiers, working_set, routing, host_experts, policy),
         )
         entry = ForwardEntry(
@@ -196,19 +195,6 @@ def build(
         engine.start()
         opened.pop_all()
     return engine
-
-
-def _move_rest(
-    model: nn.Module, places: Mapping[str, list[ParameterRef]], device: Device
-) -> MovedTensors:
-    """Moves the tensors of `model` that are not streamed to `device`."""
-    names = {id(module): name for name, module in model.named_modules()}
-    streamed = frozenset(
-        f"{names[id(place.module)]}.{place.key}".lstrip(".")
-        for where in places.values()
-        for place in where
-    )
-    return MovedTensors(model, torch.device(device.name), streamed)
 
 
 def _working_set(

@@ -19,8 +19,8 @@ from ...io.tier import Tier
 from ...io.weights.host import HostParameters
 from ..policy import Policy
 from ..units.division import Division
-from ..units.sites import ModelDivision
-from .kernels import kernels_for
+from ..units.sites import DividedStack, ModelDivision
+from .readers import kernels_for
 from .tiers import Tiers
 
 Tensor = torch.Tensor
@@ -158,7 +158,7 @@ def least_tokens(found: ModelDivision, policy: Policy) -> dict[int, int]:
         return {}
     able = {
         unit
-        for divided in found.stacks
+        for divided in _routed(found)
         if not any(True for _ in divided.stack.module.buffers())  # on the device
         for _, units in divided.windows
         for unit in units
@@ -183,11 +183,11 @@ def why_none(found: ModelDivision, there: Sequence[int], policy: Policy) -> str 
             "loaded: penstock plan and jobs choose it, by the rates that penstock "
             "machine measures; or set it, such as experts: 16"
         )
-    if not found.stacks:
+    if not any(_routed(found)):
         return (
-            f"experts: {asked} has no effect: no experts of this model are loaded one "
-            "by one (it has none, all of it fits into device_memory, or they are of a "
-            "kind that is not divided)"
+            f"experts: {asked} has no effect: no experts of this model are loaded as "
+            "they are chosen (it has none, all of it fits into device_memory, or they "
+            "are of a kind that is not divided)"
         )
     if not there:
         return (
@@ -195,3 +195,8 @@ def why_none(found: ModelDivision, there: Sequence[int], policy: Policy) -> str 
             "host_memory, or name them in placement"
         )
     return None
+
+
+def _routed(found: ModelDivision) -> Iterator[DividedStack]:
+    """The stacks of which routers choose experts."""
+    return (divided for divided in found.stacks if not divided.stack.is_dense)

@@ -41,8 +41,7 @@ from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .kept import KeptUnits
-from .kernels import kernels_for
-from .readers import open_gds, open_reader
+from .readers import kernels_for, open_gds, open_reader
 
 
 class Tiers(Closing):

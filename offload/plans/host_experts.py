@@ -35,8 +35,8 @@ def choose_experts(forecast: Forecast, machine: Machine, dtype: str) -> ExpertsC
     units = set(_units(forecast))
     if not units:
         says = (
-            f"experts: {asked} has no effect: no experts are loaded one by one from "
-            "host memory"
+            f"experts: {asked} has no effect: no experts are loaded from host memory, "
+            "as they are chosen"
         )
         return ExpertsChoice("device", says)
     if asked != "host":
@@ -75,12 +75,16 @@ def _units(forecast: Forecast) -> Iterator[ExpertUnit]:
     """The units of experts that are loaded from host memory, without their names: most
     of them are alike."""
     shape, settings = forecast.shape, forecast.model.settings
-    for index, found in enumerate(forecast.arrangement.division.found.units):
-        if found.experts is not None and settings.placement[index] == Tier.HOST:
-            low, high = found.experts
+    found = forecast.arrangement.division.found
+    for divided in found.stacks:
+        for index in (unit for _, units in divided.windows for unit in units):
+            experts = found.units[index].experts
+            is_there = settings.placement[index] == Tier.HOST
+            if divided.stack.is_dense or experts is None or not is_there:
+                continue
             yield ExpertUnit(
                 replace(shape.units[index], name="", sites=()),
-                high - low,
+                experts[1] - experts[0],
                 shape.hidden * shape.itemsize,
                 shape.itemsize,
                 settings.kept_of(index),

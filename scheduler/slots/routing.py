@@ -184,6 +184,8 @@ class Routing:
     def _stay_out(self, site: int, holds: Holds) -> frozenset[int]:
         """The chosen pieces of a window that are not worth loading: too few tokens
         chose them, and they have no slot yet."""
+        if not self._least_tokens:
+            return frozenset()
         return frozenset(
             unit
             for unit in self._asked.get(site, ())

@@ -256,7 +256,7 @@ def test_no_effect_is_announced(simgpu: SimGpu, tmp_path: Path) -> None:
     tight = layer_bytes(whole)
     for values, words in (
         (policy(tight, experts="host"), "without a number of tokens"),
-        (policy(64 << 20, experts=8), "loaded one by one"),
+        (policy(64 << 20, experts=8), "loaded as they are chosen"),
         (policy(tight, experts=8, placement={"experts": "disk"}), "in host memory"),
         (policy(tight, experts=8, host_memory=None), "no weights stay in host"),
     ):

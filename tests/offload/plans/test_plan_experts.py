@@ -76,7 +76,7 @@ def test_the_number_comes_from_the_machine(tmp_path: Path) -> None:
     [
         ({"host_matmul": {}}, {}, "'a GPU' has no host_matmul rates for bfloat16"),
         ({"host_bandwidth": "10GB"}, {}, "an expert takes"),
-        ({"device_memory": "4GiB"}, {"device_memory": "2GiB"}, "one by one"),
+        ({"device_memory": "4GiB"}, {"device_memory": "2GiB"}, "as they are chosen"),
     ],
 )
 def test_where_all_are_computed_on_the_device_a_plan_says_why(
