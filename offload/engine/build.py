@@ -131,6 +131,7 @@ def build(
             for name in arranged.gathered
         }
         placeholders: dict[str, torch.Tensor] = {}
+        wants_grad = {name: _requires_grad(places[name][0]) for name in recipes}
         binding = Binding(
             model_division,
             transfers,
@@ -139,9 +140,7 @@ def build(
             tiers.memory,
             tiers.in_place,
         )
-        host_experts = open_host_experts(
-            division, tiers, placeholders, policy, fallbacks
-        )
+        host_experts = open_host_experts(division, tiers, wants_grad, policy, fallbacks)
         opened.callback(host_experts.close)
         routing = _routing(division, binding, host_experts.least_tokens)
         working_set = _working_set(
@@ -189,7 +188,7 @@ def build(
                 torch.device(device.name),
                 touch=partial(engine.touch, name),
                 gather=gatherer.gather if gatherer is not None else None,
-                requires_grad=_requires_grad(places[name][0]),
+                requires_grad=wants_grad[name],
             )
         binding.put_placeholders()
         engine.start()

@@ -32,8 +32,8 @@ class HostExperts(Closing):
 
     `all_tokens` says which units the CPU may compute while they are in host memory, and
     how many tokens have to choose one so that it is loaded instead. Those that are
-    `there` are in `least_tokens`. `placeholders` stand for the weights in the model, by
-    name.
+    `there` are in `least_tokens`. `wants_grad` says which weights have `requires_grad`
+    in the model, by name.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class HostExperts(Closing):
         all_tokens: Mapping[int, int],
         there: Iterable[int],
         parameters: HostParameters | None,
-        placeholders: Mapping[str, Tensor],
+        wants_grad: Mapping[str, bool],
         device: Device,
         pin: Callable[[Arena], Closing | None],
     ) -> None:
         self._all_tokens = all_tokens
         self.least_tokens = {unit: all_tokens[unit] for unit in there}
         self._parameters = parameters
-        self._placeholders = placeholders
+        self._wants_grad = wants_grad
         self._device = device
         self._buffers = HostBuffers(pin)
         self._returned: Event | None = None
@@ -69,8 +69,7 @@ class HostExperts(Closing):
         assert self._parameters is not None, "there are units that it computes"
         found, records = self._parameters.of(unit), torch.is_grad_enabled()
         for name, tensor in found.items():
-            wants = self._placeholders[name].requires_grad
-            tensor.requires_grad_(wants and not records)
+            tensor.requires_grad_(self._wants_grad[name] and not records)
         return found
 
     @contextmanager
@@ -133,7 +132,7 @@ class HostExperts(Closing):
 def open_host_experts(
     division: Division,
     tiers: Tiers,
-    placeholders: Mapping[str, Tensor],
+    wants_grad: Mapping[str, bool],
     policy: Policy,
     fallbacks: Fallbacks,
 ) -> HostExperts:
@@ -148,7 +147,7 @@ def open_host_experts(
         kernels = kernels_for(division.layouts, policy.io, fallbacks)
         kept = tiers.kept
         parameters = HostParameters(tiers.host, kept.layouts, kept.transfers, kernels)
-    return HostExperts(tokens, there, parameters, placeholders, tiers.device, tiers.pin)
+    return HostExperts(tokens, there, parameters, wants_grad, tiers.device, tiers.pin)
 
 
 def least_tokens(found: ModelDivision, policy: Policy) -> dict[int, int]:
