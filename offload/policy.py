@@ -19,6 +19,7 @@ from .settings.user_cache import user_cache
 from .settings.values import (
     AutoBytes,
     AutoCount,
+    AutoExperts,
     AutoLookahead,
     AutoOnOff,
     Bytes,
@@ -154,6 +155,13 @@ class Policy(Section):
     `host`, device memory holds only those of the micro-batch that computes and of its
     neighbours. Tensors that something else refers to (its batch, the model, another
     micro-batch, an outside variable) stay on the device."""
+    experts: AutoExperts = "device"
+    """Where experts that are loaded as routers choose them, and lie in host memory, are
+    computed if a GPU computes the rest. `device`: there. A number: experts that fewer
+    tokens chose (of all micro-batches of a sweep) are computed by the CPU where they
+    lie, and these tokens' hidden states move instead of the weights. `host`: jobs and
+    `penstock plan` choose the number, by the machine's rates. The last bits of results
+    may change, as CPU and GPU round differently."""
     kv: KvPolicy = KvPolicy()
     """Where keys and values of models that generate are kept."""
     micro_batch_tokens: AutoCount = 512

@@ -24,7 +24,7 @@ def place(
     Raises PolicyError when rules put more into a tier than its budget holds.
     """
     ruled = [
-        next((tier for rule, tier in rules.items() if _matches(rule, name)), None)
+        next((tier for rule, tier in rules.items() if matches(rule, name)), None)
         for name in names
     ]
     left = dict(budgets)
@@ -53,7 +53,7 @@ def _setting(place: str) -> str | None:
     return Tier(place).setting if place in set(Tier) else f"peer.{place}"
 
 
-def _matches(rule: str, name: str) -> bool:
+def matches(rule: str, name: str) -> bool:
     """Whether `rule` matches `name`. Raises PolicyError if that takes too long: some
     expressions need exponential time."""
     try:

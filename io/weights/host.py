@@ -5,13 +5,20 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..checkpoint.header import FileStamp
 from ..closing import Closing
+from ..codecs.kernels import Kernels
+from ..devices.device import CpuDevice
 from ..memory.arena import Arena, HostMemory, Memory
 from ..memory.shared import SharedArena
 from .filling import fill, grown_bytes, side_by_side
-from .layout import Layout
+from .layout import Layout, Placed
 from .loader import Loader
+from .source import ResidentSource
+from .transfer import Transfer
+from .unpacking import Image, Unpacker
 
 
 class HostTier(Closing):
@@ -75,6 +82,20 @@ class HostTier(Closing):
         there.update((u, size) for u, size in sizes.items() if u in self.offsets)
         return grown_bytes(self.memory.nbytes, self._rooms, there)
 
+    def loader(self) -> Loader:
+        """A loader into this memory, for a unit that gets another's place."""
+        return self._loader_into(self.memory)
+
+    def has_room_for(self, new: int, old: int) -> bool:
+        """Whether the unit `new` fits into the place of `old`."""
+        is_there = old not in self.moved and new not in self.offsets
+        return is_there and self._layouts[new].nbytes <= self._rooms[old]
+
+    def give_place(self, old: int, new: int) -> None:
+        """Gives the place of the unit `old` to `new`, which is to be read into it."""
+        self.offsets[new] = self.offsets.pop(old)
+        self._rooms[new] = self._rooms.pop(old)
+
     def load_again(self, units: Sequence[int]) -> None:
         """Reads `units` again after their files changed.
 
@@ -123,3 +144,57 @@ class HostTier(Closing):
             for plan in (self._layouts[unit] for unit in self.offsets)
         ]
         return f"{files} {units}"
+
+
+class HostParameters(Closing):
+    """The parameters of units of the tier `host`, for the CPU to compute with.
+
+    Those of a unit are views of the tier where they lie there as they are computed
+    with. Else they are made in a buffer, as `transfers` make slots: decoded, and put
+    together. `layouts` are the units as the tier holds them. For one thread at a time.
+    """
+
+    def __init__(
+        self,
+        host: HostTier,
+        layouts: Sequence[Layout],
+        transfers: Mapping[int, Transfer],
+        kernels: Kernels,
+    ) -> None:
+        self._source = ResidentSource(host.memory, host.offsets, host.moved)
+        self._layouts = layouts
+        self._transfers = transfers
+        self._kernels = kernels
+        self._buffer: Arena | None = None
+
+    def of(self, unit: int) -> dict[str, torch.Tensor]:
+        """The parameters of `unit` by name, in their own shapes and dtypes, until the
+        next call."""
+        memory, start = self._source.get(unit)
+        transfer, placed = self._transfers[unit], self._layouts[unit].tensors
+        if not placed or any(tensor.fragments for tensor in placed):
+            image = Image(memory, start, self._source.cut)
+            memory, start, placed = self._room(transfer.nbytes), 0, transfer.tensors
+            copies = CpuDevice().compute
+            with Unpacker(CpuDevice(), memory, copies, self._kernels) as unpacker:
+                unpacker.fill(transfer, image, start)
+        with torch.inference_mode(False):
+            return {each.name: _viewed(each, memory, start) for each in placed}
+
+    def close(self) -> None:
+        if self._buffer is not None:
+            self._buffer.close()
+
+    def _room(self, nbytes: int) -> Memory:
+        if self._buffer is None or self._buffer.nbytes < nbytes:
+            self.close()
+            self._buffer = Arena(nbytes)
+        return self._buffer
+
+
+def _viewed(placed: Placed, memory: Memory, start: int) -> torch.Tensor:
+    numel = torch.Size(placed.shape).numel()
+    if not numel:
+        return torch.empty(placed.shape, dtype=placed.dtype, device="cpu")
+    stored = memory.tensor(start + placed.offset, numel * placed.dtype.itemsize)
+    return stored.view(placed.dtype).view(placed.shape)

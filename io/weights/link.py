@@ -146,6 +146,10 @@ class Link(Closing):
         self._ask_ahead()
         return load
 
+    def mark(self) -> Event:
+        """An event that passes when all copies queued so far are done."""
+        return self._stream.record()
+
     def statistics(self) -> LinkStatistics:
         return self._statistics
 
@@ -187,17 +191,8 @@ class Link(Closing):
         try:
             for event in job.after:
                 self._stream.wait(event)
-            for run in transfer.runs:
-                shift = job.offset + run.target_offset - start - run.source_offset
-                for offset, nbytes in self._source.cut(
-                    start + run.source_offset, run.nbytes
-                ):
-                    self._stream.copy(
-                        self._target.tensor(offset + shift, nbytes),
-                        memory.tensor(offset, nbytes),
-                    )
             image = Image(memory, start, self._source.cut)
-            self._unpacker.unpack(transfer.decodes, image, job.offset)
+            self._unpacker.fill(transfer, image, job.offset)
         finally:  # copies already queued still write if a later one failed
             job.load.ready = self._stream.record()
         nbytes = transfer.moved_bytes

@@ -16,6 +16,7 @@ from ..memory.arena import Memory
 from .decoding import parts_of
 from .recipe import Recipe
 from .steps import Decode, Input, raw_extent
+from .transfer import Transfer
 
 _MOST_BYTES = 4 << 20
 """Bytes of a half of the scratch, unless what cannot be cut has more."""
@@ -41,7 +42,7 @@ class Image:
 
 
 class Unpacker(Closing):
-    """Decodes into `target`, memory of `device`, what `copies` brings there.
+    """Makes slots in `target`, memory of `device`, of what `copies` brings there.
 
     Where the device is the host, decodes read the image where it lies. Otherwise its
     bytes are copied to one half of a scratch, while those in the other half are
@@ -64,17 +65,26 @@ class Unpacker(Closing):
     def _stream(self) -> Stream:
         return self._device.stream()
 
-    def unpack(self, decodes: Sequence[Decode], image: Image, slot: int) -> None:
-        """Makes the parameters of `decodes` in the slot at the offset `slot` of the
-        target, from `image`.
+    def fill(self, transfer: Transfer, image: Image, slot: int) -> None:
+        """Makes the slot at the offset `slot` of the target from `image`, as `transfer`
+        says: copies what lies as it is used, and decodes the rest.
 
-        This begins after the copies so far; later copies begin when it is done.
+        Decodes begin after the copies so far; later copies begin when they are done.
         """
-        if not decodes:
+        ahead = slot - image.start
+        for run in transfer.runs:
+            shift = ahead + run.target_offset - run.source_offset
+            start = image.start + run.source_offset
+            for offset, nbytes in image.cut(start, run.nbytes):
+                self._copies.copy(
+                    self._target.tensor(offset + shift, nbytes),
+                    image.memory.tensor(offset, nbytes),
+                )
+        if not transfer.decodes:
             return
         self._stream.wait(self._copies.record())
         try:
-            self._unpack(decodes, image, slot)
+            self._unpack(transfer.decodes, image, slot)
         finally:
             self._copies.wait(self._stream.record())
 

@@ -7,6 +7,8 @@ Engine           owns the parts; close() ends them, Life does if it is dropped
   SiteHooks      forward hooks on the model's modules, which call
     ForwardEntry   (scheduler) lets a forward in once its weights are loaded
   RoutedExperts  the forward of stacked experts, piece by piece
+    HostCache      keeps those in host memory that are used most
+    HostExperts    lets the CPU compute some of them there, beside an accelerator
   Tiers          where weights are kept, and how they get into slots
     open_reader()  the reader of files that the policy asks for
   Sweeps         all sweeps over the model, and their counters

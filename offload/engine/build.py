@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
-from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.event import Event
 from ...io.fallbacks import Fallbacks
@@ -33,6 +32,7 @@ from ..units.arrangement import arrange
 from ..units.capacity import missing_overlap
 from ..units.division import Division
 from ..units.expert_probe import experts_kept_whole
+from ..units.placing import loaded_from
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision, ParameterRef
 from ..weights.binding import Binding
@@ -40,7 +40,9 @@ from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
 from .groups import Forwards, Weights
-from .moved_tensors import MovedTensors
+from .host_cache import HostCache
+from .host_experts import open_host_experts
+from .moved_tensors import move_rest
 from .readers import memory_alignment_of
 from .tiers import Tiers
 
@@ -103,7 +105,13 @@ def build(
         checkpoint,
         division.layouts,
         transfers,
-        arranged.placement,
+        loaded_from(
+            division,
+            arranged.placement,
+            policy,
+            arranged.images,
+            is_host=device.is_host,
+        ),
         device,
         capacity,
         policy,
@@ -123,6 +131,7 @@ def build(
             for name in arranged.gathered
         }
         placeholders: dict[str, torch.Tensor] = {}
+        wants_grad = {name: _requires_grad(places[name][0]) for name in recipes}
         binding = Binding(
             model_division,
             transfers,
@@ -131,7 +140,9 @@ def build(
             tiers.memory,
             tiers.in_place,
         )
-        routing = _routing(division, binding)
+        host_experts = open_host_experts(division, tiers, wants_grad, policy, fallbacks)
+        opened.callback(host_experts.close)
+        routing = _routing(division, binding, host_experts.least_tokens)
         working_set = _working_set(
             model_division, transfers, capacity, tiers, record, routing
         )
@@ -149,7 +160,8 @@ def build(
             working_set,
             binding,
             gatherers,
-            _move_rest(model, places, device),
+            move_rest(model, places, device),
+            HostCache(tiers, working_set, routing, host_experts, policy),
         )
         entry = ForwardEntry(
             open_sites,
@@ -176,25 +188,12 @@ def build(
                 torch.device(device.name),
                 touch=partial(engine.touch, name),
                 gather=gatherer.gather if gatherer is not None else None,
-                requires_grad=_requires_grad(places[name][0]),
+                requires_grad=wants_grad[name],
             )
         binding.put_placeholders()
         engine.start()
         opened.pop_all()
     return engine
-
-
-def _move_rest(
-    model: nn.Module, places: Mapping[str, list[ParameterRef]], device: Device
-) -> MovedTensors:
-    """Moves the tensors of `model` that are not streamed to `device`."""
-    names = {id(module): name for name, module in model.named_modules()}
-    streamed = frozenset(
-        f"{names[id(place.module)]}.{place.key}".lstrip(".")
-        for where in places.values()
-        for place in where
-    )
-    return MovedTensors(model, torch.device(device.name), streamed)
 
 
 def _working_set(
@@ -228,11 +227,8 @@ def _working_set(
 
 
 def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
-    """The units that stay on the device for good.
-
-    Where all weights come from disk, no experts do: those that are used most stay, as
-    long as they are.
-    """
+    """The units that stay on the device for good. Where all weights come from disk, no
+    experts do: those that are used most stay, as long as they are."""
     only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
     return [
         index
@@ -241,7 +237,9 @@ def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[in
     ]
 
 
-def _routing(division: Division, binding: Binding) -> Routing:
+def _routing(
+    division: Division, binding: Binding, least_tokens: Mapping[int, int]
+) -> Routing:
     stacks = [
         {
             site: tuple(unit for unit in units if not binding.is_in_host(unit))
@@ -249,7 +247,8 @@ def _routing(division: Division, binding: Binding) -> Routing:
         }
         for stack in division.found.stacks
     ]
-    return Routing(stacks, [plan.stored_bytes for plan in division.layouts])
+    stored = [plan.stored_bytes for plan in division.layouts]
+    return Routing(stacks, stored, least_tokens)
 
 
 def _open_sites(

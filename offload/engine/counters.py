@@ -8,6 +8,7 @@ from ...io.kv.count import KvStatistics
 from ...io.merging import Rule, counter
 from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
+from ...scheduler.slots.routing import Routing
 from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
 from ..units.experts import bytes_of
@@ -56,10 +57,22 @@ class Statistics(SweepCounters):
     num_unused_loads: int = counter(Rule.SUM)
     """Units that were loaded ahead and evicted before anything read them."""
     expert_bytes_touched: int = counter(Rule.SUM)
-    """Checkpoint bytes of experts that were computed with, in models whose experts are
-    loaded as they are chosen: counted once for all micro-batches of a layer."""
+    """Checkpoint bytes of experts that the device computed with, in models whose
+    experts are loaded as they are chosen: counted once for all micro-batches of a
+    layer."""
     expert_bytes_loaded: int = counter(Rule.SUM)
     """Checkpoint bytes of experts that were loaded."""
+    host_expert_bytes: int = counter(Rule.SUM)
+    """Checkpoint bytes of experts that were not loaded, since the CPU computed them
+    where they lie (`experts` in the policy): counted once for all micro-batches of a
+    layer."""
+    host_expert_calls: int = counter(Rule.SUM)
+    """How often the CPU computed an expert for the tokens of a micro-batch."""
+    host_expert_tokens: int = counter(Rule.SUM)
+    """Tokens of these calls. A token counts for each of its experts."""
+    host_experts_exchanged: int = counter(Rule.SUM)
+    """Experts, or groups of them that are loaded together, that have taken the place of
+    less used ones in host memory."""
     faults: Mapping[str, int] = counter(Rule.SUM, dict)
     """How often each weight was used outside the forward of its module, by name."""
     fallbacks: tuple[str, ...] = counter(Rule.EACH, ())
@@ -76,6 +89,19 @@ class Statistics(SweepCounters):
     def rows_per_joint_call(self) -> float:
         """The mean number of rows of a joint call; 0 if there was none."""
         return self.num_joint_rows / max(1, self.num_joint_calls)
+
+
+def expert_counters(routing: Routing) -> dict[str, int]:
+    """The counters of experts, by their names in `Statistics`."""
+    on_host = routing.on_host
+    return {
+        "expert_bytes_touched": routing.touched_bytes,
+        "expert_bytes_loaded": routing.loaded_bytes,
+        "host_expert_bytes": on_host.nbytes,
+        "host_expert_calls": on_host.num_calls,
+        "host_expert_tokens": on_host.num_tokens,
+        "host_experts_exchanged": on_host.num_exchanged,
+    }
 
 
 def bytes_by_codec(recipes: Iterable[Recipe]) -> dict[str, int]:

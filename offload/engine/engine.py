@@ -21,7 +21,7 @@ from ...scheduler.sweep.sweep import Sweep
 from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
-from .counters import Statistics, bytes_by_codec, bytes_by_tier
+from .counters import Statistics, bytes_by_codec, bytes_by_tier, expert_counters
 from .groups import Forwards, Weights
 from .routed_experts import RoutedExperts
 from .site_hooks import SiteHooks
@@ -99,6 +99,7 @@ class Engine:
             self._working_set,
             self._binding,
             self._in_place,
+            self._weights.host_cache,
         )
         self._entry.open_sites.prefetch_sites(
             range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
@@ -224,11 +225,10 @@ class Engine:
         by_tier = bytes_by_tier(
             self.model_division.units,
             self.recipes,
-            self._tiers.placement,
+            self.arrangement.placement,
             working_set.resident_units,
         )
         gatherers = self._weights.gatherers.values()
-        routing = self._entry.open_sites.routing
         on_gpu = self._tiers.device.peak_bytes()
         kv = None if self._kv is None else self._kv.store
         return Statistics(
@@ -249,8 +249,7 @@ class Engine:
             peak_host_bytes=peak_resident_bytes(),
             **counters_of(self._sweeps.counters()),
             num_unused_loads=working_set.num_unused_loads,
-            expert_bytes_touched=routing.touched_bytes,
-            expert_bytes_loaded=routing.loaded_bytes,
+            **expert_counters(self._entry.open_sites.routing),
             faults=dict(self._faults),
             kv=KvStatistics() if kv is None else kv.statistics(),
             fallbacks=tuple(self.fallbacks),
@@ -260,7 +259,8 @@ class Engine:
     def closers(self) -> Sequence[Callable[[], None]]:
         """Functions that close all parts that do not refer to the model, in order."""
         kv = () if self._kv is None else (self._kv.close,)
-        return (*kv, self._working_set.close, self._tiers.close, give_freed_back)
+        own = (self._working_set.close, self._weights.host_cache.close)
+        return (*kv, *own, self._tiers.close, give_freed_back)
 
     def close(self) -> None:
         """Removes the hooks, ends the threads, and closes files and memory. A streamed
@@ -276,6 +276,7 @@ class Engine:
             *([] if self._experts is None else [self._experts.close]),
             *([] if self._compilation is None else [self._compilation.stop]),
             self._working_set.close,
+            self._weights.host_cache.close,
             *(gatherer.close for gatherer in gatherers),
             self._binding.unbind_all,
             self._weights.moved.close,

@@ -15,6 +15,7 @@ from ..kv.tiers import KvTiers
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
 from ..weights.row_gatherer import RowGatherer
+from .host_cache import HostCache
 from .moved_tensors import MovedTensors
 from .tiers import Tiers
 
@@ -38,6 +39,8 @@ class Weights:
     """Read single rows of tables that are in no unit, by the table's name."""
     moved: MovedTensors
     """The tensors that are not streamed; they are on the device."""
+    host_cache: HostCache
+    """Keeps experts in host memory that are used most, and computes some there."""
 
     @cached_property
     def units_of(self) -> Mapping[str, tuple[int, ...]]:

@@ -1,12 +1,15 @@
 """Keeps tensors that are not streamed on the device: rotary tables, masks, and
 parameters that the model makes itself."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...io.closing import Closing
+from ...io.devices.device import Device
+from ..units.sites import ParameterRef
 from ..weights.placeholder import StreamedParameter
 
 
@@ -47,3 +50,16 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(there, requires_grad=tensor.requires_grad)
     return there
+
+
+def move_rest(
+    model: nn.Module, places: Mapping[str, list[ParameterRef]], device: Device
+) -> MovedTensors:
+    """Moves the tensors of `model` that are not streamed to `device`."""
+    names = {id(module): name for name, module in model.named_modules()}
+    streamed = frozenset(
+        f"{names[id(place.module)]}.{place.key}".lstrip(".")
+        for where in places.values()
+        for place in where
+    )
+    return MovedTensors(model, torch.device(device.name), streamed)

@@ -1,13 +1,16 @@
-"""Opens the reader that a policy asks for."""
+"""Opens the reader that a policy asks for, and the loops that decode weights."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ...io.checkpoint.header import FileStamp
+from ...io.codecs.kernels import Kernels
+from ...io.codecs.opening import open_kernels
+from ...io.codecs.tiles import TILES
 from ...io.fallbacks import Fallbacks
 from ...io.readers import gds
 from ...io.readers import libaio_reader as aio
@@ -109,3 +112,10 @@ def makers_of(
     if (reason := aio.why_not()) is not None:
         missing["libaio"] = reason
     return makers, missing
+
+
+def kernels_for(layouts: Iterable[Layout], io: IO, fallbacks: Fallbacks) -> Kernels:
+    """The kernels for the codecs of `layouts`, if any uses them: see `open_kernels`."""
+    if any(plan.uses_kernels for plan in layouts):
+        return open_kernels(cache_folder(io), fallbacks, "quantised weights")
+    return TILES

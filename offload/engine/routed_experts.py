@@ -8,9 +8,8 @@ many others are computed with it.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,13 @@ from torch import nn
 from ...io.closing import Closing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
-from ..units.experts import Way, way_of
+from ..units.experts import way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
 from ..weights.placeholder import is_away
 from .dense_experts import DenseExperts
+from .expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
+from .host_cache import HostCache
 
 Tensor = torch.Tensor
 Piece = tuple[int, int, int]
@@ -36,7 +37,8 @@ class RoutedExperts(Closing):
     whose weights are placeholders: they are loaded on the spot, as a fault.
 
     `in_place` are the offsets of the units that are used where they lie, in host
-    memory."""
+    memory. `cache` chooses which of the others lie there, and lets the CPU compute some
+    of them beside an accelerator."""
 
     def __init__(
         self,
@@ -46,12 +48,14 @@ class RoutedExperts(Closing):
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
+        cache: HostCache,
     ) -> None:
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
-            kind = DenseExperts if divided.stack.is_dense else _Stack
-            run = kind(divided, own, units, entry, working_set, binding, in_place)
+            parts = divided, own, units, entry, working_set, binding, in_place
+            is_dense = divided.stack.is_dense
+            run = DenseExperts(*parts) if is_dense else _Stack(*parts, cache)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -75,97 +79,6 @@ def _class_of(own: type, run: Any) -> type:
     return type(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of stacked experts. `states` is [tokens, width], `choices` and `weights`
-    are [tokens, choices]."""
-
-    states: Tensor
-    choices: Tensor
-    weights: Tensor
-    way: Way
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """The (token, choice) pairs of one call, in the order of their experts."""
-
-    experts: Tensor
-    tokens: Tensor
-    places: Tensor
-    """The index of each pair in `choices.reshape(-1)`."""
-    bounds: list[int]
-    """For each expert, how many pairs those before it have; and at the end all."""
-
-    @classmethod
-    def of(cls, call: _Call, num_experts: int) -> "_Pairs":
-        """As transformers orders them. Waits for the device."""
-        num_tokens, num_choices = call.choices.shape
-        choices = call.choices.t() if call.way == "in order" else call.choices
-        # A row's place among others can change its bits: grouped_mm's is not stable.
-        experts, order = torch.sort(choices.reshape(-1), stable=call.way != "sum")
-        if call.way == "in order":
-            tokens = order % num_tokens
-            places = tokens * num_choices + order // num_tokens
-        else:
-            tokens, places = order // num_choices, order
-        edges = torch.arange(num_experts + 1, device=experts.device)
-        bounds = torch.searchsorted(experts, edges.to(experts.dtype))
-        return cls(experts, tokens, places, bounds.tolist())
-
-    def between(self, low: int, high: int) -> slice:
-        """The pairs of the experts `low` ... `high`."""
-        return slice(self.bounds[low], self.bounds[high])
-
-    def num(self, low: int, high: int) -> int:
-        return self.bounds[high] - self.bounds[low]
-
-
-class _Output:
-    """The output of one call, as its pairs are computed."""
-
-    def __init__(self, call: _Call, pairs: _Pairs) -> None:
-        self._call = call
-        self._pairs = pairs
-        self._of_pairs: Tensor | None = None
-        self._sum = torch.zeros_like(call.states) if call.way == "in order" else None
-
-    def add(self, low: int, high: int, made: Tensor) -> None:
-        """Takes what the experts `low` ... `high` made of their pairs."""
-        if self._sum is None:
-            self._keep(self._pairs.places[self._pairs.between(low, high)], made)
-            return
-        start = self._pairs.bounds[low]
-        weights = self._call.weights.reshape(-1)
-        for expert in range(low, high):
-            rows = self._pairs.between(expert, expert + 1)
-            if rows.start == rows.stop:
-                continue
-            weighted = made[rows.start - start : rows.stop - start]
-            weighted = weighted * weights[self._pairs.places[rows], None]
-            self._sum.index_add_(
-                0, self._pairs.tokens[rows], weighted.to(self._sum.dtype)
-            )
-
-    def _keep(self, places: Tensor, made: Tensor) -> None:
-        if self._of_pairs is None:
-            num = self._call.choices.numel()
-            is_all = self._pairs.bounds[-1] - self._pairs.bounds[0] == num
-            make = made.new_empty if is_all else made.new_zeros
-            self._of_pairs = make((num, made.shape[-1]))
-        self._of_pairs[places] = made
-
-    def result(self) -> Tensor:
-        states = self._call.states
-        if self._sum is not None:
-            return self._sum
-        if self._of_pairs is None:
-            return torch.zeros_like(states)
-        weighted = self._of_pairs * self._call.weights.reshape(-1).unsqueeze(-1)
-        shape = (*self._call.choices.shape, weighted.shape[-1])
-        return weighted.view(shape).sum(dim=1).to(states.dtype)
-
-
 class _Stack:
     """The forward of one module of stacked experts."""
 
@@ -178,6 +91,7 @@ class _Stack:
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
+        cache: HostCache,
     ) -> None:
         stack = divided.stack
         self._own: Any = own
@@ -194,10 +108,13 @@ class _Stack:
         self._working_set = working_set
         self._binding = binding
         self._in_place = in_place
+        self._cache = cache
+        self._host = cache.experts
+        self._pieces = [unit for _, pieces in divided.windows for unit in pieces]
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> _Call | None:
+    ) -> ExpertCall | None:
         """The call, if pieces give what the own forward gives; else None."""
         try:
             values = self._signature.bind(module, *args, **kwargs).args[1:]
@@ -216,39 +133,81 @@ class _Stack:
         )
         if way is None or not is_known:
             return None
-        return _Call(states, choices, weights, way)
+        return ExpertCall(states, choices, weights, way)
 
-    def __call__(self, module: nn.Module, call: _Call) -> Tensor:
-        pairs = _Pairs.of(call, self._num)
-        output = _Output(call, pairs)
+    def __call__(self, module: nn.Module, call: ExpertCall) -> Tensor:
+        pairs = ExpertPairs.of(call, self._num)
+        output = ExpertOutput(call, pairs)
         piece: Any = object.__new__(self._own)
         piece.__dict__.update(vars(module))
         needs = dict(self._chosen(pairs))
-        self._routing.ask({site: self._units(pieces) for site, pieces in needs.items()})
+        asked = {site: self._tokens(found, pairs) for site, found in needs.items()}
+        self._routing.ask(asked)
         try:
-            while needs:  # dicts keep their order
-                site = next(iter(needs))
+            while asked:  # dicts keep their order
+                site = next(iter(asked))
                 with self._open(site):
-                    for unit, low, high in needs[site]:
-                        with self._loaded(unit) as tensors:
-                            made = self._compute(piece, tensors, call, pairs, low, high)
+                    self._cache.step(self._pieces, self._entry.num_passes)
+                    window = self._window(piece, needs[site], call, pairs)
+                    for low, high, made in window:
                         output.add(low, high, made)
-                self._routing.withdraw(site, self._units(needs.pop(site)))
+                self._routing.withdraw(site, asked.pop(site))
         finally:
-            for site, pieces in needs.items():
-                self._routing.withdraw(site, self._units(pieces))
+            for site, tokens in asked.items():
+                self._routing.withdraw(site, tokens)
         return output.result()
 
-    def _chosen(self, pairs: _Pairs) -> Iterator[tuple[int, list[Piece]]]:
+    def _chosen(self, pairs: ExpertPairs) -> Iterator[tuple[int, list[Piece]]]:
         """The windows that have chosen experts, and their pieces that have."""
         for site, pieces in self._windows:
             found = [(u, low, high) for u, low, high in pieces if pairs.num(low, high)]
             if found:
                 yield site, found
 
-    def _units(self, pieces: Iterable[Piece]) -> tuple[int, ...]:
-        """Those of the pieces that have to be loaded."""
-        return tuple(unit for unit, _, _ in pieces if unit not in self._in_place)
+    def _tokens(self, pieces: Iterable[Piece], pairs: ExpertPairs) -> dict[int, int]:
+        """How many tokens chose those of the pieces that have to be loaded."""
+        return {
+            unit: pairs.num(low, high)
+            for unit, low, high in pieces
+            if unit not in self._in_place
+        }
+
+    def _window(
+        self, piece: Any, pieces: Sequence[Piece], call: ExpertCall, pairs: ExpertPairs
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """What the chosen pieces of an open window make of their pairs, in order."""
+        there = self._there(pieces, call)
+        if not there:
+            for each in pieces:
+                yield *each[1:], self._on_device(piece, each, call, pairs)
+            return
+        rows = torch.cat([pairs.tokens[pairs.between(*each[1:])] for each in there])
+        with self._host.sent(call.states[rows]) as arrived:
+            # The device computes, once their weights are there, while the CPU does.
+            made = {
+                each: self._on_device(piece, each, call, pairs)
+                for each in pieces
+                if each not in there
+            }
+            sizes = [pairs.num(*each[1:]) for each in there]
+            states = torch.split(arrived(), sizes)
+            on_host = [
+                self._on_host(piece, each, its, call, pairs)
+                for each, its in zip(there, states, strict=True)
+            ]
+            back = torch.split(self._host.back(on_host), sizes)
+        made.update(zip(there, back, strict=True))
+        for each in pieces:
+            yield *each[1:], made[each]
+
+    def _there(self, pieces: Sequence[Piece], call: ExpertCall) -> list[Piece]:
+        """The pieces of an open window that the CPU computes. None where gradients are
+        recorded, as what a backward pass needs might be gone then, and none where the
+        CPU would cast them."""
+        records = torch.is_grad_enabled() and call.states.requires_grad
+        if records or torch.is_autocast_enabled("cpu"):
+            return []
+        return [each for each in pieces if self._routing.is_on_host(each[0])]
 
     @contextmanager
     def _open(self, site: int) -> Iterator[None]:
@@ -271,24 +230,50 @@ class _Stack:
         finally:
             self._working_set.release(unit)
 
+    def _on_device(
+        self, piece: Any, of: Piece, call: ExpertCall, pairs: ExpertPairs
+    ) -> Tensor:
+        unit, low, high = of
+        rows = pairs.between(low, high)
+        with self._loaded(unit) as tensors:
+            states = call.states[pairs.tokens[rows]]
+            chosen = pairs.experts[rows] - low
+            return self._compute(piece, tensors, states, chosen, of, call)
+
+    def _on_host(
+        self,
+        piece: Any,
+        of: Piece,
+        states: Tensor,
+        call: ExpertCall,
+        pairs: ExpertPairs,
+    ) -> Tensor:
+        unit, low, high = of
+        sizes = [pairs.num(expert, expert + 1) for expert in range(low, high)]
+        self._routing.use_on_host(unit, sum(map(bool, sizes)), sum(sizes))
+        experts = [expert for expert, num in enumerate(sizes) for _ in range(num)]
+        chosen = torch.tensor(experts, device=states.device)
+        return self._compute(
+            piece, self._host.parameters(unit), states, chosen, of, call
+        )
+
     def _compute(
         self,
         piece: Any,
         tensors: Mapping[str, Tensor],
-        call: _Call,
-        pairs: _Pairs,
-        low: int,
-        high: int,
+        states: Tensor,
+        chosen: Tensor,
+        of: Piece,
+        call: ExpertCall,
     ) -> Tensor:
-        """What the experts `low` ... `high` make of their pairs: [pairs, width]."""
-        rows = pairs.between(low, high)
-        states = call.states[pairs.tokens[rows]]
+        """What a piece with the weights `tensors` makes of pairs, each with its hidden
+        state in `states` and the number of its expert there in `chosen`: [pairs,
+        width]. All are on the device that computes."""
         if call.way != "in order":  # as transformers casts them before the product
             states = states.to(tensors[self._keys[0][1]].dtype)
-        piece.num_experts = high - low
+        piece.num_experts = of[2] - of[1]
         piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._keys}
-        chosen = (pairs.experts[rows] - low).unsqueeze(-1)
-        num = len(chosen)
+        chosen, num = chosen.unsqueeze(-1), len(chosen)
         if call.way == "batched" and num == 1 < call.choices.numel():
             # torch computes a batch of one by another function: its bits differ
             states, chosen = states.expand(2, -1), chosen.expand(2, -1)

@@ -41,13 +41,12 @@ from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .kept import KeptUnits
-from .kernels import kernels_for
-from .readers import open_gds, open_reader
+from .readers import kernels_for, open_gds, open_reader
 
 
 class Tiers(Closing):
-    """Keeps each unit of `layouts` in the tier that `placement` says, and loads units
-    into slots of `memory`. If the constructor raises, nothing stays open."""
+    """Keeps each unit of `layouts` in the tier that `placement` says, and loads it from
+    there into slots of `memory`. If the constructor raises, nothing stays open."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class Tiers(Closing):
         images: Sequence[StoredImage] | None = None,
     ) -> None:
         self.device = device
-        self.placement = placement
+        self.placement = list(placement)
         self.links: list[Link] = []
         self.host: HostTier | None = None
         self.peers: list[PeerTier] = []

@@ -57,6 +57,7 @@ class Updates(Closing):
         self._layouts: MutableSequence[Layout] = division.layouts
         self._original = tuple(division.layouts)
         self._slots = division.transfers
+        self._host_cache = weights.host_cache
         self._units_of = weights.units_of
         self._found = division.found.units
         self._entries: dict[str, TensorEntry] = {}
@@ -73,6 +74,7 @@ class Updates(Closing):
         values = new_values(model, tensors, self._binding.find, self._like)
         with self._entry.idle(is_busy=_is_in_forward(model)):
             self._refuse_what_is_shared(values)
+            self._host_cache.settle()
             streamed = {
                 each.streamed_name: each
                 for each in values

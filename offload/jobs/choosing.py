@@ -32,6 +32,7 @@ KEPT = (
     "tokens_in_flight",
     "micro_batch_sequences",
     "sequences_in_flight",
+    "experts",
 )
 """The chosen keys that decide on the last bits of results. A job that goes on keeps
 their values."""
@@ -86,11 +87,14 @@ def say_chosen(chosen: Chosen, console: Console, *, as_json: bool) -> None:
 
 def left_open(asked: Policy) -> tuple[str, ...]:
     """The keys of `KEPT` that the user leaves to Penstock. Pure."""
-    return tuple(
-        key
-        for key in KEPT
-        if key not in asked.model_fields_set or getattr(asked, key) == "auto"
-    )
+    return tuple(key for key in KEPT if _is_open(asked, key))
+
+
+def _is_open(asked: Policy, key: str) -> bool:
+    value = getattr(asked, key)
+    if key == "experts":  # by default they are computed on the device
+        return bool(value == "host")
+    return key not in asked.model_fields_set or value == "auto"
 
 
 def kept_of(asked: Policy, chosen: Policy) -> dict[str, Any]:
@@ -194,6 +198,8 @@ def _words(plan: Plan, room: MemoryRoom, *, is_begun: bool) -> list[str]:
     rate = f"{choice.rate:,.0f}" if choice.rate >= 10 else f"{choice.rate:.1f}"
     found.append(f"predicted {rate} tokens/s{by}")
     found.append(f"{binds or choice.prediction.binds} binds")
+    if plan.experts.sentence:
+        found.append(plan.experts.sentence)
     return found
 
 

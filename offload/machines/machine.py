@@ -114,6 +114,9 @@ class Machine(Section):
     """Bytes per second of the device's own memory."""
     matmul: dict[Dtype, PerRows]
     """FLOP/s of a matrix product, by the number of rows of the smaller matrix."""
+    host_matmul: dict[Dtype, PerRows] = Field(default_factory=dict)
+    """The same of the CPU beside a GPU, which computes experts that few tokens chose
+    (`experts: host` in the policy). Without it, it computes none."""
     attention: dict[Dtype, PerRows] = Field(default_factory=dict)
     """FLOP/s of attention, by the number of tokens of a sequence; masked products are
     counted. Without it, the rate of a matrix product with as many rows is used."""

@@ -18,6 +18,7 @@ from .measure import seconds_of
 
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024)
 LENGTHS = (32, 128, 512, 1024)
+_HOST_ROWS = (1, 4, 16, 64, 256)
 _IN, _OUT = 2048, 5632
 _NUM_WEIGHTS = 4  # used in turns, so that none of them is in a cache
 
@@ -30,17 +31,27 @@ class Products:
 
     The products are with 2048 x 5632 matrices, for several numbers of rows. The
     attention has 16 heads of 64, for several lengths; masked products are counted.
+    `rows` and `lengths` are `ROWS` and `LENGTHS` if they are not given.
     """
 
     def __init__(
-        self, dtype: torch.dtype, device: str, wait: Callable[[], None]
+        self,
+        dtype: torch.dtype,
+        device: str,
+        wait: Callable[[], None],
+        rows: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self._dtype = dtype
         self._device = device
         self._wait = wait
         self._weights = [self._random(_OUT, _IN) for _ in range(_NUM_WEIGHTS)]
-        self._products: dict[int, list[float]] = {rows: [] for rows in ROWS}
-        self._attention: dict[int, list[float]] = {length: [] for length in LENGTHS}
+        self._products: dict[int, list[float]] = {
+            num: [] for num in (ROWS if rows is None else rows)
+        }
+        self._attention: dict[int, list[float]] = {
+            length: [] for length in (LENGTHS if lengths is None else lengths)
+        }
 
     def look(self) -> float:
         """Measures each product and attention once. Returns the seconds that this
@@ -72,6 +83,13 @@ class Products:
 
     def _seconds_of(self, act: Callable[[], torch.Tensor]) -> float:
         return seconds_of(act, wait=self._wait, least=1, most=2)
+
+
+def host_products(dtype: torch.dtype) -> Rates:
+    """FLOP/s of the CPU's products by rows, as many as an expert may get there."""
+    products = Products(dtype, "cpu", lambda: None, _HOST_ROWS, ())
+    products.look()
+    return products.usual()[0]
 
 
 def _rising(

@@ -18,7 +18,7 @@ from .measure_between import Between, measure_between
 from .measure_calls import calls
 from .measure_decoding import decoding_bandwidth
 from .measure_gpu import copied_bytes, gpu_facts, measure_copies
-from .measure_products import Products, Rates
+from .measure_products import Products, Rates, host_products
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LONG_LOOK = 3.0
@@ -40,6 +40,9 @@ def measure_machine(
     progress("products and attention, now and between all that follows")
     products = {name: Products(dtype, device, wait) for name, dtype in _DTYPES.items()}
     took = {name: each.look() for name, each in products.items()}
+    beside_gpu: dict[str, Rates] = {}
+    if is_gpu:
+        beside_gpu = {name: host_products(dtype) for name, dtype in _DTYPES.items()}
     computing = products["float32"]
     progress("reading the drive")
     disk = measure.disk(place, io, progress)
@@ -74,7 +77,7 @@ def measure_machine(
     gpu: dict[str, object] = {}
     if is_gpu:
         progress("copies to and from the GPU")
-        gpu = dict(gpu_facts(device))
+        gpu = {**gpu_facts(device), "host_matmul": beside_gpu}
         gpu["device_bandwidth"] = measure.memory_bandwidth(
             device, wait, copied_bytes(device)
         )

@@ -75,6 +75,11 @@ def report_table(report: dict[str, Any], title: str) -> Table:
     if touched := report.get("expert_bytes_touched", 0):
         loaded = human_bytes(report["expert_bytes_loaded"])
         table.add_row("experts used", f"{human_bytes(touched)}, {loaded} loaded")
+    if avoided := report.get("host_expert_bytes", 0):
+        calls = f"{report['host_expert_calls']:,}"
+        table.add_row(
+            "experts on the CPU", f"{calls} calls, {human_bytes(avoided)} not loaded"
+        )
     table.add_row("working set", human_bytes(report["peak_device_bytes"]))
     table.add_row("peak memory", human_bytes(report["peak_host_bytes"]))
     table.add_row("waited for weights", f"{report['wait_seconds']:.2f} s")

@@ -26,6 +26,7 @@ from .dtypes import (
     try_dtype,
 )
 from .forecast import dtype_of
+from .host_experts import ExpertsChoice, choose_experts
 from .planned import Choice, Workload
 from .planner import Objective, Planner
 from .words import dtype_sentences, explain, kept_words
@@ -66,7 +67,16 @@ class Plan:
     @property
     def policy(self) -> Policy:
         """The resolved policy."""
-        return self.choice.policy
+        found = self.choice.policy
+        if found.experts == self.experts.experts:
+            return found
+        values = found.model_dump(exclude_unset=True)
+        return Policy(**{**values, "experts": self.experts.experts})
+
+    @cached_property
+    def experts(self) -> ExpertsChoice:
+        """Where experts are computed."""
+        return choose_experts(self.choice.forecast, self.machine, self.dtype)
 
     @cached_property
     def devices(self) -> Devices | None:
@@ -86,6 +96,7 @@ class Plan:
         is_open = self.asked.dtype == "auto"
         return [
             *explain(self.planner, self.choice),
+            *filter(None, [self.experts.sentence]),
             *dtype_sentences(self.dtypes, is_open=is_open),
             *kept_words(self.asked),
         ]

@@ -35,6 +35,11 @@ def without_effect(policy: "Policy") -> list[str]:
                 "activations: host saves nothing: the device is the CPU, whose memory "
                 "is the host's"
             )
+        if policy.experts != "device":
+            found.append(
+                f"experts: {policy.experts} has no effect: the device is the CPU, "
+                "which computes all experts"
+            )
         if policy.staging_memory != "auto" and not (
             policy.peer or Tier.DISK in policy.links
         ):
@@ -46,6 +51,12 @@ def without_effect(policy: "Policy") -> list[str]:
         found.append(
             "kv.attention: host has no effect: keys and values are not kept in host "
             "memory (kv.tier)"
+        )
+    elsewhere = policy.experts != "device" and policy.device != "cpu"
+    if elsewhere and policy.host_memory is None:
+        found.append(
+            f"experts: {policy.experts} has no effect: no weights stay in host memory "
+            "(host_memory)"
         )
     if Tier.PEER in policy.links and not policy.peer:
         found.append("links.peer has no effect: there is no peer")

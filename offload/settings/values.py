@@ -124,6 +124,9 @@ AutoLookahead = Annotated[
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": 8}, _AUTO]}),
 ]
 
+AutoExperts = Literal["device", "host"] | Annotated[int, Field(ge=1)]
+"""Where experts are computed, or by how many tokens that is decided."""
+
 
 def _on_or_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

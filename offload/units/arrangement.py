@@ -75,7 +75,8 @@ class Arranger:
             policy.io.max_gap,
             ALIGNMENT,
             memory_alignment,
-            TENSOR_ALIGNMENT if is_host else 1,  # a GPU's slots are filled anew
+            # A GPU's slots are filled anew, unless the CPU computes with some units.
+            TENSOR_ALIGNMENT if is_host or policy.experts != "device" else 1,
         )
         self._divider = Divider(
             model,

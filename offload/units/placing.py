@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...io.tier import Tier
 from ...io.weights.stored_image import StoredImage
-from ...scheduler.placement import place
+from ...scheduler.placement import matches, place
 from ..policy import Policy
 from .division import Division
 
@@ -32,7 +32,7 @@ def placement_of(
             division,
             capacity,
             policy,
-            is_in_place=is_host and Tier.HOST not in policy.links and images is None,
+            is_in_place=_is_in_place(policy, images, is_host=is_host),
         ),
         kept=None if images is None else [images[u].layout.nbytes for u in streamed],
         rules={
@@ -42,6 +42,47 @@ def placement_of(
     )
     where = dict(zip(streamed, tiers, strict=True))
     return tuple(where.get(unit, Tier.DISK) for unit in range(len(found.units)))
+
+
+def loaded_from(
+    division: Division,
+    placement: Sequence[str],
+    policy: Policy,
+    images: Sequence[StoredImage] | None,
+    *,
+    is_host: bool,
+) -> tuple[str, ...]:
+    """The tier that each unit is loaded from.
+
+    It is that of its `placement`, but for experts that are on the device by no rule of
+    the policy, and for which host memory has room, too. They come from there, and need
+    not stay: so those stay on the device that are used most, whichever these are.
+    """
+    if _is_in_place(policy, images, is_host=is_host):
+        return tuple(placement)
+    layouts = division.layouts if images is None else [i.layout for i in images]
+    left = policy.host_memory or 0
+    left -= sum(
+        plan.nbytes
+        for plan, tier in zip(layouts, placement, strict=True)
+        if tier == Tier.HOST
+    )
+    found = list(placement)
+    for index, unit in enumerate(division.found.units):
+        if placement[index] != Tier.DEVICE or unit.experts is None:
+            continue
+        is_ruled = any(matches(rule, unit.name) for rule in policy.placement)
+        if not is_ruled and layouts[index].nbytes <= left:
+            found[index] = Tier.HOST
+            left -= layouts[index].nbytes
+    return tuple(found)
+
+
+def _is_in_place(
+    policy: Policy, images: Sequence[StoredImage] | None, *, is_host: bool
+) -> bool:
+    """Whether units in host memory are computed with where they lie."""
+    return is_host and Tier.HOST not in policy.links and images is None
 
 
 def _budgets(

@@ -121,26 +121,28 @@ class OpenSites:
         """Whether all units of `site` are loaded and are never evicted."""
         return all(self._working_set.stays(unit) for unit in self._units_of(site))
 
-    def prefetch_sites(self, sites: Iterable[int]) -> None:
+    def prefetch_sites(self, sites: Iterable[int], extra: Iterable[int] = ()) -> None:
         """Starts loading the units of `sites`, which are given in the order in which
-        they will run."""
+        they will run, and then those `extra` units that are worth it."""
         units = [unit for site in sites for unit in self._units_of(site)]
-        self._working_set.prefetch(dict.fromkeys(units))
+        self._working_set.prefetch(units, extra)
 
     def prefetch_from(
         self, site: int, order: Order, waiting: set[int], depth: int
     ) -> None:
         """Starts loading the units of the `depth` sites that follow `site` in `order`,
         as far as is known, and those of `site`, if it is a window."""
-        routing, now = self.routing, []
+        routing = self.routing
+        now: list[int] = []
+        extra: tuple[int, ...] = ()
         if routing.is_window(site):
-            routing.open(site)
-            now = [site]
+            routing.open(site, self._working_set.holds)
+            now, extra = [site], routing.hottest_on_host()
         # A block and the window of its experts count as one.
         depth += bool(depth and routing)
         waiting = waiting | routing.asked_windows
         coming = order.upcoming(site, waiting, depth, self.stays)
-        self.prefetch_sites([*now, *coming])
+        self.prefetch_sites([*now, *coming], extra)
 
     def shut(self) -> None:
         """Closes all sites. Called when no caller can be inside any more. An interrupt
@@ -156,7 +158,7 @@ class OpenSites:
     def _units_of(self, site: int) -> tuple[int, ...]:
         """The units to load before `site` runs, as far as is known."""
         if self.routing.is_window(site):
-            return self.routing.expected(site)
+            return self.routing.expected(site, self._working_set.holds)
         return self.sites[site].units
 
     def _release(self, units: Iterable[int], *, spoilt: bool) -> None:

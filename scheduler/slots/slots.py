@@ -39,6 +39,22 @@ class Held:
     released_at: int = 0
     last_read: Event | None = None
     """The event after the device work that the last reader queued."""
+    is_extra: bool = False
+    """Whether it was loaded only because it is used often."""
+
+    def may_go(self, num_prefetches: int) -> bool:
+        """Whether a prefetch may evict it, if nobody reads it: it was read, or the last
+        two of so many prefetches did not name it. A site that turns out not to run must
+        not keep its bytes for ever."""
+        is_wanted = self.wanted_at >= num_prefetches - 1 and not self.is_extra
+        return self.was_read or not is_wanted
+
+    def cost(self, worth: int) -> int:
+        """The cost of evicting it: its bytes times its `worth` and, among equals, least
+        for the one released last. One that is expected and not yet read costs more than
+        all others."""
+        unread = 0 if self.was_read or self.is_extra else 1 << 120
+        return unread + (self.slot.nbytes * worth << 56) - self.released_at
 
 
 class Slots:

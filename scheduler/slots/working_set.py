@@ -114,30 +114,37 @@ class WorkingSet:
             if unit not in self._resident:
                 held.users = 0
 
-    def prefetch(self, units: Iterable[int]) -> None:
+    def prefetch(self, units: Iterable[int], extra: Iterable[int] = ()) -> None:
         """Starts loading `units`, in this order. Evicts only units that were read or
-        are not expected any more; stops at the first unit that finds no room."""
+        are not expected any more; stops at the first unit that finds no room. Then
+        loads those of `extra` that are worth twice as much as any that they evict."""
         wanted = dict.fromkeys(() if self._is_closed else units)
         self._num_prefetches += 1
-        missing = [unit for unit in wanted if unit not in self._held]
-        for unit in wanted.keys() - set(missing):
+        for unit in wanted.keys() & self._held.keys():
             self._held[unit].wanted_at = self._num_prefetches
-        if not missing:
+        missing = [unit for unit in wanted if unit not in self._held]
+        more = [] if self._is_closed else [u for u in extra if u not in self._held]
+        if not (missing or more):
             return
         may_go = {
-            other: self._cost(held)
+            other: held.cost(self._worth(other))
             for other, held in self._held.items()
-            if self._is_idle(other)
-            and other not in wanted
-            and (held.was_read or self._was_guessed_wrong(held))
+            if other not in wanted and self._is_idle(other)
+            if held.may_go(self._num_prefetches)
         }
-        for unit in missing:
-            costs = {other: c for other, c in may_go.items() if other in self._held}
-            try:
+        try:
+            for unit in missing:
+                costs = {other: c for other, c in may_go.items() if other in self._held}
                 if self._claim_and_load(unit, costs) is None:
                     return
-            except Exception:  # raised again by the acquire that needs the unit
-                return
+            for unit in more:
+                most = self._worth(unit) // 2
+                less = (o for o in may_go if o in self._held and self._worth(o) <= most)
+                held = self._claim_and_load(unit, {o: may_go[o] for o in less})
+                if held is not None:
+                    held.is_extra = True
+        except Exception:  # raised again by the acquire that needs the unit
+            return
 
     def need_together(self, groups: Iterable[tuple[int, ...]]) -> None:
         """Tells `keep` to leave room for each of these groups of units at once."""
@@ -170,6 +177,10 @@ class WorkingSet:
 
     def is_resident(self, unit: int) -> bool:
         return unit in self._resident
+
+    def holds(self, unit: int) -> bool:
+        """Whether `unit` has a slot: it is loaded, or being loaded."""
+        return unit in self._held
 
     def stays(self, unit: int) -> bool:
         """Whether `unit` is loaded and is never evicted."""
@@ -229,7 +240,8 @@ class WorkingSet:
 
     def _claim_for_reading(self, unit: int) -> Held | None:
         idle = filter(self._is_idle, self._held)
-        return self._claim_and_load(unit, {o: self._cost(self._held[o]) for o in idle})
+        costs = {o: self._held[o].cost(self._worth(o)) for o in idle}
+        return self._claim_and_load(unit, costs)
 
     def _give_up(self, units: Sequence[int]) -> None:
         """Undoes an `acquire` whose loads failed. The next one loads again."""
@@ -242,18 +254,6 @@ class WorkingSet:
     def _is_idle(self, unit: int) -> bool:
         stays = unit in self._resident or unit in self._places
         return self._held[unit].users == 0 and not stays
-
-    def _was_guessed_wrong(self, held: Held) -> bool:
-        """Whether the last two prefetches did not name this unit. A site that turns out
-        not to run must not keep its bytes for ever."""
-        return held.wanted_at < self._num_prefetches - 1
-
-    def _cost(self, held: Held) -> int:
-        """The cost of evicting a unit: its bytes times its worth and, among equals,
-        least for the one released last. One not yet read costs more than all others."""
-        unread = 0 if held.was_read else 1 << 120
-        worth = held.slot.nbytes * self._worth(held.slot.unit)
-        return unread + (worth << 56) - held.released_at
 
     def _claim_and_load(self, unit: int, costs: dict[int, int]) -> Held | None:
         slot = self._places.get(unit) or self._claim(unit, costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import penstock
 from penstock import Policy
-from penstock.io.errors import DoesNotFitError
-from penstock.offload.engine.routed_experts import _Call, _Pairs
+from penstock.io.errors import DoesNotFitError, ReadError
+from penstock.io.handle import Handle
+from penstock.io.weights.host import HostTier
+from penstock.io.weights.loader import UnitLoad
+from penstock.offload.engine.expert_pairs import ExpertCall, ExpertPairs
 from penstock.offload.model import engine_of
 from shares import shared
 
@@ -96,7 +100,7 @@ def test_rows_of_an_expert_are_in_the_order_of_transformers() -> None:
     """Its sort is not stable, and a row's place among others can change its bits."""
     choices = torch.randint(0, 4, (300, 2), generator=torch.Generator().manual_seed(0))
     states, weights = torch.zeros(300, 8), torch.ones(300, 2)
-    pairs = _Pairs.of(_Call(states, choices, weights, "sum"), 4)
+    pairs = ExpertPairs.of(ExpertCall(states, choices, weights, "sum"), 4)
     assert torch.equal(pairs.places, torch.sort(choices.reshape(-1))[1])
 
 
@@ -143,19 +147,167 @@ def test_only_chosen_experts_are_loaded(
     assert found.expert_bytes_loaded < num_layers * len(passes) * 16 * each
 
 
-def test_experts_that_are_used_most_stay(tmp_path: Path) -> None:
-    """The same prompt again finds its experts there."""
+@pytest.mark.parametrize("tier", ["disk", "host"])
+def test_experts_that_are_used_most_stay(tmp_path: Path, tier: str) -> None:
+    """The same prompt again finds its experts there, wherever they come from; after a
+    while another one does, too."""
     whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    num_bytes = 3 * layer_bytes(whole) // 2
+    whole.set_experts_implementation("grouped_mm")
+    with streamed(folder, num_bytes, lookahead=0, **TIERS[tier]) as model:
+        division = engine_of(model).model_division
+        placement = engine_of(model).arrangement.placement
+        stay = [
+            u for u, t in zip(division.units, placement, strict=True) if t == "device"
+        ]
+        assert any(unit.experts for unit in stay), "as plans count them"
+        for batch in batches(2, 1, 2):
+            for _ in range(8):
+                with torch.inference_mode():
+                    assert torch.equal(model(**batch).logits, whole(**batch).logits)
+            before = penstock.statistics(model)
+            with torch.inference_mode():
+                model(**batch)
+            after = penstock.statistics(model)
+            assert after.expert_bytes_touched > before.expert_bytes_touched
+            assert after.expert_bytes_loaded == before.expert_bytes_loaded
+            assert after.expert_hit_rate > before.expert_hit_rate
+
+
+@pytest.mark.parametrize(
+    ("values", "num"),
+    [
+        ({}, 16),
+        ({"host_memory": "2200KiB"}, 9),
+        ({"placement": {r"layers\.0\..*experts": "device", "experts": "host"}}, 0),
+    ],
+)
+def test_experts_come_from_host_memory_as_far_as_it_has_room(
+    tmp_path: Path, values: dict[str, Any], num: int
+) -> None:
+    """Those that the plan counts for the device, unless a rule puts them there."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    sizes = {"device_memory": 3 * layer_bytes(whole) // 2, "lookahead": 0}
+    policy = Policy(**{**SMALL, **TIERS["host"], **sizes, **values})
+    with penstock.load(folder, policy) as model:
+        engine = engine_of(model)
+        placed, loaded = engine.arrangement.placement, engine._tiers.placement
+        units = engine.model_division.units
+        assert penstock.statistics(model).bytes_by_tier["device"]
+        assert engine.arrangement.division.found.stacks
+        moved = [u for u, a, b in zip(units, placed, loaded, strict=True) if a != b]
+        assert all(unit.experts for unit in moved)
+        assert len(moved) == num
+        tiers = engine._tiers
+        assert tiers.host is not None
+        assert tiers.host.memory.nbytes <= (policy.host_memory or 0)
+
+
+FEW = {"device_memory": 432 << 10, "lookahead": 0, "host_memory": "800KiB"}
+"""Room for a few experts on the device, and for a third of them in host memory."""
+
+
+def disk_bytes(model: Any, batch: dict[str, torch.Tensor], wanted: Any) -> int:
+    """Bytes that a forward reads from disk; it has the right bits."""
+    before = penstock.statistics(model).bytes_read["disk"]
+    with torch.inference_mode():
+        assert torch.equal(model(**batch).logits, wanted)
+    return penstock.statistics(model).bytes_read["disk"] - before
+
+
+def test_experts_that_are_used_most_come_to_host_memory(tmp_path: Path) -> None:
+    """One after the other, while the model runs: less and less is read from disk."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    whole.set_experts_implementation("grouped_mm")
+    with penstock.load(folder, Policy(**{**SMALL, "links": LINK, **FEW})) as model:
+        held = penstock.statistics(model).bytes_by_tier
+        for batch in batches(2, 1, 2):
+            with torch.inference_mode():
+                wanted = whole(**batch).logits
+            disk_bytes(model, batch, wanted)
+            first = disk_bytes(model, batch, wanted)
+            for _ in range(60):
+                last = disk_bytes(model, batch, wanted)
+            assert last < first // 2
+        found = penstock.statistics(model)
+        assert found.host_experts_exchanged > 8
+        assert found.bytes_by_tier == held
+        host = engine_of(model)._tiers.host
+        assert host is not None
+        assert host.memory.nbytes <= 800 << 10
+        placement = engine_of(model)._tiers.placement
+        there = [unit for unit, tier in enumerate(placement) if tier == "host"]
+        assert {*there} <= host.offsets.keys()
+        assert len({*host.offsets.values()}) == len(host.offsets)
+
+
+def test_an_update_finds_each_expert_in_one_place(tmp_path: Path) -> None:
+    """Whatever step an exchange is at."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    whole = copy.deepcopy(whole)
+    whole.set_experts_implementation("grouped_mm")
     (batch,) = batches(1, 1, 2)
-    with streamed(folder, 2 * layer_bytes(whole)) as model, torch.inference_mode():
-        for _ in range(3):
-            model(**batch)
-        before = penstock.statistics(model)
-        model(**batch)
-        after = penstock.statistics(model)
-    assert after.expert_bytes_touched > before.expert_bytes_touched
-    assert after.expert_bytes_loaded == before.expert_bytes_loaded
-    assert after.expert_hit_rate > before.expert_hit_rate
+    name = "model.layers.1.mlp.experts.down_proj"
+    with penstock.load(folder, Policy(**{**SMALL, "links": LINK, **FEW})) as model:
+        for _ in range(24):
+            new = whole.get_parameter(name).detach().flip(0).clone()
+            penstock.update(model, {name: new})
+            with torch.inference_mode():
+                whole.get_parameter(name).copy_(new)
+                wanted = whole(**batch).logits
+            disk_bytes(model, batch, wanted)
+        assert penstock.statistics(model).host_experts_exchanged
+
+
+class Unreadable:
+    """A loader none of whose loads succeeds: every other one does not even begin."""
+
+    def __init__(self) -> None:
+        self.num_loads = 0
+        self.is_closed = False
+
+    def load(self, unit: int, offset: int) -> UnitLoad:
+        self.num_loads += 1
+        if self.num_loads % 2:
+            raise ReadError("no")
+        failed = Handle(1)
+        failed.done(ReadError("no"))
+        return UnitLoad("a unit", [failed])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_failed_exchange_is_nobodys_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both experts come from disk then."""
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    whole.set_experts_implementation("grouped_mm")
+    loader = Unreadable()
+    (batch,) = batches(1, 1, 2)
+    with torch.inference_mode():
+        wanted = whole(**batch).logits
+    with penstock.load(folder, Policy(**{**SMALL, "links": LINK, **FEW})) as model:
+        monkeypatch.setattr(HostTier, "loader", lambda tier: loader)
+        for _ in range(30):
+            disk_bytes(model, batch, wanted)
+        assert loader.num_loads >= 2
+        assert penstock.statistics(model).host_experts_exchanged == 0
+    assert loader.is_closed
+
+
+def test_shared_memory_keeps_the_experts_it_has(tmp_path: Path) -> None:
+    whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    whole.set_experts_implementation("grouped_mm")
+    (batch,) = batches(1, 1, 2)
+    with torch.inference_mode():
+        wanted = whole(**batch).logits
+    policy = Policy(**{**SMALL, "links": LINK, **FEW}, host_shared=True)
+    with penstock.load(folder, policy) as model:
+        for _ in range(24):
+            disk_bytes(model, batch, wanted)
+        assert penstock.statistics(model).host_experts_exchanged == 0
 
 
 class Failing(nn.Module):

@@ -12,27 +12,36 @@ def routing() -> Routing:
     return Routing([FIRST, SECOND], [100] * 28)
 
 
+def ask(found: Routing, needs: dict[int, tuple[int, ...]], num_tokens: int = 1) -> None:
+    """A micro-batch chooses, each piece with so many tokens."""
+    found.ask({site: dict.fromkeys(units, num_tokens) for site, units in needs.items()})
+
+
+def withdraw(found: Routing, site: int, units: tuple[int, ...]) -> None:
+    found.withdraw(site, dict.fromkeys(units, 1))
+
+
 def run(found: Routing, needs: dict[int, tuple[int, ...]]) -> None:
     """A micro-batch chooses, and runs window by window."""
-    found.ask(needs)
+    ask(found, needs)
     for site, units in needs.items():
         found.open(site)
         for unit in units:
             found.use(unit)
-        found.withdraw(site, units)
+        withdraw(found, site, units)
 
 
 def test_what_any_micro_batch_needs_is_expected_in_order() -> None:
     found = routing()
     assert found.expected(1) == ()
-    found.ask({1: (13, 10), 2: (15,)})
-    found.ask({1: (11, 10)})
+    ask(found, {1: (13, 10), 2: (15,)})
+    ask(found, {1: (11, 10)})
     assert found.expected(1) == (10, 11, 13)
     assert found.asked_windows == {1, 2}
-    found.withdraw(1, (13, 10))
+    withdraw(found, 1, (13, 10))
     assert found.expected(1) == (10, 11), "another one still needs these"
-    found.withdraw(1, (11, 10))
-    found.withdraw(2, (15,))
+    withdraw(found, 1, (11, 10))
+    withdraw(found, 2, (15,))
     assert found.asked_windows == set()
 
 
@@ -53,12 +62,12 @@ def test_none_is_expected_after_a_layer_that_used_few() -> None:
 def test_the_share_is_that_of_all_micro_batches_and_windows() -> None:
     """The last window of a layer does not count as a layer."""
     found = routing()
-    found.ask({1: (10, 11), 2: (14,)})
-    found.ask({1: (12, 13), 2: (15, 16, 17)})
+    ask(found, {1: (10, 11), 2: (14,)})
+    ask(found, {1: (12, 13), 2: (15, 16, 17)})
     for site in (1, 2):
         found.open(site)
         for units in ((10, 11), (12, 13)) if site == 1 else ((14,), (15, 16, 17)):
-            found.withdraw(site, units)
+            withdraw(found, site, units)
     assert found.expected(4) == SECOND[4]
 
 
@@ -73,8 +82,8 @@ def test_what_is_used_less_is_worth_less() -> None:
 
 def test_bytes_are_counted_once_while_a_window_is_open() -> None:
     found = routing()
-    found.ask({1: (10,)})
-    found.ask({1: (10, 11)})
+    ask(found, {1: (10,)})
+    ask(found, {1: (10, 11)})
     found.open(1)
     for unit in (10, 10, 11):
         found.use(unit)
@@ -89,3 +98,90 @@ def test_a_model_without_experts_has_no_windows() -> None:
     assert not found
     assert not found.is_window(0)
     assert found.worth(0) == ALWAYS
+
+
+HELD = frozenset({12})
+
+
+def with_host() -> Routing:
+    """The pieces of the first layer lie in host memory, and are loaded for 4 tokens."""
+    least = {unit: 4 for units in FIRST.values() for unit in units}
+    return Routing([FIRST, SECOND], [100] * 28, least)
+
+
+def test_what_few_tokens_chose_is_computed_on_the_host() -> None:
+    """All micro-batches count, until their window is open. What has a slot already is
+    used there."""
+    found = with_host()
+    found.ask({1: {10: 3, 11: 2, 12: 1}, 4: {20: 1}})
+    assert found.expected(1, HELD.__contains__) == (12,)
+    found.ask({1: {11: 2, 13: 1}})
+    assert found.expected(1, HELD.__contains__) == (11, 12)
+    found.open(1, HELD.__contains__)
+    assert [unit for unit in FIRST[1] if found.is_on_host(unit)] == [10, 13]
+    found.withdraw(1, {10: 3, 11: 2, 12: 1})
+    assert not found.is_on_host(11), "it was decided for all that wait"
+    found.ask({1: {10: 9}})
+    assert found.is_on_host(10), "one that comes later does as the others do"
+    found.open(4)
+    assert not found.is_on_host(20), "it does not lie in host memory"
+
+
+def test_layers_that_the_host_computes_are_not_loaded_ahead() -> None:
+    found = with_host()
+    ask(found, FIRST)
+    found.open(1)
+    withdraw(found, 1, FIRST[1])
+    withdraw(found, 2, FIRST[2])
+    assert found.expected(4) == ()
+    ask(found, FIRST, num_tokens=4)
+    found.open(1)
+    assert found.expected(4) == SECOND[4]
+
+
+def test_what_the_host_computes_is_counted() -> None:
+    found = with_host()
+    found.ask({1: {10: 2}})
+    found.open(1)
+    found.use_on_host(10, 1, 2)
+    found.use_on_host(10, 1, 1)
+    counts = found.on_host
+    assert (counts.num_calls, counts.num_tokens, counts.nbytes) == (2, 3, 100)
+    assert found.touched_bytes == found.loaded_bytes == 0
+    found.forget()
+    found.ask({1: {10: 4}})
+    assert found.expected(2) == ()
+    found.open(1)
+    assert not found.is_on_host(10)
+
+
+def test_the_hottest_on_the_host_had_better_have_a_slot() -> None:
+    found = with_host()
+    for _ in range(3):
+        run(found, {1: (11, 13)})
+    ask(found, FIRST)
+    assert found.hottest_on_host() == (11,)
+    found.open(1)
+    assert found.hottest_on_host() == (11,)
+    found.open(1, {11}.__contains__)
+    assert found.hottest_on_host() == (13,)
+    found.open(4)
+    assert found.hottest_on_host() == ()
+
+
+def test_the_most_used_takes_the_place_of_the_least_used() -> None:
+    """If it is used much more: twice as often, and in one pass of eight."""
+    found = routing()
+    inside, outside = (10, 11, 14), (12, 13, 15)
+    assert found.exchange(inside, outside) is None, "all are worth as much at first"
+    for _ in range(30):
+        run(found, {1: (10, 13), 2: (15,)})
+    assert found.exchange(inside, outside) == (11, 13)
+    assert found.exchange((10,), outside) is None
+    assert found.exchange(inside, (12,)) is None
+    assert found.exchange((), outside) is None
+    assert found.exchange(inside, ()) is None
+    for _ in range(30):
+        run(found, {1: (10,), 2: (16,)})
+    run(found, {1: (12,), 2: (16,)})
+    assert found.exchange((11,), (12,)) is None, "once is not often"

@@ -113,6 +113,7 @@ def test_a_small_device_is_measured_and_planned_for(
     assert machine.device_memory == CAPACITY
     assert machine.copies is not None
     assert machine.copies.peer is not None
+    assert set(machine.host_matmul) == {"float32", "bfloat16"}
     waits = []
     for factor in (1, 1000):  # slower links
         links = machine.copies.model_dump(exclude_none=True)
