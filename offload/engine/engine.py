@@ -84,14 +84,13 @@ class Engine:
                 self._working_set.keep(index)
                 self._binding.bind_for_ever(index, offset)
         self._binding.bind_host()
-        keep_out = (
-            self._compilation.keep_out if self._compilation else lambda hook: hook
-        )
+        compiled = self._compilation
+        keep_out = compiled.keep_out if compiled else lambda hook: hook
         self._hooks = SiteHooks(
             self.model, self.model_division, self._entry, self._binding, keep_out
         )
-        if self._compilation is not None:
-            self._compilation.start(self.fallbacks.announce)
+        if compiled is not None:
+            compiled.start(self.fallbacks.announce)
         self._experts = RoutedExperts(
             self.model_division.stacks,
             self.model_division.units,
