@@ -105,6 +105,10 @@ class Forecaster:
         loads = site_loads(model.shape, model.rates, settings)
         return replace(found, model=replace(model, loads=loads))
 
+    def least_bytes(self, policy: Policy) -> int:
+        """The least device_memory in bytes that does for the weights."""
+        return self._arranger(policy, policy.device == "cpu").least_bytes
+
     def _arranger(self, policy: Policy, is_host: bool) -> Arranger:
         key = (is_host, policy.gather_rows, policy.resident_below, policy.io.max_gap)
         if key not in self._arrangers:

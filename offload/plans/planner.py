@@ -286,7 +286,7 @@ class Planner:
         smallest = self._with(next(iter(self._settings())))
         shape, name, key = self._whole, self.machine.name, "device_memory"
         need, budget = self._need(shape, smallest), self.budget
-        least = shape.resident_bytes + shape.largest_bytes
+        least = self._forecaster.least_bytes(smallest)
         held = need.activations + need.states
         if not budget.has_place_for(need, "disk") and held + least <= budget.device:
             return no_place(name, self.task.in_flight(smallest), need, budget)

@@ -18,7 +18,7 @@ from ...io.weights.transfer import SLOT_ALIGNMENT, Transfer, packed, same_layout
 from ...io.weights.unpacking import scratch_bytes
 from ..policy import Policy
 from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memory
-from .capacity import capacity_of, check_least
+from .capacity import capacity_of, check_least, least_capacity
 from .division import Divider, Division
 from .placing import placement_of
 from .sites import ParameterRef
@@ -165,6 +165,11 @@ class Arranger:
             return 0
         num_links = 1 + bool(policy.host_memory) + len(policy.peer)
         return num_links * self._scratch_of_a_link
+
+    @cached_property
+    def least_bytes(self) -> int:
+        """The least bytes of a working set in which the model can be streamed."""
+        return least_capacity(self._divider.divide, 1, ALIGNMENT)
 
     @cached_property
     def _scratch_of_a_link(self) -> int:
