@@ -161,7 +161,7 @@ class Policy(Section):
     tokens chose (of all micro-batches of a sweep) are computed by the CPU where they
     lie, and these tokens' hidden states move instead of the weights. `host`: jobs and
     `penstock plan` choose the number, by the machine's rates. The last bits of results
-    may change, from run to run, too, as CPU and GPU round differently."""
+    may change, as CPU and GPU round differently."""
     kv: KvPolicy = KvPolicy()
     """Where keys and values of models that generate are kept."""
     micro_batch_tokens: AutoCount = 512
