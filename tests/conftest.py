@@ -123,6 +123,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 _LIBAIO = pytest.StashKey[str]()
 
 
+@pytest.hookimpl(optionalhook=True)  # children of tests have no xdist
 def pytest_xdist_auto_num_workers() -> int:
     """The processes of `-n auto`: one more than there are cores, since tests wait for a
     third of their time; at most five."""

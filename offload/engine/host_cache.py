@@ -1,21 +1,33 @@
 """Keeps those experts in host memory that are used most, where it has not room for all.
 
-One expert at a time takes the place of another of its layer that is used less. Until it
-is read, both come from disk.
+In each layer, one expert at a time takes the place of another that is used less. Until
+it is read, both come from disk.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from ...io.closing import Closing
 from ...io.event import Event
 from ...io.tier import Tier
-from ...io.weights.loader import Loader, UnitLoad
+from ...io.weights.load import Load
+from ...io.weights.loader import Loader
 from ...scheduler.slots.routing import Routing
 from ...scheduler.slots.working_set import WorkingSet
 from ..policy import Policy
 from .host_experts import HostExperts
 from .tiers import Tiers
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """A unit that takes the place of another one."""
+
+    new: int
+    copied: Event
+    """Passes when copies of the old unit to the device are done."""
+    load: Load | None = None
 
 
 class HostCache(Closing):
@@ -24,7 +36,8 @@ class HostCache(Closing):
 
     The steps of an exchange are: the old unit is loaded from disk from now on; once
     copies of it to the device are done, the new one is read into its place; once that
-    is done, it is loaded from there.
+    is done, it is loaded from there. There is a pass between two steps, in which what
+    they wait for is done: so where a unit is in a pass depends on no clock.
     """
 
     def __init__(
@@ -42,40 +55,42 @@ class HostCache(Closing):
         self._link = next((x for x in tiers.links if x.tier == Tier.HOST), None)
         self._is_fixed = policy.host_shared or self._link is None
         self._loader: Loader | None = None
-        self._new: int | None = None
-        """The unit that is to be read, or is being read."""
-        self._copied: Event | None = None
-        self._load: UnitLoad | None = None
-        self._seen: tuple[int, int] | None = None
+        self._seen: dict[int, int] = {}
+        """The pass of the last step in each layer, by the layer's first unit."""
+        self._exchanges: dict[int, _Exchange] = {}
+        """Those under way, likewise."""
 
     def step(self, units: Sequence[int], num_passes: int) -> None:
-        """Goes on with the exchange that is under way, or begins one among `units`, the
-        experts of a layer. Call it while one of their windows is open; in each pass,
+        """Goes on with the exchange that is under way among `units`, the experts of a
+        layer, or begins one. Call it while one of their windows is open; in each pass,
         only the first call counts."""
-        if self._is_fixed or self._seen == (units[0], num_passes):
+        layer = units[0]
+        if self._is_fixed or self._seen.get(layer) == num_passes:
             return
-        self._seen = units[0], num_passes
-        if self._load is not None:
-            if self._load.is_done:
-                self._finish()
-        elif self._copied is not None:
-            self._read()
-        else:
+        self._seen[layer] = num_passes
+        exchange = self._exchanges.get(layer)
+        if exchange is None:
             self._begin(units)
+        elif exchange.load is None:
+            self._read(layer)
+        else:
+            self._finish(layer)
 
     def settle(self) -> None:
-        """Ends the exchange that is under way: afterwards each unit is in one tier."""
-        if self._copied is not None:
-            self._read()
-        if self._load is not None:
-            self._finish()
+        """Ends the exchanges that are under way: then each unit is in one tier."""
+        for layer, exchange in list(self._exchanges.items()):
+            if exchange.load is None:
+                self._read(layer)
+            self._finish(layer)
 
     def close(self) -> None:
-        """Waits for the read under way, ends the loader's threads, and closes what
+        """Waits for the reads under way, ends the loader's threads, and closes what
         computes experts."""
         self._is_fixed = True
-        if self._load is not None:
-            self._load.wait_quietly()
+        for exchange in self._exchanges.values():
+            if exchange.load is not None:
+                exchange.load.wait_quietly()
+        self._exchanges.clear()
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -91,36 +106,35 @@ class HostCache(Closing):
         found = self._routing.exchange(here, there)
         if found is None or not host.has_room_for(found[1], found[0]):
             return
-        old, self._new = found
+        old, new = found
         placement[old] = Tier.DISK
-        host.give_place(old, self._new)
+        host.give_place(old, new)
         self.experts.forget(old)
-        self._copied = link.mark()
+        self._exchanges[units[0]] = _Exchange(new, link.mark())
 
     def _is_idle(self, unit: int) -> bool:
         """Whether nobody uses `unit` in host memory or waits for a copy of it."""
         return not (self._working_set.holds(unit) or self._routing.is_on_host(unit))
 
-    def _read(self) -> None:
+    def _read(self, layer: int) -> None:
         """Starts to read the new unit. Where that fails, now or later, the unit stays
         on disk, and whoever loads it is told; the place is not used again."""
-        host, copied, new = self._tiers.host, self._copied, self._new
+        host, exchange = self._tiers.host, self._exchanges[layer]
         assert host is not None, "a unit has a place there"
-        assert copied is not None, "the copies before have an event"
-        assert new is not None, "a unit is to be read"
-        copied.wait()
-        self._copied = None
+        exchange.copied.wait()
         if self._loader is None:
             self._loader = host.loader()
-        with suppress(Exception):
-            self._load = self._loader.load(new, host.offsets[new])
+        try:
+            exchange.load = self._loader.load(exchange.new, host.offsets[exchange.new])
+        except Exception:
+            del self._exchanges[layer]
 
-    def _finish(self) -> None:
-        load, new, self._load = self._load, self._new, None
-        assert load is not None, "a unit is being read"
-        assert new is not None, "a unit is being read"
+    def _finish(self, layer: int) -> None:
+        exchange = self._exchanges.pop(layer, None)
+        if exchange is None or exchange.load is None:
+            return  # its read did not even begin
         with suppress(Exception):
-            load.wait()
-            self._tiers.placement[new] = Tier.HOST
-            self.experts.remember(new)
+            exchange.load.wait()
+            self._tiers.placement[exchange.new] = Tier.HOST
+            self.experts.remember(exchange.new)
             self._routing.on_host.num_exchanged += 1

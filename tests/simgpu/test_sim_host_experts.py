@@ -4,6 +4,9 @@ of the resident model, and are not loaded."""
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ def test_experts_on_the_cpu_give_the_bits_of_the_resident_model(
     with penstock.load(folder, tight) as model:
         model.set_experts_implementation(way)
         inputs = [on_device(batch, GPU) for batch in batches(3)]
-        for seed in range(4):
+        for seed in range(3):
             simgpu.schedule(seed)
             with torch.inference_mode(), penstock.sweep(model, coalesce=False) as s:
                 made = s.map(lambda b: model(**b).logits, inputs)
@@ -177,20 +180,20 @@ def test_the_computing_thread_waits_for_hidden_states_only(
 def test_experts_that_are_used_most_get_slots(simgpu: SimGpu, tmp_path: Path) -> None:
     """As long as they have none, the CPU computes them."""
     whole, folder = resident("qwen3_moe", F32), checkpoint(tmp_path, "qwen3_moe")
+    (batch,) = batches(1, 1, 2)
+    with torch.inference_mode():
+        wanted = whole(**batch).logits
     num_bytes = 2 * layer_bytes(whole)
     with penstock.load(folder, policy(num_bytes, experts=ALWAYS)) as model:
-        for batch in batches(2, 1, 2):
-            with torch.inference_mode():
-                wanted = whole(**batch).logits
-            logits, first = counted(model, batch)
+        simgpu.schedule(1, held_seconds=0.01)
+        calls = []
+        for _ in range(10):
+            logits, found = counted(model, batch)
             assert torch.equal(logits, wanted)
-            assert first["calls"] > 0
-            for seed in range(24):
-                simgpu.schedule(seed, held_seconds=0.001)
-                logits, found = counted(model, batch)
-                assert torch.equal(logits, wanted)
-            assert found["calls"] == 0
-    assert found["bytes"] == 0
+            calls.append(found["calls"])
+    assert calls == sorted(calls, reverse=True)
+    assert calls[0] > 8
+    assert calls[-1] == 0
 
 
 @pytest.mark.parametrize("experts", ["device", 3])
@@ -205,17 +208,17 @@ def test_experts_that_come_to_host_memory_give_the_same_bits(
     with torch.inference_mode():
         wanted = [whole(**batch).logits for batch in prompts]
     found = 0
-    for num in (5, 24):
+    for num in (5, 16):
         with penstock.load(folder, few) as model, torch.inference_mode():
             for seed in range(num):
-                simgpu.schedule(seed, held_seconds=0.001)
-                turn = seed // 12 % 2
+                simgpu.schedule(seed, held_seconds=0.002, late_seconds=1e-4)
+                turn = seed // 8 % 2
                 logits = model(**on_device(prompts[turn], GPU)).logits
                 assert torch.equal(logits.cpu(), wanted[turn])
             statistics = penstock.statistics(model)
             found = statistics.host_experts_exchanged
             assert bool(statistics.host_expert_calls) == (experts != "device")
-    assert found > 3
+    assert found > 1
 
 
 class Failing(torch.nn.Module):
@@ -248,6 +251,20 @@ def test_a_failure_on_the_cpu_leaves_nothing(simgpu: SimGpu, tmp_path: Path) -> 
             experts.act_fn = own
             assert not engine_of(model)._entry.open_sites.routing.asked_windows
             assert torch.equal(counted(model, batch)[0], wanted)
+
+
+@pytest.mark.usefixtures("all_objects")
+def test_a_dropped_model_leaves_nothing(simgpu: SimGpu, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "qwen3_moe")
+    few = policy(432 << 10, experts=3, lookahead=0, host_memory="800KiB")
+    model = penstock.load(folder, few)
+    for _ in range(6):
+        counted(model, batches(1, 1, 2)[0])
+    dropped = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dropped() is None
+    assert not [t for t in threading.enumerate() if t.name.startswith("penstock-")]
 
 
 def test_no_effect_is_announced(simgpu: SimGpu, tmp_path: Path) -> None:
