@@ -71,6 +71,9 @@ def _run(item: pytest.Item) -> list[pytest.TestReport]:
         lines = path.read_text(encoding="utf-8").splitlines()
     hook = item.config.hook.pytest_report_from_serializable
     found = [hook(config=item.config, data=json.loads(line)) for line in lines]
+    for report in found:
+        if isinstance(report.longrepr, list):  # JSON has no tuples; skips need them
+            report.longrepr = tuple(report.longrepr)
     if not found or found[-1].when != "teardown":
         text = f"its process ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         found.append(_report(item, "failed", text))
