@@ -69,6 +69,7 @@ class Engine:
         self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
+        self.exchange = forwards.exchange
         self._experts: RoutedExperts | None = None
         self._is_closed = False
 
@@ -88,7 +89,7 @@ class Engine:
             self._compilation.keep_out if self._compilation else lambda hook: hook
         )
         self._hooks = SiteHooks(
-            self.model, self.model_division, self._entry, self._binding, keep_out
+            self.model, self.model_division, self._forwards, self._binding, keep_out
         )
         if self._compilation is not None:
             self._compilation.start(self.fallbacks.announce)
@@ -169,6 +170,7 @@ class Engine:
             activation_offload=self._tiers.activation_offload() if moves_out else None,
             coalescing=self._coalescing(coalesce),
             kv=None if self._kv is None else self._kv.store,
+            lockstep=None if self.exchange is None else self.exchange.new_run,
         )
         self._sweeps.add(sweep)
         return sweep
@@ -257,8 +259,8 @@ class Engine:
     @property
     def closers(self) -> Sequence[Callable[[], None]]:
         """Functions that close all parts that do not refer to the model, in order."""
-        kv = () if self._kv is None else (self._kv.close,)
-        return (*kv, self._working_set.close, self._tiers.close, give_freed_back)
+        rest = (self._working_set.close, self._tiers.close, give_freed_back)
+        return (*self._forwards.closers, *rest)
 
     def close(self) -> None:
         """Removes the hooks, ends the threads, and closes files and memory. A streamed
@@ -269,7 +271,7 @@ class Engine:
         self._sweeps.close()
         gatherers = self._weights.gatherers.values()
         steps: list[Callable[[], object]] = [
-            *([] if self._kv is None else [self._kv.close]),
+            *self._forwards.closers,
             *([] if self._hooks is None else [self._hooks.remove]),
             *([] if self._experts is None else [self._experts.close]),
             *([] if self._compilation is None else [self._compilation.stop]),

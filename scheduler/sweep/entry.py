@@ -83,7 +83,7 @@ class ForwardEntry:
     def before(self, site: int) -> None:
         """Waits until `site` may run. Called by its forward pre-hook."""
         self.fork_guard.check()
-        loop = self._loop_here()
+        loop = self.loop_here()
         if loop is not None:
             loop.arrive(site)
         else:
@@ -91,7 +91,7 @@ class ForwardEntry:
 
     def after(self, site: int) -> None:
         """`site` has run or failed. Called by its forward hook."""
-        loop = self._loop_here()
+        loop = self.loop_here()
         if loop is not None:
             loop.depart(site)
         elif self._plain and self._plain[-1] == (threading.get_ident(), site):
@@ -232,7 +232,7 @@ class ForwardEntry:
             finally:
                 self._turn.give_up(who)
 
-    def _loop_here(self) -> EnteringLoop | None:
+    def loop_here(self) -> EnteringLoop | None:
         """The sweep of which the caller is the running micro-batch, if any."""
         loop = self._loop
         if loop is not None and loop.is_running_here():
