@@ -54,7 +54,7 @@ class Exchange(Closing):
         return agreed(self._post, value)
 
     @contextmanager
-    def hidden_states_stay(self) -> Iterator[None]:
+    def staying(self) -> Iterator[None]:
         """Meanwhile the hidden states after the last block are not sent: they are NaN
         on all ranks but the head's owner."""
         token = self._stays.set(True)

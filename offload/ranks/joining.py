@@ -3,7 +3,8 @@
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,8 @@ JOIN_SECONDS = 120.0
 """How long ranks wait for each other at the start."""
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TOKEN_BYTES = 16
+_CHECK_SECONDS = 0.5
+LOCAL = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +63,44 @@ class RankEnvironment:
         agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, num, variables["MASTER_ADDR"], port, local, agent)
 
+    @classmethod
+    def found(cls) -> "RankEnvironment | None":
+        """What torchrun sets; None where it did not start this process."""
+        return cls.of() if all(name in os.environ for name in _NEEDED) else None
+
     @property
     def is_alone(self) -> bool:
         return self.num_ranks == 1
 
 
-def join(where: RankEnvironment) -> TcpPost:
-    """Connects this rank with all others. Raises RanksError if they do not come."""
+def local_store() -> TCPStore:
+    """A store in this process, at a port of this machine that is free."""
     limit = timedelta(seconds=JOIN_SECONDS)
+    return TCPStore(LOCAL, 0, None, True, timeout=limit, wait_for_workers=False)
+
+
+def join(
+    where: RankEnvironment,
+    *,
+    store: TCPStore | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> TcpPost:
+    """Connects this rank with all others, by the `store` at `where`. Raises RanksError
+    if they do not come, and what `check` raises, which is called meanwhile."""
     with ExitStack() as stack:
         try:
-            store = TCPStore(
+            store = store or TCPStore(
                 where.master,
                 where.port,
                 None,
                 where.rank == 0 and not where.has_store,
-                timeout=limit,
+                timeout=timedelta(seconds=JOIN_SECONDS),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
             number = store.add(f"penstock/joins/{where.rank}", 1)
             prefixed = PrefixStore(f"penstock/{number}", store)
-            peers = _connect(prefixed, where, stack)
+            peers = _connect(prefixed, where, stack, check)
         except (DistError, OSError, RuntimeError) as error:
             raise RanksError(
                 f"rank {where.rank} of {where.num_ranks} cannot join the others at "
@@ -92,7 +111,10 @@ def join(where: RankEnvironment) -> TcpPost:
 
 
 def _connect(
-    store: Store, where: RankEnvironment, stack: ExitStack
+    store: Store,
+    where: RankEnvironment,
+    stack: ExitStack,
+    check: Callable[[], None],
 ) -> dict[int, socket.socket]:
     """A socket to each other rank: each connects to those below it."""
     token = secrets.token_bytes(_TOKEN_BYTES).hex()
@@ -102,7 +124,7 @@ def _connect(
     family, here = _own_address(where)
     listener = socket.create_server((here, 0), family=family, backlog=where.num_ranks)
     with listener:
-        listener.settimeout(JOIN_SECONDS)
+        listener.settimeout(_CHECK_SECONDS)
         store.set(f"at/{where.rank}", f"{here} {listener.getsockname()[1]}")
         peers: dict[int, socket.socket] = {}
         for peer in range(where.rank):
@@ -111,7 +133,7 @@ def _connect(
             peers[peer] = stack.enter_context(there)
             there.sendall(secret + where.rank.to_bytes(4, "big"))
         while len(peers) < where.num_ranks - 1:
-            there, _ = listener.accept()
+            there = _accepted(listener, check)
             there.settimeout(JOIN_SECONDS)
             greeting = _exactly(there, _TOKEN_BYTES + 4)
             if greeting[:_TOKEN_BYTES] != secret:
@@ -123,6 +145,18 @@ def _connect(
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return peers
+
+
+def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.socket:
+    """The next connection. Raises TimeoutError if there is none for long."""
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        check()
+        try:
+            return listener.accept()[0]
+        except TimeoutError:
+            if time.monotonic() > end:
+                raise
 
 
 def _exactly(there: socket.socket, num: int) -> bytes:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from ...io.closing import Closing
+from ...io.errors import readable
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Mailbox
 from .wire import Buffer, packed, unpacked
@@ -58,14 +59,14 @@ class TcpPost(Closing):
         with self.mail.changed:
             self.mail.changed.wait_for(lambda: bool(self.mail.lost) or test())
 
-    def close(self) -> None:
-        """Says so to the others, and ends the threads."""
+    def close(self, why: str = "") -> None:
+        """Says to the others that nothing more comes, and ends the threads."""
         if self._is_closing.is_set():
             return
         self._is_closing.set()
         for peer, queue in self._queues.items():
             if peer not in self._closed:
-                queue.put(packed(Message(Kind.BYE)))
+                queue.put(packed(Message(Kind.BYE, text=readable(why))))
             queue.put(None)
         end = time.monotonic() + _CLOSE_SECONDS
         for thread in self._senders:

@@ -161,7 +161,7 @@ def agreed(post: Post, value: Any) -> Any:
     """The first rank's `value`, which JSON can hold, on all ranks. Raises RanksError if
     it is gone."""
     if post.rank == 0:
-        message = Message(Kind.SHARED, text=json.dumps(value))
+        message = Message(Kind.SHARED, text=json.dumps(value, default=str))
         for rank in range(1, post.num_ranks):
             post.send(rank, message)
         return value

@@ -43,7 +43,12 @@ class Mailbox:
         kind, address = message.kind, message.address
         run, who = address.run, address[:2]
         if kind is Kind.BYE:
-            self._closed[source] = f"rank {source} has closed its model"
+            why = (
+                f"has failed: {message.text}"
+                if message.text
+                else "has closed its model"
+            )
+            self._closed[source] = f"rank {source} {why}"
         elif kind is Kind.SHARED:
             self._shared.append(message.text)
         elif run != PLAIN and run < self._oldest_run:
@@ -213,4 +218,6 @@ class Post(Protocol):
         """Blocks until `test` is true, which asks `mail`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, why: str = "") -> None:
+        """Says to all others that nothing more comes, and `why` if it is an error."""
+        ...

@@ -95,10 +95,10 @@ class FakePost:
                 office.still.discard(self.rank)
             office.still.discard(self.rank)
 
-    def close(self) -> None:
+    def close(self, why: str = "") -> None:
         for to in range(self.num_ranks):
             if to != self.rank and self.rank not in self.office.dropped:
-                self.send(to, Message(Kind.BYE))
+                self.send(to, Message(Kind.BYE, text=why))
 
     def _is_any_mail(self) -> bool:
         return any(
