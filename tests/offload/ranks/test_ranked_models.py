@@ -29,7 +29,6 @@ NO_SHARE = {
     "rwkv": "states of the block before",
     "rwkv_rescaled": "states of the block before",
     "xlstm": "states of the block before",
-    "xlnet": "another value than the hidden states",
     "openai_gpt": "returns a list",
 }
 """Models that ranks cannot share, and what they are told."""
@@ -39,9 +38,11 @@ STATEFUL = (
     "olmo_hybrid",
 )  # fmt: skip
 """Those whose caches hold more than keys and values."""
-REFUSED_ALWAYS = ("gemma3n_text", "t5", "mamba", "xlnet", "rwkv", "deberta_v2")
+REFUSED_ALWAYS = ("gemma3n_text", "t5", "mamba", "rwkv", "deberta_v2")
 USUAL = ("llama", "gpt2", "mixtral", "gemma3_text", "bloom", "gpt_neo", "opt")
-CAUSAL = [name for name in zoo.names("causal") if name not in (*NO_SHARE, *STATEFUL)]
+CAUSAL = [
+    name for name in zoo.names("causal") if name not in (*NO_SHARE, *STATEFUL, "xlnet")
+]
 
 
 def _check(name: str, num_ranks: int, folder: Path, resident: Any) -> None:
@@ -191,8 +192,8 @@ class _Orders:
 @pytest.mark.parametrize(
     ("num_ranks", "num_seeds"),
     [
-        (2, 12),
-        (3, 12),
+        (2, 4),
+        (3, 4),
         pytest.param(2, 500, marks=pytest.mark.whole),
         pytest.param(3, 500, marks=pytest.mark.whole),
     ],
@@ -222,7 +223,7 @@ def test_without_hold_weights_are_read_more_often(
         patched.setattr(ranked_loop, "servable", eager)
         patched.setattr(ranked_loop, "is_waited_for", lambda at, waits: False)
         passes = []
-        for seed in range(4):
+        for seed in range(3):
             num, found = orders.play(seed)
             none_failed(found)
             assert orders.is_right(found)
