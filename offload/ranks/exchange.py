@@ -13,7 +13,7 @@ from ...io.errors import PenstockError, RanksError, UsageError, readable
 from ...scheduler.ranks.lockstep import Lockstep, agreed
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Post
-from ...scheduler.ranks.stages import PLAIN, Address, CallState, Stages
+from ...scheduler.ranks.stages import PLAIN, Address, CallState, RankStages
 from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.ranked_loop import RankedLoop
 from ..weights.placeholder import StreamedParameter
@@ -28,7 +28,7 @@ class Exchange(Closing):
     that, it gives NaNs of its shape. `close` closes the post.
     """
 
-    def __init__(self, post: Post, stages: Stages) -> None:
+    def __init__(self, post: Post, stages: RankStages) -> None:
         self.stages = stages
         self._post = post
         self._entry: ForwardEntry | None = None

@@ -11,7 +11,7 @@ from torch import nn
 from ...io.errors import PenstockError
 from ...io.weights.recipe import Recipe
 from ...scheduler.ranks.owners import deal
-from ...scheduler.ranks.stages import Stages
+from ...scheduler.ranks.stages import RankStages
 from ..weights.placeholder import StreamedParameter
 from .stage_modules import StageModules, costs_of, find_stages, returns_of
 
@@ -21,7 +21,7 @@ class Share:
     """The stages of a model, who computes each, and the recipes of this rank."""
 
     modules: StageModules
-    stages: Stages
+    stages: RankStages
     recipes: Mapping[str, Recipe]
 
 
@@ -40,7 +40,7 @@ def share_of(
     blocks, ends = costs_of(model, modules, recipes, gather_rows)
     owners = deal(blocks, ends, num_ranks)
     has_head = modules.head is not None
-    stages = Stages(
+    stages = RankStages(
         (0, *owners, *((0,) if has_head else ())),
         rank,
         has_head,
@@ -55,7 +55,7 @@ def share_of(
 
 
 def _leave_out(
-    model: nn.Module, elsewhere: list[nn.Module], stages: Stages
+    model: nn.Module, elsewhere: list[nn.Module], stages: RankStages
 ) -> set[str]:
     """Replaces the tensors that only the modules `elsewhere` use. Returns all names of
     these tensors."""

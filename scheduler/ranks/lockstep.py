@@ -7,7 +7,7 @@ from typing import Any
 from ...io.errors import PenstockError, RanksError, readable
 from .messages import Kind, Message
 from .post import Post
-from .stages import Address, CallState, Position, Stages
+from .stages import Address, CallState, LapPosition, RankStages
 
 
 class Lockstep:
@@ -18,7 +18,7 @@ class Lockstep:
     fails on all.
     """
 
-    def __init__(self, post: Post, stages: Stages, run: int) -> None:
+    def __init__(self, post: Post, stages: RankStages, run: int) -> None:
         self.stages = stages
         self.states: dict[int, CallState] = {}
         """The micro-batches that have started here and not ended."""
@@ -101,7 +101,7 @@ class Lockstep:
         state.target = self.stages.next_own(state.position)
         self._coming[index] = address, source
 
-    def coming(self) -> list[Position]:
+    def coming(self) -> list[LapPosition]:
         """Where those that wait for other ranks run here next."""
         targets = (self.states[index].target for index in self._coming)
         return [target for target in targets if target is not None]

@@ -9,7 +9,7 @@ EMBEDDING = 0
 """The first stage: the input embedding."""
 
 
-class Position(NamedTuple):
+class LapPosition(NamedTuple):
     """Where a micro-batch is: positions are compared as tuples."""
 
     lap: int
@@ -18,7 +18,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stages:
+class RankStages:
     """The stages of a model, as `rank` sees them: the input embedding, each block, and
     the head if there is one. `owners` is the rank that computes each of them."""
 
@@ -63,11 +63,13 @@ class Stages:
             found = (self.owners[stage + 1],)
         return tuple(rank for rank in found if rank != owner)
 
-    def next_own(self, at: Position) -> Position:
+    def next_own(self, at: LapPosition) -> LapPosition:
         """The position after `at` at which this rank computes next."""
         own = [stage for stage, owner in enumerate(self.owners) if owner == self.rank]
         later = [stage for stage in own if stage > at.stage]
-        return Position(at.lap, later[0]) if later else Position(at.lap + 1, own[0])
+        return (
+            LapPosition(at.lap, later[0]) if later else LapPosition(at.lap + 1, own[0])
+        )
 
 
 class Address(NamedTuple):
@@ -107,12 +109,12 @@ class CallState:
     """A checksum of the token ids of its last forward."""
     has_nan: bool = False
     """Whether the output of the stage before has NaNs."""
-    target: Position | None = field(default=None)
+    target: LapPosition | None = field(default=None)
     """Where this rank computes it next, while it waits for another rank."""
 
     @property
-    def position(self) -> Position:
-        return Position(self.lap, self.stage)
+    def position(self) -> LapPosition:
+        return LapPosition(self.lap, self.stage)
 
     def enter(self, stage: int) -> Address:
         """The micro-batch calls `stage`."""
@@ -137,10 +139,10 @@ class CallState:
 class Waits:
     """The micro-batches on this rank that are not running."""
 
-    here: Sequence[tuple[Position, bool]]
+    here: Sequence[tuple[LapPosition, bool]]
     """Those that wait at a site: their positions, and whether the site is the first one
     that they have reached in their stage."""
-    coming: Sequence[Position]
+    coming: Sequence[LapPosition]
     """The targets of those that another rank computes."""
 
 
@@ -165,7 +167,7 @@ def servable(waits: Waits) -> frozenset[int]:
     )
 
 
-def is_waited_for(at: Position, waits: Waits) -> bool:
+def is_waited_for(at: LapPosition, waits: Waits) -> bool:
     """Whether a site that is open for `at` stays open for one that is coming."""
     lowest = min([*(position for position, _ in waits.here), *waits.coming], default=at)
     return lowest >= at and at in waits.coming

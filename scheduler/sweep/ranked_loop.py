@@ -6,7 +6,14 @@ from typing import Any
 
 from ...io.errors import PenstockError, RanksError
 from ..ranks.lockstep import Lockstep
-from ..ranks.stages import Address, CallState, Position, Waits, is_waited_for, servable
+from ..ranks.stages import (
+    Address,
+    CallState,
+    LapPosition,
+    Waits,
+    is_waited_for,
+    servable,
+)
 from .loop import SweepLoop
 from .micro_batch import MicroBatch
 
@@ -22,7 +29,7 @@ class RankedLoop(SweepLoop):
         super().__init__(*args, **options)
         self._lockstep = lockstep
         self._ended: dict[int, MicroBatch] = {}
-        self._at: Position | None = None
+        self._at: LapPosition | None = None
         """The position that was served last."""
         self._is_catching_up = False
         self._has_said_end = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_messages_come_in_order_and_may_be_changed_afterwards(
         tensor.zero_()
     for call in reversed(range(20)):
         address = AT._replace(call=call)
-        other.wait(lambda address=address: other.mail.is_ready(address, 0))
+        other.wait(partial(other.mail.is_ready, address, 0))
         assert other.mail.take(address, 0).tensor.unique().tolist() == [call]
 
 

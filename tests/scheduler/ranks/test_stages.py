@@ -7,8 +7,8 @@ import random
 from penstock.scheduler.ranks.stages import (
     Address,
     CallState,
-    Position,
-    Stages,
+    LapPosition,
+    RankStages,
     Waits,
     is_waited_for,
     servable,
@@ -18,12 +18,12 @@ OWNERS = (0, 0, 1, 0, 1, 0, 0)  # the embedding, five blocks, the head
 
 
 def test_an_output_goes_to_the_next_stage_and_the_last_ones_to_all() -> None:
-    stages = Stages((0, 0, 1, 2, 0, 0), rank=0, has_head=True)
+    stages = RankStages((0, 0, 1, 2, 0, 0), rank=0, has_head=True)
     assert stages.last_block == 4
     assert [stages.takers(s) for s in range(6)] == [
         (), (1,), (2,), (0,), (1, 2), (1, 2)
     ]  # fmt: skip
-    headless = Stages((0, 0, 1, 0), rank=1, has_head=False)
+    headless = RankStages((0, 0, 1, 0), rank=1, has_head=False)
     assert headless.last_block == 3
     assert headless.takers(3) == (1,)
 
@@ -32,35 +32,39 @@ def test_calls_are_counted_alike_and_laps_begin_at_the_first_stage() -> None:
     state = CallState(2, 7)
     assert state.enter(0) == Address(2, 7, 0, 1)
     assert state.enter(1) == Address(2, 7, 0, 2)
-    assert state.position == Position(0, 1)
+    assert state.position == LapPosition(0, 1)
     assert state.count() == Address(2, 7, 0, 3)
     state.enter(0)
-    assert state.position == Position(1, 0)
+    assert state.position == LapPosition(1, 0)
     state.begin_again()
     assert state.count() == Address(2, 7, 1, 1)
 
 
 def test_the_next_own_stage_may_be_in_the_next_lap() -> None:
-    stages = Stages(OWNERS, rank=1, has_head=True)
-    assert stages.next_own(Position(3, 1)) == Position(3, 2)
-    assert stages.next_own(Position(3, 4)) == Position(4, 2)
+    stages = RankStages(OWNERS, rank=1, has_head=True)
+    assert stages.next_own(LapPosition(3, 1)) == LapPosition(3, 2)
+    assert stages.next_own(LapPosition(3, 4)) == LapPosition(4, 2)
 
 
 def test_the_lowest_position_is_served_first() -> None:
-    here = [(Position(1, 2), True), (Position(0, 4), True), (Position(0, 4), False)]
+    here = [
+        (LapPosition(1, 2), True),
+        (LapPosition(0, 4), True),
+        (LapPosition(0, 4), False),
+    ]
     assert servable(Waits(here, [])) == {1, 2}
-    assert servable(Waits(here, [Position(0, 3)])) == frozenset()  # hold
-    assert servable(Waits(here, [Position(0, 4)])) == {1}  # a second site waits
-    assert servable(Waits(here, [Position(1, 0)])) == {1, 2}
-    assert servable(Waits([], [Position(1, 0)])) == frozenset()
+    assert servable(Waits(here, [LapPosition(0, 3)])) == frozenset()  # hold
+    assert servable(Waits(here, [LapPosition(0, 4)])) == {1}  # a second site waits
+    assert servable(Waits(here, [LapPosition(1, 0)])) == {1, 2}
+    assert servable(Waits([], [LapPosition(1, 0)])) == frozenset()
 
 
 def test_an_open_site_waits_only_for_those_that_come_to_it() -> None:
-    at = Position(1, 2)
+    at = LapPosition(1, 2)
     assert is_waited_for(at, Waits([], [at]))
-    assert not is_waited_for(at, Waits([], [Position(1, 3)]))
-    assert not is_waited_for(at, Waits([], [at, Position(0, 5)]))
-    assert not is_waited_for(at, Waits([(Position(0, 5), True)], [at]))
+    assert not is_waited_for(at, Waits([], [LapPosition(1, 3)]))
+    assert not is_waited_for(at, Waits([], [at, LapPosition(0, 5)]))
+    assert not is_waited_for(at, Waits([(LapPosition(0, 5), True)], [at]))
 
 
 def test_ranks_that_serve_the_lowest_position_come_to_an_end() -> None:
@@ -75,12 +79,14 @@ def _play(rng: random.Random) -> None:
     num_stages = rng.randint(num_ranks + 1, 9)
     owners = [0, *(rng.randrange(num_ranks) for _ in range(num_stages - 2)), 0]
     owners[1 : num_ranks + 1] = range(num_ranks)
-    stages = [Stages(tuple(owners), rank, has_head=True) for rank in range(num_ranks)]
+    stages = [
+        RankStages(tuple(owners), rank, has_head=True) for rank in range(num_ranks)
+    ]
     laps = {index: rng.randint(1, 3) for index in range(rng.randint(1, 4))}
     begins = {index: rng.randint(0, 1) for index in laps}
-    true = {i: Position(begins[i], 0) for i in laps}
+    true = {i: LapPosition(begins[i], 0) for i in laps}
     known = [dict(true) for _ in range(num_ranks)]  # what each rank has heard of
-    late: list[tuple[int, int, Position | None]] = []
+    late: list[tuple[int, int, LapPosition | None]] = []
     for _ in range(10_000):
         if not true and not late:
             return
@@ -104,9 +110,9 @@ def _play(rng: random.Random) -> None:
                 known[rank][index] = max(known[rank][index], position)
             continue
         at = true[index]
-        after = Position(at.lap, at.stage + 1)
+        after = LapPosition(at.lap, at.stage + 1)
         if after.stage == num_stages:
-            after = Position(at.lap + 1, 0)
+            after = LapPosition(at.lap + 1, 0)
         ended = after.lap - begins[index] >= laps[index]
         if ended:
             del true[index], known[number][index]
