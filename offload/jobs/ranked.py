@@ -31,6 +31,7 @@ _log = logging.getLogger("penstock")
 _SPAWN = multiprocessing.get_context("spawn")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _END_SECONDS = 10.0
+_LOST_SECONDS = 0.5
 
 
 class OtherRanks(Closing):
@@ -76,8 +77,9 @@ class OtherRanks(Closing):
         torch.set_num_threads(self._threads_before)
         if self._post is not None:
             self._post.close()
+        is_lost = self._post is not None and self._post.mail.lost
         for process in self._processes:
-            process.join(_END_SECONDS)
+            process.join(_LOST_SECONDS if is_lost else _END_SECONDS)
             if process.is_alive():
                 process.kill()
                 process.join()
