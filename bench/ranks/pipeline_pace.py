@@ -1,6 +1,6 @@
 """One model on several ranks, each with a drive of its own speed: how much faster?
 
-    python bench/ranks.py [--ranks 2] [--rate 50MB] [--pairs 3] [--passes 3]
+    python bench/ranks/pipeline_pace.py [--ranks 2] [--rate 50MB] [--pairs 3]
 
 Makes a Llama of 24 blocks (330 MB) in `bench/out`. Each process reads its own blocks at
 no more than `--rate`, as a drive or a link of its own would give them. One process, and
@@ -9,7 +9,7 @@ ceiling is the number of ranks: bytes of the model / rate / ranks is what the sl
 link takes for a pass. The last line is one JSON object; the exit code is 1 if the
 median ratio is below 1.9 for two ranks (0.95 a rank), or tokens differ.
 
-Takes about a minute a pair; the processes compute little.
+Takes two minutes a pair; the processes compute little.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
-from common import models
 from penstock import Policy
 from penstock.offload.model import load_for
 from penstock.offload.ranks.joining import (
@@ -36,7 +36,7 @@ from penstock.offload.ranks.joining import (
     local_store,
 )
 
-OUT = Path(__file__).parent / "out"
+OUT = Path(__file__).parents[1] / "out"
 BATCHES, ROWS, TOKENS = 8, 1, 8
 LEAST = 0.95
 _SPAWN = multiprocessing.get_context("spawn")
@@ -44,8 +44,8 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 def make(folder: Path) -> Path:
     if not (folder / "config.json").exists():
-        models.llama(
-            folder,
+        torch.manual_seed(0)
+        config = LlamaConfig(
             vocab_size=512,
             hidden_size=512,
             intermediate_size=1536,
@@ -55,6 +55,7 @@ def make(folder: Path) -> Path:
             eos_token_id=None,
             pad_token_id=0,
         )
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -120,7 +121,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rate", default="50MB")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=6)
     options = parser.parse_args()
     folder = make(OUT / "ranks")
     policy = Policy(
