@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -11,13 +12,18 @@ from ...io.closing import Closing
 from ...io.errors import readable
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Mailbox
+from .stuck_watch import StuckWatch
 from .wire import Buffer, packed, unpacked
 
 ALIVE_SECONDS = 0.5
 """How often a rank that has nothing to say says that it is there."""
 SILENT_SECONDS = 4.0
 """After this long without a word, a rank counts as stopped."""
+STUCK_SECONDS = 3.0
+"""After this long in which all ranks wait for each other, they have diverged."""
 _CLOSE_SECONDS = 2.0
+_FRESH = 3
+"""What a rank said of itself counts for so many times `ALIVE_SECONDS`."""
 
 
 class TcpPost(Closing):
@@ -34,6 +40,13 @@ class TcpPost(Closing):
         self._peers = dict(peers)
         self._queues: dict[int, SimpleQueue[list[Buffer] | None]] = {}
         self._closed: set[int] = set()
+        self._is_waiting = False
+        self._num_sent: Counter[int] = Counter()
+        """The messages of which each rank has got all bytes, as far as known here."""
+        self._num_queued: Counter[int] = Counter()
+        self._num_events = 0
+        """The messages that were sent and received, those of `ALIVE` not counted."""
+        self._stuck = StuckWatch(len(peers), ALIVE_SECONDS * _FRESH, STUCK_SECONDS)
         self._is_closing = threading.Event()
         self._senders: list[threading.Thread] = []
         self._receivers: list[threading.Thread] = []
@@ -50,14 +63,32 @@ class TcpPost(Closing):
 
     def send(self, to: int, message: Message) -> None:
         if to not in self._closed:
+            self._num_events += 1
+            self._num_queued[to] += 1
             self._queues[to].put(packed(message))
 
     def collect(self) -> None:
         """Does nothing: threads receive."""
 
     def wait(self, test: Callable[[], bool]) -> None:
-        with self.mail.changed:
-            self.mail.changed.wait_for(lambda: bool(self.mail.lost) or test())
+        mail = self.mail
+
+        def is_over() -> bool:
+            return bool(mail.lost) or test()
+
+        with mail.changed:
+            self._is_waiting = True
+            try:
+                while not mail.changed.wait_for(is_over, ALIVE_SECONDS):
+                    waits = self._is_waiting and self._num_queued == self._num_sent
+                    if waits and self._stuck.is_stuck(self._num_events):
+                        mail.lose(
+                            "all ranks wait for each other, and no message is on its "
+                            "way: they run different things; give all ranks the same "
+                            "program and the same batches"
+                        )
+            finally:
+                self._is_waiting = False
 
     def close(self, why: str = "") -> None:
         """Says to the others that nothing more comes, and ends the threads."""
@@ -82,17 +113,18 @@ class TcpPost(Closing):
 
     def _send_all(self, peer: int) -> None:
         queue, there = self._queues[peer], self._peers[peer]
-        alive = packed(Message(Kind.ALIVE))
         try:
             while True:
+                is_message = True
                 try:
                     pieces = queue.get(timeout=ALIVE_SECONDS)
                 except Empty:
-                    pieces = alive
+                    pieces, is_message = packed(self._alive()), False
                 if pieces is None:
                     return
                 for piece in pieces:
                     _send(there, memoryview(piece))
+                self._num_sent[peer] += is_message
         except TimeoutError:
             self._lose(peer, f"it has taken nothing for {SILENT_SECONDS:.0f} seconds")
         except OSError as error:
@@ -113,7 +145,10 @@ class TcpPost(Closing):
                 message = unpacked(receive)
                 if message.kind is Kind.BYE:
                     self._closed.add(peer)
-                if message.kind is not Kind.ALIVE:
+                if message.kind is Kind.ALIVE:
+                    self._stuck.hear(peer, bool(message.stage), message.fingerprint)
+                else:
+                    self._num_events += 1
                     self.mail.deliver(peer, message)
         except TimeoutError:
             self._lose(
@@ -125,6 +160,13 @@ class TcpPost(Closing):
             self._lose(peer, str(error))
         except (OSError, ValueError) as error:
             self._lose(peer, str(error))
+
+    def _alive(self) -> Message:
+        """Says also whether this rank waits, and how many messages it has had."""
+        waits = self._is_waiting and self._num_queued == self._num_sent
+        return Message(
+            Kind.ALIVE, stage=int(waits), fingerprint=self._num_events % 2**32
+        )
 
     def _lose(self, peer: int, why: str) -> None:
         if peer in self._closed or self._is_closing.is_set():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from functools import partial
+from threading import Thread
 
 import pytest
 import torch
 
 from penstock.io.errors import RanksError
+from penstock.offload.ranks.stuck_watch import StuckWatch
 from penstock.offload.ranks.tcp_post import TcpPost
 from penstock.offload.ranks.wire import packed, unpacked
 from penstock.scheduler.ranks.messages import Kind, Message
@@ -107,3 +109,38 @@ def test_a_rank_that_is_silent_is_lost() -> None:
         post.wait(lambda: False)
         assert "it has sent nothing for" in post.mail.lost
     silent.close()
+
+
+def test_ranks_that_wait_for_each_other_are_found() -> None:
+    now = 0.0
+    watch = StuckWatch(2, 1.5, 3.0, clock=lambda: now)
+
+    def play(waits: tuple[bool, bool], events: tuple[int, int], own: int) -> list[bool]:
+        nonlocal now
+        found = []
+        for _ in range(8):
+            now += 0.5
+            for rank, (wait, num) in enumerate(zip(waits, events, strict=True)):
+                watch.hear(rank, wait, num)
+            found.append(watch.is_stuck(own))
+        return found
+
+    assert play((True, False), (5, 5), 7) == [False] * 8  # one computes
+    assert play((True, True), (5, 5), 7) == [False] * 6 + [True] * 2
+    assert play((True, True), (6, 5), 7)[:6] == [False] * 6  # one got a message
+    assert play((True, True), (6, 5), 8)[:6] == [False] * 6  # this one did
+    now += 2.0
+    assert not watch.is_stuck(8)  # nothing was heard for long: it may be sending
+
+
+def test_two_ranks_that_only_wait_are_told(
+    pair: tuple[TcpPost, TcpPost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    for post in pair:
+        post._stuck = StuckWatch(1, 1.5, 0.2)
+    waits = Thread(target=lambda: other.wait(lambda: False))
+    waits.start()
+    one.wait(lambda: False)
+    waits.join()
+    assert "all ranks wait for each other" in one.mail.lost
