@@ -105,6 +105,7 @@ PURE = {
     "scheduler/placement.py",
     "scheduler/ranks/messages.py",
     "scheduler/ranks/owners.py",
+    "scheduler/ranks/rank_statistics.py",
     "scheduler/ranks/stages.py",
     "scheduler/cost/rates.py",
     "scheduler/simulation/schedule.py",

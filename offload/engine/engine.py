@@ -85,9 +85,8 @@ class Engine:
                 self._working_set.keep(index)
                 self._binding.bind_for_ever(index, offset)
         self._binding.bind_host()
-        keep_out = (
-            self._compilation.keep_out if self._compilation else lambda hook: hook
-        )
+        compiled = self._compilation
+        keep_out = compiled.keep_out if compiled else lambda hook: hook
         self._hooks = SiteHooks(
             self.model, self.model_division, self._forwards, self._binding, keep_out
         )
@@ -252,6 +251,7 @@ class Engine:
             expert_bytes_touched=routing.touched_bytes,
             expert_bytes_loaded=routing.loaded_bytes,
             faults=dict(self._faults),
+            ranks=self._forwards.rank_statistics(),
             kv=KvStatistics() if kv is None else kv.statistics(),
             fallbacks=tuple(self.fallbacks),
         )

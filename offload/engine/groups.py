@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...io.timeline import Timeline
 from ...scheduler.order import Order
+from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.coalescing import RowWise
 from ...scheduler.sweep.entry import ForwardEntry
@@ -80,6 +81,9 @@ class Forwards:
     def exchange(self) -> Exchange | None:
         """Speaks to the ranks that share the model; None if there are none."""
         return None if self.ranked is None else self.ranked.exchange
+
+    def rank_statistics(self) -> RankStatistics:
+        return RankStatistics() if self.exchange is None else self.exchange.statistics()
 
     @property
     def closers(self) -> Sequence[Callable[[], None]]:

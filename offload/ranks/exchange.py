@@ -1,5 +1,6 @@
 """Sends the outputs of this rank's stages, and waits for those of other ranks."""
 
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ...io.errors import PenstockError, RanksError, UsageError, readable
 from ...scheduler.ranks.lockstep import Lockstep, agreed
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Post
+from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.ranks.stages import PLAIN, Address, CallState, RankStages
 from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.ranked_loop import RankedLoop
@@ -36,8 +38,8 @@ class Exchange(Closing):
         self._num_runs = 0
         self._stays: ContextVar[bool] = ContextVar("stays", default=False)
         self._is_on_head: ContextVar[bool] = ContextVar("is_on_head", default=False)
-        self.bytes_sent = 0
-        self.num_sent = 0
+        self._bytes_sent = 0
+        self._num_sent = 0
 
     def attach(self, entry: ForwardEntry) -> None:
         """The forwards of the model pass `entry`."""
@@ -152,6 +154,14 @@ class Exchange(Closing):
             )
         return output
 
+    def statistics(self) -> RankStatistics:
+        return RankStatistics(
+            num_ranks=self._post.num_ranks,
+            bytes_sent=self._bytes_sent,
+            num_sent=self._num_sent,
+            wait_seconds=0.0 if self._entry is None else self._entry.rank_seconds,
+        )
+
     def close(self) -> None:
         self._post.close()
 
@@ -179,7 +189,7 @@ class Exchange(Closing):
             if loop is not None:
                 loop.await_message(address, source)
             else:
-                self._post.wait(lambda: mail.is_ready(address, source))
+                self._wait_plainly(address, source)
         try:
             message = mail.take(address, source)
         except RanksError:
@@ -198,6 +208,13 @@ class Exchange(Closing):
         state.has_nan = bool(message.tensor.isnan().any())
         return _returned(message.tensor, message.text, stage, source)
 
+    def _wait_plainly(self, address: Address, source: int) -> None:
+        """Waits outside of a sweep."""
+        assert self._entry is not None, "it is attached before forwards run"
+        start = time.perf_counter()
+        self._post.wait(lambda: self._post.mail.is_ready(address, source))
+        self._entry.rank_seconds += time.perf_counter() - start
+
     def _send(
         self,
         state: CallState,
@@ -212,8 +229,8 @@ class Exchange(Closing):
         )
         for rank in takers:
             self._post.send(rank, message)
-        self.num_sent += len(takers)
-        self.bytes_sent += len(takers) * first.nbytes
+        self._num_sent += len(takers)
+        self._bytes_sent += len(takers) * first.nbytes
 
     def _fail(self, state: CallState, address: Address, error: Exception) -> None:
         if isinstance(error, RanksError) or address.attempt < state.attempt:

@@ -34,7 +34,8 @@ def deal(blocks: Sequence[Cost], ends: Cost, num_ranks: int) -> tuple[int, ...]:
     def worth(owners: Iterable[int]) -> tuple[float, int]:
         owners = list(owners)
         largest = max(max(load) for load in loads(blocks, ends, owners, num_ranks))
-        return round(largest, 6), sum(a == b for a, b in pairwise(owners))
+        excess = max(largest * num_ranks - _EVEN, 0.0)
+        return round(excess, 3), sum(a == b for a, b in pairwise(owners))
 
     return tuple(min(ways, key=worth))
 
@@ -92,6 +93,8 @@ def _even_out(
 
     for _ in range(len(blocks)):
         best = largest() - 1e-9
+        if best * num_ranks <= _EVEN:
+            return
         change: tuple[tuple[int, int], ...] | None = None
         for one in range(1, len(owners) - 1):
             before = owners[one]
@@ -113,5 +116,7 @@ def _even_out(
             owners[block] = rank
 
 
+_EVEN = 1.02
+"""Up to this multiple of the mean, a load is even: then turns matter more."""
 _FEW = 32
 """Up to this many blocks, pairs are tried, too."""

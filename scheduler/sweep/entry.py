@@ -61,6 +61,8 @@ class ForwardEntry:
         self.order = order
         self.num_passes = 0
         self.compute_seconds = 0.0
+        self.rank_seconds = 0.0
+        """Time that forwards waited for other ranks."""
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._records_gradients = False
@@ -163,14 +165,18 @@ class ForwardEntry:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Adds the time spent inside, less the waits for weights, to the counter."""
-        start, waited = time.perf_counter(), self.open_sites.wait_seconds
+        """Adds the time spent inside, less the waits, to the counter."""
+        start, waited = time.perf_counter(), self._waited_seconds
         try:
             yield
         finally:
             # Added in one step: another thread may read the counter.
-            waited = self.open_sites.wait_seconds - waited
+            waited = self._waited_seconds - waited
             self.compute_seconds += time.perf_counter() - start - waited
+
+    @property
+    def _waited_seconds(self) -> float:
+        return self.open_sites.wait_seconds + self.rank_seconds
 
     def rewind(self) -> None:
         """Makes `next_of` start again from the first site."""

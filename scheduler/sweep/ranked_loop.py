@@ -1,6 +1,7 @@
 """The loop of a sweep whose model several ranks share."""
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,11 @@ class RankedLoop(SweepLoop):
         lockstep = self._lockstep
         if blocks:
             follows = not lockstep.is_leader and self._input.has_more
-            lockstep.wait(for_start=follows)
+            start = time.perf_counter()
+            try:
+                lockstep.wait(for_start=follows)
+            finally:
+                self._entry.rank_seconds += time.perf_counter() - start
         for index in lockstep.arrived():
             me = self._in_flight[index]
             self._run(me, me.resume)

@@ -274,4 +274,12 @@ def test_a_rank_reads_its_share_of_the_weights(tmp_path: Path) -> None:
         whole = penstock.statistics(alone).model_bytes
     with Ranks(tmp_path, 2, _policy(tmp_path)) as ranks:
         shares = [penstock.statistics(one).model_bytes for one in ranks.models]
+        ids = torch.randint(8, 60, (1, 6))
+        none_failed(ranks.run(lambda rank, model: model(ids).logits))
+        counted = [penstock.statistics(one).ranks for one in ranks.models]
+    hidden = 4 * 6 * 48
+    assert counted[1].bytes_sent == counted[1].num_sent * hidden
+    assert counted[1].num_sent >= 10
+    assert counted[0].num_ranks == 2
+    assert counted[0].bytes_sent > 12 * hidden  # the logits, too
     assert max(shares) <= (1 / 2 + 0.02) * whole
