@@ -35,6 +35,10 @@ class Lockstep:
         return self._post.rank == 0
 
     @property
+    def num_ranks(self) -> int:
+        return self._post.num_ranks
+
+    @property
     def others(self) -> Sequence[int]:
         return [rank for rank in range(self._post.num_ranks) if rank != self._post.rank]
 

@@ -123,12 +123,34 @@ class RankedLoop(SweepLoop):
     def _take(self, site: int) -> MicroBatch | None:
         while True:
             self._receive(blocks=False)
-            if (me := super()._take(site)) is not None:
+            if not self._gathers and (me := super()._take(site)) is not None:
                 return me
-            assert self._at is not None, "a site is served"
-            if not is_waited_for(self._at, self._waits()[1]):
+            if not self._others_are_coming:
                 return None
             self._receive(blocks=True)
+
+    @property
+    def others_come(self) -> bool:
+        return super().others_come or self._gathers
+
+    @property
+    def _others_are_coming(self) -> bool:
+        """Whether the site that is open is waited for by one on its way to it."""
+        return self._at is not None and is_waited_for(self._at, self._waits()[1])
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether micro-batches that are parked at the open site wait for others to
+        come, to share products with them. They wait for one part of all, and each rank
+        has a part then: none is idle, and no product is narrow."""
+        serving = self._serving
+        if serving is None or not self._coalescing.is_joining:
+            return False
+        if self._waiting.at(serving):
+            return False
+        num_here = sum(me.is_parked or me.is_current for me in self._in_flight)
+        part = -(-len(self._in_flight) // self._lockstep.num_ranks)
+        return 0 < num_here < part and self._others_are_coming
 
     @property
     def _may_start(self) -> bool:

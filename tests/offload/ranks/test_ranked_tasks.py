@@ -79,6 +79,15 @@ def test_tasks_yield_the_same_on_each_rank(task: str, llama: Path) -> None:
     assert found == [wanted, wanted]
 
 
+def test_ranks_share_products_too(llama: Path) -> None:
+    """Each joins those of its part of the micro-batches in flight."""
+    policy = one_policy(llama, micro_batch_sequences=1, sequences_in_flight=8)
+    with Ranks(llama, 2, policy) as ranks:
+        none_failed(ranks.run(lambda rank, model: list(TASKS["generate"](model))))
+        joint = [penstock.statistics(one).rows_per_joint_call for one in ranks.models]
+    assert min(joint) > 2.5
+
+
 @pytest.mark.parametrize("kv", [{"tier": "host"}, {"tier": "disk"}])
 def test_keys_and_values_may_be_in_tiers(kv: dict[str, str], llama: Path) -> None:
     policy = one_policy(llama, kv=kv)
