@@ -111,3 +111,30 @@ def test_experts_are_loaded_where_their_block_is(tmp_path: Path) -> None:
         ]
     assert found == [wanted, wanted]
     assert all(touched)
+
+
+def test_a_row_that_fails_on_one_rank_fails_on_all(llama: Path) -> None:
+    """It is tried alone on all of them, and the others of its micro-batch are done."""
+    policy = one_policy(llama)
+    lengths = [len(row["text"].split()) for row in rows("text")]
+    bad = max(lengths)
+
+    def fail(module: Any, args: Any, output: Any) -> None:
+        if output.shape[1] == bad:
+            raise RuntimeError("too long for this card")
+
+    with Ranks(llama, 2, policy) as ranks:
+        ranks.models[1].model.layers[1].mlp.register_forward_hook(fail)
+        found = none_failed(
+            ranks.run(
+                lambda rank, model: list(
+                    penstock.score(model, rows("text"), tokenizer=Numbers())
+                )
+            )
+        )
+    for rank, results in enumerate(found):
+        failed = ["error" in row for row in results]
+        assert failed == [length == bad for length in lengths]
+        message = next(row["error"] for row in results if "error" in row)
+        assert "too long for this card" in message
+        assert ("on rank 1: " in message) == (rank == 0)
