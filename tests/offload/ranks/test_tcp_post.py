@@ -17,6 +17,7 @@ from penstock.offload.ranks.wire import packed, unpacked
 from penstock.scheduler.ranks.messages import Kind, Message
 from penstock.scheduler.ranks.stages import Address
 
+pytestmark = pytest.mark.usefixtures("no_leaks")
 AT = Address(1, 2, 0, 3)
 
 
