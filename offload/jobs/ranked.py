@@ -60,6 +60,7 @@ class OtherRanks(Closing):
         told what to do."""
         if self.num == 1:
             return Loaded(model, policy, task.use)
+        policy = policy.with_settings(["ranks=pipeline"])  # or it is refused now
         if self._post is None:
             self._post = self._start(task, model)
         agreed(self._post, _as_json(policy))
@@ -197,7 +198,6 @@ def _run_rank(
 
 def _own(policy: Policy, model: Path, num_local: int) -> Policy:
     """The policy of one of `num_local` ranks that share this machine."""
-    policy = policy.with_settings(["ranks=pipeline"])
     if num_local == 1:
         return policy
     return divided(policy, num_local, room_of(model, policy)).policies[0]

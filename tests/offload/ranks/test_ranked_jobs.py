@@ -18,7 +18,7 @@ from rich.console import Console
 import forked_python
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.io.errors import PenstockError, RanksError, UsageError
+from penstock.io.errors import PenstockError, PolicyError, RanksError, UsageError
 from penstock.offload.jobs import ranked
 from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.ranked import OtherRanks, check_ranks
@@ -119,6 +119,15 @@ def test_what_a_rank_cannot_do_is_said_by_the_first(
     with pytest.raises(PenstockError) as caught:
         run(Embed(truncate=10**6), folder, source, tmp_path / "out.jsonl", 2)
     assert "cannot be cut to 1000000 tokens" in str(caught.value)
+
+
+def test_a_policy_that_ranks_cannot_have_is_refused_before_they_begin(
+    folder: Path,
+) -> None:
+    with OtherRanks(2) as others:
+        with pytest.raises(PolicyError, match="ranks: pipeline excludes compile"):
+            others.load(Score(), folder, Policy(compile=True))
+        assert not others._processes
 
 
 def test_ranks_and_workers_exclude_each_other() -> None:
