@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         MachineError,
         OutputError,
         PenstockError,
+        RanksError,
         UsageError,
     )
     from .offload.engine.counters import Statistics
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "OutputError": "io.errors",
     "PenstockError": "io.errors",
     "Policy": "offload.policy",
+    "RanksError": "io.errors",
     "Statistics": "offload.engine.counters",
     "Sweep": "scheduler.sweep.sweep",
     "UsageError": "io.errors",
@@ -59,6 +61,7 @@ __all__ = [
     "OutputError",
     "PenstockError",
     "Policy",
+    "RanksError",
     "Statistics",
     "Sweep",
     "UsageError",

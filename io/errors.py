@@ -11,6 +11,7 @@ PenstockError
 ├── DoesNotFitError          a budget is too small; names one that is enough (3)
 ├── MachineError             a budget exceeds what the machine has (exit code 3)
 ├── StoppedError             a signal ended the job; says how to resume (130, 143)
+├── RanksError               ranks that share a model have lost each other (3)
 ├── FaultError               weights touched outside the working set, under `strict`
 └── ClosedError              you used an object after you closed it
 """
@@ -122,6 +123,11 @@ class StoppedError(PenstockError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.exit_code - 128)
+
+
+class RanksError(PenstockError):
+    """Ranks that share a model cannot go on together: one of them is gone, or runs
+    something else than the others."""
 
 
 class FaultError(PenstockError):

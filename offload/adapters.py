@@ -4,6 +4,7 @@ An adapter is small: it is loaded whole and stays on the device.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,26 @@ from ..io.errors import CheckpointError, UsageError
 from ..io.regular_file import read_json_object
 from .configs.trust import all_of, check_files
 from .patterns import check_patterns
+from .policy import Policy
 
 CONFIG_FILE = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def adapt(
+    model: Any, policy: Policy, path: Path, announce: Callable[[str], None]
+) -> None:
+    """Puts the policy's adapter into the modules of `model`, whose checkpoint is in
+    `path`; without one, announces what lies there."""
+    if policy.adapter is not None:
+        if policy.compile:
+            raise UsageError(
+                "an adapter changes modules that are compiled: take compile: false"
+            )
+        for unused in apply_adapter(model, policy.adapter):
+            announce(unused)
+    elif (note := adapter_beside(path)) is not None:
+        announce(note)
 
 
 def apply_adapter(model: Any, folder: Path) -> list[str]:

@@ -3,23 +3,26 @@
 import operator
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..io.errors import PenstockError, UsageError
 from ..io.user_errors import user_errors
+from ..scheduler.ranks.post import Post
 from ..scheduler.sweep.sweep import Sweep
-from .adapters import adapter_beside, apply_adapter
+from .adapters import adapt
 from .configs.checkpoint_folder import checkpoint_folder
 from .configs.opening import open_model
 from .engine.build import build
 from .engine.counters import Statistics
 from .engine.engine import Engine
 from .engine.life import Life
+from .engine.ranking import build_shared
 from .engine.refusals import check_decompressed, check_not_compiled, refusals
 from .policy import Policy, cache_folder
 from .settings.installed import check_installed
@@ -41,6 +44,7 @@ def load(
     policy: Policy | Mapping[str, Any] | None = None,
     *,
     adapter: str | Path | None = None,
+    ranks: Literal["pipeline"] | None = None,
 ) -> Any:
     """Loads the Hugging Face model in the folder `path` and streams its weights.
 
@@ -49,7 +53,9 @@ def load(
     The weights are read from the safetensors files there; nothing is converted or
     written. `policy` may be a dict of its keys. Python code that comes with the
     checkpoint runs only if the policy sets `trust_remote_code`. PEFT applies the
-    adapter in the folder `adapter` (by default the policy's).
+    adapter in the folder `adapter` (by default the policy's). With `ranks` (by default
+    the policy's), the processes that torchrun has started share the model: all of them
+    run the same program.
 
     Returns the model object that transformers would return, in eval mode, for
     inference: call it, call its `generate`, or run a `sweep` over it. It computes in
@@ -65,11 +71,16 @@ def load(
     policy = Policy.of(policy)
     if adapter is not None:
         policy = policy.model_copy(update={"adapter": Path(adapter)})
+    if ranks is not None:
+        policy = policy.with_settings([f"ranks={ranks}"])
     return load_for("any", path, policy)
 
 
-def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
-    """Like `load`, for a known use, which decides how memory is divided."""
+def load_for(
+    use: Use, path: str | Path, policy: Policy, post: Post | None = None
+) -> Any:
+    """Like `load`, for a known use, which decides how memory is divided. With `post`,
+    which is closed with the model, the ranks that it reaches share the model."""
     path = checkpoint_folder(path)
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
@@ -81,31 +92,20 @@ def load_for(use: Use, path: str | Path, policy: Policy) -> Any:
                 checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
             )
         room = room_for(policy, coming_with(path))
-        engine = build(
+        is_shared = post is not None or policy.ranks is not None
+        make = partial(build_shared, post=post) if is_shared else build
+        engine = make(
             skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
         )
     model = _attach(skeleton.model, engine)
     try:
-        _adapt(model, engine, path)
+        adapt(model, policy, path, engine.fallbacks.announce)
         for note in skeleton.notes:
             engine.fallbacks.announce(note)
     except BaseException:
         unwrap(model)
         raise
     return model
-
-
-def _adapt(model: Any, engine: Engine, path: Path) -> None:
-    adapter = engine.policy.adapter
-    if adapter is not None:
-        if engine.policy.compile:
-            raise UsageError(
-                "an adapter changes modules that are compiled: take compile: false"
-            )
-        for unused in apply_adapter(model, adapter):
-            engine.fallbacks.announce(unused)
-    elif (note := adapter_beside(path)) is not None:
-        engine.fallbacks.announce(note)
 
 
 @user_errors()

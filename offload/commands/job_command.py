@@ -3,6 +3,7 @@ what is printed at the end."""
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from .options import (
     Metrics,
     Model,
     PolicyFile,
+    Ranks,
     Report,
     Restart,
     RetryErrors,
@@ -64,18 +66,26 @@ def job_command(task: type[Task]) -> Callable[..., None]:
         restart: Restart = False,
         retry_errors: RetryErrors = False,
         workers: Workers = 1,
+        ranks: Ranks = 1,
         trust_remote_code: TrustRemoteCode = False,
         **own: Any,
     ) -> None:
         with rare_collections():
             from ..jobs.job import Job
+            from ..jobs.ranked import OtherRanks, check_ranks, joined_ranks
             from ..jobs.watch import Watching
 
         chosen = policy_of(policy, settings, trust_remote_code, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         asked = task_from(task, own)
-        run(Job(asked, model, source, output, chosen, report, mode, watching, workers))
+        check_ranks(ranks, workers)
+        others = OtherRanks(ranks) if ranks > 1 else joined_ranks(asked, model)
+        if others is None:
+            return  # another process reads, writes and reports
+        job = Job(asked, model, source, output, chosen, report, mode, watching, workers)
+        with others:
+            run(replace(job, others=others))
 
     *common, _ = inspect.signature(command).parameters.values()
     return _with_signature(command, task, [*common, *parameters_of(task)])

@@ -116,6 +116,16 @@ Workers = Annotated[
 ]
 
 
+Ranks = Annotated[
+    int,
+    typer.Option(
+        "--ranks",
+        metavar="N",
+        help="Processes of this machine that share one model: each streams, holds and "
+        "computes its own blocks (see docs/ranks.md). Under torchrun, its processes "
+        "do, of one machine or several.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

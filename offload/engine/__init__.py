@@ -11,7 +11,7 @@ Engine           owns the parts; close() ends them, Life does if it is dropped
     HostExperts    lets the CPU compute some of them there, beside an accelerator
   Tiers          where weights are kept, and how they get into slots
     open_reader()  the reader of files that the policy asks for
-  Sweeps         all sweeps over the model, and their counters
+  Sweeps         (scheduler) all sweeps over the model, and their counters
   Updates        replaces weights while the model is in use
   Fallbacks      (io) what could not be had as asked: all parts announce it there
   Compilation    one compiled function for all blocks that are alike

@@ -39,7 +39,7 @@ from ..weights.binding import Binding
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
 from .engine import Engine
-from .groups import Forwards, Weights
+from .groups import Forwards, Ranked, Weights
 from .host_cache import HostCache
 from .host_experts import open_host_experts
 from .moved_tensors import move_rest
@@ -58,10 +58,11 @@ def build(
     *,
     room: MemoryRoom,
     use: Use = "any",
+    ranked: Ranked | None = None,
 ) -> Engine:
     """Makes the engine that streams the tensors of `recipes` (by their names in
     `model`) from `checkpoint`. It uses the memory of `room`, and divides it as suits
-    `use`.
+    `use`. With `ranked`, `recipes` are those of this rank.
 
     Raises DoesNotFitError, which says how much is enough, if `room` or device_memory is
     too small. Nothing is left open when it raises.
@@ -172,7 +173,7 @@ def build(
         )
         compilation = _compilation(model_division, policy)
         forwards = Forwards(
-            entry, compilation, row_wise, Order(len(row_wise)), kv, timeline
+            entry, compilation, row_wise, Order(len(row_wise)), kv, timeline, ranked
         )
         engine = Engine(
             model, policy, weights=weights, forwards=forwards, fallbacks=fallbacks

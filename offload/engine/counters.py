@@ -8,6 +8,7 @@ from ...io.kv.count import KvStatistics
 from ...io.merging import Rule, counter
 from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
+from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.slots.routing import Routing
 from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
@@ -54,6 +55,8 @@ class Statistics(SweepCounters):
     """The largest resident set of this process, activations included."""
     kv: KvStatistics = field(default_factory=KvStatistics)
     """Keys and values that are kept in tiers; see `kv` in the policy."""
+    ranks: RankStatistics = field(default_factory=RankStatistics)
+    """What this rank and others have sent, where several share the model."""
     num_unused_loads: int = counter(Rule.SUM)
     """Units that were loaded ahead and evicted before anything read them."""
     expert_bytes_touched: int = counter(Rule.SUM)

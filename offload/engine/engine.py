@@ -18,6 +18,7 @@ from ...scheduler.sweep.admission import Width
 from ...scheduler.sweep.coalescing import Coalescing
 from ...scheduler.sweep.module_state import ModuleState
 from ...scheduler.sweep.sweep import Sweep
+from ...scheduler.sweep.sweeps import Sweeps
 from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
@@ -25,7 +26,6 @@ from .counters import Statistics, bytes_by_codec, bytes_by_tier, expert_counters
 from .groups import Forwards, Weights
 from .routed_experts import RoutedExperts
 from .site_hooks import SiteHooks
-from .sweeps import Sweeps
 from .updates import Updates
 
 _log = logging.getLogger("penstock")
@@ -69,6 +69,7 @@ class Engine:
         self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
+        self.exchange = forwards.exchange
         self._experts: RoutedExperts | None = None
         self._is_closed = False
 
@@ -87,7 +88,7 @@ class Engine:
         compiled = self._compilation
         keep_out = compiled.keep_out if compiled else lambda hook: hook
         self._hooks = SiteHooks(
-            self.model, self.model_division, self._entry, self._binding, keep_out
+            self.model, self.model_division, self._forwards, self._binding, keep_out
         )
         if compiled is not None:
             compiled.start(self.fallbacks.announce)
@@ -100,9 +101,8 @@ class Engine:
             self._in_place,
             self._weights.host_cache,
         )
-        self._entry.open_sites.prefetch_sites(
-            range(min(1 + self.policy.lookahead, len(self.model_division.sites)))
-        )
+        num = min(1 + self.policy.lookahead, len(self.model_division.sites))
+        self._entry.open_sites.prefetch_sites(range(num))
 
     def touch(self, name: str) -> torch.Tensor:
         """Returns the real tensor `name`, which was used while its unit is not bound (a
@@ -171,6 +171,7 @@ class Engine:
             activation_offload=self._tiers.activation_offload() if moves_out else None,
             coalescing=self._coalescing(coalesce),
             kv=None if self._kv is None else self._kv.store,
+            lockstep=None if self.exchange is None else self.exchange.new_run,
         )
         self._sweeps.add(sweep)
         return sweep
@@ -219,7 +220,6 @@ class Engine:
 
     def statistics(self) -> Statistics:
         working_set = self._working_set.statistics()
-        reader = self._tiers.reader.statistics()
         loaders = [loader.statistics() for loader in self._tiers.loaders]
         by_tier = bytes_by_tier(
             self.model_division.units,
@@ -229,14 +229,13 @@ class Engine:
         )
         gatherers = self._weights.gatherers.values()
         on_gpu = self._tiers.device.peak_bytes()
-        kv = None if self._kv is None else self._kv.store
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
             budget=self.budget,
             bytes_by_tier=by_tier,
             codecs=bytes_by_codec(self.recipes.values()),
-            reader=reader.name,
+            reader=self._tiers.reader.statistics().name,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),
@@ -250,16 +249,17 @@ class Engine:
             num_unused_loads=working_set.num_unused_loads,
             **expert_counters(self._entry.open_sites.routing),
             faults=dict(self._faults),
-            kv=KvStatistics() if kv is None else kv.statistics(),
+            ranks=self._forwards.rank_statistics(),
+            kv=KvStatistics() if self._kv is None else self._kv.store.statistics(),
             fallbacks=tuple(self.fallbacks),
         )
 
     @property
     def closers(self) -> Sequence[Callable[[], None]]:
         """Functions that close all parts that do not refer to the model, in order."""
-        kv = () if self._kv is None else (self._kv.close,)
-        own = (self._working_set.close, self._weights.host_cache.close)
-        return (*kv, *own, self._tiers.close, give_freed_back)
+        of_weights = self._working_set.close, self._weights.host_cache.close
+        own = (*of_weights, self._tiers.close, give_freed_back)
+        return (*self._forwards.closers, *own)
 
     def close(self) -> None:
         """Removes the hooks, ends the threads, and closes files and memory. A streamed
@@ -270,7 +270,7 @@ class Engine:
         self._sweeps.close()
         gatherers = self._weights.gatherers.values()
         steps: list[Callable[[], object]] = [
-            *([] if self._kv is None else [self._kv.close]),
+            *self._forwards.closers,
             *([] if self._hooks is None else [self._hooks.remove]),
             *([] if self._experts is None else [self._experts.close]),
             *([] if self._compilation is None else [self._compilation.stop]),
@@ -290,10 +290,10 @@ class Engine:
     def _count_fault(self, name: str, unit: int) -> None:
         self._faults[name] += 1
         if self.policy.strict:
+            where = self.model_division.units[unit].name
             raise FaultError(
-                f"{name!r} was used outside of the forward of its unit "
-                f"{self.model_division.units[unit].name!r}; strict: false loads it on "
-                "the spot"
+                f"{name!r} was used outside of the forward of its unit {where!r}; "
+                "strict: false loads it on the spot"
             )
         if self._faults[name] == 1:
             used = "%s is used outside of the forward of its module: loaded on the spot"

@@ -1,17 +1,20 @@
 """The two groups of parts that an engine is made of: the weights of a model, and how
 forwards run on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...io.timeline import Timeline
 from ...scheduler.order import Order
+from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.coalescing import RowWise
 from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import KvTiers
+from ..ranks.exchange import Exchange
+from ..ranks.stage_modules import StageModules
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
 from ..weights.row_gatherer import RowGatherer
@@ -53,6 +56,14 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranked:
+    """What a model that several ranks share has on this one."""
+
+    modules: StageModules
+    exchange: Exchange
+
+
+@dataclass(frozen=True, slots=True)
 class Forwards:
     """How forwards of one model run."""
 
@@ -66,3 +77,19 @@ class Forwards:
     kv: KvTiers | None
     """None if keys and values stay where transformers keeps them."""
     timeline: Timeline
+    ranked: Ranked | None = None
+    """None if this process has the whole model."""
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """Speaks to the ranks that share the model; None if there are none."""
+        return None if self.ranked is None else self.ranked.exchange
+
+    def rank_statistics(self) -> RankStatistics:
+        return RankStatistics() if self.exchange is None else self.exchange.statistics()
+
+    @property
+    def closers(self) -> Sequence[Callable[[], None]]:
+        """Functions that close what no forward needs any more."""
+        parts = (self.exchange, self.kv)
+        return tuple(part.close for part in parts if part is not None)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...scheduler.sweep.entry import ForwardEntry
 from ..units.sites import ModelDivision
 from ..weights.binding import Binding
 from ..weights.gradients import refuse_backward, refuse_training
+from .groups import Forwards
 from .refusals import check_not_traced
 
 Hook = Callable[..., Any]
@@ -25,11 +25,11 @@ class SiteHooks:
         self,
         model: nn.Module,
         model_division: ModelDivision,
-        entry: ForwardEntry,
+        forwards: Forwards,
         binding: Binding,
         keep_out: Callable[[Hook], Hook],
     ) -> None:
-        self._entry = entry
+        self._entry = forwards.entry
         self._binding = binding
         self._handles: list[Any] = []
         self._holds_experts = {site.outer for site in model_division.sites}
@@ -40,6 +40,12 @@ class SiteHooks:
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, with_kwargs=True),
         ]
+        if (ranked := forwards.ranked) is not None:
+            from ..ranks.stage_hooks import StageHooks  # transformers takes seconds
+
+            exchange = ranked.exchange
+            exchange.attach(self._entry)
+            self._handles.append(StageHooks(model, ranked.modules, exchange))
         self._owes_gradients = False
 
     def remove(self) -> None:

@@ -38,7 +38,10 @@ class Caches:
         if not is_counted:
             return cls(room_bytes=None, token_bytes=0)
         each = cache_bytes_per_token(model, arrangement.division, arrangement.recipes)
-        return cls(room_bytes=engine.budget.waiting, token_bytes=int(each * _GROWING))
+        room, each = engine.budget.waiting, int(each * _GROWING)
+        if engine.exchange is not None:  # all ranks make the same micro-batches
+            room, each = engine.exchange.agree([room, each])
+        return cls(room_bytes=room, token_bytes=each)
 
     def most_rows(self, prompts: Sequence[Prompt], most: int) -> int:
         """How many rows of a micro-batch with these `prompts` have room: from 1 to

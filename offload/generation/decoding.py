@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...io.devices.known import rows_of
 from ...io.devices.queued_copy import queued_to
+from ..model import engine_of
+from ..ranks.exchange import Exchange
 from ..traces.model_kind import is_plain
 from .logits import FiniteCheck, PromptFlags, unpadded
 from .row_ends import RowEnds, RowsEnded, Steps, Watched
@@ -29,12 +31,17 @@ class RowSampler:
     impossible, and the greedy choice that follows takes the drawn one.
 
     Random numbers are made on the CPU, and are the same for all devices. `impossible`
-    notes the rows from whose probabilities nothing can be drawn.
+    notes the rows from whose probabilities nothing can be drawn. With an `exchange`,
+    one rank draws for all: the last bits of probabilities depend on the CPU.
     """
 
     def __init__(
-        self, seeds: Sequence[int], impossible: PromptFlags | None = None
+        self,
+        seeds: Sequence[int],
+        impossible: PromptFlags | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        self._exchange = exchange
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.impossible = impossible or PromptFlags(len(seeds))
 
@@ -47,24 +54,30 @@ class RowSampler:
         """`scores` are [rows, vocabulary], processed by all other processors. Returns
         the same shape and dtype: 0 for the drawn tokens, minus infinity for all
         others."""
+        if self._exchange is None:
+            chosen = self._draw(scores)
+        else:
+            chosen = self._exchange.on_head(lambda: self._draw(scores))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+        """The token of each row: int64 [rows, 1]."""
         probabilities = scores.float().softmax(-1)
         if probabilities.device.type == "cpu":
             drawn = [
                 torch.multinomial(row, 1, generator=generator)
                 for row, generator in zip(probabilities, self._generators, strict=True)
             ]
-            chosen = torch.stack(drawn)
-        else:
-            # What `multinomial` does, without its wait for the probabilities.
-            shape = probabilities.shape[-1:]
-            noise = [
-                torch.empty(shape, device="cpu").exponential_(1, generator=generator)
-                for generator in self._generators
-            ]
-            there = queued_to(torch.stack(noise), probabilities.device)
-            chosen = (probabilities / there).argmax(-1, keepdim=True)
-            self.impossible.add(~probabilities.isfinite().all(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+            return torch.stack(drawn)
+        # What `multinomial` does, without its wait for the probabilities.
+        shape = probabilities.shape[-1:]
+        noise = [
+            torch.empty(shape, device="cpu").exponential_(1, generator=generator)
+            for generator in self._generators
+        ]
+        there = queued_to(torch.stack(noise), probabilities.device)
+        self.impossible.add(~probabilities.isfinite().all(-1))
+        return (probabilities / there).argmax(-1, keepdim=True)
 
 
 def row_seed(seed: int, row: int, number: int) -> int:
@@ -132,7 +145,8 @@ class Decoder:
         )
         if keeps_plain and config.prefill_chunk_size is None:
             config.prefill_chunk_size = self.chunk_tokens
-        sampler = RowSampler(self._seeds(len(input_ids)), self.impossible)
+        seeds, exchange = self._seeds(len(input_ids)), engine_of(model).exchange
+        sampler = RowSampler(seeds, self.impossible, exchange)
         each = len(input_ids) // len(self.draws)
         starts = [start for start in self.starts for _ in range(each)]
         keepers: list[Any] = [sampler]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...io.closing import Closing
 from ...io.timeline import Span
+from ...scheduler.ranks.post import Post
 from ..engine.counters import Statistics
 from ..model import engine_of, load_for, unwrap
 from ..policy import Policy
@@ -32,11 +33,14 @@ class WorkerResult:
 
 
 class Loaded(Closing):
-    """The checkpoint `model`, streamed under `policy`, and its tokenizer. Raises what
+    """The checkpoint `model`, streamed under `policy`, and its tokenizer. With `post`,
+    other ranks share the model. Raises what
     `load` raises, and UsageError where there is no tokenizer."""
 
-    def __init__(self, model: Path, policy: Policy, use: Use = "any") -> None:
-        self.model: Any = load_for(use, model, policy)
+    def __init__(
+        self, model: Path, policy: Policy, use: Use = "any", post: Post | None = None
+    ) -> None:
+        self.model: Any = load_for(use, model, policy, post)
         try:
             self.tokenizer: Any = load_tokenizer(
                 model, trust_remote_code=policy.trust_remote_code

@@ -32,6 +32,7 @@ from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say
 from .computed import Loaded, WorkerResult
 from .identity import identify
 from .kept import Mode, ResumableOutput, begun_as
+from .ranked import OtherRanks, lead
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
 from .stopping import stopping
@@ -72,6 +73,8 @@ class Job:
     watching: Watching = field(default_factory=Watching)
     workers: int = 1
     """The number of processes that share the job, each with a model of its own."""
+    others: OtherRanks = field(default_factory=OtherRanks)
+    """The ranks that share the model with this process."""
     chosen: Chosen | None = field(default=None, kw_only=True)
     """The policy that it runs with, once that is chosen."""
 
@@ -99,14 +102,14 @@ class Job:
                 return replace(self, chosen=chosen)._run(inputs, streamed, console)
         check_apart(output, files)
         chosen = self._begun_with(output) or self._choose(self.policy, inputs)
-        threads = threads_of(torch.get_num_threads(), self.workers)
+        sharing = max(self.workers, self.others.num_local)
         manifest = identify(
             inputs,
             self.model,
             chosen.policy,
             self.task.identity(),
             self.task.cut(chosen.policy),
-            num_threads=threads,
+            num_threads=threads_of(torch.get_num_threads(), sharing),
             chosen=kept_of(self.policy, chosen.policy),
         )
         with ResumableOutput(output, manifest, self.mode) as kept:
@@ -189,9 +192,9 @@ class Job:
         are made of."""
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
-        progress = self.task.new_progress()
+        progress, others = self.task.new_progress(), self.others
         policy = self._settled.policy
-        with Loaded(self.model, policy, self.task.use) as loaded:
+        with others, others.load(self.task, self.model, policy) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
             with watch.computing(look, inputs.estimated_rows, before):
@@ -200,9 +203,8 @@ class Job:
                     PartsRun(parts, output) as run,
                 ):
                     model, tokenizer = loaded.model, loaded.tokenizer
-                    run.take_all(
-                        self.task.results(model, tokenizer, run.feed(), progress)
-                    )
+                    led = lead(loaded.engine, run.feed())
+                    run.take_all(self.task.results(model, tokenizer, led, progress))
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
@@ -285,8 +287,8 @@ class Job:
 
     def _predicted(self, loaded: Loaded, counts: Mapping[str, Any]) -> dict[str, Any]:
         machine = self._settled.machine
-        if machine is None:
-            return {"note": self._settled.note}
+        if machine is None or loaded.engine.exchange is not None:
+            return {"note": self._settled.note or "several ranks: nothing is predicted"}
         return predicted(
             self.task,
             loaded.model,

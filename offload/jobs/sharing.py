@@ -49,7 +49,7 @@ class Sharing(Closing):
         output: Output,
     ) -> None:
         num_threads = threads_of(torch.get_num_threads(), num)
-        budgets = divided(policy, num, _room(model, policy))
+        budgets = divided(policy, num, room_of(model, policy))
         self.notes = (
             *budgets.notes,
             f"each worker computes with {num_threads} threads",
@@ -109,7 +109,8 @@ def check_workers(num: int) -> None:
         raise UsageError(f"--workers {num}: at least one has to do it")
 
 
-def _room(model: Path, policy: Policy) -> Room:
+def room_of(model: Path, policy: Policy) -> Room:
+    """The memory of this machine that processes with `model` divide."""
     entries = open_model(model).entries.values()
     nbytes = sum(entry.nbytes for entry in entries) + _PAGES * (len(entries) + 1)
     folder = cache_folder(policy.io).absolute()

@@ -149,6 +149,7 @@ def make_report(
         "num_joint_calls": statistics.num_joint_calls,
         "num_joint_rows": statistics.num_joint_rows,
         "kv": asdict(statistics.kv),
+        "ranks": asdict(statistics.ranks),
         "plan": {
             **figures.plan,
             "streamed_bytes_per_pass": statistics.bytes_by_tier[Tier.DISK],

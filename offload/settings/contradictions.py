@@ -185,6 +185,18 @@ def _others(policy: "Policy") -> Iterator[Problem]:
             "host_memory, or leave host_shared out",
             (("host_shared",),),
         )
+    if policy.ranks is not None:
+        for key, is_set, why in (
+            ("compile", policy.compile, "no compiled block can wait for another rank"),
+            ("adapter", policy.adapter is not None, "an adapter is not divided"),
+            ("device", policy.device != "cpu", "ranks compute on the CPU only, so far"),
+        ):
+            if is_set:
+                yield Problem(
+                    f"ranks: {policy.ranks} excludes {key}: {why}; leave one of the "
+                    "two out",
+                    (("ranks",), (key,)),
+                )
     if policy.compile and policy.coalesce == "on":
         yield Problem(
             "compile: true and coalesce: on exclude each other: micro-batches would "

@@ -1,6 +1,7 @@
 """Embeds rows of text: a vector for each, by an encoder or a decoder."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,8 @@ class EmbedRunner:
     hidden states. Raises UsageError where `task` does not fit the model."""
 
     def __init__(self, task: Embed, model: Any, tokenizer: Any) -> None:
-        self._device = engine_of(model).device
+        engine = engine_of(model)
+        self._device, self._exchange = engine.device, engine.exchange
         self._tokenizer = tokenizer
         self._base = base_of(model)
         self._pool = pooled(model, task.pooling, task.normalize)
@@ -110,13 +112,19 @@ class EmbedRunner:
     ) -> Finding:
         mask = known_to(mask, self._device)
         inputs = {"input_ids": queued_to(ids, self._device), "attention_mask": mask}
-        hidden = self._base(**inputs).last_hidden_state
+        exchange = self._exchange
+        with nullcontext() if exchange is None else exchange.staying():
+            hidden = self._base(**inputs).last_hidden_state
+        if exchange is None:
+            found = self._pool(hidden, mask)
+        else:
+            found = exchange.on_head(lambda: self._pool(hidden, mask))
 
         def note(vectors: torch.Tensor) -> None:
             for piece, vector in zip(pieces, vectors, strict=True):
                 piece.row.vector = vector
 
-        return Finding([HostCopy(self._pool(hidden, mask))], note)
+        return Finding([HostCopy(found)], note)
 
     def result(self, row: _Row) -> dict[str, Any]:
         if not row.vector.isfinite().all():

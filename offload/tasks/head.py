@@ -8,6 +8,7 @@ base that hands out hidden states made before: scalings and soft caps come along
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 
 from ...io.devices.known import known_to
-from ...io.errors import UsageError
+from ...io.errors import PenstockError, UsageError
+from ..model import engine_of
+from ..ranks.exchange import Exchange
 from ..weights.placeholder import StreamedParameter
 
 
@@ -42,6 +45,7 @@ class CausalScorer:
         self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self._outputs: ContextVar[Any] = ContextVar("outputs")
         self._base = _base_of(model)
+        self._exchange = _exchange_of(model)
         self._tail = None if self._base is None else self._make_tail(self._base)
 
     @property
@@ -58,7 +62,8 @@ class CausalScorer:
         at padding, which is on the right; the values there mean nothing. `inputs` are
         further arguments of the model, such as a cache of earlier tokens."""
         logits_of = self._run(ids, attention_mask, {"use_cache": False, **inputs})
-        return _by_chunks(logits_of, ids[:, 1:], self._step(ids)).logprobs
+        step = self._step(ids)
+        return self._on_head(lambda: _by_chunks(logits_of, ids[:, 1:], step).logprobs)
 
     def predictions(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -74,8 +79,13 @@ class CausalScorer:
         """The logits of the token that follows the last of `ids` [rows, length]:
         float32 [rows, vocabulary]."""
         length = ids.shape[1]
-        logits = self._run(ids, attention_mask, inputs)(slice(length - 1, length))
-        return logits[:, -1].float()
+        logits_of = self._run(ids, attention_mask, inputs)
+        last = slice(length - 1, length)
+        return self._on_head(lambda: logits_of(last)[:, -1].float())
+
+    def _on_head(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`compute()`, which runs the head; on one rank, if several share the model."""
+        return compute() if self._exchange is None else self._exchange.on_head(compute)
 
     def _run(
         self,
@@ -91,7 +101,8 @@ class CausalScorer:
         if self._tail is None or self._base is None:
             logits = self._model(**inputs).logits
             return lambda part: logits[:, part]
-        outputs = self._base(**inputs)
+        with nullcontext() if self._exchange is None else self._exchange.staying():
+            outputs = self._base(**inputs)
         hidden = outputs.last_hidden_state
         tail = self._tail
 
@@ -121,6 +132,15 @@ class CausalScorer:
         }
         tail.__dict__["_forward_pre_hooks"] = {}
         return tail
+
+
+def _exchange_of(model: Any) -> Exchange | None:
+    """What speaks to the ranks that share `model`, streamed or not; None if there are
+    none."""
+    try:
+        return engine_of(model).exchange
+    except PenstockError:
+        return None
 
 
 class _Given(nn.Module):

@@ -6,6 +6,7 @@ experts that are chosen by values, answer with their input. Of blocks that are a
 only the first one runs, and stands for the others.
 """
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +62,21 @@ def trace_cache(model: Any) -> CacheTrace:
     raise NotTracedError(f"{type(problem).__name__}: {words[:160]}") from problem
 
 
+def results_of(model: Any) -> Mapping[str, Any]:
+    """What the modules of `model` return for a few tokens, as tensors on meta, by their
+    names. Those that cannot run there are left out."""
+    for has_positions in (False, True):
+        run = _Run(model, skips=True)
+        with contextlib.suppress(Exception):
+            run.trace(has_positions=has_positions)
+            return {
+                name: run._results[name]
+                for name in run._results.keys() - run.failed
+                if run._alike.get(name) not in run.failed
+            }
+    return {}
+
+
 class _Run:
     """The calls of one model's twin."""
 
@@ -73,6 +89,8 @@ class _Run:
         self._covered: set[str] = set()
         """Modules that answered with their input, or for which another one ran."""
         self._results: dict[str, Any] = {}
+        self.failed: set[str] = set()
+        """Modules that answered with their input."""
         self.problem: Exception | None = None
         """The first reason why a module did not run."""
 
@@ -144,6 +162,7 @@ class _Run:
             self._ran.add(name)
             if first is not None and first in self._results:
                 self._covered.add(name)
+                self._results[name] = self._results[first]
                 return self._results[first]
             watch.stack.append(name)
             try:
@@ -151,6 +170,7 @@ class _Run:
             except _FAILURES as error:
                 self.problem = self.problem or error
                 self._covered.add(name)
+                self.failed.add(name)
                 result = next(tensors_in((args, kwargs)), None)
                 if result is None:
                     raise

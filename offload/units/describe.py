@@ -40,7 +40,7 @@ def describe(
     config = model.config.get_text_config() if hasattr(model, "config") else None
     found = division.found
     cache = model_cache(model) if cache is None else cache
-    head, base, share = _head_of(model), _base_of(model), _active_share(config)
+    head, base, share = _head_of(model), _base_of(model), active_share(config)
     divided = {id(each.stack.module): each.stack for each in found.stacks}
     sites = cache.put_into(
         [
@@ -152,7 +152,7 @@ def _head_of(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _active_share(config: Any) -> float:
+def active_share(config: Any) -> float:
     """The share (0 to 1) of the stacked experts that a token goes through."""
     chosen = getattr(config, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -129,6 +129,11 @@ class Coalescing:
             self._replaced.append((module, forward))
             module.forward = forward
 
+    @property
+    def is_joining(self) -> bool:
+        """Whether calls of any module may be joined now."""
+        return bool(self._replaced)
+
     def stop(self, loop: ParkingLoop | None = None) -> None:
         """Restores the forwards that `start` replaced. May be called at any time and
         repeatedly. Does nothing if another loop than `loop` is running."""

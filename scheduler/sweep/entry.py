@@ -61,6 +61,8 @@ class ForwardEntry:
         self.order = order
         self.num_passes = 0
         self.compute_seconds = 0.0
+        self.rank_seconds = 0.0
+        """Time that forwards waited for other ranks."""
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._records_gradients = False
@@ -83,16 +85,14 @@ class ForwardEntry:
     def before(self, site: int) -> None:
         """Waits until `site` may run. Called by its forward pre-hook."""
         self.fork_guard.check()
-        loop = self._loop_here()
-        if loop is not None:
+        if (loop := self.loop_here()) is not None:
             loop.arrive(site)
         else:
             self._begin_plain(site)
 
     def after(self, site: int) -> None:
         """`site` has run or failed. Called by its forward hook."""
-        loop = self._loop_here()
-        if loop is not None:
+        if (loop := self.loop_here()) is not None:
             loop.depart(site)
         elif self._plain and self._plain[-1] == (threading.get_ident(), site):
             self._end_plain()
@@ -132,8 +132,8 @@ class ForwardEntry:
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Closes the site that a sweep serves meanwhile, if nobody is inside of it."""
         self._records_gradients = torch.is_grad_enabled()
-        is_swept = self._loop_here() is not None
-        return self.open_sites.aside(self.position if is_swept else None)
+        swept = None if self.loop_here() is None else self.position
+        return self.open_sites.aside(swept)
 
     def ran(self, index: int, start: float) -> None:
         """Records that micro-batch `index` has run since `start` (perf_counter)."""
@@ -169,14 +169,18 @@ class ForwardEntry:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Adds the time spent inside, less the waits for weights, to the counter."""
-        start, waited = time.perf_counter(), self.open_sites.wait_seconds
+        """Adds the time spent inside, less the waits, to the counter."""
+        start, waited = time.perf_counter(), self._waited_seconds
         try:
             yield
         finally:
             # Added in one step: another thread may read the counter.
-            waited = self.open_sites.wait_seconds - waited
+            waited = self._waited_seconds - waited
             self.compute_seconds += time.perf_counter() - start - waited
+
+    @property
+    def _waited_seconds(self) -> float:
+        return self.open_sites.wait_seconds + self.rank_seconds
 
     def rewind(self) -> None:
         """Makes `next_of` start again from the first site."""
@@ -238,12 +242,10 @@ class ForwardEntry:
             finally:
                 self._turn.give_up(who)
 
-    def _loop_here(self) -> EnteringLoop | None:
+    def loop_here(self) -> EnteringLoop | None:
         """The sweep of which the caller is the running micro-batch, if any."""
-        loop = self._loop
-        if loop is not None and loop.is_running_here():
-            return loop
-        return next((left for left in self._left if left.is_running_here()), None)
+        loops = (loop for loop in (self._loop, *self._left) if loop is not None)
+        return next((loop for loop in loops if loop.is_running_here()), None)
 
     def _close_all(self) -> None:
         """Closes all sites. The caller has the turn and is in none of them."""

@@ -37,6 +37,9 @@ class MicroBatchesInFlight:
     def __contains__(self, index: int) -> bool:
         return index in self._by_index
 
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self._by_index[index]
+
     def add(self, me: MicroBatch) -> None:
         self._by_index[me.index] = me
 

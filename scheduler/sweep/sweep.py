@@ -7,6 +7,7 @@ Each micro-batch runs the caller's function in a greenlet. The model's own code 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, Generic, TypeVar
 
@@ -18,12 +19,14 @@ from ..activations.activation_offload import (
     ActivationOffloadStatistics,
 )
 from ..kv.store import KvStore
+from ..ranks.lockstep import Lockstep
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
 from .endings import Endings
 from .entry import ForwardEntry
 from .loop import SweepLoop
 from .module_state import ModuleState
+from .ranked_loop import RankedLoop
 from .side_transfers import SideTransfers
 from .sweep_input import SweepInput, SweepProgress
 
@@ -106,6 +109,7 @@ class Sweep(Closing):
         activation_offload: ActivationOffload | None,
         coalescing: Coalescing,
         kv: KvStore | None,
+        lockstep: Callable[[], Lockstep] | None = None,
     ) -> None:
         if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -118,6 +122,7 @@ class Sweep(Closing):
         stay on the device."""
         self._coalescing = coalescing
         self._kv = kv
+        self._lockstep = lockstep
         self._admission = Admission(
             width=width,
             activation_bytes=activation_bytes,
@@ -231,7 +236,10 @@ class Sweep(Closing):
         self._close_activation_offload()
 
     def _make_loop(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> SweepLoop:
-        return SweepLoop(
+        make: Callable[..., SweepLoop] = SweepLoop
+        if self._lockstep is not None:  # several ranks share the model
+            make = partial(RankedLoop, self._lockstep())
+        return make(
             SweepInput(fn, batches),
             self._entry,
             self._admission,

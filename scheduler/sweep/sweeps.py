@@ -1,7 +1,7 @@
 """The sweeps over one model: the open ones, and the counters of the closed ones."""
 
 from ...io.merging import merged
-from ...scheduler.sweep.sweep import Sweep, SweepCounters
+from .sweep import Sweep, SweepCounters
 
 
 class Sweeps:

@@ -1,0 +1,67 @@
+"""Makes the engine of a model that several ranks share."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ...io.checkpoint.index import Checkpoint
+from ...io.errors import UsageError
+from ...io.weights.recipe import Recipe
+from ...scheduler.ranks.post import Post
+from ..policy import Policy
+from ..ranks.exchange import Exchange
+from ..ranks.joining import RankEnvironment, join
+from ..ranks.share import share_of
+from ..settings.memory_budget import MemoryRoom, Use
+from .build import build
+from .engine import Engine
+from .groups import Ranked
+
+
+def build_shared(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    *,
+    room: MemoryRoom,
+    use: Use = "any",
+    post: Post | None = None,
+) -> Engine:
+    """Like `build`, for this rank's blocks of `model`. The engine closes `post`.
+
+    Without a `post`, the other ranks are those of torchrun's environment. Raises also
+    UsageError for a model that ranks cannot share, and RanksError if they do not come.
+    """
+    where = RankEnvironment.of() if post is None else None
+    num_ranks = where.num_ranks if where is not None else post.num_ranks if post else 1
+    if num_ranks == 1:
+        return build(model, checkpoint, recipes, policy, room=room, use=use)
+    rank = where.rank if where is not None else post.rank if post else 0
+    if policy.ranks is None:
+        raise UsageError("only a policy with ranks: pipeline shares a model")
+    share = share_of(
+        model,
+        recipes,
+        gather_rows=policy.gather_rows,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+    if post is None:
+        assert where is not None, "one of the two says who the others are"
+        post = join(where)
+    try:
+        exchange = Exchange(post, share.stages)
+        ranked = Ranked(share.modules, exchange)
+        return build(
+            model,
+            checkpoint,
+            share.recipes,
+            policy,
+            room=room,
+            use=use,
+            ranked=ranked,
+        )
+    except BaseException:
+        post.close()
+        raise

@@ -1,0 +1,208 @@
+"""The ranks that share the model of a job. The first one reads, writes and resumes; the
+others compute what it tells them."""
+
+import logging
+import multiprocessing
+import signal
+from collections.abc import Iterator, Mapping
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...io.closing import Closing
+from ...io.errors import MachineError, RanksError, UsageError
+from ...scheduler.ranks.lockstep import agreed
+from ...scheduler.ranks.post import Post
+from ..engine.engine import Engine
+from ..files.parts import NumberedRows
+from ..policy import Policy
+from ..ranks.exchange import Exchange
+from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
+from ..startup import hidden
+from ..tasks.task import Task
+from .budgets import divided, threads_of
+from .computed import Loaded
+from .sharing import room_of
+
+_log = logging.getLogger("penstock")
+_SPAWN = multiprocessing.get_context("spawn")
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_END_SECONDS = 10.0
+_LOST_SECONDS = 0.5
+
+
+class OtherRanks(Closing):
+    """The other ranks of a job, in the process that has the first one.
+
+    With a `post`, they have joined: torchrun has started them. Otherwise `begin` starts
+    `num` - 1 processes of this machine.
+    """
+
+    def __init__(
+        self, num: int = 1, post: Post | None = None, num_local: int | None = None
+    ) -> None:
+        self.num = num if post is None else post.num_ranks
+        self.num_local = self.num if num_local is None else num_local
+        self._post = post
+        self._processes: list[BaseProcess] = []
+        self._threads_before = torch.get_num_threads()
+
+    @property
+    def num_threads(self) -> int:
+        """The threads that each rank computes with."""
+        return threads_of(self._threads_before, self.num_local)
+
+    def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
+        """The model for `task`: with other ranks, what this one has of it. They are
+        told what to do."""
+        if self.num == 1:
+            return Loaded(model, policy, task.use)
+        policy = policy.with_settings(["ranks=pipeline"])  # or it is refused now
+        if self._post is None:
+            self._post = self._start(task, model)
+        agreed(self._post, _as_json(policy))
+        torch.set_num_threads(self.num_threads)
+        _log.warning(
+            "%d ranks share the model; each of this machine computes with %d threads",
+            self.num,
+            self.num_threads,
+        )
+        own = _own(policy, model, self.num_local)
+        return Loaded(model, own, task.use, self._post)
+
+    def close(self) -> None:
+        """Waits until the processes that were started have ended, or ends them."""
+        torch.set_num_threads(self._threads_before)
+        if self._post is not None:
+            self._post.close()
+        is_lost = self._post is not None and self._post.mail.lost
+        for process in self._processes:
+            process.join(_LOST_SECONDS if is_lost else _END_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+        self._processes.clear()
+
+    def _start(self, task: Task, model: Path) -> Post:
+        resource_tracker.ensure_running()
+        store = local_store()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they inherit it
+        try:
+            for rank in range(1, self.num):
+                where = RankEnvironment(rank, self.num, LOCAL, store.port, self.num)
+                args = (where, task, model, self.num_threads)
+                name = f"penstock-rank-{rank}"
+                process = _SPAWN.Process(target=_run_rank, args=args, name=name)
+                process.start()
+                self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        where = RankEnvironment(0, self.num, LOCAL, store.port, self.num)
+        return join(where, store=store, check=self._check)
+
+    def _check(self) -> None:
+        """Raises MachineError if a process has died."""
+        for process in self._processes:
+            if process.exitcode is not None:
+                raise MachineError(
+                    f"{process.name} ended with exit code {process.exitcode} while it "
+                    "began: if memory ran out (see dmesg), take fewer ranks"
+                )
+
+
+def lead(engine: Engine, parts: Iterator[NumberedRows]) -> Iterator[NumberedRows]:
+    """Yields `parts`, and gives each to the other ranks, if there are any."""
+    exchange = engine.exchange
+    for part in parts:
+        if exchange is not None:
+            part = list(part)
+            exchange.agree([[number, dict(row)] for number, row in part])
+        yield part
+    if exchange is not None:
+        exchange.agree(None)
+
+
+def follow(post: Post, task: Task, model: Path, num_local: int) -> None:
+    """Computes what the first rank tells, until it says that all is done."""
+    try:
+        told = agreed(post, None)
+    except RanksError:
+        return  # there was nothing to do, or the first rank says why
+    policy = _own(Policy.of(told), model, num_local)
+    with Loaded(model, policy, task.use, post) as loaded:
+        exchange = loaded.engine.exchange
+        assert exchange is not None, "several ranks share it"
+        parts = _followed(exchange)
+        progress = task.new_progress()
+        for _ in task.results(loaded.model, loaded.tokenizer, parts, progress):
+            pass  # the first rank writes it
+
+
+def joined_ranks(task: Task, model: Path) -> OtherRanks | None:
+    """The ranks that torchrun has started. None on all but the first one, which this
+    process has followed until the end."""
+    where = RankEnvironment.found()
+    if where is None or where.is_alone:
+        return OtherRanks()
+    post = join(where)
+    if where.rank == 0:
+        return OtherRanks(post=post, num_local=where.num_local)
+    torch.set_num_threads(threads_of(torch.get_num_threads(), where.num_local))
+    _followed_to_the_end(post, task, model, where.num_local)
+    return None
+
+
+def check_ranks(num: int, workers: int) -> None:
+    """Raises UsageError for a number of ranks below 1, or workers beside them."""
+    if num < 1:
+        raise UsageError(f"--ranks {num}: at least one has to do it")
+    if num > 1 and workers > 1:
+        raise UsageError(
+            f"--ranks {num} share one model, and --workers {workers} have one each: "
+            "leave one of the two out"
+        )
+
+
+def _followed(exchange: Exchange) -> Iterator[NumberedRows]:
+    while (part := exchange.agree(None)) is not None:
+        yield [(number, row) for number, row in part]
+
+
+def _followed_to_the_end(post: Post, task: Task, model: Path, num_local: int) -> None:
+    try:
+        follow(post, task, model, num_local)
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
+        raise
+    post.close()
+
+
+def _run_rank(
+    where: RankEnvironment, task: Task, model: Path, num_threads: int
+) -> None:
+    """The main function of a process that `OtherRanks` has started."""
+    torch.set_num_threads(num_threads)
+    logger = logging.getLogger("penstock")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False  # the first rank says the same
+    with hidden():
+        try:
+            _followed_to_the_end(join(where), task, model, where.num_local)
+        except Exception:
+            raise SystemExit(RanksError.exit_code) from None
+
+
+def _own(policy: Policy, model: Path, num_local: int) -> Policy:
+    """The policy of one of `num_local` ranks that share this machine."""
+    if num_local == 1:
+        return policy
+    return divided(policy, num_local, room_of(model, policy)).policies[0]
+
+
+def _as_json(policy: Policy) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = policy.model_dump(mode="json", exclude_unset=True)
+    return found

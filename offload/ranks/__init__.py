@@ -1,0 +1,8 @@
+"""One model on several ranks: each streams, holds and computes its own blocks.
+
+StageModules      the input embedding, the blocks and the head of a model
+  Share           what this rank has of them; the rest is not loaded here
+Exchange          counts calls of stages, sends outputs and waits for those of others
+  StageHooks      the hooks and replaced forwards through which the model gets there
+TcpPost           messages over TCP, as `join` connects the ranks of an environment
+"""

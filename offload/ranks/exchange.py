@@ -1,0 +1,292 @@
+"""Sends the outputs of this rank's stages, and waits for those of other ranks."""
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from ...io.closing import Closing
+from ...io.errors import PenstockError, RanksError, UsageError, readable
+from ...scheduler.ranks.lockstep import Lockstep, agreed
+from ...scheduler.ranks.messages import Kind, Message
+from ...scheduler.ranks.post import Post
+from ...scheduler.ranks.rank_statistics import RankStatistics
+from ...scheduler.ranks.stages import PLAIN, Address, CallState, RankStages
+from ...scheduler.sweep.entry import ForwardEntry
+from ...scheduler.sweep.ranked_loop import RankedLoop
+from ..weights.placeholder import StreamedParameter
+from .stage_modules import TENSOR, kinds_of
+
+
+class Exchange(Closing):
+    """The calls that a model's stages get on this rank.
+
+    Every rank runs the caller's function and the model's own Python code. A stage that
+    another rank computes gives the output that this rank sends; where nobody here needs
+    that, it gives NaNs of its shape. `close` closes the post.
+    """
+
+    def __init__(self, post: Post, stages: RankStages) -> None:
+        self.stages = stages
+        self._post = post
+        self._entry: ForwardEntry | None = None
+        self._plain = CallState(PLAIN, 0)
+        self._num_runs = 0
+        self._stays: ContextVar[bool] = ContextVar("stays", default=False)
+        self._is_on_head: ContextVar[bool] = ContextVar("is_on_head", default=False)
+        self._bytes_sent = 0
+        self._num_sent = 0
+
+    def attach(self, entry: ForwardEntry) -> None:
+        """The forwards of the model pass `entry`."""
+        self._entry = entry
+
+    def new_run(self) -> Lockstep:
+        """What keeps the next run of a sweep in step with that of other ranks."""
+        self._num_runs += 1
+        return Lockstep(self._post, self.stages, self._num_runs)
+
+    def agree(self, value: Any) -> Any:
+        """The first rank's `value`, which JSON can hold, on all ranks. All have to call
+        it at the same place of the program, outside of sweeps."""
+        return agreed(self._post, value)
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Meanwhile the hidden states after the last block are not sent: they are NaN
+        on all ranks but the head's owner."""
+        token = self._stays.set(True)
+        try:
+            yield
+        finally:
+            self._stays.reset(token)
+
+    def on_head(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Returns `compute()` on all ranks; only the head's owner calls it."""
+        state, source = self._state(), self.stages.head_owner
+        address = state.count()
+        if source != self._post.rank:
+            output = self._receive(state, address, source, self.stages.last_block)
+            assert isinstance(output, torch.Tensor), "it was sent as one"
+            return output
+        token = self._is_on_head.set(True)
+        try:
+            found = compute()
+        except Exception as error:
+            self._fail(state, address, error)
+            raise
+        finally:
+            self._is_on_head.reset(token)
+        self._send(state, address, self.stages.last_block, found, self._others)
+        return found
+
+    # Called by StageHooks.
+
+    def enters(self, stage: int, ids: torch.Tensor | None = None) -> Address | None:
+        """`stage`, which is this rank's, is called. Returns its address; None if that
+        is nothing to other ranks."""
+        if self._is_on_head.get():
+            return None
+        state = self._state()
+        if ids is not None:
+            state.fingerprint = fingerprint(ids)
+        return state.enter(stage)
+
+    def check_inputs(self, stage: int, given: Iterable[Any]) -> None:
+        """Raises UsageError if `stage` is given what only another rank has: NaNs that
+        did not come from the stage before."""
+        if self._is_on_head.get() or self._state().has_nan:
+            return
+        for value in given:
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if not isinstance(value, StreamedParameter) and value.isnan().any():
+                raise UsageError(
+                    f"ranks cannot share this model: its code before stage {stage} "
+                    "uses what an earlier block made, which only another rank has; run "
+                    "it on one rank"
+                )
+
+    def leaves(self, stage: int, address: Address, output: Any) -> None:
+        """`stage` has returned `output`. Raises UsageError for one that cannot be
+        sent."""
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor) and stage <= self.stages.last_block:
+            self._state().has_nan = bool(first.isnan().any())
+        takers = self.stages.takers(stage)
+        if stage == self.stages.last_block and self._stays.get():
+            takers = ()
+        if takers:
+            self._send(self._state(), address, stage, output, takers)
+
+    def fails(self, stage: int, address: Address, error: BaseException) -> None:
+        """`stage` has raised `error`."""
+        if isinstance(error, Exception):
+            self._fail(self._state(), address, error)
+
+    def call_elsewhere(
+        self, stage: int, shape: torch.Size, dtype: torch.dtype, given: torch.Tensor
+    ) -> Any:
+        """The output of `stage`, which another rank computes. `shape` and `dtype` are
+        those of its first tensor."""
+        state = self._state()
+        if stage == 0:
+            state.fingerprint = fingerprint(given)
+        address = state.enter(stage)
+        source = self.stages.owners[stage]
+        is_taker = self._post.rank in self.stages.takers(stage)
+        if stage == self.stages.last_block and self._stays.get():
+            is_taker = False
+        if not is_taker:
+            nothing = torch.full(shape, torch.nan, dtype=dtype, device=given.device)
+            kinds = self.stages.returned_by(stage) or ""
+            return _returned(nothing, kinds, stage, source)
+        output = self._receive(state, address, source, stage)
+        first = output[0] if isinstance(output, tuple) else output
+        if first.shape != shape:
+            raise _diverged(
+                f"rank {source} sent {tuple(first.shape)} numbers of stage {stage}, "
+                f"and here are {tuple(shape)}"
+            )
+        return output
+
+    def statistics(self) -> RankStatistics:
+        return RankStatistics(
+            num_ranks=self._post.num_ranks,
+            bytes_sent=self._bytes_sent,
+            num_sent=self._num_sent,
+            wait_seconds=0.0 if self._entry is None else self._entry.rank_seconds,
+        )
+
+    def close(self) -> None:
+        self._post.close()
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        ranks = range(self._post.num_ranks)
+        return tuple(rank for rank in ranks if rank != self._post.rank)
+
+    def _loop(self) -> RankedLoop | None:
+        assert self._entry is not None, "it is attached before forwards run"
+        loop = self._entry.loop_here()
+        return loop if isinstance(loop, RankedLoop) else None
+
+    def _state(self) -> CallState:
+        loop = self._loop()
+        return self._plain if loop is None else loop.state
+
+    def _receive(
+        self, state: CallState, address: Address, source: int, stage: int
+    ) -> Any:
+        mail = self._post.mail
+        self._post.collect()
+        if not mail.is_ready(address, source):
+            loop = self._loop()
+            if loop is not None:
+                loop.await_message(address, source)
+            else:
+                self._wait_plainly(address, source)
+        try:
+            message = mail.take(address, source)
+        except RanksError:
+            raise
+        except Exception:
+            state.begin_again()
+            raise
+        if message.stage != stage or message.fingerprint != state.fingerprint:
+            raise _diverged(
+                f"rank {source} sent stage {message.stage} of a forward of other token "
+                f"ids than stage {stage} here"
+                if message.stage == stage
+                else f"rank {source} is at stage {message.stage}, and this one at "
+                f"stage {stage}"
+            )
+        state.has_nan = bool(message.tensor.isnan().any())
+        return _returned(message.tensor, message.text, stage, source)
+
+    def _wait_plainly(self, address: Address, source: int) -> None:
+        """Waits outside of a sweep."""
+        assert self._entry is not None, "it is attached before forwards run"
+        start = time.perf_counter()
+        self._post.wait(lambda: self._post.mail.is_ready(address, source))
+        self._entry.rank_seconds += time.perf_counter() - start
+
+    def _send(
+        self,
+        state: CallState,
+        address: Address,
+        stage: int,
+        output: Any,
+        takers: tuple[int, ...],
+    ) -> None:
+        first, kinds = _sendable(output, stage)
+        message = Message(
+            Kind.OUTPUT, address, stage, state.fingerprint, kinds, first.detach()
+        )
+        for rank in takers:
+            self._post.send(rank, message)
+        self._num_sent += len(takers)
+        self._bytes_sent += len(takers) * first.nbytes
+
+    def _fail(self, state: CallState, address: Address, error: Exception) -> None:
+        if isinstance(error, RanksError) or address.attempt < state.attempt:
+            return  # the others know
+        is_ours = isinstance(error, PenstockError)
+        text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+        message = Message(Kind.ERROR, address, int(is_ours), text=readable(text))
+        for rank in self._others:
+            self._post.send(rank, message)
+        state.begin_again()
+
+
+def fingerprint(ids: torch.Tensor) -> int:
+    """A checksum of the shape of `ids` and, on the CPU, of their values."""
+    found = zlib.crc32(repr(tuple(ids.shape)).encode())
+    if ids.device.type == "cpu":
+        values = ids.detach().to(torch.int64).contiguous()
+        found = zlib.crc32(values.numpy().tobytes(), found)
+    return found
+
+
+def _sendable(output: Any, stage: int) -> tuple[torch.Tensor, str]:
+    """The tensor of a stage's `output`, and what was returned, for `Message.text`."""
+    kinds = kinds_of(output)
+    if kinds is not None:
+        return (output[0] if kinds else output), kinds
+    raise UsageError(
+        f"ranks cannot share this model: block {stage - 1} returns a "
+        f"{type(output).__name__}, and no hidden states; run it on one rank"
+    )
+
+
+def _returned(tensor: torch.Tensor, kinds: str, stage: int, source: int) -> Any:
+    """What a stage of the rank `source` returns here, with `tensor` in its place."""
+    if not kinds:
+        return tensor
+    others = (_not_sent(stage, source) if one == TENSOR else None for one in kinds[1:])
+    return (tensor, *others)
+
+
+def _not_sent(stage: int, source: int) -> torch.Tensor:
+    """What stands for a value that a block returned beside its hidden states."""
+
+    def touch() -> torch.Tensor:
+        raise UsageError(
+            f"ranks cannot share this model: another value than the hidden states of "
+            f"block {stage - 1} is used elsewhere, and only rank {source} has it; run "
+            "it on one rank"
+        )
+
+    name = f"a value of block {stage - 1}"
+    return StreamedParameter(name, (1,), torch.float32, torch.device("cpu"), touch)
+
+
+def _diverged(what: str) -> RanksError:
+    return RanksError(
+        f"ranks run different things: {what}; give all ranks the same function and the "
+        "same batches"
+    )

@@ -1,0 +1,175 @@
+"""Connects the ranks that torchrun, or `--ranks`, has started."""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+from ...io.errors import RanksError, UsageError
+from .tcp_post import SILENT_SECONDS, TcpPost
+
+JOIN_SECONDS = 120.0
+"""How long ranks wait for each other at the start."""
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TOKEN_BYTES = 16
+_CHECK_SECONDS = 0.5
+LOCAL = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """Which rank this process is, and where the first one is found."""
+
+    rank: int
+    num_ranks: int
+    master: str
+    port: int
+    num_local: int = 1
+    """The ranks of this machine."""
+    has_store: bool = False
+    """Whether torchrun keeps a store at `port`; else the first rank does."""
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str] = os.environ) -> "RankEnvironment":
+        """What torchrun sets. Raises UsageError if it did not."""
+        missing = [name for name in _NEEDED if name not in variables]
+        if missing:
+            raise UsageError(
+                f"ranks: pipeline needs {', '.join(missing)} in the environment, as "
+                "torchrun sets them: start the program with torchrun, or a job with "
+                "--ranks"
+            )
+        try:
+            rank, num = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+            port = int(variables["MASTER_PORT"])
+            local = int(variables.get("LOCAL_WORLD_SIZE", "1"))
+        except ValueError as error:
+            raise UsageError(
+                f"RANK, WORLD_SIZE and MASTER_PORT are numbers: {error}"
+            ) from None
+        if not 0 <= rank < num:
+            raise UsageError(f"RANK is {rank}, and WORLD_SIZE {num}")
+        agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(rank, num, variables["MASTER_ADDR"], port, local, agent)
+
+    @classmethod
+    def found(cls) -> "RankEnvironment | None":
+        """What torchrun sets; None where it did not start this process."""
+        return cls.of() if all(name in os.environ for name in _NEEDED) else None
+
+    @property
+    def is_alone(self) -> bool:
+        return self.num_ranks == 1
+
+
+def local_store() -> TCPStore:
+    """A store in this process, at a port of this machine that is free."""
+    limit = timedelta(seconds=JOIN_SECONDS)
+    return TCPStore(LOCAL, 0, None, True, timeout=limit, wait_for_workers=False)
+
+
+def join(
+    where: RankEnvironment,
+    *,
+    store: TCPStore | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> TcpPost:
+    """Connects this rank with all others, by the `store` at `where`. Raises RanksError
+    if they do not come, and what `check` raises, which is called meanwhile."""
+    with ExitStack() as stack:
+        try:
+            store = store or TCPStore(
+                where.master,
+                where.port,
+                None,
+                where.rank == 0 and not where.has_store,
+                timeout=timedelta(seconds=JOIN_SECONDS),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            number = store.add(f"penstock/joins/{where.rank}", 1)
+            prefixed = PrefixStore(f"penstock/{number}", store)
+            peers = _connect(prefixed, where, stack, check)
+        except (DistError, OSError, RuntimeError) as error:
+            raise RanksError(
+                f"rank {where.rank} of {where.num_ranks} cannot join the others at "
+                f"{where.master}:{where.port}: {str(error).splitlines()[0]}"
+            ) from None
+        stack.pop_all()
+    return TcpPost(where.rank, peers, store)
+
+
+def _connect(
+    store: Store,
+    where: RankEnvironment,
+    stack: ExitStack,
+    check: Callable[[], None],
+) -> dict[int, socket.socket]:
+    """A socket to each other rank: each connects to those below it."""
+    token = secrets.token_bytes(_TOKEN_BYTES).hex()
+    if where.rank == 0:
+        store.set("token", token)
+    secret = bytes.fromhex(store.get("token").decode())
+    family, here = _own_address(where)
+    listener = socket.create_server((here, 0), family=family, backlog=where.num_ranks)
+    with listener:
+        listener.settimeout(_CHECK_SECONDS)
+        store.set(f"at/{where.rank}", f"{here} {listener.getsockname()[1]}")
+        peers: dict[int, socket.socket] = {}
+        for peer in range(where.rank):
+            host, port = store.get(f"at/{peer}").decode().split()
+            there = socket.create_connection((host, int(port)), JOIN_SECONDS)
+            peers[peer] = stack.enter_context(there)
+            there.sendall(secret + where.rank.to_bytes(4, "big"))
+        while len(peers) < where.num_ranks - 1:
+            there = _accepted(listener, check)
+            there.settimeout(JOIN_SECONDS)
+            greeting = _exactly(there, _TOKEN_BYTES + 4)
+            if greeting[:_TOKEN_BYTES] != secret:
+                there.close()  # somebody else
+                continue
+            peers[int.from_bytes(greeting[_TOKEN_BYTES:], "big")] = there
+            stack.enter_context(there)
+    for there in peers.values():
+        there.settimeout(SILENT_SECONDS)
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return peers
+
+
+def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.socket:
+    """The next connection. Raises TimeoutError if there is none for long."""
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        check()
+        try:
+            return listener.accept()[0]
+        except TimeoutError:
+            if time.monotonic() > end:
+                raise
+
+
+def _exactly(there: socket.socket, num: int) -> bytes:
+    found = b""
+    while len(found) < num and (more := there.recv(num - len(found))):
+        found += more
+    return found
+
+
+def _own_address(where: RankEnvironment) -> tuple[int, str]:
+    """The address under which the master, and so the others, reach this machine."""
+    found = socket.getaddrinfo(where.master, where.port, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return family, str(probe.getsockname()[0])

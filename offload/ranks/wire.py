@@ -1,0 +1,71 @@
+"""Messages between ranks as bytes."""
+
+import struct
+from collections.abc import Callable
+
+import torch
+
+from ...scheduler.ranks.messages import Kind, Message
+from ...scheduler.ranks.stages import Address
+
+_HEAD = struct.Struct("<BBBiiiiiIIQ")
+_DIM = struct.Struct("<q")
+_MAX_DIMS = 16
+_DTYPES: tuple[torch.dtype | None, ...] = (
+    None,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+)
+
+Buffer = bytes | memoryview
+Receive = Callable[[memoryview], None]
+"""Fills a buffer with the next bytes."""
+
+
+def packed(message: Message) -> list[Buffer]:
+    """The bytes of `message`, in pieces. Its tensor, on the CPU, is copied."""
+    tensor, text = message.tensor, message.text.encode()
+    dims, data = (), b""
+    code = 0
+    if tensor is not None:
+        code, dims = _DTYPES.index(tensor.dtype), tuple(tensor.shape)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        data = flat.numpy().tobytes()
+    head = _HEAD.pack(
+        message.kind,
+        code,
+        len(dims),
+        *message.address,
+        message.stage,
+        message.fingerprint,
+        len(text),
+        len(data),
+    )
+    return [head, b"".join(map(_DIM.pack, dims)) + text, data]
+
+
+def unpacked(receive: Receive) -> Message:
+    """The next message. Raises ValueError for what is none."""
+    head = bytearray(_HEAD.size)
+    receive(memoryview(head))
+    (kind, code, num_dims, *rest) = _HEAD.unpack(head)
+    *address, stage, fingerprint, num_text, num_data = rest
+    if num_dims > _MAX_DIMS or code >= len(_DTYPES):
+        raise ValueError("this is no message of a rank")
+    more = bytearray(num_dims * _DIM.size + num_text)
+    receive(memoryview(more))
+    dims = [_DIM.unpack_from(more, n * _DIM.size)[0] for n in range(num_dims)]
+    text = bytes(more[num_dims * _DIM.size :]).decode()
+    tensor, dtype = None, _DTYPES[code]
+    if dtype is not None:
+        tensor = torch.empty(dims, dtype=dtype, device="cpu")
+        if tensor.nbytes != num_data:
+            raise ValueError("this is no message of a rank")
+        if num_data:
+            receive(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
+    return Message(Kind(kind), Address(*address), stage, fingerprint, text, tensor)

@@ -1,0 +1,17 @@
+"""What one rank has counted of its exchange with others. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankStatistics:
+    """Counters of one rank since its model was loaded."""
+
+    num_ranks: int = 1
+    """The ranks that share the model; 1: this process has all of it."""
+    bytes_sent: int = 0
+    """Bytes of outputs that this rank has sent to others."""
+    num_sent: int = 0
+    """The messages that had them."""
+    wait_seconds: float = 0.0
+    """Time that computing waited for other ranks."""

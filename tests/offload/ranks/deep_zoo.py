@@ -1,0 +1,39 @@
+"""Models of the zoo with more blocks, so that several ranks can share them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import zoo
+
+_NUMBERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_BY_LAYER = ("layer_types", "attention_types", "attention_layers", "mlp_layer_types")
+
+
+def deepened(name: str, num_blocks: int) -> str:
+    """The name of a model like `name` in the zoo, with `num_blocks` blocks."""
+    case = zoo.ARCHITECTURES[name]
+
+    def config() -> Any:
+        shallow = case.config()
+        values = shallow.to_dict()
+        for key in _BY_LAYER:
+            values.pop(key, None)
+        for key in _NUMBERS:
+            if key in values:
+                values[key] = num_blocks
+        return type(shallow)(**values)
+
+    deep = f"{name}_of_{num_blocks}"
+    zoo.ARCHITECTURES[deep] = replace(case, name=deep, config=config)
+    return deep
+
+
+def saved(name: str, folder: Path, num_blocks: int | None = None) -> Any:
+    """Writes the checkpoint of a model to `folder`. Returns the model, resident."""
+    if num_blocks is not None:
+        name = deepened(name, num_blocks)
+    zoo.save_checkpoint(name, folder)
+    return zoo.load(name, folder)

@@ -1,0 +1,43 @@
+"""Scores rows in small parts, until something happens to a rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock import Policy
+from penstock.offload.files.parts import Cut, NumberedRows
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task_progress import TaskProgress
+
+
+@dataclass(frozen=True)
+class FallingScore(Score):
+    """With its eighth result, a rank other than the first sends itself `number`, once:
+    then there is `marker`, with its process id."""
+
+    marker: Path | None = None
+    first: int = 0
+    """The process id of the first rank."""
+    number: int = 0
+
+    def cut(self, policy: Policy) -> Cut:
+        return Cut(6, 1 << 20)
+
+    def results(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Iterator[NumberedRows],
+        progress: TaskProgress,
+    ) -> Iterator[dict[str, Any]]:
+        found = super().results(model, tokenizer, parts, progress)
+        for index, result in enumerate(found):
+            is_other = self.marker is not None and os.getpid() != self.first
+            if index == 7 and is_other and self.marker is not None:
+                self.marker.write_text(f"{os.getpid()}")
+                os.kill(os.getpid(), self.number)
+            yield result

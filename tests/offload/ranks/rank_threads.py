@@ -1,0 +1,76 @@
+"""Runs a function once for each rank, in threads that share one process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_post import Office
+
+from penstock.offload.model import load_for
+from penstock.offload.policy import Policy
+
+
+def policy_of(memory: str = "900KiB", **values: Any) -> Policy:
+    values = {"io": {"reader": "threads"}, **values}
+    return Policy(device_memory=memory, ranks="pipeline", **values)
+
+
+class Ranks:
+    """A model in `folder` that `num` ranks share: `models` has it as each has it."""
+
+    def __init__(
+        self, folder: Path, num: int, policy: Policy, use: Any = "any", seed: int = 0
+    ) -> None:
+        self.num = num
+        self.office = Office(num, seed)
+        self.models = [
+            load_for(use, folder, policy, post=post) for post in self.office.posts
+        ]
+
+    def run(self, work: Callable[[int, Any], Any], seconds: float = 60.0) -> list[Any]:
+        """What `work(rank, model)` returned, or the error that it raised, by rank."""
+        found: list[Any] = [None] * self.num
+        office = self.office
+        office.alive, office.still = set(range(self.num)), set()
+
+        def go(rank: int) -> None:
+            torch.set_num_threads(1)
+            try:
+                found[rank] = work(rank, self.models[rank])
+            except BaseException as error:
+                found[rank] = error
+            office.leave(rank)
+
+        threads = [
+            threading.Thread(target=go, args=(rank,), daemon=True)
+            for rank in range(self.num)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(seconds)
+        hung = [rank for rank, one in enumerate(threads) if one.is_alive()]
+        assert not hung, f"ranks {hung} hang"
+        return found
+
+    def close(self) -> None:
+        for model in self.models:
+            model.__exit__(None, None, None)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def none_failed(found: Sequence[Any]) -> Sequence[Any]:
+    """`found`, where no rank has failed."""
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found

@@ -1,0 +1,139 @@
+"""Jobs whose model several processes share make the bytes that one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rank_tasks import FallingScore
+from rich.console import Console
+
+import forked_python
+from checkpoint import make_checkpoint
+from penstock import Policy
+from penstock.io.errors import PenstockError, PolicyError, RanksError, UsageError
+from penstock.offload.jobs import ranked
+from penstock.offload.jobs.job import Done, Job
+from penstock.offload.jobs.ranked import OtherRanks, check_ranks
+from penstock.offload.tasks.classify_task import Classify
+from penstock.offload.tasks.embed_task import Embed
+from penstock.offload.tasks.generate_task import Generate
+from penstock.offload.tasks.score_task import Score
+from penstock.offload.tasks.task import Task
+
+NUM_ROWS = 30
+POLICY = Policy(
+    device_memory="220KiB",
+    gather_rows=1000,
+    resident_below=10,
+    micro_batch_tokens=32,
+    tokens_in_flight=64,
+    micro_batch_sequences=2,
+    sequences_in_flight=8,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    return make_checkpoint(path, "tiny", dtype="float32", shards_of="100KB")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    rows = [{"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(NUM_ROWS)]
+    rows[20] = {"id": 20, "wrong": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def begins_at_once(own_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranked, "_SPAWN", forked_python.context)
+
+
+def run(task: Task, folder: Path, source: Path, output: Path, ranks: int) -> Done:
+    others = OtherRanks(ranks)
+    with others:
+        job = Job(task, folder, source, output, POLICY, others=others)
+        return job.run(Console(quiet=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task",
+    [
+        Score(),
+        pytest.param(Embed(), marks=pytest.mark.whole),
+        pytest.param(Classify(labels=(" a", " b c")), marks=pytest.mark.whole),
+        Generate(4, seed=3, options={"temperature": 1.2}),
+    ],
+    ids=lambda task: task.name,
+)
+def test_two_ranks_make_the_bytes_of_one_process(
+    task: Any, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run(task, folder, source, one, 1)
+    done = run(task, folder, source, two, 2)
+    assert two.read_bytes() == one.read_bytes()
+    assert (done.num_rows, done.num_errors) == (NUM_ROWS, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
+    number: int, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """Within five seconds, whether it is killed or stopped."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    marker = tmp_path / "fallen"
+    task = FallingScore(marker=marker, first=os.getpid(), number=number)
+    try:
+        with pytest.raises(RanksError, match="rank 1 is gone"):
+            run(task, folder, source, two, 2)
+        ended = time.time()
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(int(marker.read_text())).kill()
+    assert ended - marker.stat().st_mtime < 20  # and closing waits for what is stopped
+    assert (tmp_path / "two.jsonl.parts").exists()
+    run(FallingScore(), folder, source, two, 2)
+    run(FallingScore(), folder, source, one, 1)
+    assert two.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_rank_cannot_do_is_said_by_the_first(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    """Here it has no tokenizer for the labels that it is to use."""
+    with pytest.raises(PenstockError) as caught:
+        run(Embed(truncate=10**6), folder, source, tmp_path / "out.jsonl", 2)
+    assert "cannot be cut to 1000000 tokens" in str(caught.value)
+
+
+def test_a_policy_that_ranks_cannot_have_is_refused_before_they_begin(
+    folder: Path,
+) -> None:
+    with OtherRanks(2) as others:
+        with pytest.raises(PolicyError, match="ranks: pipeline excludes compile"):
+            others.load(Score(), folder, Policy(compile=True))
+        assert not others._processes
+
+
+def test_ranks_and_workers_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        check_ranks(0, 1)
+    with pytest.raises(UsageError, match="leave one of the two out"):
+        check_ranks(2, 2)
+    check_ranks(2, 1)
+    check_ranks(1, 3)
