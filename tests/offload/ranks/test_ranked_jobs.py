@@ -110,7 +110,7 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     finally:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int(marker.read_text())).kill()
-    assert ended - marker.stat().st_mtime < 20  # and closing waits for what is stopped
+    assert ended - marker.stat().st_mtime < 10  # five, on a machine that is not busy
     assert (tmp_path / "two.jsonl.parts").exists()
     run(FallingScore(), folder, source, two, 2)
     run(FallingScore(), folder, source, one, 1)
