@@ -1,6 +1,7 @@
 """Makes the engine of a model that several ranks share."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -49,6 +50,7 @@ def build_shared(
     )
     if post is None:
         assert where is not None, "one of the two says who the others are"
+        room = room_of_each(room, where.num_local)
         post = join(where)
     try:
         exchange = Exchange(post, share.stages)
@@ -65,3 +67,12 @@ def build_shared(
     except BaseException:
         post.close()
         raise
+
+
+def room_of_each(room: MemoryRoom, num_local: int) -> MemoryRoom:
+    """The room of one of `num_local` ranks of a machine, which divide what is free
+    there. A number that the policy sets is for each."""
+    if room.is_asked:
+        return room
+    free = max(room.total - room.runtime, 0)
+    return replace(room, total=room.runtime + free // num_local)

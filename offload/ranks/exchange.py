@@ -51,8 +51,8 @@ class Exchange(Closing):
         return Lockstep(self._post, self.stages, self._num_runs)
 
     def agree(self, value: Any) -> Any:
-        """The first rank's `value`, which JSON can hold, on all ranks. All have to call
-        it at the same place of the program, outside of sweeps."""
+        """The first rank's `value`, which JSON can hold, on all ranks: all make their
+        calls of this in the same order."""
         return agreed(self._post, value)
 
     @contextmanager

@@ -16,13 +16,14 @@ from penstock.offload.tasks.task_progress import TaskProgress
 
 @dataclass(frozen=True)
 class FallingScore(Score):
-    """With its eighth result, a rank other than the first sends itself `number`, once:
-    then there is `marker`, with its process id."""
+    """With its eighth result, a rank other than the first sends itself `number` (or
+    with `hits_first` the first), once: then there is `marker`, with its process id."""
 
     marker: Path | None = None
     first: int = 0
     """The process id of the first rank."""
     number: int = 0
+    hits_first: bool = False
 
     def cut(self, policy: Policy) -> Cut:
         return Cut(6, 1 << 20)
@@ -39,5 +40,6 @@ class FallingScore(Score):
             is_other = self.marker is not None and os.getpid() != self.first
             if index == 7 and is_other and self.marker is not None:
                 self.marker.write_text(f"{os.getpid()}")
-                os.kill(os.getpid(), self.number)
+                whom = self.first if self.hits_first else os.getpid()
+                os.kill(whom, self.number)
             yield result

@@ -13,7 +13,9 @@ from rank_threads import Ranks, none_failed, policy_of
 
 import penstock
 from penstock.io.errors import PenstockError, PolicyError, RanksError, UsageError
+from penstock.offload.engine.ranking import room_of_each
 from penstock.offload.ranks.joining import RankEnvironment
+from penstock.offload.settings.memory_budget import MemoryRoom
 
 NUM = 4
 
@@ -202,6 +204,14 @@ def test_ranks_exclude_what_they_cannot_do() -> None:
         penstock.Policy(ranks="pipeline", compile=True)
     with pytest.raises(PolicyError, match="ranks: pipeline excludes device"):
         penstock.Policy(ranks="pipeline", device="cuda")
+
+
+def test_ranks_of_a_machine_divide_what_is_free_there() -> None:
+    room = MemoryRoom(total=1000, runtime=200)
+    assert room_of_each(room, 4) == MemoryRoom(total=400, runtime=200)
+    assert room_of_each(room, 1) == room
+    asked = MemoryRoom(total=1000, runtime=200, is_asked=True)
+    assert room_of_each(asked, 4) == asked
 
 
 def test_the_environment_of_torchrun_is_checked() -> None:

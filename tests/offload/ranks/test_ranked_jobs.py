@@ -18,7 +18,13 @@ from rich.console import Console
 import forked_python
 from checkpoint import make_checkpoint
 from penstock import Policy
-from penstock.io.errors import PenstockError, PolicyError, RanksError, UsageError
+from penstock.io.errors import (
+    PenstockError,
+    PolicyError,
+    RanksError,
+    StoppedError,
+    UsageError,
+)
 from penstock.offload.jobs import ranked
 from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.ranked import OtherRanks, check_ranks
@@ -104,9 +110,26 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     finally:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int(marker.read_text())).kill()
-    assert ended - marker.stat().st_mtime < 20  # and closing waits for what is stopped
+    assert ended - marker.stat().st_mtime < 10  # five, on a machine that is not busy
     assert (tmp_path / "two.jsonl.parts").exists()
     run(FallingScore(), folder, source, two, 2)
+    run(FallingScore(), folder, source, one, 1)
+    assert two.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_signal_finishes_the_parts_under_way_and_one_process_goes_on(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    task = FallingScore(
+        marker=tmp_path / "told", first=os.getpid(), number=signal.SIGTERM,
+        hits_first=True,
+    )  # fmt: skip
+    with pytest.raises(StoppedError, match="run the same command again"):
+        run(task, folder, source, two, 2)
+    assert list((tmp_path / "two.jsonl.parts").glob("part-*"))
+    run(FallingScore(), folder, source, two, 1)
     run(FallingScore(), folder, source, one, 1)
     assert two.read_bytes() == one.read_bytes()
 
