@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ class Table(nn.Module):
 def test_threads_that_look_up_rows_at_once_get_their_own(tmp_path: Path) -> None:
     made = torch.Generator().manual_seed(0)
     inputs = [torch.randint(4096, (9,), generator=made) for _ in "1234"]
-    net, begin = Table().requires_grad_(False), threading.Barrier(len(inputs))
+    net: Any = Table().requires_grad_(False)
+    begin = threading.Barrier(len(inputs))
     wanted = [net.embedding(ids) for ids in inputs]
     policy = Policy(device_memory=64 << 10, gather_rows=1 << 20, io={"cache": tmp_path})
     with penstock.wrap(net, policy) as model:
