@@ -148,7 +148,12 @@ def build(
             model_division, transfers, capacity, tiers, record, routing
         )
         open_sites = _open_sites(
-            model_division, working_set, binding, Heap(budget.heap), routing
+            model_division,
+            transfers,
+            working_set,
+            binding,
+            Heap(budget.heap),
+            routing,
         )
         kv = open_kv(model, device, policy, tiers.pin, record, budget.kv, fallbacks)
         if kv is not None:
@@ -254,6 +259,7 @@ def _routing(
 
 def _open_sites(
     model_division: ModelDivision,
+    transfers: list[Transfer],
     working_set: WorkingSet,
     binding: Binding,
     heap: Heap,
@@ -268,10 +274,13 @@ def _open_sites(
         for index, site in enumerate(model_division.sites)
     ]
     for stack in model_division.stacks:
-        for site, (piece, *_) in stack.windows:
+        for site, pieces in stack.windows:
             outer = model_division.sites[site].outer
             assert outer is not None, "a window is inside of a site"
-            working_set.need_together([(*binding.units_of_site(outer), piece)])
+            around = binding.units_of_site(outer)
+            loaded = (unit for unit in pieces if not binding.is_in_host(unit))
+            each = {transfers[unit].nbytes: unit for unit in loaded}
+            working_set.need_together((*around, piece) for piece in each.values())
     return OpenSites(
         sites, working_set, bind=bind, unbind=binding.unbind, routing=routing
     )

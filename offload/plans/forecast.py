@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from ...io.readers.files import ALIGNMENT
 from ...io.tier import Tier, tier_of
 from ...io.weights.recipe import Recipe
@@ -75,6 +77,7 @@ class Forecaster:
         self._task = task
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
+        self._dense: dict[nn.Module, bool] = {}
 
     @cached_property
     def _cache(self) -> ModelCache:
@@ -95,7 +98,7 @@ class Forecaster:
         division = arrangement.division
         if division not in self._described:
             self._described[division] = _described(
-                self._module, arrangement, self._cache
+                self._module, arrangement, self._cache, self._dense
             )
         described = self._described[division]
         found = _forecast(arrangement, *described, policy, machine, self._task)
@@ -158,7 +161,10 @@ def _room(machine: Machine, policy: Policy) -> MemoryRoom | None:
 
 
 def _described(
-    module: Any, arrangement: Arrangement, cache: ModelCache | None = None
+    module: Any,
+    arrangement: Arrangement,
+    cache: ModelCache | None = None,
+    dense: dict[nn.Module, bool] | None = None,
 ) -> tuple[ModelShape, str]:
     """The shape of the model, and the dtype that it computes in."""
     recipes = arrangement.recipes
@@ -169,6 +175,7 @@ def _described(
         recipes,
         gathers_rows=is_gathered,
         cache=cache,
+        dense=dense,
     )
     return shape, dtype_of(recipes)
 

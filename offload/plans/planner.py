@@ -19,28 +19,17 @@ from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .memory_sizes import STEP_BYTES, MemorySizes, is_free
 from .planned import Budget, Choice, Workload, no_place, why_not
 from .planned_need import need_of
+from .widths import MICRO_BATCHES, MOST_IN_FLIGHT, OF_EXPERTS, WIDTHS
 
 Objective = Literal["throughput", "latency"]
 USABLE = 0.9
 """The share of a memory that is planned with. The rest is for the system and for what
 is not counted."""
 _GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
-_FEW_PARTS, _MANY_PARTS = 8, 1 << 20
+_FEW_PARTS, _MANY_PARTS, _EXACT = 8, 1 << 20, 0
 """Sizes of memory are tried in so many parts of what there is; in many for the choice
-that is taken, and if the model does not fit into a few."""
-_MICRO_BATCHES: Mapping[str, tuple[int, ...]] = {
-    "tokens": (128, 256, 512, 1024, 2048),
-    "sequences": (4, 8, 16, 32, 64),
-}
-"""The micro-batch sizes that are tried, by the unit that is in flight."""
-_OF_EXPERTS: Mapping[str, tuple[int, ...]] = {
-    "tokens": (128, 512, 2048, 8192, 32768),
-    "sequences": (4, 16, 64, 256),
-}
-"""Those of models with experts: each call reads the experts that are hit, and each of
-them gets only a share of its rows."""
-_MOST_IN_FLIGHT: Mapping[str, int] = {"tokens": 2048 * 128, "sequences": 64 * 128}
-_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
+that is taken, and if the model does not fit into a few; exactly if into these neither.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,16 +130,17 @@ class Planner:
         """The settings to try for what is in flight: for latency, one micro-batch."""
         each_name, all_name = self.task.micro_batch_key, self.task.in_flight_key
         unit = self.task.unit_in_flight
-        sizes = (_OF_EXPERTS if self._whole.has_experts else _MICRO_BATCHES)[unit]
+        sizes = (OF_EXPERTS if self._whole.has_experts else MICRO_BATCHES)[unit]
         if not is_free(self.policy, each_name):
             sizes = (getattr(self.policy, each_name),)
         elif self.objective == "latency":
             sizes = sizes[:1]
         seen = set()
         for each in sizes:
-            widths = _WIDTHS if self.objective == "throughput" else (1,)
+            widths = WIDTHS if self.objective == "throughput" else (1,)
             totals = [each * width for width in widths]
-            totals = [t for t in totals if t <= _MOST_IN_FLIGHT[unit]]
+            most = max(each, MOST_IN_FLIGHT[unit])
+            totals = [total for total in totals if total <= most]
             if not is_free(self.policy, all_name):
                 totals = [getattr(self.policy, all_name)]
             for total in totals:
@@ -192,7 +182,9 @@ class Planner:
         return finer if finer and finer.rate > choice.rate else choice
 
     def _choice(
-        self, policy: Policy, all_parts: tuple[int, ...] = (_FEW_PARTS, _MANY_PARTS)
+        self,
+        policy: Policy,
+        all_parts: tuple[int, ...] = (_FEW_PARTS, _MANY_PARTS, _EXACT),
     ) -> Choice | None:
         """The choice for `policy`, with as much of the model in memory as fits beside
         what is in flight; None where that leaves too little, or keys and values have no
@@ -200,15 +192,18 @@ class Planner:
         need = self._need(self._whole, policy)
         if not self.budget.has_place_for(need, policy.kv.tier):
             return None
-        sizes = MemorySizes(self.policy, self.budget, self._whole)
         for parts in all_parts:
-            values = sizes.for_need(policy, need, parts)
+            values = self._sizes.for_need(policy, need, parts)
             if values is None:
-                return None
+                continue
             choice = self._evaluate(_updated(policy, values), need)
             if choice is not None:
                 return replace(choice, asked=policy)
         return None
+
+    @cached_property
+    def _sizes(self) -> MemorySizes:
+        return MemorySizes(self.policy, self.budget, self._whole)
 
     def _evaluate(self, policy: Policy, need: Need) -> Choice | None:
         size = 0 if policy.device_memory == "auto" else policy.device_memory
@@ -284,14 +279,16 @@ class Planner:
     def _why_not(self) -> str:
         """Why nothing fits, and what would make it run."""
         smallest = self._with(next(iter(self._settings())))
-        shape, name, key = self._whole, self.machine.name, "device_memory"
-        need, budget = self._need(shape, smallest), self.budget
+        name, key, budget = self.machine.name, "device_memory", self.budget
+        need = self._need(self._whole, smallest)
         least = self._forecaster.least_bytes(smallest)
         held = need.activations + need.states
         if not budget.has_place_for(need, "disk") and held + least <= budget.device:
             return no_place(name, self.task.in_flight(smallest), need, budget)
         asked = None if is_free(self.policy, key) else self.policy.device_memory
         beside = held + need.kv
+        if (why := self._sizes.why_host_does_not(need, least, name)) is not None:
+            return why
         whole = round((least + beside + RUNTIME_BYTES) / USABLE)
         return why_not(name, asked, least, beside, budget.device, whole_bytes=whole)
 

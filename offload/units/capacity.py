@@ -34,11 +34,21 @@ def least_capacity(
 ) -> int:
     """The least multiple of `alignment` bytes, not less than `capacity`, that works.
 
-    A larger budget keeps more units resident and so needs more. The first budget counts
-    that has as much as it needs itself.
+    A larger budget keeps more units resident and so may need more; so may a smaller
+    one, in which a model is divided into parts smaller than its largest one has to be.
+    So the first budget is taken that has as much as it needs itself, and from there one
+    that has less, as long as it works, too.
     """
+    too_few = capacity
     while (needed := _needed(divide(capacity))) > capacity:
         capacity = align_up(needed, alignment)
+    while capacity > too_few:
+        needed = align_up(_needed(divide(capacity)), alignment)
+        fewer = sorted({needed, capacity - alignment} - {capacity})
+        works = (c for c in fewer if c > too_few and _needed(divide(c)) <= c)
+        if (less := next(works, None)) is None:
+            break
+        capacity = less
     return capacity
 
 

@@ -1,7 +1,7 @@
 """Computes what a model costs, from its modules on meta and its config."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,15 @@ def describe(
     *,
     gathers_rows: bool,
     cache: ModelCache | None = None,
+    dense: MutableMapping[nn.Module, bool] | None = None,
 ) -> ModelShape:
     """The costs of `model`, as `division` divides it. The model may be on meta.
 
     `cache` says what it keeps of each token; it is found out if it is not given.
+    `dense` keeps which modules compute all experts for each token, for other divisions
+    of the model.
     """
+    dense = {} if dense is None else dense
     config = model.config.get_text_config() if hasattr(model, "config") else None
     found = division.found
     cache = model_cache(model) if cache is None else cache
@@ -45,7 +49,7 @@ def describe(
     sites = cache.put_into(
         [
             replace(
-                _site(site, head, share, divided),
+                _site(site, head, share, divided, dense),
                 makes_hidden=base is None or id(site.module) in base,
             )
             for site in found.sites
@@ -83,8 +87,10 @@ def _site(
     head: nn.Module | None,
     share: float,
     divided: Mapping[int, ExpertStack],
+    dense: MutableMapping[nn.Module, bool],
 ) -> SiteCost:
-    """The costs of one site, without attention. `share` of the experts is active."""
+    """The costs of one site, without attention. `share` of the experts is active, but
+    all of those that are `dense`, which is filled as needed."""
     flops = weights = pointwise = expert_flops = expert_weights = 0.0
     num_modules = num_products = vocabulary = 0
     part_of_stack = 1.0
@@ -98,7 +104,9 @@ def _site(
         if site.experts is None and id(part) in divided:
             continue  # its windows are sites of their own
         num_modules += 1
-        active_share = 1.0 if num_dense_experts(part) else share
+        if part not in dense:
+            dense[part] = num_dense_experts(part) is not None
+        active_share = 1.0 if dense[part] else share
         for parameter in own:
             numel = parameter.numel() * part_of_stack
             if parameter.dim() == 1:

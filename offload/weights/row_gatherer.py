@@ -1,6 +1,7 @@
 """Reads rows of an embedding table from its file, without loading the table."""
 
 import mmap
+import threading
 
 import torch
 
@@ -13,14 +14,15 @@ class RowGatherer:
     """Looks up rows of the table that `recipe` describes, one byte range of a file.
 
     Each distinct row is read once in a call. Rows that are close together are read
-    together, at most `buffer_bytes` at a time. Called by the thread that runs the
-    model.
+    together, at most `buffer_bytes` at a time. Several threads may call the model, and
+    so this: no site that they wait for has such a table. One at a time reads.
     """
 
     def __init__(
         self, recipe: Recipe, reader: Reader, *, buffer_bytes: int, max_gap_bytes: int
     ) -> None:
         self.name = recipe.name
+        self._lock = threading.Lock()
         self.read_from(recipe)
         self._reader = reader
         self._buffer_bytes = buffer_bytes
@@ -35,12 +37,13 @@ class RowGatherer:
         on."""
         stored = recipe.stored_rows
         assert stored is not None, "a table that is not a byte range cannot be gathered"
-        self._table = stored
-        self._dtype = recipe.dtype
-        self._stored_dtype = recipe.slices[0].entry.dtype
-        self._num_rows, *row_shape = recipe.shape
-        self._row_shape = tuple(row_shape)
-        self._row_bytes = stored.nbytes // max(self._num_rows, 1)
+        with self._lock:
+            self._table = stored
+            self._dtype = recipe.dtype
+            self._stored_dtype = recipe.slices[0].entry.dtype
+            self._num_rows, *row_shape = recipe.shape
+            self._row_shape = tuple(row_shape)
+            self._row_bytes = stored.nbytes // max(self._num_rows, 1)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows `ids`, like `torch.embedding`.
@@ -61,10 +64,11 @@ class RowGatherer:
             (len(distinct), *self._row_shape), dtype=self._dtype, device="cpu"
         )
         step = max(1, self._buffer_bytes // (self._row_bytes + 2 * self._gap))
-        for start in range(0, len(distinct), step):
-            part = slice(start, start + step)
-            self._read(distinct[part].tolist(), rows[part])
-        self.bytes_gathered += len(distinct) * self._row_bytes
+        with self._lock:
+            for start in range(0, len(distinct), step):
+                part = slice(start, start + step)
+                self._read(distinct[part].tolist(), rows[part])
+            self.bytes_gathered += len(distinct) * self._row_bytes
         return torch.embedding(rows, inverse)
 
     def close(self) -> None:

@@ -153,6 +153,10 @@ class Slots:
             trial.claim(-1, nbytes) is not None for nbytes in sorted(sizes)[::-1]
         )
 
+    def all_fit_beside(self, pinned: set[int], groups: Iterable[Iterable[int]]) -> bool:
+        """Whether that is so of each of the `groups` of sizes."""
+        return all(self.fit_beside(pinned, sizes) for sizes in groups)
+
     def why_not(
         self,
         names: str,

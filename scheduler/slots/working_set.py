@@ -11,6 +11,7 @@ from ...io.errors import DoesNotFitError, closed
 from ...io.event import Event
 from ...io.timeline import WAIT, Record, unrecorded
 from ...io.weights.load import Load
+from .needed_groups import NeededGroups
 from .routing import ALWAYS
 from .slots import Held, Slot, Slots
 from .working_set_statistics import WorkingSetStatistics
@@ -48,7 +49,7 @@ class WorkingSet:
         self._worth = worth
         self._sizes = sizes
         self._names = names
-        self._needed: set[tuple[int, ...]] = {(unit,) for unit in needed}
+        self._needed = NeededGroups(sizes, needed)
         self._load = load
         self._mark = mark
         self._slots = Slots(capacity)
@@ -68,10 +69,7 @@ class WorkingSet:
     @property
     def has_readers(self) -> bool:
         """Whether a unit that is not resident is being read."""
-        return any(
-            held.users and unit not in self._resident
-            for unit, held in self._held.items()
-        )
+        return any(h.users and u not in self._resident for u, h in self._held.items())
 
     def acquire(self, unit: int) -> int:
         """Waits until `unit` is loaded and returns its offset in bytes; it stays until
@@ -147,17 +145,17 @@ class WorkingSet:
             return
 
     def need_together(self, groups: Iterable[tuple[int, ...]]) -> None:
-        """Tells `keep` to leave room for each of these groups of units at once."""
-        self._needed.update(groups)
+        """Tells `keep` and `acquire` to leave room for each of these groups at once,
+        whichever of its units is acquired first."""
+        for group in groups:
+            self._needed.add(group, self._places)
 
     def keep(self, unit: int) -> bool:
         """Makes `unit`, which is loaded, resident: it is never evicted again. Returns
         False, and changes nothing, if other needed units would not find room then."""
         pinned = self._resident | {unit} | set(self._places)
-        for group in self._needed:
-            sizes = [self._sizes[other] for other in group if other not in pinned]
-            if not self._slots.fit_beside(pinned, sizes):
-                return False
+        if not self._slots.all_fit_beside(pinned, self._needed.missing(pinned)):
+            return False
         self._resident.add(unit)
         return True
 
@@ -187,13 +185,8 @@ class WorkingSet:
         return unit in self._resident or (unit in self._places and unit in self._held)
 
     def statistics(self) -> WorkingSetStatistics:
-        return WorkingSetStatistics(
-            self._slots.capacity,
-            self._peak,
-            self.wait_seconds,
-            self._num_unused,
-            tuple(sorted(self._resident)),
-        )
+        counts = self._slots.capacity, self._peak, self.wait_seconds, self._num_unused
+        return WorkingSetStatistics(*counts, tuple(sorted(self._resident)))
 
     def close(self) -> None:
         """Waits for the loads under way. Afterwards `acquire` raises."""
@@ -207,15 +200,17 @@ class WorkingSet:
             raise closed()
         # Units that are loaded come first, so that the others do not evict them.
         order = sorted(units, key=lambda unit: unit not in self._held)
-        if not self._claim_each(order):
+        if not (self._claim_each(order) and self._leave_room(units)):
             # They may still fit where a unit that nobody reads lies in the way now,
             # even one of `units`: evict all of those and try again.
-            idle = {unit for unit in self._held if self._is_idle(unit)}
-            stay = self._held.keys() - idle | self._places.keys()
+            stay = self._in_the_way()
             sizes = [self._sizes[unit] for unit in set(units) - stay]
             if not self._slots.fit_beside(stay, sizes):
-                raise DoesNotFitError(self._why_not(units))
-            for unit in idle:
+                kept = self._resident | set(self._places)
+                names = " + ".join(repr(self._names[u]) for u in units)
+                asked = names, set(units), self._sizes, stay - kept, kept
+                raise DoesNotFitError(self._slots.why_not(*asked))
+            for unit in self._held.keys() - stay:
                 self._evict(unit)
             claims = self._claim_each(sorted(units, key=lambda u: -self._sizes[u]))
             assert claims, "they fit beside what stays"
@@ -227,7 +222,9 @@ class WorkingSet:
         taken: list[Held] = []
         try:
             for unit in units:
-                held = self._held.get(unit) or self._claim_for_reading(unit)
+                idle = filter(self._is_idle, () if unit in self._held else self._held)
+                costs = {o: self._held[o].cost(self._worth(o)) for o in idle}
+                held = self._held.get(unit) or self._claim_and_load(unit, costs)
                 if held is None:
                     break
                 held.users += 1
@@ -238,10 +235,17 @@ class WorkingSet:
                     held.users -= 1
         return len(taken) == len(units)
 
-    def _claim_for_reading(self, unit: int) -> Held | None:
-        idle = filter(self._is_idle, self._held)
-        costs = {o: self._held[o].cost(self._worth(o)) for o in idle}
-        return self._claim_and_load(unit, costs)
+    def _leave_room(self, units: Sequence[int]) -> bool:
+        """Whether the others have room that are needed together with some of `units`,
+        which are claimed. If not, ends their claim."""
+        if not self._needed.has_others(units):
+            return True
+        there = self._in_the_way()
+        missing = self._needed.missing_beside(units, there)
+        if not (fit := self._slots.all_fit_beside(there, missing)):
+            for unit in units:
+                self._held[unit].users -= 1
+        return fit
 
     def _give_up(self, units: Sequence[int]) -> None:
         """Undoes an `acquire` whose loads failed. The next one loads again."""
@@ -250,6 +254,10 @@ class WorkingSet:
             held.users -= 1
             if not held.was_read and not held.users:
                 self._drop(unit)
+
+    def _in_the_way(self) -> set[int]:
+        """The units that are read or stay: their bytes cannot be had."""
+        return {u for u in self._held if not self._is_idle(u)} | self._places.keys()
 
     def _is_idle(self, unit: int) -> bool:
         stays = unit in self._resident or unit in self._places
@@ -271,12 +279,11 @@ class WorkingSet:
 
     def _claim(self, unit: int, costs: dict[int, int]) -> Slot | None:
         nbytes = self._sizes[unit]
-        slot = self._slots.claim(unit, nbytes)
-        if slot is None:
-            for other in self._slots.cheapest_room(nbytes, costs):
-                self._evict(other)
-            slot = self._slots.claim(unit, nbytes)
-        return slot
+        if (slot := self._slots.claim(unit, nbytes)) is not None:
+            return slot
+        for other in self._slots.cheapest_room(nbytes, costs):
+            self._evict(other)
+        return self._slots.claim(unit, nbytes)
 
     def _evict(self, unit: int) -> None:
         self._num_unused += not self._held[unit].was_read
@@ -290,11 +297,4 @@ class WorkingSet:
         self._free(held.slot, (held.load.ready, held.last_read))
 
     def _free(self, slot: Slot, marks: Iterable[Event | None]) -> None:
-        after = [mark for mark in marks if mark is not None]
-        self._slots.release(slot, after, stays=slot.unit in self._places)
-
-    def _why_not(self, units: Sequence[int]) -> str:
-        kept = self._resident | set(self._places)
-        in_use = {u for u, held in self._held.items() if held.users} - kept
-        names = " + ".join(repr(self._names[u]) for u in units)
-        return self._slots.why_not(names, set(units), self._sizes, in_use, kept)
+        self._slots.release(slot, filter(None, marks), stays=slot.unit in self._places)

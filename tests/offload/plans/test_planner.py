@@ -240,6 +240,42 @@ def test_a_working_set_that_does_not_do_is_named_with_one_that_does(
     assert found.choice.prediction.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_host_memory_that_the_machine_has_not_is_named_with_what_does(
+    llama: Path, *, on_gpu: bool
+) -> None:
+    gpu: dict[str, Any] = {
+        "device": "cuda",
+        "device_memory": "2GiB",
+        "copies": {"pinned_to_device": "10GB", "pinned_to_host": "10GB"},
+    }
+    small = machine_of(memory="800MiB" if on_gpu else "1GiB")
+    machine = Machine(**small.model_dump() | (gpu if on_gpu else {}))
+    values: dict[str, Any] = {"dtype": "float32", "host_memory": "10TiB"}
+    with pytest.raises(DoesNotFitError, match=r"host_memory is 10\.0 TiB") as caught:
+        plan(llama, machine, **values)
+    most = str(caught.value).partition("at most ")[2].partition(",")[0]
+    found = plan(llama, machine, **{**values, "host_memory": most})
+    assert found.choice.forecast.bytes_by_tier["host"] <= machine.host_memory
+
+
+def test_host_memory_of_more_than_the_model_does_no_harm(llama: Path) -> None:
+    found = plan(llama, machine_of(), dtype="float32", host_memory="10TiB")
+    assert found.choice.forecast.bytes_by_tier["host"]
+
+
+def test_a_micro_batch_of_more_than_is_tried_in_flight_is_planned_for(
+    llama: Path,
+) -> None:
+    machine = machine_of(memory="900GiB")
+    found = plan(llama, machine, micro_batch_tokens=1 << 20).policy
+    assert found.micro_batch_tokens == found.tokens_in_flight == 1 << 20
+    with pytest.raises(DoesNotFitError, match="what is in flight"):
+        plan(llama, machine_of(), micro_batch_tokens=1 << 30)
+    completions = Workload(Generate(8))
+    plan(llama, machine, completions, micro_batch_sequences=1 << 14)
+
+
 def test_weights_that_are_copied_to_a_gpu_do_not_stay_there(llama: Path) -> None:
     machine = find_machine("t4")
     assert machine is not None

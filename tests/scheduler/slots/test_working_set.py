@@ -615,6 +615,35 @@ def test_keep_leaves_room_for_units_that_a_site_needs_together() -> None:
     working_set.acquire_together((1, 2))
 
 
+@given(st.data())
+def test_units_that_are_needed_together_have_room_one_after_the_other(
+    data: st.DataObject,
+) -> None:
+    """A layer's own unit stays where its experts, one at a time, have room beside it,
+    whatever lay there before and stays."""
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=4, max_size=9), "sizes")
+    staying = data.draw(st.sets(st.integers(0, len(sizes) - 1), max_size=2), "staying")
+    numbers = st.integers(0, len(sizes) - 1)
+    layer = st.lists(numbers, min_size=2, max_size=4, unique=True)
+    layers = data.draw(st.lists(layer, min_size=1, max_size=4), "layers")
+    groups = [(own, expert) for own, *experts in layers for expert in experts]
+    least = max(
+        sum(sizes[unit] for unit in group if unit not in staying) for group in groups
+    )
+    capacity = least + sum(sizes[unit] for unit in staying)
+    working_set, _ = make(sizes, capacity, staying=staying, needed=())
+    working_set.need_together(groups)
+    for _ in range(3):
+        for own, *experts in data.draw(st.permutations(layers), "order"):
+            ahead = data.draw(st.lists(numbers, max_size=3), "ahead")
+            working_set.prefetch(ahead)
+            working_set.acquire(own)
+            for expert in experts:
+                working_set.acquire(expert)
+                working_set.release(expert)
+            working_set.release(own)
+
+
 def test_a_resident_unit_is_never_thrown_out() -> None:
     working_set, disk = make([4] * 6, 12)
     working_set.acquire(5)
