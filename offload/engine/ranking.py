@@ -12,6 +12,7 @@ from ...scheduler.ranks.post import Post
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import RankEnvironment, join
+from ..ranks.sameness import check_same, marks_of
 from ..ranks.share import share_of
 from ..settings.memory_budget import MemoryRoom, Use
 from .build import build
@@ -32,7 +33,8 @@ def build_shared(
     """Like `build`, for this rank's blocks of `model`. The engine closes `post`.
 
     Without a `post`, the other ranks are those of torchrun's environment. Raises also
-    UsageError for a model that ranks cannot share, and RanksError if they do not come.
+    UsageError for a model that ranks cannot share or that is another one on the first
+    rank, and RanksError if they do not come.
     """
     where = RankEnvironment.of() if post is None else None
     num_ranks = where.num_ranks if where is not None else post.num_ranks if post else 1
@@ -53,6 +55,7 @@ def build_shared(
         room = room_of_each(room, where.num_local)
         post = join(where)
     try:
+        check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
         exchange = Exchange(post, share.stages)
         ranked = Ranked(share.modules, exchange)
         return build(
@@ -64,8 +67,8 @@ def build_shared(
             use=use,
             ranked=ranked,
         )
-    except BaseException:
-        post.close()
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
         raise
 
 

@@ -21,6 +21,7 @@ from ..files.parts import NumberedRows
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
+from ..ranks.sameness import check_same
 from ..startup import hidden
 from ..tasks.task import Task
 from .budgets import divided, threads_of
@@ -64,6 +65,7 @@ class OtherRanks(Closing):
         if self._post is None:
             self._post = self._start(task, model)
         agreed(self._post, _as_json(policy))
+        check_same(self._post, task.identity(), f"penstock {task.name}")
         torch.set_num_threads(self.num_threads)
         _log.warning(
             "%d ranks share the model; each of this machine computes with %d threads",
@@ -132,6 +134,7 @@ def follow(post: Post, task: Task, model: Path, num_local: int) -> None:
         told = agreed(post, None)
     except RanksError:
         return  # there was nothing to do, or the first rank says why
+    check_same(post, task.identity(), f"penstock {task.name}")
     policy = _own(Policy.of(told), model, num_local)
     with Loaded(model, policy, task.use, post) as loaded:
         exchange = loaded.engine.exchange
