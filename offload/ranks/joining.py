@@ -24,6 +24,8 @@ JOIN_SECONDS = 120.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TOKEN_BYTES = 16
 _CHECK_SECONDS = 0.5
+_GREETING_SECONDS = 5.0
+"""How long one that connects may take to say who it is."""
 LOCAL = "127.0.0.1"
 
 
@@ -132,24 +134,26 @@ def _connect(
             there = socket.create_connection((host, int(port)), JOIN_SECONDS)
             peers[peer] = stack.enter_context(there)
             there.sendall(secret + where.rank.to_bytes(4, "big"))
-        while len(peers) < where.num_ranks - 1:
-            there = _accepted(listener, check)
-            there.settimeout(JOIN_SECONDS)
-            greeting = _exactly(there, _TOKEN_BYTES + 4)
-            if greeting[:_TOKEN_BYTES] != secret:
+        end = time.monotonic() + JOIN_SECONDS
+        missing = set(range(where.rank + 1, where.num_ranks))
+        while missing:
+            there = _accepted(listener, check, end)
+            peer = _greeted(there, secret)
+            if peer not in missing:
                 there.close()  # somebody else
                 continue
-            peers[int.from_bytes(greeting[_TOKEN_BYTES:], "big")] = there
-            stack.enter_context(there)
+            missing.remove(peer)
+            peers[peer] = stack.enter_context(there)
     for there in peers.values():
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return peers
 
 
-def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.socket:
-    """The next connection. Raises TimeoutError if there is none for long."""
-    end = time.monotonic() + JOIN_SECONDS
+def _accepted(
+    listener: socket.socket, check: Callable[[], None], end: float
+) -> socket.socket:
+    """The next connection. Raises TimeoutError if there is none until `end`."""
     while True:
         check()
         try:
@@ -159,11 +163,21 @@ def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.sock
                 raise
 
 
-def _exactly(there: socket.socket, num: int) -> bytes:
-    found = b""
-    while len(found) < num and (more := there.recv(num - len(found))):
-        found += more
-    return found
+def _greeted(there: socket.socket, secret: bytes) -> int | None:
+    """The rank that `there` says it is, after the `secret` of all ranks; None for
+    anybody else, who may send anything, or nothing."""
+    end, num, found = time.monotonic() + _GREETING_SECONDS, _TOKEN_BYTES + 4, b""
+    try:
+        while len(found) < num:
+            there.settimeout(max(end - time.monotonic(), 0.001))
+            if not (more := there.recv(num - len(found))):
+                return None
+            found += more
+            if found[:_TOKEN_BYTES] != secret[: len(found)]:
+                return None
+    except OSError:
+        return None
+    return int.from_bytes(found[_TOKEN_BYTES:], "big")
 
 
 def _own_address(where: RankEnvironment) -> tuple[int, str]:
