@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
 from ...scheduler.ranks.post import Post
-from ..policy import Policy
+from ..configs.checkpoint_folder import checkpoint_folder
+from ..configs.opening import open_model
+from ..policy import Policy, cache_folder
 from ..ranks.exchange import Exchange
 from ..ranks.joining import RankEnvironment, join
 from ..ranks.sameness import check_same, marks_of
@@ -70,6 +74,25 @@ def build_shared(
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
+
+
+def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:
+    """Raises UsageError if `num_ranks` cannot share the model, before any of them has
+    begun, and what `load` raises for one that cannot be opened."""
+    from ..weights import hf  # transformers takes seconds to import
+
+    checkpoint = open_model(checkpoint_folder(path), cache_folder(policy.io))
+    with torch.device("cpu"):
+        skeleton = hf.build(
+            checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+        )
+    share_of(
+        skeleton.model,
+        skeleton.recipes,
+        gather_rows=policy.gather_rows,
+        rank=0,
+        num_ranks=num_ranks,
+    )
 
 
 def room_of_each(room: MemoryRoom, num_local: int) -> MemoryRoom:

@@ -62,6 +62,8 @@ class RankEnvironment:
             ) from None
         if not 0 <= rank < num:
             raise UsageError(f"RANK is {rank}, and WORLD_SIZE {num}")
+        if not 0 < port < 2**16:
+            raise UsageError(f"MASTER_PORT is {port}: a port is from 1 to {2**16 - 1}")
         agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, num, variables["MASTER_ADDR"], port, local, agent)
 
@@ -91,6 +93,8 @@ def join(
     if they do not come, and what `check` raises, which is called meanwhile."""
     with ExitStack() as stack:
         try:
+            if store is None:
+                _reach(where, check)
             store = store or TCPStore(
                 where.master,
                 where.port,
@@ -103,13 +107,36 @@ def join(
             number = store.add(f"penstock/joins/{where.rank}", 1)
             prefixed = PrefixStore(f"penstock/{number}", store)
             peers = _connect(prefixed, where, stack, check)
-        except (DistError, OSError, RuntimeError) as error:
+        except (DistError, OSError, RuntimeError, UnicodeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RanksError(
                 f"rank {where.rank} of {where.num_ranks} cannot join the others at "
-                f"{where.master}:{where.port}: {str(error).splitlines()[0]}"
+                f"{where.master}:{where.port}: {reason}; start all ranks within "
+                f"{JOIN_SECONDS:.0f} seconds, or unset RANK and WORLD_SIZE for a "
+                "process alone"
             ) from None
         stack.pop_all()
     return TcpPost(where.rank, peers, store)
+
+
+def _reach(where: RankEnvironment, check: Callable[[], None]) -> None:
+    """Waits until the store answers, or the address is known on the rank that keeps it.
+    Raises OSError if it is not for long: torch would retry longer, and print stacks."""
+    keeps_store = where.rank == 0 and not where.has_store
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        check()
+        left = max(end - time.monotonic(), _CHECK_SECONDS)
+        try:
+            if keeps_store:
+                socket.getaddrinfo(where.master, where.port)
+            else:
+                socket.create_connection((where.master, where.port), left).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_CHECK_SECONDS)
 
 
 def _connect(
@@ -138,12 +165,12 @@ def _connect(
         missing = set(range(where.rank + 1, where.num_ranks))
         while missing:
             there = _accepted(listener, check, end)
-            peer = _greeted(there, secret)
-            if peer not in missing:
+            greeted = _greeted(there, secret)
+            if greeted is None or greeted not in missing:
                 there.close()  # somebody else
                 continue
-            missing.remove(peer)
-            peers[peer] = stack.enter_context(there)
+            missing.remove(greeted)
+            peers[greeted] = stack.enter_context(there)
     for there in peers.values():
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -157,6 +157,7 @@ def test_what_is_no_message_ends_the_wait(dims: tuple[int, ...]) -> None:
     one, other = socket.socketpair()
     one.settimeout(2.0)
     head, _, data = packed(Message(Kind.OUTPUT, AT, tensor=torch.zeros(3)))
+    head = bytes(head)
     head = head[:2] + bytes([len(dims)]) + head[3:]
     with other, TcpPost(0, {1: one}) as post:
         other.sendall(head + struct.pack(f"<{len(dims)}q", *dims) + data)
@@ -188,3 +189,16 @@ def test_a_stranger_who_says_nothing_is_not_waited_for(
     one, other = socket.socketpair()
     with one, other:
         assert joining._greeted(one, bytes(16)) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "master"), [(0, "no.such.host.invalid"), (1, "127.0.0.1"), (0, "a..b")]
+)
+def test_a_first_rank_that_is_not_there_is_one_sentence(
+    rank: int, master: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again after this
+    with pytest.raises(RanksError, match=f"rank {rank} of 2 cannot join .* unset RANK"):
+        joining.join(joining.RankEnvironment(rank, 2, master, port))
