@@ -72,14 +72,14 @@ def job_command(task: type[Task]) -> Callable[..., None]:
     ) -> None:
         with rare_collections():
             from ..jobs.job import Job
-            from ..jobs.ranked import OtherRanks, check_ranks, joined_ranks
+            from ..jobs.ranked import OtherRanks, check_ranks, joined_ranks, num_started
             from ..jobs.watch import Watching
 
         chosen = policy_of(policy, settings, trust_remote_code, adapter)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         asked = task_from(task, own)
-        check_ranks(ranks, workers)
+        check_ranks(ranks, workers, num_started())
         others = OtherRanks(ranks) if ranks > 1 else joined_ranks(asked, model)
         if others is None:
             return  # another process reads, writes and reports

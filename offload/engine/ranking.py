@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
 from ...scheduler.ranks.post import Post
-from ..policy import Policy
+from ..configs.checkpoint_folder import checkpoint_folder
+from ..configs.opening import open_model
+from ..policy import Policy, cache_folder
 from ..ranks.exchange import Exchange
 from ..ranks.joining import RankEnvironment, join
+from ..ranks.sameness import check_same, marks_of
 from ..ranks.share import share_of
 from ..settings.memory_budget import MemoryRoom, Use
 from .build import build
@@ -32,7 +37,8 @@ def build_shared(
     """Like `build`, for this rank's blocks of `model`. The engine closes `post`.
 
     Without a `post`, the other ranks are those of torchrun's environment. Raises also
-    UsageError for a model that ranks cannot share, and RanksError if they do not come.
+    UsageError for a model that ranks cannot share or that is another one on the first
+    rank, and RanksError if they do not come.
     """
     where = RankEnvironment.of() if post is None else None
     num_ranks = where.num_ranks if where is not None else post.num_ranks if post else 1
@@ -53,6 +59,7 @@ def build_shared(
         room = room_of_each(room, where.num_local)
         post = join(where)
     try:
+        check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
         exchange = Exchange(post, share.stages)
         ranked = Ranked(share.modules, exchange)
         return build(
@@ -64,9 +71,28 @@ def build_shared(
             use=use,
             ranked=ranked,
         )
-    except BaseException:
-        post.close()
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
         raise
+
+
+def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:
+    """Raises UsageError if `num_ranks` cannot share the model, before any of them has
+    begun, and what `load` raises for one that cannot be opened."""
+    from ..weights import hf  # transformers takes seconds to import
+
+    checkpoint = open_model(checkpoint_folder(path), cache_folder(policy.io))
+    with torch.device("cpu"):
+        skeleton = hf.build(
+            checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
+        )
+    share_of(
+        skeleton.model,
+        skeleton.recipes,
+        gather_rows=policy.gather_rows,
+        rank=0,
+        num_ranks=num_ranks,
+    )
 
 
 def room_of_each(room: MemoryRoom, num_local: int) -> MemoryRoom:

@@ -17,10 +17,12 @@ from ...io.errors import MachineError, RanksError, UsageError
 from ...scheduler.ranks.lockstep import agreed
 from ...scheduler.ranks.post import Post
 from ..engine.engine import Engine
+from ..engine.ranking import check_shareable
 from ..files.parts import NumberedRows
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
+from ..ranks.sameness import check_same
 from ..startup import hidden
 from ..tasks.task import Task
 from .budgets import divided, threads_of
@@ -62,8 +64,10 @@ class OtherRanks(Closing):
             return Loaded(model, policy, task.use)
         policy = policy.with_settings(["ranks=pipeline"])  # or it is refused now
         if self._post is None:
+            check_shareable(model, policy, self.num)
             self._post = self._start(task, model)
         agreed(self._post, _as_json(policy))
+        check_same(self._post, task.identity(), f"penstock {task.name}")
         torch.set_num_threads(self.num_threads)
         _log.warning(
             "%d ranks share the model; each of this machine computes with %d threads",
@@ -132,6 +136,7 @@ def follow(post: Post, task: Task, model: Path, num_local: int) -> None:
         told = agreed(post, None)
     except RanksError:
         return  # there was nothing to do, or the first rank says why
+    check_same(post, task.identity(), f"penstock {task.name}")
     policy = _own(Policy.of(told), model, num_local)
     with Loaded(model, policy, task.use, post) as loaded:
         exchange = loaded.engine.exchange
@@ -156,14 +161,26 @@ def joined_ranks(task: Task, model: Path) -> OtherRanks | None:
     return None
 
 
-def check_ranks(num: int, workers: int) -> None:
-    """Raises UsageError for a number of ranks below 1, or workers beside them."""
+def num_started() -> int:
+    """The number of ranks that torchrun has started; 1 where it has not."""
+    where = RankEnvironment.found()
+    return 1 if where is None else where.num_ranks
+
+
+def check_ranks(num: int, workers: int, started: int = 1) -> None:
+    """Raises UsageError for a number of ranks below 1, or workers beside them, or
+    either beside ranks that torchrun has `started`."""
     if num < 1:
         raise UsageError(f"--ranks {num}: at least one has to do it")
     if num > 1 and workers > 1:
         raise UsageError(
             f"--ranks {num} share one model, and --workers {workers} have one each: "
             "leave one of the two out"
+        )
+    if started > 1 and max(num, workers) > 1:
+        raise UsageError(
+            f"torchrun has started {started} ranks (WORLD_SIZE): leave --ranks and "
+            "--workers out, or unset RANK and WORLD_SIZE"
         )
 
 
@@ -191,9 +208,16 @@ def _run_rank(
     logger.propagate = False  # the first rank says the same
     with hidden():
         try:
-            _followed_to_the_end(join(where), task, model, where.num_local)
+            post = join(where, check=_check_parent)
+            _followed_to_the_end(post, task, model, where.num_local)
         except Exception:
             raise SystemExit(RanksError.exit_code) from None
+
+
+def _check_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise RanksError("the first rank was killed while this one began")
 
 
 def _own(policy: Policy, model: Path, num_local: int) -> Policy:

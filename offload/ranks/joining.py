@@ -24,6 +24,8 @@ JOIN_SECONDS = 120.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TOKEN_BYTES = 16
 _CHECK_SECONDS = 0.5
+_GREETING_SECONDS = 5.0
+"""How long one that connects may take to say who it is."""
 LOCAL = "127.0.0.1"
 
 
@@ -60,6 +62,8 @@ class RankEnvironment:
             ) from None
         if not 0 <= rank < num:
             raise UsageError(f"RANK is {rank}, and WORLD_SIZE {num}")
+        if not 0 < port < 2**16:
+            raise UsageError(f"MASTER_PORT is {port}: a port is from 1 to {2**16 - 1}")
         agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(rank, num, variables["MASTER_ADDR"], port, local, agent)
 
@@ -89,6 +93,8 @@ def join(
     if they do not come, and what `check` raises, which is called meanwhile."""
     with ExitStack() as stack:
         try:
+            if store is None:
+                _reach(where, check)
             store = store or TCPStore(
                 where.master,
                 where.port,
@@ -101,13 +107,36 @@ def join(
             number = store.add(f"penstock/joins/{where.rank}", 1)
             prefixed = PrefixStore(f"penstock/{number}", store)
             peers = _connect(prefixed, where, stack, check)
-        except (DistError, OSError, RuntimeError) as error:
+        except (DistError, OSError, RuntimeError, UnicodeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RanksError(
                 f"rank {where.rank} of {where.num_ranks} cannot join the others at "
-                f"{where.master}:{where.port}: {str(error).splitlines()[0]}"
+                f"{where.master}:{where.port}: {reason}; start all ranks within "
+                f"{JOIN_SECONDS:.0f} seconds, or unset RANK and WORLD_SIZE for a "
+                "process alone"
             ) from None
         stack.pop_all()
     return TcpPost(where.rank, peers, store)
+
+
+def _reach(where: RankEnvironment, check: Callable[[], None]) -> None:
+    """Waits until the store answers, or the address is known on the rank that keeps it.
+    Raises OSError if it is not for long: torch would retry longer, and print stacks."""
+    keeps_store = where.rank == 0 and not where.has_store
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        check()
+        left = max(end - time.monotonic(), _CHECK_SECONDS)
+        try:
+            if keeps_store:
+                socket.getaddrinfo(where.master, where.port)
+            else:
+                socket.create_connection((where.master, where.port), left).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_CHECK_SECONDS)
 
 
 def _connect(
@@ -132,24 +161,26 @@ def _connect(
             there = socket.create_connection((host, int(port)), JOIN_SECONDS)
             peers[peer] = stack.enter_context(there)
             there.sendall(secret + where.rank.to_bytes(4, "big"))
-        while len(peers) < where.num_ranks - 1:
-            there = _accepted(listener, check)
-            there.settimeout(JOIN_SECONDS)
-            greeting = _exactly(there, _TOKEN_BYTES + 4)
-            if greeting[:_TOKEN_BYTES] != secret:
+        end = time.monotonic() + JOIN_SECONDS
+        missing = set(range(where.rank + 1, where.num_ranks))
+        while missing:
+            there = _accepted(listener, check, end)
+            greeted = _greeted(there, secret)
+            if greeted is None or greeted not in missing:
                 there.close()  # somebody else
                 continue
-            peers[int.from_bytes(greeting[_TOKEN_BYTES:], "big")] = there
-            stack.enter_context(there)
+            missing.remove(greeted)
+            peers[greeted] = stack.enter_context(there)
     for there in peers.values():
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return peers
 
 
-def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.socket:
-    """The next connection. Raises TimeoutError if there is none for long."""
-    end = time.monotonic() + JOIN_SECONDS
+def _accepted(
+    listener: socket.socket, check: Callable[[], None], end: float
+) -> socket.socket:
+    """The next connection. Raises TimeoutError if there is none until `end`."""
     while True:
         check()
         try:
@@ -159,11 +190,21 @@ def _accepted(listener: socket.socket, check: Callable[[], None]) -> socket.sock
                 raise
 
 
-def _exactly(there: socket.socket, num: int) -> bytes:
-    found = b""
-    while len(found) < num and (more := there.recv(num - len(found))):
-        found += more
-    return found
+def _greeted(there: socket.socket, secret: bytes) -> int | None:
+    """The rank that `there` says it is, after the `secret` of all ranks; None for
+    anybody else, who may send anything, or nothing."""
+    end, num, found = time.monotonic() + _GREETING_SECONDS, _TOKEN_BYTES + 4, b""
+    try:
+        while len(found) < num:
+            there.settimeout(max(end - time.monotonic(), 0.001))
+            if not (more := there.recv(num - len(found))):
+                return None
+            found += more
+            if found[:_TOKEN_BYTES] != secret[: len(found)]:
+                return None
+    except OSError:
+        return None
+    return int.from_bytes(found[_TOKEN_BYTES:], "big")
 
 
 def _own_address(where: RankEnvironment) -> tuple[int, str]:

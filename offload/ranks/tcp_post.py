@@ -158,8 +158,8 @@ class TcpPost(Closing):
             )
         except EOFError as error:
             self._lose(peer, str(error))
-        except (OSError, ValueError) as error:
-            self._lose(peer, str(error))
+        except Exception as error:  # else nobody would hear that this thread has ended
+            self._lose(peer, str(error) or type(error).__name__)
 
     def _alive(self) -> Message:
         """Says also whether this rank waits, and how many messages it has had."""

@@ -1,5 +1,6 @@
 """Messages between ranks as bytes."""
 
+import math
 import struct
 from collections.abc import Callable
 
@@ -62,10 +63,11 @@ def unpacked(receive: Receive) -> Message:
     dims = [_DIM.unpack_from(more, n * _DIM.size)[0] for n in range(num_dims)]
     text = bytes(more[num_dims * _DIM.size :]).decode()
     tensor, dtype = None, _DTYPES[code]
+    num_named = 0 if dtype is None else math.prod(dims) * dtype.itemsize
+    if min(dims, default=0) < 0 or num_named != num_data:
+        raise ValueError("this is no message of a rank")
     if dtype is not None:
         tensor = torch.empty(dims, dtype=dtype, device="cpu")
-        if tensor.nbytes != num_data:
-            raise ValueError("this is no message of a rank")
         if num_data:
             receive(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
     return Message(Kind(kind), Address(*address), stage, fingerprint, text, tensor)

@@ -162,12 +162,17 @@ class Lockstep:
 
 
 def agreed(post: Post, value: Any) -> Any:
-    """The first rank's `value`, which JSON can hold, on all ranks. Raises RanksError if
-    it is gone."""
+    """The first rank's `value` on all ranks. Of what JSON cannot hold, the others have
+    the name of its type, in a dictionary: no string that they would take for text.
+    Raises RanksError if the first rank is gone."""
     if post.rank == 0:
-        message = Message(Kind.SHARED, text=json.dumps(value, default=str))
+        message = Message(Kind.SHARED, text=json.dumps(value, default=_stand_in))
         for rank in range(1, post.num_ranks):
             post.send(rank, message)
         return value
     post.wait(post.mail.has_shared)
     return json.loads(post.mail.take_shared())
+
+
+def _stand_in(value: Any) -> dict[str, str]:
+    return {"type": type(value).__name__}

@@ -153,10 +153,21 @@ def test_a_policy_that_ranks_cannot_have_is_refused_before_they_begin(
         assert not others._processes
 
 
+def test_more_ranks_than_blocks_are_refused_before_they_begin(folder: Path) -> None:
+    with OtherRanks(99) as others:
+        with pytest.raises(UsageError, match="99 ranks cannot share a model of"):
+            others.load(Score(), folder, POLICY)
+        assert not others._processes
+
+
 def test_ranks_and_workers_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="at least one"):
         check_ranks(0, 1)
     with pytest.raises(UsageError, match="leave one of the two out"):
         check_ranks(2, 2)
+    for num, workers in ((2, 1), (1, 2)):
+        with pytest.raises(UsageError, match="torchrun has started 3 ranks"):
+            check_ranks(num, workers, 3)
+    check_ranks(1, 1, 3)
     check_ranks(2, 1)
     check_ranks(1, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Iterator
 from functools import partial
 from threading import Thread
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from penstock.io.errors import RanksError
+from penstock.offload.ranks import joining
 from penstock.offload.ranks.stuck_watch import StuckWatch
 from penstock.offload.ranks.tcp_post import TcpPost
 from penstock.offload.ranks.wire import packed, unpacked
@@ -145,3 +147,58 @@ def test_two_ranks_that_only_wait_are_told(
     one.wait(lambda: False)
     waits.join()
     assert "all ranks wait for each other" in one.mail.lost
+
+
+@pytest.mark.parametrize(
+    "dims", [(-1, -12), (2**40, 2**20), (-12,), (13,)], ids=lambda dims: f"{dims}"
+)
+def test_what_is_no_message_ends_the_wait(dims: tuple[int, ...]) -> None:
+    """No more is set aside for it than has come."""
+    one, other = socket.socketpair()
+    one.settimeout(2.0)
+    head, _, data = packed(Message(Kind.OUTPUT, AT, tensor=torch.zeros(3)))
+    head = bytes(head)
+    head = head[:2] + bytes([len(dims)]) + head[3:]
+    with other, TcpPost(0, {1: one}) as post:
+        other.sendall(head + struct.pack(f"<{len(dims)}q", *dims) + data)
+        post.wait(lambda: False)
+        assert "this is no message of a rank" in post.mail.lost
+
+
+def test_strangers_at_the_port_are_no_ranks() -> None:
+    """They send nothing, too little, too much, or end at once."""
+    secret = bytes(range(16))
+    for sent, rank in (
+        (b"", None),
+        (b"GET / HTTP/1.1", None),
+        (b"x" * 1000, None),
+        (secret, None),
+        (secret + b"\0\0\0\x02", 2),
+    ):
+        one, other = socket.socketpair()
+        with one, other:
+            other.sendall(sent)
+            other.shutdown(socket.SHUT_WR)
+            assert joining._greeted(one, secret) == rank
+
+
+def test_a_stranger_who_says_nothing_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(joining, "_GREETING_SECONDS", 0.05)
+    one, other = socket.socketpair()
+    with one, other:
+        assert joining._greeted(one, bytes(16)) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "master"), [(0, "no.such.host.invalid"), (1, "127.0.0.1"), (0, "a..b")]
+)
+def test_a_first_rank_that_is_not_there_is_one_sentence(
+    rank: int, master: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again after this
+    with pytest.raises(RanksError, match=f"rank {rank} of 2 cannot join .* unset RANK"):
+        joining.join(joining.RankEnvironment(rank, 2, master, port))

@@ -1,0 +1,51 @@
+"""Finds out that ranks do not have the same model, or not the same program."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from ...io.checkpoint.index import Checkpoint
+from ...io.errors import CheckpointError, UsageError
+from ...scheduler.ranks.lockstep import agreed
+from ...scheduler.ranks.post import Post
+from ..files.fingerprint import fingerprint
+from ..policy import Policy
+
+
+def marks_of(checkpoint: Checkpoint, policy: Policy) -> dict[str, str]:
+    """What has to be the same on all ranks, by its name: digests of the model's files,
+    the types that it computes in, and versions. Raises CheckpointError."""
+    files = [*checkpoint.stamps, checkpoint.folder / "config.json"]
+    try:
+        found = {path.name: fingerprint(path) for path in files if path.exists()}
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {checkpoint.folder}: {error.strerror}"
+        ) from error
+    found["dtype"], found["kv.dtype"] = f"{policy.dtype}", f"{policy.kv.dtype}"
+    found |= {name: version(name) for name in ("torch", "transformers")}
+    found["penstock"] = import_module(__name__.partition(".")[0]).__version__
+    return found
+
+
+def check_same(post: Post, own: Mapping[str, Any], where: object) -> None:
+    """Raises UsageError, on all ranks but the first, if `own` is not what that one has.
+    `where` is named in it. All ranks call it at the same place."""
+    first = agreed(post, dict(own))
+    if first == own:
+        return
+    if not isinstance(first, dict):
+        raise UsageError(f"rank {post.rank} and the first rank run different programs")
+    different = sorted(
+        key for key in first.keys() | own.keys() if first.get(key) != own.get(key)
+    )
+    words = ", ".join(
+        f"{key} ({own.get(key, 'none')!s:.40}, there {first.get(key, 'none')!s:.40})"
+        for key in different[:3]
+    )
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    raise UsageError(
+        f"rank {post.rank} has not the same as the first rank: {words}{more} "
+        f"({where}): give all ranks the same model, options and versions"
+    )
