@@ -24,30 +24,61 @@ _MANY = 1 << 40
 """More rows than a piece ever has: all pieces are loaded."""
 
 
-class DenseExperts:
-    """The forward of one module, by pieces."""
+class ExpertPieces:
+    """The pieces of one module of stacked experts, in their windows, and how they are
+    opened and loaded. Units `in_place` are used at an offset of host memory."""
 
     def __init__(
         self,
         divided: DividedStack,
-        own: type,
         units: tuple[FoundUnit, ...],
         entry: ForwardEntry,
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
     ) -> None:
-        self._own: Any = own
-        self._num = divided.stack.num_experts
-        self._keys = tuple(divided.stack.tensors.items())
-        self._windows = [
+        self.num = divided.stack.num_experts
+        self.keys = tuple(divided.stack.tensors.items())
+        """The weights' attributes of the module, and the names of their tensors."""
+        self.windows = [
             (site, [(unit, *(units[unit].experts or (0, 0))) for unit in pieces])
             for site, pieces in divided.windows
         ]
+        """Each window's site, and its pieces: a unit, and the range of its experts."""
+        self.in_place = in_place
+        self.routing = entry.open_sites.routing
         self._entry = entry
         self._working_set = working_set
         self._binding = binding
-        self._in_place = in_place
+
+    @contextmanager
+    def open(self, site: int) -> Iterator[None]:
+        self._entry.before(site)
+        try:
+            yield
+        finally:
+            self._entry.after(site)
+
+    @contextmanager
+    def loaded(self, unit: int) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors of a piece; they stay until the end of the context."""
+        if unit in self.in_place:
+            yield self._binding.tensors(unit, self.in_place[unit])
+            return
+        self.routing.use(unit)
+        offset = self._working_set.acquire(unit)
+        try:
+            yield self._binding.tensors(unit, offset)
+        finally:
+            self._working_set.release(unit)
+
+
+class DenseExperts:
+    """The forward of one module of the class `own`, by `pieces`."""
+
+    def __init__(self, own: type, pieces: ExpertPieces) -> None:
+        self._own: Any = own
+        self._pieces = pieces
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,27 +92,31 @@ class DenseExperts:
         is_known = (
             rows.dim() == 2
             and len(rows) > 0
-            and len(rows) % self._num == 0
+            and len(rows) % self._pieces.num == 0
             and not torch.is_autocast_enabled(rows.device.type)
-            and all(is_away(module, key) for key, _ in self._keys)
+            and all(is_away(module, key) for key, _ in self._pieces.keys)
         )
         return rows if is_known else None
 
     def __call__(self, module: nn.Module, rows: Tensor) -> Tensor:
-        each = len(rows) // self._num
-        routing = self._entry.open_sites.routing
+        each = len(rows) // self._pieces.num
+        routing = self._pieces.routing
         needs: Any = {
-            site: {unit: _MANY for unit, _, _ in pieces if unit not in self._in_place}
-            for site, pieces in self._windows
+            site: {
+                unit: _MANY
+                for unit, _, _ in pieces
+                if unit not in self._pieces.in_place
+            }
+            for site, pieces in self._pieces.windows
         }
         made: list[Tensor] = []
         routing.ask(needs)
         try:
-            for site, pieces in self._windows:
-                with self._open(site):
+            for site, pieces in self._pieces.windows:
+                with self._pieces.open(site):
                     for unit, low, high in pieces:
                         mine = rows[low * each : high * each]
-                        with self._loaded(unit) as tensors:
+                        with self._pieces.loaded(unit) as tensors:
                             made.append(self._compute(module, tensors, mine))
                 routing.withdraw(site, needs.pop(site))
         finally:
@@ -89,39 +124,18 @@ class DenseExperts:
                 routing.withdraw(site, units)
         return torch.cat(made)
 
-    @contextmanager
-    def _open(self, site: int) -> Iterator[None]:
-        self._entry.before(site)
-        try:
-            yield
-        finally:
-            self._entry.after(site)
-
-    @contextmanager
-    def _loaded(self, unit: int) -> Iterator[Mapping[str, Tensor]]:
-        """The tensors of a piece; they stay until the end of the context."""
-        if unit in self._in_place:
-            yield self._binding.tensors(unit, self._in_place[unit])
-            return
-        self._entry.open_sites.routing.use(unit)
-        offset = self._working_set.acquire(unit)
-        try:
-            yield self._binding.tensors(unit, offset)
-        finally:
-            self._working_set.release(unit)
-
     def _compute(
         self, module: nn.Module, tensors: Mapping[str, Tensor], rows: Tensor
     ) -> Tensor:
         """What the experts of a piece make of their `rows`."""
-        stacks = {key: tensors[name] for key, name in self._keys}
+        stacks = {key: tensors[name] for key, name in self._pieces.keys}
         num = len(next(iter(stacks.values())))
         num_rows = len(rows)
         if num == 1 and rows.device.type == "cpu" and rows.dtype == torch.float32:
             # torch computes a batch of one by another function: its bits differ
             num, rows = 2, torch.cat([rows, rows])
             stacks = {k: stack.expand(2, -1, -1) for k, stack in stacks.items()}
-        piece = piece_of_experts(self._own, module, num, self._num)
+        piece = piece_of_experts(self._own, module, num, self._pieces.num)
         piece.__dict__["_parameters"] = stacks
         made: Tensor = self._own.forward(piece, rows)
         return made[:num_rows]

@@ -9,7 +9,6 @@ many others are computed with it.
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..units.experts import way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
 from ..weights.placeholder import is_away
-from .dense_experts import DenseExperts
+from .dense_experts import DenseExperts, ExpertPieces
 from .expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
 from .host_cache import HostCache
 
@@ -53,9 +52,9 @@ class RoutedExperts(Closing):
         self._classes: list[tuple[nn.Module, type]] = []
         for divided in stacks:
             own = type(divided.stack.module)
-            parts = divided, own, units, entry, working_set, binding, in_place
+            of = ExpertPieces(divided, units, entry, working_set, binding, in_place)
             is_dense = divided.stack.is_dense
-            run = DenseExperts(*parts) if is_dense else _Stack(*parts, cache)
+            run = DenseExperts(own, of) if is_dense else _Stack(own, of, entry, cache)
             self._classes.append((divided.stack.module, own))
             divided.stack.module.__class__ = _class_of(own, run)
 
@@ -83,34 +82,17 @@ class _Stack:
     """The forward of one module of stacked experts."""
 
     def __init__(
-        self,
-        divided: DividedStack,
-        own: type,
-        units: tuple[FoundUnit, ...],
-        entry: ForwardEntry,
-        working_set: WorkingSet,
-        binding: Binding,
-        in_place: Mapping[int, int],
-        cache: HostCache,
+        self, own: type, pieces: ExpertPieces, entry: ForwardEntry, cache: HostCache
     ) -> None:
-        stack = divided.stack
         self._own: Any = own
         forward = getattr(own, "forward")  # noqa: B009
         self._signature = inspect.signature(forward)
-        self._num = stack.num_experts
-        self._keys = tuple(stack.tensors.items())
-        self._windows = [
-            (site, [(unit, *(units[unit].experts or (0, 0))) for unit in pieces])
-            for site, pieces in divided.windows
-        ]
+        self._of = pieces
+        self._routing = pieces.routing
         self._entry = entry
-        self._routing = entry.open_sites.routing
-        self._working_set = working_set
-        self._binding = binding
-        self._in_place = in_place
         self._cache = cache
         self._host = cache.experts
-        self._pieces = [unit for _, pieces in divided.windows for unit in pieces]
+        self._units = [unit for _, each in pieces.windows for unit, *_ in each]
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -129,14 +111,14 @@ class _Stack:
             and choices.shape == weights.shape
             and 0 < len(states) == len(choices)
             and not torch.is_autocast_enabled(states.device.type)
-            and all(is_away(module, key) for key, _ in self._keys)
+            and all(is_away(module, key) for key, _ in self._of.keys)
         )
         if way is None or not is_known:
             return None
         return ExpertCall(states, choices, weights, way)
 
     def __call__(self, module: nn.Module, call: ExpertCall) -> Tensor:
-        pairs = ExpertPairs.of(call, self._num)
+        pairs = ExpertPairs.of(call, self._of.num)
         output = ExpertOutput(call, pairs)
         piece: Any = object.__new__(self._own)
         piece.__dict__.update(vars(module))
@@ -146,8 +128,8 @@ class _Stack:
         try:
             while asked:  # dicts keep their order
                 site = next(iter(asked))
-                with self._open(site):
-                    self._cache.step(self._pieces, self._entry.num_passes)
+                with self._of.open(site):
+                    self._cache.step(self._units, self._entry.num_passes)
                     window = self._window(piece, needs[site], call, pairs)
                     for low, high, made in window:
                         output.add(low, high, made)
@@ -159,7 +141,7 @@ class _Stack:
 
     def _chosen(self, pairs: ExpertPairs) -> Iterator[tuple[int, list[Piece]]]:
         """The windows that have chosen experts, and their pieces that have."""
-        for site, pieces in self._windows:
+        for site, pieces in self._of.windows:
             found = [(u, low, high) for u, low, high in pieces if pairs.num(low, high)]
             if found:
                 yield site, found
@@ -169,7 +151,7 @@ class _Stack:
         return {
             unit: pairs.num(low, high)
             for unit, low, high in pieces
-            if unit not in self._in_place
+            if unit not in self._of.in_place
         }
 
     def _window(
@@ -209,33 +191,12 @@ class _Stack:
             return []
         return [each for each in pieces if self._routing.is_on_host(each[0])]
 
-    @contextmanager
-    def _open(self, site: int) -> Iterator[None]:
-        self._entry.before(site)
-        try:
-            yield
-        finally:
-            self._entry.after(site)
-
-    @contextmanager
-    def _loaded(self, unit: int) -> Iterator[Mapping[str, Tensor]]:
-        """The tensors of a piece; they stay until the end of the context."""
-        if unit in self._in_place:
-            yield self._binding.tensors(unit, self._in_place[unit])
-            return
-        self._routing.use(unit)
-        offset = self._working_set.acquire(unit)
-        try:
-            yield self._binding.tensors(unit, offset)
-        finally:
-            self._working_set.release(unit)
-
     def _on_device(
         self, piece: Any, of: Piece, call: ExpertCall, pairs: ExpertPairs
     ) -> Tensor:
         unit, low, high = of
         rows = pairs.between(low, high)
-        with self._loaded(unit) as tensors:
+        with self._of.loaded(unit) as tensors:
             states = call.states[pairs.tokens[rows]]
             chosen = pairs.experts[rows] - low
             return self._compute(piece, tensors, states, chosen, of, call)
@@ -270,9 +231,9 @@ class _Stack:
         state in `states` and the number of its expert there in `chosen`: [pairs,
         width]. All are on the device that computes."""
         if call.way != "in order":  # as transformers casts them before the product
-            states = states.to(tensors[self._keys[0][1]].dtype)
+            states = states.to(tensors[self._of.keys[0][1]].dtype)
         piece.num_experts = of[2] - of[1]
-        piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._keys}
+        piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._of.keys}
         chosen, num = chosen.unsqueeze(-1), len(chosen)
         if call.way == "batched" and num == 1 < call.choices.numel():
             # torch computes a batch of one by another function: its bits differ
