@@ -62,7 +62,7 @@ types: $(STAMP)
 	cd $(LINKS) && MYPYPATH=$(PATHS) \
 	    $(abspath $(BIN))/mypy --config-file penstock/setup.cfg \
 	    --explicit-package-bases \
-	    $(addprefix penstock/,__init__.py io scheduler offload tests bench examples)
+	    $(addprefix penstock/,__init__.py __main__.py io scheduler offload tests bench examples)
 
 check: lint types test
 

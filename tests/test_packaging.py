@@ -58,3 +58,7 @@ def test_every_pattern_of_data_finds_something() -> None:
     for package, patterns in setup()["options.package_data"].items():
         for pattern in patterns.split():
             assert list(folder_of(package).glob(pattern)), f"{package}: {pattern}"
+
+
+def test_the_root_ships_no_code_but_the_package_and_its_command() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
