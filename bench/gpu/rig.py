@@ -27,12 +27,8 @@ from penstock.io.weights.link import Link
 from penstock.io.weights.source import ResidentSource
 from penstock.io.weights.steps import LoadSteps
 from penstock.io.weights.transfer import packed
-from penstock.offload.units.sites import (
-    FoundSite,
-    FoundUnit,
-    ModelDivision,
-    ParameterRef,
-)
+from penstock.offload.units.sites import FoundSite, FoundUnit, ModelDivision
+from penstock.offload.units.subtrees import ParameterRef
 from penstock.offload.weights.binding import Binding
 from penstock.scheduler.slots.open_sites import OpenSites, Site
 from penstock.scheduler.slots.working_set import WorkingSet

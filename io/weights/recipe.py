@@ -5,7 +5,7 @@ Most parameters are one stored tensor, unchanged. Others are stacked from many t
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -196,38 +196,3 @@ def computed(
     source, target = View.whole(first.shape), View.whole(shape)
     part = TensorSlice(first, source, target, codec, tuple(others))
     return Recipe(name, shape, dtype, (part,))
-
-
-def likeness(
-    recipes: Sequence[Recipe], *, alignment: int, max_gap_bytes: int
-) -> Hashable:
-    """What `recipes` have in common with others that are alike.
-
-    These make tensors of the same shapes and dtypes by the same codecs. What they read
-    lies in the same order, as far behind a multiple of `alignment` bytes, and as far
-    apart, or too far apart (more than `max_gap_bytes`) to be read at once. So they are
-    laid out in the same way. Names differ, and places in files.
-    """
-    parts = [part for recipe in recipes for part in recipe.slices]
-    codecs: list[Codec] = []
-    made: list[Hashable] = []
-    entries: list[TensorEntry] = []
-    for part in parts:
-        if part.codec not in codecs:  # few, and comparing is faster than hashing
-            codecs.append(part.codec)
-        kind = codecs.index(part.codec)
-        made += kind, part.source, part.target, part.companion_views
-        entries.append(part.entry)
-        entries += part.companions
-    order = sorted((str(e.path), e.offset, e.nbytes, i) for i, e in enumerate(entries))
-    far, path, end = max_gap_bytes + 2 * alignment, "", 0
-    places: list[Hashable] = []
-    for at, offset, nbytes, index in order:
-        gap = min(offset - end, far) if at == path else None
-        if at != path:
-            path, end = at, offset
-        end = max(end, offset + nbytes)
-        entry = entries[index]
-        places += index, gap, offset % alignment, entry.dtype, entry.shape
-    tensors = tuple((r.dtype, r.shape, len(r.slices)) for r in recipes)
-    return tensors, tuple(codecs), tuple(made), tuple(places)

@@ -34,7 +34,8 @@ from ..units.division import Division
 from ..units.expert_probe import experts_kept_whole
 from ..units.placing import loaded_from
 from ..units.row_wise import find_row_wise
-from ..units.sites import ModelDivision, ParameterRef
+from ..units.sites import ModelDivision
+from ..units.subtrees import ParameterRef
 from ..weights.binding import Binding
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer

@@ -12,7 +12,7 @@ from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.slots.routing import Routing
 from ...scheduler.sweep.sweep import SweepCounters
 from ..settings.memory_budget import MemoryBudget
-from ..units.experts import bytes_of
+from ..units.expert_cuts import bytes_of
 from ..units.sites import FoundUnit
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.device import Device
-from ..units.sites import ParameterRef
+from ..units.subtrees import ParameterRef
 from ..weights.placeholder import StreamedParameter
 
 

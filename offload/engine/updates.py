@@ -23,7 +23,7 @@ from ...io.weights.recipe import Recipe, plain
 from ...io.weights.stored_image import StoredImage, stored_image
 from ...scheduler.sweep.entry import ForwardEntry
 from ..policy import Policy, cache_folder
-from ..units.experts import rows_of, unit_recipes
+from ..units.expert_cuts import rows_of, unit_recipes
 from ..weights.new_values import NewValue, new_values
 from ..weights.spill_folder import SpillFolder
 from .groups import Weights

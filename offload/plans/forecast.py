@@ -26,7 +26,7 @@ from ..traces.model_cache import ModelCache, model_cache
 from ..units.arrangement import Arrangement, Arranger
 from ..units.describe import describe
 from ..units.division import Division
-from ..units.experts import bytes_of
+from ..units.expert_cuts import bytes_of
 from .rates import rates_of
 
 

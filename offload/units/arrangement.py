@@ -21,7 +21,7 @@ from ..settings.memory_budget import MemoryBudget, MemoryRoom, Use, divide_memor
 from .capacity import capacity_of, check_least, least_capacity
 from .division import Divider, Division
 from .placing import placement_of
-from .sites import ParameterRef
+from .subtrees import ParameterRef
 from .unit_plans import UnitPlans
 from .wish import Wishes
 

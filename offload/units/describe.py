@@ -33,9 +33,11 @@ def describe(
     gathers_rows: bool,
     cache: ModelCache | None = None,
     dense: MutableMapping[nn.Module, bool] | None = None,
+    has_units: bool = True,
 ) -> ModelShape:
     """The costs of `model`, as `division` divides it. The model may be on meta.
 
+    Without its units (`has_units`), only those of its sites; units are not planned.
     `cache` says what it keeps of each token; it is found out if it is not given.
     `dense` keeps which modules compute all experts for each token, for other divisions
     of the model.
@@ -56,7 +58,22 @@ def describe(
         ],
         [site.module for site in found.sites],
     )
-    units = tuple(
+    return ModelShape(
+        sites,
+        _units(division) if has_units else (),
+        itemsize=_itemsize(recipes),
+        hidden=int(getattr(config, "hidden_size", 0) or 0),
+        gathers_rows=gathers_rows,
+        vocabulary=int(getattr(config, "vocab_size", 0) or 0),
+        prompts_in_parts=completes(model) and keeps_only_keys_and_values(model),
+        state_bytes=cache.state_bytes,
+        note=cache.note,
+    )
+
+
+def _units(division: Division) -> tuple[UnitCost, ...]:
+    plans = zip(division.found.units, division.layouts, division.transfers, strict=True)
+    return tuple(
         UnitCost(
             unit.name,
             unit.sites,
@@ -65,20 +82,7 @@ def describe(
             _decoded(plan),
             unit.is_resident,
         )
-        for unit, plan, transfer in zip(
-            found.units, division.layouts, division.transfers, strict=True
-        )
-    )
-    return ModelShape(
-        sites,
-        units,
-        itemsize=_itemsize(recipes),
-        hidden=int(getattr(config, "hidden_size", 0) or 0),
-        gathers_rows=gathers_rows,
-        vocabulary=int(getattr(config, "vocab_size", 0) or 0),
-        prompts_in_parts=completes(model) and keeps_only_keys_and_values(model),
-        state_bytes=cache.state_bytes,
-        note=cache.note,
+        for unit, plan, transfer in plans
     )
 
 

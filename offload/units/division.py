@@ -8,13 +8,15 @@ from itertools import pairwise
 
 from torch import nn
 
+from ...io.readers.files import ALIGNMENT
 from ...io.weights.layout import Layout
 from ...io.weights.recipe import Recipe
 from ...io.weights.stored_image import StoredImage
 from ...io.weights.transfer import Transfer
 from .expert_stack import ExpertStack
 from .experts import find_stacks
-from .sites import ModelDivision, ParameterRef, find, module_sizes
+from .sites import ModelDivision, find
+from .subtrees import ParameterRef, Subtrees
 from .unit_plans import UnitPlans
 
 
@@ -26,8 +28,21 @@ class Division:
     """
 
     found: ModelDivision
-    layouts: list[Layout]
-    transfers: list[Transfer]
+    plans: UnitPlans
+
+    @cached_property
+    def layouts(self) -> list[Layout]:
+        """How each unit is laid out as it is read."""
+        return self._planned[0]
+
+    @cached_property
+    def transfers(self) -> list[Transfer]:
+        """How each unit is laid out in its slot."""
+        return self._planned[1]
+
+    @cached_property
+    def _planned(self) -> tuple[list[Layout], list[Transfer]]:
+        return self.plans.plans(self.found)
 
     def needs(self) -> tuple[int, list[int]]:
         """Bytes of the resident units, and the bytes that each site needs at once."""
@@ -97,6 +112,11 @@ class Divider:
         return {name: recipe.nbytes for name, recipe in self.recipes.items()}
 
     @cached_property
+    def _most_bytes(self) -> int:
+        """Bytes in which all tensors fit, wherever they lie in files."""
+        return sum(self.nbytes.values()) + 2 * ALIGNMENT * (len(self.nbytes) + 1)
+
+    @cached_property
     def stacks(self) -> dict[int, ExpertStack]:
         """The stacked experts that may be divided, by the id of their module."""
         if not self.may_cut_experts:
@@ -112,18 +132,21 @@ class Divider:
         host memory in which units are used where they lie.
         """
         room = capacity + in_place_bytes
-        fits = not self.stacks or sum(self.nbytes.values()) <= room
-        if fits:
+        if not self.stacks or self._most_bytes <= room:
+            return self._divide(capacity, {})
+        if sum(self.nbytes.values()) <= room:
             division = self._divide(capacity, {})
-            if not self.stacks or division.whole_bytes() <= room:
+            if division.whole_bytes() <= room:
                 return division
         return self._divide(capacity, self.stacks)
 
     def _divide(self, capacity: int, stacks: Mapping[int, ExpertStack]) -> Division:
         limit = capacity
+        small = min(self.resident_below, capacity // 64)
         while True:
-            small = min(self.resident_below, capacity // 64)
             division = self._divided(limit, small, stacks)
+            if capacity >= 2 * self._most_bytes:
+                return division
             resident, by_site = division.needs()
             room = (capacity - resident) // 2
             is_coarse = any(
@@ -151,13 +174,14 @@ class Divider:
             found = find(
                 self.model,
                 self.places,
+                self._subtrees,
                 self.nbytes,
                 self.gathered,
                 max_site_bytes=max_site_bytes,
                 resident_below=resident_below,
                 stacks=stacks,
             )
-            self._known[key] = Division(found, *self.plans.plans(found))
+            self._known[key] = Division(found, self.plans)
         return self._known[key]
 
     def images(self, division: Division) -> tuple[StoredImage, ...]:
@@ -168,7 +192,11 @@ class Divider:
 
     @cached_property
     def _module_sizes(self) -> list[int]:
-        return sorted(module_sizes(self.model, self.places, self.nbytes))
+        return sorted(self._subtrees.sizes(self.nbytes))
+
+    @cached_property
+    def _subtrees(self) -> Subtrees:
+        return Subtrees(self.model, self.places)
 
 
 def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:

@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .expert_stack import ExpertStack, pieces_of
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterRef:
-    """A place where a module refers to a tensor: its attribute `key`."""
-
-    module: nn.Module
-    key: str
-    is_buffer: bool = False
+from .subtrees import ParameterRef, Subtrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +63,7 @@ class ModelDivision:
 def find(
     model: nn.Module,
     places: Mapping[str, list[ParameterRef]],
+    subtrees: Subtrees,
     nbytes: Mapping[str, int],
     gathered: frozenset[str],
     *,
@@ -81,15 +74,15 @@ def find(
     """Divides `model` into sites and units.
 
     `places` says where each tensor is used, by name; a tied one is used in several
-    places. `nbytes` says how large it is. `gathered` are the embedding tables that are
-    not loaded for their embedding. A block larger than `max_site_bytes` is divided into
-    its child modules. Modules outside of blocks with fewer than `resident_below` bytes
-    are resident. The `stacks` of experts, by the id of their module, are divided into
-    windows, which are sites inside of the block or beside it.
+    places. `subtrees` are made of both. `nbytes` says how large it is. `gathered` are
+    the embedding tables that are not loaded for their embedding. A block larger than
+    `max_site_bytes` is divided into its child modules. Modules outside of blocks with
+    fewer than `resident_below` bytes are resident. The `stacks` of experts, by the id
+    of their module, are divided into windows, which are sites inside of the block or
+    beside it.
     """
-    names = _names(places)
     divided = {name for stack in stacks.values() for name in stack.tensors.values()}
-    tree = _Tree(names, nbytes, gathered, max_site_bytes, resident_below, stacks)
+    tree = _Tree(subtrees, nbytes, gathered, max_site_bytes, resident_below, stacks)
     tree.divide(model)
     whole = {name: where for name, where in places.items() if name not in divided}
     units = [*_units(tree.sites, whole, gathered), *tree.pieces]
@@ -118,30 +111,12 @@ def _divided(
     )
 
 
-def module_sizes(
-    model: nn.Module,
-    places: Mapping[str, list[ParameterRef]],
-    nbytes: Mapping[str, int],
-) -> set[int]:
-    """The sizes in bytes of the modules of `model`, which `find` compares with its
-    limits."""
-    names = _names(places)
-    return {
-        sum(nbytes[name] for name in tensors_in(module, names))
-        for module in model.modules()
-    }
-
-
-def _names(places: Mapping[str, list[ParameterRef]]) -> dict[tuple[int, str], str]:
-    return {(id(p.module), p.key): name for name, ps in places.items() for p in ps}
-
-
 class _Tree:
     """Collects the sites of a model, outermost first, and the pieces of its experts."""
 
     def __init__(
         self,
-        names: Mapping[tuple[int, str], str],
+        subtrees: Subtrees,
         nbytes: Mapping[str, int],
         gathered: frozenset[str],
         max_site_bytes: int,
@@ -150,13 +125,12 @@ class _Tree:
     ) -> None:
         self.sites: list[FoundSite] = []
         self.pieces: list[FoundUnit] = []
-        self._names = names
+        self._subtrees = subtrees
         self._nbytes = nbytes
         self._gathered = gathered
         self._max_site_bytes = max_site_bytes
         self._resident_below = resident_below
-        self._stacks = stacks
-        self._divided = {n for s in stacks.values() for n in s.tensors.values()}
+        self._divided = {n: s for s in stacks.values() for n in s.tensors.values()}
         self._seen: set[int] = set()
 
     def divide(self, model: nn.Module) -> None:
@@ -203,30 +177,17 @@ class _Tree:
             )
 
     def _stacks_in(self, module: nn.Module) -> list[ExpertStack]:
-        if not self._stacks:
-            return []
-        stacks = self._stacks
-        return [stacks[id(m)] for m in module.modules() if id(m) in stacks]
+        names = self._subtrees.tensors_in(module) if self._divided else ()
+        found = (self._divided[name] for name in names if name in self._divided)
+        return list({id(stack.module): stack for stack in found}.values())
 
     def _size(self, module: nn.Module) -> int:
-        names = tensors_in(module, self._names)
+        names = self._subtrees.tensors_in(module)
         return sum(self._nbytes[name] for name in names if name not in self._divided)
 
     def _is_gathered(self, module: nn.Module) -> bool:
-        name = self._names.get((id(module), "weight"))
+        name = self._subtrees.name_of(module, "weight")
         return isinstance(module, nn.Embedding) and name in self._gathered
-
-
-def tensors_in(
-    module: nn.Module, names: Mapping[tuple[int, str], str]
-) -> dict[str, None]:
-    """The names of the parameters used in `module`, each once, in order."""
-    found: dict[str, None] = {}
-    for part in module.modules():
-        for key in part._parameters:
-            if (name := names.get((id(part), key))) is not None:
-                found[name] = None
-    return found
 
 
 def _is_stack(module: nn.Module) -> bool:

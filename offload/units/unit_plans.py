@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 from ...io.weights.layout import Layout, Placed, layout
-from ...io.weights.recipe import Recipe, likeness
+from ...io.weights.recipe import Recipe
 from ...io.weights.steps import LoadSteps
 from ...io.weights.stored_image import StoredImage, stored_image
 from ...io.weights.transfer import Transfer
-from .experts import cut
+from .expert_cuts import cut, piece_recipes, slices_of_pieces
+from .likeness import likeness, made_alike, places_alike
 from .sites import FoundUnit, ModelDivision
 
 
@@ -47,7 +48,14 @@ class UnitPlans:
     _first: dict[Hashable, _Plan] = field(default_factory=dict)
     """The first plan of each kind, by what units of that kind have in common."""
     _pieces: dict[Hashable, list[_Plan]] = field(default_factory=dict)
-    """The plans of all pieces of the first stack of experts of each kind."""
+    """The plans of all pieces of the first stack of experts of each kind, where stored
+    tensors have experts of several pieces."""
+    _stacks: list[tuple[Hashable, list[int]]] = field(default_factory=list)
+    """What stacks are made of, and the numbers of what their pieces are made of, where
+    these have stored tensors of their own. There are few, and comparing them is faster
+    than hashing."""
+    _made: dict[Hashable, int] = field(default_factory=dict)
+    """The number of each thing that pieces are made of."""
     _placed: dict[Hashable, tuple[tuple[Placed, ...], ...]] = field(
         default_factory=dict
     )
@@ -94,34 +102,73 @@ class UnitPlans:
         key = _key(unit)
         if key not in self._plans:
             recipes = [self.recipes[name] for name in unit.tensors]
-            self._plans[key] = self._as_one_alike(unit, recipes)
+            kind = self._likeness(recipes)
+            self._plans[key] = self._as_one_alike(unit, kind, lambda: recipes)
         return self._plans[key]
 
     def _plan_pieces(self, units: Sequence[FoundUnit]) -> None:
         """Plans the pieces of one stack of experts."""
         wholes = [self.recipes[name] for name in units[0].tensors]
         bounds = [unit.experts for unit in units if unit.experts is not None]
-        pieces = cache(partial(_pieces, wholes, bounds))
-        key = self._likeness(wholes), tuple(bounds)
-        first = self._pieces.get(key)
-        if first is None:
-            self._pieces[key] = plans = list(map(self._as_one_alike, units, pieces()))
+        slices = slices_of_pieces(wholes, bounds)
+        if slices is None:
+            plans = self._plan_cut(units, wholes, bounds)
         else:
-            plans = [
-                self._like(plan, unit, partial(_item, pieces, index))
-                for index, (unit, plan) in enumerate(zip(units, first, strict=True))
+            makers = [
+                partial(piece_recipes, wholes, *piece)
+                for piece in zip(bounds, slices, strict=True)
             ]
+            places = places_alike(
+                slices, alignment=self.alignment, max_gap_bytes=self.max_gap
+            )
+            kinds = zip(self._made_of(wholes, bounds, makers), places, strict=True)
+            plans = list(map(self._as_one_alike, units, kinds, makers))
         self._plans.update(zip(map(_key, units), plans, strict=True))
 
-    def _as_one_alike(self, unit: FoundUnit, recipes: Sequence[Recipe]) -> _Plan:
+    def _plan_cut(
+        self,
+        units: Sequence[FoundUnit],
+        wholes: Sequence[Recipe],
+        bounds: Sequence[tuple[int, int]],
+    ) -> list[_Plan]:
+        """The plans of pieces that share stored tensors."""
+        pieces = cache(partial(_pieces, wholes, bounds))
+        key = self._likeness(wholes), tuple(bounds)
+        makers = [partial(_item, pieces, index) for index in range(len(units))]
+        first = self._pieces.get(key)
+        if first is None:
+            kinds = map(self._likeness, pieces())
+            first = list(map(self._as_one_alike, units, kinds, makers))
+            self._pieces[key] = first
+            return first
+        return list(map(self._like, first, units, makers))
+
+    def _made_of(
+        self,
+        wholes: Sequence[Recipe],
+        bounds: Sequence[tuple[int, int]],
+        makers: Sequence[Callable[[], Sequence[Recipe]]],
+    ) -> list[int]:
+        """The number of what each piece of a stack is made of."""
+        stack = made_alike(wholes), tuple(bounds)
+        found = next((made for known, made in self._stacks if known == stack), None)
+        if found is None:
+            made = (made_alike(make()) for make in makers)
+            found = [self._made.setdefault(each, len(self._made)) for each in made]
+            self._stacks.append((stack, found))
+        return found
+
+    def _as_one_alike(
+        self, unit: FoundUnit, kind: Hashable, recipes: Callable[[], Sequence[Recipe]]
+    ) -> _Plan:
         """Takes the plan of a unit that is like `unit`, if there is one."""
-        key = self._likeness(recipes), unit.is_resident
+        key = kind, unit.is_resident
         first = self._first.get(key)
         if first is not None:
-            return self._like(first, unit, lambda: recipes)
-        own = self._layout(unit, recipes)
-        kind, slot = len(self._first), self.transfer_of(own)
-        self._first[key] = _Plan(kind, lambda: recipes, own, slot)
+            return self._like(first, unit, recipes)
+        own = self._layout(unit, recipes())
+        number, slot = len(self._first), self.transfer_of(own)
+        self._first[key] = _Plan(number, recipes, own, slot)
         return self._first[key]
 
     def _like(

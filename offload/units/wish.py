@@ -123,6 +123,7 @@ class Wishes:
             division,
             self.recipes,
             gathers_rows=False,
+            has_units=False,
             cache=self._cache if has_caches else ModelCache({}),
         )
 
@@ -163,9 +164,10 @@ def _fixed(
     found = min(found, _BUFFERS * policy.io.bounce + whole)
     found += min(policy.peer.get("cpu", 0), whole)
     ways = int(not is_host or Tier.DISK in policy.links) + len(policy.peer)
-    largest = max((plan.nbytes for plan in division.layouts), default=0)
-    asked = policy.staging_memory
-    found += ways * (3 * largest if asked == "auto" else max(asked, largest))
+    if ways:
+        largest = max((plan.nbytes for plan in division.layouts), default=0)
+        asked = policy.staging_memory
+        found += ways * (3 * largest if asked == "auto" else max(asked, largest))
     if use != "rows" and keeps_kv(policy):
         limits = policy.kv.limits
         if policy.memory != "auto":

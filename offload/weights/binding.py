@@ -11,7 +11,8 @@ from ...io.memory.arena import Memory
 from ...io.weights.host import HostTier
 from ...io.weights.layout import Placed
 from ...io.weights.transfer import Transfer
-from ..units.sites import ModelDivision, ParameterRef, tensors_in
+from ..units.sites import ModelDivision
+from ..units.subtrees import ParameterRef, places_in
 from .bound_parameter import BoundParameter, is_ours, replaced, written
 
 
@@ -67,18 +68,7 @@ class Binding:
             for name, where in places.items()
             for place in where
         }
-        self._places_of_site = [
-            {
-                name: [
-                    (part._parameters, key)
-                    for part in site.module.modules()
-                    for key in part._parameters
-                    if names.get((id(part), key)) == name
-                ]
-                for name in tensors_in(site.module, names)
-            }
-            for site in found.sites
-        ]
+        self._places_of_site = [places_in(site.module, names) for site in found.sites]
         self._unwatched = places.keys() - {
             name for names in self._places_of_site for name in names
         }

@@ -1,5 +1,6 @@
 """Formats of quantised weights: which stored tensors make a weight, by which codec."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,8 +100,14 @@ class Fp8Format:
             )
         check_filled(weight, weight.shape, target)
         blocks = scale_blocks(weight, scales, weight.shape, self.blocks)
-        source = View.whole(weight.shape)
-        return [TensorSlice(weight, source, target, Scaled(codes, blocks), (scales,))]
+        source, codec = View.whole(weight.shape), _scaled(codes, blocks)
+        return [TensorSlice(weight, source, target, codec, (scales,))]
+
+
+@functools.cache
+def _scaled(codes: Codes, blocks: ScaleBlocks) -> Scaled:
+    """One codec for thousands of tensors."""
+    return Scaled(codes, blocks)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from torch import nn
 from penstock.io.checkpoint.header import TensorEntry
 from penstock.io.weights.layout import layout
 from penstock.io.weights.recipe import Recipe, TensorSlice, View, plain
+from penstock.offload.units.expert_cuts import cut, rows_of
 from penstock.offload.units.expert_stack import (
     LARGE_BYTES,
     ExpertStack,
     piece_of,
     pieces_of,
 )
-from penstock.offload.units.experts import cut, rows_of
 
 FILE = Path("model.safetensors")
 

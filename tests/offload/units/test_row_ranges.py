@@ -12,7 +12,7 @@ from penstock.io.codecs.codes import Codes
 from penstock.io.codecs.kernels import ScaleBlocks
 from penstock.io.codecs.scaled import Divisor, Scaled
 from penstock.io.weights.recipe import TensorSlice, View
-from penstock.offload.units.experts import row_range
+from penstock.offload.units.expert_cuts import row_range
 
 FILE = Path("model.safetensors")
 ROWS, COLUMNS = 64, 32

@@ -16,8 +16,8 @@ from penstock.io.weights.layout import Layout, layout
 from penstock.io.weights.recipe import Recipe, TensorSlice, View
 from penstock.io.weights.stored_image import stored_image
 from penstock.io.weights.transfer import Transfer, packed, same_layout
+from penstock.offload.units.expert_cuts import cut
 from penstock.offload.units.expert_stack import ExpertStack
-from penstock.offload.units.experts import cut
 from penstock.offload.units.sites import DividedStack, FoundUnit, ModelDivision
 from penstock.offload.units.unit_plans import UnitPlans
 
