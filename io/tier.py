@@ -42,6 +42,9 @@ KV_TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
 """The tiers that keep keys and values, from fast to slow."""
 
 
+_BY_NAME = {tier.value: tier for tier in Tier}
+
+
 def tier_of(place: str) -> Tier:
     """The tier of a unit's place: the tier's name, or the name of a peer device."""
-    return Tier(place) if place in set(Tier) else Tier.PEER
+    return _BY_NAME.get(place, Tier.PEER)

@@ -23,10 +23,12 @@ def place(
 
     Raises PolicyError when rules put more into a tier than its budget holds.
     """
-    ruled = [
-        next((tier for rule, tier in rules.items() if matches(rule, name)), None)
-        for name in names
-    ]
+    ruled: list[str | None] = [None] * len(sizes)
+    if rules:
+        ruled = [
+            next((tier for rule, tier in rules.items() if matches(rule, name)), None)
+            for name in names
+        ]
     left = dict(budgets)
     for tier in dict.fromkeys(tier for tier in ruled if tier not in (None, Tier.DISK)):
         assert tier is not None, "None was left out"

@@ -1,7 +1,7 @@
 """Says in sentences what limits the speed of a plan, and what would change it."""
 
 from ...io.tier import Tier
-from ...scheduler.cost.load_cost import load_seconds
+from ...scheduler.cost.load_cost import LoadCosts
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .dtypes import DtypeChoice, dtype_advice, dtype_words
@@ -119,13 +119,12 @@ def weight_seconds(choice: Choice) -> dict[str, float]:
     """The seconds of a pass that each link needs for weights, by tier."""
     model = choice.forecast.model
     busy: dict[str, float] = {}
+    costs = LoadCosts(model.rates)
     for unit in model.shape.streamed:
         tier = model.settings.placement[unit]
         if tier != Tier.DEVICE and tier in model.rates.links:
             cost = model.shape.units[unit]
-            seconds = load_seconds(
-                cost, tier, model.rates, model.settings.kept_of(unit)
-            )
+            seconds, _ = costs.of(cost, tier, model.settings.kept_of(unit))
             busy[tier] = busy.get(tier, 0.0) + seconds
             crossing = model.rates.crossing_seconds(tier, seconds)
             busy[Tier.HOST] = busy.get(Tier.HOST, 0.0) + crossing

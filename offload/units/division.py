@@ -15,7 +15,7 @@ from ...io.weights.stored_image import StoredImage
 from ...io.weights.transfer import Transfer
 from .expert_stack import ExpertStack
 from .experts import find_stacks
-from .sites import ModelDivision, find
+from .sites import FoundSites, ModelDivision, find
 from .subtrees import ParameterRef, Subtrees
 from .unit_plans import UnitPlans
 
@@ -27,8 +27,13 @@ class Division:
     A division is equal only to itself.
     """
 
-    found: ModelDivision
+    coarse: FoundSites
     plans: UnitPlans
+
+    @cached_property
+    def found(self) -> ModelDivision:
+        """Its sites and units."""
+        return self.coarse.divided()
 
     @cached_property
     def layouts(self) -> list[Layout]:
@@ -45,12 +50,14 @@ class Division:
         return self.plans.plans(self.found)
 
     def needs(self) -> tuple[int, list[int]]:
-        """Bytes of the resident units, and the bytes that each site needs at once."""
-        return needs(self.found, self._sizes())
+        """Bytes of the resident units, and the bytes that each site needs at once,
+        those of the site around it included."""
+        return self._needs
 
     def whole_bytes(self) -> int:
         """Bytes in which all units fit at the same time."""
-        return sum(plan.nbytes for plan in self.transfers)
+        pieces = (sum(sizes) for _, sizes in self._windows)
+        return sum(self._whole_sizes) + sum(pieces)
 
     def paired_bytes(self) -> int:
         """Bytes in which each site fits beside its successor, resident units included.
@@ -59,8 +66,8 @@ class Division:
         one.
         """
         resident, _ = self.needs()
-        own = own_bytes(self.found, self._sizes())
-        around = [_with_outer(self.found, site) for site in range(len(own))]
+        own = self._own_bytes
+        around = [_with_outer(self.coarse, site) for site in range(len(own))]
         pairs = pairwise([*around, *around[:1]])
         together = (sum(own[site] for site in one | other) for one, other in pairs)
         return resident + max(together, default=0)
@@ -68,15 +75,54 @@ class Division:
     def is_coded(self, share: float) -> bool:
         """Whether the streamed units have at most `share` of their bytes as the files
         have them."""
+        stored, decoded = self._streamed_bytes
+        return stored <= share * decoded
+
+    @cached_property
+    def _streamed_bytes(self) -> tuple[int, int]:
         plans = [
             (plan.stored_bytes, plan.nbytes)
             for unit, plan in zip(self.found.units, self.transfers, strict=True)
             if unit.sites and not unit.is_resident
         ]
-        return sum(stored for stored, _ in plans) <= share * sum(n for _, n in plans)
+        return sum(stored for stored, _ in plans), sum(n for _, n in plans)
 
-    def _sizes(self) -> list[int]:
-        return [plan.nbytes for plan in self.transfers]
+    @cached_property
+    def _needs(self) -> tuple[int, list[int]]:
+        units = zip(self.coarse.whole, self._whole_sizes, strict=True)
+        resident = sum(size for unit, size in units if unit.is_resident)
+        own = self._own_bytes
+        around = (_with_outer(self.coarse, site) for site in range(len(own)))
+        return resident, [sum(own[site] for site in sites) for sites in around]
+
+    @cached_property
+    def _own_bytes(self) -> list[int]:
+        """The bytes of the units of each site."""
+        own = [0] * len(self.coarse.sites)
+        for unit, size in zip(self.coarse.whole, self._whole_sizes, strict=True):
+            for site in unit.sites:
+                own[site] += size
+        for site, sizes in self._windows:
+            own[site] += sum(sizes)
+        return own
+
+    @cached_property
+    def _whole_sizes(self) -> list[int]:
+        """The bytes of each unit of whole tensors in its slot."""
+        return [self.plans.size(unit) for unit in self.coarse.whole]
+
+    @cached_property
+    def _windows(self) -> list[tuple[int, Sequence[int]]]:
+        """The site of each window, and the bytes of its pieces in their slots."""
+        found: list[tuple[int, Sequence[int]]] = []
+        for windows in self.coarse.by_stack():
+            pieces = tuple(piece for window in windows for piece in window.pieces)
+            sizes, start = self.plans.piece_sizes(windows[0].stack, pieces), 0
+            for window in windows:
+                end = start + len(window.pieces)
+                found.append((window.site, sizes[start:end]))
+                start = end
+        return found
 
 
 @dataclass(frozen=True)
@@ -150,7 +196,7 @@ class Divider:
             resident, by_site = division.needs()
             room = (capacity - resident) // 2
             is_coarse = any(
-                nbytes > room and _can_be_divided(division.found, site)
+                nbytes > room and _can_be_divided(division.coarse, site)
                 for site, nbytes in enumerate(by_site)
             )
             if not is_coarse or limit <= 1:
@@ -199,32 +245,12 @@ class Divider:
         return Subtrees(self.model, self.places)
 
 
-def needs(found: ModelDivision, sizes: Sequence[int]) -> tuple[int, list[int]]:
-    """Bytes of the resident units, and the bytes that each site needs at once, those of
-    the site around it included. Units have `sizes`."""
-    resident = sum(
-        size for unit, size in zip(found.units, sizes, strict=True) if unit.is_resident
-    )
-    own = own_bytes(found, sizes)
-    sites = range(len(found.sites))
-    return resident, [sum(own[s] for s in _with_outer(found, site)) for site in sites]
-
-
-def own_bytes(found: ModelDivision, sizes: Sequence[int]) -> list[int]:
-    """The bytes of the units of each site."""
-    own = [0] * len(found.sites)
-    for unit, size in zip(found.units, sizes, strict=True):
-        for site in unit.sites:
-            own[site] += size
-    return own
-
-
-def _with_outer(found: ModelDivision, site: int) -> set[int]:
+def _with_outer(found: FoundSites, site: int) -> set[int]:
     outer = found.sites[site].outer
     return {site} if outer is None else {site, outer}
 
 
-def _can_be_divided(found: ModelDivision, index: int) -> bool:
+def _can_be_divided(found: FoundSites, index: int) -> bool:
     """Whether a smaller limit makes smaller sites of this one."""
     site = found.sites[index]
     if site.experts is None:

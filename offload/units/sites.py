@@ -60,6 +60,60 @@ class ModelDivision:
     stacks: tuple[DividedStack, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A range of stacked experts that is a site."""
+
+    site: int
+    stack: ExpertStack
+    pieces: tuple[tuple[int, int], ...]
+    """Its units, as ranges of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSites:
+    """A division of a model whose experts are not counted one by one."""
+
+    sites: tuple[FoundSite, ...]
+    whole: tuple[FoundUnit, ...]
+    """The units of whole tensors."""
+    windows: tuple[Window, ...]
+
+    def by_stack(self) -> list[list[Window]]:
+        """The windows of each stack, in order."""
+        found: dict[int, list[Window]] = defaultdict(list)
+        for window in self.windows:
+            found[id(window.stack)].append(window)
+        return list(found.values())
+
+    def divided(self) -> ModelDivision:
+        """The division with all of its units."""
+        units = list(self.whole)
+        for each in self.windows:
+            units += pieces_in(each.stack, each.pieces, (each.site,))
+        units.sort(key=lambda unit: (not unit.is_resident, unit.sites))
+        pieces: dict[int, list[int]] = defaultdict(list)
+        for index, unit in enumerate(units):
+            if unit.experts is not None:
+                pieces[unit.sites[0]].append(index)
+        stacks = []
+        for windows in self.by_stack():
+            found = ((each.site, tuple(pieces[each.site])) for each in windows)
+            stacks.append(DividedStack(windows[0].stack, tuple(found)))
+        return ModelDivision(self.sites, tuple(units), tuple(stacks))
+
+
+def pieces_in(
+    stack: ExpertStack, experts: Sequence[tuple[int, int]], sites: tuple[int, ...]
+) -> list[FoundUnit]:
+    """The pieces of `stack` that have the ranges `experts`, used by `sites`."""
+    name, tensors = stack.name, tuple(stack.tensors.values())
+    return [
+        FoundUnit(f"{name}[{low}:{high}]", tensors, sites, False, (low, high))
+        for low, high in experts
+    ]
+
+
 def find(
     model: nn.Module,
     places: Mapping[str, list[ParameterRef]],
@@ -70,7 +124,7 @@ def find(
     max_site_bytes: int,
     resident_below: int,
     stacks: Mapping[int, ExpertStack],
-) -> ModelDivision:
+) -> FoundSites:
     """Divides `model` into sites and units.
 
     `places` says where each tensor is used, by name; a tied one is used in several
@@ -85,34 +139,13 @@ def find(
     tree = _Tree(subtrees, nbytes, gathered, max_site_bytes, resident_below, stacks)
     tree.divide(model)
     whole = {name: where for name, where in places.items() if name not in divided}
-    units = [*_units(tree.sites, whole, gathered), *tree.pieces]
-    units.sort(key=lambda unit: (not unit.is_resident, unit.sites))
-    return ModelDivision(
-        tuple(tree.sites), tuple(units), _divided(tree.sites, units, stacks)
-    )
-
-
-def _divided(
-    sites: Sequence[FoundSite],
-    units: Sequence[FoundUnit],
-    stacks: Mapping[int, ExpertStack],
-) -> tuple[DividedStack, ...]:
-    pieces: dict[int, list[int]] = defaultdict(list)
-    for index, unit in enumerate(units):
-        if unit.experts is not None:
-            pieces[unit.sites[0]].append(index)
-    windows: dict[int, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
-    for index, site in enumerate(sites):
-        if site.experts is not None:
-            windows[id(site.module)].append((index, tuple(pieces[index])))
-    assert windows.keys() == stacks.keys(), "all stacks are in blocks"
-    return tuple(
-        DividedStack(stacks[of], tuple(found)) for of, found in windows.items()
-    )
+    units = _units(tree.sites, whole, gathered)
+    assert {id(w.stack) for w in tree.windows} == set(map(id, stacks.values()))
+    return FoundSites(tuple(tree.sites), units, tuple(tree.windows))
 
 
 class _Tree:
-    """Collects the sites of a model, outermost first, and the pieces of its experts."""
+    """Collects the sites of a model, outermost first."""
 
     def __init__(
         self,
@@ -124,7 +157,7 @@ class _Tree:
         stacks: Mapping[int, ExpertStack],
     ) -> None:
         self.sites: list[FoundSite] = []
-        self.pieces: list[FoundUnit] = []
+        self.windows: list[Window] = []
         self._subtrees = subtrees
         self._nbytes = nbytes
         self._gathered = gathered
@@ -170,11 +203,7 @@ class _Tree:
             site, experts = len(self.sites), (pieces[0][0], pieces[-1][1])
             name = f"{stack.name}[{experts[0]}:{experts[1]}]"
             self.sites.append(FoundSite(name, stack.module, experts, outer))
-            tensors = tuple(stack.tensors.values())
-            self.pieces += (
-                FoundUnit(f"{stack.name}[{a}:{b}]", tensors, (site,), False, (a, b))
-                for a, b in pieces
-            )
+            self.windows.append(Window(site, stack, pieces))
 
     def _stacks_in(self, module: nn.Module) -> list[ExpertStack]:
         names = self._subtrees.tensors_in(module) if self._divided else ()

@@ -10,8 +10,9 @@ from ...io.weights.steps import LoadSteps
 from ...io.weights.stored_image import StoredImage, stored_image
 from ...io.weights.transfer import Transfer
 from .expert_cuts import cut, piece_recipes, slices_of_pieces
+from .expert_stack import ExpertStack
 from .likeness import likeness, made_alike, places_alike
-from .sites import FoundUnit, ModelDivision
+from .sites import FoundUnit, ModelDivision, pieces_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class UnitPlans:
         default_factory=dict
     )
     """Where tensors lie as they are read, and in a slot, by their kind and names."""
+    _sizes: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)
+    """The bytes of the pieces of stacks in their slots."""
     _images: dict[Hashable, StoredImage] = field(default_factory=dict)
     """The image of each unit, and the first one of each kind, by its number."""
 
@@ -67,10 +70,24 @@ class UnitPlans:
         """How each unit of `found` is laid out as it is read, and in its slot."""
         for each in found.stacks:
             units = [found.units[unit] for _, units in each.windows for unit in units]
-            if _key(units[0]) not in self._plans:
-                self._plan_pieces(units)
+            self._plan_pieces(units)
         plans = [self._plan(unit) for unit in found.units]
         return [plan.layout for plan in plans], [plan.transfer for plan in plans]
+
+    def size(self, unit: FoundUnit) -> int:
+        """The bytes of `unit`, of whole tensors, in its slot."""
+        return self._plan(unit).transfer.nbytes
+
+    def piece_sizes(
+        self, stack: ExpertStack, experts: tuple[tuple[int, int], ...]
+    ) -> tuple[int, ...]:
+        """The bytes of all pieces of `stack`, the ranges `experts`, in their slots."""
+        key = stack.name, experts
+        if key not in self._sizes:
+            units = pieces_in(stack, experts, ())
+            self._plan_pieces(units)
+            self._sizes[key] = tuple(map(self.size, units))
+        return self._sizes[key]
 
     def image(self, unit: FoundUnit) -> StoredImage:
         """How memory can keep `unit` as its files have it."""
@@ -107,7 +124,9 @@ class UnitPlans:
         return self._plans[key]
 
     def _plan_pieces(self, units: Sequence[FoundUnit]) -> None:
-        """Plans the pieces of one stack of experts."""
+        """Plans the pieces of one stack of experts, unless that is done."""
+        if _key(units[0]) in self._plans:
+            return
         wholes = [self.recipes[name] for name in units[0].tensors]
         bounds = [unit.experts for unit in units if unit.experts is not None]
         slices = slices_of_pieces(wholes, bounds)

@@ -4,9 +4,33 @@
 else None.
 """
 
+from collections.abc import Hashable
+
 from ...io.tier import Tier
 from .rates import Rates
 from .shape import UnitCost
+
+
+class LoadCosts:
+    """What loading units costs, worked out once for units alike: there are thousands of
+    experts."""
+
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
+        self._found: dict[Hashable, tuple[float, float]] = {}
+
+    def of(
+        self, unit: UnitCost, tier: str, kept: int | None = None
+    ) -> tuple[float, float]:
+        """`load_seconds` and `stolen_seconds` of one unit."""
+        key = unit.stored_bytes, unit.nbytes, unit.decoded, tier, kept
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = (
+                load_seconds(unit, tier, self._rates, kept),
+                stolen_seconds(unit, tier, self._rates, kept),
+            )
+        return found
 
 
 def load_seconds(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class UnitCost:
     is_resident: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """A model as the cost model sees it."""
 
@@ -108,7 +109,7 @@ class ModelShape:
     def has_experts(self) -> bool:
         return any(site.expert_share < 1.0 for site in self.sites)
 
-    @property
+    @cached_property
     def streamed(self) -> tuple[int, ...]:
         """The units that do not have to stay on the device."""
         return tuple(
@@ -117,15 +118,15 @@ class ModelShape:
             if unit.sites and not unit.is_resident
         )
 
-    @property
+    @cached_property
     def resident_bytes(self) -> int:
         return sum(unit.nbytes for unit in self.units if unit.is_resident)
 
-    @property
+    @cached_property
     def streamed_bytes(self) -> int:
         return sum(self.units[index].nbytes for index in self.streamed)
 
-    @property
+    @cached_property
     def largest_bytes(self) -> int:
         """The most bytes of slots that one site needs at once."""
         by_site = [0] * len(self.sites)

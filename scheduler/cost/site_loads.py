@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...io.tier import Tier
-from .load_cost import load_seconds, stolen_seconds
+from .load_cost import LoadCosts
 from .pipeline import WeightLoad
 from .rates import Rates
 from .shape import ModelShape, Settings, SiteCost
@@ -35,7 +35,7 @@ def runs(site: SiteCost, settings: Settings) -> bool:
 
 def site_loads(shape: ModelShape, rates: Rates, settings: Settings) -> SiteLoads:
     """The loads of `shape`. The units of a site may be many: experts."""
-    num = len(shape.sites)
+    num, costs = len(shape.sites), LoadCosts(rates)
     steady = _Sums(num)
     staying = _Sums(num)
     stolen, touching = [0.0] * num, [0.0] * num
@@ -51,11 +51,9 @@ def site_loads(shape: ModelShape, rates: Rates, settings: Settings) -> SiteLoads
         if stays:
             staying_bytes += unit.nbytes
             if Tier.DISK in rates.links:
-                staying.add(first, Tier.DISK, 0, load_seconds(unit, Tier.DISK, rates))
+                staying.add(first, Tier.DISK, 0, costs.of(unit, Tier.DISK)[0])
         elif tier in rates.links:
-            kept = settings.kept_of(index)
-            seconds = load_seconds(unit, tier, rates, kept)
-            lost = stolen_seconds(unit, tier, rates, kept)
+            seconds, lost = costs.of(unit, tier, settings.kept_of(index))
             for site in unit.sites:
                 if is_running[site]:
                     steady.add(site, tier, unit.nbytes, seconds)

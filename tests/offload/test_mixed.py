@@ -27,7 +27,6 @@ from penstock.io.weights.source import StagedSource
 from penstock.offload.engine.engine import Engine
 from penstock.offload.engine.tiers import Tiers
 from penstock.offload.model import engine_of
-from penstock.offload.units.division import needs
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -55,8 +54,7 @@ def sizes_of(engine: Engine) -> dict[int, int]:
 
 
 def room_to_stay(engine: Engine, lookahead: int) -> int:
-    layouts = engine._tiers._layouts
-    resident, by_site = needs(engine.model_division, [plan.nbytes for plan in layouts])
+    resident, by_site = engine.arrangement.division.needs()
     capacity = engine.statistics().device_memory_bytes
     return capacity - resident - (1 + lookahead) * max(by_site)
 
