@@ -17,12 +17,13 @@ from torch import nn
 from ...io.closing import Closing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
+from ..experts.dense_experts import DenseExperts, ExpertPieces
+from ..experts.expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
+from ..experts.grouped_experts import GroupedExperts
 from ..units.experts import way_of
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
 from ..weights.placeholder import is_away
-from .dense_experts import DenseExperts, ExpertPieces
-from .expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
 from .host_cache import HostCache
 
 Tensor = torch.Tensor
@@ -93,6 +94,7 @@ class _Stack:
         self._cache = cache
         self._host = cache.experts
         self._units = [unit for _, each in pieces.windows for unit, *_ in each]
+        self._grouped: GroupedExperts | None = None
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -122,6 +124,8 @@ class _Stack:
         output = ExpertOutput(call, pairs)
         piece: Any = object.__new__(self._own)
         piece.__dict__.update(vars(module))
+        if call.way == "sum" and self._grouped is None:
+            self._grouped = GroupedExperts(module)
         needs = dict(self._chosen(pairs))
         asked = {site: self._tokens(found, pairs) for site, found in needs.items()}
         self._routing.ask(asked)
@@ -198,8 +202,17 @@ class _Stack:
         rows = pairs.between(low, high)
         with self._of.loaded(unit) as tensors:
             states = call.states[pairs.tokens[rows]]
-            chosen = pairs.experts[rows] - low
-            return self._compute(piece, tensors, states, chosen, of, call)
+
+            def by_module() -> Tensor:
+                chosen = pairs.experts[rows] - low
+                return self._compute(piece, tensors, states, chosen, of, call)
+
+            if self._grouped is None or call.way != "sum":
+                return by_module()
+            weights = {key: tensors[name] for key, name in self._of.keys}
+            states = states.to(weights[self._of.keys[0][0]].dtype)
+            ends = pairs.ends(low, high)
+            return self._grouped.compute(weights, states, ends, by_module)
 
     def _on_host(
         self,

@@ -61,7 +61,7 @@ class ModelDivision:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class ExpertWindow:
     """A range of stacked experts that is a site."""
 
     site: int
@@ -77,11 +77,11 @@ class FoundSites:
     sites: tuple[FoundSite, ...]
     whole: tuple[FoundUnit, ...]
     """The units of whole tensors."""
-    windows: tuple[Window, ...]
+    windows: tuple[ExpertWindow, ...]
 
-    def by_stack(self) -> list[list[Window]]:
+    def by_stack(self) -> list[list[ExpertWindow]]:
         """The windows of each stack, in order."""
-        found: dict[int, list[Window]] = defaultdict(list)
+        found: dict[int, list[ExpertWindow]] = defaultdict(list)
         for window in self.windows:
             found[id(window.stack)].append(window)
         return list(found.values())
@@ -157,7 +157,7 @@ class _Tree:
         stacks: Mapping[int, ExpertStack],
     ) -> None:
         self.sites: list[FoundSite] = []
-        self.windows: list[Window] = []
+        self.windows: list[ExpertWindow] = []
         self._subtrees = subtrees
         self._nbytes = nbytes
         self._gathered = gathered
@@ -203,7 +203,7 @@ class _Tree:
             site, experts = len(self.sites), (pieces[0][0], pieces[-1][1])
             name = f"{stack.name}[{experts[0]}:{experts[1]}]"
             self.sites.append(FoundSite(name, stack.module, experts, outer))
-            self.windows.append(Window(site, stack, pieces))
+            self.windows.append(ExpertWindow(site, stack, pieces))
 
     def _stacks_in(self, module: nn.Module) -> list[ExpertStack]:
         names = self._subtrees.tensors_in(module) if self._divided else ()

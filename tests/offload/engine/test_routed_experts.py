@@ -26,7 +26,7 @@ from penstock.io.errors import DoesNotFitError, ReadError
 from penstock.io.handle import Handle
 from penstock.io.weights.host import HostTier
 from penstock.io.weights.loader import UnitLoad
-from penstock.offload.engine.expert_pairs import ExpertCall, ExpertPairs
+from penstock.offload.experts.expert_pairs import ExpertCall, ExpertPairs
 from penstock.offload.model import engine_of
 from shares import shared
 

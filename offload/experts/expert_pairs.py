@@ -32,6 +32,8 @@ class ExpertPairs:
     """The index of each pair in `choices.reshape(-1)`."""
     bounds: list[int]
     """For each expert, how many pairs those before it have; and at the end all."""
+    edges: Tensor
+    """The same, int32."""
 
     @classmethod
     def of(cls, call: ExpertCall, num_experts: int) -> "ExpertPairs":
@@ -47,11 +49,16 @@ class ExpertPairs:
             tokens, places = order // num_choices, order
         edges = torch.arange(num_experts + 1, device=experts.device)
         bounds = torch.searchsorted(experts, edges.to(experts.dtype))
-        return cls(experts, tokens, places, bounds.tolist())
+        return cls(experts, tokens, places, bounds.tolist(), bounds.to(torch.int32))
 
     def between(self, low: int, high: int) -> slice:
         """The pairs of the experts `low` ... `high`."""
         return slice(self.bounds[low], self.bounds[high])
+
+    def ends(self, low: int, high: int) -> Tensor:
+        """Where the pairs of each of the experts `low` ... `high` end among theirs;
+        int32."""
+        return self.edges[low + 1 : high + 1] - self.edges[low]
 
     def num(self, low: int, high: int) -> int:
         return self.bounds[high] - self.bounds[low]

@@ -1,0 +1,1 @@
+"""How stacked experts run piece by piece."""
