@@ -15,9 +15,6 @@ from ...scheduler.ranks.stages import EMBEDDING, Address
 from .exchange import Exchange
 from .stage_modules import StageModules
 
-_CHECKS = 4
-"""The first calls of a stage are looked at: what the model's own code does between
-blocks is the same in all calls."""
 _NOT_HERE = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -57,13 +54,9 @@ class StageHooks:
     def _hang(self, stage: int, module: nn.Module) -> None:
         exchange = self._exchange
         called: ContextVar[Address | None] = ContextVar("called", default=None)
-        checks_left = _CHECKS
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal checks_left
-            if stage != EMBEDDING and checks_left:
-                checks_left -= 1
-                exchange.check_inputs(stage, (*args, *kwargs.values()))
+            exchange.check_inputs(stage, (*args, *kwargs.values()))
             ids = args[0] if stage == EMBEDDING and args else None
             called.set(exchange.enters(stage, ids))
 

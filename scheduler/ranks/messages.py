@@ -45,3 +45,4 @@ class Message:
     """The words of an error; for SHARED, JSON. For OUTPUT, what was returned in a
     tuple: "t" for a tensor, "-" for another value; "" for a tensor alone."""
     tensor: Any = None
+    """In host memory; on its way there (a `HostCopy`) while the message is sent."""

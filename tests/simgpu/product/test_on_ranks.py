@@ -1,0 +1,77 @@
+"""Models that ranks share give on simulated GPUs what one rank gives on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_threads import Ranks, none_failed
+from test_on_tasks import CASES, ROWS, SMALL, Case
+
+import penstock
+from checkpoint import make_checkpoint
+from on_device import GPU
+from penstock import Policy
+from shares import shared
+from sim_device import SimGpu
+
+pytestmark = [pytest.mark.simgpu, pytest.mark.usefixtures("few_objects")]
+PLACES = ((GPU, "simgpu:1"), (GPU, GPU))
+"""The devices of two ranks."""
+HOST = {"host_memory": "1GiB"}
+MIXED = {
+    **HOST,
+    "device_memory": "1MiB",
+    "placement": {"0": "disk", "1": "host", "3": "device"},
+}
+"""What one rank has beside the case's values, and the other not."""
+
+
+def run(model: Any, case: Case) -> list[dict[str, Any]]:
+    task = getattr(penstock, case.task)
+    return list(task(model, ROWS[case.task], **case.options))
+
+
+def on_ranks(
+    folder: Path,
+    case: Case,
+    places: Sequence[str],
+    own: Sequence[Mapping[str, Any]] = ({}, {}),
+) -> list[list[dict[str, Any]]]:
+    """What each of the ranks at `places` yields, with `own` values of the policy."""
+    policies = [
+        Policy(device=place, ranks="pipeline", **{**SMALL, **case.values, **values})
+        for place, values in zip(places, own, strict=True)
+    ]
+    with Ranks(folder, len(places), policies) as ranks:
+        return list(none_failed(ranks.run(lambda rank, model: run(model, case))))
+
+
+KEPT = ("score", "sampling")
+NAMES = [name for name in CASES if "peer" not in name]
+PARTS = [list(KEPT), *([name] for name in NAMES)]
+
+
+@pytest.mark.parametrize("names", shared(PARTS, lambda place, _: place == 0))
+def test_ranks_give_one_ranks_results(
+    simgpu: SimGpu, tmp_path: Path, names: list[str]
+) -> None:
+    """With a device each, and on the same one; weights in other tiers on each."""
+    folder = make_checkpoint(
+        tmp_path / "tiny", "tiny", dtype="float32", shards_of="100KB"
+    )
+    different = {}
+    for seed, name in enumerate(names):
+        case = CASES[name]
+        with penstock.load(
+            folder, Policy(device="cpu", **{**SMALL, **case.values})
+        ) as model:
+            expected = run(model, case)
+        for place, places in enumerate(PLACES[seed % 2 :] if names == KEPT else PLACES):
+            simgpu.schedule(seed + place)
+            found = on_ranks(folder, case, places, (MIXED, HOST) if place else ({}, {}))
+            if found != [expected, expected]:
+                different[name, places] = (found, expected)
+    assert not different
