@@ -126,10 +126,10 @@ class Exchange(Closing):
         """Raises UsageError if `stage` is given what only another rank has: NaNs that
         did not come from the stage before. Its first calls are looked at: on an
         accelerator, the host waits there."""
-        if self._is_on_head.get() or not self._checks_left.get(stage):
+        if not self._checks_left.get(stage):
             return
         self._checks_left[stage] -= 1
-        if self._state().has_nan:
+        if self._is_on_head.get() or self._state().has_nan:
             return
         for value in given:
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import penstock
 from checkpoint import make_checkpoint
 from on_device import GPU
 from penstock import Policy
+from penstock.offload.ranks.tcp_post import TcpPost
 from shares import shared
 from sim_device import SimGpu
 
@@ -75,3 +78,53 @@ def test_ranks_give_one_ranks_results(
             if found != [expected, expected]:
                 different[name, places] = (found, expected)
     assert not different
+
+
+def tcp_pair() -> tuple[TcpPost, TcpPost]:
+    """The posts of two ranks, connected."""
+    one, other = socket.socketpair()
+    for each in (one, other):
+        each.settimeout(60.0)
+    return TcpPost(0, {1: one}), TcpPost(1, {0: other})
+
+
+MANY = 3
+JOBS = {"score": CASES["score"], "kv on the device": CASES["kv on the device"]}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_no_rank_waits_for_its_device(
+    simgpu: SimGpu, tmp_path: Path, name: str
+) -> None:
+    """While it computes, but once for the last results; after the first calls, which
+    are looked at."""
+    folder = make_checkpoint(
+        tmp_path / "tiny", "tiny", dtype="float32", shards_of="100KB"
+    )
+    case, few = JOBS[name], ROWS[JOBS[name].task]
+    rows = [{**row, "id": n} for n, row in enumerate(few * MANY)]
+    policies = [
+        Policy(
+            device=place,
+            ranks="pipeline",
+            **{**SMALL, "sequences_in_flight": 8, "tokens_in_flight": 128},
+            **case.values,
+        )
+        for place in PLACES[0]
+    ]
+
+    def work(rank: int, model: Any) -> tuple[list[dict[str, Any]], Counter[str]]:
+        task = getattr(penstock, case.task)
+        list(task(model, few, **case.options))
+        before = simgpu.syncs(this_thread=True)
+        found = list(task(model, rows, **case.options))
+        return found, simgpu.syncs(this_thread=True) - before
+
+    with Ranks(folder, 2, policies, posts=tcp_pair()) as ranks:
+        simgpu.schedule(1)
+        found = none_failed(ranks.run(work))
+    (one, _), (other, _) = found
+    assert one == other
+    for _, waits in found:
+        del waits["covered"]
+        assert waits <= Counter({"event": 1})
