@@ -160,7 +160,7 @@ class Decoder:
         if exchange is not None:
             choice = SharedChoice(exchange, logits_processor, flags)
             logits_processor = LogitsProcessorList([choice])
-            staying = partial(exchange.staying, with_head=True)
+            staying = partial(exchange.kept_back.staying, with_head=True)
         rows = list(range(len(input_ids)))
         found: dict[int, torch.Tensor] = {}
         while True:

@@ -1,8 +1,7 @@
 """Sends the outputs of this rank's stages, and waits for those of other ranks."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +18,7 @@ from ...scheduler.ranks.stages import EMBEDDING, PLAIN, Address, CallState, Rank
 from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.ranked_loop import RankedLoop
 from ..weights.placeholder import StreamedParameter
+from .kept_back import KeptBack
 from .outputs import diverged, fingerprint, returned, sendable
 
 _CHECKS = 4
@@ -48,7 +48,7 @@ class Exchange(Closing):
             for stage in range(len(stages.owners))
             if stages.is_own(stage) and stage != EMBEDDING
         }
-        self._stays: ContextVar[int | None] = ContextVar("stays", default=None)
+        self.kept_back = KeptBack(stages)
         self._is_on_head: ContextVar[bool] = ContextVar("is_on_head", default=False)
         self._bytes_sent = 0
         self._num_sent = 0
@@ -66,17 +66,6 @@ class Exchange(Closing):
         """The first rank's `value`, which JSON can hold, on all ranks: all make their
         calls of this in the same order."""
         return agreed(self._post, value)
-
-    @contextmanager
-    def staying(self, *, with_head: bool = False) -> Iterator[None]:
-        """Meanwhile the hidden states after the last block are not sent, and neither
-        are logits `with_head`: they are NaN on all ranks but the head's owner."""
-        last = len(self.stages.owners) - 1 if with_head else self.stages.last_block
-        token = self._stays.set(last)
-        try:
-            yield
-        finally:
-            self._stays.reset(token)
 
     @property
     def is_head_owner(self) -> bool:
@@ -147,7 +136,7 @@ class Exchange(Closing):
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, torch.Tensor) and stage <= self.stages.last_block:
             self._look(self._state(), stage, first)
-        takers = self._takers(stage)
+        takers = self.kept_back.takers(stage)
         if takers:
             self._send(self._state(), address, stage, output, takers)
 
@@ -166,7 +155,7 @@ class Exchange(Closing):
             state.fingerprint = fingerprint(given)
         address = state.enter(stage)
         source = self.stages.owners[stage]
-        if self._post.rank not in self._takers(stage):
+        if self._post.rank not in self.kept_back.takers(stage):
             nothing = torch.full(shape, torch.nan, dtype=dtype, device=given.device)
             kinds = self.stages.returned_by(stage) or ""
             return returned(nothing, kinds, stage, source)
@@ -203,12 +192,6 @@ class Exchange(Closing):
     def _state(self) -> CallState:
         loop = self._loop()
         return self._plain if loop is None else loop.state
-
-    def _takers(self, stage: int) -> tuple[int, ...]:
-        stays = self._stays.get()
-        if stays is not None and self.stages.last_block <= stage <= stays:
-            return ()
-        return self.stages.takers(stage)
 
     def _look(self, state: CallState, stage: int, output: torch.Tensor) -> None:
         """Notes for `check_inputs` of the next stage whether `output` has NaNs."""

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils.generic import ModelOutput
 
 from ...io.errors import UsageError
 from ...scheduler.ranks.stages import EMBEDDING, Address
 from .exchange import Exchange
 from .stage_modules import StageModules
 
+_OF_LOGITS = ("logits", "loss")
 _NOT_HERE = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -28,9 +30,10 @@ class StageHooks:
         self._exchange = exchange
         self._handles: list[Any] = []
         self._replaced: list[tuple[nn.Module, Any]] = []
-        self._handles.append(
-            model.register_forward_pre_hook(_check_outputs, with_kwargs=True)
-        )
+        self._handles += [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
         last = len(modules.blocks)
         for stage, module in enumerate(modules.all):
             if exchange.stages.is_own(stage):
@@ -50,6 +53,17 @@ class StageHooks:
             if vars(module).get("forward") is forward:
                 del module.forward
         self._replaced.clear()
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        _check_outputs(module, args, kwargs)
+        num, is_named = kwargs.get("logits_to_keep"), kwargs.get("return_dict", True)
+        is_few = isinstance(num, int) and num > 0 and is_named is not False
+        self._exchange.kept_back.begin_forward(only_logits=is_few)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        is_part = self._exchange.kept_back.end_forward()
+        if is_part and isinstance(output, ModelOutput):
+            _check_only_logits(output)
 
     def _hang(self, stage: int, module: nn.Module) -> None:
         exchange = self._exchange
@@ -122,6 +136,17 @@ def _check_outputs(module: Any, args: Any, kwargs: Any) -> None:
             raise UsageError(
                 f"{key} is not there on several ranks, each of which has a part of it: "
                 "run the model on one rank"
+            )
+
+
+def _check_only_logits(output: ModelOutput) -> None:
+    """Raises UsageError if `output` has other numbers than logits, which this rank has
+    not got."""
+    for key, value in output.items():
+        if key not in _OF_LOGITS and isinstance(value, torch.Tensor):
+            raise UsageError(
+                f"{key} is not there on several ranks when logits_to_keep is given: "
+                "leave that out, or run the model on one rank"
             )
 
 

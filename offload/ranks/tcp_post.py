@@ -1,17 +1,17 @@
 """Messages between ranks over TCP."""
 
+import queue
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from queue import Empty
 
 from ...io.closing import Closing
 from ...io.errors import readable
 from ...scheduler.ranks.messages import Kind, Message
-from ...scheduler.ranks.post import Mailbox, pageable
+from ...scheduler.ranks.post import Empty, Mailbox, pageable
 from .outbox import Outbox
 from .stuck_watch import StuckWatch
 from .wire import packed, unpacked
@@ -38,7 +38,7 @@ class TcpPost(Closing):
         self.rank = rank
         self.num_ranks = len(peers) + 1
         self.mail = Mailbox()
-        self.empty = pageable
+        self.empty: Empty = pageable
         self._peers = dict(peers)
         self._outbox = Outbox(peers, self._receive_own, self.mail.lose)
         self._closed: set[int] = set()
@@ -114,13 +114,13 @@ class TcpPost(Closing):
             one.close()
 
     def _send_all(self, peer: int) -> None:
-        queue, there = self._outbox.queues[peer], self._peers[peer]
+        messages, there = self._outbox.queues[peer], self._peers[peer]
         try:
             while True:
                 is_message = True
                 try:
-                    pieces = queue.get(timeout=ALIVE_SECONDS)
-                except Empty:
+                    pieces = messages.get(timeout=ALIVE_SECONDS)
+                except queue.Empty:
                     pieces, is_message = packed(self._alive()), False
                 if pieces is None:
                     return

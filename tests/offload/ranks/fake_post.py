@@ -12,7 +12,7 @@ from typing import Any
 from penstock.io.devices.host_copy import HostCopy
 from penstock.io.errors import PenstockError
 from penstock.scheduler.ranks.messages import Kind, Message
-from penstock.scheduler.ranks.post import Mailbox, pageable
+from penstock.scheduler.ranks.post import Empty, Mailbox, pageable
 
 
 class DeadlockError(PenstockError):
@@ -60,7 +60,7 @@ class FakePost:
         self.rank = rank
         self.num_ranks = office.num
         self.office = office
-        self.empty = pageable
+        self.empty: Empty = pageable
         self.mail = Mailbox()
         self.mail.changed = office.lock
         self.num_outputs = 0
