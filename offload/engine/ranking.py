@@ -72,7 +72,7 @@ def build_shared(
         post = join(where)
     try:
         check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
-        exchange = Exchange(post, share.stages, Crossing(device))
+        exchange = Exchange(post, share.stages, Crossing(device), share.modules.blocks)
         ranked = Ranked(share.modules, exchange, num_on_device)
         return build(
             model,

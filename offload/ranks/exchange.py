@@ -1,11 +1,12 @@
 """Sends the outputs of this rank's stages, and waits for those of other ranks."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...io.closing import Closing
 from ...io.devices.crossing import Crossing
@@ -35,8 +36,16 @@ class Exchange(Closing):
     `close` closes the post.
     """
 
-    def __init__(self, post: Post, stages: RankStages, crossing: Crossing) -> None:
+    def __init__(
+        self,
+        post: Post,
+        stages: RankStages,
+        crossing: Crossing,
+        blocks: Sequence[nn.Module],
+    ) -> None:
         self.stages = stages
+        self.blocks = blocks
+        """Those of all ranks."""
         self._post = post
         self._crossing = crossing
         post.empty = crossing.empty
@@ -133,7 +142,7 @@ class Exchange(Closing):
     def leaves(self, stage: int, address: Address, output: Any) -> None:
         """`stage` has returned `output`. Raises UsageError for one that cannot be
         sent."""
-        first = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, torch.Tensor) and stage <= self.stages.last_block:
             self._look(self._state(), stage, first)
         takers = self.kept_back.takers(stage)
@@ -160,7 +169,7 @@ class Exchange(Closing):
             kinds = self.stages.returned_by(stage) or ""
             return returned(nothing, kinds, stage, source)
         output = self._receive(state, address, source, stage)
-        first = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, (tuple, list)) else output
         if first.shape != shape:
             raise diverged(
                 f"rank {source} sent {tuple(first.shape)} numbers of stage {stage}, "

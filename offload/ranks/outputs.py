@@ -7,7 +7,7 @@ import torch
 
 from ...io.errors import RanksError, UsageError
 from ..weights.placeholder import StreamedParameter
-from .stage_modules import TENSOR, kinds_of
+from .stage_modules import LIST, TENSOR, kinds_of
 
 
 def fingerprint(ids: torch.Tensor) -> int:
@@ -34,8 +34,10 @@ def returned(tensor: torch.Tensor, kinds: str, stage: int, source: int) -> Any:
     """What a stage of the rank `source` returns here, with `tensor` in its place."""
     if not kinds:
         return tensor
-    others = (_not_sent(stage, source) if one == TENSOR else None for one in kinds[1:])
-    return (tensor, *others)
+    others = kinds.removeprefix(LIST)[1:]
+    values = [_not_sent(stage, source) if one == TENSOR else None for one in others]
+    found = [tensor, *values]
+    return found if kinds.startswith(LIST) else tuple(found)
 
 
 def _not_sent(stage: int, source: int) -> torch.Tensor:

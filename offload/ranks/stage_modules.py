@@ -15,6 +15,7 @@ from ..traces.cache_trace import results_of
 from ..units.describe import active_share
 
 TENSOR = "t"
+LIST = "["
 _WITH_STATES = ("rwkv", "xlstm")
 _LARGE = 0.05
 """A second stack of modules counts from this share of the largest one's parameters."""
@@ -82,9 +83,11 @@ def kinds_of(output: Any) -> str | None:
     could be its hidden states."""
     if isinstance(output, torch.Tensor):
         return ""
-    if not isinstance(output, tuple) or not output:
+    if not isinstance(output, (tuple, list)) or not output:
         return None
     kinds = "".join(TENSOR if _has_tensor(one) else "-" for one in output)
+    if isinstance(output, list):
+        kinds = LIST + kinds
     return kinds if isinstance(output[0], torch.Tensor) else None
 
 

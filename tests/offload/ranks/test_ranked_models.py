@@ -29,7 +29,6 @@ NO_SHARE = {
     "rwkv": "states of the block before",
     "rwkv_rescaled": "states of the block before",
     "xlstm": "states of the block before",
-    "openai_gpt": "returns a list",
 }
 """Models that ranks cannot share, and what they are told."""
 STATEFUL = (
