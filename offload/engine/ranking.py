@@ -74,7 +74,7 @@ def build_shared(
         check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
         exchange = Exchange(post, share.stages, Crossing(device), share.modules.blocks)
         ranked = Ranked(share.modules, exchange, num_on_device)
-        return build(
+        engine = build(
             model,
             checkpoint,
             share.recipes,
@@ -86,6 +86,11 @@ def build_shared(
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
+    for name in share.modules.whole:
+        engine.fallbacks.announce(
+            f"ranks: each of them streams and computes all {name}"
+        )
+    return engine
 
 
 def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:

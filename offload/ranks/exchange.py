@@ -22,7 +22,7 @@ from ..weights.placeholder import StreamedParameter
 from .kept_back import KeptBack
 from .outputs import diverged, fingerprint, returned, sendable
 
-_CHECKS = 4
+CHECKS = 4
 """The first calls of a stage are looked at: what the model's own code does between
 blocks is the same in all calls."""
 
@@ -53,7 +53,7 @@ class Exchange(Closing):
         self._plain = CallState(PLAIN, 0)
         self._num_runs = 0
         self._checks_left = {
-            stage: _CHECKS
+            stage: CHECKS
             for stage in range(len(stages.owners))
             if stages.is_own(stage) and stage != EMBEDDING
         }
@@ -109,6 +109,12 @@ class Exchange(Closing):
         return here
 
     # Called by StageHooks.
+
+    def note_inputs(self, given: Iterable[Any]) -> None:
+        """A forward is `given` other inputs than token ids."""
+        tensors = (value for value in given if isinstance(value, torch.Tensor))
+        if (first := next(tensors, None)) is not None:
+            self._state().fingerprint = fingerprint(first)
 
     def enters(self, stage: int, ids: torch.Tensor | None = None) -> Address | None:
         """`stage`, which is this rank's, is called. Returns its address; None if that
@@ -170,10 +176,10 @@ class Exchange(Closing):
             return returned(nothing, kinds, stage, source)
         output = self._receive(state, address, source, stage)
         first = output[0] if isinstance(output, (tuple, list)) else output
-        if first.shape != shape:
-            raise diverged(
-                f"rank {source} sent {tuple(first.shape)} numbers of stage {stage}, "
-                f"and here are {tuple(shape)}"
+        if first.shape != shape:  # inputs are the same, or it would not be received
+            raise UsageError(
+                f"ranks cannot share this model: block {stage - 1} makes "
+                f"{tuple(first.shape)} numbers of {tuple(shape)}; run it on one rank"
             )
         return output
 

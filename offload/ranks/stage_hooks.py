@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...io.errors import UsageError
 from ...scheduler.ranks.stages import EMBEDDING, Address
-from .exchange import Exchange
+from .exchange import CHECKS, Exchange
 from .stage_modules import StageModules
 
 _OF_LOGITS = ("logits", "loss")
@@ -28,6 +28,8 @@ class StageHooks:
         self, model: nn.Module, modules: StageModules, exchange: Exchange
     ) -> None:
         self._exchange = exchange
+        self._reads_ids = modules.reads_ids
+        self._checks_left = CHECKS
         self._handles: list[Any] = []
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._handles += [
@@ -39,7 +41,8 @@ class StageHooks:
             if exchange.stages.is_own(stage):
                 self._hang(stage, module)
             elif stage == EMBEDDING:
-                self._replace(module, self._embedding(module))
+                if modules.reads_ids:  # else all ranks make its inputs
+                    self._replace(module, self._embedding(module))
             elif stage <= last:
                 self._replace(module, self._block(stage, module))
             else:
@@ -58,11 +61,14 @@ class StageHooks:
         _check_outputs(module, args, kwargs)
         num, is_named = kwargs.get("logits_to_keep"), kwargs.get("return_dict", True)
         is_few = isinstance(num, int) and num > 0 and is_named is not False
+        if not self._reads_ids:
+            self._exchange.note_inputs((*args, *kwargs.values()))
         self._exchange.kept_back.begin_forward(only_logits=is_few)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         is_part = self._exchange.kept_back.end_forward()
-        if is_part and isinstance(output, ModelOutput):
+        if is_part and self._checks_left and isinstance(output, ModelOutput):
+            self._checks_left -= 1
             _check_only_logits(output)
 
     def _hang(self, stage: int, module: nn.Module) -> None:
@@ -104,13 +110,14 @@ class StageHooks:
         return forward
 
     def _block(self, stage: int, module: nn.Module) -> Callable[..., Any]:
-        layer = _layer_of(module, stage - 1)
+        layers = _layers_of(module, stage - 1)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Cache):
-                    _lengthen(value, layer, hidden)
+                    for layer in layers:
+                        _lengthen(value, layer, hidden)
             return self._exchange.call_elsewhere(
                 stage, hidden.shape, hidden.dtype, hidden
             )
@@ -140,20 +147,25 @@ def _check_outputs(module: Any, args: Any, kwargs: Any) -> None:
 
 
 def _check_only_logits(output: ModelOutput) -> None:
-    """Raises UsageError if `output` has other numbers than logits, which this rank has
-    not got."""
+    """Raises UsageError if `output` has other numbers than logits, of which this rank
+    has NaNs."""
     for key, value in output.items():
-        if key not in _OF_LOGITS and isinstance(value, torch.Tensor):
+        if key in _OF_LOGITS or not isinstance(value, torch.Tensor):
+            continue
+        if value.is_floating_point() and value.isnan().any():
             raise UsageError(
                 f"{key} is not there on several ranks when logits_to_keep is given: "
                 "leave that out, or run the model on one rank"
             )
 
 
-def _layer_of(module: nn.Module, block: int) -> int:
-    """The layer of a cache that `module`, a block, fills."""
-    found = (getattr(part, "layer_idx", None) for part in module.modules())
-    return next((layer for layer in found if layer is not None), block)
+def _layers_of(module: nn.Module, block: int) -> list[int]:
+    """The layers of a cache that `module`, a block, fills: those of its parts."""
+    parts = {getattr(part, "layer_idx", None) for part in module.modules()}
+    if len(parts - {None}) > 1:  # a block with several counts itself, too
+        own = [part for part in module.modules() if part is not module]
+        parts = {getattr(part, "layer_idx", None) for part in own}
+    return sorted(layer for layer in parts if layer is not None) or [block]
 
 
 def _lengthen(cache: Cache, layer: int, hidden: torch.Tensor) -> None:

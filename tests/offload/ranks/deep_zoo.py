@@ -25,7 +25,8 @@ def deepened(name: str, num_blocks: int) -> str:
 
     def config() -> Any:
         shallow = case.config()
-        values = shallow.to_dict()
+        values = whole = shallow.to_dict()
+        values = values.get("text_config", values)
         for key in _BY_LAYER:
             if kinds := values.pop(key, None):
                 values[key] = [kinds[n % len(kinds)] for n in range(num_blocks)]
@@ -35,7 +36,7 @@ def deepened(name: str, num_blocks: int) -> str:
         numbers = {key: values[key] for key in _NUMBERS if key in values}
         for key, num in numbers.items():  # LongCat counts two for each
             values[key] = num_blocks * (num // min(numbers.values()))
-        return type(shallow)(**values)
+        return type(shallow)(**whole)
 
     deep = f"{name}_of_{num_blocks}"
     zoo.ARCHITECTURES[deep] = replace(case, name=deep, config=config)
