@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from rank_threads import Ranks, none_failed
+from ranked_kinds import KINDS
 from test_on_tasks import CASES, ROWS, SMALL, Case
+from test_ranked_tasks import rows
 
 import penstock
 from checkpoint import make_checkpoint
+from common.id_tokenizer import Numbers
 from on_device import GPU
 from penstock import Policy
 from penstock.offload.ranks.tcp_post import TcpPost
@@ -80,6 +83,47 @@ def test_ranks_give_one_ranks_results(
     assert not different
 
 
+STORED = [
+    ("fp8", {"experts": 16, "host_memory": "1GiB"}),
+    ("mxfp4", {}),
+    ("int4", {"host_memory": "1GiB"}),
+    ("lossless", {"kv": {"tier": "host"}}),
+    ("qwen3_moe", {"experts": 16, "host_memory": "1GiB"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "values"), shared(STORED, lambda _, case: case[0] == "fp8")
+)
+def test_what_is_stored_in_fewer_bytes_is_decoded_on_each(
+    simgpu: SimGpu, tmp_path: Path, kind: str, values: dict[str, Any]
+) -> None:
+    """And experts in host memory are computed there, on both ranks."""
+    pytest.importorskip("accelerate", reason="transformers reads FP8 only with it")
+    if kind == "int4":
+        pytest.importorskip("compressed_tensors")
+    folder, tokenizer = KINDS[kind](tmp_path), Numbers()
+    small = {**SMALL, "device_memory": "600KiB", **values}
+
+    def work(rank: int, model: Any) -> list[Any]:
+        scored = penstock.score(model, rows("text"), tokenizer=tokenizer)
+        made = penstock.generate(
+            model, rows("prompt"), max_new_tokens=3, tokenizer=tokenizer
+        )
+        return [*scored, *made]
+
+    alone = {key: value for key, value in small.items() if key != "experts"}
+    with penstock.load(folder, Policy(device="cpu", **alone)) as model:
+        wanted = work(0, model)
+    assert not any("error" in row for row in wanted)
+    for places in PLACES:
+        simgpu.schedule(1)
+        policies = [Policy(device=p, ranks="pipeline", **small) for p in places]
+        with Ranks(folder, 2, policies) as ranks:
+            assert none_failed(ranks.run(work)) == [wanted, wanted]
+
+
 def tcp_pair() -> tuple[TcpPost, TcpPost]:
     """The posts of two ranks, connected."""
     one, other = socket.socketpair()
@@ -102,7 +146,7 @@ def test_no_rank_waits_for_its_device(
         tmp_path / "tiny", "tiny", dtype="float32", shards_of="100KB"
     )
     case, few = JOBS[name], ROWS[JOBS[name].task]
-    rows = [{**row, "id": n} for n, row in enumerate(few * MANY)]
+    many = [{**row, "id": n} for n, row in enumerate(few * MANY)]
     policies = [
         Policy(
             device=place,
@@ -117,7 +161,7 @@ def test_no_rank_waits_for_its_device(
         task = getattr(penstock, case.task)
         list(task(model, few, **case.options))
         before = simgpu.syncs(this_thread=True)
-        found = list(task(model, rows, **case.options))
+        found = list(task(model, many, **case.options))
         return found, simgpu.syncs(this_thread=True) - before
 
     with Ranks(folder, 2, policies, posts=tcp_pair()) as ranks:
