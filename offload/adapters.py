@@ -4,11 +4,12 @@ An adapter is small: it is loaded whole and stays on the device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..io.checkpoint.header import read_header
 from ..io.errors import CheckpointError, UsageError
@@ -22,17 +23,25 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def adapt(
-    model: Any, policy: Policy, path: Path, announce: Callable[[str], None]
+    model: Any,
+    policy: Policy,
+    path: Path,
+    announce: Callable[[str], None],
+    blocks: Sequence[nn.Module] | None,
 ) -> None:
     """Puts the policy's adapter into the modules of `model`, whose checkpoint is in
-    `path`; without one, announces what lies there."""
+    `path`; without one, announces what lies there. Of a model that ranks share, it may
+    change modules of `blocks` only: each rank computes its own."""
     if policy.adapter is not None:
         if policy.compile:
             raise UsageError(
                 "an adapter changes modules that are compiled: take compile: false"
             )
+        before = set(map(id, model.parameters()))
         for unused in apply_adapter(model, policy.adapter):
             announce(unused)
+        if blocks is not None:
+            _check_inside(model, before, blocks)
     elif (note := adapter_beside(path)) is not None:
         announce(note)
 
@@ -78,6 +87,20 @@ def apply_adapter(model: Any, folder: Path) -> list[str]:
     model.train(False)
     used = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     return _unused(folder, set(used))
+
+
+def _check_inside(
+    model: nn.Module, before: set[int], blocks: Sequence[nn.Module]
+) -> None:
+    """Raises UsageError for a parameter that was not there `before`, outside of
+    `blocks`."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in before and id(parameter) not in inside:
+            raise UsageError(
+                f"the adapter changes the model outside of its blocks ({name}), which "
+                "ranks do not share: run it on one rank"
+            )
 
 
 def _unused(folder: Path, used: set[str]) -> list[str]:

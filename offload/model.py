@@ -99,7 +99,9 @@ def load_for(
         )
     model = _attach(skeleton.model, engine)
     try:
-        adapt(model, policy, path, engine.fallbacks.announce)
+        exchange = engine.exchange
+        blocks = None if exchange is None else exchange.blocks
+        adapt(model, policy, path, engine.fallbacks.announce, blocks)
         for note in skeleton.notes:
             engine.fallbacks.announce(note)
     except BaseException:

@@ -114,12 +114,14 @@ class AcceleratorMemory:
 class AcceleratorDevice:
     """The accelerator called `name`, such as "cuda" or "cuda:1"; see `Device`.
 
-    Raises PolicyError if there is no such accelerator.
+    Its free memory is divided among `num_sharing` processes. Raises PolicyError if
+    there is no such accelerator.
     """
 
     is_host = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, num_sharing: int = 1) -> None:
+        self._num_sharing = num_sharing
         self._device = _device_of(name)
         self.name = str(self._device)
         self._module = module_of(self.name)
@@ -160,7 +162,8 @@ class AcceleratorDevice:
     def free_bytes(self) -> int | None:
         free, _ = memory_of(self.name)
         reserved = torch.accelerator.memory_reserved(self._device)
-        return int(free + reserved - torch.accelerator.memory_allocated(self._device))
+        unused = reserved - torch.accelerator.memory_allocated(self._device)
+        return int(free // self._num_sharing + unused)
 
     def resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         with torch.accelerator.device_index(self._device.index):  # its current stream

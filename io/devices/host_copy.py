@@ -14,7 +14,8 @@ class HostCopy:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self._event: torch.Event | None = None
-        if tensor.device.type == "cpu":
+        self.is_copy = tensor.device.type != "cpu"
+        if not self.is_copy:
             return
         # Pinned: a copy to other memory would make the host wait.
         self._tensor = torch.empty(

@@ -4,6 +4,7 @@ from .accelerator import AcceleratorDevice
 from .device import CpuDevice, Device
 
 
-def open_device(name: str) -> Device:
-    """Returns the device called `name`. Raises PolicyError if there is none."""
-    return CpuDevice() if name == "cpu" else AcceleratorDevice(name)
+def open_device(name: str, num_sharing: int = 1) -> Device:
+    """Returns the device called `name`, which `num_sharing` processes use. Raises
+    PolicyError if there is none."""
+    return CpuDevice() if name == "cpu" else AcceleratorDevice(name, num_sharing)

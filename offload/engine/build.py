@@ -68,7 +68,7 @@ def build(
     Raises DoesNotFitError, which says how much is enough, if `room` or device_memory is
     too small. Nothing is left open when it raises.
     """
-    device = open_device(policy.device)
+    device = open_device(policy.device, ranked.num_on_device if ranked else 1)
     on_gpu = device.free_bytes()
     arranged = arrange(
         model,

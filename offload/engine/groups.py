@@ -61,6 +61,8 @@ class Ranked:
 
     modules: StageModules
     exchange: Exchange
+    num_on_device: int = 1
+    """The ranks of this machine that compute on the same device."""
 
 
 @dataclass(frozen=True, slots=True)

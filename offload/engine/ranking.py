@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
+from ...io.devices.accelerators import accelerators
+from ...io.devices.crossing import Crossing
+from ...io.devices.opening import open_device
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
 from ...scheduler.ranks.post import Post
@@ -16,6 +19,7 @@ from ..configs.opening import open_model
 from ..policy import Policy, cache_folder
 from ..ranks.exchange import Exchange
 from ..ranks.joining import RankEnvironment, join
+from ..ranks.rank_device import device_of, num_sharing
 from ..ranks.sameness import check_same, marks_of
 from ..ranks.share import share_of
 from ..settings.memory_budget import MemoryRoom, Use
@@ -47,12 +51,20 @@ def build_shared(
     rank = where.rank if where is not None else post.rank if post else 0
     if policy.ranks is None:
         raise UsageError("only a policy with ranks: pipeline shares a model")
+    num_on_device = 1
+    if where is not None:  # a job has divided its policy
+        there = accelerators() if policy.device != "cpu" else ()
+        num_on_device = num_sharing(policy.device, where.num_local, there)
+        name = device_of(policy.device, where.local_rank, there)
+        policy = policy.model_copy(update={"device": name})
+    device = open_device(policy.device)
     share = share_of(
         model,
         recipes,
         gather_rows=policy.gather_rows,
         rank=rank,
         num_ranks=num_ranks,
+        device=device.name,
     )
     if post is None:
         assert where is not None, "one of the two says who the others are"
@@ -60,9 +72,9 @@ def build_shared(
         post = join(where)
     try:
         check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
-        exchange = Exchange(post, share.stages)
-        ranked = Ranked(share.modules, exchange)
-        return build(
+        exchange = Exchange(post, share.stages, Crossing(device), share.modules.blocks)
+        ranked = Ranked(share.modules, exchange, num_on_device)
+        engine = build(
             model,
             checkpoint,
             share.recipes,
@@ -74,6 +86,11 @@ def build_shared(
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
+    for name in share.modules.whole:
+        engine.fallbacks.announce(
+            f"ranks: each of them streams and computes all {name}"
+        )
+    return engine
 
 
 def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:

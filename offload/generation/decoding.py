@@ -3,20 +3,23 @@ ended are dropped."""
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList
 
 from ...io.devices.known import rows_of
 from ...io.devices.queued_copy import queued_to
 from ..model import engine_of
-from ..ranks.exchange import Exchange
 from ..traces.model_kind import is_plain
 from .logits import FiniteCheck, PromptFlags, unpadded
 from .row_ends import RowEnds, RowsEnded, Steps, Watched
+from .shared_choice import SharedChoice
 from .shrinking import may_shrink, shrunk
 
 Watch = Callable[[Callable[[], None] | None], None]
@@ -31,17 +34,14 @@ class RowSampler:
     impossible, and the greedy choice that follows takes the drawn one.
 
     Random numbers are made on the CPU, and are the same for all devices. `impossible`
-    notes the rows from whose probabilities nothing can be drawn. With an `exchange`,
-    one rank draws for all: the last bits of probabilities depend on the CPU.
+    notes the rows from whose probabilities nothing can be drawn.
     """
 
     def __init__(
         self,
         seeds: Sequence[int],
         impossible: PromptFlags | None = None,
-        exchange: Exchange | None = None,
     ) -> None:
-        self._exchange = exchange
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.impossible = impossible or PromptFlags(len(seeds))
 
@@ -54,10 +54,7 @@ class RowSampler:
         """`scores` are [rows, vocabulary], processed by all other processors. Returns
         the same shape and dtype: 0 for the drawn tokens, minus infinity for all
         others."""
-        if self._exchange is None:
-            chosen = self._draw(scores)
-        else:
-            chosen = self._exchange.on_head(lambda: self._draw(scores))
+        chosen = self._draw(scores)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def _draw(self, scores: torch.Tensor) -> torch.Tensor:
@@ -146,7 +143,7 @@ class Decoder:
         if keeps_plain and config.prefill_chunk_size is None:
             config.prefill_chunk_size = self.chunk_tokens
         seeds, exchange = self._seeds(len(input_ids)), engine_of(model).exchange
-        sampler = RowSampler(seeds, self.impossible, exchange)
+        sampler = RowSampler(seeds, self.impossible)
         each = len(input_ids) // len(self.draws)
         starts = [start for start in self.starts for _ in range(each)]
         keepers: list[Any] = [sampler]
@@ -159,6 +156,11 @@ class Decoder:
         if config.do_sample:
             logits_processor.append(sampler)
             config.do_sample = False
+        staying: Callable[[], AbstractContextManager[None]] = nullcontext
+        if exchange is not None:
+            choice = SharedChoice(exchange, logits_processor, flags)
+            logits_processor = LogitsProcessorList([choice])
+            staying = partial(exchange.kept_back.staying, with_head=True)
         rows = list(range(len(input_ids)))
         found: dict[int, torch.Tensor] = {}
         while True:
@@ -170,16 +172,18 @@ class Decoder:
                 shrinks=shrinks,
                 flags=flags,
                 steps=self.steps,
+                exchange=exchange,
             )
             self.watch(watched.arrive)
             try:
-                ids = model._sample(
-                    input_ids,
-                    logits_processor=logits_processor,
-                    stopping_criteria=watched,
-                    generation_config=config,
-                    **kwargs,
-                )
+                with staying():
+                    ids = model._sample(
+                        input_ids,
+                        logits_processor=logits_processor,
+                        stopping_criteria=watched,
+                        generation_config=config,
+                        **kwargs,
+                    )
             except RowsEnded:
                 assert watched.ids is not None, "it has run a step"
                 ids = watched.ids

@@ -8,6 +8,7 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from ...io.devices.host_copy import HostCopy
+from ..ranks.exchange import Exchange
 from .decoding_options import DecodingOptions
 from .logits import PromptFlags
 from .stopping import Ended
@@ -71,7 +72,9 @@ class Watched(StoppingCriteriaList):
 
     On an accelerator, nobody waits for a step when it has just been queued: `arrive`
     looks at it when the micro-batch comes to a site of the next step. By then, those of
-    the other micro-batches are queued behind it.
+    the other micro-batches are queued behind it. With an `exchange`, the micro-batch
+    waits for what the head's owner says has ended, so that all ranks stop at the same
+    step.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class Watched(StoppingCriteriaList):
         shrinks: bool,
         flags: Sequence[PromptFlags],
         steps: Steps,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__(criteria)
+        self._exchange = exchange
         self._flags = flags
         self._ends = ends
         self._tick = tick
@@ -118,14 +123,22 @@ class Watched(StoppingCriteriaList):
             if flags.current is not None:
                 done |= flags.current  # their results are thrown away
         self._tick(sum(row not in ends.lengths for row in rows))
-        stops = is_last or self._stops()
-        ends.coming = HostCopy(torch.stack([done, by_itself], dim=1))
+        stops, is_host = is_last or self._stops(), done.device.type == "cpu"
+        ends.coming = self._coming(torch.stack([done, by_itself], dim=1))
         ends.rows = rows
         self._is_alone = self._steps.add(ends)
-        if done.device.type != "cpu":
+        if is_host or self._exchange is not None:
+            ends.note()
+            stops = self._stops()
+        if not is_host:
             return Ended.of(done, stops=stops)
-        ends.note()
-        return torch.ones_like(done) if self._stops() else done
+        return torch.ones_like(done) if stops else done
+
+    def _coming(self, found: torch.Tensor) -> HostCopy:
+        exchange = self._exchange
+        if exchange is None or found.device.type == "cpu":
+            return HostCopy(found)
+        return HostCopy(exchange.on_head(lambda: found, on_host=True))
 
     def arrive(self) -> None:
         """The micro-batch may run a site, after others have run theirs. Raises

@@ -74,7 +74,7 @@ class OtherRanks(Closing):
             self.num,
             self.num_threads,
         )
-        own = _own(policy, model, self.num_local)
+        own = _own(policy, model, self.num_local, 0)
         return Loaded(model, own, task.use, self._post)
 
     def close(self) -> None:
@@ -97,7 +97,9 @@ class OtherRanks(Closing):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they inherit it
         try:
             for rank in range(1, self.num):
-                where = RankEnvironment(rank, self.num, LOCAL, store.port, self.num)
+                where = RankEnvironment(
+                    rank, self.num, LOCAL, store.port, self.num, rank
+                )
                 args = (where, task, model, self.num_threads)
                 name = f"penstock-rank-{rank}"
                 process = _SPAWN.Process(target=_run_rank, args=args, name=name)
@@ -130,14 +132,14 @@ def lead(engine: Engine, parts: Iterator[NumberedRows]) -> Iterator[NumberedRows
         exchange.agree(None)
 
 
-def follow(post: Post, task: Task, model: Path, num_local: int) -> None:
+def follow(post: Post, task: Task, model: Path, where: RankEnvironment) -> None:
     """Computes what the first rank tells, until it says that all is done."""
     try:
         told = agreed(post, None)
     except RanksError:
         return  # there was nothing to do, or the first rank says why
     check_same(post, task.identity(), f"penstock {task.name}")
-    policy = _own(Policy.of(told), model, num_local)
+    policy = _own(Policy.of(told), model, where.num_local, where.local_rank)
     with Loaded(model, policy, task.use, post) as loaded:
         exchange = loaded.engine.exchange
         assert exchange is not None, "several ranks share it"
@@ -157,7 +159,7 @@ def joined_ranks(task: Task, model: Path) -> OtherRanks | None:
     if where.rank == 0:
         return OtherRanks(post=post, num_local=where.num_local)
     torch.set_num_threads(threads_of(torch.get_num_threads(), where.num_local))
-    _followed_to_the_end(post, task, model, where.num_local)
+    _followed_to_the_end(post, task, model, where)
     return None
 
 
@@ -189,9 +191,11 @@ def _followed(exchange: Exchange) -> Iterator[NumberedRows]:
         yield [(number, row) for number, row in part]
 
 
-def _followed_to_the_end(post: Post, task: Task, model: Path, num_local: int) -> None:
+def _followed_to_the_end(
+    post: Post, task: Task, model: Path, where: RankEnvironment
+) -> None:
     try:
-        follow(post, task, model, num_local)
+        follow(post, task, model, where)
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
@@ -209,7 +213,7 @@ def _run_rank(
     with hidden():
         try:
             post = join(where, check=_check_parent)
-            _followed_to_the_end(post, task, model, where.num_local)
+            _followed_to_the_end(post, task, model, where)
         except Exception:
             raise SystemExit(RanksError.exit_code) from None
 
@@ -220,11 +224,11 @@ def _check_parent() -> None:
         raise RanksError("the first rank was killed while this one began")
 
 
-def _own(policy: Policy, model: Path, num_local: int) -> Policy:
+def _own(policy: Policy, model: Path, num_local: int, local_rank: int) -> Policy:
     """The policy of one of `num_local` ranks that share this machine."""
     if num_local == 1:
         return policy
-    return divided(policy, num_local, room_of(model, policy)).policies[0]
+    return divided(policy, num_local, room_of(model, policy)).policies[local_rank]
 
 
 def _as_json(policy: Policy) -> Mapping[str, Any]:

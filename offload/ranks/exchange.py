@@ -1,25 +1,30 @@
 """Sends the outputs of this rank's stages, and waits for those of other ranks."""
 
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...io.closing import Closing
+from ...io.devices.crossing import Crossing
 from ...io.errors import PenstockError, RanksError, UsageError, readable
 from ...scheduler.ranks.lockstep import Lockstep, agreed
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Post
 from ...scheduler.ranks.rank_statistics import RankStatistics
-from ...scheduler.ranks.stages import PLAIN, Address, CallState, RankStages
+from ...scheduler.ranks.stages import EMBEDDING, PLAIN, Address, CallState, RankStages
 from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.ranked_loop import RankedLoop
 from ..weights.placeholder import StreamedParameter
-from .stage_modules import TENSOR, kinds_of
+from .kept_back import KeptBack
+from .outputs import diverged, fingerprint, returned, sendable
+
+CHECKS = 4
+"""The first calls of a stage are looked at: what the model's own code does between
+blocks is the same in all calls."""
 
 
 class Exchange(Closing):
@@ -27,16 +32,32 @@ class Exchange(Closing):
 
     Every rank runs the caller's function and the model's own Python code. A stage that
     another rank computes gives the output that this rank sends; where nobody here needs
-    that, it gives NaNs of its shape. `close` closes the post.
+    that, it gives NaNs of its shape. `crossing` copies what is sent, and what comes.
+    `close` closes the post.
     """
 
-    def __init__(self, post: Post, stages: RankStages) -> None:
+    def __init__(
+        self,
+        post: Post,
+        stages: RankStages,
+        crossing: Crossing,
+        blocks: Sequence[nn.Module],
+    ) -> None:
         self.stages = stages
+        self.blocks = blocks
+        """Those of all ranks."""
         self._post = post
+        self._crossing = crossing
+        post.empty = crossing.empty
         self._entry: ForwardEntry | None = None
         self._plain = CallState(PLAIN, 0)
         self._num_runs = 0
-        self._stays: ContextVar[bool] = ContextVar("stays", default=False)
+        self._checks_left = {
+            stage: CHECKS
+            for stage in range(len(stages.owners))
+            if stages.is_own(stage) and stage != EMBEDDING
+        }
+        self.kept_back = KeptBack(stages)
         self._is_on_head: ContextVar[bool] = ContextVar("is_on_head", default=False)
         self._bytes_sent = 0
         self._num_sent = 0
@@ -55,22 +76,19 @@ class Exchange(Closing):
         calls of this in the same order."""
         return agreed(self._post, value)
 
-    @contextmanager
-    def staying(self) -> Iterator[None]:
-        """Meanwhile the hidden states after the last block are not sent: they are NaN
-        on all ranks but the head's owner."""
-        token = self._stays.set(True)
-        try:
-            yield
-        finally:
-            self._stays.reset(token)
+    @property
+    def is_head_owner(self) -> bool:
+        return self.stages.head_owner == self._post.rank
 
-    def on_head(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Returns `compute()` on all ranks; only the head's owner calls it."""
+    def on_head(
+        self, compute: Callable[[], torch.Tensor], *, on_host: bool = False
+    ) -> torch.Tensor:
+        """Returns `compute()` on all ranks; only the head's owner calls it. With
+        `on_host` it is in host memory: the micro-batch waits for it, not the host."""
         state, source = self._state(), self.stages.head_owner
-        address = state.count()
+        address, stage = state.count(), self.stages.last_block
         if source != self._post.rank:
-            output = self._receive(state, address, source, self.stages.last_block)
+            output = self._receive(state, address, source, stage, on_host)
             assert isinstance(output, torch.Tensor), "it was sent as one"
             return output
         token = self._is_on_head.set(True)
@@ -81,10 +99,22 @@ class Exchange(Closing):
             raise
         finally:
             self._is_on_head.reset(token)
-        self._send(state, address, self.stages.last_block, found, self._others)
-        return found
+        is_late = on_host and self._crossing.is_copied
+        takers = (*self._others, source) if is_late else self._others
+        self._send(state, address, stage, found, takers)
+        if not is_late:
+            return found
+        here = self._receive(state, address, source, stage, on_host)
+        assert isinstance(here, torch.Tensor), "it was sent as one"
+        return here
 
     # Called by StageHooks.
+
+    def note_inputs(self, given: Iterable[Any]) -> None:
+        """A forward is `given` other inputs than token ids."""
+        tensors = (value for value in given if isinstance(value, torch.Tensor))
+        if (first := next(tensors, None)) is not None:
+            self._state().fingerprint = fingerprint(first)
 
     def enters(self, stage: int, ids: torch.Tensor | None = None) -> Address | None:
         """`stage`, which is this rank's, is called. Returns its address; None if that
@@ -98,7 +128,11 @@ class Exchange(Closing):
 
     def check_inputs(self, stage: int, given: Iterable[Any]) -> None:
         """Raises UsageError if `stage` is given what only another rank has: NaNs that
-        did not come from the stage before."""
+        did not come from the stage before. Its first calls are looked at: on an
+        accelerator, the host waits there."""
+        if not self._checks_left.get(stage):
+            return
+        self._checks_left[stage] -= 1
         if self._is_on_head.get() or self._state().has_nan:
             return
         for value in given:
@@ -114,12 +148,10 @@ class Exchange(Closing):
     def leaves(self, stage: int, address: Address, output: Any) -> None:
         """`stage` has returned `output`. Raises UsageError for one that cannot be
         sent."""
-        first = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(first, torch.Tensor) and stage <= self.stages.last_block:
-            self._state().has_nan = bool(first.isnan().any())
-        takers = self.stages.takers(stage)
-        if stage == self.stages.last_block and self._stays.get():
-            takers = ()
+            self._look(self._state(), stage, first)
+        takers = self.kept_back.takers(stage)
         if takers:
             self._send(self._state(), address, stage, output, takers)
 
@@ -138,19 +170,16 @@ class Exchange(Closing):
             state.fingerprint = fingerprint(given)
         address = state.enter(stage)
         source = self.stages.owners[stage]
-        is_taker = self._post.rank in self.stages.takers(stage)
-        if stage == self.stages.last_block and self._stays.get():
-            is_taker = False
-        if not is_taker:
+        if self._post.rank not in self.kept_back.takers(stage):
             nothing = torch.full(shape, torch.nan, dtype=dtype, device=given.device)
             kinds = self.stages.returned_by(stage) or ""
-            return _returned(nothing, kinds, stage, source)
+            return returned(nothing, kinds, stage, source)
         output = self._receive(state, address, source, stage)
-        first = output[0] if isinstance(output, tuple) else output
-        if first.shape != shape:
-            raise _diverged(
-                f"rank {source} sent {tuple(first.shape)} numbers of stage {stage}, "
-                f"and here are {tuple(shape)}"
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        if first.shape != shape:  # inputs are the same, or it would not be received
+            raise UsageError(
+                f"ranks cannot share this model: block {stage - 1} makes "
+                f"{tuple(first.shape)} numbers of {tuple(shape)}; run it on one rank"
             )
         return output
 
@@ -179,8 +208,18 @@ class Exchange(Closing):
         loop = self._loop()
         return self._plain if loop is None else loop.state
 
+    def _look(self, state: CallState, stage: int, output: torch.Tensor) -> None:
+        """Notes for `check_inputs` of the next stage whether `output` has NaNs."""
+        is_checked = bool(self._checks_left.get(stage + 1))
+        state.has_nan = is_checked and bool(output.isnan().any())
+
     def _receive(
-        self, state: CallState, address: Address, source: int, stage: int
+        self,
+        state: CallState,
+        address: Address,
+        source: int,
+        stage: int,
+        on_host: bool = False,
     ) -> Any:
         mail = self._post.mail
         self._post.collect()
@@ -198,15 +237,18 @@ class Exchange(Closing):
             state.begin_again()
             raise
         if message.stage != stage or message.fingerprint != state.fingerprint:
-            raise _diverged(
+            raise diverged(
                 f"rank {source} sent stage {message.stage} of a forward of other token "
                 f"ids than stage {stage} here"
                 if message.stage == stage
                 else f"rank {source} is at stage {message.stage}, and this one at "
                 f"stage {stage}"
             )
-        state.has_nan = bool(message.tensor.isnan().any())
-        return _returned(message.tensor, message.text, stage, source)
+        found = message.tensor
+        self._look(state, stage, found)
+        if not on_host:
+            found = self._crossing.to_device(found)
+        return returned(found, message.text, stage, source)
 
     def _wait_plainly(self, address: Address, source: int) -> None:
         """Waits outside of a sweep."""
@@ -223,14 +265,14 @@ class Exchange(Closing):
         output: Any,
         takers: tuple[int, ...],
     ) -> None:
-        first, kinds = _sendable(output, stage)
-        message = Message(
-            Kind.OUTPUT, address, stage, state.fingerprint, kinds, first.detach()
-        )
+        first, kinds = sendable(output, stage)
+        copy = self._crossing.to_host(first.detach())
+        message = Message(Kind.OUTPUT, address, stage, state.fingerprint, kinds, copy)
         for rank in takers:
             self._post.send(rank, message)
-        self._num_sent += len(takers)
-        self._bytes_sent += len(takers) * first.nbytes
+        num = sum(rank != self._post.rank for rank in takers)
+        self._num_sent += num
+        self._bytes_sent += num * first.nbytes
 
     def _fail(self, state: CallState, address: Address, error: Exception) -> None:
         if isinstance(error, RanksError) or address.attempt < state.attempt:
@@ -241,52 +283,3 @@ class Exchange(Closing):
         for rank in self._others:
             self._post.send(rank, message)
         state.begin_again()
-
-
-def fingerprint(ids: torch.Tensor) -> int:
-    """A checksum of the shape of `ids` and, on the CPU, of their values."""
-    found = zlib.crc32(repr(tuple(ids.shape)).encode())
-    if ids.device.type == "cpu":
-        values = ids.detach().to(torch.int64).contiguous()
-        found = zlib.crc32(values.numpy().tobytes(), found)
-    return found
-
-
-def _sendable(output: Any, stage: int) -> tuple[torch.Tensor, str]:
-    """The tensor of a stage's `output`, and what was returned, for `Message.text`."""
-    kinds = kinds_of(output)
-    if kinds is not None:
-        return (output[0] if kinds else output), kinds
-    raise UsageError(
-        f"ranks cannot share this model: block {stage - 1} returns a "
-        f"{type(output).__name__}, and no hidden states; run it on one rank"
-    )
-
-
-def _returned(tensor: torch.Tensor, kinds: str, stage: int, source: int) -> Any:
-    """What a stage of the rank `source` returns here, with `tensor` in its place."""
-    if not kinds:
-        return tensor
-    others = (_not_sent(stage, source) if one == TENSOR else None for one in kinds[1:])
-    return (tensor, *others)
-
-
-def _not_sent(stage: int, source: int) -> torch.Tensor:
-    """What stands for a value that a block returned beside its hidden states."""
-
-    def touch() -> torch.Tensor:
-        raise UsageError(
-            f"ranks cannot share this model: another value than the hidden states of "
-            f"block {stage - 1} is used elsewhere, and only rank {source} has it; run "
-            "it on one rank"
-        )
-
-    name = f"a value of block {stage - 1}"
-    return StreamedParameter(name, (1,), torch.float32, torch.device("cpu"), touch)
-
-
-def _diverged(what: str) -> RanksError:
-    return RanksError(
-        f"ranks run different things: {what}; give all ranks the same function and the "
-        "same batches"
-    )

@@ -39,6 +39,8 @@ class RankEnvironment:
     port: int
     num_local: int = 1
     """The ranks of this machine."""
+    local_rank: int = 0
+    """The number of this one among them."""
     has_store: bool = False
     """Whether torchrun keeps a store at `port`; else the first rank does."""
 
@@ -56,6 +58,7 @@ class RankEnvironment:
             rank, num = int(variables["RANK"]), int(variables["WORLD_SIZE"])
             port = int(variables["MASTER_PORT"])
             local = int(variables.get("LOCAL_WORLD_SIZE", "1"))
+            here = int(variables.get("LOCAL_RANK", rank % max(local, 1)))
         except ValueError as error:
             raise UsageError(
                 f"RANK, WORLD_SIZE and MASTER_PORT are numbers: {error}"
@@ -65,7 +68,7 @@ class RankEnvironment:
         if not 0 < port < 2**16:
             raise UsageError(f"MASTER_PORT is {port}: a port is from 1 to {2**16 - 1}")
         agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(rank, num, variables["MASTER_ADDR"], port, local, agent)
+        return cls(rank, num, variables["MASTER_ADDR"], port, local, here, agent)
 
     @classmethod
     def found(cls) -> "RankEnvironment | None":

@@ -9,13 +9,30 @@ from ...io.checkpoint.index import Checkpoint
 from ...io.errors import CheckpointError, UsageError
 from ...scheduler.ranks.lockstep import agreed
 from ...scheduler.ranks.post import Post
-from ..files.fingerprint import fingerprint
+from ..files.fingerprint import content_digest, fingerprint
 from ..policy import Policy
+
+_SAME = (
+    "dtype",
+    "micro_batch_tokens",
+    "tokens_in_flight",
+    "micro_batch_sequences",
+    "sequences_in_flight",
+    "prompt_tokens",
+    "logits_memory",
+    "gather_rows",
+    "coalesce",
+    "experts",
+    "trust_remote_code",
+)
+"""Keys of a policy by which results differ, or blocks are dealt, or micro-batches are
+made. All others may differ: each rank streams from where it likes."""
+_SAME_KV = ("dtype", "attention")
 
 
 def marks_of(checkpoint: Checkpoint, policy: Policy) -> dict[str, str]:
     """What has to be the same on all ranks, by its name: digests of the model's files,
-    the types that it computes in, and versions. Raises CheckpointError."""
+    what of the policy changes results, and versions. Raises CheckpointError."""
     files = [*checkpoint.stamps, checkpoint.folder / "config.json"]
     try:
         found = {path.name: fingerprint(path) for path in files if path.exists()}
@@ -23,7 +40,12 @@ def marks_of(checkpoint: Checkpoint, policy: Policy) -> dict[str, str]:
         raise CheckpointError(
             f"cannot read {checkpoint.folder}: {error.strerror}"
         ) from error
-    found["dtype"], found["kv.dtype"] = f"{policy.dtype}", f"{policy.kv.dtype}"
+    found |= {key: f"{getattr(policy, key)}" for key in _SAME}
+    found |= {f"kv.{key}": f"{getattr(policy.kv, key)}" for key in _SAME_KV}
+    found["device"] = policy.device.partition(":")[0]
+    if policy.adapter is not None:
+        files = sorted(policy.adapter.glob("adapter_*"))
+        found |= {f"adapter {path.name}": content_digest(path) for path in files}
     found |= {name: version(name) for name in ("torch", "transformers")}
     found["penstock"] = import_module(__name__.partition(".")[0]).__version__
     return found

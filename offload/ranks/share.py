@@ -32,10 +32,11 @@ def share_of(
     gather_rows: int,
     rank: int,
     num_ranks: int,
+    device: str = "cpu",
 ) -> Share:
     """Divides the stages of `model`, which is on meta, among `num_ranks`. The weights
-    that only other ranks use are replaced by placeholders that raise PenstockError.
-    Raises UsageError if the model cannot be divided."""
+    that only other ranks use are replaced by placeholders, on `device`, that raise
+    PenstockError. Raises UsageError if the model cannot be divided."""
     modules = find_stages(model)
     blocks, ends = costs_of(model, modules, recipes, gather_rows)
     owners = deal(blocks, ends, num_ranks)
@@ -49,13 +50,13 @@ def share_of(
     elsewhere = [
         module for stage, module in enumerate(modules.all) if not stages.is_own(stage)
     ]
-    gone = _leave_out(model, elsewhere, stages)
+    gone = _leave_out(model, elsewhere, stages.rank, torch.device(device))
     kept = {name: one for name, one in recipes.items() if name not in gone}
     return Share(modules, stages, kept)
 
 
 def _leave_out(
-    model: nn.Module, elsewhere: list[nn.Module], stages: RankStages
+    model: nn.Module, elsewhere: list[nn.Module], rank: int, device: torch.device
 ) -> set[str]:
     """Replaces the tensors that only the modules `elsewhere` use. Returns all names of
     these tensors."""
@@ -81,21 +82,23 @@ def _leave_out(
                 if isinstance(tensor, StreamedParameter):
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = _left_out(name, tensor, stages.rank)
+                    made[id(tensor)] = _left_out(name, tensor, rank, device)
                     made[id(made[id(tensor)])] = made[id(tensor)]
                 store[key] = made[id(tensor)]
     return gone
 
 
-def _left_out(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+def _left_out(
+    name: str, tensor: torch.Tensor, rank: int, device: torch.device
+) -> torch.Tensor:
     """What stands for `tensor` on a rank that does not have it."""
     if not isinstance(tensor, nn.Parameter):
-        return torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device="cpu")
+        return torch.zeros(tuple(tensor.shape), dtype=tensor.dtype, device=device)
     return StreamedParameter(
         name,
         tuple(tensor.shape),
         tensor.dtype,
-        torch.device("cpu"),
+        device,
         touch=partial(_touch, name, rank),
     )
 

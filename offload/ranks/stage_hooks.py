@@ -9,15 +9,14 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils.generic import ModelOutput
 
 from ...io.errors import UsageError
 from ...scheduler.ranks.stages import EMBEDDING, Address
-from .exchange import Exchange
+from .exchange import CHECKS, Exchange
 from .stage_modules import StageModules
 
-_CHECKS = 4
-"""The first calls of a stage are looked at: what the model's own code does between
-blocks is the same in all calls."""
+_OF_LOGITS = ("logits", "loss")
 _NOT_HERE = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -29,17 +28,21 @@ class StageHooks:
         self, model: nn.Module, modules: StageModules, exchange: Exchange
     ) -> None:
         self._exchange = exchange
+        self._reads_ids = modules.reads_ids
+        self._checks_left = CHECKS
         self._handles: list[Any] = []
         self._replaced: list[tuple[nn.Module, Any]] = []
-        self._handles.append(
-            model.register_forward_pre_hook(_check_outputs, with_kwargs=True)
-        )
+        self._handles += [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
         last = len(modules.blocks)
         for stage, module in enumerate(modules.all):
             if exchange.stages.is_own(stage):
                 self._hang(stage, module)
             elif stage == EMBEDDING:
-                self._replace(module, self._embedding(module))
+                if modules.reads_ids:  # else all ranks make its inputs
+                    self._replace(module, self._embedding(module))
             elif stage <= last:
                 self._replace(module, self._block(stage, module))
             else:
@@ -54,16 +57,26 @@ class StageHooks:
                 del module.forward
         self._replaced.clear()
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        _check_outputs(module, args, kwargs)
+        num, is_named = kwargs.get("logits_to_keep"), kwargs.get("return_dict", True)
+        is_few = isinstance(num, int) and num > 0 and is_named is not False
+        if not self._reads_ids:
+            self._exchange.note_inputs((*args, *kwargs.values()))
+        self._exchange.kept_back.begin_forward(only_logits=is_few)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        is_part = self._exchange.kept_back.end_forward()
+        if is_part and self._checks_left and isinstance(output, ModelOutput):
+            self._checks_left -= 1
+            _check_only_logits(output)
+
     def _hang(self, stage: int, module: nn.Module) -> None:
         exchange = self._exchange
         called: ContextVar[Address | None] = ContextVar("called", default=None)
-        checks_left = _CHECKS
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal checks_left
-            if stage != EMBEDDING and checks_left:
-                checks_left -= 1
-                exchange.check_inputs(stage, (*args, *kwargs.values()))
+            exchange.check_inputs(stage, (*args, *kwargs.values()))
             ids = args[0] if stage == EMBEDDING and args else None
             called.set(exchange.enters(stage, ids))
 
@@ -97,13 +110,14 @@ class StageHooks:
         return forward
 
     def _block(self, stage: int, module: nn.Module) -> Callable[..., Any]:
-        layer = _layer_of(module, stage - 1)
+        layers = _layers_of(module, stage - 1)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Cache):
-                    _lengthen(value, layer, hidden)
+                    for layer in layers:
+                        _lengthen(value, layer, hidden)
             return self._exchange.call_elsewhere(
                 stage, hidden.shape, hidden.dtype, hidden
             )
@@ -132,10 +146,26 @@ def _check_outputs(module: Any, args: Any, kwargs: Any) -> None:
             )
 
 
-def _layer_of(module: nn.Module, block: int) -> int:
-    """The layer of a cache that `module`, a block, fills."""
-    found = (getattr(part, "layer_idx", None) for part in module.modules())
-    return next((layer for layer in found if layer is not None), block)
+def _check_only_logits(output: ModelOutput) -> None:
+    """Raises UsageError if `output` has other numbers than logits, of which this rank
+    has NaNs."""
+    for key, value in output.items():
+        if key in _OF_LOGITS or not isinstance(value, torch.Tensor):
+            continue
+        if value.is_floating_point() and value.isnan().any():
+            raise UsageError(
+                f"{key} is not there on several ranks when logits_to_keep is given: "
+                "leave that out, or run the model on one rank"
+            )
+
+
+def _layers_of(module: nn.Module, block: int) -> list[int]:
+    """The layers of a cache that `module`, a block, fills: those of its parts."""
+    parts = {getattr(part, "layer_idx", None) for part in module.modules()}
+    if len(parts - {None}) > 1:  # a block with several counts itself, too
+        own = [part for part in module.modules() if part is not module]
+        parts = {getattr(part, "layer_idx", None) for part in own}
+    return sorted(layer for layer in parts if layer is not None) or [block]
 
 
 def _lengthen(cache: Cache, layer: int, hidden: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..traces.cache_trace import results_of
 from ..units.describe import active_share
 
 TENSOR = "t"
+LIST = "["
 _WITH_STATES = ("rwkv", "xlstm")
 _LARGE = 0.05
-"""A second stack of modules counts from this share of the largest one's parameters."""
+"""Another stack of modules is large from this share of the largest one's parameters."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,16 @@ class StageModules:
     """The modules of a model that ranks divide among themselves."""
 
     embedding: nn.Module
+    """Of token ids. A model with other inputs has one that is never called: all ranks
+    make of their inputs what the first block is given."""
     blocks: tuple[nn.Module, ...]
     head: nn.Module | None
+    whole: tuple[str, ...] = ()
+    """The names of other large stacks of modules, which each rank has and computes."""
+
+    @property
+    def reads_ids(self) -> bool:
+        return isinstance(self.embedding, nn.Embedding)
 
     @property
     def all(self) -> tuple[nn.Module, ...]:
@@ -52,11 +62,10 @@ def find_stages(model: Any) -> StageModules:
     if not stacks:
         raise _refused(name, "it has no stack of blocks")
     blocks = tuple(stacks[0].children())
-    if len(stacks) > 1 and _num_elements(stacks[1]) > _LARGE * _num_elements(stacks[0]):
-        raise _refused(name, "it has several stacks of blocks")
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise _refused(name, "its inputs are no token ids")
+    embedding: nn.Module = nn.Identity()
+    with suppress(NotImplementedError):
+        found = model.get_input_embeddings()
+        embedding = found if isinstance(found, nn.Embedding) else embedding
     head = model.get_output_embeddings()
     inside = {id(part) for block in blocks for part in block.modules()}
     if len(set(map(id, blocks))) < len(blocks) or id(head) in inside:
@@ -74,7 +83,10 @@ def find_stages(model: Any) -> StageModules:
     }
     if any(num > 1 for num in uses.values()) or others & set(uses):
         raise _refused(name, "its blocks share weights")
-    return StageModules(embedding, blocks, head)
+    names = {id(part): path for path, part in model.named_modules()}
+    large = _LARGE * _num_elements(stacks[0])
+    others_too = [names[id(one)] for one in stacks[1:] if _num_elements(one) > large]
+    return StageModules(embedding, blocks, head, tuple(others_too))
 
 
 def kinds_of(output: Any) -> str | None:
@@ -82,9 +94,11 @@ def kinds_of(output: Any) -> str | None:
     could be its hidden states."""
     if isinstance(output, torch.Tensor):
         return ""
-    if not isinstance(output, tuple) or not output:
+    if not isinstance(output, (tuple, list)) or not output:
         return None
     kinds = "".join(TENSOR if _has_tensor(one) else "-" for one in output)
+    if isinstance(output, list):
+        kinds = LIST + kinds
     return kinds if isinstance(output[0], torch.Tensor) else None
 
 

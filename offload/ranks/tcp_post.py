@@ -1,19 +1,20 @@
 """Messages between ranks over TCP."""
 
+import queue
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 
 from ...io.closing import Closing
 from ...io.errors import readable
 from ...scheduler.ranks.messages import Kind, Message
-from ...scheduler.ranks.post import Mailbox
+from ...scheduler.ranks.post import Empty, Mailbox, pageable
+from .outbox import Outbox
 from .stuck_watch import StuckWatch
-from .wire import Buffer, packed, unpacked
+from .wire import packed, unpacked
 
 ALIVE_SECONDS = 0.5
 """How often a rank that has nothing to say says that it is there."""
@@ -37,8 +38,9 @@ class TcpPost(Closing):
         self.rank = rank
         self.num_ranks = len(peers) + 1
         self.mail = Mailbox()
+        self.empty: Empty = pageable
         self._peers = dict(peers)
-        self._queues: dict[int, SimpleQueue[list[Buffer] | None]] = {}
+        self._outbox = Outbox(peers, self._receive_own, self.mail.lose)
         self._closed: set[int] = set()
         self._is_waiting = False
         self._num_sent: Counter[int] = Counter()
@@ -51,7 +53,6 @@ class TcpPost(Closing):
         self._senders: list[threading.Thread] = []
         self._receivers: list[threading.Thread] = []
         for peer in self._peers:
-            self._queues[peer] = SimpleQueue()
             self._senders.append(self._thread(self._send_all, peer))
             self._receivers.append(self._thread(self._receive_all, peer))
         for thread in (*self._senders, *self._receivers):
@@ -65,7 +66,7 @@ class TcpPost(Closing):
         if to not in self._closed:
             self._num_events += 1
             self._num_queued[to] += 1
-            self._queues[to].put(packed(message))
+            self._outbox.put(to, message)
 
     def collect(self) -> None:
         """Does nothing: threads receive."""
@@ -95,10 +96,11 @@ class TcpPost(Closing):
         if self._is_closing.is_set():
             return
         self._is_closing.set()
-        for peer, queue in self._queues.items():
+        for peer in self._peers:
             if peer not in self._closed:
-                queue.put(packed(Message(Kind.BYE, text=readable(why))))
-            queue.put(None)
+                self._outbox.put(peer, Message(Kind.BYE, text=readable(why)))
+            self._outbox.end(peer)
+        self._outbox.close()
         end = time.monotonic() + _CLOSE_SECONDS
         for thread in self._senders:
             thread.join(max(0.0, end - time.monotonic()))
@@ -112,13 +114,13 @@ class TcpPost(Closing):
             one.close()
 
     def _send_all(self, peer: int) -> None:
-        queue, there = self._queues[peer], self._peers[peer]
+        messages, there = self._outbox.queues[peer], self._peers[peer]
         try:
             while True:
                 is_message = True
                 try:
-                    pieces = queue.get(timeout=ALIVE_SECONDS)
-                except Empty:
+                    pieces = messages.get(timeout=ALIVE_SECONDS)
+                except queue.Empty:
                     pieces, is_message = packed(self._alive()), False
                 if pieces is None:
                     return
@@ -142,7 +144,7 @@ class TcpPost(Closing):
 
         try:
             while True:
-                message = unpacked(receive)
+                message = unpacked(receive, self.empty)
                 if message.kind is Kind.BYE:
                     self._closed.add(peer)
                 if message.kind is Kind.ALIVE:
@@ -160,6 +162,10 @@ class TcpPost(Closing):
             self._lose(peer, str(error))
         except Exception as error:  # else nobody would hear that this thread has ended
             self._lose(peer, str(error) or type(error).__name__)
+
+    def _receive_own(self, message: Message) -> None:
+        self._num_sent[self.rank] += 1
+        self.mail.deliver(self.rank, message)
 
     def _alive(self) -> Message:
         """Says also whether this rank waits, and how many messages it has had."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...scheduler.ranks.messages import Kind, Message
+from ...scheduler.ranks.post import Empty, pageable
 from ...scheduler.ranks.stages import Address
 
 _HEAD = struct.Struct("<BBBiiiiiIIQ")
@@ -28,15 +29,17 @@ Receive = Callable[[memoryview], None]
 """Fills a buffer with the next bytes."""
 
 
-def packed(message: Message) -> list[Buffer]:
-    """The bytes of `message`, in pieces. Its tensor, on the CPU, is copied."""
+def packed(message: Message, *, copies: bool = True) -> list[Buffer]:
+    """The bytes of `message`, in pieces. Its tensor, in host memory, is not copied
+    without `copies`: nobody may change it then."""
     tensor, text = message.tensor, message.text.encode()
-    dims, data = (), b""
+    dims: tuple[int, ...] = ()
+    data: Buffer = b""
     code = 0
     if tensor is not None:
         code, dims = _DTYPES.index(tensor.dtype), tuple(tensor.shape)
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        data = flat.numpy().tobytes()
+        data = flat.numpy().tobytes() if copies else flat.numpy().data
     head = _HEAD.pack(
         message.kind,
         code,
@@ -50,8 +53,9 @@ def packed(message: Message) -> list[Buffer]:
     return [head, b"".join(map(_DIM.pack, dims)) + text, data]
 
 
-def unpacked(receive: Receive) -> Message:
-    """The next message. Raises ValueError for what is none."""
+def unpacked(receive: Receive, empty: Empty = pageable) -> Message:
+    """The next message; `empty` makes the memory of its tensor. Raises ValueError for
+    what is none."""
     head = bytearray(_HEAD.size)
     receive(memoryview(head))
     (kind, code, num_dims, *rest) = _HEAD.unpack(head)
@@ -67,7 +71,7 @@ def unpacked(receive: Receive) -> Message:
     if min(dims, default=0) < 0 or num_named != num_data:
         raise ValueError("this is no message of a rank")
     if dtype is not None:
-        tensor = torch.empty(dims, dtype=dtype, device="cpu")
+        tensor = empty(dims, dtype)
         if num_data:
             receive(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
     return Message(Kind(kind), Address(*address), stage, fingerprint, text, tensor)

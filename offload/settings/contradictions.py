@@ -188,8 +188,6 @@ def _others(policy: "Policy") -> Iterator[Problem]:
     if policy.ranks is not None:
         for key, is_set, why in (
             ("compile", policy.compile, "no compiled block can wait for another rank"),
-            ("adapter", policy.adapter is not None, "an adapter is not divided"),
-            ("device", policy.device != "cpu", "ranks compute on the CPU only, so far"),
         ):
             if is_set:
                 yield Problem(

@@ -113,7 +113,7 @@ class EmbedRunner:
         mask = known_to(mask, self._device)
         inputs = {"input_ids": queued_to(ids, self._device), "attention_mask": mask}
         exchange = self._exchange
-        with nullcontext() if exchange is None else exchange.staying():
+        with nullcontext() if exchange is None else exchange.kept_back.staying():
             hidden = self._base(**inputs).last_hidden_state
         if exchange is None:
             found = self._pool(hidden, mask)

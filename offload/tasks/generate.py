@@ -180,8 +180,11 @@ class GenerateRunner:
             rows = iter(part)
             while self._fill(rows):
                 yield self._groups.popleft()
-            if self._pending and self._pending[-1].result is not None:
-                yield _Group([], None)  # so that its failed rows are yielded now
+            # So that its failed rows are yielded now. Ranks have equally many of these,
+            # whichever of them is ahead.
+            is_done = bool(self._pending) and self._pending[-1].result is not None
+            if is_done or self._engine.exchange is not None:
+                yield _Group([], None)
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
         """Takes rows, groups prompts of similar lengths. False at the end of `rows`."""

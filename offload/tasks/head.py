@@ -101,7 +101,8 @@ class CausalScorer:
         if self._tail is None or self._base is None:
             logits = self._model(**inputs).logits
             return lambda part: logits[:, part]
-        with nullcontext() if self._exchange is None else self._exchange.staying():
+        exchange = self._exchange
+        with nullcontext() if exchange is None else exchange.kept_back.staying():
             outputs = self._base(**inputs)
         hidden = outputs.last_hidden_state
         tail = self._tail

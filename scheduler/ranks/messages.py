@@ -43,5 +43,7 @@ class Message:
     fingerprint: int = 0
     text: str = ""
     """The words of an error; for SHARED, JSON. For OUTPUT, what was returned in a
-    tuple: "t" for a tensor, "-" for another value; "" for a tensor alone."""
+    tuple: "t" for a tensor, "-" for another value; before that "[" for a list; "" for
+    a tensor alone."""
     tensor: Any = None
+    """In host memory; on its way there (a `HostCopy`) while the message is sent."""

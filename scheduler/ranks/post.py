@@ -2,8 +2,10 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
+
+import torch
 
 from ...io.errors import PenstockError, RanksError
 from .messages import Kind, Message
@@ -193,11 +195,20 @@ def call_failed(source: int, message: Message) -> Exception:
     return PenstockError(text) if message.stage else RuntimeError(text)
 
 
+Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+
+def pageable(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 class Post(Protocol):
     """Sends messages to other ranks. Messages from one rank to another arrive in the
     order in which they were sent; those of different ranks in any order."""
 
     mail: Mailbox
+    empty: Empty
+    """Makes the host memory that tensors are received in."""
 
     @property
     def rank(self) -> int: ...
@@ -206,8 +217,10 @@ class Post(Protocol):
     def num_ranks(self) -> int: ...
 
     def send(self, to: int, message: Message) -> None:
-        """Sends `message` to the rank `to`, and does not wait until it is there. Its
-        tensor may be changed afterwards. Does nothing if that rank has closed."""
+        """Sends `message` to the rank `to`, and does not wait until it is there, nor
+        for its tensor, a `HostCopy`, to arrive from an accelerator. Another tensor may
+        be changed afterwards. Does nothing if that rank has closed. It may be this rank
+        itself: its mail has the message once the tensor has arrived."""
         ...
 
     def collect(self) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from penstock.io.devices.host_copy import HostCopy
 from penstock.io.errors import PenstockError
 from penstock.scheduler.ranks.messages import Kind, Message
-from penstock.scheduler.ranks.post import Mailbox
+from penstock.scheduler.ranks.post import Empty, Mailbox, pageable
 
 
 class DeadlockError(PenstockError):
@@ -28,7 +29,7 @@ class Office:
         self.random = random.Random(seed)
         self.lock = threading.Condition(threading.RLock())
         self.ways: dict[tuple[int, int], deque[Message]] = {
-            (a, b): deque() for a in range(num) for b in range(num) if a != b
+            (a, b): deque() for a in range(num) for b in range(num)
         }
         self.still: set[int] = set()
         self.alive = set(range(num))
@@ -59,14 +60,16 @@ class FakePost:
         self.rank = rank
         self.num_ranks = office.num
         self.office = office
+        self.empty: Empty = pageable
         self.mail = Mailbox()
         self.mail.changed = office.lock
         self.num_outputs = 0
 
     def send(self, to: int, message: Message) -> None:
         with self.office.lock:
-            if message.tensor is not None:
-                message = replace(message, tensor=message.tensor.clone())
+            tensor = message.tensor
+            if isinstance(tensor, HostCopy) and not tensor.is_copy:
+                message = replace(message, tensor=tensor.wait().clone())
             self.office.ways[self.rank, to].append(message)
             self.num_outputs += message.kind is Kind.OUTPUT
             self.office.lock.notify_all()
@@ -100,6 +103,12 @@ class FakePost:
             if to != self.rank and self.rank not in self.office.dropped:
                 self.send(to, Message(Kind.BYE, text=why))
 
+    def _deliver(self, source: int, way: deque[Message]) -> None:
+        message = way.popleft()
+        if isinstance(message.tensor, HostCopy):
+            message = replace(message, tensor=message.tensor.wait())
+        self.mail.deliver(source, message)
+
     def _is_any_mail(self) -> bool:
         return any(
             way for (_, to), way in self.office.ways.items() if to in self.office.alive
@@ -109,7 +118,7 @@ class FakePost:
         for source in range(self.num_ranks):
             way: Any = self.office.ways.get((source, self.rank))
             while way and self.office.random.random() < chance:
-                self.mail.deliver(source, way.popleft())
+                self._deliver(source, way)
 
     def _pull_one(self) -> bool:
         """Delivers one message of a sender by chance. False if none is on its way."""
@@ -121,5 +130,5 @@ class FakePost:
         if not ways:
             return False
         source, way = self.office.random.choice(ways)
-        self.mail.deliver(source, way.popleft())
+        self._deliver(source, way)
         return True

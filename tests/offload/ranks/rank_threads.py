@@ -12,6 +12,7 @@ from fake_post import Office
 
 from penstock.offload.model import load_for
 from penstock.offload.policy import Policy
+from penstock.scheduler.ranks.post import Post
 
 
 def policy_of(memory: str = "900KiB", **values: Any) -> Policy:
@@ -20,15 +21,24 @@ def policy_of(memory: str = "900KiB", **values: Any) -> Policy:
 
 
 class Ranks:
-    """A model in `folder` that `num` ranks share: `models` has it as each has it."""
+    """A model in `folder` that `num` ranks share: `models` has it as each has it. There
+    is a `policy` for all, or one for each. `posts` are used in place of an office's."""
 
     def __init__(
-        self, folder: Path, num: int, policy: Policy, use: Any = "any", seed: int = 0
+        self,
+        folder: Path,
+        num: int,
+        policy: Policy | Sequence[Policy],
+        use: Any = "any",
+        seed: int = 0,
+        posts: Sequence[Post] | None = None,
     ) -> None:
         self.num = num
         self.office = Office(num, seed)
+        policies = [policy] * num if isinstance(policy, Policy) else policy
         self.models = [
-            load_for(use, folder, policy, post=post) for post in self.office.posts
+            load_for(use, folder, own, post=post)
+            for own, post in zip(policies, posts or self.office.posts, strict=True)
         ]
 
     def run(self, work: Callable[[int, Any], Any], seconds: float = 60.0) -> list[Any]:

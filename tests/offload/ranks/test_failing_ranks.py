@@ -202,8 +202,6 @@ def test_what_is_on_another_rank_cannot_be_used_directly(ranks: Ranks) -> None:
 def test_ranks_exclude_what_they_cannot_do() -> None:
     with pytest.raises(PolicyError, match="ranks: pipeline excludes compile"):
         penstock.Policy(ranks="pipeline", compile=True)
-    with pytest.raises(PolicyError, match="ranks: pipeline excludes device"):
-        penstock.Policy(ranks="pipeline", device="cuda")
 
 
 def test_ranks_of_a_machine_divide_what_is_free_there() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from deep_zoo import saved
 from rank_threads import Ranks, none_failed, policy_of
 
 import penstock
 from common.id_tokenizer import Numbers
 from penstock import Policy
+from penstock.offload.model import engine_of
 
 ROWS = 14
 
@@ -138,3 +141,50 @@ def test_a_row_that_fails_on_one_rank_fails_on_all(llama: Path) -> None:
         message = next(row["error"] for row in results if "error" in row)
         assert "too long for this card" in message
         assert ("on rank 1: " in message) == (rank == 0)
+
+
+def _sent(ranks: Ranks, work: Callable[[int, Any], Any]) -> list[int]:
+    """The bytes that each rank sends while it does `work`."""
+    before = [penstock.statistics(one).ranks.bytes_sent for one in ranks.models]
+    none_failed(ranks.run(work))
+    after = [penstock.statistics(one).ranks.bytes_sent for one in ranks.models]
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+def test_only_what_other_ranks_need_crosses(llama: Path) -> None:
+    """A rank that does not have the head gets tokens in a job, and the last position's
+    logits in a program of the user's."""
+    prompts, new, rows = 6, 4, 3
+    ids = torch.randint(8, 150, (rows, prompts))
+    given = [{"prompt": " ".join(map(str, row))} for row in ids.tolist()]
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
+    with Ranks(llama, 2, one_policy(llama)) as ranks:
+        stages = ranks.models[0].config.num_hidden_layers
+        exchange = engine_of(ranks.models[0]).exchange
+        assert exchange is not None
+        owners = exchange.stages.owners
+        width, vocabulary = (ranks.models[0].lm_head.weight.shape[at] for at in (1, 0))
+        job = _sent(
+            ranks,
+            lambda rank, model: list(
+                penstock.generate(
+                    model,
+                    given,
+                    max_new_tokens=new,
+                    tokenizer=Numbers(),
+                    min_new_tokens=new,
+                )
+            ),
+        )
+        user = _sent(
+            ranks,
+            lambda rank, model: model.generate(ids, do_sample=False, **options),
+        )
+    tokens = rows * (prompts + new - 1)
+    hops = [
+        sum(a == rank != b for a, b in pairwise(owners[1 : stages + 1]))
+        for rank in range(2)
+    ]
+    hidden = [4 * width * tokens * num for num in hops]
+    assert job == [hidden[0] + new * rows * 3 * 8, hidden[1]]
+    assert user == [hidden[0] + new * rows * vocabulary * 4, hidden[1]]

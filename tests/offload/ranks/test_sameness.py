@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,25 @@ def test_what_json_cannot_hold_is_no_text_on_other_ranks() -> None:
     agreed(first, {"text": b"hello", "at": datetime.date(2026, 1, 1)})
     found = agreed(other, None)
     assert found == {"text": {"type": "bytes"}, "at": {"type": "date"}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("tokens_in_flight=64", r"tokens_in_flight \(64, there 4096\)"),
+        ("coalesce=off", r"coalesce \(off, there auto\)"),
+        ("kv.attention=host", r"kv.attention \(host, there device\)"),
+        ("host_memory=1MiB", None),
+        ("io.depth=2", None),
+    ],
+)
+def test_policies_that_give_other_results_are_named(
+    setting: str, named: str | None, tmp_path: Path, policy: Any
+) -> None:
+    """Where weights stay, and how they are read, may differ."""
+    folder, posts = tmp_path / "model", Office(2, 0).posts
+    saved("llama", folder, 5)
+    other = policy.with_settings([setting])
+    refused = nullcontext() if named is None else pytest.raises(UsageError, match=named)
+    with load_for("any", folder, policy, post=posts[0]), refused:
+        load_for("any", folder, other, post=posts[1])

@@ -16,8 +16,12 @@ from test_on_tasks import SMALL
 
 from checkpoint import make_checkpoint
 from penstock import Policy
+from penstock.io.devices.accelerators import memory_of
 from penstock.offload.files.parts import NumberedRows
 from penstock.offload.jobs.job import Done, Job
+from penstock.offload.jobs.ranked import OtherRanks
+from penstock.offload.model import engine_of
+from penstock.offload.tasks.score_task import Score
 from penstock.offload.tasks.task_progress import TaskProgress
 from shared_work import Scoring
 from sim_device import SimGpu
@@ -94,3 +98,58 @@ def test_workers_have_a_device_each_though_one_of_them_is_killed(
     assert report is not None
     assert report["bytes_read"]["host"] > 0
     assert not list(Path("/dev/shm").glob(f"*{os.getpid()}*"))
+
+
+@dataclass(frozen=True)
+class PlacedRanks(Score):
+    """Notes in `places` which process computes on which device."""
+
+    places: str = ""
+
+    def results(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Iterator[NumberedRows],
+        progress: TaskProgress,
+    ) -> Iterator[dict[str, Any]]:
+        budget = engine_of(model).policy.device_memory
+        place = Path(self.places) / f"{os.getpid()}"
+        place.write_text(f"{model.device} {budget}")
+        return super().results(model, tokenizer, parts, progress)
+
+
+@pytest.mark.parametrize(
+    ("device", "places"),
+    [
+        ("simgpu", ["simgpu:0", "simgpu:1"]),
+        pytest.param("simgpu:1", ["simgpu:1"] * 2, marks=pytest.mark.whole),
+    ],
+)
+def test_ranks_have_a_device_each_or_divide_one(
+    simgpu: SimGpu,
+    folder: Path,
+    source: Path,
+    tmp_path: Path,
+    device: str,
+    places: list[str],
+) -> None:
+    _, expected = run(Scoring(), folder, source, "cpu", 1)
+    noted = tmp_path / "places"
+    noted.mkdir()
+    policy = Policy(device=device, **{**SMALL, "device_memory": "auto"})
+    with OtherRanks(2) as others:
+        job = Job(
+            PlacedRanks(places=str(noted)),
+            folder,
+            source,
+            tmp_path / "out.jsonl",
+            policy,
+            others=others,
+        )
+        job.run(Console(quiet=True))
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    found = [path.read_text().split() for path in noted.iterdir()]
+    assert sorted(place for place, _ in found) == places
+    free = memory_of(device)[0]
+    assert all(0 < int(budget) <= free // 2 for _, budget in found)
