@@ -108,6 +108,8 @@ PURE = {
     "scheduler/ranks/owners.py",
     "scheduler/ranks/rank_statistics.py",
     "scheduler/ranks/stages.py",
+    "scheduler/cost/ranked_model.py",
+    "scheduler/cost/ranked_pass.py",
     "scheduler/cost/rates.py",
     "scheduler/simulation/schedule.py",
     "scheduler/cost/shape.py",
