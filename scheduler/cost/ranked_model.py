@@ -24,6 +24,15 @@ class RankedModel:
     def rates(self) -> Rates:
         return self.models[0].rates
 
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of products with weights, of all ranks together."""
+        return sum(
+            self.models[step.kind].shape.sites[site].flops_per_token
+            for step in self.steps
+            for site in step.sites
+        )
+
     def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost:
         """As `CostModel.scoring`."""
         works = [model.scoring_work(batches) for model in self.models]
