@@ -20,7 +20,6 @@ from ..files.sources import Own, check_apart, find_files
 from ..files.streamed_output import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.planned import Workload
-from ..plans.prediction import predicted
 from ..policy import Policy
 from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
@@ -29,7 +28,7 @@ from ..tasks.task import Task
 from .ahead import Ahead
 from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
-from .computed import Loaded, WorkerResult
+from .computed import WorkerResult
 from .identity import identify
 from .kept import Mode, ResumableOutput, begun_as
 from .ranked import OtherRanks, lead
@@ -132,7 +131,8 @@ class Job:
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
         workload = Workload(self.task, mean_length(inputs, self.task.row_keys))
-        return choose(self.model, asked, workload, num=self.workers)
+        ranks = self.others.group
+        return choose(self.model, asked, workload, num=self.workers, ranks=ranks)
 
     @property
     def _settled(self) -> Chosen:
@@ -211,7 +211,7 @@ class Job:
             taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
             counts = progress.figures(seconds)
             counts["rows"] = progress.rows_done - progress.rows_failed
-            forecast = self._predicted(loaded, counts)
+            forecast = self._settled.predicted(self.task, loaded, counts)
             return self._report(
                 loaded.computed(progress), seconds, began, watch, forecast, taken
             )
@@ -284,16 +284,3 @@ class Job:
             str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
         return report, recorded
-
-    def _predicted(self, loaded: Loaded, counts: Mapping[str, Any]) -> dict[str, Any]:
-        machine = self._settled.machine
-        if machine is None or loaded.engine.exchange is not None:
-            return {"note": self._settled.note or "several ranks: nothing is predicted"}
-        return predicted(
-            self.task,
-            loaded.model,
-            loaded.engine.arrangement,
-            self._settled.policy,
-            machine,
-            counts,
-        )

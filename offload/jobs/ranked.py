@@ -19,6 +19,7 @@ from ...scheduler.ranks.post import Post
 from ..engine.engine import Engine
 from ..engine.ranking import check_shareable
 from ..files.parts import NumberedRows
+from ..plans.ranked import RankGroup
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
@@ -51,6 +52,13 @@ class OtherRanks(Closing):
         self._post = post
         self._processes: list[BaseProcess] = []
         self._threads_before = torch.get_num_threads()
+
+    @property
+    def group(self) -> RankGroup | None:
+        """The ranks, as plans see them; None for one process."""
+        if self.num == 1:
+            return None
+        return RankGroup(self.num, max(1, self.num // self.num_local))
 
     @property
     def num_threads(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from penstock.io.errors import PolicyError
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.plans.devices import DeviceOption
@@ -38,12 +40,20 @@ LOW: dict[str, Any] = {
     "device_memory": "256MiB",
     "tokens_in_flight": 512,
 }
-POLICY_RUNS = False  # ranks compute on the CPU only, so far
+
+
+def runs_on_gpus() -> bool:
+    """Whether ranks compute on GPUs."""
+    with contextlib.suppress(PolicyError):
+        return Policy(ranks="pipeline", device="cuda:0").ranks is not None
+    return False
+
+
 NAMES = {
     "one device": True,
     "others keep weights (peer)": True,
     "a job each (--workers 8)": True,
-    "pipeline": POLICY_RUNS,
+    "pipeline": runs_on_gpus(),
     "gather-stream": False,
     "TP-stream": False,
     "weight-stationary 1D": False,
@@ -139,7 +149,7 @@ def test_where_there_is_no_formula_it_says_why(
     assert why in made.devices.note
     assert made.devices.crossover_tokens is None
     formulas = [way for way in made.devices.ways if not way.is_run]
-    assert [way.name for way in formulas] == ["pipeline"]
+    assert {way.name for way in formulas} <= {"pipeline"}
 
 
 def test_one_device_has_no_such_table(tmp_path: Path) -> None:
