@@ -88,6 +88,7 @@ PURE = {
     "offload/reports/bound.py",
     "offload/reports/counts.py",
     "offload/reports/perfetto.py",
+    "offload/reports/rank_record.py",
     "offload/reports/recorded.py",
     "offload/tuning/candidates.py",
     "offload/tuning/race.py",

@@ -31,6 +31,7 @@ from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say
 from .computed import WorkerResult
 from .identity import identify
 from .kept import Mode, ResumableOutput, begun_as
+from .rank_records import record_of
 from .ranked import OtherRanks, lead
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
@@ -212,9 +213,8 @@ class Job:
             counts = progress.figures(seconds)
             counts["rows"] = progress.rows_done - progress.rows_failed
             forecast = self._settled.predicted(self.task, loaded, counts)
-            return self._report(
-                loaded.computed(progress), seconds, began, watch, forecast, taken
-            )
+            computed = replace(loaded.computed(progress), others=others.records())
+            return self._report(computed, seconds, began, watch, forecast, taken)
 
     def _share(
         self,
@@ -276,11 +276,15 @@ class Job:
             dtype=computed.dtype,
             taken_elsewhere=taken,
         )
-        recorded = Recorded(watch.began, computed.spans, watch.samples.all())
+        samples, others = watch.samples.all(), computed.others
+        recorded = Recorded(watch.began, computed.spans, samples, others)
         statistics = computed.statistics
-        bound = judge(policy, figures, statistics, recorded.spans)
+        bound = judge(policy, figures, statistics, recorded)
         bound = with_tried_advice(bound, self._settled.trial(self.model, self.policy))
         report = make_report(
             str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
+        if others or statistics.ranks.num_ranks > 1:
+            ranks = [record_of(computed, 0), *others]
+            report["per_rank"] = [each.figures() for each in ranks]
         return report, recorded

@@ -4,7 +4,7 @@ others compute what it tells them."""
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,10 +24,12 @@ from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
 from ..ranks.sameness import check_same
+from ..reports.rank_record import RankRecord
 from ..startup import hidden
 from ..tasks.task import Task
 from .budgets import divided, threads_of
 from .computed import Loaded
+from .rank_records import received_records, send_record
 from .sharing import room_of
 
 _log = logging.getLogger("penstock")
@@ -84,6 +86,10 @@ class OtherRanks(Closing):
         )
         own = _own(policy, model, self.num_local)
         return Loaded(model, own, task.use, self._post)
+
+    def records(self) -> Sequence[RankRecord]:
+        """What the other ranks have counted and recorded, once all rows are done."""
+        return () if self._post is None else received_records(self._post)
 
     def close(self) -> None:
         """Waits until the processes that were started have ended, or ends them."""
@@ -153,6 +159,7 @@ def follow(post: Post, task: Task, model: Path, num_local: int) -> None:
         progress = task.new_progress()
         for _ in task.results(loaded.model, loaded.tokenizer, parts, progress):
             pass  # the first rank writes it
+        send_record(post, loaded.computed(progress))
 
 
 def joined_ranks(task: Task, model: Path) -> OtherRanks | None:

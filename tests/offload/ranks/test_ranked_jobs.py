@@ -92,6 +92,13 @@ def test_two_ranks_make_the_bytes_of_one_process(
     done = run(task, folder, source, two, 2)
     assert two.read_bytes() == one.read_bytes()
     assert (done.num_rows, done.num_errors) == (NUM_ROWS, 1)
+    assert done.report is not None
+    first, other = done.report["per_rank"]
+    assert (first["rank"], other["rank"]) == (0, 1)
+    assert other["num_sent"] > 0
+    assert other["bytes_read"]["disk"] > 0
+    assert done.report["plan"]["predicted_seconds"] > 0
+    assert 0 < done.report["plan"]["mfu"] < 1
 
 
 @pytest.mark.slow
