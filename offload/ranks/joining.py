@@ -50,7 +50,10 @@ class RankEnvironment:
 
     @classmethod
     def of(cls, variables: Mapping[str, str] = os.environ) -> "RankEnvironment":
-        """What torchrun sets. Raises UsageError if it did not."""
+        """What torchrun sets; one rank, at no port, where nothing of it is set. Raises
+        UsageError if only a part is."""
+        if not any(name in variables for name in _NEEDED):
+            return cls(0, 1, LOCAL, 0)
         missing = [name for name in _NEEDED if name not in variables]
         if missing:
             raise UsageError(
