@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...io.errors import InputError, UsageError
+from ...io.errors import InputError, RanksError, UsageError
 from ..files.inputs import Inputs
 from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
@@ -194,7 +194,7 @@ class Job:
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress, others = self.task.new_progress(), self.others
-        policy = self._settled.policy
+        policy, lost = self._settled.policy, None
         with others, others.load(self.task, self.model, policy) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
@@ -205,7 +205,10 @@ class Job:
                 ):
                     model, tokenizer = loaded.model, loaded.tokenizer
                     led = lead(loaded.engine, run.feed())
-                    run.take_all(self.task.results(model, tokenizer, led, progress))
+                    try:
+                        run.take_all(self.task.results(model, tokenizer, led, progress))
+                    except RanksError as error:
+                        lost = error  # there is a report of what was done before
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
@@ -214,7 +217,13 @@ class Job:
             counts["rows"] = progress.rows_done - progress.rows_failed
             forecast = self._settled.predicted(self.task, loaded, counts)
             computed = replace(loaded.computed(progress), others=others.records())
-            return self._report(computed, seconds, began, watch, forecast, taken)
+            made = self._report(computed, seconds, began, watch, forecast, taken)
+            if lost is not None:
+                made[0]["fallbacks"].append(f"the job has ended early: {lost}")
+                if self.report is not None:
+                    write_report(self.report, *made)
+                raise lost
+            return made
 
     def _share(
         self,
