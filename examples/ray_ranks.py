@@ -36,7 +36,8 @@ class Rank:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         node = ray.get_runtime_context().get_node_id()
-        return node, ray.util.get_node_ip_address(), port
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return node, address, port
 
     def score(
         self,
@@ -90,7 +91,7 @@ def main() -> None:
     policy = Policy().with_settings(args.set)
     rows = [json.loads(line) for line in args.texts.read_text().splitlines()]
     ray.init(address=args.address, log_to_driver=False)
-    actor = ray.remote(Rank).options(
+    actor: Any = ray.remote(Rank).options(
         num_cpus=args.cores, num_gpus=args.gpus, scheduling_strategy="SPREAD"
     )
     ranks = [actor.remote() for _ in range(args.ranks)]

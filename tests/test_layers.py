@@ -122,6 +122,7 @@ PURE = {
     "scheduler/cost/traffic.py",
     "scheduler/simulation/turns.py",
     "scheduler/cost/workload.py",
+    "scheduler/cost/worth.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
 PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}

@@ -3,16 +3,28 @@
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ...io.errors import RanksError
 from ...scheduler.ranks.messages import Kind, Message
-from ...scheduler.ranks.post import Post
+from ...scheduler.ranks.post import Mailbox, Post
 from ..reports.rank_record import RankRecord
 from .computed import WorkerResult
 
 _SECONDS = 5.0
 """How long the first rank waits for what the others send at their end."""
+
+
+class Inbox(Protocol):
+    """The part of a post that brings messages."""
+
+    mail: Mailbox
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    def wait(self, test: Callable[[], bool]) -> None: ...
 
 
 def record_of(computed: WorkerResult, rank: int) -> RankRecord:
@@ -38,7 +50,7 @@ def send_record(post: Post, computed: WorkerResult) -> None:
     post.send(0, Message(Kind.SHARED, text=json.dumps(record)))
 
 
-def received_records(post: Post) -> Sequence[RankRecord]:
+def received_records(post: Inbox) -> Sequence[RankRecord]:
     """The records of the other ranks, in order. Those of ranks that are lost, or send
     nothing for some seconds, are missing: they must not cost the job its report."""
     found: dict[int, RankRecord] = {}

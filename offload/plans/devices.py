@@ -4,7 +4,7 @@ Pure."""
 from dataclasses import dataclass
 from typing import Any
 
-from .worth import cost_per_million, utilisation
+from ...scheduler.cost.worth import cost_per_million, utilisation
 
 _AS_GOOD = 0.98
 

@@ -1,6 +1,6 @@
 """A plan: the resolved policy, bytes per tier, the predicted speed, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ...io.errors import PolicyError
+from ...scheduler.cost.worth import cost_per_million, utilisation
 from ..configs.opening import open_model
 from ..machines.estimates import estimated_machine
 from ..machines.machine import Machine, check_runs
@@ -29,10 +30,10 @@ from .forecast import dtype_of
 from .host_experts import ExpertsChoice, choose_experts
 from .planned import Choice, Workload
 from .planner import Objective, Planner
-from .ranked import RankGroup, alone, rank_sentences, ranked_planner
+from .ranked import RankGroup, alone, rank_sentences, ranked_planner, shared_planner
+from .rates import peak_flops
 from .ways import devices_of
 from .words import dtype_sentences, explain, kept_words
-from .worth import cost_per_million, peak_flops, utilisation
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Plan:
         if found.experts != self.experts.experts:
             values["experts"] = self.experts.experts
         if self.ranks is not None:
-            values["ranks"] = "pipeline"
+            values["ranks"] = self.asked.ranks or "pipeline"
         if not values:
             return found
         return Policy(**{**found.model_dump(exclude_unset=True), **values})
@@ -223,7 +224,9 @@ def make_plan(
         host = min(machine.host_memory, host_bytes)
         machine = machine.model_copy(update={"host_memory": host})
     if ranks is not None:
-        Policy(**{**policy.model_dump(exclude_unset=True), **_shared(machine)})
+        # What contradicts ranks is refused.
+        shared = {"ranks": policy.ranks or "pipeline", "device": machine.device}
+        Policy(**{**policy.model_dump(exclude_unset=True), **shared})
     planner = Planner(
         skeleton.model,
         skeleton.recipes,
@@ -233,24 +236,21 @@ def make_plan(
         objective,
         is_sparing,
     )
-    found = plan_dtypes(model, planner, own, ranks)
+
+    def dealt(whole: Planner) -> Planner:
+        if ranks is None:
+            return whole
+        return shared_planner(model, whole, ranks, policy.ranks or "pipeline")
+
+    found = plan_dtypes(model, planner, own, dealt)
     return Plan(model, machine, workload, policy, found, has_weights, ranks)
 
 
-def _shared(machine: Machine) -> dict[str, str]:
-    """The keys of a policy for ranks on `machine`, which may contradict others."""
-    return {"ranks": "pipeline", "device": machine.device}
-
-
 def plan_dtypes(
-    model: Path, planner: Planner, own: str, ranks: RankGroup | None
+    model: Path, planner: Planner, own: str, dealt: Callable[[Planner], Planner]
 ) -> DtypeChoice:
-    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside
-    it. With `ranks`, plans for these."""
-
-    def dealt(whole: Planner) -> Planner:
-        return whole if ranks is None else ranked_planner(model, whole, ranks)
-
+    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside it.
+    `dealt` makes planners for ranks of those for one process."""
     machine, asked = planner.machine, planner.policy
     others = []
     for name in dtypes_beside(own, machine.device):

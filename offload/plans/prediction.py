@@ -6,6 +6,7 @@ from typing import Any
 from ...io.errors import PenstockError
 from ...scheduler.cost.shape import MicroBatchShape
 from ...scheduler.cost.workload import Generating, Prediction, Scoring, predict
+from ...scheduler.cost.worth import cost_per_million, utilisation
 from ..generation.prompt_chunk import prompt_chunk
 from ..machines.machine import Machine
 from ..policy import Policy
@@ -13,7 +14,7 @@ from ..tasks.task import Task
 from ..units.arrangement import Arrangement
 from .forecast import dtype_of, of_arrangement
 from .ranked import RankedPlanner, alone
-from .worth import cost_per_million, peak_flops, utilisation
+from .rates import peak_flops
 
 _NO_ROWS = "no rows to predict for"
 

@@ -1,8 +1,8 @@
-"""Plans for a model whose blocks several ranks divide among themselves: `ranks:
-pipeline`."""
+"""Plans for ranks that share a model: they divide its blocks among themselves (`ranks:
+pipeline`), or what is read (`ranks: gather`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -53,13 +53,33 @@ class RankGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedPlanner(Planner):
+class SharedPlanner(Planner):
     """A planner for ranks. Its own model and machine are what the first rank has of
     them; a choice's forecast is of that rank, its prediction of all ranks together."""
 
     group: RankGroup
     whole: Planner
     """Plans for one process that has all of the model and of its machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheringPlanner(SharedPlanner):
+    """Plans for ranks that each compute all blocks, for rows of their own, and read
+    1/n of the weights, which they send to each other."""
+
+    def predicted(
+        self, policy: Policy, found: Forecast, work: Scoring | Generating
+    ) -> Prediction:
+        one, num = predict(found.model, work), self.group.num
+        return replace(
+            one, tokens=num * one.tokens, output_tokens=num * one.output_tokens
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedPlanner(SharedPlanner):
+    """Plans for ranks that each have blocks of their own."""
+
     other: Planner
     """Plans for the rank with the most blocks among all but the first."""
     owners: tuple[int, ...]
@@ -135,6 +155,53 @@ def ranked_planner(model: Path, whole: Planner, group: RankGroup) -> RankedPlann
     )
 
 
+def gathering_planner(whole: Planner, group: RankGroup) -> GatheringPlanner:
+    """The planner for the ranks of `group`, each of which gets weights over `num` links
+    together, or as fast as the network brings the parts of the others."""
+    policy, num = alone(whole.policy), group.num
+    machine = part_of(whole.machine, group.num_local)
+    others = messages_of(whole.machine, group).bytes_per_second * num / (num - 1)
+    disk = machine.disk
+    if disk is not None:
+        rates = {
+            reader: int(min(num * rate, others))
+            for reader, rate in disk.bandwidth.items()
+        }
+        disk = disk.model_copy(update={"bandwidth": rates})
+    links = {
+        tier: link.model_copy(update={"bandwidth": num * link.bandwidth})
+        for tier, link in policy.links.items()
+    }
+    values = policy.model_dump(exclude_unset=True)
+    if links:
+        values["links"] = {tier: link.model_dump() for tier, link in links.items()}
+    return GatheringPlanner(
+        whole.module,
+        whole.recipes,
+        machine.model_copy(update={"disk": disk}),
+        Policy(**values),
+        whole.workload,
+        whole.objective,
+        whole.is_sparing,
+        group=group,
+        whole=whole,
+    )
+
+
+def shared_planner(
+    model: Path, whole: Planner, group: RankGroup, mode: str
+) -> SharedPlanner:
+    """The planner for ranks that share the checkpoint `model` as `ranks: mode` says.
+    Raises UsageError for a mode that is not planned for."""
+    if mode == "gather":
+        return gathering_planner(whole, group)
+    if mode != "pipeline":
+        raise UsageError(
+            f"ranks: {mode} is not planned for, so far: plan for pipeline or gather"
+        )
+    return ranked_planner(model, whole, group)
+
+
 def alone(policy: Policy) -> Policy:
     """`policy` of a process that shares no model."""
     if policy.ranks is None:
@@ -170,6 +237,12 @@ def messages_of(machine: Machine, group: RankGroup) -> Messages:
 
 def rank_sentences(planner: Planner, choice: Choice) -> list[str]:
     """A sentence for what ranks share and send; none for one process."""
+    if isinstance(planner, GatheringPlanner):
+        num = planner.group.num
+        return [
+            f"{num} ranks read 1/{num} of the weights each, and get the rest from the "
+            "others; each has rows of its own, and what is in flight is for each"
+        ]
     if not isinstance(planner, RankedPlanner):
         return []
     group, shape = planner.group, choice.forecast.shape

@@ -3,32 +3,38 @@ and what formulas say of one model split over all of them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ...io.errors import DoesNotFitError, PolicyError, UsageError
 from ...io.tier import Tier
 from ...scheduler.cost.partitioning import (
-    Blocks,
     Chips,
     LayoutCost,
     gather_crossover_tokens,
     layout_costs,
 )
-from ..machines.machine import Machine
 from ..policy import Policy
 from .devices import DeviceOption, Devices
 from .forecast import dtype_of
+from .formulas import blocks_of, config_of, network_of, why_no_formula
 from .part_machine import part_of
 from .planned import USABLE, Choice
 from .planner import Planner
-from .ranked import RankedPlanner, RankGroup, messages_of
-from .rates import rates_of
-from .worth import peak_flops
+from .ranked import (
+    GatheringPlanner,
+    RankedPlanner,
+    RankGroup,
+    SharedPlanner,
+    gathering_planner,
+    messages_of,
+)
+from .rates import peak_flops, rates_of
 
 Deal = Callable[[Planner, RankGroup], RankedPlanner]
 """Makes the planner for ranks from the one for a process that has the whole model."""
 _MODES = {"gather-stream": "gather", "TP-stream": "tensor"}
 """The layouts that a value of `ranks` in the policy runs, where it knows that value."""
+_FORMULA_OF = {"gather": "gather-stream"}
+"""The formula of a layout that is planned for."""
 _TWO_DIMENSIONAL = "weight-stationary 2D"
 
 
@@ -37,7 +43,7 @@ def devices_of(
 ) -> Devices | None:
     """The ways to use the ranks of `group`, or the devices of the planner's machine;
     None where it has one device and there are no ranks."""
-    whole = planner.whole if isinstance(planner, RankedPlanner) else planner
+    whole = planner.whole if isinstance(planner, SharedPlanner) else planner
     machine = whole.machine
     if group is None and (machine.num_devices < 2 or not machine.is_accelerated):
         return None
@@ -57,11 +63,14 @@ class _Ways:
 
     def all(self) -> Devices:
         ways = [*self._alone(), *self._peers(), self._workers(), self._pipeline()]
+        ways += self._gather()
         tokens = max(way.num_tokens for way in ways)
-        note, crossover = _no_formula(self.whole), None
+        note, crossover = why_no_formula(self.whole.module, self.whole.machine), None
         if not note:
             itemsize = self.choice.forecast.shape.itemsize
-            blocks, chips = self._blocks(), self._chips(tokens)
+            flops = self.planner.flops_per_token(self.choice)
+            blocks = blocks_of(config_of(self.whole.module), flops)
+            chips = self._chips(tokens)
             costs = layout_costs(
                 tokens,
                 blocks,
@@ -69,7 +78,12 @@ class _Ways:
                 link_bandwidth=self._link(blocks.parameters * itemsize),
                 itemsize=itemsize,
             )
-            ways += [self._layout(cost, tokens, chips) for cost in costs]
+            made = {_FORMULA_OF.get(way.name) for way in ways}
+            ways += [
+                self._layout(cost, tokens, chips)
+                for cost in costs
+                if cost.name not in made
+            ]
             crossover = gather_crossover_tokens(
                 blocks.parameters * itemsize / blocks.layers, blocks.hidden, itemsize
             )
@@ -159,7 +173,7 @@ class _Ways:
         refusal, note = self._refusal("pipeline"), "this plan"
         try:
             found = self.choice
-            if self.planner is self.whole:
+            if not isinstance(self.planner, RankedPlanner):
                 found = self.deal(self.whole, self.group).choose()
                 note = f"{found.prediction.binds} binds; each has 1/{self.group.num}"
         except (DoesNotFitError, UsageError) as error:
@@ -169,6 +183,22 @@ class _Ways:
         tokens = self.whole.task.in_flight(found.policy)
         seconds = found.prediction.pass_seconds
         return DeviceOption("pipeline", not refusal, note, tokens, seconds, how)
+
+    def _gather(self) -> Iterator[DeviceOption]:
+        """Each rank reads a part, and has rows of its own. Nothing where that is not
+        run: then there is a formula."""
+        if self.group.num < 2 or self._refusal("gather"):
+            return
+        how, note = self._how("gather"), "this plan"
+        found = self.choice
+        if not isinstance(self.planner, GatheringPlanner):
+            try:
+                found = gathering_planner(self.whole, self.group).choose()
+            except DoesNotFitError:
+                yield DeviceOption("gather", True, "does not fit", 0, None, how)
+                return
+            note = f"{found.prediction.binds} binds; each reads 1/{self.group.num}"
+        yield self._option("gather", note, found, self.group.num, how)
 
     def _how(self, mode: str) -> str:
         """What runs `ranks: mode`."""
@@ -196,23 +226,11 @@ class _Ways:
             name, True, note, tokens, found.prediction.pass_seconds, how
         )
 
-    def _blocks(self) -> Blocks:
-        config = _config(self.whole)
-        heads = getattr(config, "num_attention_heads", None) or 1
-        return Blocks(
-            self.planner.flops_per_token(self.choice) / 2,
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
-        )
-
     def _chips(self, tokens: int) -> Chips:
         machine, num = self.whole.machine, self.group.num
         part = part_of(machine, self.group.num_local)
         rates = rates_of(part, self.whole.policy, self._dtype)
-        network = _network(machine)
+        network = network_of(machine)
         if network is None:
             network = messages_of(machine, self.group).bytes_per_second
         return Chips(
@@ -251,34 +269,3 @@ class _Ways:
             note += "; not run"
         seconds = cost.pass_seconds
         return DeviceOption(cost.name, is_run, note, tokens, seconds, how)
-
-
-def _no_formula(planner: Planner) -> str:
-    """Why there is no formula for this model and machine; "" where there is one."""
-    machine, config = planner.machine, _config(planner)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    missing = [s for s in sizes if not isinstance(getattr(config, s, None), int)]
-    if missing:
-        return f"no formulas: the model's config has no {', '.join(missing)}"
-    experts = ("num_local_experts", "num_experts", "n_routed_experts")
-    if any(getattr(config, name, None) for name in experts):
-        return "no formulas: those of the paper are for models without experts"
-    if not machine.is_accelerated:
-        return ""
-    if machine.copies is None and machine.network_bandwidth is not None:
-        return f"no formulas: machine {machine.name!r} has no copies"
-    if _network(machine) is None:
-        return f"no formulas: machine {machine.name!r} has no network_bandwidth"
-    return ""
-
-
-def _config(planner: Planner) -> Any:
-    config = getattr(planner.module, "config", None)
-    return config.get_text_config() if config is not None else None
-
-
-def _network(machine: Machine) -> float | None:
-    if machine.network_bandwidth is not None:
-        return float(machine.network_bandwidth)
-    peer = machine.copies.peer if machine.copies is not None else None
-    return None if peer is None else float(peer)

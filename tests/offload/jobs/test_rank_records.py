@@ -14,25 +14,17 @@ from penstock.offload.jobs import rank_records
 from penstock.offload.jobs.rank_records import received_records
 from penstock.offload.reports.rank_record import MOST_SPANS, RankRecord
 from penstock.scheduler.ranks.messages import Kind, Message
-from penstock.scheduler.ranks.post import Mailbox, Post
+from penstock.scheduler.ranks.post import Mailbox
 
 RECORD = runs.of_ranks().others[0]
 
 
-class FirstPost(Post):
+class FirstPost:
     """The post of the first rank, to which all has come that comes."""
 
     def __init__(self, num_ranks: int) -> None:
         self.mail = Mailbox()
-        self._num_ranks = num_ranks
-
-    @property
-    def rank(self) -> int:
-        return 0
-
-    @property
-    def num_ranks(self) -> int:
-        return self._num_ranks
+        self.num_ranks = num_ranks
 
     def wait(self, test: Callable[[], bool]) -> None:
         assert self.mail.lost or test(), "it would wait for ever"

@@ -16,10 +16,15 @@ from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.plans.part_machine import part_of
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planned import Workload
-from penstock.offload.plans.ranked import RankedPlanner, RankGroup
-from penstock.offload.plans.worth import cost_per_million, utilisation
+from penstock.offload.plans.ranked import (
+    RankedPlanner,
+    RankGroup,
+    gathering_planner,
+    shared_planner,
+)
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.generate_task import Generate
+from penstock.scheduler.cost.worth import cost_per_million, utilisation
 
 CPU = Machine(
     name="a CPU",
@@ -100,6 +105,21 @@ def test_cost_and_utilisation_are_of_all_machines(tmp_path: Path) -> None:
     assert whole.flops_per_token(made.choice) == pytest.approx(flops)
     assert made.utilisation == pytest.approx(utilisation(rate, flops, 2 * 1e12))
     assert cost_per_million(None, rate) is None
+
+
+def test_ranks_that_gather_read_a_part_each_and_have_rows_of_their_own(
+    tmp_path: Path,
+) -> None:
+    alone = planned(tmp_path, None)
+    two = gathering_planner(alone.planner, RankGroup(2, 2)).choose()
+    assert alone.choice.prediction.binds == two.prediction.binds == "disk"
+    ratio = alone.choice.prediction.pass_seconds / two.prediction.pass_seconds
+    assert ratio == pytest.approx(2.0, rel=0.1)
+    assert two.rate == pytest.approx(4 * alone.choice.rate, rel=0.1)
+    drive = gathering_planner(alone.planner, RankGroup(2)).choose()
+    assert drive.rate == pytest.approx(2 * alone.choice.rate, rel=0.1)
+    with pytest.raises(UsageError, match="ranks: sideways is not planned for"):
+        shared_planner(tmp_path, alone.planner, RankGroup(2), "sideways")
 
 
 @pytest.mark.slow

@@ -1,13 +1,5 @@
 """What tokens cost in money, and how much of its FLOP/s a machine uses. Pure."""
 
-from ..machines.machine import Machine
-from .rates import matmul_of
-
-
-def peak_flops(machine: Machine, dtype: str) -> float:
-    """The most FLOP/s of matrix products in `dtype` on one device of `machine`."""
-    return max(matmul_of(machine, dtype).values())
-
 
 def utilisation(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
     """Model FLOPs utilisation, 0 to 1: the share of `peak` FLOP/s that products with
