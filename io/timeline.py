@@ -8,6 +8,8 @@ from typing import Protocol
 COMPUTE = "compute"
 MICRO_BATCHES = "micro-batches"
 WAIT = "wait"
+RANKS = "ranks"
+"""Waits of this rank for others."""
 CASTING = "cast"
 STAGING = "staging"
 """Copies to the device from the host memory that disk reads go through."""

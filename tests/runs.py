@@ -6,6 +6,7 @@ from typing import Any
 
 from penstock.io.timeline import Span
 from penstock.offload.monitoring.samples import ResourceSample
+from penstock.offload.reports.rank_record import RankRecord
 from penstock.offload.reports.recorded import Recorded
 
 BEGAN = 1000.0
@@ -56,6 +57,28 @@ def samples(num: int = 60) -> list[ResourceSample]:
 
 def recorded(**options: Any) -> Recorded:
     return Recorded(BEGAN, spans(**options), samples())
+
+
+def of_ranks() -> Recorded:
+    """A run of two ranks: the second one computes half as long in the first second."""
+    other = RankRecord(
+        rank=1,
+        host="a-machine",
+        bytes_read={"disk": 150_000_000},
+        bytes_sent=4096,
+        num_sent=4,
+        rank_wait_seconds=1.5,
+        wait_seconds=0.25,
+        compute_seconds=3.0,
+        peak_host_bytes=300 << 20,
+        spans=[
+            Span("compute", "model.layers.1", BEGAN + 2.0, BEGAN + 2.5),
+            Span("micro-batches", "0", BEGAN + 2.0, BEGAN + 2.5),
+            Span("ranks", "other ranks", BEGAN + 2.5, BEGAN + 3.0),
+            Span("disk", "model.layers.1", BEGAN + 2.0, BEGAN + 2.9, 150_000_000),
+        ],
+    )
+    return Recorded(BEGAN, spans(), samples(), [other])
 
 
 def report(**values: Any) -> dict[str, Any]:

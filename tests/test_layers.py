@@ -89,6 +89,7 @@ PURE = {
     "offload/reports/bound.py",
     "offload/reports/counts.py",
     "offload/reports/perfetto.py",
+    "offload/reports/rank_record.py",
     "offload/reports/recorded.py",
     "offload/tuning/candidates.py",
     "offload/tuning/race.py",
@@ -109,6 +110,8 @@ PURE = {
     "scheduler/ranks/owners.py",
     "scheduler/ranks/rank_statistics.py",
     "scheduler/ranks/stages.py",
+    "scheduler/cost/ranked_model.py",
+    "scheduler/cost/ranked_pass.py",
     "scheduler/cost/rates.py",
     "scheduler/simulation/schedule.py",
     "scheduler/cost/shape.py",
@@ -120,6 +123,7 @@ PURE = {
     "scheduler/cost/traffic.py",
     "scheduler/simulation/turns.py",
     "scheduler/cost/workload.py",
+    "scheduler/cost/worth.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
 PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}

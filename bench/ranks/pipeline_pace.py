@@ -19,7 +19,6 @@ leave alone.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -33,19 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
 from common import frame
+from common.rank_processes import run_ranks
 from penstock import Policy
 from penstock.offload.model import load_for
-from penstock.offload.ranks.joining import (
-    LOCAL,
-    RankEnvironment,
-    join,
-    local_store,
-)
+from penstock.offload.ranks.joining import RankEnvironment, join
 
 OUT = Path(__file__).parents[1] / "out"
 BATCHES, ROWS, TOKENS = 8, 1, 8
 LEAST = 0.95
-_SPAWN = multiprocessing.get_context("spawn")
 
 
 def make(folder: Path) -> Path:
@@ -93,9 +87,7 @@ def rank(
     policy: Policy,
     passes: int,
     sleep_seconds: float,
-    answer: Any,
-) -> None:
-    torch.set_num_threads(1)
+) -> dict[str, Any]:
     post = join(where) if where.num_ranks > 1 else None
     if post is None:
         policy = policy.with_settings(["ranks=null"])
@@ -103,34 +95,7 @@ def rank(
         for block in model.model.layers:
             if sleep_seconds and "forward" not in vars(block):  # it is this rank's
                 block.register_forward_pre_hook(lambda *_: time.sleep(sleep_seconds))
-        answer.put((where.rank, work(model, passes)))
-
-
-def run(
-    num: int, folder: Path, policy: Policy, passes: int, sleep_seconds: float
-) -> list[dict[str, Any]]:
-    """What each of `num` ranks measured."""
-    store, answer = local_store(), _SPAWN.Queue()
-    processes = [
-        _SPAWN.Process(
-            target=rank,
-            args=(
-                RankEnvironment(n, num, LOCAL, store.port, num, has_store=True),
-                folder,
-                policy,
-                passes,
-                sleep_seconds,
-                answer,
-            ),
-        )
-        for n in range(num)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(answer.get(timeout=600) for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[n] for n in range(num)]
+        return work(model, passes)
 
 
 def main() -> int:
@@ -155,8 +120,8 @@ def main() -> int:
     rate = policy.links["disk"].bandwidth
     for _ in range(options.pairs):
         how = (folder, policy, options.passes, options.sleep / 1000)
-        alone = run(1, *how)[0]
-        shared = run(options.ranks, *how)
+        alone = run_ranks(1, rank, *how)[0]
+        shared = run_ranks(options.ranks, rank, *how)
         is_same &= all(one["tokens"] == alone["tokens"] for one in shared)
         seconds = max(one["seconds"] for one in shared)
         ratios.append(alone["seconds"] / seconds)

@@ -149,6 +149,16 @@ def say(message: str) -> None:
     print(f"penstock: {lines}", file=sys.stderr)
 
 
+def check_alone(policy: Policy, command: str) -> None:
+    """Raises UsageError for a policy with ranks, which `command` does not start."""
+    if policy.ranks is not None:
+        raise UsageError(
+            f"{command} runs one process, and ranks: {policy.ranks} shares the model "
+            "among several: run it without ranks (--set ranks=null), and add ranks to "
+            "the policy of the job"
+        )
+
+
 def policy_of(
     path: Path | None,
     settings: list[str] | None,

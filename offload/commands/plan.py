@@ -121,6 +121,27 @@ def plan(
     new: Annotated[
         int, typer.Option(min=1, help="Tokens that each prompt gets, of generate.")
     ] = 64,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Plan for so many ranks that share the model (see docs/ranks.md).",
+        ),
+    ] = 1,
+    nodes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Machines like this one that --ranks are on, equally many each."
+        ),
+    ] = 1,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Price of an hour of the machine, in any currency, instead of "
+            "price_per_hour in its file: says what a million tokens cost.",
+        ),
+    ] = None,
     objective: Annotated[
         ObjectiveName,
         typer.Option(help="Most tokens a second, or one batch as soon as possible."),
@@ -153,11 +174,20 @@ def plan(
     from ..plans.pareto import check_plot, plot_pareto
     from ..plans.plan import make_plan
     from ..plans.planned import Workload
+    from ..plans.ranked import RankGroup
     from ..plans.table import devices_table, plan_table
 
     asked = policy_of(policy, settings, trust_remote_code)
     if as_json and as_yaml:
         raise UsageError("--json and --yaml print different things: give one of them")
+    if asked.ranks is not None and ranks == 1:
+        raise UsageError(
+            f"ranks: {asked.ranks} is planned for a number of ranks: give --ranks, or "
+            "take ranks out of the policy"
+        )
+    if nodes > 1 and ranks == 1:
+        raise UsageError(f"--nodes {nodes} is where ranks are: give --ranks, too")
+    group = RankGroup(ranks, nodes) if ranks > 1 else None
     if pareto is not None:
         check_plot(pareto)
     found = find_machine(machine, asked.io.cache)
@@ -169,6 +199,8 @@ def plan(
         wanted,
         "latency" if objective is ObjectiveName.latency else "throughput",
         host_bytes=installed_bytes() if machine is None else None,
+        ranks=group,
+        price_per_hour=price_per_hour,
     )
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
@@ -181,6 +213,9 @@ def plan(
             print(f"- {sentence}")
         if made.devices is not None:
             Console().print(devices_table(made.devices))
+            if (best := made.devices.best) is not None:
+                how = f" ({best.how})" if best.how else ""
+                print(f"fastest of those that run here: {best.name}{how}")
     if pareto is not None:
         plot_pareto(made, pareto)
         if not (as_json or as_yaml):

@@ -20,6 +20,7 @@ from .options import (
     Settings,
     TaskName,
     TrustRemoteCode,
+    check_alone,
     policy_of,
     say,
 )
@@ -90,6 +91,7 @@ def tune(
     from ..tuning.tuned import tuned_yaml, verdict_line
 
     chosen = policy_of(policy, settings, trust_remote_code)
+    check_alone(chosen, "penstock tune")
     found = find_machine(machine, chosen.io.cache)
     if source and prompt is not None:
         raise UsageError(

@@ -16,6 +16,7 @@ from .options import (
     PolicyFile,
     Settings,
     TrustRemoteCode,
+    check_alone,
     policy_of,
     say,
 )
@@ -96,6 +97,7 @@ def verify(
     out/`
     """
     chosen = policy_of(policy, settings, trust_remote_code)
+    check_alone(chosen, "penstock verify")
     if against is not None:
         if checksums:
             raise UsageError("--checksums looks at one checkpoint: leave --against out")

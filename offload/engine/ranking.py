@@ -40,14 +40,21 @@ def build_shared(
 ) -> Engine:
     """Like `build`, for this rank's blocks of `model`. The engine closes `post`.
 
-    Without a `post`, the other ranks are those of torchrun's environment. Raises also
+    Without a `post`, the other ranks are those of torchrun's environment; without that,
+    this process has the whole model, and says so. Raises also
     UsageError for a model that ranks cannot share or that is another one on the first
     rank, and RanksError if they do not come.
     """
     where = RankEnvironment.of() if post is None else None
     num_ranks = where.num_ranks if where is not None else post.num_ranks if post else 1
     if num_ranks == 1:
-        return build(model, checkpoint, recipes, policy, room=room, use=use)
+        engine = build(model, checkpoint, recipes, policy, room=room, use=use)
+        if where is not None and not where.port:
+            engine.fallbacks.announce(
+                f"ranks: {policy.ranks} has no effect: torchrun has not started this "
+                "process (RANK and WORLD_SIZE are not set), which has the whole model"
+            )
+        return engine
     rank = where.rank if where is not None else post.rank if post else 0
     if policy.ranks is None:
         raise UsageError("only a policy with ranks: pipeline shares a model")

@@ -21,10 +21,14 @@ from ..monitoring.show import human_bytes
 from ..plans.dtypes import dtype_words
 from ..plans.plan import Plan, make_plan
 from ..plans.planned import Workload
+from ..plans.prediction import predicted, predicted_of_ranks
+from ..plans.ranked import RankedPlanner, RankGroup
 from ..plans.trial import PlanTrial
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom
 from ..settings.room import coming_with, room_for
+from ..tasks.task import Task
+from .computed import Loaded
 
 KEPT = (
     "dtype",
@@ -60,13 +64,41 @@ class Chosen:
         """The machine that is predicted for; None without a plan."""
         return None if self.plan is None else self.plan.machine
 
+    @property
+    def ranked(self) -> RankedPlanner | None:
+        """What planned for several ranks; None where one process was planned for."""
+        planner = None if self.plan is None else self.plan.planner
+        return planner if isinstance(planner, RankedPlanner) else None
+
+    def predicted(
+        self, task: Task, loaded: Loaded, counts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The prediction for a job with these `counts`, for its report; or `note`,
+        which says why there is none."""
+        machine = self.machine
+        if machine is None:
+            return {"note": self.note}
+        engine = loaded.engine
+        if engine.exchange is None:
+            arrangement = engine.arrangement
+            return predicted(
+                task, loaded.model, arrangement, self.policy, machine, counts
+            )
+        if self.ranked is None:
+            return {"note": "the plan is for one process: nothing is predicted"}
+        return predicted_of_ranks(task, self.ranked, engine.policy, counts)
+
     def trial(self, model: Path, asked: Policy) -> PlanTrial | None:
         """Tries advice for a user who `asked` for this; None without a plan."""
         if self.plan is None:
             return None
         settings = {key: getattr(self.policy, key) for key in left_open(asked)}
         return PlanTrial(
-            model, _with(asked, settings), self.plan.machine, self.plan.workload
+            model,
+            _with(asked, settings),
+            self.plan.machine,
+            self.plan.workload,
+            self.plan.ranks,
         )
 
     @property
@@ -108,11 +140,18 @@ def restored(asked: Policy, kept: Mapping[str, Any]) -> Policy:
     return _with(asked, {key: kept[key] for key in left_open(asked) if key in kept})
 
 
-def choose(model: Path, asked: Policy, workload: Workload, *, num: int = 1) -> Chosen:
+def choose(
+    model: Path,
+    asked: Policy,
+    workload: Workload,
+    *,
+    num: int = 1,
+    ranks: RankGroup | None = None,
+) -> Chosen:
     """Chooses what `asked` leaves open, for the checkpoint `model` on one of `num`
-    processes. The planner uses the file of `penstock machine`, or quick estimates of
-    this computer. Raises CheckpointError and UsageError for a checkpoint that is
-    wrong."""
+    processes, or on `ranks` that share it. The planner uses the file of `penstock
+    machine`, or quick estimates of this computer. Raises CheckpointError and UsageError
+    for a checkpoint that is wrong."""
     machine = find_machine(None, asked.io.cache)
     if machine is not None and machine.device != asked.device.partition(":")[0]:
         machine = None
@@ -128,6 +167,7 @@ def choose(model: Path, asked: Policy, workload: Workload, *, num: int = 1) -> C
             workload,
             host_bytes=room.total // num,
             is_sparing=False,
+            ranks=ranks,
         )
     except (DoesNotFitError, PolicyError) as error:
         # The planner only estimates memory: loading the model decides.

@@ -12,6 +12,7 @@ from ...scheduler.ranks.post import Post
 from ..engine.counters import Statistics
 from ..model import engine_of, load_for, unwrap
 from ..policy import Policy
+from ..reports.rank_record import RankRecord
 from ..rows.text import load_tokenizer
 from ..settings.memory_budget import Use
 from ..tasks.task_progress import TaskProgress
@@ -30,6 +31,8 @@ class WorkerResult:
     """The timeline of the last passes; empty while the job runs."""
     first_unit_at: float | None = None
     """When the first unit began to compute (`time.perf_counter`)."""
+    others: Sequence[RankRecord] = ()
+    """The records of the ranks that share the model with this process."""
 
 
 class Loaded(Closing):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...io.errors import InputError, UsageError
+from ...io.errors import InputError, RanksError, UsageError
 from ..files.inputs import Inputs
 from ..files.outputs import destination
 from ..files.part_reader import check_done, read_parts
@@ -20,7 +20,6 @@ from ..files.sources import Own, check_apart, find_files
 from ..files.streamed_output import StreamedOutput, is_stream
 from ..monitoring.host_load import CpuTimes, taken_elsewhere
 from ..plans.planned import Workload
-from ..plans.prediction import predicted
 from ..policy import Policy
 from ..reports.advice import with_tried_advice
 from ..reports.recorded import Recorded
@@ -29,9 +28,10 @@ from ..tasks.task import Task
 from .ahead import Ahead
 from .budgets import threads_of
 from .choosing import OLDER, Chosen, choose, kept_of, mean_length, restored, say_chosen
-from .computed import Loaded, WorkerResult
+from .computed import WorkerResult
 from .identity import identify
 from .kept import Mode, ResumableOutput, begun_as
+from .rank_records import record_of
 from .ranked import OtherRanks, lead
 from .running import Output, PartsRun
 from .sharing import Sharing, check_workers
@@ -132,7 +132,8 @@ class Job:
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
         workload = Workload(self.task, mean_length(inputs, self.task.row_keys))
-        return choose(self.model, asked, workload, num=self.workers)
+        ranks = self.others.group
+        return choose(self.model, asked, workload, num=self.workers, ranks=ranks)
 
     @property
     def _settled(self) -> Chosen:
@@ -193,7 +194,7 @@ class Job:
         if self.workers > 1:
             return self._share(parts, ahead, inputs, output, before, watch)
         progress, others = self.task.new_progress(), self.others
-        policy = self._settled.policy
+        policy, lost = self._settled.policy, None
         with others, others.load(self.task, self.model, policy) as loaded:
             began, cpu = time.perf_counter(), CpuTimes.now()
             look = partial(loaded.look, progress)
@@ -204,17 +205,25 @@ class Job:
                 ):
                     model, tokenizer = loaded.model, loaded.tokenizer
                     led = lead(loaded.engine, run.feed())
-                    run.take_all(self.task.results(model, tokenizer, led, progress))
+                    try:
+                        run.take_all(self.task.results(model, tokenizer, led, progress))
+                    except RanksError as error:
+                        lost = error  # there is a report of what was done before
                 if run.failure is not None:
                     raise run.failure
             seconds = time.perf_counter() - began
             taken = taken_elsewhere(cpu, CpuTimes.now(), torch.get_num_threads())
             counts = progress.figures(seconds)
             counts["rows"] = progress.rows_done - progress.rows_failed
-            forecast = self._predicted(loaded, counts)
-            return self._report(
-                loaded.computed(progress), seconds, began, watch, forecast, taken
-            )
+            forecast = self._settled.predicted(self.task, loaded, counts)
+            computed = replace(loaded.computed(progress), others=others.records())
+            made = self._report(computed, seconds, began, watch, forecast, taken)
+            if lost is not None:
+                made[0]["fallbacks"].append(f"the job has ended early: {lost}")
+                if self.report is not None:
+                    write_report(self.report, *made)
+                raise lost
+            return made
 
     def _share(
         self,
@@ -276,24 +285,15 @@ class Job:
             dtype=computed.dtype,
             taken_elsewhere=taken,
         )
-        recorded = Recorded(watch.began, computed.spans, watch.samples.all())
+        samples, others = watch.samples.all(), computed.others
+        recorded = Recorded(watch.began, computed.spans, samples, others)
         statistics = computed.statistics
-        bound = judge(policy, figures, statistics, recorded.spans)
+        bound = judge(policy, figures, statistics, recorded)
         bound = with_tried_advice(bound, self._settled.trial(self.model, self.policy))
         report = make_report(
             str(self.model), self.policy, policy, figures, statistics, bound, recorded
         )
+        if others or statistics.ranks.num_ranks > 1:
+            ranks = [record_of(computed, 0), *others]
+            report["per_rank"] = [each.figures() for each in ranks]
         return report, recorded
-
-    def _predicted(self, loaded: Loaded, counts: Mapping[str, Any]) -> dict[str, Any]:
-        machine = self._settled.machine
-        if machine is None or loaded.engine.exchange is not None:
-            return {"note": self._settled.note or "several ranks: nothing is predicted"}
-        return predicted(
-            self.task,
-            loaded.model,
-            loaded.engine.arrangement,
-            self._settled.policy,
-            machine,
-            counts,
-        )

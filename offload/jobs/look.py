@@ -22,6 +22,12 @@ class ProgressSnapshot:
     wait_seconds: float = 0.0
     compute_seconds: float = 0.0
     bytes_read: Mapping[str, int] = field(default_factory=dict)
+    num_ranks: int = 1
+    """The ranks that share the model."""
+    rank_wait_seconds: float = 0.0
+    """How long this rank has waited for others."""
+    rank_bytes_sent: int = 0
+    """Bytes of hidden states that this rank has sent to others."""
     resident_bytes: int = 0
     device_bytes: int | None = None
 
@@ -37,6 +43,9 @@ def look_at(engine: Engine, progress: TaskProgress) -> ProgressSnapshot:
         wait_seconds=statistics.wait_seconds,
         compute_seconds=statistics.compute_seconds,
         bytes_read=statistics.bytes_read,
+        num_ranks=statistics.ranks.num_ranks,
+        rank_wait_seconds=statistics.ranks.wait_seconds,
+        rank_bytes_sent=statistics.ranks.bytes_sent,
         resident_bytes=resident_bytes(),
         device_bytes=_device_bytes(engine.policy.device),
     )

@@ -4,7 +4,7 @@ others compute what it tells them."""
 import logging
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,14 +19,17 @@ from ...scheduler.ranks.post import Post
 from ..engine.engine import Engine
 from ..engine.ranking import check_shareable
 from ..files.parts import NumberedRows
+from ..plans.ranked import RankGroup
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
 from ..ranks.sameness import check_same
+from ..reports.rank_record import RankRecord
 from ..startup import hidden
 from ..tasks.task import Task
 from .budgets import divided, threads_of
 from .computed import Loaded
+from .rank_records import received_records, send_record
 from .sharing import room_of
 
 _log = logging.getLogger("penstock")
@@ -53,6 +56,13 @@ class OtherRanks(Closing):
         self._threads_before = torch.get_num_threads()
 
     @property
+    def group(self) -> RankGroup | None:
+        """The ranks, as plans see them; None for one process."""
+        if self.num == 1:
+            return None
+        return RankGroup(self.num, max(1, self.num // self.num_local))
+
+    @property
     def num_threads(self) -> int:
         """The threads that each rank computes with."""
         return threads_of(self._threads_before, self.num_local)
@@ -76,6 +86,10 @@ class OtherRanks(Closing):
         )
         own = _own(policy, model, self.num_local, 0)
         return Loaded(model, own, task.use, self._post)
+
+    def records(self) -> Sequence[RankRecord]:
+        """What the other ranks have counted and recorded, once all rows are done."""
+        return () if self._post is None else received_records(self._post)
 
     def close(self) -> None:
         """Waits until the processes that were started have ended, or ends them."""
@@ -147,6 +161,7 @@ def follow(post: Post, task: Task, model: Path, where: RankEnvironment) -> None:
         progress = task.new_progress()
         for _ in task.results(loaded.model, loaded.tokenizer, parts, progress):
             pass  # the first rank writes it
+        send_record(post, loaded.computed(progress))
 
 
 def joined_ranks(task: Task, model: Path) -> OtherRanks | None:

@@ -130,6 +130,9 @@ class Watch(Closing):
             wait_seconds=look.wait_seconds,
             compute_seconds=look.compute_seconds,
             bytes_read=look.bytes_read,
+            num_ranks=look.num_ranks,
+            rank_wait_seconds=look.rank_wait_seconds,
+            rank_bytes_sent=look.rank_bytes_sent,
             resident_bytes=look.resident_bytes,
             device_bytes=look.device_bytes,
         )

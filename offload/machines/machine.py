@@ -141,6 +141,9 @@ class Machine(Section):
     """Bytes per second of one device to all its peers together."""
     calls: Calls = Calls()
     """Seconds of overhead of calls."""
+    price_per_hour: PositiveFloat | None = None
+    """The price of an hour of this computer, in any currency: plans and reports then
+    say what a million tokens cost."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -176,6 +179,20 @@ class Machine(Section):
             text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True)
             parts.append((f"# {comment}\n" if comment else "") + text.rstrip())
         return "\n".join(parts) + "\n"
+
+
+def check_runs(machine: Machine) -> None:
+    """Raises PolicyError for machines that Penstock does not compute on."""
+    if machine.device == "tpu":
+        raise PolicyError(
+            f"machine {machine.name!r} is for the formulas alone: Penstock computes on "
+            "CPUs and GPUs; take another machine"
+        )
+    if machine.disk is None:
+        raise PolicyError(
+            f"machine {machine.name!r} has no disk to read weights from: give its file "
+            "a section disk"
+        )
 
 
 def own_machine_path(cache: Path | None = None) -> Path:

@@ -101,6 +101,23 @@ class MetricsFile:
             ),
             read,
         ]
+        if now.num_ranks > 1:
+            for kind, name, text, value in (
+                ("Gauge", "ranks", "Ranks that share the model.", now.num_ranks),
+                (
+                    "Counter",
+                    "rank_wait_seconds",
+                    "Seconds that the first rank waited for others.",
+                    now.rank_wait_seconds,
+                ),
+                (
+                    "Counter",
+                    "rank_sent_bytes",
+                    "Bytes of hidden states that the first rank sent to others.",
+                    now.rank_bytes_sent,
+                ),
+            ):
+                found.append(one(kind, name, text, value))
         if now.num_rows is not None:
             found.append(one("Gauge", "rows", "Rows of the whole job.", now.num_rows))
         if now.device_bytes is not None:

@@ -36,6 +36,12 @@ class ResourceSample:
     compute_seconds: float = 0.0
     bytes_read: Mapping[str, int]
     """Bytes read from each tier."""
+    num_ranks: int = 1
+    """The ranks that share the model; the other counters are of the first one."""
+    rank_wait_seconds: float = 0.0
+    """Seconds that it waited for other ranks."""
+    rank_bytes_sent: int = 0
+    """Bytes of hidden states that it sent to other ranks."""
     resident_bytes: int = 0
     """Bytes of memory of this process."""
     device_bytes: int | None = None

@@ -1,22 +1,23 @@
 """A plan: the resolved policy, bytes per tier, the predicted speed, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...io.errors import PolicyError
+from ...scheduler.cost.worth import cost_per_million, utilisation
 from ..configs.opening import open_model
 from ..machines.estimates import estimated_machine
-from ..machines.machine import Machine
+from ..machines.machine import Machine, check_runs
 from ..policy import Policy
 from ..startup import rare_collections
 from ..tasks.task import Task
 from ..weights.blueprint import blueprint
-from .devices import Devices, devices_of
+from .devices import Devices
 from .dtypes import (
     HALF,
     WIDE,
@@ -29,6 +30,9 @@ from .forecast import dtype_of
 from .host_experts import ExpertsChoice, choose_experts
 from .planned import Choice, Workload
 from .planner import Objective, Planner
+from .ranked import RankGroup, alone, rank_sentences, ranked_planner, shared_planner
+from .rates import peak_flops
+from .ways import devices_of
 from .words import dtype_sentences, explain, kept_words
 
 
@@ -43,6 +47,8 @@ class Plan:
     """The policy as the user set it."""
     dtypes: DtypeChoice
     has_weights: bool
+    ranks: RankGroup | None = None
+    """The ranks that share the model; None: one process has it."""
 
     @property
     def task(self) -> Task:
@@ -68,10 +74,14 @@ class Plan:
     def policy(self) -> Policy:
         """The resolved policy."""
         found = self.choice.policy
-        if found.experts == self.experts.experts:
+        values: dict[str, Any] = {}
+        if found.experts != self.experts.experts:
+            values["experts"] = self.experts.experts
+        if self.ranks is not None:
+            values["ranks"] = self.asked.ranks or "pipeline"
+        if not values:
             return found
-        values = found.model_dump(exclude_unset=True)
-        return Policy(**{**values, "experts": self.experts.experts})
+        return Policy(**{**found.model_dump(exclude_unset=True), **values})
 
     @cached_property
     def experts(self) -> ExpertsChoice:
@@ -80,8 +90,33 @@ class Plan:
 
     @cached_property
     def devices(self) -> Devices | None:
-        """The ways to use the machine's devices; None where it has one."""
-        return devices_of(self.planner, self.choice)
+        """The ways to use several devices or ranks; None where there is one."""
+        deal = partial(ranked_planner, self.model)
+        return devices_of(self.planner, self.choice, deal, self.ranks)
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation of the devices that compute, 0 to 1."""
+        num = 1
+        if self.ranks is not None:
+            num = (
+                self.ranks.num if self.machine.is_accelerated else self.ranks.num_nodes
+            )
+        return utilisation(
+            self.choice.prediction.tokens_per_second,
+            self.planner.flops_per_token(self.choice),
+            num * peak_flops(self.machine, self.dtype),
+        )
+
+    @property
+    def cost_per_million(self) -> float | None:
+        """The price of a million tokens; None without a price."""
+        price, num = self.machine.price_per_hour, 1
+        if self.ranks is not None:
+            num = self.ranks.num_nodes
+        return cost_per_million(
+            None if price is None else price * num, self.choice.rate
+        )
 
     @property
     def title(self) -> str:
@@ -96,6 +131,7 @@ class Plan:
         is_open = self.asked.dtype == "auto"
         return [
             *explain(self.planner, self.choice),
+            *rank_sentences(self.planner, self.choice),
             *filter(None, [self.experts.sentence]),
             *dtype_sentences(self.dtypes, is_open=is_open),
             *kept_words(self.asked),
@@ -129,6 +165,9 @@ class Plan:
             "pass_seconds": found.pass_seconds,
             "compute_seconds_per_pass": found.compute_seconds,
             "wait_seconds_per_pass": found.wait_seconds,
+            "mfu": self.utilisation,
+            "cost_per_million_tokens": self.cost_per_million,
+            "ranks": None if self.ranks is None else self.ranks.num,
             "binds": found.binds,
             "bytes_by_tier": tiers,
             "activation_bytes": self.choice.need.activations,
@@ -152,6 +191,8 @@ def make_plan(
     *,
     host_bytes: int | None = None,
     is_sparing: bool = True,
+    ranks: RankGroup | None = None,
+    price_per_hour: float | None = None,
 ) -> Plan:
     """Plans `workload` with the checkpoint in `model`; its config.json is enough.
     Chooses a dtype, too, where the policy leaves it open.
@@ -159,7 +200,9 @@ def make_plan(
     A `machine` of None stands for this computer, by quick estimates that take about a
     second (CPUs only). `host_bytes` is the most host memory that the process may have;
     None: all there is. With `is_sparing`, weights take no more memory than makes it
-    faster; else they take what there is.
+    faster; else they take what there is. `ranks` share the model, on as many machines
+    as they say, each like `machine`. `price_per_hour` is that of the
+    machine, instead of the one in its file.
 
     Raises DoesNotFitError (with what would make it run), PolicyError, CheckpointError
     and UsageError.
@@ -175,25 +218,39 @@ def make_plan(
     beside = dtypes_beside(own, device)
     if machine is None:
         machine = estimates_of(model, policy, (own, *beside), has_weights=has_weights)
+    if price_per_hour is not None:
+        machine = machine.model_copy(update={"price_per_hour": price_per_hour})
     if host_bytes is not None:
         host = min(machine.host_memory, host_bytes)
         machine = machine.model_copy(update={"host_memory": host})
+    if ranks is not None:
+        # What contradicts ranks is refused.
+        shared = {"ranks": policy.ranks or "pipeline", "device": machine.device}
+        Policy(**{**policy.model_dump(exclude_unset=True), **shared})
     planner = Planner(
         skeleton.model,
         skeleton.recipes,
         machine,
-        policy,
+        alone(policy),
         workload,
         objective,
         is_sparing,
     )
-    found = plan_dtypes(model, planner, own)
-    return Plan(model, machine, workload, policy, found, has_weights)
+
+    def dealt(whole: Planner) -> Planner:
+        if ranks is None:
+            return whole
+        return shared_planner(model, whole, ranks, policy.ranks or "pipeline")
+
+    found = plan_dtypes(model, planner, own, dealt)
+    return Plan(model, machine, workload, policy, found, has_weights, ranks)
 
 
-def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
-    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside
-    it."""
+def plan_dtypes(
+    model: Path, planner: Planner, own: str, dealt: Callable[[Planner], Planner]
+) -> DtypeChoice:
+    """Chooses among `own`, which `planner` plans for, and the dtypes to try beside it.
+    `dealt` makes planners for ranks of those for one process."""
     machine, asked = planner.machine, planner.policy
     others = []
     for name in dtypes_beside(own, machine.device):
@@ -208,9 +265,11 @@ def plan_dtypes(model: Path, planner: Planner, own: str) -> DtypeChoice:
                 _choices=[],
                 _too_small=[],
             )
-            others.append(try_dtype(name, beside))
+            others.append(try_dtype(name, dealt(beside)))
     is_open = asked.dtype == "auto"
-    return choose_dtype(try_dtype(own, planner), others, machine, is_open=is_open)
+    return choose_dtype(
+        try_dtype(own, dealt(planner)), others, machine, is_open=is_open
+    )
 
 
 def with_dtype(policy: Policy, dtype: str) -> Policy:
@@ -237,17 +296,3 @@ def estimates_of(
             f"no machine file, and the drive of {model} cannot be estimated "
             f"({error.strerror or error}): run penstock machine, or give --machine"
         ) from error
-
-
-def check_runs(machine: Machine) -> None:
-    """Raises PolicyError for machines that Penstock does not compute on."""
-    if machine.device == "tpu":
-        raise PolicyError(
-            f"machine {machine.name!r} is for the formulas alone: Penstock computes on "
-            "CPUs and GPUs; take another machine"
-        )
-    if machine.disk is None:
-        raise PolicyError(
-            f"machine {machine.name!r} has no disk to read weights from: give its file "
-            "a section disk"
-        )

@@ -3,14 +3,18 @@
 from dataclasses import dataclass, field
 
 from ...io.tier import Tier
-from ...scheduler.cost.memory_need import Need
+from ...scheduler.cost.memory_need import RUNTIME_BYTES, Need
 from ...scheduler.cost.workload import Prediction
+from ..machines.machine import Machine
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from ..tasks.score_task import Score
 from ..tasks.task import Task
 from .forecast import Forecast
 
+USABLE = 0.9
+"""The share of a memory that is planned with. The rest is for the system and for what
+is not counted."""
 _SAFE = 0.7
 """The share of the computing time that an estimated link may be busy."""
 
@@ -50,6 +54,18 @@ class Budget:
     def has_place_for(self, need: Need, kv_tier: str) -> bool:
         """Whether the drive has room for keys and values that go to it."""
         return kv_tier != Tier.DISK or self.disk is None or need.kv <= self.disk
+
+
+def budget_of(machine: Machine, policy: Policy) -> Budget:
+    """The memory of `machine`, or the policy's `memory`, less what the runtime takes.
+    Pure."""
+    asked, device = policy.memory, machine.device_memory
+    host = int(machine.host_memory * USABLE)
+    host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
+    on_device = host if device is None else int(device * USABLE)
+    disk = machine.disk
+    free = None if disk is None or disk.free is None else int(disk.free * USABLE)
+    return Budget(on_device, host, is_shared=device is None, disk=free)
 
 
 @dataclass(frozen=True, slots=True)

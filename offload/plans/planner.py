@@ -11,20 +11,17 @@ from ...io.tier import KV_TIERS
 from ...io.weights.recipe import Recipe
 from ...scheduler.cost.memory_need import RUNTIME_BYTES, Need
 from ...scheduler.cost.shape import ModelShape
-from ...scheduler.cost.workload import Generating, Scoring, predict
+from ...scheduler.cost.workload import Generating, Prediction, Scoring, predict
 from ..machines.machine import Machine
 from ..policy import Policy
 from ..tasks.task import Task
 from .forecast import Forecast, Forecaster, generating_of, scoring_alike
 from .memory_sizes import STEP_BYTES, MemorySizes, is_free
-from .planned import Budget, Choice, Workload, no_place, why_not
+from .planned import USABLE, Budget, Choice, Workload, budget_of, no_place, why_not
 from .planned_need import need_of
 from .widths import MICRO_BATCHES, MOST_IN_FLIGHT, OF_EXPERTS, WIDTHS
 
 Objective = Literal["throughput", "latency"]
-USABLE = 0.9
-"""The share of a memory that is planned with. The rest is for the system and for what
-is not counted."""
 _GOOD_ENOUGH = 0.99  # of the best rate: then less memory wins
 _FEW_PARTS, _MANY_PARTS, _EXACT = 8, 1 << 20, 0
 """Sizes of memory are tried in so many parts of what there is; in many for the choice
@@ -118,13 +115,7 @@ class Planner:
     def budget(self) -> Budget:
         """The machine's memory, or the policy's `memory`, less what the runtime
         takes."""
-        asked, device = self.policy.memory, self.machine.device_memory
-        host = int(self.machine.host_memory * USABLE)
-        host = (host if asked == "auto" else min(asked, host)) - RUNTIME_BYTES
-        on_device = host if device is None else int(device * USABLE)
-        disk = self.machine.disk
-        free = None if disk is None or disk.free is None else int(disk.free * USABLE)
-        return Budget(on_device, host, is_shared=device is None, disk=free)
+        return budget_of(self.machine, self.policy)
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """The settings to try for what is in flight: for latency, one micro-batch."""
@@ -210,12 +201,23 @@ class Planner:
         if 0 < size <= max(self._too_small, default=0):
             return None
         try:
-            found = self._forecast(policy)
+            found = self.forecast_for(policy)
+            work = self._work(policy, found.shape)
+            prediction = self.predicted(policy, found, work)
         except DoesNotFitError:
             self._too_small.append(size)
             return None
-        prediction = predict(found.model, self._work(policy, found.shape))
         return Choice(policy, found, prediction, need)
+
+    def predicted(
+        self, policy: Policy, found: Forecast, work: Scoring | Generating
+    ) -> Prediction:
+        """What `work` takes under `policy`, whose forecast is `found`."""
+        return predict(found.model, work)
+
+    def flops_per_token(self, choice: Choice) -> float:
+        """FLOPs of products with weights for each token."""
+        return choice.forecast.shape.flops_per_token
 
     def _work(self, policy: Policy, shape: ModelShape) -> Scoring | Generating:
         """The work that is predicted: as much as is in flight, several times."""
@@ -242,9 +244,9 @@ class Planner:
         whole = sum(recipe.nbytes for recipe in self.recipes.values())
         roomy = {"device_memory": 2 * whole + (64 << 20), "memory": "auto"}
         policy = _updated(self._with({}), {**roomy, "placement": {}})
-        return self._forecast(policy).shape
+        return self.forecast_for(policy).shape
 
-    def _forecast(self, policy: Policy) -> Forecast:
+    def forecast_for(self, policy: Policy) -> Forecast:
         """The forecast for `policy`. It is computed once for each division of memory:
         what is in flight does not change it."""
         memory = (policy.device, policy.device_memory, policy.host_memory)

@@ -86,6 +86,11 @@ def matmul_of(machine: Machine, dtype: str) -> dict[int, float]:
     return dict(found)
 
 
+def peak_flops(machine: Machine, dtype: str) -> float:
+    """The most FLOP/s of matrix products in `dtype` on one device of `machine`."""
+    return max(matmul_of(machine, dtype).values())
+
+
 def reader_of(machine: Machine, policy: Policy) -> str:
     """The reader that the policy names, or the machine's best one."""
     asked = policy.io.reader

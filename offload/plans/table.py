@@ -32,6 +32,9 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("  computing", f"{found.compute_seconds:.3f} s")
     table.add_row("  waiting", f"{found.wait_seconds:.3f} s")
     table.add_row("binds", found.binds)
+    table.add_row("MFU", f"{plan.utilisation:.1%}")
+    if plan.cost_per_million is not None:
+        table.add_row("price of a million tokens", _price(plan.cost_per_million))
     for tier, nbytes in choice.forecast.bytes_by_tier.items():
         if nbytes:
             table.add_row(f"weights in {tier}", human_bytes(nbytes))
@@ -64,15 +67,17 @@ def devices_table(devices: Devices) -> Table:
             f"moves less than moving tokens; {devices.note}"
         )
     table = Table(
-        title=f"{devices.num} devices",
+        title=f"{devices.num} {devices.unit}",
         caption=caption,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("way")
     table.add_column("run by")
-    for title in ("tokens a pass", "a pass", "tokens/s"):
+    for title in ("tokens a pass", "a pass", "tokens/s", "MFU"):
         table.add_column(title, justify="right")
+    if devices.price_per_hour is not None:
+        table.add_column("a million tokens", justify="right")
     table.add_column("note")
     is_run = True
     for way in devices.ways:
@@ -80,15 +85,28 @@ def devices_table(devices: Devices) -> Table:
             table.add_section()
         is_run = way.is_run
         rate, seconds = way.tokens_per_second, way.pass_seconds
+        prices = []
+        if devices.price_per_hour is not None:
+            prices = [_price(devices.cost_per_million(way))]
         table.add_row(
             way.name,
             "Penstock" if way.is_run else "formula",
             f"{way.num_tokens:,}",
             "-" if seconds is None else f"{seconds:.3f} s",
             "-" if rate is None else f"{rate:,.0f}",
-            way.note,
+            _share(devices.utilisation(way)),
+            *prices,
+            f"{way.how}: {way.note}" if way.how and way.is_run else way.note,
         )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _price(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.3g}"
 
 
 def _shown(key: str, value: object) -> str:

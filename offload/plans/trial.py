@@ -11,6 +11,7 @@ from ..policy import Policy
 from ..weights.blueprint import blueprint
 from .planned import Choice, Workload
 from .planner import Planner
+from .ranked import RankGroup, alone, ranked_planner
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PlanTrial:
     policy: Policy
     machine: Machine
     workload: Workload
+    ranks: RankGroup | None = None
+    """The ranks that share the model; None: one process has it."""
 
     def __call__(self, settings: Mapping[str, Any]) -> Choice | None:
         """The choice for the policy with `settings`; None where that does not fit or is
@@ -34,14 +37,16 @@ class PlanTrial:
                 policy.dtype,
                 trust_remote_code=policy.trust_remote_code,
             )
-            planner = Planner(
+            planner: Planner = Planner(
                 skeleton.model,
                 skeleton.recipes,
                 self.machine,
-                policy,
+                alone(policy),
                 self.workload,
                 is_sparing=False,
             )
+            if self.ranks is not None:
+                planner = ranked_planner(self.model, planner, self.ranks)
             return planner.choose()
         except PenstockError:
             return None

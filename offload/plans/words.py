@@ -2,6 +2,7 @@
 
 from ...io.tier import Tier
 from ...scheduler.cost.load_cost import LoadCosts
+from ...scheduler.cost.ranked_pass import RANKS
 from ..monitoring.show import human_bytes
 from ..policy import Policy
 from .dtypes import DtypeChoice, dtype_advice, dtype_words
@@ -33,6 +34,12 @@ def _binds(planner: Planner, choice: Choice) -> str:
         return (
             f"computing binds: weights come in {loading:.2f} s of a pass of "
             f"{prediction.pass_seconds:.2f} s ({share:.0%})"
+        )
+    if prediction.binds == RANKS:
+        return (
+            f"ranks wait for each other: {prediction.wait_seconds:.2f} s of a pass of "
+            f"{prediction.pass_seconds:.2f} s; more micro-batches in flight would hide "
+            "it"
         )
     tier = prediction.binds
     loading = weight_seconds(choice).get(tier, 0.0)

@@ -1,13 +1,15 @@
 """Connects the ranks that torchrun, or `--ranks`, has started."""
 
+import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from torch.distributed import (  # type: ignore[attr-defined]
     DistError,
@@ -24,9 +26,13 @@ JOIN_SECONDS = 120.0
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TOKEN_BYTES = 16
 _CHECK_SECONDS = 0.5
+_POLL_SECONDS = 0.02
 _GREETING_SECONDS = 5.0
 """How long one that connects may take to say who it is."""
 LOCAL = "127.0.0.1"
+NOTICE_SECONDS = 10.0
+"""After this long, it is said which ranks are waited for."""
+_log = logging.getLogger("penstock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,10 @@ class RankEnvironment:
 
     @classmethod
     def of(cls, variables: Mapping[str, str] = os.environ) -> "RankEnvironment":
-        """What torchrun sets. Raises UsageError if it did not."""
+        """What torchrun sets; one rank, at no port, where nothing of it is set. Raises
+        UsageError if only a part is."""
+        if not any(name in variables for name in _NEEDED):
+            return cls(0, 1, LOCAL, 0)
         missing = [name for name in _NEEDED if name not in variables]
         if missing:
             raise UsageError(
@@ -94,10 +103,11 @@ def join(
 ) -> TcpPost:
     """Connects this rank with all others, by the `store` at `where`. Raises RanksError
     if they do not come, and what `check` raises, which is called meanwhile."""
+    notice = _Notice(where)
     with ExitStack() as stack:
         try:
             if store is None:
-                _reach(where, check)
+                _reach(where, check, notice)
             store = store or TCPStore(
                 where.master,
                 where.port,
@@ -109,7 +119,7 @@ def join(
             )
             number = store.add(f"penstock/joins/{where.rank}", 1)
             prefixed = PrefixStore(f"penstock/{number}", store)
-            peers = _connect(prefixed, where, stack, check)
+            peers = _connect(prefixed, where, stack, check, notice)
         except (DistError, OSError, RuntimeError, UnicodeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RanksError(
@@ -122,7 +132,32 @@ def join(
     return TcpPost(where.rank, peers, store)
 
 
-def _reach(where: RankEnvironment, check: Callable[[], None]) -> None:
+class _Notice:
+    """Says once which ranks are waited for, if they do not come for some seconds."""
+
+    def __init__(self, where: RankEnvironment) -> None:
+        self._where = where
+        self._at = time.monotonic() + NOTICE_SECONDS
+        self._is_said = False
+
+    def waits_for(self, ranks: Collection[int]) -> None:
+        """Called again and again while `ranks` are missing."""
+        if self._is_said or time.monotonic() < self._at:
+            return
+        self._is_said = True
+        where, names = self._where, ", ".join(map(str, sorted(ranks)))
+        _log.warning(
+            "waiting for rank%s %s of %d at %s:%d, for at most %.0f seconds",
+            "s" if len(ranks) > 1 else "",
+            names,
+            where.num_ranks,
+            where.master,
+            where.port,
+            JOIN_SECONDS,
+        )
+
+
+def _reach(where: RankEnvironment, check: Callable[[], None], notice: _Notice) -> None:
     """Waits until the store answers, or the address is known on the rank that keeps it.
     Raises OSError if it is not for long: torch would retry longer, and print stacks."""
     keeps_store = where.rank == 0 and not where.has_store
@@ -139,6 +174,7 @@ def _reach(where: RankEnvironment, check: Callable[[], None]) -> None:
         except OSError:
             if time.monotonic() > end:
                 raise
+        notice.waits_for([0])
         time.sleep(_CHECK_SECONDS)
 
 
@@ -147,12 +183,13 @@ def _connect(
     where: RankEnvironment,
     stack: ExitStack,
     check: Callable[[], None],
+    notice: _Notice,
 ) -> dict[int, socket.socket]:
     """A socket to each other rank: each connects to those below it."""
     token = secrets.token_bytes(_TOKEN_BYTES).hex()
     if where.rank == 0:
         store.set("token", token)
-    secret = bytes.fromhex(store.get("token").decode())
+    secret = bytes.fromhex(_value(store, "token", lambda: notice.waits_for([0])))
     family, here = _own_address(where)
     listener = socket.create_server((here, 0), family=family, backlog=where.num_ranks)
     with listener:
@@ -160,14 +197,15 @@ def _connect(
         store.set(f"at/{where.rank}", f"{here} {listener.getsockname()[1]}")
         peers: dict[int, socket.socket] = {}
         for peer in range(where.rank):
-            host, port = store.get(f"at/{peer}").decode().split()
+            at = _value(store, f"at/{peer}", partial(notice.waits_for, [peer]))
+            host, port = at.split()
             there = socket.create_connection((host, int(port)), JOIN_SECONDS)
             peers[peer] = stack.enter_context(there)
             there.sendall(secret + where.rank.to_bytes(4, "big"))
         end = time.monotonic() + JOIN_SECONDS
         missing = set(range(where.rank + 1, where.num_ranks))
         while missing:
-            there = _accepted(listener, check, end)
+            there = _accepted(listener, check, end, partial(notice.waits_for, missing))
             greeted = _greeted(there, secret)
             if greeted is None or greeted not in missing:
                 there.close()  # somebody else
@@ -181,7 +219,10 @@ def _connect(
 
 
 def _accepted(
-    listener: socket.socket, check: Callable[[], None], end: float
+    listener: socket.socket,
+    check: Callable[[], None],
+    end: float,
+    notice: Callable[[], None],
 ) -> socket.socket:
     """The next connection. Raises TimeoutError if there is none until `end`."""
     while True:
@@ -191,6 +232,17 @@ def _accepted(
         except TimeoutError:
             if time.monotonic() > end:
                 raise
+        notice()
+
+
+def _value(store: Store, key: str, notice: Callable[[], None]) -> str:
+    """The value of `key` once another rank has set it. Raises DistError if none does
+    for long; `notice` is called meanwhile."""
+    end = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < end and not store.check([key]):
+        notice()
+        time.sleep(_POLL_SECONDS)
+    return store.get(key).decode()
 
 
 def _greeted(there: socket.socket, secret: bytes) -> int | None:

@@ -25,12 +25,15 @@ _GIB = 1 << 30
 
 
 def what_bound(counts: Counts) -> Bound:
-    """What bound the run: the first of overhead, keys and values, a link, a busy
-    machine or padding (whichever is more), narrow matrix products, and computing
+    """What bound the run: the first of other ranks, overhead, keys and values, a link,
+    a busy machine or padding (whichever is more), narrow matrix products, and computing
     itself."""
     waited = sum(counts.wait_seconds.values())
     busy = waited + counts.compute_seconds
-    overhead = max(0.0, counts.seconds - busy)
+    for_ranks = counts.rank_wait_seconds
+    overhead = max(0.0, counts.seconds - busy - for_ranks)
+    if for_ranks > max(waited, overhead, _WAITING_BINDS * (busy + for_ranks)):
+        return _ranks(counts, for_ranks / (busy + overhead + for_ranks))
     if counts.seconds and overhead / counts.seconds > _OVERHEAD_BINDS:
         return _overhead(overhead, counts.seconds)
     if busy and counts.kv_wait_seconds > max(waited, _WAITING_BINDS * busy):
@@ -46,6 +49,18 @@ def what_bound(counts: Counts) -> Bound:
     if 0 < counts.rows_per_product < WIDE_ROWS:
         return _narrow(counts, waited / busy if busy else 0.0)
     return _computing(counts, waited / busy if busy else 0.0)
+
+
+def _ranks(counts: Counts, share: float) -> Bound:
+    """The first rank waited for others: they for their weights, or for messages."""
+    for_weights = counts.others_wait_seconds > counts.rank_wait_seconds / 2
+    why = "for their weights" if for_weights else "for what they compute"
+    return Bound(
+        "ranks",
+        share,
+        f"The first rank waited {share:.0%} of the time for others, and {why}.",
+        (_more_in_flight(counts, 2.0),),
+    )
 
 
 def _overhead(overhead: float, seconds: float) -> Bound:

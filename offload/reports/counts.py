@@ -41,6 +41,10 @@ class Counts:
     host_memory: int
     """Bytes of weights that already stay in host memory."""
     free_host_bytes: int
+    rank_wait_seconds: float = 0.0
+    """How long this process, the first rank, waited for other ranks."""
+    others_wait_seconds: float = 0.0
+    """How long another rank waited for its weights, at most."""
     taken_elsewhere: float = 0.0
     """The share (0 to 1) of its threads' CPU time that other work on the machine
     took."""
@@ -67,10 +71,10 @@ class Bound:
 
     by: str
     """`compute`; the tier that was waited for (`disk`, `host`, `peer`); `kv` (waiting
-    for keys and values); `rows` (too few of them); `activations` (no room for more in
-    flight); `padding`; `width` (narrow matrix products); `busy` (other work on the
-    machine); `overhead` (time in which the job neither computed nor waited for
-    weights)."""
+    for keys and values); `ranks` (waiting for other ranks); `rows` (too few of them);
+    `activations` (no room for more in flight); `padding`; `width` (narrow matrix
+    products); `busy` (other work on the machine); `overhead` (time in which the job
+    neither computed nor waited for weights)."""
     share: float
     """The share (0 to 1) of the time; for `padding`, of the computed positions."""
     why: str

@@ -4,14 +4,22 @@ The template is filled in with autoescaping. The data of the scripts is JSON wit
 `<`. So no name of a model or a row can become markup.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from ...io.tier import Tier
-from ...io.timeline import COMPUTE, MICRO_BATCHES, WAIT, Span, busy_seconds, in_turn
+from ...io.timeline import (
+    COMPUTE,
+    MICRO_BATCHES,
+    RANKS,
+    WAIT,
+    Span,
+    busy_seconds,
+    in_turn,
+)
 from ..monitoring.samples import speeds
 from ..monitoring.show import human_bytes, human_rate, human_seconds
 from ..policy import Policy
@@ -19,7 +27,10 @@ from ..settings.reference import policy_text
 from .recorded import Recorded, by_lane, num_passes
 
 _FOLDER = Path(__file__).parent / "template"
-_FIRST = (COMPUTE, MICRO_BATCHES, WAIT, "cast", Tier.DISK, "staging", Tier.HOST)
+_FIRST = (
+    *(COMPUTE, MICRO_BATCHES, WAIT, RANKS),
+    *("cast", Tier.DISK, "staging", Tier.HOST),
+)
 _HEADLINES = {
     "compute": "Computing",
     Tier.DISK: "The disk",
@@ -30,6 +41,7 @@ _HEADLINES = {
     "activations": "Room for activations",
     "padding": "Padding",
     "width": "Narrow products",
+    "ranks": "Waiting for other ranks",
     "overhead": "Starting, and reading and writing rows",
 }
 _NONE = "no prediction"
@@ -61,7 +73,8 @@ def render(report: Mapping[str, Any], recorded: Recorded) -> str:
             shares=_shares(report),
             predictions=_predictions(report),
             tiers=_tiers(report),
-            lanes=_lanes_in_numbers(recorded.spans),
+            lanes=_lanes_in_numbers(recorded),
+            ranks=_ranks(report),
             passes=round(num_passes(recorded.spans)) or 1,
             asked=_as_yaml(report["asked"]),
             policy=_as_yaml(report["policy"]),
@@ -74,7 +87,7 @@ def picture_data(report: Mapping[str, Any], recorded: Recorded) -> dict[str, Any
     """The data that the scripts draw. Times are in microseconds since the job began."""
     names: dict[str, int] = {}
     lanes = []
-    for lane, spans in _in_order(by_lane(recorded.spans)):
+    for rank, kind, spans in _lanes_of(recorded):
         rows = [
             [
                 names.setdefault(span.name, len(names)),
@@ -84,7 +97,8 @@ def picture_data(report: Mapping[str, Any], recorded: Recorded) -> dict[str, Any
             ]
             for span in in_turn(spans)
         ]
-        lanes.append({"name": lane, "spans": rows})
+        name = kind if rank is None else f"rank {rank}: {kind}"
+        lanes.append({"name": name, "kind": kind, "rank": rank, "spans": rows})
     return {
         "names": list(names),
         "lanes": lanes,
@@ -126,15 +140,18 @@ def _speed(report: Mapping[str, Any]) -> dict[str, str]:
 def _shares(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How the time divides into computing, waiting, and the rest."""
     waiting, for_kv = report["wait_seconds"], report["kv"]["wait_seconds"]
-    rest = max(0.0, report["seconds"] - report["compute_seconds"] - waiting)
+    for_ranks = report.get("ranks", {}).get("wait_seconds", 0.0)
+    rest = report["seconds"] - report["compute_seconds"] - waiting - for_ranks
+    rest = max(0.0, rest)
     computing = report["compute_seconds"] - for_kv
-    total = computing + for_kv + waiting + rest or 1.0
+    total = computing + for_kv + waiting + for_ranks + rest or 1.0
     return [
         {"name": name, "kind": kind, "seconds": seconds, "share": seconds / total}
         for name, kind, seconds in (
             ("computing", "compute", computing),
             ("waiting for weights", "wait", waiting),
             ("waiting for keys and values", "wait", for_kv),
+            *([("waiting for other ranks", "wait", for_ranks)] if for_ranks else []),
             ("the rest", "rest", rest),
         )
     ]
@@ -144,6 +161,13 @@ def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, predicted, measured) of each figure; a figure without prediction says
     so."""
     plan = report["plan"]
+    shown = [
+        (name, _NONE if guess is None else f"{guess:.1%}", f"{plan[key]:.1%}")
+        for name, key, guess in (("MFU", "mfu", plan.get("predicted_mfu")),)
+        if plan.get(key) is not None
+    ]
+    if (price := plan.get("cost_per_million_tokens")) is not None:
+        shown.append(("price of a million tokens", _NONE, f"{price:,.3g}"))
     speed, seconds = (
         plan.get(f"predicted_{key}") for key in ("tokens_per_second", "seconds")
     )
@@ -165,6 +189,7 @@ def _predictions(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             _NONE if seconds is None else human_seconds(seconds),
             human_seconds(report["seconds"]),
         ),
+        *shown,
     ]
 
 
@@ -189,14 +214,43 @@ def _tiers(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _lanes_in_numbers(spans: Sequence[Span]) -> list[dict[str, str]]:
+def _lanes_of(recorded: Recorded) -> Iterator[tuple[int | None, str, list[Span]]]:
+    """The rank, the kind and the spans of each lane; None for a process alone."""
+    first = 0 if recorded.others else None
+    for lane, spans in _in_order(by_lane(recorded.spans)):
+        yield first, lane, spans
+    for other in recorded.others:
+        for lane, spans in _in_order(by_lane(other.spans)):
+            if lane != MICRO_BATCHES:
+                yield other.rank, lane, spans
+
+
+def _ranks(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The counters of each rank; empty for a process alone."""
+    return [
+        {
+            "rank": f"{one['rank']}",
+            "host": one["host"],
+            "read": human_bytes(sum(one["bytes_read"].values())),
+            "sent": f"{one['num_sent']:,} ({human_bytes(one['bytes_sent'])})",
+            "computed": human_seconds(one["compute_seconds"]),
+            "for_weights": human_seconds(one["wait_seconds"]),
+            "for_ranks": human_seconds(one["rank_wait_seconds"]),
+        }
+        for one in report.get("per_rank", ())
+    ]
+
+
+def _lanes_in_numbers(recorded: Recorded) -> list[dict[str, str]]:
     """The timeline in numbers, for readers who cannot see it."""
+    spans = recorded.spans
     if not spans:
         return []
     start = min(span.start_seconds for span in spans)
     whole = max(span.end_seconds for span in spans) - start or 1.0
     found = []
-    for lane, of_lane in _in_order(by_lane(spans)):
+    for rank, kind, of_lane in _lanes_of(recorded):
+        lane = kind if rank is None else f"rank {rank}: {kind}"
         busy = busy_seconds(in_turn(of_lane))
         nbytes = sum(span.nbytes for span in of_lane)
         found.append(

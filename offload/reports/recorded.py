@@ -11,14 +11,16 @@ from ...io.timeline import (
     CASTING,
     COMPUTE,
     MICRO_BATCHES,
+    RANKS,
     STAGING,
     WAIT,
     Span,
     busy_seconds,
 )
 from ..monitoring.samples import ResourceSample
+from .rank_record import RankRecord
 
-_NO_LINKS = {ACTIVATIONS, CASTING, COMPUTE, MICRO_BATCHES, WAIT}
+_NO_LINKS = {ACTIVATIONS, CASTING, COMPUTE, MICRO_BATCHES, RANKS, WAIT}
 _DEVICE = r"[a-z][a-z0-9_]*(:\d+)?"
 """The lane of a link from a peer is called after the peer."""
 
@@ -35,6 +37,8 @@ class Recorded:
     spans: Sequence[Span]
     """The spans of the last passes."""
     samples: Sequence[ResourceSample]
+    others: Sequence[RankRecord] = ()
+    """What other ranks of the same model sent, in the same clock."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,13 @@
 trace."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...io.errors import OutputError
 from ...io.tier import Tier
-from ...io.timeline import Span
 from ..engine.counters import Statistics
 from ..machines.computer import computer, has_bfloat16, versions
 from ..monitoring.memory import available_bytes
@@ -44,7 +43,7 @@ class JobFigures:
 
 
 def judge(
-    policy: Policy, figures: JobFigures, statistics: Statistics, spans: Sequence[Span]
+    policy: Policy, figures: JobFigures, statistics: Statistics, recorded: Recorded
 ) -> Bound:
     """Says what bound this job, and what to change."""
     counts, is_generating = figures.counts, "output_tokens" in figures.counts
@@ -54,6 +53,7 @@ def judge(
         rows_per_product = statistics.rows_per_joint_call or min(
             policy.micro_batch_sequences, max(1, figures.rows)
         )
+    spans, others = recorded.spans, recorded.others
     waits = waits_by_tier(spans, statistics.wait_seconds, statistics.bytes_read)
     in_flight = policy.tokens_in_flight
     micro_batch = policy.micro_batch_tokens
@@ -67,6 +67,8 @@ def judge(
             compute_seconds=statistics.compute_seconds,
             wait_seconds=waits,
             kv_wait_seconds=statistics.kv.wait_seconds,
+            rank_wait_seconds=statistics.ranks.wait_seconds,
+            others_wait_seconds=max((one.wait_seconds for one in others), default=0.0),
             kv_bytes=statistics.kv.peak_bytes_held,
             has_lossy_kv=policy.kv.dtype != "auto",
             tokens=counts["tokens"],

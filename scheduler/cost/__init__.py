@@ -6,6 +6,8 @@ predict (workload)    a whole job: its passes, one after the other
     Rates             FLOP/s and bytes/s of a machine
     SiteLoads         what each site waits for (site_loads), unit by unit (load_cost)
     run_passes        when loads and computing overlap (pipeline)
+  RankedModel         one pass of a model that ranks share (ranked_model, ranked_pass)
 memory_need           bytes that a job needs beside its weights
+worth                 what tokens cost, and the share of the peak FLOP/s
 partitioning          formulas for one model over many chips
 """

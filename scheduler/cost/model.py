@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...io.tier import Tier
 from ..packing import MAX_ROWS, WIDE_ROWS
-from .pipeline import PassCost, WeightLoad, run_passes
+from .pipeline import PassCost, PassWork, WeightLoad
 from .rates import Rates
 from .shape import MicroBatchShape, ModelShape, Settings, SiteCost, total_tokens
 from .site_loads import SiteLoads, runs, site_loads
@@ -36,6 +36,22 @@ class CostModel:
 
     def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost:
         """The cost of a pass that scores the tokens of `batches`."""
+        return self.scoring_work(batches).cost()
+
+    def prefill(
+        self, batches: Sequence[MicroBatchShape], context: float = 0.0
+    ) -> PassCost:
+        """The cost of a prefill pass over `batches` of prompts, or over a part of each
+        prompt, of which earlier passes have computed `context` tokens."""
+        return self.prefill_work(batches, context).cost()
+
+    def decode(self, batches: Sequence[MicroBatchShape], context: float) -> PassCost:
+        """The cost of a pass that generates one token for each row of `batches`, whose
+        sequences are `context` tokens long."""
+        return self.decode_work(batches, context).cost()
+
+    def scoring_work(self, batches: Sequence[MicroBatchShape]) -> PassWork:
+        """What `scoring` takes, by site."""
         alike = Counter(batches)
         compute = self._by_site(
             lambda site: sum(n * self._scored(site, b) for b, n in alike.items())
@@ -44,11 +60,10 @@ class CostModel:
         moved = activations_moved(self.shape, self.rates, self.settings, batches)
         return self._pass(compute, outside, moved)
 
-    def prefill(
+    def prefill_work(
         self, batches: Sequence[MicroBatchShape], context: float = 0.0
-    ) -> PassCost:
-        """The cost of a prefill pass over `batches` of prompts, or over a part of each
-        prompt, of which earlier passes have computed `context` tokens."""
+    ) -> PassWork:
+        """What `prefill` takes, by site."""
         num_rows = sum(batch.rows for batch in batches)
         alike = Counter(batches)
         compute = self._by_site(
@@ -73,9 +88,10 @@ class CostModel:
         )
         return self._pass(compute, outside, moved)
 
-    def decode(self, batches: Sequence[MicroBatchShape], context: float) -> PassCost:
-        """The cost of a pass that generates one token for each row of `batches`, whose
-        sequences are `context` tokens long."""
+    def decode_work(
+        self, batches: Sequence[MicroBatchShape], context: float
+    ) -> PassWork:
+        """What `decode` takes, by site."""
         num_rows = sum(batch.rows for batch in batches)
         compute = self._by_site(
             lambda site: (
@@ -225,7 +241,7 @@ class CostModel:
 
     def _pass(
         self, compute: list[float], outside: float, moved: Sequence[Moved]
-    ) -> PassCost:
+    ) -> PassWork:
         found = self.loads or site_loads(self.shape, self.rates, self.settings)
         loads = [list(of_site) for of_site in found.steady]
         out = [0.0] * len(compute)
@@ -241,15 +257,15 @@ class CostModel:
         compute = [c + s for c, s in zip(compute, found.stolen, strict=True)]
         room = self.settings.capacity_bytes - self.shape.resident_bytes
         room -= found.staying_bytes
-        time = run_passes(
+        return PassWork(
             compute,
             loads,
-            room_bytes=room,
-            lookahead=self.settings.lookahead,
-            first_compute=[c + t for c, t in zip(compute, found.touching, strict=True)],
-            first_loads=[
+            [c + t for c, t in zip(compute, found.touching, strict=True)],
+            [
                 [*of_site, *more]
                 for of_site, more in zip(loads, found.staying, strict=True)
             ],
+            room_bytes=room,
+            lookahead=self.settings.lookahead,
+            outside_seconds=outside,
         )
-        return PassCost(time, sum(compute), outside)

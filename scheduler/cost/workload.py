@@ -1,11 +1,29 @@
 """The time of a whole job: its passes, one after the other. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from .model import CostModel
 from .pipeline import PassCost
+from .rates import Rates
 from .shape import MicroBatchShape, split_rows, total_tokens
+
+
+class PassModel(Protocol):
+    """Says what passes cost: a `CostModel`, or a `RankedModel`."""
+
+    @property
+    def rates(self) -> Rates: ...
+
+    def scoring(self, batches: Sequence[MicroBatchShape]) -> PassCost: ...
+
+    def prefill(
+        self, batches: Sequence[MicroBatchShape], context: float = 0.0
+    ) -> PassCost: ...
+
+    def decode(
+        self, batches: Sequence[MicroBatchShape], context: float
+    ) -> PassCost: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +69,8 @@ class Prediction:
     pass_seconds: float
     """Time of one pass in the middle of the job; when generating, a decode pass."""
     binds: str
-    """What bounds that pass: `compute`, or the tier at the end of a link."""
+    """What bounds that pass: `compute`, the tier at the end of a link, or `ranks` where
+    ranks wait for each other."""
     wait_seconds: float
     """How long computing waits in that pass."""
     compute_seconds: float
@@ -68,14 +87,14 @@ class Prediction:
         return self.output_tokens / self.seconds if self.seconds else 0.0
 
 
-def predict(model: CostModel, work: Scoring | Generating) -> Prediction:
+def predict(model: PassModel, work: Scoring | Generating) -> Prediction:
     """Predicts how long `work` takes, from its first pass to its last."""
     if isinstance(work, Scoring):
         return _scoring(model, work)
     return _generating(model, work)
 
 
-def _scoring(model: CostModel, work: Scoring) -> Prediction:
+def _scoring(model: PassModel, work: Scoring) -> Prediction:
     width = max(1, work.width)
     starts = range(0, len(work.batches), width)
     groups = [work.batches[start : start + width] for start in starts]
@@ -90,7 +109,7 @@ def _scoring(model: CostModel, work: Scoring) -> Prediction:
     return _prediction(seconds, len(groups), total_tokens(work.batches), 0, typical)
 
 
-def _generating(model: CostModel, work: Generating) -> Prediction:
+def _generating(model: PassModel, work: Generating) -> Prediction:
     seconds, passes = model.rates.calls.job, 0
     typical: PassCost | None = None
     known: dict[int, tuple[PassCost, PassCost, PassCost]] = {}
@@ -111,7 +130,7 @@ def _generating(model: CostModel, work: Generating) -> Prediction:
 
 
 def _phases(
-    model: CostModel, work: Generating, num_rows: int
+    model: PassModel, work: Generating, num_rows: int
 ) -> tuple[PassCost, PassCost, PassCost]:
     """The costs of the first prefill pass of `num_rows` rows, of a prefill pass halfway
     through the prompts, and of a decode pass halfway."""

@@ -54,7 +54,7 @@ class ForwardEntry:
         record: Record = unrecorded,
         fork_guard: ForkGuard | None = None,
     ) -> None:
-        self._record = record
+        self.record = record
         self.fork_guard = fork_guard or ForkGuard()
         self._opened_at = 0.0
         self.open_sites = open_sites
@@ -125,7 +125,7 @@ class ForwardEntry:
     def leave(self, site: int) -> None:
         """Ends a `visit`."""
         name, now = self.open_sites.sites[site].name, time.perf_counter()
-        self._record(COMPUTE, name, self._opened_at, now)
+        self.record(COMPUTE, name, self._opened_at, now)
         with torch.set_grad_enabled(self._records_gradients):
             self.open_sites.leave(site)
 
@@ -137,7 +137,7 @@ class ForwardEntry:
 
     def ran(self, index: int, start: float) -> None:
         """Records that micro-batch `index` has run since `start` (perf_counter)."""
-        self._record(MICRO_BATCHES, f"{index}", start, time.perf_counter())
+        self.record(MICRO_BATCHES, f"{index}", start, time.perf_counter())
 
     def next_of(self, waiting: set[int]) -> int:
         """The site among `waiting` to open next."""
@@ -270,7 +270,7 @@ class ForwardEntry:
         try:
             site = self._plain.pop()[1]
             name = self.open_sites.sites[site].name
-            self._record(COMPUTE, name, start, self._plain_started)
+            self.record(COMPUTE, name, start, self._plain_started)
             self.open_sites.leave(site)
         finally:
             self._turn.give_back(self._who())

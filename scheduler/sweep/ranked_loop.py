@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...io.errors import PenstockError, RanksError
+from ...io.timeline import RANKS
 from ..ranks.lockstep import Lockstep
 from ..ranks.stages import (
     Address,
@@ -84,7 +85,10 @@ class RankedLoop(SweepLoop):
             try:
                 lockstep.wait(for_start=follows)
             finally:
-                self._entry.rank_seconds += time.perf_counter() - start
+                end = time.perf_counter()
+                self._entry.rank_seconds += end - start
+                if end - start > _SHOWN_SECONDS:
+                    self._entry.record(RANKS, "other ranks", start, end)
         for index in lockstep.arrived():
             me = self._in_flight[index]
             self._run(me, me.resume)
@@ -225,5 +229,7 @@ class RankedLoop(SweepLoop):
         self._lockstep.leave(sys.exception(), is_early=is_early)
 
 
+_SHOWN_SECONDS = 1e-4
+"""Shorter waits for other ranks are counted, and not recorded."""
 _FAR = 1 << 20
 """Places where micro-batches wait for other ranks are numbered from here."""

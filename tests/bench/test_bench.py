@@ -73,6 +73,16 @@ def test_the_benchmark_of_completions_compares_all_its_contenders(
 
 
 @pytest.mark.slow
+@pytest.mark.whole
+def test_the_benchmark_of_predictions_of_ranks_compares_them_with_jobs() -> None:
+    done = forked_python.run(BENCH / "ranks" / "predicted.py", "--shapes", 1)
+    found = json.loads(done.stdout.splitlines()[-1])
+    (ratio,) = found["predicted_over_measured"].values()
+    assert 0.05 < ratio < 2.0  # a busy machine takes longer
+    assert done.returncode == (found["median_error"] > 0.15)
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_coalescing_compares_three_ways() -> None:
     options = "--layers 2 --hidden 64 --groups 3 --tokens 4 --rounds 1"
     done = forked_python.run(BENCH / "coalescing.py", *options.split())

@@ -9,7 +9,7 @@
   const names = data.names;
   const NAME = 0, START = 1, LENGTH = 2, BYTES = 3;
   const TALL = { compute: 40, "micro-batches": 16 };
-  const COLOURS = { compute: "compute", "micro-batches": "compute", wait: "wait", disk: "disk", staging: "disk", cast: "cast", activations: "cast" };
+  const COLOURS = { compute: "compute", "micro-batches": "compute", wait: "wait", ranks: "wait", disk: "disk", staging: "disk", cast: "cast", activations: "cast" };
   const AXIS = 22, TITLE = 17, BAR = 24, GAP = 7;
   let first = Infinity, last = -Infinity, longest = 0;
   for (const lane of lanes) {
@@ -22,13 +22,13 @@
     longest = Math.max(longest, lane.longest);
   }
   if (!(last > first)) last = first + 1;
-  const computing = lanes.find((lane) => lane.name === "compute");
+  const computing = lanes.find((lane) => lane.kind === "compute");
   const passes = computing ? computing.spans.filter((s) => s[NAME] === computing.spans[0][NAME]).map((s) => s[START]) : [];
   let view = [first, last], hovered = null, pixels = 1, width = 0;
   let height = AXIS;
   for (const lane of lanes) {
     lane.top = height + TITLE;
-    lane.height = TALL[lane.name] || BAR;
+    lane.height = TALL[lane.kind] || BAR;
     height = lane.top + lane.height + GAP;
   }
 
@@ -74,8 +74,8 @@
     pen.textBaseline = "middle";
     axis(pen, soft, line);
     for (const lane of lanes) {
-      const main = colour(COLOURS[lane.name] || "host");
-      const other = COLOURS[lane.name] === "wait" ? main : colour((COLOURS[lane.name] || "host") + "-2");
+      const main = colour(COLOURS[lane.kind] || "host");
+      const other = COLOURS[lane.kind] === "wait" ? main : colour((COLOURS[lane.kind] || "host") + "-2");
       pen.fillStyle = ground;
       pen.fillRect(0, lane.top, width, lane.height);
       let busy = 0, moved = 0, end = -1;
@@ -85,8 +85,8 @@
         if (s[LENGTH] > 0) moved += s[BYTES] * Math.max(0, b - a) / s[LENGTH];
         const left = x(a), right = Math.max(x(b), left + .5);
         if (right <= end) return;
-        const isLit = hovered !== null && lane.name !== "micro-batches" && s[NAME] === hovered;
-        pen.globalAlpha = hovered === null || isLit || lane.name === "micro-batches" ? 1 : .38;
+        const isLit = hovered !== null && lane.kind !== "micro-batches" && s[NAME] === hovered;
+        pen.globalAlpha = hovered === null || isLit || lane.kind === "micro-batches" ? 1 : .38;
         pen.fillStyle = i % 2 ? other : main;
         const gap = right - left > 4 ? 1 : 0;
         pen.fillRect(left, lane.top, right - left - gap, lane.height);
@@ -260,7 +260,7 @@
     if (name !== hovered) { hovered = name; redraw(); }
     if (!found) { tip.hidden = true; return; }
     const [lane, s] = found;
-    const what = lane.name === "micro-batches" ? "micro-batch " + names[s[NAME]] : names[s[NAME]];
+    const what = lane.kind === "micro-batches" ? "micro-batch " + names[s[NAME]] : names[s[NAME]];
     const moved = s[BYTES] ? "\n" + bytes(s[BYTES]) + (s[LENGTH] ? ", " + rate(s[BYTES] / s[LENGTH]) : "") : "";
     tip.textContent = what + "\n" + lane.name + ": " + duration(s[LENGTH]) + ", from " + duration(s[START]) + moved;
     tip.style.whiteSpace = "pre-line";

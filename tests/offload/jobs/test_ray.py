@@ -85,8 +85,8 @@ def cluster() -> Iterator[str]:
         yield address
 
 
-def run(*arguments: object) -> None:
-    """A script on the cluster, in a process of its own."""
+def run(*arguments: object) -> str:
+    """What a script on the cluster prints, in a process of its own."""
     here = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -97,6 +97,7 @@ def run(*arguments: object) -> None:
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(here)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.whole
@@ -140,3 +141,26 @@ def test_the_example_scores_files_into_files(
     for row, result in zip(found, scores(folder, texts), strict=True):
         assert row["logprob"] == pytest.approx(result["logprob"], abs=1e-4)
         assert row["error"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_two_nodes_share_a_model_and_score_as_one_rank(
+    folder: Path, cluster: str, tmp_path: Path
+) -> None:
+    """Each actor takes all cores of a node, so that there is one on each."""
+    source, output = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in MANY))
+    example = Path(__file__).parents[3] / "examples" / "ray_ranks.py"
+    settings = [f"{key}={value}" for key, value in POLICY.items()]
+    said = run(
+        *(example, folder, source, output, "--ranks", 2, "--cores", 2),
+        *("--address", cluster, "--set", *settings),
+    )
+    assert "2 ranks on 2 nodes" in said
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = scores(folder, MANY)
+    assert [row["id"] for row in found] == [row["id"] for row in expected]
+    for row, result in zip(found, expected, strict=True):
+        assert row["logprob"] == pytest.approx(result["logprob"], abs=1e-4)
+        assert row["tokens"] == result["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from penstock.io.errors import PolicyError
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.plans.devices import DeviceOption
@@ -38,10 +40,20 @@ LOW: dict[str, Any] = {
     "device_memory": "256MiB",
     "tokens_in_flight": 512,
 }
+
+
+def runs_on_gpus() -> bool:
+    """Whether ranks compute on GPUs."""
+    with contextlib.suppress(PolicyError):
+        return Policy(ranks="pipeline", device="cuda:0").ranks is not None
+    return False
+
+
 NAMES = {
     "one device": True,
     "others keep weights (peer)": True,
     "a job each (--workers 8)": True,
+    "pipeline": runs_on_gpus(),
     "gather-stream": False,
     "TP-stream": False,
     "weight-stationary 1D": False,
@@ -83,7 +95,7 @@ def test_what_runs_is_told_apart_from_formulas(tmp_path: Path) -> None:
     assert each.tokens_per_second < 8.05 * alone.tokens_per_second
     assert each.num_tokens == ways["TP-stream"].num_tokens
     assert made.devices is not None
-    assert "Penstock runs none of these layouts" in made.devices.note
+    assert "2D layouts, which Penstock does not run" in made.devices.note
     assert made.devices.crossover_tokens == pytest.approx(
         made.choice.forecast.shape.flops_per_token / 2 / 8 / (4 * 2048)
     )
@@ -136,7 +148,8 @@ def test_where_there_is_no_formula_it_says_why(
     assert made.devices is not None
     assert why in made.devices.note
     assert made.devices.crossover_tokens is None
-    assert all(way.is_run for way in made.devices.ways)
+    formulas = [way for way in made.devices.ways if not way.is_run]
+    assert {way.name for way in formulas} <= {"pipeline"}
 
 
 def test_one_device_has_no_such_table(tmp_path: Path) -> None:
@@ -156,8 +169,10 @@ def test_the_command_shows_them_and_json_has_them(tmp_path: Path) -> None:
     shown = run(app, command, env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
     assert "8 devices" in shown.output
-    assert "Penstock runs none of these layouts" in " ".join(shown.output.split())
+    assert "2D layouts, which Penstock does not run" in " ".join(shown.output.split())
     found = json.loads(run(app, [*command, "--json"]).output)["devices"]
     assert found["num_devices"] == 8
     assert {way["name"]: way["run_by"] == "penstock" for way in found["ways"]} == NAMES
-    assert all(way["pass_seconds"] > 0 for way in found["ways"])
+    assert all(
+        way["pass_seconds"] > 0 for way in found["ways"] if way["name"] != "pipeline"
+    )

@@ -80,10 +80,16 @@ def test_a_program_gives_the_same_on_all_ranks(
     assert found == {rank: [wanted, wanted] for rank in range(num)}
 
 
-def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_come_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also before they are given up, once."""
     from penstock.offload.ranks import joining
 
-    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.3)
-    where = joining.RankEnvironment(0, 2, LOCAL, 0)
-    with pytest.raises(RanksError, match="rank 0 of 2 cannot join the others"):
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 1.2)
+    monkeypatch.setattr(joining, "NOTICE_SECONDS", 0.1)
+    where = joining.RankEnvironment(0, 3, LOCAL, 0)
+    with pytest.raises(RanksError, match="rank 0 of 3 cannot join the others"):
         joining.join(where, store=local_store())
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"waiting for ranks 1, 2 of 3 at {LOCAL}:0, for at most 1 seconds"]

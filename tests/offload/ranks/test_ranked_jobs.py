@@ -66,10 +66,17 @@ def begins_at_once(own_processes: None, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(ranked, "_SPAWN", forked_python.context)
 
 
-def run(task: Task, folder: Path, source: Path, output: Path, ranks: int) -> Done:
+def run(
+    task: Task,
+    folder: Path,
+    source: Path,
+    output: Path,
+    ranks: int,
+    report: Path | None = None,
+) -> Done:
     others = OtherRanks(ranks)
     with others:
-        job = Job(task, folder, source, output, POLICY, others=others)
+        job = Job(task, folder, source, output, POLICY, report, others=others)
         return job.run(Console(quiet=True))
 
 
@@ -92,6 +99,13 @@ def test_two_ranks_make_the_bytes_of_one_process(
     done = run(task, folder, source, two, 2)
     assert two.read_bytes() == one.read_bytes()
     assert (done.num_rows, done.num_errors) == (NUM_ROWS, 1)
+    assert done.report is not None
+    first, other = done.report["per_rank"]
+    assert (first["rank"], other["rank"]) == (0, 1)
+    assert other["num_sent"] > 0
+    assert other["bytes_read"]["disk"] > 0
+    assert done.report["plan"]["predicted_seconds"] > 0
+    assert 0 < done.report["plan"]["mfu"] < 1
 
 
 @pytest.mark.slow
@@ -105,13 +119,16 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     task = FallingScore(marker=marker, first=os.getpid(), number=number)
     try:
         with pytest.raises(RanksError, match="rank 1 is gone"):
-            run(task, folder, source, two, 2)
+            run(task, folder, source, two, 2, tmp_path / "report")
         ended = time.time()
     finally:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int(marker.read_text())).kill()
     assert ended - marker.stat().st_mtime < 10  # five, on a machine that is not busy
     assert (tmp_path / "two.jsonl.parts").exists()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert "rank 1 is gone" in report["fallbacks"][-1]
+    assert [one["rank"] for one in report["per_rank"]] == [0]
     run(FallingScore(), folder, source, two, 2)
     run(FallingScore(), folder, source, one, 1)
     assert two.read_bytes() == one.read_bytes()

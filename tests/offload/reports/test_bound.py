@@ -257,3 +257,16 @@ def test_of_padding_and_a_busy_machine_what_is_more_is_named(
 ) -> None:
     padded = replace(SCORING, tokens_padding=SCORING.tokens // 3)
     assert by in what_bound(replace(padded, taken_elsewhere=elsewhere)).by
+
+
+def test_waiting_for_other_ranks_is_no_overhead() -> None:
+    found = what_bound(
+        replace(
+            SCORING,
+            compute_seconds=39.0,
+            rank_wait_seconds=60.0,
+            others_wait_seconds=50.0,
+        )
+    )
+    assert found.by == "ranks"
+    assert "for their weights" in found.why

@@ -76,6 +76,20 @@ def test_what_nobody_predicted_says_so_and_what_somebody_did_stands_beside() -> 
     assert "bound by compute disk" in page
 
 
+def test_ranks_are_on_one_page_each_with_its_lanes_and_counters() -> None:
+    recorded = runs.of_ranks()
+    record = recorded.others[0]
+    report = runs.report(per_rank=[{**record.figures(), "rank": 0}, record.figures()])
+    page = render(report, recorded)
+    assert "a-machine 143.1 MiB 4 (4.0 KiB)" in text_of(page)
+    lanes = embedded(page)["lanes"]
+    names = [lane["name"] for lane in lanes]
+    assert names[0] == "rank 0: compute"
+    assert names[-3:] == ["rank 1: compute", "rank 1: ranks", "rank 1: disk"]
+    assert lanes[-1]["kind"] == "disk"
+    assert "rank" not in render(runs.report(), runs.recorded()).partition("<script")[0]
+
+
 def test_generation_speaks_of_output_tokens() -> None:
     report = runs.report(
         output_tokens=1200, prompt_tokens=4944, output_tokens_per_second=12.34

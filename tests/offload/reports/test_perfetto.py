@@ -20,6 +20,18 @@ def found() -> dict[str, Any]:
     return made
 
 
+def test_each_rank_is_a_process() -> None:
+    found = trace("a model", runs.of_ranks())
+    named = [e for e in of_kind(found, "M") if e["name"] == "process_name"]
+    assert {event["pid"]: event["args"]["name"] for event in named} == {
+        1: "a model, rank 0",
+        2: "a model, rank 1 on a-machine",
+    }
+    other = [e for e in of_kind(found, "X") if e["pid"] == 2]
+    assert {e["cat"] for e in other} == {"compute", "micro-batches", "ranks", "disk"}
+    assert min(event["ts"] for event in other) == pytest.approx(2e6)
+
+
 def of_kind(found: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [event for event in found["traceEvents"] if event["ph"] == kind]
 
