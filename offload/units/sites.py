@@ -21,6 +21,11 @@ class ParameterRef:
     key: str
     is_buffer: bool = False
 
+    @property
+    def requires_grad(self) -> bool:
+        parameter = self.module._parameters.get(self.key)
+        return parameter is not None and parameter.requires_grad
+
 
 @dataclass(frozen=True, slots=True)
 class FoundSite:
