@@ -60,13 +60,13 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 
 def policy_of(*, read_once: bool) -> Policy:
-    """A pass takes 256 tokens, whose computing is short beside the reads; a part takes
-    about four passes."""
+    """A pass takes 64 tokens, whose computing is short beside the reads; a part takes
+    about eleven passes."""
     return Policy(
         device_memory="48MiB",
         gather_rows="1KiB",
         micro_batch_tokens=32,
-        tokens_in_flight=256,
+        tokens_in_flight=64,
         io={"reader": "threads", "cache": OUT / "cache", "read_once": read_once},
     )
 
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rate", default="50MB")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--rows", type=int, default=120)
     options = parser.parse_args()
     rate = Policy(links={"disk": {"bandwidth": options.rate}}).links["disk"].bandwidth
     folder = make(OUT / "read_once")

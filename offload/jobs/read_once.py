@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...io.devices.accelerators import is_accelerator
 from ...io.errors import MachineError
 from ...io.readers.files import reads_directly
 from ...io.sharing.ring import RingShape, SharedRing
@@ -21,7 +20,7 @@ def why_not(policy: Policy, files: Iterable[Path]) -> str | None:
     """Why the workers do not share what they read of `files`; None if they do."""
     if not policy.io.read_once:
         return f"{KEY}: false: each worker reads all itself"
-    if policy.io.reader == "gds" and is_accelerator(policy.device):
+    if policy.io.reader == "gds" and policy.device != "cpu":
         return f"{KEY}: reads with gds go past the memory that workers could share"
     if not policy.io.direct or policy.io.reader == "aiofiles":
         return f"{KEY}: workers share the page cache, which files are read through"
