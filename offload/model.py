@@ -3,7 +3,6 @@
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ..io.errors import PenstockError, UsageError
+from ..io.sharing.ring import Seat
 from ..io.user_errors import user_errors
 from ..scheduler.ranks.post import Post
 from ..scheduler.sweep.sweep import Sweep
@@ -77,10 +77,14 @@ def load(
 
 
 def load_for(
-    use: Use, path: str | Path, policy: Policy, post: Post | None = None
+    use: Use,
+    path: str | Path,
+    policy: Policy,
+    post: Post | None = None,
+    seat: Seat | None = None,
 ) -> Any:
-    """Like `load`, for a known use, which decides how memory is divided. With `post`,
-    which is closed with the model, the ranks that it reaches share the model."""
+    """Like `load`, for a known use, which decides how memory is divided. Ranks share
+    the model by `post`, which is closed with it; workers share reads by a `seat`."""
     path = checkpoint_folder(path)
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
@@ -91,12 +95,12 @@ def load_for(
             skeleton = hf.build(
                 checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
             )
+        parts = skeleton.model, checkpoint, skeleton.recipes, policy
         room = room_for(policy, coming_with(path))
-        is_shared = post is not None or policy.ranks is not None
-        make = partial(build_shared, post=post) if is_shared else build
-        engine = make(
-            skeleton.model, checkpoint, skeleton.recipes, policy, room=room, use=use
-        )
+        if post is not None or policy.ranks is not None:
+            engine = build_shared(*parts, room=room, use=use, post=post)
+        else:
+            engine = build(*parts, room=room, use=use, seat=seat)
     model = _attach(skeleton.model, engine)
     try:
         exchange = engine.exchange

@@ -53,6 +53,10 @@ class IO(Section):
     There are two for each of two threads."""
     direct: bool = True
     """Bypass the page cache (O_DIRECT) if the file system allows it."""
+    read_once: bool = True
+    """Let the processes of `--workers` share what they read from disk, through some
+    memory that all of them have, so that it is read once for all. Where the page cache
+    is used, it does the same."""
     cache: Path | None = None
     """Folder for what is kept between runs (such as which reader is the fastest), and
     for the weights of wrapped modules while they are streamed. None: the user's cache

@@ -26,6 +26,7 @@ ORDER = {
         "weights",
         "kv",
         "codecs",
+        "sharing",
         "readers",
         "checkpoint",
         "devices",
@@ -81,6 +82,9 @@ MAX_FILES = 20
 PURE = {
     "io/tier.py",
     "io/weights/load.py",
+    "io/sharing/pass_clock.py",
+    "io/sharing/patience.py",
+    "io/sharing/table.py",
     "io/timeline.py",
     "offload/files/parts.py",
     "offload/jobs/manifest.py",

@@ -13,6 +13,7 @@ from ...io.devices.opening import open_device
 from ...io.event import Event
 from ...io.fallbacks import Fallbacks
 from ...io.fork_guard import ForkGuard
+from ...io.sharing.ring import Seat
 from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
 from ...io.weights.load import Load
@@ -35,7 +36,6 @@ from ..units.expert_probe import experts_kept_whole
 from ..units.placing import loaded_from
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision
-from ..units.subtrees import ParameterRef
 from ..weights.binding import Binding
 from ..weights.placeholder import StreamedParameter
 from ..weights.row_gatherer import RowGatherer
@@ -60,10 +60,12 @@ def build(
     room: MemoryRoom,
     use: Use = "any",
     ranked: Ranked | None = None,
+    seat: Seat | None = None,
 ) -> Engine:
     """Makes the engine that streams the tensors of `recipes` (by their names in
     `model`) from `checkpoint`. It uses the memory of `room`, and divides it as suits
-    `use`. With `ranked`, `recipes` are those of this rank.
+    `use`. With `ranked`, `recipes` are those of this rank; with `seat`, what is read is
+    shared with other workers.
 
     Raises DoesNotFitError, which says how much is enough, if `room` or device_memory is
     too small. Nothing is left open when it raises.
@@ -120,6 +122,7 @@ def build(
         record,
         fallbacks,
         arranged.images,
+        seat,
     )
     with ExitStack() as opened:  # closes what was opened if a later step fails
         opened.callback(tiers.close)
@@ -128,12 +131,12 @@ def build(
                 recipes[name],
                 tiers.layered,
                 buffer_bytes=policy.io.bounce,
-                max_gap_bytes=tiers.reader.alignment,
+                max_gap_bytes=tiers.layered.alignment,
             )
             for name in arranged.gathered
         }
         placeholders: dict[str, torch.Tensor] = {}
-        wants_grad = {name: _requires_grad(places[name][0]) for name in recipes}
+        wants_grad = {name: places[name][0].requires_grad for name in recipes}
         binding = Binding(
             model_division,
             transfers,
@@ -293,8 +296,3 @@ def _compilation(model_division: ModelDivision, policy: Policy) -> "Compilation 
     from .compilation import Compilation  # torch's compiler takes long to import
 
     return Compilation(model_division)
-
-
-def _requires_grad(place: ParameterRef) -> bool:
-    parameter = place.module._parameters.get(place.key)
-    return parameter is not None and parameter.requires_grad

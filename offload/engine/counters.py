@@ -37,6 +37,9 @@ class Statistics(SweepCounters):
     """How files are read: `libaio`, `threads`, ..."""
     bytes_read: Mapping[str, int] = counter(Rule.SUM, dict)
     """Bytes read from each tier, alignment and gaps included."""
+    bytes_shared: int = counter(Rule.SUM)
+    """Bytes that came from other workers, which had read them from disk (`read_once`);
+    they are not in `bytes_read`."""
     bytes_loaded: int = counter(Rule.SUM)
     """Checkpoint bytes of the units that were loaded, counted at each load."""
     bytes_gathered: int = counter(Rule.SUM)

@@ -235,7 +235,7 @@ class Engine:
             budget=self.budget,
             bytes_by_tier=by_tier,
             codecs=bytes_by_codec(self.recipes.values()),
-            reader=self._tiers.reader.statistics().name,
+            **self._tiers.drive.counters(),
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),

@@ -1,13 +1,16 @@
-"""Opens the reader that a policy asks for, and the loops that decode weights."""
+"""Opens the readers that a policy asks for, and the loops that decode weights."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...io.checkpoint.header import FileStamp
+from ...io.closing import Closing
 from ...io.codecs.kernels import Kernels
 from ...io.codecs.opening import open_kernels
 from ...io.codecs.tiles import TILES
@@ -20,7 +23,10 @@ from ...io.readers.files import memory_alignment
 from ...io.readers.libaio_reader import LibaioReader
 from ...io.readers.reader import Reader
 from ...io.readers.threads import ThreadReader
+from ...io.sharing.ring import Place, RingBrokenError, Seat
+from ...io.sharing.shared_reader import SharedReader
 from ...io.weights.direct import made_units
+from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
 from ..policy import IO, cache_fallback, cache_folder
 
@@ -43,6 +49,63 @@ def open_reader(
     )
     fallbacks.announce(cache_fallback(io))
     return makers[name]()
+
+
+class Drive(Closing):
+    """The readers of a model's files. `reader` is the one that `io` asks for;
+    `layered`, with which units are loaded, can take single files from others. With
+    `seat`, processes that have a seat at the same ring share what they read."""
+
+    def __init__(
+        self,
+        stamps: Mapping[Path, FileStamp],
+        io: IO,
+        fallbacks: Fallbacks,
+        seat: Seat | None = None,
+    ) -> None:
+        self._shared: SharedReader | None = None
+        with ExitStack() as opened:
+            self.reader = opened.enter_context(open_reader(stamps, io, fallbacks))
+            place = None if seat is None else _place(seat, fallbacks)
+            if place is not None:
+                opened.enter_context(place)
+                shared = SharedReader(self.reader, place, stamps, fallbacks)
+                self._shared = opened.enter_context(shared)
+            self.layered = LayeredReader(self._shared or self.reader)
+            opened.enter_context(self.layered)
+            self._opened = opened.pop_all()
+
+    def __repr__(self) -> str:
+        return f"<Drive: {self.layered!r}>"
+
+    def loading(self, *, for_all: bool) -> Reader:
+        """The reader to load units with; another one if this process alone loads them,
+        `for_all` that share what it reads."""
+        is_alone = for_all and self._shared is not None
+        return self.reader if is_alone else self.layered
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that this process has read itself."""
+        return self.reader.statistics().bytes_read + self.layered.bytes_read_above
+
+    def counters(self) -> dict[str, Any]:
+        """Counters of `Statistics`, by their names there."""
+        shared = 0 if self._shared is None else self._shared.bytes_shared
+        return {"reader": self.reader.name, "bytes_shared": shared}
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+def _place(seat: Seat, fallbacks: Fallbacks) -> Place | None:
+    """The place of `seat`; None if its ring cannot be used any more, which is
+    announced."""
+    try:
+        return Place(seat)
+    except (RingBrokenError, OSError) as error:
+        fallbacks.announce(f"io.read_once: {error}; this process reads all itself")
+        return None
 
 
 def open_gds(

@@ -22,11 +22,11 @@ from ...io.memory.arena import Arena, HostMemory, Memory
 from ...io.memory.host_buffers import HostBuffers
 from ...io.memory.pinned import Pinned
 from ...io.pace import Pace
+from ...io.sharing.ring import Seat
 from ...io.tier import Tier, tier_of
 from ...io.timeline import Record
 from ...io.weights.direct import DirectToDevice, by_unit, made_units
 from ...io.weights.host import HostTier
-from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
 from ...io.weights.link import Link
 from ...io.weights.load import Load
@@ -41,7 +41,7 @@ from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
 from ..settings.installed import version_of
 from .kept import KeptUnits
-from .readers import kernels_for, open_gds, open_reader
+from .readers import Drive, kernels_for, open_gds
 
 
 class Tiers(Closing):
@@ -60,6 +60,7 @@ class Tiers(Closing):
         record: Record,
         fallbacks: Fallbacks,
         images: Sequence[StoredImage] | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.device = device
         self.placement = list(placement)
@@ -84,9 +85,9 @@ class Tiers(Closing):
             io = policy.io
             if io.reader == "gds" and not device.is_host:  # for what gds cannot read
                 io = io.model_copy(update={"reader": "auto"})
-            self.reader = open_reader(checkpoint.stamps, io, fallbacks)
-            opened.enter_context(self.reader)
-            self.layered = opened.enter_context(LayeredReader(self.reader))
+            self.drive = Drive(checkpoint.stamps, io, fallbacks, seat)
+            opened.enter_context(self.drive)
+            self.layered = self.drive.layered
             kernels = kernels_for(layouts, policy.io, fallbacks)
             self._loader_of = partial(
                 Loader, reader=self.layered, bounce_bytes=io.bounce, kernels=kernels
@@ -140,8 +141,7 @@ class Tiers(Closing):
 
     def bytes_read(self) -> dict[str, int]:
         """The bytes loaded from each tier so far."""
-        disk = self.reader.statistics().bytes_read + self.layered.bytes_read_above
-        by_tier: dict[str, int] = {Tier.DISK: disk}
+        by_tier: dict[str, int] = {Tier.DISK: self.drive.bytes_read}
         if self.direct_to_device is not None:
             by_tier[Tier.DISK] += self.direct_to_device.bytes_read
         for link in self.links:
@@ -253,12 +253,13 @@ class Tiers(Closing):
         units = self._units_of(Tier.HOST)
         if not units:
             return
+        reader = self.drive.loading(for_all=self._policy.host_shared)
         with FillProgress("reading into host memory") as progress:
             self.host = opened.enter_context(
                 HostTier(
                     self.kept.layouts,
                     units,
-                    partial(self._loader_of, self.kept.layouts),
+                    partial(self._loader_of, self.kept.layouts, reader=reader),
                     self._checkpoint.stamps,
                     shared=self._policy.host_shared,
                     version=f"{version_of('penstock')} {version_of('transformers')}",

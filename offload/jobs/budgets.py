@@ -24,6 +24,8 @@ class Room:
     """The most bytes of the weights, in the dtype that is computed in."""
     taken_bytes: int = 0
     """Host memory of the process that hands out the rows."""
+    ring_bytes: int = 0
+    """Host memory that the processes share what they read through."""
 
 
 class Budgets(NamedTuple):
@@ -74,11 +76,16 @@ def divided(policy: "Policy", num: int, room: Room) -> Budgets:
 def _memory_of_each(policy: "Policy", num: int, room: Room, shared: int) -> int:
     """Bytes of host memory that each process may take, with the `shared` ones that all
     processes have in common."""
-    free = room.free_bytes[Tier.HOST]
-    left = free - reserve_of(free)
-    if policy.memory != "auto":
-        left = policy.memory - room.taken_bytes
+    left = bytes_to_divide(policy, room) - room.ring_bytes
     return max((left - shared) // num + shared, 1)
+
+
+def bytes_to_divide(policy: "Policy", room: Room) -> int:
+    """Bytes of host memory for all processes together."""
+    free = room.free_bytes[Tier.HOST]
+    if policy.memory == "auto":
+        return free - reserve_of(free)
+    return policy.memory - room.taken_bytes
 
 
 def threads_of(num_threads: int, num: int) -> int:

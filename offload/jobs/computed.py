@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.closing import Closing
+from ...io.sharing.ring import Seat
 from ...io.timeline import Span
 from ...scheduler.ranks.post import Post
 from ..engine.counters import Statistics
@@ -37,13 +38,18 @@ class WorkerResult:
 
 class Loaded(Closing):
     """The checkpoint `model`, streamed under `policy`, and its tokenizer. With `post`,
-    other ranks share the model. Raises what
+    other ranks share the model; with `seat`, other workers what is read. Raises what
     `load` raises, and UsageError where there is no tokenizer."""
 
     def __init__(
-        self, model: Path, policy: Policy, use: Use = "any", post: Post | None = None
+        self,
+        model: Path,
+        policy: Policy,
+        use: Use = "any",
+        post: Post | None = None,
+        seat: Seat | None = None,
     ) -> None:
-        self.model: Any = load_for(use, model, policy, post)
+        self.model: Any = load_for(use, model, policy, post, seat)
         try:
             self.tokenizer: Any = load_tokenizer(
                 model, trust_remote_code=policy.trust_remote_code

@@ -13,6 +13,7 @@ from ...io.closing import Closing
 from ...io.devices.accelerators import accelerators, is_accelerator, memory_of
 from ...io.errors import UsageError
 from ...io.merging import merged
+from ...io.sharing.ring import SharedRing
 from ...io.tier import Tier
 from ..configs.opening import open_model
 from ..files.parts import OutputPart
@@ -21,9 +22,10 @@ from ..policy import Policy, cache_folder
 from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
-from .budgets import Room, divided, threads_of
+from .budgets import Room, bytes_to_divide, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
+from .read_once import open_ring, ring_bytes, why_not
 from .running import Output
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool
@@ -49,9 +51,13 @@ class Sharing(Closing):
         output: Output,
     ) -> None:
         num_threads = threads_of(torch.get_num_threads(), num)
-        budgets = divided(policy, num, room_of(model, policy))
+        room = room_of(model, policy)
+        self._ring, note = opened_ring(policy, model, num, room)
+        ring_bytes = 0 if self._ring is None else self._ring.shape.nbytes
+        budgets = divided(policy, num, replace(room, ring_bytes=ring_bytes))
         self.notes = (
             *budgets.notes,
+            note,
             f"each worker computes with {num_threads} threads",
         )
         _log.warning("; ".join(self.notes))
@@ -61,9 +67,16 @@ class Sharing(Closing):
         self.pool = WorkerPool(
             [
                 partial(
-                    run_worker, assignment=Assignment(task, model, own, num_threads)
+                    run_worker,
+                    assignment=Assignment(
+                        task,
+                        model,
+                        own,
+                        num_threads,
+                        None if self._ring is None else self._ring.seat(index),
+                    ),
                 )
-                for own in budgets.policies
+                for index, own in enumerate(budgets.policies)
             ],
             parts,
             output,
@@ -101,12 +114,28 @@ class Sharing(Closing):
     def close(self) -> None:
         self._ahead.stop()  # or a thread that waits for rows would be waited for
         self.pool.close()
+        if self._ring is not None:
+            self._ring.close()
 
 
 def check_workers(num: int) -> None:
     """Raises UsageError for a number of workers below 1."""
     if num < 1:
         raise UsageError(f"--workers {num}: at least one has to do it")
+
+
+def opened_ring(
+    policy: Policy, model: Path, num: int, room: Room
+) -> tuple[SharedRing | None, str]:
+    """The memory that `num` workers share what they read through, if they do; and a
+    sentence about it."""
+    stamps = open_model(model).stamps
+    note = why_not(policy, stamps)
+    if note is not None:
+        return None, note
+    model_bytes = sum(stamp.size_bytes for stamp in stamps.values())
+    nbytes = ring_bytes(model_bytes, bytes_to_divide(policy, room))
+    return open_ring(policy, num, nbytes)
 
 
 def room_of(model: Path, policy: Policy) -> Room:

@@ -16,6 +16,7 @@ import torch
 
 from ...io.closing import Closing
 from ...io.errors import PenstockError
+from ...io.sharing.ring import Seat
 from ..files.parts import OutputPart
 from ..policy import Policy
 from ..startup import hidden
@@ -37,6 +38,8 @@ class Assignment:
     policy: Policy
     num_threads: int
     """The threads that torch uses for matrix products."""
+    seat: Seat | None = None
+    """Where it shares what it reads with the others; None: it reads all itself."""
 
 
 class WorkerPipe(Closing):
@@ -147,7 +150,9 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 def _compute(link: WorkerPipe, assignment: Assignment) -> None:
     task, progress = assignment.task, assignment.task.new_progress()
-    with Loaded(assignment.model, assignment.policy, task.use) as loaded:
+    with Loaded(
+        assignment.model, assignment.policy, task.use, seat=assignment.seat
+    ) as loaded:
         link.send("ready")
         with (
             _Looks(link, loaded, progress),

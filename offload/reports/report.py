@@ -132,6 +132,7 @@ def make_report(
         "bytes_by_tier": dict(statistics.bytes_by_tier),
         "codecs": dict(statistics.codecs),
         "bytes_read": dict(statistics.bytes_read),
+        "bytes_shared": statistics.bytes_shared,
         "bytes_loaded": statistics.bytes_loaded,
         "bytes_gathered": statistics.bytes_gathered,
         "bytes_copied": statistics.bytes_copied,

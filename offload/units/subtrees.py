@@ -15,6 +15,11 @@ class ParameterRef:
     key: str
     is_buffer: bool = False
 
+    @property
+    def requires_grad(self) -> bool:
+        parameter = self.module._parameters.get(self.key)
+        return parameter is not None and parameter.requires_grad
+
 
 class Subtrees:
     """The names of the tensors in each part of `model`, worked out once.

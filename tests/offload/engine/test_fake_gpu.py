@@ -193,7 +193,7 @@ def test_a_read_that_fails_names_unit_file_and_offset(
     policy = Policy(device_memory=300_000, resident_below=1)
     with penstock.load(tmp_path, policy) as model:
         expected = outputs(model, "llama")
-        files = engine_of(model)._tiers.reader._files  # type: ignore[attr-defined]
+        files = engine_of(model)._tiers.drive.reader._files  # type: ignore[attr-defined]
 
         def changed(*args: Any) -> Any:
             raise penstock.PenstockError("model-00001: offset 4096 cannot be read")
