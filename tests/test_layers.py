@@ -104,6 +104,7 @@ PURE = {
     "scheduler/cost/partitioning.py",
     "scheduler/cost/pipeline.py",
     "scheduler/placement.py",
+    "scheduler/ranks/load_order.py",
     "scheduler/ranks/messages.py",
     "scheduler/ranks/owners.py",
     "scheduler/ranks/rank_statistics.py",

@@ -60,8 +60,7 @@ class Engine:
         self._forwards = forwards
         self._tiers = tiers = weights.tiers
         self._in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
-        self._working_set = weights.working_set
-        self._binding = weights.binding
+        self._working_set, self._binding = weights.working_set, weights.binding
         self._entry = forwards.entry
         self._compilation = forwards.compilation
         self._kv = forwards.kv
@@ -69,7 +68,7 @@ class Engine:
         self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
-        self.exchange = forwards.exchange
+        self.exchange, self.gathered = forwards.exchange, forwards.gathered
         self._experts: RoutedExperts | None = None
         self._is_closed = False
 

@@ -1,20 +1,29 @@
 """Makes the engine of a model that several ranks share."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...io.checkpoint.index import Checkpoint
 from ...io.errors import UsageError
+from ...io.memory.arena import Arena
+from ...io.readers.reader import Reader
+from ...io.tier import Tier
+from ...io.weights.loader import Loader
 from ...io.weights.recipe import Recipe
+from ...scheduler.ranks.lockstep import least
 from ...scheduler.ranks.post import Post
 from ..configs.checkpoint_folder import checkpoint_folder
 from ..configs.opening import open_model
-from ..policy import Policy, cache_folder
+from ..policy import Policy, cache_folder, throttle
 from ..ranks.exchange import Exchange
+from ..ranks.gathered_loads import GatheredLoads
 from ..ranks.joining import RankEnvironment, join
 from ..ranks.sameness import check_same, marks_of
 from ..ranks.share import share_of
@@ -22,6 +31,7 @@ from ..settings.memory_budget import MemoryRoom, Use
 from .build import build
 from .engine import Engine
 from .groups import Ranked
+from .tiers import Tiers
 
 
 def build_shared(
@@ -46,7 +56,15 @@ def build_shared(
         return build(model, checkpoint, recipes, policy, room=room, use=use)
     rank = where.rank if where is not None else post.rank if post else 0
     if policy.ranks is None:
-        raise UsageError("only a policy with ranks: pipeline shares a model")
+        raise UsageError("only a policy with ranks: shares a model")
+    if policy.ranks == "gather":
+        if post is None:
+            assert where is not None, "one of the two says who the others are"
+            room = room_of_each(room, where.num_local)
+            post = join(where)
+        return _build_gathering(
+            model, checkpoint, recipes, policy, room=room, use=use, post=post
+        )
     share = share_of(
         model,
         recipes,
@@ -74,6 +92,76 @@ def build_shared(
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
+
+
+def _build_gathering(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    *,
+    room: MemoryRoom,
+    use: Use,
+    post: Post,
+) -> Engine:
+    """Like `build`, with units that all ranks of `post` read together. They have the
+    same working set: that of the rank with the least memory."""
+    try:
+        marks = marks_of(checkpoint, policy)
+        marks |= {
+            "device_memory": f"{policy.device_memory}",
+            "io.max_gap": f"{policy.io.max_gap}",
+        }
+        check_same(post, marks, checkpoint.folder)
+        free = least(post, room.total - room.runtime)
+        room = replace(room, total=room.runtime + free)
+        return build(
+            model,
+            checkpoint,
+            recipes,
+            policy,
+            room=room,
+            use=use,
+            tiers_of=partial(GatheringTiers, post),
+        )
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
+        raise
+
+
+class GatheringTiers(Tiers):
+    """Tiers whose units come from the files of all ranks of `post`, which is closed
+    with them."""
+
+    def __init__(self, post: Post, *args: Any) -> None:
+        self._post = post
+        super().__init__(*args)
+
+    def _open_disk(self, opened: ExitStack) -> None:
+        assert isinstance(self.memory, Arena), "memory of the host"
+        self.gathered = gathered = GatheredLoads(
+            self._post,
+            self._layouts,
+            self.reader,
+            partial(self._of_gathered, self.memory),
+            pace=throttle(self._policy, Tier.DISK),
+            record=self._record,
+        )
+        opened.enter_context(gathered)
+        self.loaders.append(gathered.loader)
+        self._loads[Tier.DISK] = gathered.load
+
+    def _of_gathered(self, memory: Arena, reader: Reader) -> Loader:
+        record = self._record_casts
+        return self._loader_of(self._layouts, memory, reader=reader, record=record)
+
+    def _record_casts(
+        self, lane: str, name: str, start: float, end: float, nbytes: int = 0
+    ) -> None:
+        """Records what happens to bytes that are here; their reads are recorded where
+        they are read."""
+        if lane != Tier.DISK:
+            self._record(lane, name, start, end, nbytes)
 
 
 def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:

@@ -22,7 +22,7 @@ from ...io.readers.reader import Reader
 from ...io.readers.threads import ThreadReader
 from ...io.weights.direct import made_units
 from ...io.weights.layout import Layout
-from ..policy import IO, cache_fallback, cache_folder
+from ..policy import IO, Policy, cache_fallback, cache_folder
 
 
 def open_reader(
@@ -80,6 +80,12 @@ def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
         return 1
     one_of_each_drive = {os.stat(path).st_dev: path for path in stamps}
     return max(map(memory_alignment, one_of_each_drive.values()), default=1)
+
+
+def memory_alignment_for(stamps: Mapping[Path, FileStamp], policy: Policy) -> int:
+    """Like `memory_alignment_of`, for a whole `policy`. Ranks that gather read parts
+    into memory of their own, so that slots are the same on all of them."""
+    return 1 if policy.ranks == "gather" else memory_alignment_of(stamps, policy.io)
 
 
 def makers_of(

@@ -39,6 +39,7 @@ from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOff
 from ...scheduler.activations.ownership import Ownership
 from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
+from ..ranks.gathered_loads import GatheredLoads
 from ..settings.installed import version_of
 from .kept import KeptUnits
 from .readers import kernels_for, open_gds, open_reader
@@ -69,6 +70,7 @@ class Tiers(Closing):
         self._pinned: list[Pinned] = []
         self._activation_offloads: list[ActivationOffload] = []
         self.direct_to_device: DirectToDevice | None = None
+        self.gathered: GatheredLoads | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
         self._layouts = layouts
@@ -116,8 +118,7 @@ class Tiers(Closing):
         return start(unit, offset, after)
 
     def mark(self) -> Event | None:
-        """An event after all device work queued so far; None on the CPU, which works
-        synchronously."""
+        """An event after all device work queued so far; None on the CPU."""
         return None if self.device.is_host else self.device.compute.record()
 
     def activation_offload(self) -> ActivationOffload:

@@ -48,9 +48,9 @@ class RankEnvironment:
         missing = [name for name in _NEEDED if name not in variables]
         if missing:
             raise UsageError(
-                f"ranks: pipeline needs {', '.join(missing)} in the environment, as "
-                "torchrun sets them: start the program with torchrun, or a job with "
-                "--ranks"
+                f"a model that ranks share needs {', '.join(missing)} in the "
+                "environment, as torchrun sets them: start the program with torchrun, "
+                "or a job with --ranks"
             )
         try:
             rank, num = int(variables["RANK"]), int(variables["WORLD_SIZE"])

@@ -21,6 +21,7 @@ _DTYPES: tuple[torch.dtype | None, ...] = (
     torch.int64,
     torch.int32,
     torch.bool,
+    torch.uint8,
 )
 
 Buffer = bytes | memoryview

@@ -190,6 +190,11 @@ def _others(policy: "Policy") -> Iterator[Problem]:
             ("compile", policy.compile, "no compiled block can wait for another rank"),
             ("adapter", policy.adapter is not None, "an adapter is not divided"),
             ("device", policy.device != "cpu", "ranks compute on the CPU only, so far"),
+            (
+                "host_memory",
+                policy.ranks == "gather" and bool(policy.host_memory),
+                "what each rank keeps need not be sent",
+            ),
         ):
             if is_set:
                 yield Problem(

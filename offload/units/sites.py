@@ -21,6 +21,12 @@ class ParameterRef:
     key: str
     is_buffer: bool = False
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is a parameter that requires gradients."""
+        parameter = self.module._parameters.get(self.key)
+        return parameter is not None and parameter.requires_grad
+
 
 @dataclass(frozen=True, slots=True)
 class FoundSite:
