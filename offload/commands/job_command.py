@@ -80,6 +80,8 @@ def job_command(task: type[Task]) -> Callable[..., None]:
         watching = Watching(log_json, metrics)
         asked = task_from(task, own)
         check_ranks(ranks, workers, num_started())
+        if chosen.ranks == "gather" and ranks > 1:
+            ranks, workers = 1, ranks  # each has rows of its own
         others = OtherRanks(ranks) if ranks > 1 else joined_ranks(asked, model)
         if others is None:
             return  # another process reads, writes and reports

@@ -1,5 +1,6 @@
 """Makes the engine of a model that several ranks share."""
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -113,8 +114,9 @@ def _build_gathering(
             "io.max_gap": f"{policy.io.max_gap}",
         }
         check_same(post, marks, checkpoint.folder)
-        free = least(post, room.total - room.runtime)
-        room = replace(room, total=room.runtime + free)
+        runtime = room.runtime + _bytes_on_their_way(recipes, policy)
+        free = least(post, room.total - runtime)
+        room = replace(room, total=runtime + free, runtime=runtime)
         return build(
             model,
             checkpoint,
@@ -127,6 +129,19 @@ def _build_gathering(
     except BaseException as error:
         post.close(str(error) or type(error).__name__)
         raise
+
+
+def _bytes_on_their_way(recipes: Mapping[str, Recipe], policy: Policy) -> int:
+    """The memory for parts of two units: one is sent while the next is read. A unit is
+    a block or, where no two blocks fit into the working set, less."""
+    blocks: Counter[str] = Counter()
+    for name, recipe in recipes.items():
+        parts = name.split(".")
+        place = next((at for at, one in enumerate(parts) if one.isdigit()), len(parts))
+        blocks[".".join(parts[: place + 1])] += recipe.nbytes
+    nbytes = 2 * max(blocks.values(), default=0)
+    is_set = isinstance(policy.device_memory, int)
+    return min(nbytes, int(policy.device_memory)) if is_set else nbytes
 
 
 class GatheringTiers(Tiers):

@@ -18,6 +18,7 @@ from ..configs.opening import open_model
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
+from ..ranks.joining import LOCAL, RankEnvironment, local_store
 from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
@@ -58,16 +59,16 @@ class Sharing(Closing):
         self._num = num
         self._task = task
         self._ahead = ahead
-        self.pool = WorkerPool(
-            [
-                partial(
-                    run_worker, assignment=Assignment(task, model, own, num_threads)
-                )
-                for own in budgets.policies
-            ],
-            parts,
-            output,
-        )
+        gathers = policy.ranks == "gather"
+        self._store = store = local_store() if gathers else None
+        found = []
+        for rank, own in enumerate(budgets.policies):
+            where = None
+            if store is not None:
+                where = RankEnvironment(rank, num, LOCAL, store.port, num, True)
+            found.append(Assignment(task, model, own, num_threads, where))
+        targets = [partial(run_worker, assignment=one) for one in found]
+        self.pool = WorkerPool(targets, parts, output, are_ranks=gathers)
 
     def look(self) -> ProgressSnapshot:
         """The snapshot of all processes together. A process that died counts the rows

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,8 @@ from ...io.closing import Closing
 from ...io.errors import PenstockError
 from ..files.parts import OutputPart
 from ..policy import Policy
+from ..ranks.gathered_loads import GatheredLoads
+from ..ranks.joining import RankEnvironment, join
 from ..startup import hidden
 from ..tasks.task import Task
 from ..tasks.task_progress import TaskProgress
@@ -37,6 +40,8 @@ class Assignment:
     policy: Policy
     num_threads: int
     """The threads that torch uses for matrix products."""
+    where: RankEnvironment | None = None
+    """Which rank the process is, if all of them read each unit together."""
 
 
 class WorkerPipe(Closing):
@@ -147,16 +152,30 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 def _compute(link: WorkerPipe, assignment: Assignment) -> None:
     task, progress = assignment.task, assignment.task.new_progress()
-    with Loaded(assignment.model, assignment.policy, task.use) as loaded:
+    post = None if assignment.where is None else join(assignment.where)
+    with Loaded(assignment.model, assignment.policy, task.use, post) as loaded:
         link.send("ready")
+        parts = awaited(link.parts(), loaded.engine.gathered)
         with (
             _Looks(link, loaded, progress),
-            PartsRun(link.parts(), _Handed(link, loaded, progress)) as run,
+            PartsRun(parts, _Handed(link, loaded, progress)) as run,
         ):
             model, tokenizer = loaded.model, loaded.tokenizer
             run.take_all(task.results(model, tokenizer, run.feed(), progress))
         link.send("look", loaded.look(progress))
         link.send("computed", loaded.computed(progress))
+
+
+def awaited(
+    parts: Iterator[OutputPart], gathered: GatheredLoads | None
+) -> Iterator[OutputPart]:
+    """Yields `parts`. While a rank waits for one, the others do not wait for it."""
+    while True:
+        with nullcontext() if gathered is None else gathered.resting():
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 def portable(error: BaseException) -> BaseException:

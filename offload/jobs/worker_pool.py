@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ...io.closing import Closing
-from ...io.errors import InputError, MachineError
+from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
 from .running import Output
 
@@ -32,7 +32,8 @@ class WorkerPool(Closing):
 
     A process that dies is replaced, and its parts are computed again. Where nothing is
     kept (standard output), results are written in order, and workers wait for one that
-    is far behind. An InputError ends the parts as the end of the input would; `failure`
+    is far behind. With `are_ranks`, processes need each other: if one dies, that is an
+    error. An InputError ends the parts as the end of the input would; `failure`
     has it then. Closing kills processes that still run.
     """
 
@@ -41,8 +42,11 @@ class WorkerPool(Closing):
         targets: Sequence[Callable[[Connection], None]],
         parts: Iterable[OutputPart],
         output: Output,
+        *,
+        are_ranks: bool = False,
     ) -> None:
         self._targets = targets
+        self._are_ranks = are_ranks
         self._parts = iter(parts)
         self._output = output
         self.failure: InputError | None = None
@@ -233,6 +237,12 @@ class WorkerPool(Closing):
             parts = [held[number] for number in sorted(held)]
             last = parts[-1].first_row + len(parts[-1].rows)
             rows = f"with rows {parts[0].first_row + 1:,} to {last:,}"
+        if self._are_ranks:
+            raise RanksError(
+                f"a rank {how} {rows}, and the others need what it reads: if memory "
+                "ran out (see dmesg), take fewer ranks; what is done stays: run the "
+                "same command again"
+            )
         if worst >= MOST_DEATHS:
             raise MachineError(
                 f"a worker {how} {rows}, as {worst - 1} did before: if memory ran out "

@@ -30,14 +30,17 @@ Receive = Callable[[memoryview], None]
 
 
 def packed(message: Message) -> list[Buffer]:
-    """The bytes of `message`, in pieces. Its tensor, on the CPU, is copied."""
+    """The bytes of `message`, in pieces. Its tensor, on the CPU, is copied; one of
+    uint8, which holds weights and is never changed, is not."""
     tensor, text = message.tensor, message.text.encode()
-    dims, data = (), b""
+    dims: tuple[int, ...] = ()
+    data: Buffer = b""
     code = 0
     if tensor is not None:
         code, dims = _DTYPES.index(tensor.dtype), tuple(tensor.shape)
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        data = flat.numpy().tobytes()
+        is_fixed = tensor.dtype is torch.uint8
+        data = memoryview(flat.numpy()) if is_fixed else flat.numpy().tobytes()
     head = _HEAD.pack(
         message.kind,
         code,

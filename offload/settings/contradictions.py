@@ -195,6 +195,11 @@ def _others(policy: "Policy") -> Iterator[Problem]:
                 policy.ranks == "gather" and bool(policy.host_memory),
                 "what each rank keeps need not be sent",
             ),
+            (
+                "peer",
+                policy.ranks == "gather" and bool(policy.peer),
+                "what each rank keeps need not be sent",
+            ),
         ):
             if is_set:
                 yield Problem(
