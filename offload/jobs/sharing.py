@@ -25,6 +25,7 @@ from .ahead import Ahead
 from .budgets import Room, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
+from .remote_ranks import RemoteRanks
 from .running import Output
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool
@@ -36,8 +37,9 @@ _PAGES = 8192
 
 
 class Sharing(Closing):
-    """`num` worker processes compute `parts` into `output`. `ahead` is where the parts
-    come from: closing stops it."""
+    """`num` worker processes compute `parts` into `output`; all but one of them are
+    `remote`, if that is given. `ahead` is where the parts come from: closing stops
+    it."""
 
     def __init__(
         self,
@@ -48,9 +50,11 @@ class Sharing(Closing):
         parts: Iterable[OutputPart],
         ahead: Ahead[OutputPart],
         output: Output,
+        remote: RemoteRanks | None = None,
     ) -> None:
-        num_threads = threads_of(torch.get_num_threads(), num)
-        budgets = divided(policy, num, room_of(model, policy))
+        here = num if remote is None else remote.where.num_local
+        num_threads = threads_of(torch.get_num_threads(), here)
+        budgets = divided(policy, here, room_of(model, policy))
         self.notes = (
             *budgets.notes,
             f"each worker computes with {num_threads} threads",
@@ -60,15 +64,19 @@ class Sharing(Closing):
         self._task = task
         self._ahead = ahead
         gathers = policy.ranks == "gather"
-        self._store = store = local_store() if gathers else None
+        self._store = None if remote or not gathers else local_store()
         found = []
-        for rank, own in enumerate(budgets.policies):
-            where = None
-            if store is not None:
-                where = RankEnvironment(rank, num, LOCAL, store.port, num, True)
+        for rank, own in enumerate(budgets.policies[: 1 if remote else num]):
+            where = None if remote is None else remote.where
+            if self._store is not None:
+                port = self._store.port
+                where = RankEnvironment(rank, num, LOCAL, port, num, True)
             found.append(Assignment(task, model, own, num_threads, where))
+        others = [] if remote is None else remote.ranks
+        for one in others:  # each divides the memory of its machine
+            one.tell(Assignment(task, model, policy, num_threads))
         targets = [partial(run_worker, assignment=one) for one in found]
-        self.pool = WorkerPool(targets, parts, output, are_ranks=gathers)
+        self.pool = WorkerPool([*targets, *others], parts, output, are_ranks=gathers)
 
     def look(self) -> ProgressSnapshot:
         """The snapshot of all processes together. A process that died counts the rows

@@ -8,6 +8,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from typing import Any
 from ...io.closing import Closing
 from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
+from .remote_ranks import RemoteRank
 from .running import Output
 
 _log = logging.getLogger("penstock")
@@ -28,7 +30,8 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 class WorkerPool(Closing):
     """Runs a process for each of `targets`, which is called there with a connection and
-    speaks as `run_worker` does, and a thread here for each connection.
+    speaks as `run_worker` does, and a thread here for each connection. A remote rank
+    has a process already.
 
     A process that dies is replaced, and its parts are computed again. Where nothing is
     kept (standard output), results are written in order, and workers wait for one that
@@ -39,7 +42,7 @@ class WorkerPool(Closing):
 
     def __init__(
         self,
-        targets: Sequence[Callable[[Connection], None]],
+        targets: Sequence[Callable[[Connection], None] | RemoteRank],
         parts: Iterable[OutputPart],
         output: Output,
         *,
@@ -70,7 +73,7 @@ class WorkerPool(Closing):
         self._deaths: Counter[int | None] = Counter()
         self._next_number: deque[int] = deque()
         self._waiting: dict[int, tuple[OutputPart, Sequence[bytes], int]] = {}
-        self._processes: dict[int, BaseProcess] = {}
+        self._processes: dict[int, BaseProcess | RemoteRank] = {}
         self._num_begun = 0
         self._said: set[str] = set()
         self._is_ready = threading.Event()
@@ -110,10 +113,7 @@ class WorkerPool(Closing):
         # Worker processes inherit it: only this process is to be stopped by signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while not self._is_closed:
-            mine, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(
-                target=self._targets[index], args=(theirs,), name=f"penstock-{index}"
-            )
+            mine, theirs, process = self._open(index)
             held: dict[int, OutputPart] = {}
             with mine:
                 with theirs:
@@ -127,7 +127,18 @@ class WorkerPool(Closing):
                     code = self._end(place, process)
             self._bury(place, code, held)
 
-    def _begin(self, process: BaseProcess) -> int:
+    def _open(
+        self, index: int
+    ) -> tuple[Connection, AbstractContextManager[object], BaseProcess | RemoteRank]:
+        """A connection to a worker, the worker's end of it, and the worker."""
+        target = self._targets[index]
+        if isinstance(target, RemoteRank):
+            return target.connection, nullcontext(), target
+        mine, theirs = _SPAWN.Pipe()
+        name = f"penstock-{index}"
+        return mine, theirs, _SPAWN.Process(target=target, args=(theirs,), name=name)
+
+    def _begin(self, process: BaseProcess | RemoteRank) -> int:
         with self._changed:
             place, self._num_begun = self._num_begun, self._num_begun + 1
             process.start()
@@ -136,7 +147,7 @@ class WorkerPool(Closing):
                 process.kill()
         return place
 
-    def _end(self, place: int, process: BaseProcess) -> int | None:
+    def _end(self, place: int, process: BaseProcess | RemoteRank) -> int | None:
         """Ends a process that has nothing more to say. Returns its exit code."""
         with self._changed:  # starting a process polls the others, this one too
             process.kill()
@@ -229,7 +240,7 @@ class WorkerPool(Closing):
             worst = max(self._deaths[cause] for cause in causes)
             self.dead.add(place)
             self._changed.notify_all()
-        how = f"ended with exit code {code}"
+        how = f"ended with exit code {code}" if code is not None else "is gone"
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
         rows = "while it began"

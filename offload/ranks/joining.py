@@ -91,6 +91,18 @@ def join(
 ) -> TcpPost:
     """Connects this rank with all others, by the `store` at `where`. Raises RanksError
     if they do not come, and what `check` raises, which is called meanwhile."""
+    peers, store = connect(where, store=store, check=check)
+    return TcpPost(where.rank, peers, store)
+
+
+def connect(
+    where: RankEnvironment,
+    *,
+    store: TCPStore | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[dict[int, socket.socket], TCPStore]:
+    """Like `join`: a socket to each other rank, and the store, which the first rank
+    may have to keep."""
     with ExitStack() as stack:
         try:
             if store is None:
@@ -116,7 +128,7 @@ def join(
                 "process alone"
             ) from None
         stack.pop_all()
-    return TcpPost(where.rank, peers, store)
+    return peers, store
 
 
 def _reach(where: RankEnvironment, check: Callable[[], None]) -> None:

@@ -23,6 +23,8 @@ from penstock.io.errors import RanksError
 from penstock.offload.files.parts import Cut
 from penstock.offload.jobs import worker_pool
 from penstock.offload.jobs.job import Done, Job
+from penstock.offload.jobs.ranked import joined_ranks
+from penstock.offload.ranks.joining import LOCAL, local_store
 from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.embed_task import Embed
 from penstock.offload.tasks.generate_task import Generate
@@ -121,3 +123,54 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     run(FallingScore(), folder, source, two, 2)
     run(FallingScore(), folder, source, one, 1)
     assert two.read_bytes() == one.read_bytes()
+
+
+def rank_main(
+    rank: int, num: int, port: int, folder: Path, source: Path, output: Path
+) -> None:
+    """What each process of torchrun does: it has another number of CPUs, perhaps, but
+    the same command line."""
+    os.environ |= {
+        "RANK": f"{rank}",
+        "WORLD_SIZE": f"{num}",
+        "LOCAL_WORLD_SIZE": f"{num}",
+        "MASTER_ADDR": LOCAL,
+        "MASTER_PORT": f"{port}",
+    }
+    policy = POLICY.with_settings(["ranks=gather"])
+    others = joined_ranks(ScoreInParts(), folder, policy)
+    if others is None:
+        return
+    with others:
+        job = Job(
+            ScoreInParts(), folder, source, output, policy, workers=num, others=others
+        )
+        done = job.run(Console(quiet=True))
+    assert done.report is not None
+    output.with_suffix(".ranks").write_text(json.dumps(done.report["ranks"]))
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_make_the_bytes_of_one_process(
+    folder: Path, source: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    run(ScoreInParts(), folder, source, one, 1)
+    with_port = local_store()
+    port = with_port.port
+    del with_port  # the first rank takes it
+    processes = [
+        forked_python.context.Process(
+            target=rank_main, args=(rank, 2, port, folder, source, two)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert two.read_bytes() == one.read_bytes()
+    ranks = json.loads(two.with_suffix(".ranks").read_text())
+    assert ranks["num_ranks"] == 2
+    assert ranks["bytes_sent"] > 100_000
