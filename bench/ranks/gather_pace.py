@@ -29,7 +29,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
-from pipeline_pace import BATCHES, OUT, make
 
 import penstock
 from common import frame
@@ -41,6 +40,7 @@ from penstock.offload.ranks.joining import (
     join,
     local_store,
 )
+from ranks.pipeline_pace import BATCHES, OUT, make
 
 TOKENS = 8
 LEAST = 0.8

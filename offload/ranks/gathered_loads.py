@@ -100,12 +100,12 @@ class GatheredLoads(Closing):
 
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> GatheredLoad:
         """Starts to load `unit` into the slot at `offset` (bytes)."""
-        wanted = Wanted(unit, offset, after)
+        if self._has_left:
+            raise ClosedError("this model is closed; load it again")
+        wanted = self._rounds.want(unit, offset, after)
         with self._changed:
             if self._failure is not None:
                 raise type(self._failure)(str(self._failure))
-            if self._has_left:
-                raise ClosedError("this model is closed; load it again")
             assert unit not in self._pending, "a unit has one slot"
             self._pending[unit] = wanted
             self._works()
@@ -256,10 +256,10 @@ class GatheredLoads(Closing):
         if unit == _NO_UNIT:
             self._is_over = True
             return
-        wanted = None
-        if self._post.rank in takers:
-            with self._changed:
-                wanted = self._pending.pop(unit, None)
+        with self._changed:
+            wanted = self._pending.get(unit)
+            if self._post.rank in takers:
+                self._pending.pop(unit, None)
         self._rounds.begin(number, unit, takers, wanted)
 
     def _fail(self, error: Exception) -> None:

@@ -31,6 +31,8 @@ class Wanted:
     offset: int
     """Where the slot begins, in bytes."""
     after: tuple[Event, ...]
+    own: OwnPart
+    """This rank's part of it, which is read at once, before its turn comes."""
     handle: Handle = field(default_factory=lambda: Handle(1))
     """Done once its bytes are here, or will never be."""
     inner: UnitLoad | None = None
@@ -52,7 +54,7 @@ class _Round:
 class Rounds(Closing):
     """The loads that are under way on this rank. In each, every rank reads its part of
     a unit, and sends it to those that want the unit. `wake` is called when a part has
-    been read: then `advance` goes on. Used by one thread.
+    been read: then `advance` goes on. Used by one thread, but for `want`.
 
     `loader_of(reader)` makes the loader that puts bytes into slots.
     """
@@ -77,13 +79,20 @@ class Rounds(Closing):
         self._bytes_sent = 0
         self._num_sent = 0
 
+    def want(self, unit: int, offset: int, after: tuple[Event, ...]) -> Wanted:
+        """This rank wants `unit`. Begins to read its own part. Called by any thread."""
+        return Wanted(unit, offset, after, self._own.read(self._plans[unit]))
+
     def begin(
         self, number: int, unit: int, takers: Sequence[int], wanted: Wanted | None
     ) -> None:
         """Load `number` begins, which is of `unit`. `wanted` says where this rank wants
         it, if it does."""
-        own = self._own.read(self._plans[unit])
-        self._rounds.append(_Round(number, unit, takers, own, wanted))
+        own = wanted.own if wanted else self._own.read(self._plans[unit])
+        is_taken = self._post.rank in takers
+        self._rounds.append(
+            _Round(number, unit, takers, own, wanted if is_taken else None)
+        )
 
     @property
     def has_news(self) -> bool:
