@@ -122,7 +122,7 @@ PURE = {
     "scheduler/cost/workload.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
-PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}
+PURE_BELOW = {"penstock.io.errors", "penstock.io.event", "penstock.io.merging"}
 PURE_IMPORTS = {
     "re",
     "bisect",
