@@ -218,12 +218,14 @@ class Policy(Section):
     kernels of others, `custom_generate/`): for models that transformers has no code
     for, if you trust them. Otherwise no such code runs, nothing is asked, and a
     checkpoint that needs it is refused."""
-    ranks: Literal["pipeline"] | None = None
+    ranks: Literal["pipeline", "gather"] | None = None
     """How several processes (ranks), of this computer or of several, share one model.
     `pipeline`: each streams, holds and computes its own blocks, and sends what they
     make to the next one; with n ranks there are n drives or links, host memories and
-    memories for keys and values. The ranks are those of torchrun, or of `--ranks`.
-    None: this process has the whole model. On the CPU only, so far."""
+    memories for keys and values. `gather`: each computes all blocks, for rows of its
+    own, but reads only 1/n of the bytes, and sends them to the others. The ranks are
+    those of torchrun, or of `--ranks`. None: this process has the whole model. On the
+    CPU only, so far."""
     strict: bool = False
     """Raise an error if weights are used outside of their unit's forward. Otherwise
     they are loaded at once, counted, and stay in the working set."""

@@ -110,6 +110,7 @@ PURE = {
     "scheduler/cost/partitioning.py",
     "scheduler/cost/pipeline.py",
     "scheduler/placement.py",
+    "scheduler/ranks/load_order.py",
     "scheduler/ranks/messages.py",
     "scheduler/ranks/owners.py",
     "scheduler/ranks/rank_statistics.py",
@@ -130,7 +131,7 @@ PURE = {
     "scheduler/cost/worth.py",
 }
 """Decisions: they could be taken on a machine with no torch, clock or file."""
-PURE_BELOW = {"penstock.io.errors", "penstock.io.event"}
+PURE_BELOW = {"penstock.io.errors", "penstock.io.event", "penstock.io.merging"}
 PURE_IMPORTS = {
     "re",
     "bisect",

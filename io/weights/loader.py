@@ -70,6 +70,13 @@ class UnitLoad:
         for handle in self._handles:
             handle.wait_quietly()
 
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Calls `then` once every read has ended; see `Handle.when_done`."""
+        all_done = Handle(len(self._handles))
+        for handle in self._handles:
+            handle.when_done(all_done.done)
+        all_done.when_done(then)
+
 
 class Loader:
     """Loads units from files into `arena`.

@@ -80,7 +80,9 @@ def job_command(task: type[Task]) -> Callable[..., None]:
         watching = Watching(log_json, metrics)
         asked = task_from(task, own)
         check_ranks(ranks, workers, num_started())
-        others = OtherRanks(ranks) if ranks > 1 else joined_ranks(asked, model)
+        if chosen.ranks == "gather" and max(ranks, num_started()) > 1:
+            ranks, workers = 1, max(ranks, num_started())  # each has rows of its own
+        others = OtherRanks(ranks) if ranks > 1 else joined_ranks(asked, model, chosen)
         if others is None:
             return  # another process reads, writes and reports
         job = Job(asked, model, source, output, chosen, report, mode, watching, workers)

@@ -122,7 +122,8 @@ Ranks = Annotated[
         "--ranks",
         metavar="N",
         help="Processes of this machine that share one model: each streams, holds and "
-        "computes its own blocks (see docs/ranks.md). Under torchrun, its processes "
+        "computes its own blocks or, with ranks: gather, reads its part of all "
+        "(see docs/ranks.md). Under torchrun, its processes "
         "do, of one machine or several.",
     ),
 ]

@@ -1,6 +1,6 @@
 """Makes the engine of a streamed model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,6 @@ from ...io.event import Event
 from ...io.fallbacks import Fallbacks
 from ...io.fork_guard import ForkGuard
 from ...io.sharing.ring import Seat
-from ...io.tier import Tier
 from ...io.timeline import Record, Timeline
 from ...io.weights.load import Load
 from ...io.weights.recipe import Recipe
@@ -24,6 +23,7 @@ from ...scheduler.slots.open_sites import OpenSites, Site
 from ...scheduler.slots.routing import Routing
 from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
+from ...scheduler.sweep.turn import Turn
 from ..kv.tiers import open_kv
 from ..monitoring.heap import Heap
 from ..policy import Policy
@@ -33,7 +33,7 @@ from ..units.arrangement import arrange
 from ..units.capacity import missing_overlap
 from ..units.division import Division
 from ..units.expert_probe import experts_kept_whole
-from ..units.placing import loaded_from
+from ..units.placing import loaded_from, staying
 from ..units.row_wise import find_row_wise
 from ..units.sites import ModelDivision
 from ..weights.binding import Binding
@@ -44,7 +44,7 @@ from .groups import Forwards, Ranked, Weights
 from .host_cache import HostCache
 from .host_experts import open_host_experts
 from .moved_tensors import move_rest
-from .readers import memory_alignment_of
+from .readers import memory_alignment_for
 from .tiers import Tiers
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ def build(
     use: Use = "any",
     ranked: Ranked | None = None,
     seat: Seat | None = None,
+    tiers_of: Callable[..., Tiers] | None = None,
 ) -> Engine:
     """Makes the engine that streams the tensors of `recipes` (by their names in
     `model`) from `checkpoint`. It uses the memory of `room`, and divides it as suits
     `use`. With `ranked`, `recipes` are those of this rank; with `seat`, what is read is
-    shared with other workers.
+    shared with other workers. `tiers_of` opens the tiers.
 
     Raises DoesNotFitError, which says how much is enough, if `room` or device_memory is
     too small. Nothing is left open when it raises.
@@ -77,7 +78,7 @@ def build(
         recipes,
         policy,
         is_host=device.is_host,
-        memory_alignment=memory_alignment_of(checkpoint.stamps, policy.io),
+        memory_alignment=memory_alignment_for(checkpoint.stamps, policy),
         room=room,
         device_bytes=None if on_gpu is None else on_gpu // 2,
         use=use,
@@ -105,7 +106,7 @@ def build(
         fallbacks.announce(message)
     timeline = Timeline()
     record = timeline.record
-    tiers = Tiers(
+    parts = (
         checkpoint,
         division.layouts,
         transfers,
@@ -124,6 +125,7 @@ def build(
         arranged.images,
         seat,
     )
+    tiers = Tiers(*parts) if tiers_of is None else tiers_of(*parts)
     with ExitStack() as opened:  # closes what was opened if a later step fails
         opened.callback(tiers.close)
         gatherers = {
@@ -173,16 +175,19 @@ def build(
             move_rest(model, places, device),
             HostCache(tiers, working_set, routing, host_experts, policy),
         )
+        turn = Turn()
         entry = ForwardEntry(
             open_sites,
             Order(len(model_division.sites)),
             lookahead=policy.lookahead,
             record=record,
             fork_guard=ForkGuard(in_child=binding.unbind_in_child),
+            turn=turn,
         )
         compilation = _compilation(model_division, policy)
+        order, gathered = Order(len(row_wise)), tiers.gathered
         forwards = Forwards(
-            entry, compilation, row_wise, Order(len(row_wise)), kv, timeline, ranked
+            entry, compilation, row_wise, order, kv, timeline, ranked, gathered
         )
         engine = Engine(
             model, policy, weights=weights, forwards=forwards, fallbacks=fallbacks
@@ -202,6 +207,8 @@ def build(
             )
         binding.put_placeholders()
         engine.start()
+        if gathered is not None:
+            gathered.ready(lambda: turn.owner is not None)
         opened.pop_all()
     return engine
 
@@ -230,21 +237,10 @@ def _working_set(
             for index, unit in enumerate(model_division.units)
             if (unit.sites or unit.is_resident) and index not in in_place
         ),
-        staying=_staying(model_division, tiers.placement),
+        staying=staying(model_division, tiers.placement),
         record=record,
         worth=routing.worth,
     )
-
-
-def _staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
-    """The units that stay on the device for good. Where all weights come from disk, no
-    experts do: those that are used most stay, as long as they are."""
-    only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
-    return [
-        index
-        for index, unit in enumerate(model_division.units)
-        if placement[index] == Tier.DEVICE and not (only_disk and unit.experts)
-    ]
 
 
 def _routing(

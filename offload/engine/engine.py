@@ -60,8 +60,7 @@ class Engine:
         self._forwards = forwards
         self._tiers = tiers = weights.tiers
         self._in_place = tiers.in_place.offsets if tiers.in_place is not None else {}
-        self._working_set = weights.working_set
-        self._binding = weights.binding
+        self._working_set, self._binding = weights.working_set, weights.binding
         self._entry = forwards.entry
         self._compilation = forwards.compilation
         self._kv = forwards.kv
@@ -69,7 +68,7 @@ class Engine:
         self.updates = Updates(weights, forwards.entry, policy, fallbacks)
         self._sweeps = Sweeps()
         self._hooks: SiteHooks | None = None
-        self.exchange = forwards.exchange
+        self.exchange, self.gathered = forwards.exchange, forwards.gathered
         self._experts: RoutedExperts | None = None
         self._is_closed = False
 
@@ -228,14 +227,15 @@ class Engine:
             working_set.resident_units,
         )
         gatherers = self._weights.gatherers.values()
-        on_gpu = self._tiers.device.peak_bytes()
+        drive, on_gpu = self._tiers.drive, self._tiers.device.peak_bytes()
         return Statistics(
             model_bytes=sum(by_tier.values()),
             device_memory_bytes=working_set.capacity_bytes,
             budget=self.budget,
             bytes_by_tier=by_tier,
             codecs=bytes_by_codec(self.recipes.values()),
-            **self._tiers.drive.counters(),
+            reader=drive.reader.name,
+            bytes_shared=drive.bytes_shared,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
             bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),

@@ -14,6 +14,7 @@ from ...scheduler.sweep.coalescing import RowWise
 from ...scheduler.sweep.entry import ForwardEntry
 from ..kv.tiers import KvTiers
 from ..ranks.exchange import Exchange
+from ..ranks.gathered_loads import GatheredLoads
 from ..ranks.stage_modules import StageModules
 from ..units.arrangement import Arrangement
 from ..weights.binding import Binding
@@ -80,7 +81,9 @@ class Forwards:
     """None if keys and values stay where transformers keeps them."""
     timeline: Timeline
     ranked: Ranked | None = None
-    """None if this process has the whole model."""
+    """None if this process computes the whole model."""
+    gathered: GatheredLoads | None = None
+    """Loads units together with other ranks; None if this rank reads them alone."""
 
     @property
     def exchange(self) -> Exchange | None:
@@ -88,10 +91,12 @@ class Forwards:
         return None if self.ranked is None else self.ranked.exchange
 
     def rank_statistics(self) -> RankStatistics:
-        return RankStatistics() if self.exchange is None else self.exchange.statistics()
+        part = self.exchange or self.gathered
+        return RankStatistics() if part is None else part.statistics()
 
     @property
     def closers(self) -> Sequence[Callable[[], None]]:
         """Functions that close what no forward needs any more."""
         parts = (self.exchange, self.kv)
-        return tuple(part.close for part in parts if part is not None)
+        first = () if self.gathered is None else (self.gathered.withdraw,)
+        return (*first, *(part.close for part in parts if part is not None))

@@ -1,8 +1,12 @@
 """Makes the engine of a model that several ranks share."""
 
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +16,18 @@ from ...io.devices.accelerators import accelerators
 from ...io.devices.crossing import Crossing
 from ...io.devices.opening import open_device
 from ...io.errors import UsageError
+from ...io.memory.arena import Arena
+from ...io.readers.reader import Reader
+from ...io.tier import Tier
+from ...io.weights.loader import Loader
 from ...io.weights.recipe import Recipe
+from ...scheduler.ranks.lockstep import least
 from ...scheduler.ranks.post import Post
 from ..configs.checkpoint_folder import checkpoint_folder
 from ..configs.opening import open_model
-from ..policy import Policy, cache_folder
+from ..policy import Policy, cache_folder, throttle
 from ..ranks.exchange import Exchange
+from ..ranks.gathered_loads import GatheredLoads
 from ..ranks.joining import RankEnvironment, join
 from ..ranks.rank_device import device_of, num_sharing
 from ..ranks.sameness import check_same, marks_of
@@ -26,6 +36,7 @@ from ..settings.memory_budget import MemoryRoom, Use
 from .build import build
 from .engine import Engine
 from .groups import Ranked
+from .tiers import Tiers
 
 
 def build_shared(
@@ -57,7 +68,15 @@ def build_shared(
         return engine
     rank = where.rank if where is not None else post.rank if post else 0
     if policy.ranks is None:
-        raise UsageError("only a policy with ranks: pipeline shares a model")
+        raise UsageError("only a policy with ranks: shares a model")
+    if policy.ranks == "gather":
+        if post is None:
+            assert where is not None, "one of the two says who the others are"
+            room = room_of_each(room, where.num_local)
+            post = join(where)
+        return _build_gathering(
+            model, checkpoint, recipes, policy, room=room, use=use, post=post
+        )
     num_on_device = 1
     if where is not None:  # a job has divided its policy
         there = accelerators() if policy.device != "cpu" else ()
@@ -98,6 +117,90 @@ def build_shared(
             f"ranks: each of them streams and computes all {name}"
         )
     return engine
+
+
+def _build_gathering(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    policy: Policy,
+    *,
+    room: MemoryRoom,
+    use: Use,
+    post: Post,
+) -> Engine:
+    """Like `build`, with units that all ranks of `post` read together. They have the
+    same working set: that of the rank with the least memory."""
+    try:
+        marks = marks_of(checkpoint, policy)
+        marks |= {
+            "device_memory": f"{policy.device_memory}",
+            "io.max_gap": f"{policy.io.max_gap}",
+        }
+        check_same(post, marks, checkpoint.folder)
+        runtime = room.runtime + _bytes_on_their_way(recipes, policy)
+        free = least(post, room.total - runtime)
+        room = replace(room, total=runtime + free, runtime=runtime)
+        return build(
+            model,
+            checkpoint,
+            recipes,
+            policy,
+            room=room,
+            use=use,
+            tiers_of=partial(GatheringTiers, post),
+        )
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
+        raise
+
+
+def _bytes_on_their_way(recipes: Mapping[str, Recipe], policy: Policy) -> int:
+    """The memory for parts of two units: one is sent while the next is read. A unit is
+    a block or, where no two blocks fit into the working set, less."""
+    blocks: Counter[str] = Counter()
+    for name, recipe in recipes.items():
+        parts = name.split(".")
+        place = next((at for at, one in enumerate(parts) if one.isdigit()), len(parts))
+        blocks[".".join(parts[: place + 1])] += recipe.nbytes
+    nbytes = 2 * max(blocks.values(), default=0)
+    is_set = isinstance(policy.device_memory, int)
+    return min(nbytes, int(policy.device_memory)) if is_set else nbytes
+
+
+class GatheringTiers(Tiers):
+    """Tiers whose units come from the files of all ranks of `post`, which is closed
+    with them."""
+
+    def __init__(self, post: Post, *args: Any) -> None:
+        self._post = post
+        super().__init__(*args)
+
+    def _open_disk(self, opened: ExitStack) -> None:
+        assert isinstance(self.memory, Arena), "memory of the host"
+        self.gathered = gathered = GatheredLoads(
+            self._post,
+            self._layouts,
+            self.drive.reader,
+            partial(self._of_gathered, self.memory),
+            pace=throttle(self._policy, Tier.DISK),
+            record=self._record,
+        )
+        opened.enter_context(gathered)
+        self.loaders.append(gathered.loader)
+        self._loads[Tier.DISK] = gathered.load
+
+    def _of_gathered(self, memory: Arena, reader: Reader) -> Loader:
+        record = self._record_casts
+        return self._loader_of(self._layouts, memory, reader=reader, record=record)
+
+    def _record_casts(
+        self, lane: str, name: str, start: float, end: float, nbytes: int = 0
+    ) -> None:
+        """Records what happens to bytes that are here; their reads are recorded where
+        they are read."""
+        if lane != Tier.DISK:
+            self._record(lane, name, start, end, nbytes)
 
 
 def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:

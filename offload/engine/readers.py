@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ from ...io.sharing.shared_reader import SharedReader
 from ...io.weights.direct import made_units
 from ...io.weights.layered import LayeredReader
 from ...io.weights.layout import Layout
-from ..policy import IO, cache_fallback, cache_folder
+from ..policy import IO, Policy, cache_fallback, cache_folder
 
 
 def open_reader(
@@ -89,10 +88,10 @@ class Drive(Closing):
         """Bytes that this process has read itself."""
         return self.reader.statistics().bytes_read + self.layered.bytes_read_above
 
-    def counters(self) -> dict[str, Any]:
-        """Counters of `Statistics`, by their names there."""
-        shared = 0 if self._shared is None else self._shared.bytes_shared
-        return {"reader": self.reader.name, "bytes_shared": shared}
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes that other processes have read for this one."""
+        return 0 if self._shared is None else self._shared.bytes_shared
 
     def close(self) -> None:
         self._opened.close()
@@ -143,6 +142,12 @@ def memory_alignment_of(stamps: Mapping[Path, FileStamp], io: IO) -> int:
         return 1
     one_of_each_drive = {os.stat(path).st_dev: path for path in stamps}
     return max(map(memory_alignment, one_of_each_drive.values()), default=1)
+
+
+def memory_alignment_for(stamps: Mapping[Path, FileStamp], policy: Policy) -> int:
+    """Like `memory_alignment_of`, for a whole `policy`. Ranks that gather read parts
+    into memory of their own, so that slots are the same on all of them."""
+    return 1 if policy.ranks == "gather" else memory_alignment_of(stamps, policy.io)
 
 
 def makers_of(

@@ -39,6 +39,7 @@ from ...scheduler.activations.activation_offload import MIN_BYTES, ActivationOff
 from ...scheduler.activations.ownership import Ownership
 from ..monitoring.progress import FillProgress
 from ..policy import Policy, throttle
+from ..ranks.gathered_loads import GatheredLoads
 from ..settings.installed import version_of
 from .kept import KeptUnits
 from .readers import Drive, kernels_for, open_gds
@@ -70,12 +71,12 @@ class Tiers(Closing):
         self._pinned: list[Pinned] = []
         self._activation_offloads: list[ActivationOffload] = []
         self.direct_to_device: DirectToDevice | None = None
+        self.gathered: GatheredLoads | None = None
         self._checkpoint = checkpoint
         self._ownership: Ownership | None = None
         self._layouts = layouts
-        self._policy = policy
+        self._policy, self._fallbacks = policy, fallbacks
         self._record = record
-        self._fallbacks = fallbacks
         self._transfers = dict(enumerate(transfers))
         self.kept = KeptUnits(layouts, transfers, images, policy.staging_memory)
         self._loads: dict[str, Callable[[int, int, tuple[Event, ...]], Load]] = {}
@@ -113,12 +114,11 @@ class Tiers(Closing):
     def load(self, unit: int, offset: int, after: tuple[Event, ...]) -> Load:
         """Starts to load `unit` into the slot at `offset` (bytes), after the events."""
         # Units that stay on the device have no link: they come from disk, once.
-        start = self._loads.get(self.placement[unit], self._loads[Tier.DISK])
-        return start(unit, offset, after)
+        disk = self._loads[Tier.DISK]
+        return self._loads.get(self.placement[unit], disk)(unit, offset, after)
 
     def mark(self) -> Event | None:
-        """An event after all device work queued so far; None on the CPU, which works
-        synchronously."""
+        """An event after all device work queued so far; None on the CPU."""
         return None if self.device.is_host else self.device.compute.record()
 
     def activation_offload(self) -> ActivationOffload:
@@ -277,7 +277,7 @@ class Tiers(Closing):
     def _pin(self, memory: HostMemory, device: Device) -> Pinned | None:
         asked = self._policy.pinned_memory
         self._pinned = [p for p in self._pinned if p.pinned_bytes]  # drop closed ones
-        used = sum(pinned.pinned_bytes for pinned in self._pinned)
+        used = sum(p.pinned_bytes for p in self._pinned)
         left = memory.nbytes if asked == "auto" else max(asked - used, 0)
         pinned = device.pin(memory, left)
         if pinned is not None:

@@ -239,6 +239,8 @@ class Updates(Closing):
         """Why `unit` cannot be changed; None if it can be."""
         if self._tiers.direct_to_device is not None:
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
+        if self._tiers.gathered is not None:
+            return "other ranks read a part of it from the checkpoint (ranks: gather)"
         if self._policy.host_shared and self._tiers.placement[unit] == Tier.HOST:
             return "other processes share it; take host_shared: false"
         return None

@@ -102,7 +102,7 @@ class Job:
                 return replace(self, chosen=chosen)._run(inputs, streamed, console)
         check_apart(output, files)
         chosen = self._begun_with(output) or self._choose(self.policy, inputs)
-        sharing = max(self.workers, self.others.num_local)
+        sharing = self.others.num_beside(self.workers)
         manifest = identify(
             inputs,
             self.model,
@@ -243,6 +243,7 @@ class Job:
             parts,
             ahead,
             output,
+            self.others.remote,
         )
         with stopping(ahead, output, is_quiet=watch.is_quiet), sharing:
             sharing.pool.start()

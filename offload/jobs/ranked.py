@@ -22,7 +22,7 @@ from ..files.parts import NumberedRows
 from ..plans.ranked import RankGroup
 from ..policy import Policy
 from ..ranks.exchange import Exchange
-from ..ranks.joining import LOCAL, RankEnvironment, join, local_store
+from ..ranks.joining import LOCAL, RankEnvironment, connect, join, local_store
 from ..ranks.sameness import check_same
 from ..reports.rank_record import RankRecord
 from ..startup import hidden
@@ -30,7 +30,9 @@ from ..tasks.task import Task
 from .budgets import divided, threads_of
 from .computed import Loaded
 from .rank_records import received_records, send_record
+from .remote_ranks import RemoteRanks, connection_of
 from .sharing import room_of
+from .worker import Assignment, run_worker
 
 _log = logging.getLogger("penstock")
 _SPAWN = multiprocessing.get_context("spawn")
@@ -47,13 +49,23 @@ class OtherRanks(Closing):
     """
 
     def __init__(
-        self, num: int = 1, post: Post | None = None, num_local: int | None = None
+        self,
+        num: int = 1,
+        post: Post | None = None,
+        num_local: int | None = None,
+        remote: RemoteRanks | None = None,
     ) -> None:
+        self.remote = remote
+        """Those of torchrun that gather weights; each has rows of its own."""
         self.num = num if post is None else post.num_ranks
         self.num_local = self.num if num_local is None else num_local
         self._post = post
         self._processes: list[BaseProcess] = []
         self._threads_before = torch.get_num_threads()
+
+    def num_beside(self, workers: int) -> int:
+        """The processes of this machine that compute, if there are `workers`."""
+        return self.num_local if self.remote else max(workers, self.num_local)
 
     @property
     def group(self) -> RankGroup | None:
@@ -94,6 +106,8 @@ class OtherRanks(Closing):
     def close(self) -> None:
         """Waits until the processes that were started have ended, or ends them."""
         torch.set_num_threads(self._threads_before)
+        if self.remote is not None:
+            self.remote.close()
         if self._post is not None:
             self._post.close()
         is_lost = self._post is not None and self._post.mail.lost
@@ -164,18 +178,40 @@ def follow(post: Post, task: Task, model: Path, where: RankEnvironment) -> None:
         send_record(post, loaded.computed(progress))
 
 
-def joined_ranks(task: Task, model: Path) -> OtherRanks | None:
+def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     """The ranks that torchrun has started. None on all but the first one, which this
     process has followed until the end."""
     where = RankEnvironment.found()
     if where is None or where.is_alone:
         return OtherRanks()
+    if policy.ranks == "gather":
+        if where.rank == 0:
+            return OtherRanks(num_local=where.num_local, remote=RemoteRanks(where))
+        _serve(where, model)
+        return None
     post = join(where)
     if where.rank == 0:
         return OtherRanks(post=post, num_local=where.num_local)
     torch.set_num_threads(threads_of(torch.get_num_threads(), where.num_local))
     _followed_to_the_end(post, task, model, where)
     return None
+
+
+def _serve(where: RankEnvironment, model: Path) -> None:
+    """Computes the rows that the first rank hands out, until it says that all is
+    done."""
+    peers, _ = connect(where)
+    first = connection_of(peers.pop(0))
+    for peer in peers.values():
+        peer.close()
+    with first:
+        try:
+            told: Assignment = first.recv()
+        except (EOFError, OSError):
+            return  # there was nothing to do, or the first rank says why
+        own = _own(told.policy, model, where.num_local, where.local_rank)
+        threads = threads_of(torch.get_num_threads(), where.num_local)
+        run_worker(first, Assignment(told.task, model, own, threads, where=where))
 
 
 def num_started() -> int:

@@ -19,6 +19,7 @@ from ..configs.opening import open_model
 from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
+from ..ranks.joining import LOCAL, RankEnvironment, local_store
 from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
@@ -26,6 +27,7 @@ from .budgets import Room, bytes_to_divide, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
 from .read_once import open_ring, ring_bytes, why_not
+from .remote_ranks import RemoteRanks
 from .running import Output
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool
@@ -37,8 +39,9 @@ _PAGES = 8192
 
 
 class Sharing(Closing):
-    """`num` worker processes compute `parts` into `output`. `ahead` is where the parts
-    come from: closing stops it."""
+    """`num` worker processes compute `parts` into `output`; all but one of them are
+    `remote`, if that is given. `ahead` is where the parts come from: closing stops
+    it."""
 
     def __init__(
         self,
@@ -49,12 +52,18 @@ class Sharing(Closing):
         parts: Iterable[OutputPart],
         ahead: Ahead[OutputPart],
         output: Output,
+        remote: RemoteRanks | None = None,
     ) -> None:
-        num_threads = threads_of(torch.get_num_threads(), num)
+        here = num if remote is None else remote.where.num_local
+        gathers = policy.ranks == "gather"
+        num_threads = threads_of(torch.get_num_threads(), here)
         room = room_of(model, policy)
-        self._ring, note = opened_ring(policy, model, num, room)
+        self._ring: SharedRing | None = None
+        note = "each rank reads its part of the weights"
+        if not gathers:
+            self._ring, note = opened_ring(policy, model, num, room)
         ring_bytes = 0 if self._ring is None else self._ring.shape.nbytes
-        budgets = divided(policy, num, replace(room, ring_bytes=ring_bytes))
+        budgets = divided(policy, here, replace(room, ring_bytes=ring_bytes))
         self.notes = (
             *budgets.notes,
             note,
@@ -64,23 +73,20 @@ class Sharing(Closing):
         self._num = num
         self._task = task
         self._ahead = ahead
-        self.pool = WorkerPool(
-            [
-                partial(
-                    run_worker,
-                    assignment=Assignment(
-                        task,
-                        model,
-                        own,
-                        num_threads,
-                        None if self._ring is None else self._ring.seat(index),
-                    ),
-                )
-                for index, own in enumerate(budgets.policies)
-            ],
-            parts,
-            output,
-        )
+        self._store = None if remote or not gathers else local_store()
+        found = []
+        for rank, own in enumerate(budgets.policies[: 1 if remote else num]):
+            where = None if remote is None else remote.where
+            if self._store is not None:
+                port = self._store.port
+                where = RankEnvironment(rank, num, LOCAL, port, num, rank, True)
+            seat = None if self._ring is None else self._ring.seat(rank)
+            found.append(Assignment(task, model, own, num_threads, seat, where))
+        others = [] if remote is None else remote.ranks
+        for one in others:  # each divides the memory of its machine
+            one.tell(Assignment(task, model, policy, num_threads))
+        targets = [partial(run_worker, assignment=one) for one in found]
+        self.pool = WorkerPool([*targets, *others], parts, output, are_ranks=gathers)
 
     def look(self) -> ProgressSnapshot:
         """The snapshot of all processes together. A process that died counts the rows

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,8 @@ from ...io.errors import PenstockError
 from ...io.sharing.ring import Seat
 from ..files.parts import OutputPart
 from ..policy import Policy
+from ..ranks.gathered_loads import GatheredLoads
+from ..ranks.joining import RankEnvironment, join
 from ..startup import hidden
 from ..tasks.task import Task
 from ..tasks.task_progress import TaskProgress
@@ -40,6 +43,8 @@ class Assignment:
     """The threads that torch uses for matrix products."""
     seat: Seat | None = None
     """Where it shares what it reads with the others; None: it reads all itself."""
+    where: RankEnvironment | None = None
+    """Which rank the process is, if all of them read each unit together."""
 
 
 class WorkerPipe(Closing):
@@ -150,18 +155,32 @@ def run_worker(connection: Connection, assignment: Assignment) -> None:
 
 def _compute(link: WorkerPipe, assignment: Assignment) -> None:
     task, progress = assignment.task, assignment.task.new_progress()
+    post = None if assignment.where is None else join(assignment.where)
     with Loaded(
-        assignment.model, assignment.policy, task.use, seat=assignment.seat
+        assignment.model, assignment.policy, task.use, post, seat=assignment.seat
     ) as loaded:
         link.send("ready")
+        parts = awaited(link.parts(), loaded.engine.gathered)
         with (
             _Looks(link, loaded, progress),
-            PartsRun(link.parts(), _Handed(link, loaded, progress)) as run,
+            PartsRun(parts, _Handed(link, loaded, progress)) as run,
         ):
             model, tokenizer = loaded.model, loaded.tokenizer
             run.take_all(task.results(model, tokenizer, run.feed(), progress))
         link.send("look", loaded.look(progress))
         link.send("computed", loaded.computed(progress))
+
+
+def awaited(
+    parts: Iterator[OutputPart], gathered: GatheredLoads | None
+) -> Iterator[OutputPart]:
+    """Yields `parts`. While a rank waits for one, the others do not wait for it."""
+    while True:
+        with nullcontext() if gathered is None else gathered.resting():
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 def portable(error: BaseException) -> BaseException:

@@ -8,14 +8,16 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ...io.closing import Closing
-from ...io.errors import InputError, MachineError
+from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
+from .remote_ranks import RemoteRank
 from .running import Output
 
 _log = logging.getLogger("penstock")
@@ -28,21 +30,26 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 class WorkerPool(Closing):
     """Runs a process for each of `targets`, which is called there with a connection and
-    speaks as `run_worker` does, and a thread here for each connection.
+    speaks as `run_worker` does, and a thread here for each connection. A remote rank
+    has a process already.
 
     A process that dies is replaced, and its parts are computed again. Where nothing is
     kept (standard output), results are written in order, and workers wait for one that
-    is far behind. An InputError ends the parts as the end of the input would; `failure`
+    is far behind. With `are_ranks`, processes need each other: if one dies, that is an
+    error. An InputError ends the parts as the end of the input would; `failure`
     has it then. Closing kills processes that still run.
     """
 
     def __init__(
         self,
-        targets: Sequence[Callable[[Connection], None]],
+        targets: Sequence[Callable[[Connection], None] | RemoteRank],
         parts: Iterable[OutputPart],
         output: Output,
+        *,
+        are_ranks: bool = False,
     ) -> None:
         self._targets = targets
+        self._are_ranks = are_ranks
         self._parts = iter(parts)
         self._output = output
         self.failure: InputError | None = None
@@ -66,7 +73,7 @@ class WorkerPool(Closing):
         self._deaths: Counter[int | None] = Counter()
         self._next_number: deque[int] = deque()
         self._waiting: dict[int, tuple[OutputPart, Sequence[bytes], int]] = {}
-        self._processes: dict[int, BaseProcess] = {}
+        self._processes: dict[int, BaseProcess | RemoteRank] = {}
         self._num_begun = 0
         self._said: set[str] = set()
         self._is_ready = threading.Event()
@@ -106,10 +113,7 @@ class WorkerPool(Closing):
         # Worker processes inherit it: only this process is to be stopped by signals.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         while not self._is_closed:
-            mine, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(
-                target=self._targets[index], args=(theirs,), name=f"penstock-{index}"
-            )
+            mine, theirs, process = self._open(index)
             held: dict[int, OutputPart] = {}
             with mine:
                 with theirs:
@@ -123,7 +127,18 @@ class WorkerPool(Closing):
                     code = self._end(place, process)
             self._bury(place, code, held)
 
-    def _begin(self, process: BaseProcess) -> int:
+    def _open(
+        self, index: int
+    ) -> tuple[Connection, AbstractContextManager[object], BaseProcess | RemoteRank]:
+        """A connection to a worker, the worker's end of it, and the worker."""
+        target = self._targets[index]
+        if isinstance(target, RemoteRank):
+            return target.connection, nullcontext(), target
+        mine, theirs = _SPAWN.Pipe()
+        name = f"penstock-{index}"
+        return mine, theirs, _SPAWN.Process(target=target, args=(theirs,), name=name)
+
+    def _begin(self, process: BaseProcess | RemoteRank) -> int:
         with self._changed:
             place, self._num_begun = self._num_begun, self._num_begun + 1
             process.start()
@@ -132,7 +147,7 @@ class WorkerPool(Closing):
                 process.kill()
         return place
 
-    def _end(self, place: int, process: BaseProcess) -> int | None:
+    def _end(self, place: int, process: BaseProcess | RemoteRank) -> int | None:
         """Ends a process that has nothing more to say. Returns its exit code."""
         with self._changed:  # starting a process polls the others, this one too
             process.kill()
@@ -225,7 +240,7 @@ class WorkerPool(Closing):
             worst = max(self._deaths[cause] for cause in causes)
             self.dead.add(place)
             self._changed.notify_all()
-        how = f"ended with exit code {code}"
+        how = f"ended with exit code {code}" if code is not None else "is gone"
         if code is not None and code < 0:
             how = f"was killed by signal {-code}"
         rows = "while it began"
@@ -233,6 +248,12 @@ class WorkerPool(Closing):
             parts = [held[number] for number in sorted(held)]
             last = parts[-1].first_row + len(parts[-1].rows)
             rows = f"with rows {parts[0].first_row + 1:,} to {last:,}"
+        if self._are_ranks:
+            raise RanksError(
+                f"a rank {how} {rows}, and the others need what it reads: if memory "
+                "ran out (see dmesg), take fewer ranks; what is done stays: run the "
+                "same command again"
+            )
         if worst >= MOST_DEATHS:
             raise MachineError(
                 f"a worker {how} {rows}, as {worst - 1} did before: if memory ran out "

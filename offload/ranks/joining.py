@@ -59,9 +59,9 @@ class RankEnvironment:
         missing = [name for name in _NEEDED if name not in variables]
         if missing:
             raise UsageError(
-                f"ranks: pipeline needs {', '.join(missing)} in the environment, as "
-                "torchrun sets them: start the program with torchrun, or a job with "
-                "--ranks"
+                f"a model that ranks share needs {', '.join(missing)} in the "
+                "environment, as torchrun sets them: start the program with torchrun, "
+                "or a job with --ranks"
             )
         try:
             rank, num = int(variables["RANK"]), int(variables["WORLD_SIZE"])
@@ -103,6 +103,18 @@ def join(
 ) -> TcpPost:
     """Connects this rank with all others, by the `store` at `where`. Raises RanksError
     if they do not come, and what `check` raises, which is called meanwhile."""
+    peers, store = connect(where, store=store, check=check)
+    return TcpPost(where.rank, peers, store)
+
+
+def connect(
+    where: RankEnvironment,
+    *,
+    store: TCPStore | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[dict[int, socket.socket], TCPStore]:
+    """Like `join`: a socket to each other rank, and the store, which the first rank
+    may have to keep."""
     notice = _Notice(where)
     with ExitStack() as stack:
         try:
@@ -129,7 +141,7 @@ def join(
                 "process alone"
             ) from None
         stack.pop_all()
-    return TcpPost(where.rank, peers, store)
+    return peers, store
 
 
 class _Notice:

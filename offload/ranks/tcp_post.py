@@ -71,14 +71,14 @@ class TcpPost(Closing):
     def collect(self) -> None:
         """Does nothing: threads receive."""
 
-    def wait(self, test: Callable[[], bool]) -> None:
+    def wait(self, test: Callable[[], bool], *, is_idle: bool = False) -> None:
         mail = self.mail
 
         def is_over() -> bool:
             return bool(mail.lost) or test()
 
         with mail.changed:
-            self._is_waiting = True
+            self._is_waiting = not is_idle
             try:
                 while not mail.changed.wait_for(is_over, ALIVE_SECONDS):
                     waits = self._is_waiting and self._num_queued == self._num_sent

@@ -22,6 +22,7 @@ _DTYPES: tuple[torch.dtype | None, ...] = (
     torch.int64,
     torch.int32,
     torch.bool,
+    torch.uint8,
 )
 
 Buffer = bytes | memoryview
@@ -31,7 +32,8 @@ Receive = Callable[[memoryview], None]
 
 def packed(message: Message, *, copies: bool = True) -> list[Buffer]:
     """The bytes of `message`, in pieces. Its tensor, in host memory, is not copied
-    without `copies`: nobody may change it then."""
+    without `copies`: nobody may change it then. Nor is one of uint8, which holds
+    weights and is never changed."""
     tensor, text = message.tensor, message.text.encode()
     dims: tuple[int, ...] = ()
     data: Buffer = b""
@@ -39,7 +41,8 @@ def packed(message: Message, *, copies: bool = True) -> list[Buffer]:
     if tensor is not None:
         code, dims = _DTYPES.index(tensor.dtype), tuple(tensor.shape)
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        data = flat.numpy().tobytes() if copies else flat.numpy().data
+        is_fixed = not copies or tensor.dtype is torch.uint8
+        data = flat.numpy().data if is_fixed else flat.numpy().tobytes()
     head = _HEAD.pack(
         message.kind,
         code,

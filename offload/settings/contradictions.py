@@ -188,6 +188,26 @@ def _others(policy: "Policy") -> Iterator[Problem]:
     if policy.ranks is not None:
         for key, is_set, why in (
             ("compile", policy.compile, "no compiled block can wait for another rank"),
+            (
+                "adapter",
+                policy.ranks == "gather" and policy.adapter is not None,
+                "ranks that gather weights do not divide an adapter",
+            ),
+            (
+                "device",
+                policy.ranks == "gather" and policy.device != "cpu",
+                "ranks that gather weights compute on the CPU only, so far",
+            ),
+            (
+                "host_memory",
+                policy.ranks == "gather" and bool(policy.host_memory),
+                "what each rank keeps need not be sent",
+            ),
+            (
+                "peer",
+                policy.ranks == "gather" and bool(policy.peer),
+                "what each rank keeps need not be sent",
+            ),
         ):
             if is_set:
                 yield Problem(

@@ -142,8 +142,7 @@ class GenerateRunner:
         self._caches = Caches.of(self._engine, model)
 
     def run(self, parts: Iterator[NumberedRows]) -> Iterator[dict[str, Any]]:
-        """Yields results in the order of rows: a finished row waits for those before
-        it."""
+        """Yields results in the order of rows."""
         # A compiled block cannot stop inside to wait for other micro-batches.
         coalesce = None if self._engine.policy.compile else True
         with (
@@ -160,8 +159,7 @@ class GenerateRunner:
         yield from self._finished()
 
     def _has_room(self) -> bool:
-        """Whether there is room for the next micro-batch, at its largest: in the cache
-        and among the sequences in flight."""
+        """Whether the cache and the limits have room for the next micro-batch."""
         prompts = self._groups[0].prompts if self._groups else []
         if not self._caches.has_room(prompts):
             return False
@@ -180,10 +178,9 @@ class GenerateRunner:
             rows = iter(part)
             while self._fill(rows):
                 yield self._groups.popleft()
-            # So that its failed rows are yielded now. Ranks have equally many of these,
-            # whichever of them is ahead.
-            is_done = bool(self._pending) and self._pending[-1].result is not None
-            if is_done or self._engine.exchange is not None:
+            # Failed rows are yielded now. Ranks have equally many of these groups.
+            done = self._pending and self._pending[-1].result is not None
+            if done or self._engine.exchange is not None:
                 yield _Group([], None)
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:

@@ -7,6 +7,7 @@ from ...io.weights.stored_image import StoredImage
 from ...scheduler.placement import matches, place
 from ..policy import Policy
 from .division import Division
+from .sites import ModelDivision
 
 
 def placement_of(
@@ -110,3 +111,14 @@ def _room_to_stay(division: Division, capacity: int, lookahead: int) -> int:
     if resident + streamed <= capacity:
         return streamed
     return max(0, capacity - resident - (1 + lookahead) * max(by_site, default=0))
+
+
+def staying(model_division: ModelDivision, placement: Sequence[str]) -> list[int]:
+    """The units that stay on the device for good. Where all weights come from disk, no
+    experts do: those that are used most stay, as long as they are."""
+    only_disk = {*placement} <= {Tier.DEVICE, Tier.DISK}
+    return [
+        index
+        for index, unit in enumerate(model_division.units)
+        if placement[index] == Tier.DEVICE and not (only_disk and unit.experts)
+    ]

@@ -176,3 +176,22 @@ def agreed(post: Post, value: Any) -> Any:
 
 def _stand_in(value: Any) -> dict[str, str]:
     return {"type": type(value).__name__}
+
+
+def least(post: Post, value: int) -> int:
+    """The least of all ranks' `value`, on all of them: all make their calls of this and
+    of `agreed` in the same order. Raises RanksError if a rank is gone."""
+    if post.rank:
+        post.send(0, Message(Kind.SHARED, text=json.dumps(value)))
+        return int(agreed(post, None))
+    mail, others = post.mail, range(1, post.num_ranks)
+
+    def is_gone() -> bool:
+        return any(mail.gone(rank) is not None for rank in others)
+
+    for _ in others:
+        post.wait(lambda: mail.has_shared() or is_gone())
+        if not mail.has_shared():
+            raise next(filter(None, map(mail.gone, others)))
+        value = min(value, int(json.loads(mail.take_shared())))
+    return int(agreed(post, value))

@@ -30,6 +30,12 @@ class Kind(IntEnum):
     """A rank has closed its model."""
     ALIVE = 9
     """Nothing but that the sender is there."""
+    ASK = 10
+    """What a rank that gathers wants to load: `stage` is the unit, `fingerprint` an
+    `Ask`."""
+    LOAD = 11
+    """What is loaded next: `stage` is the unit, `address.micro_batch` the number of the
+    load, and `text` has the ranks that want it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class Mailbox:
         self._starts: dict[int, deque[Message]] = {}
         self._shared: deque[str] = deque()
         self._left: dict[tuple[int, int], str] = {}
+        self.of_loads: deque[tuple[int, Message]] = deque()
+        """What was said of loads (ASK and LOAD), with the rank that said it."""
         self._closed: dict[int, str] = {}
         self._oldest_run = 0
 
@@ -53,6 +55,8 @@ class Mailbox:
             self._closed[source] = f"rank {source} {why}"
         elif kind is Kind.SHARED:
             self._shared.append(message.text)
+        elif kind in (Kind.ASK, Kind.LOAD):
+            self.of_loads.append((source, message))
         elif run != PLAIN and run < self._oldest_run:
             pass  # it is late: the run has ended here
         elif kind is Kind.OUTPUT:
@@ -115,6 +119,11 @@ class Mailbox:
             return RanksError(f"rank {source} has left the sweep: {left or 'closed'}")
         closed = self._closed.get(source)
         return None if closed is None else RanksError(closed)
+
+    def gone(self, source: int) -> Exception | None:
+        """Why nothing more comes from the rank `source`; None if something may."""
+        with self.changed:
+            return self._gone(PLAIN, source)
 
     def has_start(self, run: int) -> bool:
         """Whether the first rank has said how `run` goes on, or never will."""
@@ -227,8 +236,10 @@ class Post(Protocol):
         """Puts what has come into `mail`; does not block."""
         ...
 
-    def wait(self, test: Callable[[], bool]) -> None:
-        """Blocks until `test` is true, which asks `mail`."""
+    def wait(self, test: Callable[[], bool], *, is_idle: bool = False) -> None:
+        """Blocks until `test` is true, which asks `mail`, or a rank is lost. It is
+        asked again a few times a second. With `is_idle`, this rank has other threads
+        that go on: it does not count as one that waits for others."""
         ...
 
     def close(self, why: str = "") -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ...io.merging import Rule, counter
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankStatistics:
@@ -9,9 +11,9 @@ class RankStatistics:
 
     num_ranks: int = 1
     """The ranks that share the model; 1: this process has all of it."""
-    bytes_sent: int = 0
-    """Bytes of outputs that this rank has sent to others."""
-    num_sent: int = 0
+    bytes_sent: int = counter(Rule.SUM, 0)
+    """Bytes of outputs, or of weights, that this rank has sent to others."""
+    num_sent: int = counter(Rule.SUM, 0)
     """The messages that had them."""
-    wait_seconds: float = 0.0
+    wait_seconds: float = counter(Rule.MEAN, 0.0)
     """Time that computing waited for other ranks."""

@@ -53,6 +53,7 @@ class ForwardEntry:
         lookahead: int,
         record: Record = unrecorded,
         fork_guard: ForkGuard | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.record = record
         self.fork_guard = fork_guard or ForkGuard()
@@ -66,7 +67,7 @@ class ForwardEntry:
         self.first_visit_at: float | None = None
         self._lookahead = lookahead
         self._records_gradients = False
-        self._turn = Turn()
+        self._turn = turn or Turn()
         self._loop: EnteringLoop | None = None
         self._left: list[EnteringLoop] = []
         """Sweeps that another thread has closed; their own threads must stop them."""
@@ -193,8 +194,7 @@ class ForwardEntry:
         try:
             if self._loop is not None:
                 raise PenstockError(
-                    "a sweep over this model is under way: finish it before the next "
-                    "one"
+                    "a sweep over this model is under way: finish it before the next"
                 )
             self._close_all()
             self._loop_thread = threading.get_ident()

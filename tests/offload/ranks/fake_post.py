@@ -78,7 +78,7 @@ class FakePost:
         with self.office.lock:
             self._pull(self.office.chance)
 
-    def wait(self, test: Callable[[], bool]) -> None:
+    def wait(self, test: Callable[[], bool], *, is_idle: bool = False) -> None:
         office = self.office
         with office.lock:
             while True:
@@ -86,6 +86,9 @@ class FakePost:
                 if test() or self.mail.lost:
                     break
                 if self._pull_one():
+                    continue
+                if is_idle:
+                    office.lock.wait(0.02)
                     continue
                 office.still.add(self.rank)
                 if office.is_deadlock or (

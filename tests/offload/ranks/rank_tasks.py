@@ -39,7 +39,12 @@ class FallingScore(Score):
         for index, result in enumerate(found):
             is_other = self.marker is not None and os.getpid() != self.first
             if index == 7 and is_other and self.marker is not None:
-                self.marker.write_text(f"{os.getpid()}")
+                try:
+                    with self.marker.open("x") as marker:
+                        marker.write(f"{os.getpid()}")
+                except FileExistsError:  # another rank was first
+                    is_other = False
+            if index == 7 and is_other:
                 whom = self.first if self.hits_first else os.getpid()
                 os.kill(whom, self.number)
             yield result
