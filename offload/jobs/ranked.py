@@ -30,7 +30,7 @@ from ..tasks.task import Task
 from .budgets import divided, threads_of
 from .computed import Loaded
 from .rank_records import received_records, send_record
-from .remote_ranks import RemoteRanks, connection_of
+from ..ranks.remote_ranks import RemoteRanks, connection_of
 from .sharing import room_of
 from .worker import Assignment, run_worker
 

@@ -27,7 +27,7 @@ from .budgets import Room, bytes_to_divide, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
 from .read_once import open_ring, ring_bytes, why_not
-from .remote_ranks import RemoteRanks
+from ..ranks.remote_ranks import RemoteRanks
 from .running import Output
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool

@@ -17,7 +17,7 @@ from typing import Any
 from ...io.closing import Closing
 from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
-from .remote_ranks import RemoteRank
+from ..ranks.remote_ranks import RemoteRank
 from .running import Output
 
 _log = logging.getLogger("penstock")

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...io.closing import Closing
-from ..ranks.joining import RankEnvironment, connect
+from .joining import RankEnvironment, connect
 
 
 @dataclass(frozen=True)
