@@ -1,11 +1,11 @@
 """Loads units of which each rank reads a part: ranks send the parts to each other."""
 
-import atexit
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 
 from ...io.closing import Closing
 from ...io.errors import ClosedError, PenstockError, RanksError
@@ -87,6 +87,7 @@ class GatheredLoads(Closing):
         self._rests = False
         self._has_said_rest = False
         self._is_ready = False
+        self._at_end: Finalize | None = None
         self._has_left = False
         self._is_over = False
         self._is_closed = False
@@ -134,7 +135,9 @@ class GatheredLoads(Closing):
         self._busy_at = time.monotonic()
         self._is_busy = is_busy
         self._is_ready = True
-        atexit.register(self.close)  # others may still need what this rank reads
+        # Others may still need what this rank reads. Processes that multiprocessing has
+        # started do not call what `atexit` knows.
+        self._at_end = Finalize(None, self.close, exitpriority=0)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -159,7 +162,8 @@ class GatheredLoads(Closing):
         if self._is_closed:
             return
         self._is_closed = True
-        atexit.unregister(self.close)
+        if self._at_end is not None:
+            self._at_end.cancel()
         self.withdraw()
         with self._changed:
             self._has_left = True

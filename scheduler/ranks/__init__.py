@@ -6,4 +6,5 @@ RankStages            which stages of a forward this rank computes
 Message, Address  what ranks send to each other, and what finds it again
 Post              sends messages; Mailbox keeps those that came
 Lockstep          one run of a sweep, in step with the same run on the other ranks
+LoadOrder         which unit ranks that gather weights load next
 """
