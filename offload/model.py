@@ -83,8 +83,8 @@ def load_for(
     post: Post | None = None,
     seat: Seat | None = None,
 ) -> Any:
-    """Like `load`, for a known use, which decides how memory is divided. Ranks share
-    the model by `post`, which is closed with it; workers share reads by a `seat`."""
+    """Like `load`, for a `use`, which decides how memory is divided. Ranks share the
+    model by `post`, which is closed with it; workers share reads by a `seat`."""
     path = checkpoint_folder(path)
     with rare_collections():
         from .weights import hf  # transformers takes seconds to import
@@ -205,8 +205,7 @@ def update(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """Counters of the streamed `model` since it was loaded. Raises PenstockError if it
-    is not streamed."""
+    """Counters of a streamed model since it was loaded, or raises PenstockError."""
     return engine_of(model).statistics()
 
 
@@ -251,8 +250,7 @@ def unwrap(model: Model) -> Model:
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The engine that streams `model`, or the model that `model` wraps (in a
-    PeftModel). Raises PenstockError if there is none."""
+    """The engine of `model`, or of a model inside. Raises PenstockError if none is."""
     engine = getattr(model, "__dict__", {}).get(_ENGINE)
     if engine is None and isinstance(model, nn.Module):
         inner = (part.__dict__.get(_ENGINE) for part in model.modules())

@@ -28,11 +28,11 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
+from rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
 from common import frame
-from common.rank_processes import run_ranks
 from penstock import Policy
 from penstock.offload.model import load_for
 from penstock.offload.ranks.joining import RankEnvironment, join

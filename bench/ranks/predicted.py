@@ -26,9 +26,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from rank_processes import run_ranks
+
 import penstock
 from common import frame, models
-from common.rank_processes import run_ranks
 from penstock import Policy
 from penstock.offload.machines.machine import Machine, find_machine
 from penstock.offload.machines.measure_calls import CountingTokenizer

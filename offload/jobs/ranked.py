@@ -23,6 +23,7 @@ from ..plans.ranked import RankGroup
 from ..policy import Policy
 from ..ranks.exchange import Exchange
 from ..ranks.joining import LOCAL, RankEnvironment, connect, join, local_store
+from ..ranks.remote_ranks import RemoteRanks, connection_of
 from ..ranks.sameness import check_same
 from ..reports.rank_record import RankRecord
 from ..startup import hidden
@@ -30,7 +31,6 @@ from ..tasks.task import Task
 from .budgets import divided, threads_of
 from .computed import Loaded
 from .rank_records import received_records, send_record
-from ..ranks.remote_ranks import RemoteRanks, connection_of
 from .sharing import room_of
 from .worker import Assignment, run_worker
 

@@ -20,6 +20,7 @@ from ..files.parts import OutputPart
 from ..monitoring.memory import available_bytes, usage
 from ..policy import Policy, cache_folder
 from ..ranks.joining import LOCAL, RankEnvironment, local_store
+from ..ranks.remote_ranks import RemoteRanks
 from ..tasks.task import Task
 from ..tasks.task_progress import add_up
 from .ahead import Ahead
@@ -27,7 +28,6 @@ from .budgets import Room, bytes_to_divide, divided, threads_of
 from .computed import WorkerResult
 from .look import ProgressSnapshot, all_of
 from .read_once import open_ring, ring_bytes, why_not
-from ..ranks.remote_ranks import RemoteRanks
 from .running import Output
 from .worker import Assignment, run_worker
 from .worker_pool import WorkerPool

@@ -13,7 +13,7 @@ import pytest
 
 from checkpoint import make_checkpoint
 
-SCRIPT = Path(__file__).with_name("any_number_of_ranks.py")
+SCRIPT = Path(__file__).parents[2] / "ranked" / "any_number_of_ranks.py"
 SETTINGS = (
     "device_memory=220KiB",
     "gather_rows=1000",
