@@ -6,5 +6,6 @@ compute them (`PartsRun` takes the results), and writes each part into an output
 that a job that was killed goes on; its `Manifest` says what the job is. `choosing.py`
 chooses what the policy leaves open before the model is `Loaded`. With several workers,
 a `WorkerPool` hands parts to processes that run `worker.py`, and `Sharing` adds up what
-they count. `RemoteRanks` are such workers on other machines. `Watch` shows how far the job is.
+they count. `RemoteRanks` are such workers on other machines. `Watch` shows how far the
+job is.
 """
