@@ -28,7 +28,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
-from rank_processes import run_ranks
+from ranks.rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock

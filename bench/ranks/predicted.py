@@ -26,7 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from rank_processes import run_ranks
+from ranks.rank_processes import run_ranks
 
 import penstock
 from common import frame, models
