@@ -56,16 +56,16 @@ class OtherRanks(Closing):
         self._threads_before = torch.get_num_threads()
 
     @property
+    def num_threads(self) -> int:
+        """The threads that each rank computes with."""
+        return threads_of(self._threads_before, self.num_local)
+
+    @property
     def group(self) -> RankGroup | None:
         """The ranks, as plans see them; None for one process."""
         if self.num == 1:
             return None
         return RankGroup(self.num, max(1, self.num // self.num_local))
-
-    @property
-    def num_threads(self) -> int:
-        """The threads that each rank computes with."""
-        return threads_of(self._threads_before, self.num_local)
 
     def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
         """The model for `task`: with other ranks, what this one has of it. They are

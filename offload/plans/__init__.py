@@ -5,7 +5,7 @@ its rows): it tries policies, whose `Forecast` is the model as the policy arrang
 with a cost model, and keeps the best `Choice`. `MemorySizes` divides the machine's
 memory. A `RankedPlanner` plans for ranks that share the model, each on a part of the
 machine (`part_machine`); `ways` compares that with other uses of several devices
-(`devices`), of which `formulas` describe some. `make_plan` does so for each dtype in question and returns a `Plan`, which
-`table.py` and `words.py` print. `prediction.py` predicts a job that has run, for its
-report; `PlanTrial` tries advice.
+(`devices`), of which `formulas` describe some. `make_plan` does so for each dtype in
+question and returns a `Plan`, which `table.py` and `words.py` print. `prediction.py`
+predicts a job that has run, for its report; `PlanTrial` tries advice.
 """

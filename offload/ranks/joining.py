@@ -100,9 +100,9 @@ def join(
 ) -> TcpPost:
     """Connects this rank with all others, by the `store` at `where`. Raises RanksError
     if they do not come, and what `check` raises, which is called meanwhile."""
-    notice = _Notice(where)
     with ExitStack() as stack:
         try:
+            notice = _Notice(where)
             if store is None:
                 _reach(where, check, notice)
             store = store or TCPStore(
