@@ -62,10 +62,12 @@ class OtherRanks(Closing):
 
     @property
     def group(self) -> RankGroup | None:
-        """The ranks, as plans see them; None for one process."""
+        """The ranks, as plans see them: on one machine, if not all have as many as
+        this one. None for one process."""
         if self.num == 1:
             return None
-        return RankGroup(self.num, max(1, self.num // self.num_local))
+        num_nodes, left = divmod(self.num, self.num_local)
+        return RankGroup(self.num, 1 if left else num_nodes)
 
     def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
         """The model for `task`: with other ranks, what this one has of it. They are
