@@ -68,16 +68,18 @@ class OtherRanks(Closing):
         return self.num_local if self.remote else max(workers, self.num_local)
 
     @property
-    def group(self) -> RankGroup | None:
-        """The ranks, as plans see them; None for one process."""
-        if self.num == 1:
-            return None
-        return RankGroup(self.num, max(1, self.num // self.num_local))
-
-    @property
     def num_threads(self) -> int:
         """The threads that each rank computes with."""
         return threads_of(self._threads_before, self.num_local)
+
+    @property
+    def group(self) -> RankGroup | None:
+        """The ranks, as plans see them: on one machine, if not all have as many as
+        this one. None for one process."""
+        if self.num == 1:
+            return None
+        num_nodes, left = divmod(self.num, self.num_local)
+        return RankGroup(self.num, 1 if left else num_nodes)
 
     def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
         """The model for `task`: with other ranks, what this one has of it. They are

@@ -161,7 +161,9 @@ class _Ways:
             found = each.choose()
         except DoesNotFitError:
             return DeviceOption(name, True, "does not fit", 0, None, how)
-        note = f"{found.prediction.binds} binds; the drive is shared"
+        note = f"{found.prediction.binds} binds"
+        if local > 1:
+            note += "; the drive is shared"
         if self.whole.machine.is_accelerated:
             found = each.with_shared_host(found, num) or found
             note = f"{note}, host_shared: true"

@@ -260,6 +260,20 @@ def test_metrics_have_a_gpus_memory_where_there_is_one(tmp_path: Path) -> None:
     assert "penstock_rows" not in found
 
 
+def test_metrics_have_what_the_first_rank_counts_where_there_are_ranks(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "job.prom"
+    MetricsFile(path, {})(WINDOW)
+    assert not any("rank" in name for name in metrics_in(path))
+    now = replace(SAMPLE, num_ranks=2, rank_wait_seconds=1.5, rank_bytes_sent=4096)
+    MetricsFile(path, {})(Window(now, now))
+    found = metrics_in(path)
+    assert found["penstock_ranks"] == 2
+    assert found["penstock_rank_wait_seconds_total"] == 1.5
+    assert found["penstock_rank_sent_bytes_total"] == 4096
+
+
 def test_metrics_that_cannot_be_say_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

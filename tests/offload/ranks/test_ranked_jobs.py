@@ -177,6 +177,16 @@ def test_more_ranks_than_blocks_are_refused_before_they_begin(folder: Path) -> N
         assert not others._processes
 
 
+@pytest.mark.parametrize(("num", "local", "nodes"), [(4, 2, 2), (5, 2, 1), (2, 2, 1)])
+def test_plans_know_on_how_many_machines_ranks_are(
+    num: int, local: int, nodes: int
+) -> None:
+    assert OtherRanks().group is None
+    found = OtherRanks(num, num_local=local).group
+    assert found is not None
+    assert (found.num, found.num_nodes) == (num, nodes)
+
+
 def test_ranks_and_workers_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="at least one"):
         check_ranks(0, 1)
