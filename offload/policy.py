@@ -219,7 +219,8 @@ class Policy(Section):
     `pipeline`: each streams, holds and computes its own blocks, and sends what they
     make to the next one; with n ranks there are n drives or links, host memories and
     memories for keys and values. The ranks are those of torchrun, or of `--ranks`.
-    None: this process has the whole model. On the CPU only, so far."""
+    None: this process has the whole model. With GPUs, `device: cuda` gives each rank
+    of a computer its own."""
     strict: bool = False
     """Raise an error if weights are used outside of their unit's forward. Otherwise
     they are loaded at once, counted, and stay in the working set."""
