@@ -223,9 +223,9 @@ class Policy(Section):
     `pipeline`: each streams, holds and computes its own blocks, and sends what they
     make to the next one; with n ranks there are n drives or links, host memories and
     memories for keys and values. `gather`: each computes all blocks, for rows of its
-    own, but reads only 1/n of the bytes, and sends them to the others. The ranks are
-    those of torchrun, or of `--ranks`. None: this process has the whole model. On the
-    CPU only, so far."""
+    own, but reads only 1/n of the bytes, and sends them to the others (CPU only). The
+    ranks are those of torchrun, or of `--ranks`. None: this process has the whole
+    model. With GPUs, `device: cuda` gives each rank of a computer its own."""
     strict: bool = False
     """Raise an error if weights are used outside of their unit's forward. Otherwise
     they are loaded at once, counted, and stay in the working set."""

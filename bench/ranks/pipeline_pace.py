@@ -28,7 +28,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
-from ranks.rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import penstock
@@ -36,6 +35,7 @@ from common import frame
 from penstock import Policy
 from penstock.offload.model import load_for
 from penstock.offload.ranks.joining import RankEnvironment, join
+from ranks.rank_processes import run_ranks
 
 OUT = Path(__file__).parents[1] / "out"
 BATCHES, ROWS, TOKENS = 8, 1, 8

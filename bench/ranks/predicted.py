@@ -26,8 +26,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from ranks.rank_processes import run_ranks
-
 import penstock
 from common import frame, models
 from penstock import Policy
@@ -42,6 +40,7 @@ from penstock.offload.ranks.joining import RankEnvironment, join
 from penstock.offload.tasks.score import score
 from penstock.offload.tasks.score_task import Score
 from penstock.scheduler.cost.workload import predict
+from ranks.rank_processes import run_ranks
 
 OUT = Path(__file__).parents[1] / "out"
 VOCABULARY = 512

@@ -22,10 +22,10 @@ from .planned import Choice
 from .planner import Planner
 
 MESSAGE_SECONDS = 3e-4
-"""From a block's end to its output's arrival on another rank, measured over TCP on one
-machine with two cores."""
+"""From a block's end to its output's arrival on another rank: an estimate, of TCP."""
 STUB_SECONDS = 1e-4
-"""Time of a rank in a call of another rank's block: hooks, checks and switches."""
+"""Time of a rank in a call of another rank's block: hooks, checks and switches. An
+estimate."""
 _NETWORK = 1.25e9
 """Bytes per second between machines where their file says nothing: 10 Gbit/s."""
 _COPIES = 8

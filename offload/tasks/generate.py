@@ -178,18 +178,16 @@ class GenerateRunner:
             rows = iter(part)
             while self._fill(rows):
                 yield self._groups.popleft()
-            # Failed rows are yielded now. Ranks have equally many of these groups.
-            done = self._pending and self._pending[-1].result is not None
-            if done or self._engine.exchange is not None:
-                yield _Group([], None)
+            is_done = self._pending and self._pending[-1].result is not None
+            if is_done or self._engine.exchange is not None:  # all ranks do the same
+                yield _Group([], None)  # so that its failed rows are yielded now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
         """Takes rows, groups prompts of similar lengths. False at the end of `rows`."""
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
-            prompts = [self._prompt(number, row) for number, row in batch]
             pools: dict[tuple[DecodingOptions, int], list[Prompt]] = {}
-            for prompt in prompts:
+            for prompt in [self._prompt(number, row) for number, row in batch]:
                 if prompt is not None:
                     same = len(prompt.ids) if prompt.way.company == "equal" else 0
                     pools.setdefault((prompt.way, same), []).append(prompt)

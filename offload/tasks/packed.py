@@ -131,11 +131,9 @@ class Packed(Generic[R, P]):
                 lengths = [piece.num_tokens for piece in pool]
                 for group in pack(lengths, max_tokens=self._max_tokens):
                     yield [pool[index] for index in group]
-            # So that its failed rows are yielded now. Ranks have equally many of these,
-            # whichever of them is ahead.
-            is_done = bool(self._pending) and self._pending[-1].is_done
-            if is_done or self._engine.exchange is not None:
-                yield []
+            is_done = self._pending and self._pending[-1].is_done
+            if is_done or self._engine.exchange is not None:  # all ranks do the same
+                yield []  # so that its failed rows are yielded now
 
     def _pool(self, rows: Iterator[Mapping[str, Any]]) -> list[P]:
         pool: list[P] = []

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fake_post import Office
 
 from penstock.offload.model import load_for
 from penstock.offload.policy import Policy
 from penstock.scheduler.ranks.post import Post
+from penstock.scheduler.sweep import thread_state
 
 
 def policy_of(memory: str = "900KiB", **values: Any) -> Policy:
@@ -59,10 +61,14 @@ class Ranks:
             threading.Thread(target=go, args=(rank,), daemon=True)
             for rank in range(self.num)
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(seconds)
+        with pytest.MonkeyPatch.context() as patched:
+            for name in ("_random_state", "_set_random_state"):
+                own = _one_at_a_time(getattr(thread_state, name))
+                patched.setattr(thread_state, name, own)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(seconds)
         hung = [rank for rank, one in enumerate(threads) if one.is_alive()]
         assert not hung, f"ranks {hung} hang"
         return found
@@ -76,6 +82,20 @@ class Ranks:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+_LOCK = threading.Lock()
+
+
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's own generator has a lock. Who waits for that keeps Python's, which who
+    has it may need: ranks as threads would wait for each other."""
+
+    def call(*args: Any) -> Any:
+        with _LOCK:
+            return function(*args)
+
+    return call
 
 
 def none_failed(found: Sequence[Any]) -> Sequence[Any]:

@@ -188,3 +188,44 @@ def test_only_what_other_ranks_need_crosses(llama: Path) -> None:
     hidden = [4 * width * tokens * num for num in hops]
     assert job == [hidden[0] + new * rows * 3 * 8, hidden[1]]
     assert user == [hidden[0] + new * rows * vocabulary * 4, hidden[1]]
+
+
+def test_prompts_and_tokens_of_any_size_share_a_pass(llama: Path) -> None:
+    """A hybrid schedule falls out of the one rule: while some micro-batches decode, one
+    that takes the place of another runs its prompt at the same visit of each block."""
+    policy = one_policy(llama, sequences_in_flight=6, coalesce="off")
+    given = [
+        {**row, "max_tokens": 2 + 2 * (row["id"] % 3)} for row in rows("prompt")[:12]
+    ]
+
+    def complete(rank: int, model: Any) -> list[Any]:
+        return list(
+            penstock.generate(model, given, max_new_tokens=9, tokenizer=Numbers())
+        )
+
+    def watch(model: Any, block: int) -> dict[int, set[tuple[int, ...]]]:
+        """By pass: rows and tokens of the calls of `block`."""
+        seen: dict[int, set[tuple[int, ...]]] = {}
+
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen.setdefault(penstock.statistics(model).passes, set()).add(
+                tuple(hidden.shape[:2])
+            )
+
+        model.model.layers[block].register_forward_pre_hook(note, with_kwargs=True)
+        return seen
+
+    with penstock.load(llama, policy.model_copy(update={"ranks": None})) as model:
+        wanted, passes = complete(0, model), penstock.statistics(model).passes
+    with Ranks(llama, 2, policy) as ranks:
+        exchange = engine_of(ranks.models[0]).exchange
+        assert exchange is not None
+        blocks = [exchange.stages.owners[1:].index(rank) for rank in range(2)]
+        seen = [watch(*pair) for pair in zip(ranks.models, blocks, strict=True)]
+        assert none_failed(ranks.run(complete)) == [wanted, wanted]
+        assert all(penstock.statistics(one).passes <= passes for one in ranks.models)
+    for calls in seen:
+        kinds = [{tokens > 1 for _, tokens in shapes} for shapes in calls.values()]
+        assert kinds.count({True, False}) >= 2
+        assert len({rows for shapes in calls.values() for rows, _ in shapes}) > 1

@@ -56,7 +56,8 @@ def on_ranks(
 
 
 KEPT = ("score", "sampling")
-NAMES = [name for name in CASES if "peer" not in name]
+NAMES = [name for name in CASES if "peer" not in name and name != "sampled beams"]
+"""Sampled beams draw from torch's own generators, which ranks as threads share."""
 PARTS = [list(KEPT), *([name] for name in NAMES)]
 
 
