@@ -70,7 +70,7 @@ class GatheredLoads(Closing):
         pace: Pace | None,
         record: Record,
     ) -> None:
-        units = [(plan.name, plan.nbytes, plan.stored_bytes) for plan in layouts]
+        units = [(plan.nbytes, plan.stored_bytes, plan.tensors) for plan in layouts]
         mark = f"{zlib.crc32(repr(units).encode()):08x}"
         check_same(post, {"division into units": mark}, "ranks: gather")
         self._post = post

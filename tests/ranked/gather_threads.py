@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import penstock
 from penstock.offload.engine.engine import Engine
 from penstock.offload.model import engine_of, load_for
 from penstock.offload.policy import Policy
+from penstock.offload.weights import hf
 
 PATIENCE = 60.0
 
@@ -21,6 +23,22 @@ PATIENCE = 60.0
 def gather_policy(folder: Path, memory: str = "600KiB", **values: Any) -> Policy:
     io = {"reader": "threads", "cache": folder / "cache", "direct": False}
     return Policy(device_memory=memory, ranks="gather", io=io, **values)
+
+
+@contextmanager
+def skeletons_one_at_a_time() -> Iterator[None]:
+    """Ranks are processes: transformers does not make two models in two threads."""
+    lock, build = threading.Lock(), hf.build
+
+    def locked(*args: Any, **options: Any) -> Any:
+        with lock:
+            return build(*args, **options)
+
+    vars(hf)["build"] = locked
+    try:
+        yield
+    finally:
+        vars(hf)["build"] = build
 
 
 class GatherRanks:
@@ -53,10 +71,11 @@ class GatherRanks:
             threading.Thread(target=go, args=(rank,), daemon=True)
             for rank in range(self.num)
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
+        with skeletons_one_at_a_time():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
         hung = [rank for rank, one in enumerate(threads) if one.is_alive()]
         assert not hung, f"ranks {hung} hang"
         return found

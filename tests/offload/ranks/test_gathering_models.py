@@ -24,8 +24,8 @@ from penstock.io.errors import (
 from shares import shared
 
 BLOCK = 4096
-NOT_STREAMED = ("gemma3n_text", "albert_grouped", "rwkv_rescaled")
-"""These checkpoints lack a head, or their code writes to weights."""
+NOT_STREAMED = ("rwkv_rescaled",)
+"""Its code writes to weights."""
 NAMES = [name for name in sorted(zoo.ARCHITECTURES) if name not in NOT_STREAMED]
 USUAL = ("llama", "gpt2", "mixtral", "t5", "bert", "mamba")
 
