@@ -17,7 +17,6 @@ from ..adapters import without_wrapper
 from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
-from ..generation.decoding import Watch
 from ..generation.decoding_options import DecodingOptions
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
@@ -132,7 +131,7 @@ class GenerateRunner:
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._pool_rows = prompts_pooled(policy)
         self._findings = Findings(self._in_flight // self._max_rows)
-        self._watch: Watch
+        self._ends_failed = False
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """The micro-batches that have not started."""
@@ -180,7 +179,8 @@ class GenerateRunner:
             rows = iter(part)
             while self._fill(rows):
                 yield self._groups.popleft()
-            if self._pending and self._pending[-1].result is not None:
+            # The same on all ranks, whose rows may be done at other times.
+            if self._ends_failed:
                 yield _Group([], None)  # so that its failed rows are yielded now
 
     def _fill(self, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> bool:
@@ -188,6 +188,7 @@ class GenerateRunner:
         while not self._groups and (batch := list(islice(rows, self._pool_rows))):
             self._completions.forget_ways()
             prompts = [self._prompt(number, row) for number, row in batch]
+            self._ends_failed = prompts[-1] is None
             pools: dict[tuple[DecodingOptions, int], list[Prompt]] = {}
             for prompt in prompts:
                 if prompt is not None:
@@ -218,8 +219,7 @@ class GenerateRunner:
         ]
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
-        """The prompt of a row, tokenized and checked; None for a row that has
-        failed."""
+        """The prompt of a row, tokenized and checked; None if the row has failed."""
         prompt = Prompt(number, row.get("id"), self._completions.way)
         self._pending.append(prompt)
         try:
