@@ -227,7 +227,6 @@ class Engine:
             self.arrangement.placement,
             working_set.resident_units,
         )
-        gatherers = self._weights.gatherers.values()
         on_gpu = self._tiers.device.peak_bytes()
         return Statistics(
             model_bytes=sum(by_tier.values()),
@@ -235,10 +234,11 @@ class Engine:
             budget=self.budget,
             bytes_by_tier=by_tier,
             codecs=bytes_by_codec(self.recipes.values()),
-            **self._tiers.drive.counters(),
+            reader=self._tiers.drive.reader.name,
+            bytes_shared=self._tiers.drive.bytes_shared,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
-            bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),
+            bytes_gathered=self._weights.bytes_gathered,
             bytes_copied=sum(loader.bytes_copied for loader in loaders),
             passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,10 +88,10 @@ class Drive(Closing):
         """Bytes that this process has read itself."""
         return self.reader.statistics().bytes_read + self.layered.bytes_read_above
 
-    def counters(self) -> dict[str, Any]:
-        """Counters of `Statistics`, by their names there."""
-        shared = 0 if self._shared is None else self._shared.bytes_shared
-        return {"reader": self.reader.name, "bytes_shared": shared}
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes that other processes had read."""
+        return 0 if self._shared is None else self._shared.bytes_shared
 
     def close(self) -> None:
         self._opened.close()
