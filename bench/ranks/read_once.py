@@ -12,7 +12,7 @@ output must be. The last line is one JSON object; the exit code is 1 if outputs 
 if the median of the ratios is below 1.7 for two workers (0.85 a worker), or if the
 drive gave more than 1.05 times the bytes of one worker.
 
-Takes two minutes a pair; needs 0.2 GB of disk in this folder, O_DIRECT there,
+Takes four minutes a pair; needs 0.2 GB of disk in this folder, O_DIRECT there,
 and two cores that others leave alone.
 """
 
@@ -61,7 +61,7 @@ def write_rows(path: Path, num_rows: int) -> None:
 
 def policy_of(*, read_once: bool) -> Policy:
     """A pass takes 64 tokens, whose computing is short beside the reads; a part takes
-    about eleven passes."""
+    about thirty passes."""
     return Policy(
         device_memory="48MiB",
         gather_rows="1KiB",

@@ -226,7 +226,6 @@ class Engine:
             self.arrangement.placement,
             working_set.resident_units,
         )
-        gatherers = self._weights.gatherers.values()
         drive, on_gpu = self._tiers.drive, self._tiers.device.peak_bytes()
         return Statistics(
             model_bytes=sum(by_tier.values()),
@@ -238,7 +237,7 @@ class Engine:
             bytes_shared=drive.bytes_shared,
             bytes_read=self._tiers.bytes_read(),
             bytes_loaded=sum(loader.bytes_loaded for loader in loaders),
-            bytes_gathered=sum(gatherer.bytes_gathered for gatherer in gatherers),
+            bytes_gathered=self._weights.bytes_gathered,
             bytes_copied=sum(loader.bytes_copied for loader in loaders),
             passes=self._entry.num_passes,
             wait_seconds=working_set.wait_seconds,

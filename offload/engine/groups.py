@@ -46,6 +46,11 @@ class Weights:
     host_cache: HostCache
     """Keeps experts in host memory that are used most, and computes some there."""
 
+    @property
+    def bytes_gathered(self) -> int:
+        """Bytes of single rows that were read."""
+        return sum(gatherer.bytes_gathered for gatherer in self.gatherers.values())
+
     @cached_property
     def units_of(self) -> Mapping[str, tuple[int, ...]]:
         """The units of each streamed tensor, by its name: one, or its pieces."""

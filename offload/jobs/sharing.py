@@ -63,7 +63,12 @@ class Sharing(Closing):
         if not gathers:
             self._ring, note = opened_ring(policy, model, num, room)
         ring_bytes = 0 if self._ring is None else self._ring.shape.nbytes
-        budgets = divided(policy, here, replace(room, ring_bytes=ring_bytes))
+        try:
+            budgets = divided(policy, here, replace(room, ring_bytes=ring_bytes))
+        except BaseException:
+            if self._ring is not None:
+                self._ring.close()
+            raise
         self.notes = (
             *budgets.notes,
             note,

@@ -17,7 +17,6 @@ from ..adapters import without_wrapper
 from ..files.parts import NumberedRows
 from ..generation.caches import Caches
 from ..generation.completions import Completions, Prompt
-from ..generation.decoding import Watch
 from ..generation.decoding_options import DecodingOptions
 from ..generation.prompt_chunk import prompt_chunk
 from ..generation.row_sampling import row_sampling, row_seed_of
@@ -132,7 +131,6 @@ class GenerateRunner:
         self._max_rows = min(policy.micro_batch_sequences, self._in_flight)
         self._pool_rows = prompts_pooled(policy)
         self._findings = Findings(self._in_flight // self._max_rows)
-        self._watch: Watch
         self._pending: deque[Prompt] = deque()
         self._groups: deque[_Group] = deque()
         """The micro-batches that have not started."""
@@ -216,8 +214,7 @@ class GenerateRunner:
         ]
 
     def _prompt(self, number: int, row: Mapping[str, Any]) -> Prompt | None:
-        """The prompt of a row, tokenized and checked; None for a row that has
-        failed."""
+        """The prompt of a row, tokenized and checked; None if the row has failed."""
         prompt = Prompt(number, row.get("id"), self._completions.way)
         self._pending.append(prompt)
         try:
