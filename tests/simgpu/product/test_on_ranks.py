@@ -167,7 +167,7 @@ def test_no_rank_waits_for_its_device(
 
     with Ranks(folder, 2, policies, posts=tcp_pair()) as ranks:
         simgpu.schedule(1)
-        found = none_failed(ranks.run(work))
+        found = none_failed(ranks.run(work, seconds=150.0))
     (one, _), (other, _) = found
     assert one == other
     for _, waits in found:
