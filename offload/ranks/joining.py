@@ -19,7 +19,8 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from ...io.errors import RanksError, UsageError
-from .tcp_post import SILENT_SECONDS, TcpPost
+from .silence import SILENT_SECONDS
+from .tcp_post import TcpPost
 
 JOIN_SECONDS = 120.0
 """How long ranks wait for each other at the start."""

@@ -13,13 +13,12 @@ from ...io.errors import readable
 from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Empty, Mailbox, pageable
 from .outbox import Outbox
+from .silence import SILENT_SECONDS, Silence
 from .stuck_watch import StuckWatch
 from .wire import packed, unpacked
 
 ALIVE_SECONDS = 0.5
 """How often a rank that has nothing to say says that it is there."""
-SILENT_SECONDS = 4.0
-"""After this long without a word, a rank counts as stopped."""
 STUCK_SECONDS = 3.0
 """After this long in which all ranks wait for each other, they have diverged."""
 _CLOSE_SECONDS = 2.0
@@ -115,6 +114,7 @@ class TcpPost(Closing):
 
     def _send_all(self, peer: int) -> None:
         messages, there = self._outbox.queues[peer], self._peers[peer]
+        silence = Silence(peer, there)
         try:
             while True:
                 is_message = True
@@ -125,7 +125,7 @@ class TcpPost(Closing):
                 if pieces is None:
                     return
                 for piece in pieces:
-                    _send(there, memoryview(piece))
+                    _send(there, memoryview(piece), silence)
                 self._num_sent[peer] += is_message
         except TimeoutError:
             self._lose(peer, f"it has taken nothing for {SILENT_SECONDS:.0f} seconds")
@@ -134,10 +134,16 @@ class TcpPost(Closing):
 
     def _receive_all(self, peer: int) -> None:
         there = self._peers[peer]
+        silence = Silence(peer, there)
 
         def receive(buffer: memoryview) -> None:
             while buffer:
-                num = there.recv_into(buffer)
+                try:
+                    num = there.recv_into(buffer)
+                except TimeoutError as error:
+                    silence.bear(error)
+                    continue
+                silence.is_over()
                 if not num:
                     raise EOFError("it has ended, or was killed")
                 buffer = buffer[num:]
@@ -183,8 +189,15 @@ class TcpPost(Closing):
         )
 
 
-def _send(there: socket.socket, piece: memoryview) -> None:
+def _send(there: socket.socket, piece: memoryview, silence: Silence) -> None:
     """Sends `piece`. Raises TimeoutError if nothing of it goes for some seconds:
     `sendall` would if all of it took that long."""
+    silence.is_over()
     while piece:
-        piece = piece[there.send(piece) :]
+        try:
+            num = there.send(piece)
+        except TimeoutError as error:
+            silence.bear(error)
+            continue
+        silence.is_over()
+        piece = piece[num:]
