@@ -37,15 +37,11 @@ def rare_collections() -> Iterator[None]:
     """Makes garbage collections rare.
 
     The objects that an import or a plan makes stay, and collections look through them
-    all repeatedly, which takes a large part of importing transformers. At the end they
-    count as old ones, which only a full collection looks through.
+    all repeatedly, which takes a large part of importing transformers.
     """
     usual = gc.get_threshold()
     gc.set_threshold(*_RARELY)
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # or those that the caller froze would thaw
-            gc.freeze()
-            gc.unfreeze()
         gc.set_threshold(*usual)

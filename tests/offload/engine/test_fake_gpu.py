@@ -54,7 +54,7 @@ class FakeGpu(CpuDevice):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     found = FakeGpu()
-    monkeypatch.setattr(build, "open_device", lambda name: found)
+    monkeypatch.setattr(build, "open_device", lambda name, num_sharing=1: found)
     yield found
     assert found.registrar.pieces == {}, "every page is given free"
 

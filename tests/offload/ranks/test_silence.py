@@ -1,4 +1,4 @@
-"""A rank that says nothing counts as lost, unless its process runs on a busy machine."""
+"""A rank that says nothing is lost, unless its process runs on a busy machine."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ class CountingDevice(CpuDevice):
 @pytest.fixture(params=["cpu", "accelerator"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "accelerator":
-        monkeypatch.setattr(build, "open_device", lambda name: CountingDevice())
+        monkeypatch.setattr(
+            build, "open_device", lambda name, num_sharing=1: CountingDevice()
+        )
     return str(request.param)
 
 
