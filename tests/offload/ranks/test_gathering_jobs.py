@@ -103,7 +103,9 @@ def test_two_ranks_make_the_bytes_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.whole), signal.SIGSTOP]
+)
 def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     number: int, folder: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +120,7 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     finally:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(int(marker.read_text())).kill()
-    assert ended - marker.stat().st_mtime < 10  # five, on a machine that is not busy
+    assert ended - marker.stat().st_mtime < 60  # five, on a machine that is not busy
     assert (tmp_path / "two.jsonl.parts").exists()
     run(FallingScore(), folder, source, two, 2)
     run(FallingScore(), folder, source, one, 1)
@@ -151,6 +153,7 @@ def rank_main(
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_ranks_of_torchrun_make_the_bytes_of_one_process(
     folder: Path, source: Path, tmp_path: Path
 ) -> None:

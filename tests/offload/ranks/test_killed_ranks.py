@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("own_processes")
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: str(task.name))
 @pytest.mark.parametrize(
-    "num_kills", [2, pytest.param(50, marks=pytest.mark.whole)], ids=str
+    "num_kills", [pytest.param(n, marks=pytest.mark.whole) for n in (2, 50)], ids=str
 )
 def test_either_rank_is_killed_at_any_instant_and_the_output_is_the_same(
     num_kills: int, task: Task, folder: Path, source: Path, tmp_path: Path

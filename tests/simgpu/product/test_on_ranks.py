@@ -94,6 +94,7 @@ STORED = [
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "values"), shared(STORED, lambda _, case: case[0] == "fp8")
 )
