@@ -189,7 +189,7 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     if policy.ranks == "gather":
         if where.rank == 0:
             return OtherRanks(num_local=where.num_local, remote=RemoteRanks(where))
-        _serve(where, model)
+        _serve(where, model, type(task))
         return None
     post = join(where)
     if where.rank == 0:
@@ -199,11 +199,11 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     return None
 
 
-def _serve(where: RankEnvironment, model: Path) -> None:
+def _serve(where: RankEnvironment, model: Path, kind: type[Task]) -> None:
     """Computes the rows that the first rank hands out, until it says that all is
     done."""
     peers, _ = connect(where)
-    first = connection_of(peers.pop(0))
+    first = connection_of(peers.pop(0), [kind])
     for peer in peers.values():
         peer.close()
     with first:

@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -50,6 +50,8 @@ class RankEnvironment:
     """The number of this one among them."""
     has_store: bool = False
     """Whether torchrun keeps a store at `port`; else the first rank does."""
+    attempt: str = "0"
+    """Differs each time torchrun starts the ranks: its store may have older entries."""
 
     @classmethod
     def of(cls, variables: Mapping[str, str] = os.environ) -> "RankEnvironment":
@@ -71,14 +73,24 @@ class RankEnvironment:
             here = int(variables.get("LOCAL_RANK", rank % max(local, 1)))
         except ValueError as error:
             raise UsageError(
-                f"RANK, WORLD_SIZE and MASTER_PORT are numbers: {error}"
+                "RANK, WORLD_SIZE, MASTER_PORT, LOCAL_RANK and LOCAL_WORLD_SIZE are "
+                f"numbers: {error}"
             ) from None
         if not 0 <= rank < num:
             raise UsageError(f"RANK is {rank}, and WORLD_SIZE {num}")
         if not 0 < port < 2**16:
             raise UsageError(f"MASTER_PORT is {port}: a port is from 1 to {2**16 - 1}")
+        if not 0 < local <= num:
+            raise UsageError(
+                f"LOCAL_WORLD_SIZE is {local}: it is from 1 to WORLD_SIZE ({num})"
+            )
+        if here < 0 or ("LOCAL_WORLD_SIZE" in variables and here >= local):
+            raise UsageError(f"LOCAL_RANK is {here}, and LOCAL_WORLD_SIZE {local}")
+        if not (master := variables["MASTER_ADDR"]):
+            raise UsageError("MASTER_ADDR is empty: it is the first rank's address")
         agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(rank, num, variables["MASTER_ADDR"], port, local, here, agent)
+        attempt = variables.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(rank, num, master, port, local, here, agent, attempt)
 
     @classmethod
     def found(cls) -> "RankEnvironment | None":
@@ -130,8 +142,9 @@ def connect(
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-            number = store.add(f"penstock/joins/{where.rank}", 1)
-            prefixed = PrefixStore(f"penstock/{number}", store)
+            store_of_all = PrefixStore(f"penstock/{where.attempt}", store)
+            number = store_of_all.add(f"joins/{where.rank}", 1)
+            prefixed = PrefixStore(f"{number}", store_of_all)
             peers = _connect(prefixed, where, stack, check, notice)
         except (DistError, OSError, RuntimeError, UnicodeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -238,14 +251,12 @@ def _accepted(
     notice: Callable[[], None],
 ) -> socket.socket:
     """The next connection. Raises TimeoutError if there is none until `end`."""
-    while True:
+    while time.monotonic() < end:
         check()
-        try:
+        with suppress(TimeoutError):
             return listener.accept()[0]
-        except TimeoutError:
-            if time.monotonic() > end:
-                raise
         notice()
+    raise TimeoutError("timed out")
 
 
 def _value(store: Store, key: str, notice: Callable[[], None]) -> str:

@@ -4,15 +4,31 @@ Rank 0 reads the rows and writes the results. It computes in a process that it s
 the other ranks get rows over a connection, as the workers of one machine do.
 """
 
+import io
 import os
+import pickle
 import socket
+import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import EnumType
 from multiprocessing.connection import Connection
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from ...io.closing import Closing
+from ...io.errors import RanksError
 from .joining import RankEnvironment, connect
+
+_EXPECTED = frozenset(
+    {
+        __name__.partition(".")[0],
+        *("builtins", "collections", "datetime", "decimal", "pathlib", "uuid"),
+        "zoneinfo",
+    }
+)
+"""The packages of whose classes work, rows and results are made."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,62 @@ class RemoteRanks(Closing):
             one.close()
 
 
-def connection_of(there: socket.socket) -> Connection:
+class RankConnection(Connection):
+    """A connection to a rank that may be on another machine: it brings values, no code.
+    A value may have classes of `kinds`, beside those of Penstock."""
+
+    def __init__(self, descriptor: int, kinds: Collection[type] = ()) -> None:
+        super().__init__(descriptor)
+        self._kinds = kinds
+
+    def recv(self) -> Any:
+        """The next value. Raises EOFError, OSError, and RanksError for what is none."""
+        content = self.recv_bytes()
+        try:
+            return _Values(content, self._kinds).load()
+        except Exception as error:  # whatever the other end has sent
+            raise RanksError(
+                "another rank has sent what is no value of a job "
+                f"({str(error) or type(error).__name__}): give all ranks the same "
+                "versions of Python and penstock"
+            ) from None
+
+
+class _Values(pickle.Unpickler):
+    """Reads a pickled value. It imports nothing and calls no functions: the pickle may
+    name classes only, those of `_EXPECTED`, of errors and of `kinds`."""
+
+    def __init__(self, content: bytes, kinds: Collection[type]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._kinds = kinds
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _part_of
+        if module in sys.modules and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (
+                module.partition(".")[0] in _EXPECTED
+                or issubclass(found, BaseException)
+                or found in self._kinds
+            ):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is not expected")
+
+
+def _part_of(kind: Any, name: str) -> Any:
+    """What Python names by `getattr`: members of an Enum, and time zones."""
+    if isinstance(kind, EnumType):
+        return kind[name]
+    if kind is ZoneInfo and name == "_unpickle":
+        return ZoneInfo._unpickle  # type: ignore[attr-defined]
+    raise pickle.UnpicklingError(f"{name!r} is not expected")
+
+
+def connection_of(there: socket.socket, kinds: Collection[type] = ()) -> RankConnection:
     """A connection over the socket `there`, which it closes."""
     there.settimeout(None)
-    return Connection(there.detach())
+    return RankConnection(there.detach(), kinds)
 
 
 def _socket_of(connection: Connection) -> socket.socket:
