@@ -44,7 +44,7 @@ def load(
     policy: Policy | Mapping[str, Any] | None = None,
     *,
     adapter: str | Path | None = None,
-    ranks: Literal["pipeline", "gather"] | None = None,
+    ranks: Literal["pipeline", "gather", "tensor"] | None = None,
 ) -> Any:
     """Loads the Hugging Face model in the folder `path` and streams its weights.
 

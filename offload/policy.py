@@ -218,14 +218,17 @@ class Policy(Section):
     kernels of others, `custom_generate/`): for models that transformers has no code
     for, if you trust them. Otherwise no such code runs, nothing is asked, and a
     checkpoint that needs it is refused."""
-    ranks: Literal["pipeline", "gather"] | None = None
+    ranks: Literal["pipeline", "gather", "tensor"] | None = None
     """How several processes (ranks), of this computer or of several, share one model.
     `pipeline`: each streams, holds and computes its own blocks, and sends what they
     make to the next one; with n ranks there are n drives or links, host memories and
     memories for keys and values. `gather`: each computes all blocks, for rows of its
-    own, but reads only 1/n of the bytes, and sends them to the others (CPU only). The
-    ranks are those of torchrun, or of `--ranks`. None: this process has the whole
-    model. With GPUs, `device: cuda` gives each rank of a computer its own."""
+    own, but reads only 1/n of the bytes, and sends them to the others (CPU only).
+    `tensor`: all compute each micro-batch together; each streams, holds and multiplies
+    1/n of the output rows of every matrix product in the blocks, and sends its part of
+    the output to all others (CPU only). The ranks are those of torchrun, or of
+    `--ranks`. None: this process has the whole model. With GPUs, `device: cuda` gives
+    each rank of a computer its own."""
     strict: bool = False
     """Raise an error if weights are used outside of their unit's forward. Otherwise
     they are loaded at once, counted, and stay in the working set."""

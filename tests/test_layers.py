@@ -58,6 +58,7 @@ ORDER = {
         "",
         "engine",
         "experts",
+        "tensor_ranks",
         "ranks",
         "kv",
         "weights",

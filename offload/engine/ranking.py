@@ -14,6 +14,7 @@ from torch import nn
 from ...io.checkpoint.index import Checkpoint
 from ...io.devices.accelerators import accelerators
 from ...io.devices.crossing import Crossing
+from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.errors import UsageError
 from ...io.memory.arena import Arena
@@ -33,6 +34,9 @@ from ..ranks.rank_device import device_of, num_sharing
 from ..ranks.sameness import check_same, marks_of
 from ..ranks.share import share_of
 from ..settings.memory_budget import MemoryRoom, Use
+from ..tensor_ranks.cut_layers import CutLayers, cut_layers
+from ..tensor_ranks.row_exchange import RowExchange
+from ..tensor_ranks.same_bits import other_bits
 from .build import build
 from .engine import Engine
 from .groups import Ranked
@@ -84,6 +88,18 @@ def build_shared(
         name = device_of(policy.device, where.local_rank, there)
         policy = policy.model_copy(update={"device": name})
     device = open_device(policy.device)
+    if policy.ranks == "tensor":
+        return _build_in_unison(
+            model,
+            checkpoint,
+            cut_layers(model, recipes, rank=rank, num_ranks=num_ranks),
+            policy,
+            device,
+            room=room_of_each(room, where.num_local) if where else room,
+            use=use,
+            post=join(where) if where else post,
+            num_on_device=num_on_device,
+        )
     share = share_of(
         model,
         recipes,
@@ -116,6 +132,56 @@ def build_shared(
         engine.fallbacks.announce(
             f"ranks: each of them streams and computes all {name}"
         )
+    return engine
+
+
+def _build_in_unison(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    cut: CutLayers,
+    policy: Policy,
+    device: Device,
+    *,
+    room: MemoryRoom,
+    use: Use,
+    post: Post | None,
+    num_on_device: int,
+) -> Engine:
+    """Like `build`, for the rows that this rank has of the products of `cut`. All ranks
+    of `post` have the working set of the one with the least memory, and the same
+    division into units: they compute them in the same order."""
+    assert post is not None, "it says who the others are"
+    try:
+        marks = marks_of(checkpoint, policy)
+        marks["device_memory"] = f"{policy.device_memory}"
+        check_same(post, marks, checkpoint.folder)
+        free = least(post, room.total - room.runtime)
+        blocks, layers = cut.modules.blocks, cut.layers
+        exchange = RowExchange(post, Crossing(device), blocks, layers)
+        engine = build(
+            model,
+            checkpoint,
+            cut.recipes,
+            policy,
+            room=replace(room, total=room.runtime + free),
+            use=use,
+            ranked=Ranked(cut.modules, exchange, num_on_device),
+        )
+    except BaseException as error:
+        post.close(str(error) or type(error).__name__)
+        raise
+    try:
+        sites = engine.arrangement.division.found.sites
+        own = {
+            "division into units": [site.name for site in sites],
+            "division into rows": [[*map(list, one.bounds)] for one in layers],
+        }
+        check_same(post, own, checkpoint.folder)
+    except BaseException:
+        engine.close()
+        raise
+    for note in (*cut.notes, other_bits(layers, device.name)):
+        engine.fallbacks.announce(note)
     return engine
 
 
@@ -213,6 +279,9 @@ def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:
         skeleton = hf.build(
             checkpoint, policy.dtype, trust_remote_code=policy.trust_remote_code
         )
+    if policy.ranks == "tensor":
+        cut_layers(skeleton.model, skeleton.recipes, rank=0, num_ranks=num_ranks)
+        return
     share_of(
         skeleton.model,
         skeleton.recipes,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tensor_ranks.row_exchange import RowExchange, RowHooks
 from ..units.sites import ModelDivision
 from ..weights.binding import Binding
 from ..weights.gradients import refuse_backward, refuse_training
@@ -41,11 +42,14 @@ class SiteHooks:
             model.register_forward_hook(self._end, with_kwargs=True),
         ]
         if (ranked := forwards.ranked) is not None:
-            from ..ranks.stage_hooks import StageHooks  # transformers takes seconds
-
             exchange = ranked.exchange
             exchange.attach(self._entry)
-            self._handles.append(StageHooks(model, ranked.modules, exchange))
+            if isinstance(exchange, RowExchange):
+                self._handles.append(RowHooks(exchange))
+            else:
+                from ..ranks.stage_hooks import StageHooks  # transformers takes seconds
+
+                self._handles.append(StageHooks(model, ranked.modules, exchange))
         self._owes_gradients = False
 
     def remove(self) -> None:

@@ -241,6 +241,8 @@ class Updates(Closing):
             return "io.reader: gds reads the checkpoint alone; take io.reader: auto"
         if self._tiers.gathered is not None:
             return "other ranks read a part of it from the checkpoint (ranks: gather)"
+        if self._policy.ranks == "tensor":
+            return "each rank has rows of its own of it (ranks: tensor)"
         if self._policy.host_shared and self._tiers.placement[unit] == Tier.HOST:
             return "other processes share it; take host_shared: false"
         return None

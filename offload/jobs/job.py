@@ -132,8 +132,8 @@ class Job:
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
         workload = Workload(self.task, mean_length(inputs, self.task.row_keys))
-        ranks = self.others.group
-        return choose(self.model, asked, workload, num=self.workers, ranks=ranks)
+        num, ranks = self.others.planned(asked, self.workers)
+        return choose(self.model, asked, workload, num=num, ranks=ranks)
 
     @property
     def _settled(self) -> Chosen:

@@ -81,12 +81,20 @@ class OtherRanks(Closing):
         num_nodes, left = divmod(self.num, self.num_local)
         return RankGroup(self.num, 1 if left else num_nodes)
 
+    def planned(self, policy: Policy, workers: int) -> tuple[int, RankGroup | None]:
+        """What is planned for: one of so many processes, or ranks. Those of `ranks:
+        tensor` are planned for as processes with the whole model."""
+        if policy.ranks == "tensor":
+            return self.num_local, None
+        return workers, self.group
+
     def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
         """The model for `task`: with other ranks, what this one has of it. They are
         told what to do."""
         if self.num == 1:
             return Loaded(model, policy, task.use)
-        policy = policy.with_settings(["ranks=pipeline"])  # or it is refused now
+        mode = policy.ranks or "pipeline"
+        policy = policy.with_settings([f"ranks={mode}"])  # or it is refused now
         if self._post is None:
             check_shareable(model, policy, self.num)
             self._post = self._start(task, model)

@@ -16,6 +16,7 @@ from ...scheduler.ranks.messages import Kind, Message
 from ...scheduler.ranks.post import Post
 from ...scheduler.ranks.rank_statistics import RankStatistics
 from ...scheduler.ranks.stages import EMBEDDING, PLAIN, Address, CallState, RankStages
+from ...scheduler.ranks.unison import Unison
 from ...scheduler.sweep.entry import ForwardEntry
 from ...scheduler.sweep.ranked_loop import RankedLoop
 from ..weights.placeholder import StreamedParameter
@@ -66,7 +67,7 @@ class Exchange(Closing):
         """The forwards of the model pass `entry`."""
         self._entry = entry
 
-    def new_run(self) -> Lockstep:
+    def new_run(self) -> Lockstep | Unison:
         """What keeps the next run of a sweep in step with that of other ranks."""
         self._num_runs += 1
         return Lockstep(self._post, self.stages, self._num_runs)

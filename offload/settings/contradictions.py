@@ -190,13 +190,18 @@ def _others(policy: "Policy") -> Iterator[Problem]:
             ("compile", policy.compile, "no compiled block can wait for another rank"),
             (
                 "adapter",
-                policy.ranks == "gather" and policy.adapter is not None,
-                "ranks that gather weights do not divide an adapter",
+                policy.ranks in ("gather", "tensor") and policy.adapter is not None,
+                "only ranks that have blocks of their own divide an adapter",
             ),
             (
                 "device",
                 policy.ranks == "gather" and policy.device != "cpu",
                 "ranks that gather weights compute on the CPU only, so far",
+            ),
+            (
+                "device",
+                policy.ranks == "tensor" and policy.device != "cpu",
+                "ranks that divide products compute on the CPU only, so far",
             ),
             (
                 "host_memory",

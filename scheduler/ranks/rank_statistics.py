@@ -15,5 +15,7 @@ class RankStatistics:
     """Bytes of outputs, or of weights, that this rank has sent to others."""
     num_sent: int = counter(Rule.SUM, 0)
     """The messages that had them."""
+    num_gathers: int = counter(Rule.MOST, 0)
+    """The products whose rows ranks have put together (`ranks: tensor`)."""
     wait_seconds: float = counter(Rule.MEAN, 0.0)
     """Time that computing waited for other ranks."""

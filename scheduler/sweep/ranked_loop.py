@@ -1,4 +1,4 @@
-"""The loop of a sweep whose model several ranks share."""
+"""The loops of a sweep whose model several ranks share."""
 
 import sys
 import time
@@ -16,8 +16,34 @@ from ..ranks.stages import (
     is_waited_for,
     servable,
 )
+from ..ranks.unison import Unison
 from .loop import SweepLoop
 from .micro_batch import MicroBatch
+
+
+class UnisonLoop(SweepLoop):
+    """A SweepLoop that makes the same steps on all ranks, in the same order: each
+    product waits for the rows of the other ranks. What may differ between ranks (the
+    seed, whether there is memory for one more micro-batch) the first rank decides."""
+
+    def __init__(self, unison: Unison, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._unison = unison
+
+    def begin(self, seed: int | None) -> None:
+        super().begin(seed)
+        self._seed = int(self._unison.agree("seed", self._seed))
+
+    @property
+    def _may_start(self) -> bool:
+        if not self._input.has_more:
+            return False
+        return bool(self._unison.agree("start", super()._may_start))
+
+    def _run(self, me: MicroBatch, piece: Callable[[], None]) -> None:
+        super()._run(me, piece)
+        if me.is_done and isinstance(me.error, RanksError):
+            raise me.error  # nothing can go on
 
 
 class RankedLoop(SweepLoop):

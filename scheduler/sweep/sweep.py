@@ -20,13 +20,14 @@ from ..activations.activation_offload import (
 )
 from ..kv.store import KvStore
 from ..ranks.lockstep import Lockstep
+from ..ranks.unison import Unison
 from .admission import Admission, Width
 from .coalescing import Coalescing, CoalescingStatistics
 from .endings import Endings
 from .entry import ForwardEntry
 from .loop import SweepLoop
 from .module_state import ModuleState
-from .ranked_loop import RankedLoop
+from .ranked_loop import RankedLoop, UnisonLoop
 from .side_transfers import SideTransfers
 from .sweep_input import SweepInput, SweepProgress
 
@@ -109,7 +110,7 @@ class Sweep(Closing):
         activation_offload: ActivationOffload | None,
         coalescing: Coalescing,
         kv: KvStore | None,
-        lockstep: Callable[[], Lockstep] | None = None,
+        lockstep: Callable[[], Lockstep | Unison] | None = None,
     ) -> None:
         if isinstance(width, int) and width < 1:
             raise PenstockError(f"a sweep of width {width} runs nothing: at least 1")
@@ -238,7 +239,11 @@ class Sweep(Closing):
     def _make_loop(self, fn: Callable[[Any], Any], batches: Iterable[Any]) -> SweepLoop:
         make: Callable[..., SweepLoop] = SweepLoop
         if self._lockstep is not None:  # several ranks share the model
-            make = partial(RankedLoop, self._lockstep())
+            step = self._lockstep()
+            if isinstance(step, Unison):
+                make = partial(UnisonLoop, step)
+            else:
+                make = partial(RankedLoop, step)
         return make(
             SweepInput(fn, batches),
             self._entry,

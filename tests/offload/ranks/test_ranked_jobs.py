@@ -45,6 +45,8 @@ POLICY = Policy(
     sequences_in_flight=8,
 )
 
+TENSOR = POLICY.with_settings(["ranks=tensor"])
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -73,10 +75,11 @@ def run(
     output: Path,
     ranks: int,
     report: Path | None = None,
+    policy: Policy = POLICY,
 ) -> Done:
     others = OtherRanks(ranks)
     with others:
-        job = Job(task, folder, source, output, POLICY, report, others=others)
+        job = Job(task, folder, source, output, policy, report, others=others)
         return job.run(Console(quiet=True))
 
 
@@ -109,9 +112,33 @@ def test_two_ranks_make_the_bytes_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("task", "num"),
+    [(Score(), 2), (Generate(4, seed=3, options={"temperature": 1.2}), 3)],
+    ids=["score", "generate"],
+)
+def test_ranks_that_divide_products_make_the_bytes_of_one_process(
+    task: Any, num: int, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
+    run(task, folder, source, one, 1)
+    done = run(task, folder, source, several, num, policy=TENSOR)
+    assert several.read_bytes() == one.read_bytes()
+    assert (done.num_rows, done.num_errors) == (NUM_ROWS, 1)
+    assert done.report is not None
+    per_rank = done.report["per_rank"]
+    assert [each["rank"] for each in per_rank] == list(range(num))
+    assert all(each["num_sent"] > 0 for each in per_rank)
+    assert done.report["ranks"]["num_gathers"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "policy"),
+    [(signal.SIGKILL, POLICY), (signal.SIGSTOP, POLICY), (signal.SIGKILL, TENSOR)],
+)
 def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
-    number: int, folder: Path, source: Path, tmp_path: Path
+    number: int, policy: Policy, folder: Path, source: Path, tmp_path: Path
 ) -> None:
     """Within five seconds, whether it is killed or stopped."""
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
@@ -119,7 +146,7 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     task = FallingScore(marker=marker, first=os.getpid(), number=number)
     try:
         with pytest.raises(RanksError, match="rank 1 is gone"):
-            run(task, folder, source, two, 2, tmp_path / "report")
+            run(task, folder, source, two, 2, tmp_path / "report", policy)
         ended = time.time()
     finally:
         with suppress(psutil.NoSuchProcess):
@@ -129,7 +156,7 @@ def test_a_rank_that_falls_ends_the_job_and_it_goes_on(
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert "rank 1 is gone" in report["fallbacks"][-1]
     assert [one["rank"] for one in report["per_rank"]] == [0]
-    run(FallingScore(), folder, source, two, 2)
+    run(FallingScore(), folder, source, two, 2, policy=policy)
     run(FallingScore(), folder, source, one, 1)
     assert two.read_bytes() == one.read_bytes()
 
