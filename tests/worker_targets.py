@@ -40,12 +40,14 @@ def works(link: Connection) -> None:
     _end(link)
 
 
-def dies_once(link: Connection, marker: Path) -> None:
-    """With its second part, of which nothing was handed in."""
+def dies_once(link: Connection, marker: Path, *, speaks: bool = False) -> None:
+    """With its second part, of which nothing was handed in, or half of a message."""
     link.send(("ready",))
     for part in _parts(link):
         if part.number and not marker.exists():
             marker.touch()
+            if speaks:
+                os.write(link.fileno(), (100).to_bytes(4, "big") + b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         link.send(("done", part.number, _lines(part), 0, "some"))
     _end(link)

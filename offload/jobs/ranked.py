@@ -210,7 +210,7 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
 def _serve(where: RankEnvironment, model: Path, kind: type[Task]) -> None:
     """Computes the rows that the first rank hands out, until it says that all is
     done."""
-    peers, _ = connect(where)
+    peers, _ = connect(where, way="rows")
     first = connection_of(peers.pop(0), [kind])
     for peer in peers.values():
         peer.close()

@@ -162,7 +162,7 @@ class WorkerPool(Closing):
     ) -> None:
         """Answers a worker until it says `bye`. Raises EOFError where it dies."""
         while True:
-            kind, *values = mine.recv()
+            kind, *values = _received(mine)
             if kind == "want":
                 part = self._next_part()
                 if part is not None:
@@ -269,3 +269,11 @@ class WorkerPool(Closing):
                 return
             self._said.add(message)
         _log.log(level, message)
+
+
+def _received(mine: Connection) -> Any:
+    """What a worker says. Raises EOFError where it died, also in the middle of it."""
+    try:
+        return mine.recv()
+    except OSError as error:
+        raise EOFError(str(error)) from error

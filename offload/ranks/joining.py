@@ -24,7 +24,7 @@ from .tcp_post import TcpPost
 
 JOIN_SECONDS = 120.0
 """How long ranks wait for each other at the start."""
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 _TOKEN_BYTES = 16
 _CHECK_SECONDS = 0.5
 _POLL_SECONDS = 0.02
@@ -125,9 +125,10 @@ def connect(
     *,
     store: TCPStore | None = None,
     check: Callable[[], None] = lambda: None,
+    way: str = "messages",
 ) -> tuple[dict[int, socket.socket], TCPStore]:
-    """Like `join`: a socket to each other rank, and the store, which the first rank
-    may have to keep."""
+    """Like `join`: a socket to each other rank, and the store, which the first rank may
+    have to keep. Raises UsageError if others join for another `way` of sharing."""
     notice = _Notice(where)
     with ExitStack() as stack:
         try:
@@ -142,10 +143,9 @@ def connect(
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-            store_of_all = PrefixStore(f"penstock/{where.attempt}", store)
-            number = store_of_all.add(f"joins/{where.rank}", 1)
-            prefixed = PrefixStore(f"{number}", store_of_all)
-            peers = _connect(prefixed, where, stack, check, notice)
+            number = store.add(f"penstock/{where.attempt}/joins/{where.rank}", 1)
+            prefixed = PrefixStore(f"penstock/{where.attempt}/{number}", store)
+            peers = _connect(prefixed, where, stack, check, notice, way)
         except (DistError, OSError, RuntimeError, UnicodeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RanksError(
@@ -173,12 +173,11 @@ class _Notice:
         self._is_said = True
         where, names = self._where, ", ".join(map(str, sorted(ranks)))
         _log.warning(
-            "waiting for rank%s %s of %d at %s:%d, for at most %.0f seconds",
+            "waiting for rank%s %s of %d at %s, for at most %.0f seconds",
             "s" if len(ranks) > 1 else "",
             names,
             where.num_ranks,
-            where.master,
-            where.port,
+            f"{where.master}:{where.port}",
             JOIN_SECONDS,
         )
 
@@ -210,16 +209,18 @@ def _connect(
     stack: ExitStack,
     check: Callable[[], None],
     notice: _Notice,
+    way: str,
 ) -> dict[int, socket.socket]:
     """A socket to each other rank: each connects to those below it."""
     token = secrets.token_bytes(_TOKEN_BYTES).hex()
-    if where.rank == 0:
+    if not where.rank:
         store.set("token", token)
     secret = bytes.fromhex(_value(store, "token", lambda: notice.waits_for([0])))
     family, here = _own_address(where)
     listener = socket.create_server((here, 0), family=family, backlog=where.num_ranks)
     with listener:
         listener.settimeout(_CHECK_SECONDS)
+        store.set(f"way/{where.rank}", way)
         store.set(f"at/{where.rank}", f"{here} {listener.getsockname()[1]}")
         peers: dict[int, socket.socket] = {}
         for peer in range(where.rank):
@@ -238,7 +239,12 @@ def _connect(
                 continue
             missing.remove(greeted)
             peers[greeted] = stack.enter_context(there)
-    for there in peers.values():
+    for peer, there in peers.items():
+        if store.get(f"way/{peer}").decode() != way:
+            raise UsageError(
+                f"ranks {peer} and {where.rank} share the job in different ways: give "
+                "all ranks the same command (ranks: pipeline, or ranks: gather)"
+            )
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return peers

@@ -62,7 +62,7 @@ class RemoteRanks(Closing):
     """The other ranks, as the first one, which is `where`, sees them."""
 
     def __init__(self, where: RankEnvironment) -> None:
-        peers, self._store = connect(where)
+        peers, self._store = connect(where, way="rows")
         self.where = replace(where, has_store=True)
         """The environment of the process that computes for the first rank."""
         self.ranks = [

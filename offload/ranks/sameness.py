@@ -13,6 +13,7 @@ from ..files.fingerprint import content_digest, fingerprint
 from ..policy import Policy
 
 _SAME = (
+    "ranks",
     "dtype",
     "micro_batch_tokens",
     "tokens_in_flight",

@@ -88,11 +88,12 @@ def test_each_part_is_done_once_and_what_workers_say_is_said_once(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("speaks", [False, True])
 def test_the_parts_of_a_worker_that_was_killed_are_done_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    speaks: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    output = Written()
-    target = partial(worker_targets.dies_once, marker=tmp_path / "died")
+    output, marker = Written(), tmp_path / "died"
+    target = partial(worker_targets.dies_once, marker=marker, speaks=speaks)
     pool = run([target, target], output)
     assert all_lines(output) == EXPECTED
     assert len(pool.dead) == 1

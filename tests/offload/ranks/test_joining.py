@@ -71,3 +71,19 @@ def test_strangers_that_come_again_and_again_do_not_make_it_last_longer() -> Non
             joining._accepted(
                 listener, lambda: None, time.monotonic() - 1, lambda: None
             )
+
+
+def test_ranks_that_share_a_job_in_different_ways_say_so() -> None:
+    store, found = local_store(), []
+
+    def join_other() -> None:
+        with pytest.raises(UsageError, match="ranks 0 and 1 share the job in differ"):
+            joining.connect(RankEnvironment(1, 2, LOCAL, 0), store=store, way="rows")
+        found.append(1)
+
+    other = threading.Thread(target=join_other)
+    other.start()
+    with pytest.raises(UsageError, match="ranks 1 and 0 share the job in different"):
+        joining.join(RankEnvironment(0, 2, LOCAL, 0), store=store)
+    other.join()
+    assert found == [1]
