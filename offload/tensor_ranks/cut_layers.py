@@ -115,7 +115,8 @@ def _is_read(model: nn.Module, name: str) -> bool:
     """Whether the code around the layer `name` reads its weight or bias itself, and
     would find a part of it (Mamba's `dt_proj`)."""
     parent, _, key = name.rpartition(".")
-    return key in _read_by(type(model.get_submodule(parent)))
+    kind: Any = type(model.get_submodule(parent))
+    return key in _read_by(kind)
 
 
 @cache
