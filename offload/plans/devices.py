@@ -23,6 +23,8 @@ class DeviceOption:
     """The seconds of a pass; None where it does not fit."""
     how: str = ""
     """The option or the key of the policy that runs it; "" for this plan."""
+    is_formula: bool = False
+    """Whether the seconds are those of a formula, which leaves things out."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -51,9 +53,10 @@ class Devices:
 
     @property
     def best(self) -> DeviceOption | None:
-        """The fastest of those that Penstock runs: the first one where several are
-        about as fast. None where none fits."""
-        run = [way for way in self.ways if way.is_run and way.tokens_per_second]
+        """The fastest of those that Penstock runs and plans for: the first one where
+        several are about as fast. None where none fits."""
+        planned = (way for way in self.ways if way.is_run and not way.is_formula)
+        run = [way for way in planned if way.tokens_per_second]
         most = max((way.tokens_per_second or 0.0 for way in run), default=0.0)
         good = (w for w in run if (w.tokens_per_second or 0.0) >= _AS_GOOD * most)
         return next(good, None)

@@ -260,7 +260,7 @@ class _Ways:
         how = self._how(mode) if mode is not None and is_run else ""
         if cost.chip_bytes > USABLE * chips.memory_bytes:
             note = f"does not fit: {cost.chip_bytes / 1e9:,.0f} GB of weights on each"
-            return DeviceOption(cost.name, is_run, note, tokens, None, how)
+            return DeviceOption(cost.name, is_run, note, tokens, None, how, True)
         parts = {
             "compute": cost.compute_seconds,
             "links": cost.link_seconds,
@@ -270,4 +270,4 @@ class _Ways:
         if cost.name == _TWO_DIMENSIONAL:
             note += "; not run"
         seconds = cost.pass_seconds
-        return DeviceOption(cost.name, is_run, note, tokens, seconds, how)
+        return DeviceOption(cost.name, is_run, note, tokens, seconds, how, True)

@@ -1,9 +1,11 @@
 """Which matrix products of a model ranks divide, and what this rank has of each."""
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from ...io.weights.recipe import Recipe
 from ..ranks.stage_modules import StageModules, find_stages
 from ..units.experts import is_experts
 from .row_cuts import Bounds, bounds_of, column_parts, row_parts, step_of
+
+_READS = re.compile(
+    r"self\.(\w+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape)| is (?:not )?None)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def cut_layers(
     layers = []
     for name, module in model.named_modules():
         is_own = all(uses[id(tensor)] == 1 for tensor in module.parameters())
+        is_own = is_own and not _is_read(model, name)
         if module in inside and is_own and _num_outputs(module):
             layer = _cut(name, module, recipes, rank, num_ranks)
             layers += [layer] if layer else []
@@ -102,6 +109,23 @@ def cut_layers(
         sum(size for name, size in nbytes.items() if name not in own),
         sum(nbytes.values()),
     )
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether the code around the layer `name` reads its weight or bias itself, and
+    would find a part of it (Mamba's `dt_proj`)."""
+    parent, _, key = name.rpartition(".")
+    kind: Any = type(model.get_submodule(parent))
+    return key in _read_by(kind)
+
+
+@cache
+def _read_by(kind: Any) -> frozenset[str]:
+    """The layers of a module of the class `kind` whose values its code reads."""
+    try:
+        return frozenset(_READS.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # the source is not there
+        return frozenset()
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -83,6 +83,7 @@ def test_all_ways_are_compared_and_those_that_run_say_how(tmp_path: Path) -> Non
     assert run["pipeline"] == f"ranks: pipeline, {started}"
     assert run["a job each"].startswith("--workers 1, and a part of the rows")
     assert run["one process"] == ""
+    assert run["TP-stream"] == f"ranks: tensor, {started}"
     assert not ways["weight-stationary 2D"].is_run
     assert made.devices is not None
     alone, pipeline = ways["a job each"], ways["pipeline"]

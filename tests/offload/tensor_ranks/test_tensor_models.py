@@ -19,6 +19,8 @@ from penstock.offload.tensor_ranks.row_cuts import bounds_of
 from penstock.offload.tensor_ranks.row_exchange import RowExchange
 
 NAMES = ("llama", "qwen3", "gpt2", "opt", "gemma3_text")
+READS_WEIGHTS = "mamba"
+"""Its code multiplies with the weight of a layer itself."""
 
 
 def tensor_policy(folder: Path, memory: str = "2MiB", **values: Any) -> Policy:
@@ -63,6 +65,25 @@ def test_ranks_give_what_the_resident_model_gives(
         assert statistics.num_ranks == num_ranks
         assert statistics.num_gathers > 0
         assert statistics.num_sent == statistics.num_gathers * (num_ranks - 1)
+
+
+def test_a_layer_whose_weight_the_models_code_reads_is_whole(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    resident = saved(READS_WEIGHTS, tmp_path, 2)
+    given = zoo.inputs(READS_WEIGHTS)
+    with torch.no_grad():
+        wanted = resident(**given)[0]
+
+    def work(rank: int, model: Any) -> Any:
+        with torch.no_grad():
+            found = model(**given)[0]
+        return found, {one.name for one in model_forwards(model).exchange.layers}
+
+    policy = tensor_policy(tmp_path)
+    for found, names in none_failed(GatherRanks(tmp_path, 2, policy).run(work)):
+        assert found.equal(wanted)
+        assert names
+        assert not any(name.endswith("dt_proj") for name in names)
 
 
 @pytest.fixture(scope="module")
