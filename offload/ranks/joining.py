@@ -26,8 +26,7 @@ JOIN_SECONDS = 120.0
 """How long ranks wait for each other at the start."""
 _NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 _TOKEN_BYTES = 16
-_CHECK_SECONDS = 0.5
-_POLL_SECONDS = 0.02
+_CHECK_SECONDS, _POLL_SECONDS = 0.5, 0.02
 _GREETING_SECONDS = 5.0
 """How long one that connects may take to say who it is."""
 LOCAL = "127.0.0.1"
