@@ -14,7 +14,7 @@ from fake_post import Office
 from rank_threads import policy_of
 
 from penstock.io.errors import RanksError, UsageError
-from penstock.offload.model import load_for
+from penstock.offload.model import load_for, unwrap
 from penstock.offload.ranks.sameness import check_same
 from penstock.scheduler.ranks.lockstep import agreed
 
@@ -78,4 +78,4 @@ def test_policies_that_give_other_results_are_named(
     other = policy.with_settings([setting])
     refused = nullcontext() if named is None else pytest.raises(UsageError, match=named)
     with load_for("any", folder, policy, post=posts[0]), refused:
-        load_for("any", folder, other, post=posts[1])
+        unwrap(load_for("any", folder, other, post=posts[1]))
