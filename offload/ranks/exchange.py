@@ -192,8 +192,11 @@ class Exchange(Closing):
             wait_seconds=0.0 if self._entry is None else self._entry.rank_seconds,
         )
 
-    def close(self) -> None:
-        self._post.close()
+    @property
+    def close(self) -> Callable[[], None]:
+        """Ends the messages. It does not refer to the model, which a block that waits
+        here would be kept alive by."""
+        return self._post.close
 
     @property
     def _others(self) -> tuple[int, ...]:

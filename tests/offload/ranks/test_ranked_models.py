@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from deep_zoo import saved
+from fake_post import Office
 from rank_threads import Ranks, none_failed, policy_of
 
 import penstock
 import zoo
 from penstock.io.errors import PenstockError, UsageError
+from penstock.offload.model import load_for
 from penstock.scheduler.ranks import post
 from penstock.scheduler.ranks.messages import Kind
 from penstock.scheduler.ranks.stages import Address, Waits, servable
@@ -282,3 +286,16 @@ def test_a_rank_reads_its_share_of_the_weights(tmp_path: Path) -> None:
     assert counted[0].num_ranks == 2
     assert counted[0].bytes_sent > 12 * hidden  # the logits, too
     assert max(shares) <= (1 / 2 + 0.02) * whole
+
+
+def test_a_rank_whose_model_is_dropped_gives_back_its_threads(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "model", 4)
+    before = set(threading.enumerate())
+    posts = Office(2, 0).posts
+    models = [
+        load_for("any", tmp_path / "model", policy_of(), post=each) for each in posts
+    ]
+    assert set(threading.enumerate()) > before
+    models.clear()
+    gc.collect()
+    assert set(threading.enumerate()) <= before
