@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,29 @@ from penstock.offload.tasks.score_task import Score
 from penstock.offload.tasks.task_progress import TaskProgress
 
 PARENT, WORKER = "parent", "worker"
+SMALL_STEPS = Policy(
+    device_memory="220KiB",
+    gather_rows=1000,
+    resident_below=10,
+    micro_batch_tokens=32,
+    tokens_in_flight=64,
+    micro_batch_sequences=2,
+    sequences_in_flight=8,
+)
+"""Streams the tiny checkpoint of the examples, with several micro-batches in flight."""
+EXACT_STEPS = SMALL_STEPS.with_settings(["sequences_in_flight=4", "coalesce=off"])
+"""Its completions are the same bytes whichever rows are beside each other."""
+
+
+def write_rows(path: Path, num: int, *, wrong: int | None = None) -> Path:
+    """Writes `num` texts of several lengths; the row `wrong` has none."""
+    rows: list[dict[str, Any]] = [
+        {"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(num)
+    ]
+    if wrong is not None:
+        rows[wrong] = {"id": wrong, "wrong": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @dataclass(frozen=True)

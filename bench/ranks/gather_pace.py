@@ -19,7 +19,6 @@ leave alone.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -34,18 +33,13 @@ import penstock
 from common import frame
 from penstock import Policy
 from penstock.offload.model import engine_of, load_for
-from penstock.offload.ranks.joining import (
-    LOCAL,
-    RankEnvironment,
-    join,
-    local_store,
-)
+from penstock.offload.ranks.joining import RankEnvironment, join
 from ranks.pipeline_pace import BATCHES, OUT, make
+from ranks.rank_processes import run_ranks
 
 TOKENS = 8
 LEAST = 0.8
 BLOCK = 4096
-_SPAWN = multiprocessing.get_context("spawn")
 
 
 def work(model: Any, of_rank: int, passes: int) -> dict[str, Any]:
@@ -80,46 +74,14 @@ def work(model: Any, of_rank: int, passes: int) -> dict[str, Any]:
 
 
 def rank(
-    where: RankEnvironment,
-    folder: Path,
-    policy: Policy,
-    passes: int,
-    of_rank: int,
-    answer: Any,
-) -> None:
-    torch.set_num_threads(1)
+    where: RankEnvironment, folder: Path, policy: Policy, passes: int, of_alone: int
+) -> dict[str, Any]:
+    """What one rank measures; one alone has the rows of `of_alone`."""
     post = join(where) if where.num_ranks > 1 else None
     if post is None:
         policy = policy.with_settings(["ranks=null"])
     with load_for("any", folder, policy, post) as model:
-        answer.put((where.rank, work(model, of_rank, passes)))
-
-
-def run(
-    num: int, folder: Path, policy: Policy, passes: int, of_rank: int = 0
-) -> list[dict[str, Any]]:
-    """What each of `num` ranks measured; one alone has the rows of `of_rank`."""
-    store, answer = local_store(), _SPAWN.Queue()
-    processes = [
-        _SPAWN.Process(
-            target=rank,
-            args=(
-                RankEnvironment(n, num, LOCAL, store.port, num, has_store=True),
-                folder,
-                policy,
-                passes,
-                n if num > 1 else of_rank,
-                answer,
-            ),
-        )
-        for n in range(num)
-    ]
-    for process in processes:
-        process.start()
-    found = dict(answer.get(timeout=600) for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[n] for n in range(num)]
+        return work(model, of_alone if post is None else where.rank, passes)
 
 
 def main() -> int:
@@ -143,8 +105,9 @@ def main() -> int:
     rate = policy.links["disk"].bandwidth
     for pair in range(options.pairs):
         which = pair % options.ranks
-        alone = run(1, folder, policy, options.passes, which)[0]
-        shared = run(options.ranks, folder, policy, options.passes)
+        how = (folder, policy, options.passes, which)
+        alone = run_ranks(1, rank, *how)[0]
+        shared = run_ranks(options.ranks, rank, *how)
         is_same &= shared[which]["sums"] == alone["sums"]
         is_part &= all(
             one["read"] <= alone["read"] / options.ranks + one["most_padding"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,11 @@ from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.embed_task import Embed
 from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.tasks.task import Task
-from shared_work import Scoring
+from shared_work import EXACT_STEPS, Scoring, write_rows
 
 NUM_ROWS = 24
 GIB = 1 << 30
-POLICY = Policy(
-    device_memory="220KiB",
-    gather_rows=1000,
-    resident_below=10,
-    micro_batch_tokens=32,
-    tokens_in_flight=64,
-    micro_batch_sequences=2,
-    sequences_in_flight=4,
-    coalesce="off",
-)
+POLICY = EXACT_STEPS
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    rows = [{"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(NUM_ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "in.jsonl", NUM_ROWS)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -24,7 +23,7 @@ from penstock.offload.jobs.job import Done, Job
 from penstock.offload.jobs.look import ProgressSnapshot, all_of
 from penstock.offload.tasks.task import Task
 from penstock.offload.tasks.task_progress import GenerateProgress, add_up
-from shared_work import PARENT, Generating, Scoring
+from shared_work import EXACT_STEPS, PARENT, Generating, Scoring, write_rows
 
 NUM_ROWS = 40
 GIB = 1 << 30
@@ -38,23 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    rows = [{"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(NUM_ROWS)]
-    rows[20] = {"id": 20, "wrong": 1}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "in.jsonl", NUM_ROWS, wrong=20)
 
 
-POLICY = Policy(
-    device_memory="220KiB",
-    gather_rows=1000,
-    resident_below=10,
-    micro_batch_tokens=32,
-    tokens_in_flight=64,
-    micro_batch_sequences=2,
-    sequences_in_flight=4,
-    coalesce="off",
-)
+POLICY = EXACT_STEPS
 
 
 @pytest.fixture

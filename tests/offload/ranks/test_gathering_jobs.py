@@ -30,17 +30,10 @@ from penstock.offload.tasks.embed_task import Embed
 from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.tasks.score_task import Score
 from penstock.offload.tasks.task import Task
+from shared_work import SMALL_STEPS, write_rows
 
 NUM_ROWS = 40
-POLICY = Policy(
-    device_memory="220KiB",
-    gather_rows=1000,
-    resident_below=10,
-    micro_batch_tokens=32,
-    tokens_in_flight=64,
-    micro_batch_sequences=2,
-    sequences_in_flight=8,
-)
+POLICY = SMALL_STEPS
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    rows = [{"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(NUM_ROWS)]
-    rows[20] = {"id": 20, "wrong": 1}
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "in.jsonl", NUM_ROWS, wrong=20)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import time
@@ -13,20 +12,11 @@ import pytest
 from rank_kills import RankedJob, ShortGenerate, ShortScore
 
 from checkpoint import make_checkpoint
-from penstock import Policy
 from penstock.offload.tasks.task import Task
+from shared_work import EXACT_STEPS, write_rows
 
 NUM_ROWS = 20
-POLICY = Policy(
-    device_memory="220KiB",
-    gather_rows=1000,
-    resident_below=10,
-    micro_batch_tokens=32,
-    tokens_in_flight=64,
-    micro_batch_sequences=2,
-    sequences_in_flight=4,
-    coalesce="off",
-)
+POLICY = EXACT_STEPS
 TASKS = [ShortScore(), ShortGenerate(3, seed=3, options={"temperature": 1.2})]
 
 
@@ -38,10 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    rows = [{"id": n, "text": "word " * (2 + n * 7 % 5)} for n in range(NUM_ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "in.jsonl", NUM_ROWS)
 
 
 @pytest.mark.slow
