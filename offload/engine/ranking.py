@@ -2,11 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,18 +15,13 @@ from ...io.devices.crossing import Crossing
 from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.errors import UsageError
-from ...io.memory.arena import Arena
-from ...io.readers.reader import Reader
-from ...io.tier import Tier
-from ...io.weights.loader import Loader
 from ...io.weights.recipe import Recipe
 from ...scheduler.ranks.lockstep import least
 from ...scheduler.ranks.post import Post
 from ..configs.checkpoint_folder import checkpoint_folder
 from ..configs.opening import open_model
-from ..policy import Policy, cache_folder, throttle
+from ..policy import Policy, cache_folder
 from ..ranks.exchange import Exchange
-from ..ranks.gathered_loads import GatheredLoads
 from ..ranks.joining import RankEnvironment, join
 from ..ranks.rank_device import device_of, num_sharing
 from ..ranks.sameness import check_same, marks_of
@@ -39,8 +32,8 @@ from ..tensor_ranks.row_exchange import RowExchange
 from ..tensor_ranks.same_bits import other_bits
 from .build import build
 from .engine import Engine
+from .gathering_tiers import GatheringTiers
 from .groups import Ranked
-from .tiers import Tiers
 
 
 def build_shared(
@@ -56,9 +49,9 @@ def build_shared(
     """Like `build`, for this rank's blocks of `model`. The engine closes `post`.
 
     Without a `post`, the other ranks are those of torchrun's environment; without that,
-    this process has the whole model, and says so. Raises also
-    UsageError for a model that ranks cannot share or that is another one on the first
-    rank, and RanksError if they do not come.
+    this process has the whole model, and says so. Raises also UsageError for a model
+    that ranks cannot share or that is another one on the first rank, and RanksError if
+    they do not come.
     """
     where = RankEnvironment.of() if post is None else None
     num_ranks = where.num_ranks if where is not None else post.num_ranks if post else 1
@@ -74,10 +67,7 @@ def build_shared(
     if policy.ranks is None:
         raise UsageError("only a policy with ranks: shares a model")
     if policy.ranks == "gather":
-        if post is None:
-            assert where is not None, "one of the two says who the others are"
-            room = room_of_each(room, where.num_local)
-            post = join(where)
+        post, room = _joined(post, where, room)
         return _build_gathering(
             model, checkpoint, recipes, policy, room=room, use=use, post=post
         )
@@ -89,15 +79,17 @@ def build_shared(
         policy = policy.model_copy(update={"device": name})
     device = open_device(policy.device)
     if policy.ranks == "tensor":
+        cut = cut_layers(model, recipes, rank=rank, num_ranks=num_ranks)
+        post, room = _joined(post, where, room)
         return _build_in_unison(
             model,
             checkpoint,
-            cut_layers(model, recipes, rank=rank, num_ranks=num_ranks),
+            cut,
             policy,
             device,
-            room=room_of_each(room, where.num_local) if where else room,
+            room=room,
             use=use,
-            post=join(where) if where else post,
+            post=post,
             num_on_device=num_on_device,
         )
     share = share_of(
@@ -108,10 +100,7 @@ def build_shared(
         num_ranks=num_ranks,
         device=device.name,
     )
-    if post is None:
-        assert where is not None, "one of the two says who the others are"
-        room = room_of_each(room, where.num_local)
-        post = join(where)
+    post, room = _joined(post, where, room)
     try:
         check_same(post, marks_of(checkpoint, policy), checkpoint.folder)
         exchange = Exchange(post, share.stages, Crossing(device), share.modules.blocks)
@@ -135,6 +124,17 @@ def build_shared(
     return engine
 
 
+def _joined(
+    post: Post | None, where: RankEnvironment | None, room: MemoryRoom
+) -> tuple[Post, MemoryRoom]:
+    """The other ranks, and the memory of this one. A job has both; else they are those
+    of torchrun's environment, `where`."""
+    if post is not None:
+        return post, room
+    assert where is not None, "one of the two says who the others are"
+    return join(where), room_of_each(room, where.num_local)
+
+
 def _build_in_unison(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -144,13 +144,12 @@ def _build_in_unison(
     *,
     room: MemoryRoom,
     use: Use,
-    post: Post | None,
+    post: Post,
     num_on_device: int,
 ) -> Engine:
     """Like `build`, for the rows that this rank has of the products of `cut`. All ranks
     of `post` have the working set of the one with the least memory, and the same
     division into units: they compute them in the same order."""
-    assert post is not None, "it says who the others are"
     try:
         marks = marks_of(checkpoint, policy)
         marks["device_memory"] = f"{policy.device_memory}"
@@ -232,41 +231,6 @@ def _bytes_on_their_way(recipes: Mapping[str, Recipe], policy: Policy) -> int:
     nbytes = 2 * max(blocks.values(), default=0)
     is_set = isinstance(policy.device_memory, int)
     return min(nbytes, int(policy.device_memory)) if is_set else nbytes
-
-
-class GatheringTiers(Tiers):
-    """Tiers whose units come from the files of all ranks of `post`, which is closed
-    with them."""
-
-    def __init__(self, post: Post, *args: Any) -> None:
-        self._post = post
-        super().__init__(*args)
-
-    def _open_disk(self, opened: ExitStack) -> None:
-        assert isinstance(self.memory, Arena), "memory of the host"
-        self.gathered = gathered = GatheredLoads(
-            self._post,
-            self._layouts,
-            self.drive.reader,
-            partial(self._of_gathered, self.memory),
-            pace=throttle(self._policy, Tier.DISK),
-            record=self._record,
-        )
-        opened.enter_context(gathered)
-        self.loaders.append(gathered.loader)
-        self._loads[Tier.DISK] = gathered.load
-
-    def _of_gathered(self, memory: Arena, reader: Reader) -> Loader:
-        record = self._record_casts
-        return self._loader_of(self._layouts, memory, reader=reader, record=record)
-
-    def _record_casts(
-        self, lane: str, name: str, start: float, end: float, nbytes: int = 0
-    ) -> None:
-        """Records what happens to bytes that are here; their reads are recorded where
-        they are read."""
-        if lane != Tier.DISK:
-            self._record(lane, name, start, end, nbytes)
 
 
 def check_shareable(path: str | Path, policy: Policy, num_ranks: int) -> None:
