@@ -132,4 +132,6 @@ def _ids_in_running_frames() -> set[int]:
             if not str(frame.f_globals.get("__name__")).startswith(_HERE):
                 ids.update(id(value) for _, value in values_of(frame))
             frame = frame.f_back
+    # One of them is this function's own, which would keep itself and its callers alive.
+    del top
     return ids

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 
 import pytest
 
+from penstock.scheduler.activations import referrers
 from penstock.scheduler.activations.frames import current_frames
 
 
@@ -61,3 +63,19 @@ def test_what_fails_leaves_the_collector_as_it_was(
     with pytest.raises(MemoryError):
         current_frames()
     assert gc.isenabled()
+
+
+def test_a_search_of_all_frames_keeps_none_of_them() -> None:
+    class Held:
+        """Something that a frame has in hand."""
+
+    def search() -> weakref.ref[Held]:
+        held = Held()
+        assert id(held) in referrers._ids_in_running_frames()
+        return weakref.ref(held)
+
+    gc.disable()  # it would find a frame that refers to itself, but some time later
+    try:
+        assert search()() is None
+    finally:
+        gc.enable()
