@@ -1,15 +1,16 @@
-"""How well are ranks predicted? Ten shapes of models over links of limited speed.
+"""How well are ranks predicted? Fourteen shapes of models over links of limited speed.
 
-    python bench/ranks/predicted.py [--shapes 10] [--rounds 1] [--machine FILE]
+    python bench/ranks/predicted.py [--shapes 14] [--rounds 1] [--machine FILE]
 
 Makes small Llamas in `bench/out`. For each shape, two or three processes share one and
-score rows, each over a link of its own speed (`links.disk.bandwidth`). The prediction
+score rows, each over a link of its own speed (`links.disk.bandwidth`): ten shapes as a
+pipeline, four with rows of their own and weights that they gather. The prediction
 is that of `penstock plan --ranks` and of reports, by the machine's file or by quick
 estimates. Shows predicted over measured seconds for each shape, the largest time of the
 `--rounds` left out, and the bytes that ranks read, which have no noise. The last line
 is one JSON object; the exit code is 1 if the median error is above 15 %.
 
-Takes about two minutes a round; needs 0.5 GB of disk in this folder, and two cores that
+Takes about three minutes a round; needs 0.5 GB of disk in this folder, and two cores that
 others leave alone.
 """
 
@@ -35,11 +36,10 @@ from penstock.offload.model import load_for
 from penstock.offload.plans.forecast import scoring_of
 from penstock.offload.plans.plan import make_plan
 from penstock.offload.plans.planned import Workload
-from penstock.offload.plans.ranked import RankedPlanner, RankGroup, alone
+from penstock.offload.plans.ranked import RankGroup, SharedPlanner
 from penstock.offload.ranks.joining import RankEnvironment, join
 from penstock.offload.tasks.score import score
 from penstock.offload.tasks.score_task import Score
-from penstock.scheduler.cost.workload import predict
 from ranks.rank_processes import run_ranks
 
 OUT = Path(__file__).parents[1] / "out"
@@ -105,6 +105,10 @@ SHAPES = (
     Shape("pipeline", 12, 512, 2, 25, 48, 8),
     Shape("pipeline", 24, 256, 3, 15, 16, 3),
     Shape("pipeline", 16, 384, 2, 20, 16, 2),
+    Shape("gather", 12, 256, 2, 10, 16, 2),
+    Shape("gather", 16, 384, 2, 30, 8, 4),
+    Shape("gather", 12, 512, 2, 40, 16, 2),
+    Shape("gather", 18, 384, 3, 20, 8, 2),
 )
 
 
@@ -130,11 +134,12 @@ def predicted(folder: Path, shape: Shape, machine: Machine | None) -> float:
         Workload(Score(), shape.length),
         ranks=RankGroup(shape.ranks),
     )
-    planner, policy = plan.planner, alone(shape.policy)
-    assert isinstance(planner, RankedPlanner), "ranks were planned for"
-    model = planner.model_of(policy, planner.forecast_for(policy))
+    planner = plan.planner
+    assert isinstance(planner, SharedPlanner), "ranks were planned for"
+    policy = planner.policy
+    forecast = planner.forecast_for(policy)
     lengths = [shape.length] * (shape.width * shape.passes)
-    return predict(model, scoring_of(policy, lengths)).seconds
+    return planner.predicted(policy, forecast, scoring_of(policy, lengths)).seconds
 
 
 def main() -> int:
