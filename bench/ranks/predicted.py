@@ -10,8 +10,8 @@ estimates. Shows predicted over measured seconds for each shape, the largest tim
 `--rounds` left out, and the bytes that ranks read, which have no noise. The last line
 is one JSON object; the exit code is 1 if the median error is above 15 %.
 
-Takes about three minutes a round; needs 0.5 GB of disk in this folder, and two cores that
-others leave alone.
+Takes about three minutes a round; needs 0.5 GB of disk in this folder, and two cores
+that others leave alone.
 """
 
 from __future__ import annotations
