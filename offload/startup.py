@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,32 @@ assisted generation. No command uses them. scikit-learn also imports pandas and
 pyarrow."""
 
 _RARELY = (100_000, 50, 100)
+
+
+class _Thresholds:
+    """The collector's thresholds, which all threads share. They are as before once the
+    last of those that changed them has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num = 0
+        self._usual = _RARELY
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._num:
+                self._usual = gc.get_threshold()
+                gc.set_threshold(*_RARELY)
+            self._num += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._num -= 1
+            if not self._num:
+                gc.set_threshold(*self._usual)
+
+
+_THRESHOLDS = _Thresholds()
 
 
 @contextmanager
@@ -39,9 +66,8 @@ def rare_collections() -> Iterator[None]:
     The objects that an import or a plan makes stay, and collections look through them
     all repeatedly, which takes a large part of importing transformers.
     """
-    usual = gc.get_threshold()
-    gc.set_threshold(*_RARELY)
+    _THRESHOLDS.begin()
     try:
         yield
     finally:
-        gc.set_threshold(*usual)
+        _THRESHOLDS.end()

@@ -121,7 +121,8 @@ class WorkingSet:
         for unit in wanted.keys() & self._held.keys():
             self._held[unit].wanted_at = self._num_prefetches
         missing = [unit for unit in wanted if unit not in self._held]
-        more = [] if self._is_closed else [u for u in extra if u not in self._held]
+        others = dict.fromkeys(() if self._is_closed else extra)
+        more = [u for u in others if u not in self._held and u not in wanted]
         if not (missing or more):
             return
         may_go = {

@@ -108,6 +108,17 @@ def test_garbage_is_looked_for_as_before_once_the_imports_are_over() -> None:
     assert gc.get_threshold() == before
 
 
+def test_garbage_is_looked_for_as_before_once_all_threads_have_loaded() -> None:
+    before = gc.get_threshold()
+    one, two = rare_collections(), rare_collections()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert gc.get_threshold() > before
+    two.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
 @pytest.mark.slow
 def test_every_stage_of_the_start_is_timed(folder: Path) -> None:
     options = ("--model", folder, "--child", "penstock")

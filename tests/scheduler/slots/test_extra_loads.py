@@ -75,6 +75,15 @@ def test_what_is_needed_replaces_them() -> None:
     assert not working_set.holds(1)
 
 
+def test_one_that_is_needed_or_named_twice_is_loaded_once() -> None:
+    disk = FakeDisk([2, 1, 1], 2)
+    working_set = make(disk, {})
+    working_set.prefetch([1], [1, 2, 2])
+    assert disk.loads == [1, 2]
+    read(working_set, 0)
+    assert not working_set.holds(1)
+
+
 def test_one_that_fails_is_no_error_until_somebody_needs_it() -> None:
     disk = FakeDisk([4, 4], 8, fail={1})
     working_set = make(disk, {})
