@@ -15,6 +15,7 @@ from penstock import Policy
 from penstock.io.codecs.tiles import TILES
 from penstock.io.kv.codec import Quantised
 from penstock.io.kv.shape import KvShape
+from shares import in_turns
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -69,8 +70,9 @@ def test_nothing_is_kept_as_nothing() -> None:
         assert torch.equal(found, zeros)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("tier", ["auto", "host", "link", "disk"])
+@pytest.mark.parametrize(
+    ("tier", "dtype"), in_turns(["auto", "host", "link", "disk"], ["int8", "fp8"])
+)
 def test_generating_with_it_is_close_and_said_to_be_lossy(
     dtype: str, tier: str, tmp_path: Path
 ) -> None:

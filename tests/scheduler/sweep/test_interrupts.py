@@ -343,8 +343,8 @@ def test_whatever_line_an_interrupt_strikes_the_model_works_again(first: int) ->
 @pytest.mark.parametrize(
     ("file", "every"),
     [
-        ("activations/activation_offload.py", 5),
-        ("activations/ownership.py", 201),
+        ("activations/activation_offload.py", 13),
+        ("activations/ownership.py", 401),
         ("activations/referrers.py", 111),
         pytest.param("activations/activation_offload.py", 2, marks=pytest.mark.whole),
         pytest.param("activations/ownership.py", 67, marks=pytest.mark.whole),
