@@ -4,8 +4,12 @@ import contextlib
 import io
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -36,8 +40,27 @@ Ctrl-C or SIGTERM (run it again to go on).""",
 )
 
 
+def _print_versions(is_asked: bool) -> None:
+    if is_asked:
+        libraries = (f"{name} {version(name)}" for name in ("torch", "transformers"))
+        python = f"Python {platform.python_version()}"
+        own = import_module(__name__.partition(".")[0]).__version__
+        print(f"penstock {own} ({', '.join((*libraries, python))})")
+        raise typer.Exit
+
+
 @app.callback()
-def _callback() -> None:
+def _callback(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_versions,
+            help="Print the versions of Penstock and of what it runs on, and exit.",
+        ),
+    ] = False,
+) -> None:
     """Sets environment variables that torch and transformers read when they are
     imported."""
     # OpenMP threads that spin between two matrix products take the cores from threads

@@ -16,6 +16,8 @@ from .options import (
     OUTPUTS,
     SOURCES,
     Adapter,
+    Device,
+    Dtype,
     LogJson,
     Metrics,
     Model,
@@ -59,6 +61,8 @@ def job_command(task: type[Task]) -> Callable[..., None]:
         output: Annotated[Path, output],
         policy: PolicyFile = None,
         settings: Settings = None,
+        device: Device = None,
+        dtype: Dtype = None,
         adapter: Adapter = None,
         report: Report = None,
         log_json: LogJson = False,
@@ -75,7 +79,8 @@ def job_command(task: type[Task]) -> Callable[..., None]:
             from ..jobs.ranked import OtherRanks, check_ranks, joined_ranks, num_started
             from ..jobs.watch import Watching
 
-        chosen = policy_of(policy, settings, trust_remote_code, adapter)
+        own_values = {"device": device, "dtype": dtype}
+        chosen = policy_of(policy, settings, trust_remote_code, adapter, **own_values)
         mode = mode_of(restart, retry_errors)
         watching = Watching(log_json, metrics)
         asked = task_from(task, own)

@@ -55,6 +55,20 @@ Settings = Annotated[
         "io.threads=4. Repeatable; wins over the file.",
     ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="What computes, as --set device=... says: cpu, cuda, cuda:1.",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="What it computes in, as --set dtype=... says: float32, bfloat16.",
+    ),
+]
 Adapter = Annotated[
     Path | None,
     typer.Option(
@@ -165,9 +179,12 @@ def policy_of(
     settings: list[str] | None,
     trust_remote_code: bool = False,
     adapter: Path | None = None,
+    **values: str | None,
 ) -> Policy:
-    """The policy in the file `path`, with `settings` and the other options on top."""
+    """The policy in the file `path`, with `settings` and the other options on top:
+    `values` are those of keys of the policy, None for an option that was not given."""
     settings = list(settings or [])
+    settings += [f"{key}={value}" for key, value in values.items() if value is not None]
     if trust_remote_code:
         settings.append("trust_remote_code=true")
     if adapter is not None:

@@ -116,14 +116,13 @@ class WorkingSet:
         """Starts loading `units`, in this order. Evicts only units that were read or
         are not expected any more; stops at the first unit that finds no room. Then
         loads those of `extra` that are worth twice as much as any that they evict."""
-        wanted = dict.fromkeys(() if self._is_closed else units)
+        wanted = dict.fromkeys(units)
         self._num_prefetches += 1
         for unit in wanted.keys() & self._held.keys():
             self._held[unit].wanted_at = self._num_prefetches
         missing = [unit for unit in wanted if unit not in self._held]
-        others = dict.fromkeys(() if self._is_closed else extra)
-        more = [u for u in others if u not in self._held and u not in wanted]
-        if not (missing or more):
+        more = [u for u in dict.fromkeys(extra) if not (u in wanted or u in self._held)]
+        if self._is_closed or not (missing or more):
             return
         may_go = {
             other: held.cost(self._worth(other))
