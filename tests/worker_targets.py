@@ -40,7 +40,13 @@ def works(link: Connection) -> None:
     _end(link)
 
 
-def dies_once(link: Connection, marker: Path, *, speaks: bool = False) -> None:
+def dies_once(
+    link: Connection,
+    marker: Path,
+    *,
+    speaks: bool = False,
+    number: int = signal.SIGKILL,
+) -> None:
     """With its second part, of which nothing was handed in, or half of a message."""
     link.send(("ready",))
     for part in _parts(link):
@@ -48,7 +54,17 @@ def dies_once(link: Connection, marker: Path, *, speaks: bool = False) -> None:
             marker.touch()
             if speaks:
                 os.write(link.fileno(), (100).to_bytes(4, "big") + b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
+        link.send(("done", part.number, _lines(part), 0, "some"))
+    _end(link)
+
+
+def stops_itself(link: Connection) -> None:
+    """With its second part; then it is done."""
+    link.send(("ready",))
+    for part in _parts(link):
+        if part.number == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         link.send(("done", part.number, _lines(part), 0, "some"))
     _end(link)
 

@@ -19,6 +19,7 @@ from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
 from ..ranks.remote_ranks import RemoteRank
 from .running import Output
+from .stopped_workers import LOOK_SECONDS, StoppedWorkers
 
 _log = logging.getLogger("penstock")
 MOST_DEATHS = 3
@@ -33,7 +34,8 @@ class WorkerPool(Closing):
     speaks as `run_worker` does, and a thread here for each connection. A remote rank
     has a process already.
 
-    A process that dies is replaced, and its parts are computed again. Where nothing is
+    A process that dies, or is stopped for long, is replaced, and its parts are computed
+    again. Where nothing is
     kept (standard output), results are written in order, and workers wait for one that
     is far behind. With `are_ranks`, processes need each other: if one dies, that is an
     error. An InputError ends the parts as the end of the input would; `failure`
@@ -76,6 +78,7 @@ class WorkerPool(Closing):
         self._processes: dict[int, BaseProcess | RemoteRank] = {}
         self._num_begun = 0
         self._said: set[str] = set()
+        self._stopped = StoppedWorkers()
         self._is_ready = threading.Event()
         self._is_closed = False
         # First: starting it on a thread unblocks the signals that `_serve` blocks.
@@ -89,15 +92,30 @@ class WorkerPool(Closing):
         for index in range(len(self._targets)):
             self._served.append(self._threads.submit(self._serve, index))
             self._served[-1].add_done_callback(lambda _: self._is_ready.set())
-        self._is_ready.wait()
+        while not self._is_ready.wait(LOOK_SECONDS):
+            self._end_stopped()
 
     def finish(self) -> None:
         """Waits until all parts are written. Raises what a worker raised, or
         MachineError where processes die again and again."""
-        wait(self._served, return_when=FIRST_EXCEPTION)
-        failed = [one for one in self._served if one.done() and one.exception()]
-        for one in failed:
-            one.result()
+        found = wait(self._served, LOOK_SECONDS, FIRST_EXCEPTION)
+        while found.not_done and not any(one.exception() for one in found.done):
+            self._end_stopped()
+            found = wait(self._served, LOOK_SECONDS, FIRST_EXCEPTION)
+        for one in self._served:
+            if one.done():
+                one.result()
+
+    def _end_stopped(self) -> None:
+        """Kills workers that are stopped for long. Ranks look after each other."""
+        with self._changed:
+            workers = {
+                one.pid: one
+                for one in self._processes.values()
+                if isinstance(one, BaseProcess) and one.pid and not self._are_ranks
+            }
+            for pid in self._stopped.look(workers):
+                workers[pid].kill()
 
     def close(self) -> None:
         with self._changed:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import resource_tracker
@@ -14,6 +17,7 @@ import pytest
 import worker_targets
 from penstock.io.errors import InputError, MachineError, UsageError
 from penstock.offload.files.parts import Cut, OutputPart, PartRecord, Position
+from penstock.offload.jobs import stopped_workers, worker_pool
 from penstock.offload.jobs.worker_pool import MOST_DEATHS, WorkerPool
 
 ROWS = 3
@@ -98,6 +102,46 @@ def test_the_parts_of_a_worker_that_was_killed_are_done_again(
     assert all_lines(output) == EXPECTED
     assert len(pool.dead) == 1
     assert "was killed by signal 9 with rows" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speaks", [False, True])
+def test_the_parts_of_a_worker_that_is_stopped_are_done_again(
+    speaks: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_pool, "LOOK_SECONDS", 0.02)
+    output, marker = Written(), tmp_path / "stopped"
+    target = partial(
+        worker_targets.dies_once, marker=marker, speaks=speaks, number=signal.SIGSTOP
+    )
+    pool = run([target, target], output)
+    assert all_lines(output) == EXPECTED
+    assert len(pool.dead) == 1
+    assert "is stopped: if it does not go on" in caplog.text
+    assert "was killed by signal 9 with rows" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_worker_that_goes_on_in_time_stays(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(stopped_workers, "MOST_LOOKS", 10_000)
+
+    def say(message: str) -> bool:
+        if "is stopped" in message:
+            os.kill(int(re.findall(r"process (\d+)", message)[0]), signal.SIGCONT)
+        return True
+
+    caplog.handler.addFilter(lambda record: say(record.getMessage()))
+    output = Written()
+    pool = run([worker_targets.stops_itself], output)
+    assert all_lines(output) == EXPECTED
+    assert not pool.dead
+    assert "is stopped" in caplog.text
 
 
 @pytest.mark.slow
