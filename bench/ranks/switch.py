@@ -46,7 +46,7 @@ from penstock.offload.machines.part_machine import part_of
 from penstock.offload.model import load_for
 from penstock.offload.plans.plan import make_plan
 from penstock.offload.plans.planned import Workload
-from penstock.offload.plans.rank_plans import switches
+from penstock.offload.plans.rank_plans import two_ways
 from penstock.offload.plans.ranked import RankGroup, gathering_planner
 from penstock.offload.plans.tensor_ranked import tensor_planner
 from penstock.offload.ranks.joining import RankEnvironment
@@ -155,14 +155,14 @@ def predicted(folder: Path, machine: Machine, rate: str) -> dict[str, float | No
     group = RankGroup(RANKS, RANKS)
     tensor = tensor_planner(folder, whole, group)
     gather = gathering_planner(whole, group)
-    ((_, switch),) = switches(
+    (ways,) = two_ways(
         (tensor, tensor.policy, tensor.forecast_for(tensor.policy)),
         (gather, gather.policy, gather.forecast_for(gather.policy)),
     )
     itemsize = torch.float32.itemsize
     weights = tensor.cut.block_bytes / BLOCKS
     return {
-        "planner": switch.tokens,
+        "planner": ways.switch.most,
         "outputs_formula": tensor.crossover_tokens,
         "paper_formula": gather_crossover_tokens(weights, HIDDEN, itemsize),
     }

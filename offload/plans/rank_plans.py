@@ -9,7 +9,7 @@ from typing import Any
 
 from ...scheduler.cost.pipeline import PassCost
 from ...scheduler.cost.shape import MicroBatchShape, split_rows
-from ...scheduler.cost.switch import Switch, switch_of
+from ...scheduler.cost.switch import Seconds, Switch, switch_of
 from ...scheduler.cost.workload import PassModel
 from ..monitoring.show import human_bytes
 from ..policy import Policy
@@ -69,26 +69,31 @@ class PassKind:
 
 @dataclass(frozen=True, slots=True)
 class PassSwitch:
-    """From how many tokens a pass on `ranks: gather` is faster, for one kind of
-    pass."""
+    """For how many tokens a pass `ranks: tensor` is faster than `ranks: gather`, for
+    one kind of pass."""
 
     passes: str
     switch: Switch
     num_tokens: int
     """The tokens of such a pass of the plan, over all ranks."""
-
-    @property
-    def faster(self) -> str:
-        return self.switch.faster(self.num_tokens)
+    faster: str
+    """The faster one for these."""
 
     @property
     def sentence(self) -> str:
-        most = self.switch.tokens
-        says = f"tensor is faster up to {most:,} tokens a pass, gather above"
-        if most is None:
-            says = "tensor is faster than gather, however many tokens a pass has"
-        elif not most:
+        least, most = self.switch.least, self.switch.most
+        says = "tensor is faster than gather, however many tokens a pass has"
+        if most == 0:
             says = "gather is faster than tensor, however few tokens a pass has"
+        elif most is not None and least > 1:
+            says = (
+                f"tensor is faster from {least:,} to {most:,} tokens a pass, gather "
+                "below and above"
+            )
+        elif most is not None:
+            says = f"tensor is faster up to {most:,} tokens a pass, gather above"
+        elif least > 1:
+            says = f"tensor is faster from {least:,} tokens a pass on, gather below"
         return (
             f"ranks: {says}; the {self.passes} of this plan have {self.num_tokens:,}: "
             f"{self.faster}"
@@ -97,7 +102,8 @@ class PassSwitch:
     def to_json(self) -> dict[str, Any]:
         return {
             "passes": self.passes,
-            "tensor_up_to_tokens": self.switch.tokens,
+            "tensor_from_tokens": self.switch.least,
+            "tensor_up_to_tokens": self.switch.most,
             "tokens_in_pass": self.num_tokens,
             "faster": self.faster,
         }
@@ -123,21 +129,44 @@ def pass_kinds(planner: Planner, policy: Policy, found: Forecast) -> list[PassKi
     ]
 
 
-def switches(
+@dataclass(frozen=True, slots=True)
+class TwoWays:
+    """The seconds of one kind of pass on ranks that divide products, and on ones that
+    gather weights."""
+
+    name: str
+    length: int
+    """The most tokens of each row in a pass."""
+    tensor: Seconds
+    gather: Seconds
+
+    @property
+    def switch(self) -> Switch:
+        return switch_of(("tensor", self.tensor), ("gather", self.gather))
+
+    def faster(self, num_tokens: int) -> str:
+        """The faster one for passes of `num_tokens`."""
+        is_few = self.tensor(num_tokens) <= self.gather(num_tokens)
+        return "tensor" if is_few else "gather"
+
+
+def two_ways(
     tensor: tuple[TensorPlanner, Policy, Forecast],
     gather: tuple[GatheringPlanner, Policy, Forecast],
-) -> list[tuple[PassKind, Switch]]:
-    """For each kind of pass, up to how many tokens ranks that divide products are
-    faster than ones that gather weights. A planner comes with the policy that it is
-    compared by, and its forecast."""
+) -> list[TwoWays]:
+    """Both ways for each kind of pass of a workload. A planner comes with the policy
+    that it is compared by, and its forecast."""
     num = gather[0].group.num
     model, whole = tensor[0].model_of(*tensor[1:]), gather[2].model
-    found = []
-    for one, other in zip(pass_kinds(*tensor), pass_kinds(*gather), strict=True):
-        few = partial(one.seconds, model)
-        many = partial(_seconds_of_each, other, whole, num)
-        found.append((one, switch_of(("tensor", few), ("gather", many))))
-    return found
+    return [
+        TwoWays(
+            one.name,
+            one.length,
+            partial(one.seconds, model),
+            partial(_seconds_of_each, other, whole, num),
+        )
+        for one, other in zip(pass_kinds(*tensor), pass_kinds(*gather), strict=True)
+    ]
 
 
 def pass_switches(
@@ -145,21 +174,19 @@ def pass_switches(
     gather: tuple[GatheringPlanner, Choice],
     here: tuple[Planner, Choice],
 ) -> tuple[PassSwitch, ...]:
-    """`switches` between two choices, and on which side of them the plan `here` is."""
-    planner, choice = here
-    rows = choice.policy.sequences_in_flight
-    if isinstance(planner, GatheringPlanner):
-        rows *= planner.group.num
+    """For each kind of pass, the switch between two choices, and on which side of it
+    the plan `here` is."""
+    planner, policy = here[0], here[1].policy
+    times = planner.group.num if isinstance(planner, GatheringPlanner) else 1
     found = []
-    for kind, switch in switches(
+    for ways in two_ways(
         (tensor[0], tensor[1].policy, tensor[1].forecast),
         (gather[0], gather[1].policy, gather[1].forecast),
     ):
-        num = rows * kind.length
-        if not planner.task.keeps_kv:
-            num = rows // choice.policy.sequences_in_flight
-            num *= choice.policy.tokens_in_flight
-        found.append(PassSwitch(kind.name, switch, num))
+        num = times * policy.tokens_in_flight
+        if planner.task.keeps_kv:
+            num = times * policy.sequences_in_flight * ways.length
+        found.append(PassSwitch(ways.name, ways.switch, num, ways.faster(num)))
     return tuple(found)
 
 

@@ -16,13 +16,13 @@ from penstock.io.errors import UsageError
 from penstock.offload.cli import app
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planned import Workload
-from penstock.offload.plans.rank_plans import switches
+from penstock.offload.plans.rank_plans import PassSwitch, two_ways
 from penstock.offload.plans.ranked import RankGroup, gathering_planner, messages_of
 from penstock.offload.plans.tensor_ranked import TensorPlanner, tensor_planner
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.generate_task import Generate
 from penstock.scheduler.cost.shape import MicroBatchShape
-from penstock.scheduler.cost.switch import MOST_TOKENS, switch_of
+from penstock.scheduler.cost.switch import Switch, switch_of
 
 GPT2: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"],
@@ -137,13 +137,35 @@ def test_a_switch_is_where_the_times_cross() -> None:
         return 5.0 + 0.001 * tokens
 
     found = switch_of(("few", few), ("many", many))
-    assert found.tokens == pytest.approx(5.0 / 0.009, rel=0.03)
-    assert (found.faster(500), found.faster(600)) == ("few", "many")
-    never = switch_of(("few", many), ("many", few))
-    assert (never.tokens, never.faster(1)) == (0, "many")
+    assert found.least == 1
+    assert found.most == pytest.approx(5.0 / 0.009, rel=0.03)
+    assert switch_of(("few", many), ("many", few)).most is None  # once it is faster
+    never = switch_of(("few", lambda n: few(n) + 1.0), ("many", few))
+    assert never.most == 0
     always = switch_of(("few", few), ("many", lambda n: few(n) + 1.0))
-    assert always.tokens is None
-    assert always.faster(2 * MOST_TOKENS) == "few"
+    assert (always.least, always.most) == (1, None)
+    late = switch_of(("few", lambda n: few(n) if n > 99 else 9.0), ("many", many))
+    assert late.least == pytest.approx(100, abs=2)
+    assert late.most == found.most
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "says"),
+    [
+        (1, 896, "tensor is faster up to 896 tokens a pass, gather above"),
+        (2, 896, "from 2 to 896 tokens a pass, gather below and above"),
+        (1, None, "tensor is faster than gather, however many"),
+        (8, None, "from 8 tokens a pass on, gather below"),
+        (1, 0, "gather is faster than tensor, however few"),
+    ],
+)
+def test_a_switch_is_said_in_one_sentence(
+    least: int, most: int | None, says: str
+) -> None:
+    switch = Switch("tensor", "gather", least, most)
+    found = PassSwitch("passes", switch, 64, "tensor").sentence
+    assert says in found
+    assert found.endswith("the passes of this plan have 64: tensor")
 
 
 def test_where_the_network_binds_the_switch_is_that_of_the_formula(
@@ -164,15 +186,16 @@ def test_where_the_network_binds_the_switch_is_that_of_the_formula(
     tensor = tensor_planner(tmp_path, whole, group)
     gather = gathering_planner(whole, group)
     choices = tensor.choose(), gather.choose()
-    ((kind, switch),) = switches(
+    (ways,) = two_ways(
         (tensor, choices[0].policy, choices[0].forecast),
         (gather, choices[1].policy, choices[1].forecast),
     )
     hidden, wide = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     expected = (4 * hidden**2 + 3 * hidden * wide) / (5 * hidden + 2 * wide)
     assert tensor.crossover_tokens == pytest.approx(expected, rel=0.01)
-    assert switch.tokens == pytest.approx(expected, rel=0.2)
-    assert kind.name == "passes"
+    assert ways.switch.most == pytest.approx(expected, rel=0.2)
+    assert (ways.name, ways.switch.least) == ("passes", 1)
+    assert (ways.faster(64), ways.faster(8192)) == ("tensor", "gather")
 
 
 def test_the_plan_says_which_of_both_is_faster(tmp_path: Path) -> None:
