@@ -239,8 +239,8 @@ def _tensor_sentence(planner: TensorPlanner, choice: Choice) -> str:
     says = (
         f"{num} ranks compute all rows together, and 1/{num} of each of "
         f"{len(cut.layers)} products; in a pass each sends {human_bytes(nbytes)} of "
-        f"their outputs, {times * len(cut.layers):,} times; sizes of memory are for "
-        "each rank"
+        f"their outputs, in {times * len(cut.layers):,} messages to each other rank; "
+        "sizes of memory are for each rank"
     )
     if cut.whole_bytes > cut.block_bytes // 20:
         says += (

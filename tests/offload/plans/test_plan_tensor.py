@@ -87,7 +87,7 @@ def test_outputs_are_put_together_as_the_runtime_does(tmp_path: Path) -> None:
     words = [one for one in made.sentences if "compute all rows together" in one]
     assert len(words) == 1
     assert "1/2 of each of 56 products" in words[0]
-    assert "448 times" in words[0]  # eight micro-batches
+    assert "in 448 messages" in words[0]  # eight micro-batches
 
 
 def test_few_tokens_are_as_much_faster_as_there_are_drives(tmp_path: Path) -> None:
