@@ -122,6 +122,8 @@ PURE = {
     "scheduler/simulation/schedule.py",
     "scheduler/cost/shape.py",
     "scheduler/simulation/simulated.py",
+    "scheduler/cost/switch.py",
+    "scheduler/cost/tensor_model.py",
     "scheduler/cost/site_loads.py",
     "scheduler/cost/site_time.py",
     "scheduler/slots/routing.py",

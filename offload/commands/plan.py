@@ -175,7 +175,7 @@ def plan(
     from ..plans.plan import make_plan
     from ..plans.planned import Workload
     from ..plans.ranked import RankGroup
-    from ..plans.table import devices_table, plan_table
+    from .plan_table import devices_table, plan_table
 
     asked = policy_of(policy, settings, trust_remote_code)
     if as_json and as_yaml:
@@ -216,6 +216,8 @@ def plan(
             if (best := made.devices.best) is not None:
                 how = f" ({best.how})" if best.how else ""
                 print(f"fastest of those that run here: {best.name}{how}")
+            for switch in made.devices.switches:
+                print(switch.sentence)
     if pareto is not None:
         plot_pareto(made, pareto)
         if not (as_json or as_yaml):

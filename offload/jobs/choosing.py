@@ -23,6 +23,7 @@ from ..plans.plan import Plan, make_plan
 from ..plans.planned import Workload
 from ..plans.prediction import predicted, predicted_of_ranks
 from ..plans.ranked import RankedPlanner, RankGroup
+from ..plans.tensor_ranked import TensorPlanner
 from ..plans.trial import PlanTrial
 from ..policy import Policy
 from ..settings.memory_budget import MemoryRoom
@@ -65,10 +66,12 @@ class Chosen:
         return None if self.plan is None else self.plan.machine
 
     @property
-    def ranked(self) -> RankedPlanner | None:
+    def ranked(self) -> RankedPlanner | TensorPlanner | None:
         """What planned for several ranks; None where one process was planned for."""
         planner = None if self.plan is None else self.plan.planner
-        return planner if isinstance(planner, RankedPlanner) else None
+        if isinstance(planner, RankedPlanner | TensorPlanner):
+            return planner
+        return None
 
     def predicted(
         self, task: Task, loaded: Loaded, counts: Mapping[str, Any]

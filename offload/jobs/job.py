@@ -132,7 +132,7 @@ class Job:
 
     def _choose(self, asked: Policy, inputs: Inputs) -> Chosen:
         workload = Workload(self.task, mean_length(inputs, self.task.row_keys))
-        num, ranks = self.others.planned(asked, self.workers)
+        num, ranks = self.workers, self.others.group
         return choose(self.model, asked, workload, num=num, ranks=ranks)
 
     @property

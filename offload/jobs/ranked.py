@@ -81,13 +81,6 @@ class OtherRanks(Closing):
         num_nodes, left = divmod(self.num, self.num_local)
         return RankGroup(self.num, 1 if left else num_nodes)
 
-    def planned(self, policy: Policy, workers: int) -> tuple[int, RankGroup | None]:
-        """What is planned for: one of so many processes, or ranks. Those of `ranks:
-        tensor` are planned for as processes with the whole model."""
-        if policy.ranks == "tensor":
-            return self.num_local, None
-        return workers, self.group
-
     def load(self, task: Task, model: Path, policy: Policy) -> Loaded:
         """The model for `task`: with other ranks, what this one has of it. They are
         told what to do."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...io.errors import MachineError
 from ...io.readers.files import reads_directly
 from ...io.sharing.ring import RingShape, SharedRing
+from ..machines.part_machine import why_each_reads
 from ..policy import Policy
 
 _log = logging.getLogger("penstock")
@@ -18,12 +19,9 @@ KEY = "io.read_once"
 
 def why_not(policy: Policy, files: Iterable[Path]) -> str | None:
     """Why the workers do not share what they read of `files`; None if they do."""
-    if not policy.io.read_once:
-        return f"{KEY}: false: each worker reads all itself"
-    if policy.io.reader == "gds" and policy.device != "cpu":
-        return f"{KEY}: reads with gds go past the memory that workers could share"
-    if not policy.io.direct or policy.io.reader == "aiofiles":
-        return f"{KEY}: workers share the page cache, which files are read through"
+    is_on_gpu = policy.device != "cpu"
+    if why := why_each_reads(policy, policy.io.reader, is_on_gpu=is_on_gpu):
+        return f"{KEY}: {why}"
     if not all(map(reads_directly, files)):
         return f"{KEY}: workers share the page cache: the file system has no O_DIRECT"
     return None

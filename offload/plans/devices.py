@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...scheduler.cost.worth import cost_per_million, utilisation
+from .rank_plans import PassSwitch
 
 _AS_GOOD = 0.98
 
@@ -15,7 +16,7 @@ class DeviceOption:
 
     name: str
     is_run: bool
-    """Whether Penstock runs it on such a machine; else it is only a formula."""
+    """Whether Penstock runs it on such a machine."""
     note: str
     num_tokens: int
     """The tokens (or sequences) that share a pass, over all devices."""
@@ -25,6 +26,13 @@ class DeviceOption:
     """The option or the key of the policy that runs it; "" for this plan."""
     is_formula: bool = False
     """Whether the seconds are those of a formula, which leaves things out."""
+
+    @property
+    def run_by(self) -> str:
+        """Who runs it: `penstock`, or `nothing`; `formula`, if it is one."""
+        if self.is_run:
+            return "penstock"
+        return "formula" if self.is_formula else "nothing"
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -50,13 +58,15 @@ class Devices:
     """FLOP/s of all devices together."""
     price_per_hour: float | None
     """The price of all machines together."""
+    switches: tuple[PassSwitch, ...] = ()
+    """For which passes ranks that divide products are faster than ones that gather
+    weights."""
 
     @property
     def best(self) -> DeviceOption | None:
-        """The fastest of those that Penstock runs and plans for: the first one where
-        several are about as fast. None where none fits."""
-        planned = (way for way in self.ways if way.is_run and not way.is_formula)
-        run = [way for way in planned if way.tokens_per_second]
+        """The fastest of those that Penstock runs: the first one where several are
+        about as fast. None where none fits."""
+        run = [way for way in self.ways if way.is_run and way.tokens_per_second]
         most = max((way.tokens_per_second or 0.0 for way in run), default=0.0)
         good = (w for w in run if (w.tokens_per_second or 0.0) >= _AS_GOOD * most)
         return next(good, None)
@@ -80,10 +90,11 @@ class Devices:
             "fastest": self.best.name if self.best else None,
             "crossover_tokens": self.crossover_tokens,
             "note": self.note,
+            "switches": [one.to_json() for one in self.switches],
             "ways": [
                 {
                     "name": way.name,
-                    "run_by": "penstock" if way.is_run else "formula",
+                    "run_by": way.run_by,
                     "how": way.how,
                     "note": way.note,
                     "tokens_in_pass": way.num_tokens,

@@ -1,7 +1,7 @@
 """The cost model of a model, a policy and a machine, and the work of tasks for it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -62,7 +62,11 @@ class Forecast:
 
 class Forecaster:
     """Forecasts one model on one machine for one task, under many policies. What the
-    policies have in common is computed once."""
+    policies have in common is computed once.
+
+    `cache` says what the model keeps of each token, where `module` cannot run as it is;
+    `adjusted` corrects the shape that is made of its modules.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,9 @@ class Forecaster:
         recipes: Mapping[str, Recipe],
         machine: Machine,
         task: Task,
+        *,
+        cache: ModelCache | None = None,
+        adjusted: Callable[[ModelShape], ModelShape] = lambda shape: shape,
     ) -> None:
         self._module = module
         self._recipes = recipes
@@ -78,10 +85,12 @@ class Forecaster:
         self._arrangers: dict[tuple[Any, ...], Arranger] = {}
         self._described: dict[Division, tuple[ModelShape, str]] = {}
         self._dense: dict[nn.Module, bool] = {}
+        self._given_cache = cache
+        self._adjusted = adjusted
 
     @cached_property
     def _cache(self) -> ModelCache:
-        return model_cache(self._module)
+        return self._given_cache or model_cache(self._module)
 
     def forecast(self, policy: Policy) -> Forecast:
         """The forecast under `policy`. Raises DoesNotFitError where its budgets are too
@@ -97,9 +106,10 @@ class Forecaster:
         )
         division = arrangement.division
         if division not in self._described:
-            self._described[division] = _described(
+            shape, dtype = _described(
                 self._module, arrangement, self._cache, self._dense
             )
+            self._described[division] = self._adjusted(shape), dtype
         described = self._described[division]
         found = _forecast(arrangement, *described, policy, machine, self._task)
         stops = not self._task.runs_head

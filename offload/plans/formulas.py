@@ -1,10 +1,14 @@
-"""What formulas of one model over many chips need to know of a model and a machine.
-Pure."""
+"""What formulas of one model over many chips need to know of a model and a machine, and
+what they say. Pure."""
 
 from typing import Any
 
-from ...scheduler.cost.partitioning import Blocks
+from ...scheduler.cost.partitioning import Blocks, Chips, LayoutCost
 from ..machines.machine import Machine
+from .devices import DeviceOption
+from .planned import USABLE
+
+_TWO_DIMENSIONAL = "weight-stationary 2D"
 
 
 def blocks_of(config: Any, flops_per_token: float) -> Blocks:
@@ -51,3 +55,21 @@ def network_of(machine: Machine) -> float | None:
         return float(machine.network_bandwidth)
     peer = machine.copies.peer if machine.copies is not None else None
     return None if peer is None else float(peer)
+
+
+def layout_option(cost: LayoutCost, tokens: int, chips: Chips) -> DeviceOption:
+    """What the formula of a layout says of passes of `tokens`."""
+    if cost.chip_bytes > USABLE * chips.memory_bytes:
+        note = f"does not fit: {cost.chip_bytes / 1e9:,.0f} GB of weights on each"
+        return DeviceOption(cost.name, False, note, tokens, None, is_formula=True)
+    parts = {
+        "compute": cost.compute_seconds,
+        "links": cost.link_seconds,
+        "network": cost.network_seconds,
+    }
+    note = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
+    if cost.name == _TWO_DIMENSIONAL:
+        note += "; not run"
+    return DeviceOption(
+        cost.name, False, note, tokens, cost.pass_seconds, is_formula=True
+    )

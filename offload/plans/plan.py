@@ -30,7 +30,8 @@ from .forecast import dtype_of
 from .host_experts import ExpertsChoice, choose_experts
 from .planned import Choice, Workload
 from .planner import Objective, Planner
-from .ranked import RankGroup, alone, rank_sentences, ranked_planner, shared_planner
+from .rank_plans import rank_sentences, shared_planner
+from .ranked import RankGroup, alone
 from .rates import peak_flops
 from .ways import devices_of
 from .words import dtype_sentences, explain, kept_words
@@ -91,7 +92,7 @@ class Plan:
     @cached_property
     def devices(self) -> Devices | None:
         """The ways to use several devices or ranks; None where there is one."""
-        deal = partial(ranked_planner, self.model)
+        deal = partial(shared_planner, self.model)
         return devices_of(self.planner, self.choice, deal, self.ranks)
 
     @property

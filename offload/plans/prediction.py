@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...io.errors import PenstockError
+from ...scheduler.cost.ranked_model import RankedModel
 from ...scheduler.cost.shape import MicroBatchShape
+from ...scheduler.cost.tensor_model import TensorModel
 from ...scheduler.cost.workload import Generating, Prediction, Scoring, predict
 from ...scheduler.cost.worth import cost_per_million, utilisation
 from ..generation.prompt_chunk import prompt_chunk
@@ -15,6 +17,7 @@ from ..units.arrangement import Arrangement
 from .forecast import dtype_of, of_arrangement
 from .ranked import RankedPlanner, alone
 from .rates import peak_flops
+from .tensor_ranked import TensorPlanner
 
 _NO_ROWS = "no rows to predict for"
 
@@ -47,7 +50,10 @@ def predicted(
 
 
 def predicted_of_ranks(
-    task: Task, planner: RankedPlanner, policy: Policy, counts: Mapping[str, Any]
+    task: Task,
+    planner: RankedPlanner | TensorPlanner,
+    policy: Policy,
+    counts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """As `predicted`, for a job of the ranks that `planner` plans for. `policy` is that
     of each rank, with the memory that it has."""
@@ -57,7 +63,7 @@ def predicted_of_ranks(
         work = work_of(task, own, counts, in_parts=made.shape.prompts_in_parts)
         if work is None:
             return {"note": _NO_ROWS}
-        model = planner.model_of(own, made)
+        model: RankedModel | TensorModel = planner.model_of(own, made)
         found = predict(model, work)
         num = planner.group.num_nodes
         if machine.is_accelerated:

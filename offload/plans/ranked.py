@@ -3,7 +3,6 @@ pipeline`), or what is read (`ranks: gather`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from ...io.errors import UsageError
@@ -12,12 +11,11 @@ from ...scheduler.cost.ranked_pass import Messages, RankStep
 from ...scheduler.cost.shape import ModelShape
 from ...scheduler.cost.workload import Generating, Prediction, Scoring, predict
 from ..machines.machine import Machine
-from ..monitoring.show import human_bytes
+from ..machines.part_machine import part_of
 from ..policy import Policy
 from ..ranks.share import share_of
 from ..weights.blueprint import blueprint
 from .forecast import Forecast
-from .part_machine import part_of
 from .planned import Choice
 from .planner import Planner
 
@@ -188,20 +186,6 @@ def gathering_planner(whole: Planner, group: RankGroup) -> GatheringPlanner:
     )
 
 
-def shared_planner(
-    model: Path, whole: Planner, group: RankGroup, mode: str
-) -> SharedPlanner:
-    """The planner for ranks that share the checkpoint `model` as `ranks: mode` says.
-    Raises UsageError for a mode that is not planned for."""
-    if mode == "gather":
-        return gathering_planner(whole, group)
-    if mode != "pipeline":
-        raise UsageError(
-            f"ranks: {mode} is not planned for, so far: plan for pipeline or gather"
-        )
-    return ranked_planner(model, whole, group)
-
-
 def alone(policy: Policy) -> Policy:
     """`policy` of a process that shares no model."""
     if policy.ranks is None:
@@ -233,37 +217,6 @@ def messages_of(machine: Machine, group: RankGroup) -> Messages:
     if group.num_nodes == 1 and not machine.is_accelerated:
         network = (machine.host_bandwidth or _COPIES * int(_NETWORK)) // _COPIES
     return Messages(float(network or _NETWORK), MESSAGE_SECONDS, STUB_SECONDS)
-
-
-def rank_sentences(planner: Planner, choice: Choice) -> list[str]:
-    """A sentence for what ranks share and send; none for one process."""
-    if isinstance(planner, GatheringPlanner):
-        num = planner.group.num
-        return [
-            f"{num} ranks read 1/{num} of the weights each, and get the rest from the "
-            "others; each has rows of its own, and what is in flight is for each"
-        ]
-    if not isinstance(planner, RankedPlanner):
-        return []
-    group, shape = planner.group, choice.forecast.shape
-    task, owners = planner.task, planner.owners
-    tokens = task.in_flight(choice.policy)
-    each = task.micro_batch_key
-    num = max(1, tokens // int(getattr(choice.policy, each)))
-    hops = sum(a != b for a, b in pairwise(owners))
-    nbytes = tokens * shape.hidden * shape.itemsize * hops
-    dealt = " + ".join(f"{owners.count(rank)}" for rank in range(group.num))
-    found = [
-        f"{group.num} ranks share the model: {dealt} of its {len(owners)} blocks; in a "
-        f"pass they send {human_bytes(nbytes)} of hidden states; sizes of memory are "
-        "for each rank"
-    ]
-    if num < group.num:
-        found.append(
-            f"{num} micro-batches for {group.num} ranks: some wait; set {each} lower, "
-            f"or {task.in_flight_key} higher"
-        )
-    return found
 
 
 def _fullest(owners: Sequence[int]) -> int:

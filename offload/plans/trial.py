@@ -11,7 +11,8 @@ from ..policy import Policy
 from ..weights.blueprint import blueprint
 from .planned import Choice, Workload
 from .planner import Planner
-from .ranked import RankGroup, alone, ranked_planner
+from .rank_plans import shared_planner
+from .ranked import RankGroup, alone
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class PlanTrial:
                 is_sparing=False,
             )
             if self.ranks is not None:
-                planner = ranked_planner(self.model, planner, self.ranks)
+                mode = policy.ranks or "pipeline"
+                planner = shared_planner(self.model, planner, self.ranks, mode)
             return planner.choose()
         except PenstockError:
             return None

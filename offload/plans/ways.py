@@ -1,41 +1,54 @@
 """Finds the ways to use several devices, or several ranks: those that Penstock runs,
 and what formulas say of one model split over all of them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from ...io.errors import DoesNotFitError, PolicyError, UsageError
 from ...io.tier import Tier
 from ...scheduler.cost.partitioning import (
     Chips,
-    LayoutCost,
     gather_crossover_tokens,
     layout_costs,
 )
+from ..machines.part_machine import part_of, why_each_reads
 from ..policy import Policy
 from .devices import DeviceOption, Devices
 from .forecast import dtype_of
-from .formulas import blocks_of, config_of, network_of, why_no_formula
-from .part_machine import part_of
+from .formulas import (
+    blocks_of,
+    config_of,
+    layout_option,
+    network_of,
+    why_no_formula,
+)
 from .planned import USABLE, Choice
 from .planner import Planner
+from .rank_plans import PassSwitch, pass_switches
 from .ranked import (
     GatheringPlanner,
     RankedPlanner,
     RankGroup,
     SharedPlanner,
-    gathering_planner,
     messages_of,
 )
-from .rates import peak_flops, rates_of
+from .rates import peak_flops, rates_of, reader_of
+from .tensor_ranked import TensorPlanner
 
-Deal = Callable[[Planner, RankGroup], RankedPlanner]
-"""Makes the planner for ranks from the one for a process that has the whole model."""
-_MODES = {"gather-stream": "gather", "TP-stream": "tensor"}
-"""The layouts that a value of `ranks` in the policy runs, where it knows that value."""
-_FORMULA_OF = {"gather": "gather-stream"}
+Deal = Callable[[Planner, RankGroup, str], SharedPlanner]
+"""Makes the planner for ranks from the one for a process that has the whole model, and
+the value of `ranks` in the policy."""
+_KINDS: Mapping[str, tuple[type[SharedPlanner], str]] = {
+    "pipeline": (RankedPlanner, "has 1/{} of the blocks"),
+    "gather": (GatheringPlanner, "reads 1/{}"),
+    "tensor": (TensorPlanner, "has 1/{} of each product"),
+}
+"""The planner for each value of `ranks`, and what each rank does."""
+_FORMULA_OF = {"gather": "gather-stream", "tensor": "TP-stream"}
 """The formula of a layout that is planned for."""
-_TWO_DIMENSIONAL = "weight-stationary 2D"
+_AS_FAST = 0.99
+_Made = tuple[SharedPlanner | None, Choice | str]
+"""A planner for ranks and its choice, or why there is none."""
 
 
 def devices_of(
@@ -62,8 +75,9 @@ class _Ways:
     group: RankGroup
 
     def all(self) -> Devices:
-        ways = [*self._alone(), *self._peers(), self._workers(), self._pipeline()]
-        ways += self._gather()
+        made = {mode: self._made(mode) for mode in _KINDS}
+        shared = [self._shared(mode, one) for mode, one in made.items() if one]
+        ways = [*self._alone(), *self._peers(), self._workers(), *shared]
         tokens = max(way.num_tokens for way in ways)
         note, crossover = why_no_formula(self.whole.module, self.whole.machine), None
         if not note:
@@ -78,12 +92,9 @@ class _Ways:
                 link_bandwidth=self._link(blocks.parameters * itemsize),
                 itemsize=itemsize,
             )
-            made = {_FORMULA_OF.get(way.name) for way in ways}
-            ways += [
-                self._layout(cost, tokens, chips)
-                for cost in costs
-                if cost.name not in made
-            ]
+            known = {_FORMULA_OF.get(way.name) for way in ways}
+            left = [cost for cost in costs if cost.name not in known]
+            ways += [layout_option(cost, tokens, chips) for cost in left]
             crossover = gather_crossover_tokens(
                 blocks.parameters * itemsize / blocks.layers, blocks.hidden, itemsize
             )
@@ -107,6 +118,7 @@ class _Ways:
             self.planner.flops_per_token(self.choice),
             num * peak_flops(machine, self._dtype),
             None if price is None else price * num_nodes,
+            self._switches(made["tensor"], made["gather"]),
         )
 
     @property
@@ -150,57 +162,90 @@ class _Ways:
 
     def _workers(self) -> DeviceOption:
         """A job on each device. They share the drive, the host's memory and one copy of
-        the weights in it; each has a link of its own."""
+        the weights in it; each has a link of its own. By default they read the drive
+        once for all of them."""
         num, local = self.group.num, self.group.num_local
         name, how = f"a job each (--workers {local})", f"--workers {local}"
         if self.group.num_nodes > 1:
             name, how = "a job each", f"{how}, and a part of the rows on each machine"
-        part = part_of(self.whole.machine, local)
-        each = self.whole.under(part, {})
-        try:
-            found = each.choose()
-        except DoesNotFitError:
+        policy, is_on_gpu = self.whole.policy, self.whole.machine.is_accelerated
+        reader = reader_of(self.whole.machine, policy)
+        why = why_each_reads(policy, reader, is_on_gpu=is_on_gpu)
+        found = self._work_of_each(reads_once=local > 1 and not why)
+        if found is None:
             return DeviceOption(name, True, "does not fit", 0, None, how)
         note = f"{found.prediction.binds} binds"
-        if local > 1:
-            note += "; the drive is shared"
-        if self.whole.machine.is_accelerated:
-            found = each.with_shared_host(found, num) or found
+        if local > 1 and why:
+            note += f"; the drive is shared; io.read_once: {why}"
+        elif local > 1:
+            note += "; the drive is read once for all"
+            note += self._if_each_reads(self._option("", "", found, num))
+        if is_on_gpu:
             note = f"{note}, host_shared: true"
         return self._option(name, note, found, num, how)
 
-    def _pipeline(self) -> DeviceOption:
-        """Each rank has its own blocks."""
-        how = self._how("pipeline")
-        refusal, note = self._refusal("pipeline"), "this plan"
-        try:
-            found = self.choice
-            if not isinstance(self.planner, RankedPlanner):
-                found = self.deal(self.whole, self.group).choose()
-                note = f"{found.prediction.binds} binds; each has 1/{self.group.num}"
-        except (DoesNotFitError, UsageError) as error:
-            why = "does not fit" if isinstance(error, DoesNotFitError) else f"{error}"
-            return DeviceOption("pipeline", not refusal, why, 0, None, how)
-        note = f"{note}; {refusal}" if refusal else note
-        tokens = self.whole.task.in_flight(found.policy)
-        seconds = found.prediction.pass_seconds
-        return DeviceOption("pipeline", not refusal, note, tokens, seconds, how)
+    def _if_each_reads(self, once: DeviceOption) -> str:
+        """What to say of workers that each read all weights, if they are slower than
+        `once`, of ones that share what they read."""
+        found = self._work_of_each(reads_once=False)
+        if found is None:
+            return ""
+        each = self._option("", "", found, self.group.num).tokens_per_second
+        if not each or each >= _AS_FAST * (once.tokens_per_second or 0.0):
+            return ""
+        return f" ({each:,.0f} a second if each reads all: io.read_once: false)"
 
-    def _gather(self) -> Iterator[DeviceOption]:
-        """Each rank reads a part, and has rows of its own. Nothing where that is not
-        run: then there is a formula."""
-        if self.group.num < 2 or self._refusal("gather"):
-            return
-        how, note = self._how("gather"), "this plan"
-        found = self.choice
-        if not isinstance(self.planner, GatheringPlanner):
-            try:
-                found = gathering_planner(self.whole, self.group).choose()
-            except DoesNotFitError:
-                yield DeviceOption("gather", True, "does not fit", 0, None, how)
-                return
-            note = f"{found.prediction.binds} binds; each reads 1/{self.group.num}"
-        yield self._option("gather", note, found, self.group.num, how)
+    def _work_of_each(self, *, reads_once: bool) -> Choice | None:
+        """The choice for one of as many workers as there are ranks; None where it does
+        not fit."""
+        num, machine = self.group.num_local, self.whole.machine
+        each = self.whole.under(part_of(machine, num, reads_once=reads_once), {})
+        try:
+            found = each.choose()
+        except DoesNotFitError:
+            return None
+        if machine.is_accelerated:
+            return each.with_shared_host(found, self.group.num) or found
+        return found
+
+    def _made(self, mode: str) -> _Made | None:
+        """The planner for `ranks: mode`, with its choice or why there is none. None
+        where that is not run, and there is a formula instead."""
+        if isinstance(self.planner, _KINDS[mode][0]):
+            return self.planner, self.choice
+        is_refused = self.group.num < 2 or self._refusal(mode)
+        if is_refused and mode in _FORMULA_OF:
+            return None
+        try:
+            planner = self.deal(self.whole, self.group, mode)
+            return planner, planner.choose()
+        except DoesNotFitError:
+            return None, "does not fit"
+        except UsageError as error:
+            return None, f"{error}"
+
+    def _shared(self, mode: str, made: _Made) -> DeviceOption:
+        """Ranks that share the model as `ranks: mode` says."""
+        (planner, found), how = made, self._how(mode)
+        refusal, (_, does) = self._refusal(mode), _KINDS[mode]
+        if isinstance(found, str):
+            return DeviceOption(mode, not refusal, found, 0, None, how)
+        note = f"{found.prediction.binds} binds; each {does.format(self.group.num)}"
+        if planner is self.planner:
+            note = "this plan"
+        note = f"{note}; {refusal}" if refusal else note
+        times = self.group.num if isinstance(planner, GatheringPlanner) else 1
+        return replace(self._option(mode, note, found, times, how), is_run=not refusal)
+
+    def _switches(
+        self, tensor: _Made | None, gather: _Made | None
+    ) -> tuple[PassSwitch, ...]:
+        """For which passes ranks that divide products are faster than ones that gather
+        weights; nothing where they are not both planned for."""
+        match tensor, gather:
+            case (TensorPlanner(), Choice()), (GatheringPlanner(), Choice()):
+                return pass_switches(tensor, gather, (self.planner, self.choice))
+        return ()
 
     def _how(self, mode: str) -> str:
         """What runs `ranks: mode`."""
@@ -253,21 +298,3 @@ class _Ways:
         if Tier.HOST in links and (fits or Tier.DISK not in links):
             return links[Tier.HOST]
         return links[Tier.DISK]
-
-    def _layout(self, cost: LayoutCost, tokens: int, chips: Chips) -> DeviceOption:
-        mode = _MODES.get(cost.name)
-        is_run = mode is not None and not self._refusal(mode)
-        how = self._how(mode) if mode is not None and is_run else ""
-        if cost.chip_bytes > USABLE * chips.memory_bytes:
-            note = f"does not fit: {cost.chip_bytes / 1e9:,.0f} GB of weights on each"
-            return DeviceOption(cost.name, is_run, note, tokens, None, how, True)
-        parts = {
-            "compute": cost.compute_seconds,
-            "links": cost.link_seconds,
-            "network": cost.network_seconds,
-        }
-        note = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
-        if cost.name == _TWO_DIMENSIONAL:
-            note += "; not run"
-        seconds = cost.pass_seconds
-        return DeviceOption(cost.name, is_run, note, tokens, seconds, how, True)

@@ -8,6 +8,7 @@ from ..policy import Policy
 from .dtypes import DtypeChoice, dtype_advice, dtype_words
 from .planned import Choice
 from .planner import Planner
+from .tensor_ranked import TensorPlanner
 
 
 def explain(planner: Planner, choice: Choice) -> list[str]:
@@ -34,6 +35,11 @@ def _binds(planner: Planner, choice: Choice) -> str:
         return (
             f"computing binds: weights come in {loading:.2f} s of a pass of "
             f"{prediction.pass_seconds:.2f} s ({share:.0%})"
+        )
+    if prediction.binds == RANKS and isinstance(planner, TensorPlanner):
+        return (
+            f"ranks wait for each other's rows: {prediction.wait_seconds:.2f} s of a "
+            f"pass of {prediction.pass_seconds:.2f} s; a faster network would hide it"
         )
     if prediction.binds == RANKS:
         return (

@@ -7,6 +7,8 @@ predict (workload)    a whole job: its passes, one after the other
     SiteLoads         what each site waits for (site_loads), unit by unit (load_cost)
     run_passes        when loads and computing overlap (pipeline)
   RankedModel         one pass of a model that ranks share (ranked_model, ranked_pass)
+  TensorModel         one pass of a model whose products ranks divide (tensor_model)
+switch                from how many tokens a pass on another way is faster
 memory_need           bytes that a job needs beside its weights
 worth                 what tokens cost, and the share of the peak FLOP/s
 partitioning          formulas for one model over many chips

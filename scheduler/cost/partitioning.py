@@ -150,6 +150,13 @@ def gather_crossover_tokens(
     return layer_weight_bytes / (4.0 * hidden * itemsize)
 
 
+def output_crossover_tokens(weight_bytes: float, bytes_per_token: float) -> float:
+    """As `gather_crossover_tokens`, for ranks that put together the outputs of all
+    products instead (`ranks: tensor`): T > W / B, for weights of W bytes and outputs of
+    B bytes a token. Of both, each rank gets (n - 1)/n."""
+    return weight_bytes / bytes_per_token
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCost:
     """The time of a pass in one layout by its formula. It is a lower bound: peak rates

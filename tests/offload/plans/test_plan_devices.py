@@ -101,10 +101,21 @@ def test_what_runs_is_told_apart_from_formulas(tmp_path: Path) -> None:
     )
 
 
+def test_jobs_read_the_drive_once_for_all(tmp_path: Path) -> None:
+    made = planned(tmp_path, eight(), **LOW)
+    ways = ways_of(made)
+    alone, each = ways["one device"], ways["a job each (--workers 8)"]
+    assert made.choice.prediction.binds == "disk"
+    assert alone.pass_seconds
+    assert each.pass_seconds == pytest.approx(alone.pass_seconds, rel=0.05)
+    assert "the drive is read once for all" in each.note
+    assert "if each reads all: io.read_once: false" in each.note
+
+
 def test_jobs_share_the_drive(tmp_path: Path) -> None:
     """Without host memory for weights each job reads them all: eight times as much
     over one drive."""
-    made = planned(tmp_path, eight(), **LOW)
+    made = planned(tmp_path, eight(), io={"read_once": False}, **LOW)
     ways = ways_of(made)
     alone, each = ways["one device"], ways["a job each (--workers 8)"]
     assert made.choice.prediction.binds == "disk"

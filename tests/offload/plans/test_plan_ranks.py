@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 from penstock.io.errors import PolicyError, UsageError
 from penstock.offload.cli import app
 from penstock.offload.machines.machine import Machine, find_machine
-from penstock.offload.plans.part_machine import part_of
+from penstock.offload.machines.part_machine import part_of
 from penstock.offload.plans.plan import Plan, make_plan
 from penstock.offload.plans.planned import Workload
 from penstock.offload.plans.ranked import (
     RankedPlanner,
     RankGroup,
     gathering_planner,
-    shared_planner,
 )
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.generate_task import Generate
@@ -83,7 +82,9 @@ def test_all_ways_are_compared_and_those_that_run_say_how(tmp_path: Path) -> Non
     assert run["pipeline"] == f"ranks: pipeline, {started}"
     assert run["a job each"].startswith("--workers 1, and a part of the rows")
     assert run["one process"] == ""
-    assert run["TP-stream"] == f"ranks: tensor, {started}"
+    assert run["gather"] == f"ranks: gather, {started}"
+    assert run["tensor"] == f"ranks: tensor, {started}"
+    assert {"gather-stream", "TP-stream"}.isdisjoint(ways)
     assert not ways["weight-stationary 2D"].is_run
     assert made.devices is not None
     alone, pipeline = ways["a job each"], ways["pipeline"]
@@ -119,8 +120,6 @@ def test_ranks_that_gather_read_a_part_each_and_have_rows_of_their_own(
     assert two.rate == pytest.approx(4 * alone.choice.rate, rel=0.1)
     drive = gathering_planner(alone.planner, RankGroup(2)).choose()
     assert drive.rate == pytest.approx(2 * alone.choice.rate, rel=0.1)
-    with pytest.raises(UsageError, match="ranks: sideways is not planned for"):
-        shared_planner(tmp_path, alone.planner, RankGroup(2), "sideways")
 
 
 @pytest.mark.slow

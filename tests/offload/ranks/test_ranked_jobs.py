@@ -119,6 +119,7 @@ def test_ranks_that_divide_products_make_the_bytes_of_one_process(
     assert [each["rank"] for each in per_rank] == list(range(num))
     assert all(each["num_sent"] > 0 for each in per_rank)
     assert done.report["ranks"]["num_gathers"] > 0
+    assert done.report["plan"]["predicted_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 from rich.table import Table
 
 from ..monitoring.show import human_bytes
-from .devices import Devices
-from .plan import Plan
+from ..plans.devices import DeviceOption, Devices
+from ..plans.plan import Plan
 
 _SHOWN = (
     "device",
@@ -90,7 +90,7 @@ def devices_table(devices: Devices) -> Table:
             prices = [_price(devices.cost_per_million(way))]
         table.add_row(
             way.name,
-            "Penstock" if way.is_run else "formula",
+            _run_by(way, devices),
             f"{way.num_tokens:,}",
             "-" if seconds is None else f"{seconds:.3f} s",
             "-" if rate is None else f"{rate:,.0f}",
@@ -99,6 +99,12 @@ def devices_table(devices: Devices) -> Table:
             f"{way.how}: {way.note}" if way.how and way.is_run else way.note,
         )
     return table
+
+
+def _run_by(way: DeviceOption, devices: Devices) -> str:
+    if way is devices.best:
+        return "Penstock, fastest"
+    return {"penstock": "Penstock", "nothing": "-"}.get(way.run_by, way.run_by)
 
 
 def _share(value: float | None) -> str:

@@ -2,17 +2,33 @@
 
 from collections.abc import Mapping
 
-from ..machines.machine import Disk, Machine
+from ..policy import Policy
+from .machine import Disk, Machine
 
 
-def part_of(machine: Machine, num: int) -> Machine:
+def why_each_reads(policy: Policy, reader: str, *, is_on_gpu: bool) -> str:
+    """Why each of several workers that read with `reader` reads all weights itself, or
+    through the page cache, as far as the policy says; "" where they read the drive once
+    for all of them."""
+    if not policy.io.read_once:
+        return "false: each worker reads all itself"
+    if reader == "gds" and is_on_gpu:
+        return "reads with gds go past the memory that workers could share"
+    if not policy.io.direct or reader == "aiofiles":
+        return "workers share the page cache, which files are read through"
+    return ""
+
+
+def part_of(machine: Machine, num: int, *, reads_once: bool = False) -> Machine:
     """The machine as one of `num` processes has it that all compute at the same time:
     with a device of its own where it has that many, and a part of the drive and of host
-    memory. On a CPU also with a part of its cores and of their memory's bandwidth."""
+    memory. On a CPU also with a part of its cores and of their memory's bandwidth.
+    `reads_once`: whether the drive is read once for all of them, and so is as fast for
+    each as for one."""
     if num == 1:
         return machine
     disk = machine.disk
-    if disk is not None:
+    if disk is not None and not reads_once:
         rates = {reader: int(rate / num) for reader, rate in disk.bandwidth.items()}
         disk = Disk(**{**disk.model_dump(), "bandwidth": rates})
     values: dict[str, object] = {
