@@ -156,7 +156,7 @@ def _build_in_unison(
         check_same(post, marks, checkpoint.folder)
         free = least(post, room.total - room.runtime)
         blocks, layers = cut.modules.blocks, cut.layers
-        exchange = RowExchange(post, Crossing(device), blocks, layers)
+        exchange = RowExchange(post, Crossing(device), blocks, layers, cut.experts)
         engine = build(
             model,
             checkpoint,
@@ -174,13 +174,14 @@ def _build_in_unison(
         own = {
             "division into units": [site.name for site in sites],
             "division into rows": [[*map(list, one.bounds)] for one in layers],
+            "division into experts": [[*map(list, one.bounds)] for one in cut.experts],
         }
         check_same(post, own, checkpoint.folder)
     except BaseException:
         engine.close()
         raise
     for note in (*cut.notes, other_bits(layers, device.name)):
-        engine.fallbacks.announce(note)
+        engine.fallbacks.announce(note or None)
     return engine
 
 
