@@ -239,6 +239,18 @@ def test_a_call_that_ranks_cannot_divide_is_refused(tmp_path: Path) -> None:
             raise error
 
 
+def test_parts_that_do_not_come_out_alike_are_refused(tmp_path: Path) -> None:
+    """On all ranks, before any computes."""
+    torch.set_num_threads(1)
+    saved("mixtral", tmp_path, 4)
+    policy = tensor_policy(tmp_path, "120KiB")
+    for error in GatherRanks(tmp_path, 2, policy).run(lambda *_: None):
+        with pytest.raises(
+            UsageError, match="set device_memory to a few per cent more"
+        ):
+            raise error
+
+
 def test_experts_that_are_whole_on_all_ranks_are_announced(tmp_path: Path) -> None:
     """Those of DBRX are no stack."""
     torch.set_num_threads(1)
