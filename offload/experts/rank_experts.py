@@ -6,6 +6,7 @@ what all pairs give, and weight and sum it as transformers does it for the whole
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -40,9 +41,9 @@ class ExpertRanks:
         """The error for a call that ranks cannot divide."""
         kind = type(self._cut.module).__name__
         return UsageError(
-            f"ranks: tensor cannot divide this call of {self._cut.name} ({kind}): it "
-            "takes hidden states [tokens, width], and the choices and weights of each "
-            "token, in no autocast; take ranks: pipeline, or ranks: gather"
+            f"ranks: tensor cannot divide this call of {self._cut.name} ({kind}): only "
+            "those with its usual tensors, of one token or more, and outside of "
+            "autocast, are known; take ranks: pipeline, or ranks: gather"
         )
 
     def output(self, call: ExpertCall) -> "RankedOutput":
@@ -75,14 +76,9 @@ def expert_ranks(exchange: Exchange | None) -> dict[nn.Module, ExpertRanks]:
     """The experts that the ranks of `exchange` divide, by their module."""
     if not isinstance(exchange, RowExchange):
         return {}
-    of_rows = exchange
-
-    def gathering(index: int) -> Gather:
-        return lambda part, sizes: of_rows.gather_pairs(index, part, sizes)
-
     return {
-        cut.module: ExpertRanks(cut, gathering(index))
-        for index, cut in enumerate(of_rows.experts)
+        cut.module: ExpertRanks(cut, partial(exchange.gather_pairs, index))
+        for index, cut in enumerate(exchange.experts)
     }
 
 
