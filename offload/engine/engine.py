@@ -19,6 +19,7 @@ from ...scheduler.sweep.coalescing import Coalescing
 from ...scheduler.sweep.module_state import ModuleState
 from ...scheduler.sweep.sweep import Sweep
 from ...scheduler.sweep.sweeps import Sweeps
+from ..experts.rank_experts import expert_ranks
 from ..monitoring.heap import give_freed_back
 from ..monitoring.memory import peak_resident_bytes
 from ..policy import Policy
@@ -86,9 +87,8 @@ class Engine:
         self._binding.bind_host()
         compiled = self._compilation
         keep_out = compiled.keep_out if compiled else lambda hook: hook
-        self._hooks = SiteHooks(
-            self.model, self.model_division, self._forwards, self._binding, keep_out
-        )
+        parts = self.model, self.model_division, self._forwards, self._binding
+        self._hooks = SiteHooks(*parts, keep_out)
         if compiled is not None:
             compiled.start(self.fallbacks.announce)
         self._experts = RoutedExperts(
@@ -99,6 +99,7 @@ class Engine:
             self._binding,
             self._in_place,
             self._weights.host_cache,
+            expert_ranks(self.exchange),
         )
         num = min(1 + self.policy.lookahead, len(self.model_division.sites))
         self._entry.open_sites.prefetch_sites(range(num))

@@ -16,7 +16,7 @@ from ...io.devices.device import Device
 from ...io.devices.opening import open_device
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
-from ...scheduler.ranks.lockstep import least
+from ...scheduler.ranks.lockstep import agreed, least
 from ...scheduler.ranks.post import Post
 from ..configs.checkpoint_folder import checkpoint_folder
 from ..configs.opening import open_model
@@ -156,7 +156,7 @@ def _build_in_unison(
         check_same(post, marks, checkpoint.folder)
         free = least(post, room.total - room.runtime)
         blocks, layers = cut.modules.blocks, cut.layers
-        exchange = RowExchange(post, Crossing(device), blocks, layers)
+        exchange = RowExchange(post, Crossing(device), blocks, layers, cut.experts)
         engine = build(
             model,
             checkpoint,
@@ -170,18 +170,31 @@ def _build_in_unison(
         post.close(str(error) or type(error).__name__)
         raise
     try:
-        sites = engine.arrangement.division.found.sites
+        _check_alike(post, engine)
         own = {
-            "division into units": [site.name for site in sites],
             "division into rows": [[*map(list, one.bounds)] for one in layers],
+            "division into experts": [[*map(list, one.bounds)] for one in cut.experts],
         }
         check_same(post, own, checkpoint.folder)
     except BaseException:
         engine.close()
         raise
     for note in (*cut.notes, other_bits(layers, device.name)):
-        engine.fallbacks.announce(note)
+        engine.fallbacks.announce(note or None)
     return engine
+
+
+def _check_alike(post: Post, engine: Engine) -> None:
+    """Raises UsageError, on all ranks, if they do not have the same units: their parts
+    may differ by a few rows, and by where these lie in files."""
+    own = [site.name for site in engine.model_division.sites]
+    if not least(post, agreed(post, own) == own):
+        raise UsageError(
+            "ranks: tensor: the parts of the ranks differ by a few bytes, and so are "
+            "not divided into the same units in a working set of "
+            f"{engine.arrangement.capacity:,} bytes: set device_memory to a few per "
+            "cent more, or less"
+        )
 
 
 def _build_gathering(

@@ -19,8 +19,9 @@ from ...scheduler.slots.working_set import WorkingSet
 from ...scheduler.sweep.entry import ForwardEntry
 from ..experts.dense_experts import DenseExperts, ExpertPieces
 from ..experts.expert_pairs import ExpertCall, ExpertOutput, ExpertPairs
-from ..experts.grouped_experts import GroupedExperts
-from ..units.experts import way_of
+from ..experts.expert_products import ExpertProducts
+from ..experts.rank_experts import ExpertRanks, RankDense, RankedOutput, RankRouted
+from ..units.experts import is_experts
 from ..units.sites import DividedStack, FoundUnit
 from ..weights.binding import Binding
 from ..weights.placeholder import is_away
@@ -38,7 +39,8 @@ class RoutedExperts(Closing):
 
     `in_place` are the offsets of the units that are used where they lie, in host
     memory. `cache` chooses which of the others lie there, and lets the CPU compute some
-    of them beside an accelerator."""
+    of them beside an accelerator. `ranks` has the modules that this rank has a part
+    of, in `stacks` or not: all their experts are bound then."""
 
     def __init__(
         self,
@@ -49,15 +51,34 @@ class RoutedExperts(Closing):
         binding: Binding,
         in_place: Mapping[int, int],
         cache: HostCache,
+        ranks: Mapping[nn.Module, ExpertRanks],
     ) -> None:
         self._classes: list[tuple[nn.Module, type]] = []
+        ranked = dict(ranks)
         for divided in stacks:
-            own = type(divided.stack.module)
-            of = ExpertPieces(divided, units, entry, working_set, binding, in_place)
-            is_dense = divided.stack.is_dense
-            run = DenseExperts(own, of) if is_dense else _Stack(own, of, entry, cache)
-            self._classes.append((divided.stack.module, own))
-            divided.stack.module.__class__ = _class_of(own, run)
+            stack, own = divided.stack, type(divided.stack.module)
+            part = ranked.pop(stack.module, None)
+            first = 0 if part is None else part.held[0]
+            num = stack.num_experts if part is None else part.num_experts
+            of = ExpertPieces(
+                divided, units, entry, working_set, binding, in_place, first, num
+            )
+            run: Any = DenseExperts(own, of)
+            if not stack.is_dense:
+                run = _Stack(own, of, entry, cache, part)
+            elif part is not None:
+                run = RankDense(own, part, run)
+            self._replace(stack.module, run, part)
+        for module, part in ranked.items():
+            own = type(module)
+            is_routed = is_experts(module)
+            run = RankRouted(own, part) if is_routed else RankDense(own, part, None)
+            self._replace(module, run, part)
+
+    def _replace(self, module: nn.Module, run: Any, ranks: ExpertRanks | None) -> None:
+        own = type(module)
+        self._classes.append((module, own))
+        module.__class__ = _class_of(own, run, ranks)
 
     def close(self) -> None:
         while self._classes:
@@ -65,13 +86,16 @@ class RoutedExperts(Closing):
             module.__class__ = own
 
 
-def _class_of(own: type, run: Any) -> type:
-    """A class like `own`, whose forward is `run` where that may be."""
+def _class_of(own: type, run: Any, ranks: ExpertRanks | None) -> type:
+    """A class like `own`, whose forward is `run` where that may be. Elsewhere, the own
+    forward would compute a part only, if `ranks` have the others."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = run.call_of(self, args, kwargs)
         if call is not None:
             return run(self, call)
+        if ranks is not None:
+            raise ranks.refused()
         whole: Any = own
         return whole.forward(self, *args, **kwargs)
 
@@ -83,49 +107,37 @@ class _Stack:
     """The forward of one module of stacked experts."""
 
     def __init__(
-        self, own: type, pieces: ExpertPieces, entry: ForwardEntry, cache: HostCache
+        self,
+        own: type,
+        pieces: ExpertPieces,
+        entry: ForwardEntry,
+        cache: HostCache,
+        ranks: ExpertRanks | None,
     ) -> None:
         self._own: Any = own
         forward = getattr(own, "forward")  # noqa: B009
         self._signature = inspect.signature(forward)
         self._of = pieces
+        self._ranks = ranks
         self._routing = pieces.routing
         self._entry = entry
         self._cache = cache
         self._host = cache.experts
         self._units = [unit for _, each in pieces.windows for unit, *_ in each]
-        self._grouped: GroupedExperts | None = None
+        self._products = ExpertProducts(own, pieces.module)
 
     def call_of(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ExpertCall | None:
         """The call, if pieces give what the own forward gives; else None."""
-        try:
-            values = self._signature.bind(module, *args, **kwargs).args[1:]
-        except TypeError:
-            return None
-        if len(values) != 3 or any(type(value) is not Tensor for value in values):
-            return None
-        states, choices, weights = values
-        way = way_of(module, self._own)
-        is_known = (
-            states.dim() == 2 == choices.dim()
-            and choices.shape == weights.shape
-            and 0 < len(states) == len(choices)
-            and not torch.is_autocast_enabled(states.device.type)
-            and all(is_away(module, key) for key, _ in self._of.keys)
-        )
-        if way is None or not is_known:
-            return None
-        return ExpertCall(states, choices, weights, way)
+        call = ExpertCall.of(module, self._own, self._signature, args, kwargs)
+        if all(is_away(module, key) for key, _ in self._of.keys):
+            return call
+        return None
 
     def __call__(self, module: nn.Module, call: ExpertCall) -> Tensor:
-        pairs = ExpertPairs.of(call, self._of.num)
-        output = ExpertOutput(call, pairs)
-        piece: Any = object.__new__(self._own)
-        piece.__dict__.update(vars(module))
-        if call.way == "sum" and self._grouped is None:
-            self._grouped = GroupedExperts(module)
+        output = self._output_of(call)
+        pairs = output.pairs
         needs = dict(self._chosen(pairs))
         asked = {site: self._tokens(found, pairs) for site, found in needs.items()}
         self._routing.ask(asked)
@@ -134,7 +146,7 @@ class _Stack:
                 site = next(iter(asked))
                 with self._of.open(site):
                     self._cache.step(self._units, self._entry.num_passes)
-                    window = self._window(piece, needs[site], call, pairs)
+                    window = self._window(needs[site], call, pairs)
                     for low, high, made in window:
                         output.add(low, high, made)
                 self._routing.withdraw(site, asked.pop(site))
@@ -143,11 +155,16 @@ class _Stack:
                 self._routing.withdraw(site, tokens)
         return output.result()
 
+    def _output_of(self, call: ExpertCall) -> ExpertOutput | RankedOutput:
+        if self._ranks is not None:
+            return self._ranks.output(call)
+        return ExpertOutput(call, ExpertPairs.of(call, self._of.num))
+
     def _chosen(self, pairs: ExpertPairs) -> Iterator[tuple[int, list[Piece]]]:
         """The windows that have chosen experts, and their pieces that have."""
         for site, pieces in self._of.windows:
             found = [(u, low, high) for u, low, high in pieces if pairs.num(low, high)]
-            if found:
+            if found or self._ranks is not None:  # all ranks open the same sites
                 yield site, found
 
     def _tokens(self, pieces: Iterable[Piece], pairs: ExpertPairs) -> dict[int, int]:
@@ -159,26 +176,26 @@ class _Stack:
         }
 
     def _window(
-        self, piece: Any, pieces: Sequence[Piece], call: ExpertCall, pairs: ExpertPairs
+        self, pieces: Sequence[Piece], call: ExpertCall, pairs: ExpertPairs
     ) -> Iterator[tuple[int, int, Tensor]]:
         """What the chosen pieces of an open window make of their pairs, in order."""
         there = self._there(pieces, call)
         if not there:
             for each in pieces:
-                yield *each[1:], self._on_device(piece, each, call, pairs)
+                yield *each[1:], self._on_device(each, call, pairs)
             return
         rows = torch.cat([pairs.tokens[pairs.between(*each[1:])] for each in there])
         with self._host.sent(call.states[rows]) as arrived:
             # The device computes, once their weights are there, while the CPU does.
             made = {
-                each: self._on_device(piece, each, call, pairs)
+                each: self._on_device(each, call, pairs)
                 for each in pieces
                 if each not in there
             }
             sizes = [pairs.num(*each[1:]) for each in there]
             states = torch.split(arrived(), sizes)
             on_host = [
-                self._on_host(piece, each, its, call, pairs)
+                self._on_host(each, its, call, pairs)
                 for each, its in zip(there, states, strict=True)
             ]
             back = torch.split(self._host.back(on_host), sizes)
@@ -195,62 +212,23 @@ class _Stack:
             return []
         return [each for each in pieces if self._routing.is_on_host(each[0])]
 
-    def _on_device(
-        self, piece: Any, of: Piece, call: ExpertCall, pairs: ExpertPairs
-    ) -> Tensor:
+    def _on_device(self, of: Piece, call: ExpertCall, pairs: ExpertPairs) -> Tensor:
         unit, low, high = of
-        rows = pairs.between(low, high)
         with self._of.loaded(unit) as tensors:
-            states = call.states[pairs.tokens[rows]]
-
-            def by_module() -> Tensor:
-                chosen = pairs.experts[rows] - low
-                return self._compute(piece, tensors, states, chosen, of, call)
-
-            if self._grouped is None or call.way != "sum":
-                return by_module()
-            weights = {key: tensors[name] for key, name in self._of.keys}
-            states = states.to(weights[self._of.keys[0][0]].dtype)
-            ends = pairs.ends(low, high)
-            return self._grouped.compute(weights, states, ends, by_module)
+            weights = self._weights(tensors)
+            return self._products.of_range(weights, (low, high), call, pairs)
 
     def _on_host(
-        self,
-        piece: Any,
-        of: Piece,
-        states: Tensor,
-        call: ExpertCall,
-        pairs: ExpertPairs,
+        self, of: Piece, states: Tensor, call: ExpertCall, pairs: ExpertPairs
     ) -> Tensor:
         unit, low, high = of
         sizes = [pairs.num(expert, expert + 1) for expert in range(low, high)]
         self._routing.use_on_host(unit, sum(map(bool, sizes)), sum(sizes))
         experts = [expert for expert, num in enumerate(sizes) for _ in range(num)]
         chosen = torch.tensor(experts, device=states.device)
-        return self._compute(
-            piece, self._host.parameters(unit), states, chosen, of, call
-        )
+        weights = self._weights(self._host.parameters(unit))
+        return self._products.by_module(weights, states, chosen, high - low, call)
 
-    def _compute(
-        self,
-        piece: Any,
-        tensors: Mapping[str, Tensor],
-        states: Tensor,
-        chosen: Tensor,
-        of: Piece,
-        call: ExpertCall,
-    ) -> Tensor:
-        """What a piece with the weights `tensors` makes of pairs, each with its hidden
-        state in `states` and the number of its expert there in `chosen`: [pairs,
-        width]. All are on the device that computes."""
-        if call.way != "in order":  # as transformers casts them before the product
-            states = states.to(tensors[self._of.keys[0][1]].dtype)
-        piece.num_experts = of[2] - of[1]
-        piece.__dict__["_parameters"] = {k: tensors[name] for k, name in self._of.keys}
-        chosen, num = chosen.unsqueeze(-1), len(chosen)
-        if call.way == "batched" and num == 1 < call.choices.numel():
-            # torch computes a batch of one by another function: its bits differ
-            states, chosen = states.expand(2, -1), chosen.expand(2, -1)
-        ones = states.new_ones(chosen.shape)
-        made: Tensor = self._own.forward(piece, states, chosen, ones)
-        return made[:num]
+    def _weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a piece, by the attributes of the module."""
+        return {key: tensors[name] for key, name in self._of.keys}

@@ -26,7 +26,8 @@ _MANY = 1 << 40
 
 class ExpertPieces:
     """The pieces of one module of stacked experts, in their windows, and how they are
-    opened and loaded. Units `in_place` are used at an offset of host memory."""
+    opened and loaded. Units `in_place` are used at an offset of host memory. The module
+    holds the experts from `first` on, of `num` in the layer."""
 
     def __init__(
         self,
@@ -36,15 +37,21 @@ class ExpertPieces:
         working_set: WorkingSet,
         binding: Binding,
         in_place: Mapping[int, int],
+        first: int,
+        num: int,
     ) -> None:
-        self.num = divided.stack.num_experts
+        self.num = num
+        """The experts of the layer, those of other ranks included."""
+        self.num_held = divided.stack.num_experts
+        self.module = divided.stack.module
         self.keys = tuple(divided.stack.tensors.items())
         """The weights' attributes of the module, and the names of their tensors."""
         self.windows = [
-            (site, [(unit, *(units[unit].experts or (0, 0))) for unit in pieces])
+            (site, [(unit, *_moved(units[unit], first)) for unit in pieces])
             for site, pieces in divided.windows
         ]
-        """Each window's site, and its pieces: a unit, and the range of its experts."""
+        """Each window's site, and its pieces: a unit, and the range of its experts
+        among those of the layer."""
         self.in_place = in_place
         self.routing = entry.open_sites.routing
         self._entry = entry
@@ -73,6 +80,11 @@ class ExpertPieces:
             self._working_set.release(unit)
 
 
+def _moved(unit: FoundUnit, first: int) -> tuple[int, int]:
+    low, high = unit.experts or (0, 0)
+    return first + low, first + high
+
+
 class DenseExperts:
     """The forward of one module of the class `own`, by `pieces`."""
 
@@ -85,18 +97,10 @@ class DenseExperts:
     ) -> Tensor | None:
         """The rows of the call, if pieces give what the own forward gives; else
         None."""
-        values = [*args, *kwargs.values()]
-        if len(values) != 1 or type(values[0]) is not Tensor:
-            return None
-        (rows,) = values
-        is_known = (
-            rows.dim() == 2
-            and len(rows) > 0
-            and len(rows) % self._pieces.num == 0
-            and not torch.is_autocast_enabled(rows.device.type)
-            and all(is_away(module, key) for key, _ in self._pieces.keys)
-        )
-        return rows if is_known else None
+        rows = dense_rows(args, kwargs, self._pieces.num)
+        if all(is_away(module, key) for key, _ in self._pieces.keys):
+            return rows
+        return None
 
     def __call__(self, module: nn.Module, rows: Tensor) -> Tensor:
         each = len(rows) // self._pieces.num
@@ -129,13 +133,43 @@ class DenseExperts:
     ) -> Tensor:
         """What the experts of a piece make of their `rows`."""
         stacks = {key: tensors[name] for key, name in self._pieces.keys}
-        num = len(next(iter(stacks.values())))
-        num_rows = len(rows)
-        if num == 1 and rows.device.type == "cpu" and rows.dtype == torch.float32:
-            # torch computes a batch of one by another function: its bits differ
-            num, rows = 2, torch.cat([rows, rows])
-            stacks = {k: stack.expand(2, -1, -1) for k, stack in stacks.items()}
-        piece = piece_of_experts(self._own, module, num, self._pieces.num)
-        piece.__dict__["_parameters"] = stacks
-        made: Tensor = self._own.forward(piece, rows)
-        return made[:num_rows]
+        return compute_dense(self._own, module, stacks, rows, self._pieces.num_held)
+
+
+def dense_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], num_experts: int
+) -> Tensor | None:
+    """The rows of a call with `args` and `kwargs`, as many for each of `num_experts`;
+    None if they are something else."""
+    values = [*args, *kwargs.values()]
+    if len(values) != 1 or type(values[0]) is not Tensor:
+        return None
+    (rows,) = values
+    is_known = (
+        rows.dim() == 2
+        and len(rows) > 0
+        and len(rows) % num_experts == 0
+        and not torch.is_autocast_enabled(rows.device.type)
+    )
+    return rows if is_known else None
+
+
+def compute_dense(
+    own: Any,
+    module: nn.Module,
+    stacks: Mapping[str, Tensor],
+    rows: Tensor,
+    num_held: int,
+) -> Tensor:
+    """What the experts `stacks` make of their `rows`, one expert's after the other's,
+    by the forward of `own`. `module` is of that class, and holds `num_held` experts."""
+    num = len(next(iter(stacks.values())))
+    num_rows = len(rows)
+    if num == 1 and rows.device.type == "cpu" and rows.dtype == torch.float32:
+        # torch computes a batch of one by another function: its bits differ
+        num, rows = 2, torch.cat([rows, rows])
+        stacks = {k: stack.expand(2, -1, -1) for k, stack in stacks.items()}
+    piece = piece_of_experts(own, module, num, num_held)
+    piece.__dict__["_parameters"] = dict(stacks)
+    made: Tensor = own.forward(piece, rows)
+    return made[:num_rows]

@@ -2,11 +2,14 @@
 one. Pure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import Signature
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..units.experts import Way
+from ..units.experts import Way, way_of
 
 Tensor = torch.Tensor
 
@@ -20,6 +23,35 @@ class ExpertCall:
     choices: Tensor
     weights: Tensor
     way: Way
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        own: type,
+        signature: Signature,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> "ExpertCall | None":
+        """The call of the forward of `module`, whose class is `own`, with `args` and
+        `kwargs`. None if it is not known what it computes."""
+        try:
+            values = signature.bind(module, *args, **kwargs).args[1:]
+        except TypeError:
+            return None
+        if len(values) != 3 or any(type(value) is not Tensor for value in values):
+            return None
+        states, choices, weights = values
+        way = way_of(module, own)
+        is_known = (
+            states.dim() == 2 == choices.dim()
+            and choices.shape == weights.shape
+            and 0 < len(states) == len(choices)
+            and not torch.is_autocast_enabled(states.device.type)
+        )
+        if way is None or not is_known:
+            return None
+        return cls(states, choices, weights, way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +95,43 @@ class ExpertPairs:
     def num(self, low: int, high: int) -> int:
         return self.bounds[high] - self.bounds[low]
 
+    def within(self, low: int, high: int) -> "ExpertPairs":
+        """Those of the experts `low` ... `high`; all others have none."""
+        first, last = self.bounds[low], self.bounds[high]
+        bounds = [min(max(bound, first), last) for bound in self.bounds]
+        return replace(self, bounds=bounds, edges=self.edges.clamp(first, last))
+
 
 class ExpertOutput:
     """The output of one call, as its pairs are computed."""
 
     def __init__(self, call: ExpertCall, pairs: ExpertPairs) -> None:
         self._call = call
-        self._pairs = pairs
+        self.pairs = pairs
         self._of_pairs: Tensor | None = None
         self._sum = torch.zeros_like(call.states) if call.way == "in order" else None
 
     def add(self, low: int, high: int, made: Tensor) -> None:
         """Takes what the experts `low` ... `high` made of their pairs."""
         if self._sum is None:
-            self._keep(self._pairs.places[self._pairs.between(low, high)], made)
+            self._keep(self.pairs.places[self.pairs.between(low, high)], made)
             return
-        start = self._pairs.bounds[low]
+        start = self.pairs.bounds[low]
         weights = self._call.weights.reshape(-1)
         for expert in range(low, high):
-            rows = self._pairs.between(expert, expert + 1)
+            rows = self.pairs.between(expert, expert + 1)
             if rows.start == rows.stop:
                 continue
             weighted = made[rows.start - start : rows.stop - start]
-            weighted = weighted * weights[self._pairs.places[rows], None]
+            weighted = weighted * weights[self.pairs.places[rows], None]
             self._sum.index_add_(
-                0, self._pairs.tokens[rows], weighted.to(self._sum.dtype)
+                0, self.pairs.tokens[rows], weighted.to(self._sum.dtype)
             )
 
     def _keep(self, places: Tensor, made: Tensor) -> None:
         if self._of_pairs is None:
             num = self._call.choices.numel()
-            is_all = self._pairs.bounds[-1] - self._pairs.bounds[0] == num
+            is_all = self.pairs.bounds[-1] - self.pairs.bounds[0] == num
             make = made.new_empty if is_all else made.new_zeros
             self._of_pairs = make((num, made.shape[-1]))
         self._of_pairs[places] = made

@@ -17,9 +17,9 @@ from typing import Any
 from ...io.closing import Closing
 from ...io.errors import InputError, MachineError, RanksError
 from ..files.parts import OutputPart
+from ..monitoring.stopped_workers import LOOK_SECONDS, StoppedWorkers
 from ..ranks.remote_ranks import RemoteRank
 from .running import Output
-from .stopped_workers import LOOK_SECONDS, StoppedWorkers
 
 _log = logging.getLogger("penstock")
 MOST_DEATHS = 3

@@ -236,10 +236,13 @@ def _tensor_sentence(planner: TensorPlanner, choice: Choice) -> str:
     tokens = task.in_flight(policy)
     times = -(-tokens // max(1, int(getattr(policy, task.micro_batch_key))))
     nbytes = tokens * planner.output_bytes_per_token * (num - 1) // num
+    num_cut = len(cut.layers) + len(cut.experts)
+    experts = f" and of the experts of {len(cut.experts)} layers" if cut.experts else ""
     says = (
         f"{num} ranks compute all rows together, and 1/{num} of each of "
-        f"{len(cut.layers)} products; in a pass each sends {human_bytes(nbytes)} of "
-        f"their outputs, in {times * len(cut.layers):,} messages to each other rank; "
+        f"{len(cut.layers)} products{experts}; in a pass each sends "
+        f"{human_bytes(nbytes)} of their outputs, in {times * num_cut:,} messages to "
+        "each other rank; "
         "sizes of memory are for each rank"
     )
     if cut.whole_bytes > cut.block_bytes // 20:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ...scheduler.cost.partitioning import output_crossover_tokens
 from ...scheduler.cost.shape import ModelShape
@@ -11,9 +12,11 @@ from ...scheduler.cost.tensor_model import SiteGathers, TensorModel
 from ...scheduler.cost.workload import Generating, Prediction, Scoring, predict
 from ..machines.part_machine import part_of
 from ..policy import Policy
+from ..tensor_ranks.cut_experts import CutExperts
 from ..tensor_ranks.cut_layers import CutLayer, CutLayers, cut_layers
 from ..traces.model_cache import ModelCache, model_cache
-from ..units.describe import TOUCHES_OF_PRODUCT
+from ..units.describe import TOUCHES_OF_PRODUCT, active_share
+from ..units.expert_probe import num_dense_experts
 from ..weights.blueprint import blueprint
 from .forecast import Forecast, Forecaster
 from .planned import Choice
@@ -46,10 +49,16 @@ class TensorPlanner(SharedPlanner):
         """What passes cost under `policy`, of which `found` is the forecast."""
         return TensorModel(
             found.model,
-            gathers_of(found.shape, self.cut.layers),
+            gathers_of(found.shape, self.cut.layers, self._expert_gathers),
             messages_of(self.whole.machine, self.group),
-            2.0 * sum(map(_elements_elsewhere, self.cut.layers)),
+            2.0 * sum(map(_elements_elsewhere, self.cut.layers))
+            + sum(one.flops_elsewhere for one in self._expert_gathers),
         )
+
+    @cached_property
+    def _expert_gathers(self) -> list["ExpertGathers"]:
+        itemsize = next(iter(self.recipes.values())).dtype.itemsize
+        return expert_gathers(self.module.config, self.cut.experts, itemsize)
 
     def predicted(
         self, policy: Policy, found: Forecast, work: Scoring | Generating
@@ -62,7 +71,8 @@ class TensorPlanner(SharedPlanner):
     @property
     def output_bytes_per_token(self) -> int:
         """Bytes of the divided outputs of one token, those of all ranks together."""
-        return sum(_num_outputs(one) * _itemsize(one) for one in self.cut.layers)
+        found = sum(_num_outputs(one) * _itemsize(one) for one in self.cut.layers)
+        return found + round(sum(one.bytes_per_token for one in self._expert_gathers))
 
     @property
     def crossover_tokens(self) -> float:
@@ -110,8 +120,47 @@ def with_whole_outputs(shape: ModelShape, layers: Sequence[CutLayer]) -> ModelSh
     return replace(shape, sites=tuple(sites))
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertGathers:
+    """What one module of experts, of which each rank has a range, makes for a token."""
+
+    name: str
+    bytes_per_token: float
+    """Bytes of the outputs of the experts that a token is sent to."""
+    from_others: float
+    """The share (0 to 1) of them that other ranks compute."""
+    flops_elsewhere: float
+    """FLOPs for each token that only other ranks compute."""
+
+
+def expert_gathers(
+    config: Any, experts: Sequence[CutExperts], itemsize: int
+) -> list[ExpertGathers]:
+    """What ranks that divide the `experts` of a model with this `config` send each
+    other of them."""
+    text = config.get_text_config()
+    share, width = active_share(text), text.hidden_size
+    takes_all: dict[type, bool] = {}
+    found = []
+    for one in experts:
+        kind = type(one.module)
+        if kind not in takes_all:
+            takes_all[kind] = num_dense_experts(one.module) is not None
+        active = 1.0 if takes_all[kind] else share
+        pairs = one.num_experts * active
+        low, high = one.bounds[-1]
+        own = sum(p.numel() for p in one.module.parameters() if p.dim() == 3)
+        elsewhere = 2.0 * own * active * (one.num_experts / one.num_held - 1.0)
+        from_others = 1.0 - (high - low) / one.num_experts
+        nbytes = pairs * width * itemsize
+        found.append(ExpertGathers(one.name, nbytes, from_others, elsewhere))
+    return found
+
+
 def gathers_of(
-    shape: ModelShape, layers: Sequence[CutLayer]
+    shape: ModelShape,
+    layers: Sequence[CutLayer],
+    experts: Sequence[ExpertGathers] = (),
 ) -> tuple[SiteGathers, ...]:
     """What ranks send each other at each site of `shape`. Pure."""
     found = [SiteGathers()] * len(shape.sites)
@@ -122,6 +171,10 @@ def gathers_of(
         nbytes = (_num_outputs(layer) - least) * _itemsize(layer)
         before = found[index]
         found[index] = SiteGathers(before.num + 1, before.bytes_per_token + nbytes)
+    for one in experts:
+        before = found[index := _site_of(one.name, indices)]
+        more = one.bytes_per_token * one.from_others
+        found[index] = SiteGathers(before.num + 1, before.bytes_per_token + more)
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ...io.errors import UsageError
 from ...io.weights.recipe import Recipe
 from ..ranks.stage_modules import StageModules, find_stages
-from ..units.experts import is_experts
+from .cut_experts import CutExperts, cut_experts, hold_part, uneven
 from .row_cuts import Bounds, bounds_of, column_parts, row_parts, step_of
 
 _READS = re.compile(
@@ -42,6 +42,7 @@ class CutLayers:
 
     modules: StageModules
     layers: tuple[CutLayer, ...]
+    experts: tuple[CutExperts, ...]
     recipes: Mapping[str, Recipe]
     """How all tensors are made on this rank."""
     whole_bytes: int
@@ -58,6 +59,7 @@ class CutLayers:
                 f"ranks: each of them streams and computes {self.whole_bytes:,} bytes "
                 f"of {self.block_bytes:,} of the blocks: their rows are not divided"
             )
+        found += filter(None, [uneven(self.experts)])
         if any(layer.is_by_columns for layer in self.layers):
             found.append(
                 "ranks: the rows of a Conv1D are columns of its file: each rank reads "
@@ -73,11 +75,7 @@ def cut_layers(
     its layers have the rows of `rank`. Raises UsageError if it cannot be divided."""
     modules = find_stages(model)
     inside = {part for block in modules.blocks for part in block.modules()}
-    if any(map(is_experts, inside)):
-        raise UsageError(
-            f"{type(model).__name__} has stacked experts, which ranks: tensor does not "
-            "divide: take ranks: pipeline, or ranks: gather"
-        )
+    experts = tuple(cut_experts(model, inside, recipes, rank=rank, num_ranks=num_ranks))
     uses = Counter(
         id(tensor) for part in model.modules() for tensor in part._parameters.values()
     )
@@ -88,7 +86,7 @@ def cut_layers(
         if module in inside and is_own and _num_outputs(module):
             layer = _cut(name, module, recipes, rank, num_ranks)
             layers += [layer] if layer else []
-    if not layers:
+    if not layers and not experts:
         raise UsageError(
             f"{type(model).__name__} has no matrix product in its blocks of which "
             f"{num_ranks} ranks could have a part each: take ranks: pipeline, or less "
@@ -98,13 +96,17 @@ def cut_layers(
     of_blocks = [
         names[id(one)] for block in modules.blocks for one in block.parameters()
     ]
-    own = {name: one for layer in layers for name, one in layer.recipes.items()}
+    parts: tuple[CutLayer | CutExperts, ...] = (*layers, *experts)
+    own = {name: one for part in parts for name, one in part.recipes.items()}
     nbytes = {name: recipes[name].nbytes for name in of_blocks if name in recipes}
     for layer in layers:
         _shrink(layer, rank)
+    for one in experts:
+        hold_part(one)
     return CutLayers(
         modules,
         tuple(layers),
+        experts,
         {**recipes, **own},
         sum(size for name, size in nbytes.items() if name not in own),
         sum(nbytes.values()),

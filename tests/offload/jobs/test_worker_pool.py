@@ -17,8 +17,9 @@ import pytest
 import worker_targets
 from penstock.io.errors import InputError, MachineError, UsageError
 from penstock.offload.files.parts import Cut, OutputPart, PartRecord, Position
-from penstock.offload.jobs import stopped_workers, worker_pool
+from penstock.offload.jobs import worker_pool
 from penstock.offload.jobs.worker_pool import MOST_DEATHS, WorkerPool
+from penstock.offload.monitoring import stopped_workers
 
 ROWS = 3
 

@@ -21,7 +21,7 @@ from penstock.offload.plans.ranked import RankGroup, gathering_planner, messages
 from penstock.offload.plans.tensor_ranked import TensorPlanner, tensor_planner
 from penstock.offload.policy import Policy
 from penstock.offload.tasks.generate_task import Generate
-from penstock.scheduler.cost.shape import MicroBatchShape
+from penstock.scheduler.cost.shape import MicroBatchShape, ModelShape
 from penstock.scheduler.cost.switch import Switch, switch_of
 
 GPT2: dict[str, Any] = {
@@ -255,9 +255,32 @@ def test_the_command_plans_for_ranks_that_divide_products(tmp_path: Path) -> Non
     assert "gather above; the passes of this plan have" in shown.output
 
 
-def test_experts_are_refused_where_ranks_do_not_divide_them(tmp_path: Path) -> None:
-    """Or they are planned for: there is a row of their own, and no formula."""
-    mixtral = {**MIXTRAL, "num_hidden_layers": 4}
-    way = ways_of(planned(tmp_path, RankGroup(2), mixtral))["tensor"]
-    assert not way.is_formula
-    assert way.pass_seconds or "experts" in way.note
+def test_each_rank_has_a_part_of_the_experts(tmp_path: Path) -> None:
+    heads, hidden = LLAMA["num_attention_heads"], LLAMA["hidden_size"]
+    mixtral = {
+        **MIXTRAL,
+        "num_hidden_layers": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": heads,
+    }
+    assert ways_of(planned(tmp_path, RankGroup(2), mixtral))["tensor"].pass_seconds
+    alone = planned(tmp_path, None, mixtral).choice.forecast.shape
+    made, planner = tensor_plan(tmp_path, RankGroup(2, 2), mixtral)
+    shape = made.choice.forecast.shape
+    assert experts_of(shape) == [pytest.approx(one / 2) for one in experts_of(alone)]
+    assert planner.flops_per_token(made.choice) == pytest.approx(alone.flops_per_token)
+    model = planner.model_of(made.choice.policy, made.choice.forecast)
+    assert sum(one.num for one in model.gathers) == 4 * (4 + 1)  # q, k, v, o, experts
+    outputs = 4 * (4 * hidden + 2 * hidden)
+    assert planner.output_bytes_per_token == outputs * shape.itemsize
+    got = sum(one.bytes_per_token for one in model.gathers)
+    assert got == pytest.approx(outputs * shape.itemsize / 2)
+    assert any("and of the experts of 4 layers" in one for one in made.sentences)
+
+
+def experts_of(shape: ModelShape) -> list[float]:
+    """The FLOPs and the bytes of all experts."""
+    sites = shape.sites
+    flops = sum(site.expert_flops_per_token for site in sites)
+    return [flops, sum(site.expert_weight_bytes for site in sites)]
