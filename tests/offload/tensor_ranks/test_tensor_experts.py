@@ -107,6 +107,7 @@ def test_a_rank_loads_those_of_its_experts_that_are_chosen(
     """Piece by piece, where its part does not fit."""
     torch.set_num_threads(1)
     whole, folder = resident(name, torch.float32), checkpoint(tmp_path, name)
+    whole.set_experts_implementation("grouped_mm")  # other tests take others
     (ids,) = batches(1, size=1, length=2)
     chosen: list[list[int]] = []
 
