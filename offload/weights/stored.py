@@ -1,6 +1,7 @@
 """Checks the tensors of a checkpoint: their dtype, their scales, those that cannot be
 used, those that are not used."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -109,13 +110,24 @@ def scale_blocks(
     than the rest, and the config does not say so.
     """
     check_scales(scales)
+    found = _fitting(shape, scales.shape, said)
+    if found is None:
+        raise not_for(scales, weight, shape, said)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitting(
+    shape: tuple[int, ...], scales_shape: tuple[int, ...], said: ScaleBlocks | None
+) -> ScaleBlocks | None:
+    """The same, by shapes: thousands of weights share few. None if they do not fit."""
     rows, columns = shape
-    down, across = scales.shape if len(scales.shape) == 2 else (1, 1)
+    down, across = scales_shape if len(scales_shape) == 2 else (1, 1)
     if said is not None and said.grid(shape) == (down, across):
         return ScaleBlocks(0 if down == 1 else said.rows, said.columns)
-    is_one = len(scales.shape) == 2 or scales.shape in ((), (1,))
+    is_one = len(scales_shape) == 2 or scales_shape in ((), (1,))
     if not is_one or not (down and across) or rows % down or columns % across:
-        raise not_for(scales, weight, shape, said)
+        return None
     return ScaleBlocks(0 if down == 1 < rows else rows // down, columns // across)
 
 
