@@ -194,9 +194,8 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     where = RankEnvironment.found()
     if where is None or where.is_alone:
         return OtherRanks()
-    same = {
-        key: f"{value}" for key, value in (task.identity() | _as_json(policy)).items()
-    }
+    options = {**task.identity(), **_as_json(policy)}
+    same = {key: f"{value}" for key, value in options.items()}
     if policy.ranks == "gather":
         if where.rank == 0:
             remote = RemoteRanks(where, same)
