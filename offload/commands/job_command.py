@@ -76,7 +76,8 @@ def job_command(task: type[Task]) -> Callable[..., None]:
     ) -> None:
         with rare_collections():
             from ..jobs.job import Job
-            from ..jobs.ranked import OtherRanks, check_ranks, joined_ranks, num_started
+            from ..jobs.ranked import OtherRanks, joined_ranks, num_started
+            from ..jobs.sharing import check_ranks
             from ..jobs.watch import Watching
 
         own_values = {"device": device, "dtype": dtype}

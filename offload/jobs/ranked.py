@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...io.closing import Closing
-from ...io.errors import MachineError, RanksError, UsageError
+from ...io.errors import MachineError, RanksError
 from ...scheduler.ranks.lockstep import agreed
 from ...scheduler.ranks.post import Post
 from ..engine.engine import Engine
@@ -187,12 +187,15 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     where = RankEnvironment.found()
     if where is None or where.is_alone:
         return OtherRanks()
+    options = {**task.identity(), **_as_json(policy)}
+    same = {key: f"{value}" for key, value in options.items()}
     if policy.ranks == "gather":
         if where.rank == 0:
-            return OtherRanks(num_local=where.num_local, remote=RemoteRanks(where))
-        _serve(where, model, type(task))
+            remote = RemoteRanks(where, same)
+            return OtherRanks(num_local=where.num_local, remote=remote)
+        _serve(where, model, type(task), same)
         return None
-    post = join(where)
+    post = join(where, same=same)
     if where.rank == 0:
         return OtherRanks(post=post, num_local=where.num_local)
     torch.set_num_threads(threads_of(torch.get_num_threads(), where.num_local))
@@ -200,10 +203,12 @@ def joined_ranks(task: Task, model: Path, policy: Policy) -> OtherRanks | None:
     return None
 
 
-def _serve(where: RankEnvironment, model: Path, kind: type[Task]) -> None:
+def _serve(
+    where: RankEnvironment, model: Path, kind: type[Task], same: Mapping[str, str]
+) -> None:
     """Computes the rows that the first rank hands out, until it says that all is
     done."""
-    peers, _ = connect(where, way="rows")
+    peers, _ = connect(where, way="rows", same=same)
     first = connection_of(peers.pop(0), [kind])
     for peer in peers.values():
         peer.close()
@@ -214,30 +219,18 @@ def _serve(where: RankEnvironment, model: Path, kind: type[Task]) -> None:
             return  # there was nothing to do, or the first rank says why
         own = _own(told.policy, model, where.num_local, where.local_rank)
         threads = threads_of(torch.get_num_threads(), where.num_local)
-        run_worker(first, Assignment(told.task, model, own, threads, where=where))
+        lost = (
+            f"penstock: error: rank {where.rank} of {where.num_ranks} has lost the "
+            "first rank: that one says why the job has ended; what is done stays: run "
+            "the same command again"
+        )
+        run_worker(first, Assignment(told.task, model, own, threads, where=where), lost)
 
 
 def num_started() -> int:
     """The number of ranks that torchrun has started; 1 where it has not."""
     where = RankEnvironment.found()
     return 1 if where is None else where.num_ranks
-
-
-def check_ranks(num: int, workers: int, started: int = 1) -> None:
-    """Raises UsageError for a number of ranks below 1, or workers beside them, or
-    either beside ranks that torchrun has `started`."""
-    if num < 1:
-        raise UsageError(f"--ranks {num}: at least one has to do it")
-    if num > 1 and workers > 1:
-        raise UsageError(
-            f"--ranks {num} share one model, and --workers {workers} have one each: "
-            "leave one of the two out"
-        )
-    if started > 1 and max(num, workers) > 1:
-        raise UsageError(
-            f"torchrun has started {started} ranks (WORLD_SIZE): leave --ranks and "
-            "--workers out, or unset RANK and WORLD_SIZE"
-        )
 
 
 def _followed(exchange: Exchange) -> Iterator[NumberedRows]:

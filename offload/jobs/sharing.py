@@ -135,6 +135,23 @@ def check_workers(num: int) -> None:
         raise UsageError(f"--workers {num}: at least one has to do it")
 
 
+def check_ranks(num: int, workers: int, started: int = 1) -> None:
+    """Raises UsageError for a number of ranks below 1, or workers beside them, or
+    either beside ranks that torchrun has `started`."""
+    if num < 1:
+        raise UsageError(f"--ranks {num}: at least one has to do it")
+    if num > 1 and workers > 1:
+        raise UsageError(
+            f"--ranks {num} share one model, and --workers {workers} have one each: "
+            "leave one of the two out"
+        )
+    if started > 1 and max(num, workers) > 1:
+        raise UsageError(
+            f"torchrun has started {started} ranks (WORLD_SIZE): leave --ranks and "
+            "--workers out, or unset RANK and WORLD_SIZE"
+        )
+
+
 def opened_ring(
     policy: Policy, model: Path, num: int, room: Room
 ) -> tuple[SharedRing | None, str]:

@@ -4,6 +4,7 @@ process that reads the input."""
 import logging
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ...io.closing import Closing
-from ...io.errors import PenstockError
+from ...io.errors import PenstockError, RanksError
 from ...io.sharing.ring import Seat
 from ..files.parts import OutputPart
 from ..policy import Policy
@@ -49,10 +50,12 @@ class Assignment:
 
 class WorkerPipe(Closing):
     """The worker's end of its connection. Any thread may send, one receives. When the
-    other end closes, the process ends at once, whatever it is doing."""
+    other end closes, the process ends at once, whatever it is doing, and says `lost`,
+    if that is given."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, lost: str | None = None) -> None:
         self._connection = connection
+        self._lost = lost
         self._lock = threading.Lock()
         self._parts: SimpleQueue[OutputPart | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._receive, daemon=True)
@@ -81,7 +84,10 @@ class WorkerPipe(Closing):
             try:
                 part = self._connection.recv()
             except (EOFError, OSError):
-                os._exit(_ORPHANED)
+                if self._lost is None:
+                    os._exit(_ORPHANED)
+                print(self._lost, file=sys.stderr, flush=True)
+                os._exit(RanksError.exit_code)
             if part == "bye":
                 return
             self._parts.put(part)
@@ -136,13 +142,15 @@ class _Announcements(logging.Handler):
         self._link.send("log", record.levelno, record.getMessage())
 
 
-def run_worker(connection: Connection, assignment: Assignment) -> None:
+def run_worker(
+    connection: Connection, assignment: Assignment, lost: str | None = None
+) -> None:
     """The main function of a worker process. It sends `ready` when the model is loaded,
     `want` for a part, `done` with a part's results, `look` with a snapshot and `log`
     with a message; at the end `computed`, or `failed` with the error; then `bye`, which
-    is answered."""
+    is answered. When the other end closes before, it says `lost`."""
     torch.set_num_threads(assignment.num_threads)
-    with WorkerPipe(connection) as link:
+    with WorkerPipe(connection, lost) as link:
         logger = logging.getLogger("penstock")
         logger.addHandler(_Announcements(link))
         logger.propagate = False

@@ -1,5 +1,6 @@
 """Connects the ranks that torchrun, or `--ranks`, has started."""
 
+import json
 import logging
 import os
 import secrets
@@ -19,16 +20,15 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from ...io.errors import RanksError, UsageError
+from .sameness import check_told
 from .silence import SILENT_SECONDS
 from .tcp_post import TcpPost
+from .wire import TOKEN_BYTES, greeted_by
 
 JOIN_SECONDS = 120.0
 """How long ranks wait for each other at the start."""
 _NEEDED = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-_TOKEN_BYTES = 16
 _CHECK_SECONDS, _POLL_SECONDS = 0.5, 0.02
-_GREETING_SECONDS = 5.0
-"""How long one that connects may take to say who it is."""
 LOCAL = "127.0.0.1"
 NOTICE_SECONDS = 10.0
 """After this long, it is said which ranks are waited for."""
@@ -60,10 +60,11 @@ class RankEnvironment:
             return cls(0, 1, LOCAL, 0)
         missing = [name for name in _NEEDED if name not in variables]
         if missing:
+            given = [name for name in _NEEDED if name in variables]
             raise UsageError(
-                f"a model that ranks share needs {', '.join(missing)} in the "
-                "environment, as torchrun sets them: start the program with torchrun, "
-                "or a job with --ranks"
+                f"{', '.join(given)} set in the environment, and not "
+                f"{', '.join(missing)}: start all ranks with torchrun, which sets "
+                f"{', '.join(_NEEDED)}, or unset them for a process alone"
             )
         try:
             rank, num = int(variables["RANK"]), int(variables["WORLD_SIZE"])
@@ -93,8 +94,11 @@ class RankEnvironment:
 
     @classmethod
     def found(cls) -> "RankEnvironment | None":
-        """What torchrun sets; None where it did not start this process."""
-        return cls.of() if all(name in os.environ for name in _NEEDED) else None
+        """What torchrun sets; None where it did not start this process. Raises
+        UsageError if only a part of it is set. An address and a port alone may be there
+        for other programs."""
+        is_started = any(name in os.environ for name in _NEEDED[:2])
+        return cls.of() if is_started else None
 
     @property
     def is_alone(self) -> bool:
@@ -112,10 +116,12 @@ def join(
     *,
     store: TCPStore | None = None,
     check: Callable[[], None] = lambda: None,
+    same: Mapping[str, str] | None = None,
 ) -> TcpPost:
     """Connects this rank with all others, by the `store` at `where`. Raises RanksError
-    if they do not come, and what `check` raises, which is called meanwhile."""
-    peers, store = connect(where, store=store, check=check)
+    if they do not come, what `check` raises, which is called meanwhile, and UsageError
+    if they have not the `same` options."""
+    peers, store = connect(where, store=store, check=check, same=same)
     return TcpPost(where.rank, peers, store)
 
 
@@ -125,9 +131,11 @@ def connect(
     store: TCPStore | None = None,
     check: Callable[[], None] = lambda: None,
     way: str = "messages",
+    same: Mapping[str, str] | None = None,
 ) -> tuple[dict[int, socket.socket], TCPStore]:
     """Like `join`: a socket to each other rank, and the store, which the first rank may
-    have to keep. Raises UsageError if others join for another `way` of sharing."""
+    have to keep. Raises UsageError if others join for another `way` of sharing, or with
+    another value in `same`, the options of a job."""
     notice = _Notice(where)
     with ExitStack() as stack:
         try:
@@ -144,9 +152,16 @@ def connect(
             )
             number = store.add(f"penstock/{where.attempt}/joins/{where.rank}", 1)
             prefixed = PrefixStore(f"penstock/{where.attempt}/{number}", store)
-            peers = _connect(prefixed, where, stack, check, notice, way)
+            told = json.dumps([way, dict(same or {})], sort_keys=True)
+            peers = _connect(prefixed, where, stack, check, notice, told)
         except (DistError, OSError, RuntimeError, UnicodeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            if "EADDRINUSE" in reason:
+                raise RanksError(
+                    f"rank {where.rank} of {where.num_ranks} cannot listen at "
+                    f"{where.master}:{where.port}: another program has that port; give "
+                    "all ranks another one (MASTER_PORT, torchrun's --master-port)"
+                ) from None
             raise RanksError(
                 f"rank {where.rank} of {where.num_ranks} cannot join the others at "
                 f"{where.master}:{where.port}: {reason}; start all ranks within "
@@ -208,10 +223,10 @@ def _connect(
     stack: ExitStack,
     check: Callable[[], None],
     notice: _Notice,
-    way: str,
+    told: str,
 ) -> dict[int, socket.socket]:
     """A socket to each other rank: each connects to those below it."""
-    token = secrets.token_bytes(_TOKEN_BYTES).hex()
+    token = secrets.token_bytes(TOKEN_BYTES).hex()
     if not where.rank:
         store.set("token", token)
     secret = bytes.fromhex(_value(store, "token", lambda: notice.waits_for([0])))
@@ -219,7 +234,7 @@ def _connect(
     listener = socket.create_server((here, 0), family=family, backlog=where.num_ranks)
     with listener:
         listener.settimeout(_CHECK_SECONDS)
-        store.set(f"way/{where.rank}", way)
+        store.set(f"told/{where.rank}", told)
         store.set(f"at/{where.rank}", f"{here} {listener.getsockname()[1]}")
         peers: dict[int, socket.socket] = {}
         for peer in range(where.rank):
@@ -232,18 +247,14 @@ def _connect(
         missing = set(range(where.rank + 1, where.num_ranks))
         while missing:
             there = _accepted(listener, check, end, partial(notice.waits_for, missing))
-            greeted = _greeted(there, secret)
+            greeted = greeted_by(there, secret)
             if greeted is None or greeted not in missing:
                 there.close()  # somebody else
                 continue
             missing.remove(greeted)
             peers[greeted] = stack.enter_context(there)
     for peer, there in peers.items():
-        if store.get(f"way/{peer}").decode() != way:
-            raise UsageError(
-                f"ranks {peer} and {where.rank} share the job in different ways: give "
-                "all ranks the same command (ranks: pipeline, or ranks: gather)"
-            )
+        check_told(peer, store.get(f"told/{peer}").decode(), where.rank, told)
         there.settimeout(SILENT_SECONDS)
         there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return peers
@@ -272,23 +283,6 @@ def _value(store: Store, key: str, notice: Callable[[], None]) -> str:
         notice()
         time.sleep(_POLL_SECONDS)
     return store.get(key).decode()
-
-
-def _greeted(there: socket.socket, secret: bytes) -> int | None:
-    """The rank that `there` says it is, after the `secret` of all ranks; None for
-    anybody else, who may send anything, or nothing."""
-    end, num, found = time.monotonic() + _GREETING_SECONDS, _TOKEN_BYTES + 4, b""
-    try:
-        while len(found) < num:
-            there.settimeout(max(end - time.monotonic(), 0.001))
-            if not (more := there.recv(num - len(found))):
-                return None
-            found += more
-            if found[:_TOKEN_BYTES] != secret[: len(found)]:
-                return None
-    except OSError:
-        return None
-    return int.from_bytes(found[_TOKEN_BYTES:], "big")
 
 
 def _own_address(where: RankEnvironment) -> tuple[int, str]:

@@ -9,7 +9,7 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import EnumType
@@ -59,10 +59,13 @@ class RemoteRank:
 
 
 class RemoteRanks(Closing):
-    """The other ranks, as the first one, which is `where`, sees them."""
+    """The other ranks, as the first one, which is `where`, sees them. All have the
+    `same` options."""
 
-    def __init__(self, where: RankEnvironment) -> None:
-        peers, self._store = connect(where, way="rows")
+    def __init__(
+        self, where: RankEnvironment, same: Mapping[str, str] | None = None
+    ) -> None:
+        peers, self._store = connect(where, way="rows", same=same)
         self.where = replace(where, has_store=True)
         """The environment of the process that computes for the first rank."""
         self.ranks = [

@@ -1,5 +1,6 @@
 """Finds out that ranks do not have the same model, or not the same program."""
 
+import json
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -60,15 +61,38 @@ def check_same(post: Post, own: Mapping[str, Any], where: object) -> None:
         return
     if not isinstance(first, dict):
         raise UsageError(f"rank {post.rank} and the first rank run different programs")
+    words = _differences(own, first, "there")
+    raise UsageError(
+        f"rank {post.rank} has not the same as the first rank: {words} "
+        f"({where}): give all ranks the same model, options and versions"
+    )
+
+
+def _differences(own: Mapping[str, Any], other: Mapping[str, Any], where: str) -> str:
+    """The first three values of `own` that `other` has not, beside those of `other`,
+    which is `where`."""
     different = sorted(
-        key for key in first.keys() | own.keys() if first.get(key) != own.get(key)
+        key for key in other.keys() | own.keys() if other.get(key) != own.get(key)
     )
     words = ", ".join(
-        f"{key} ({own.get(key, 'none')!s:.40}, there {first.get(key, 'none')!s:.40})"
+        f"{key} ({own.get(key, 'none')!s:.40}, {where} {other.get(key, 'none')!s:.40})"
         for key in different[:3]
     )
-    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    return words + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+
+
+def check_told(peer: int, theirs: str, rank: int, ours: str) -> None:
+    """Raises UsageError if what `peer` told of its job differs from what `rank` did."""
+    if theirs == ours:
+        return
+    (other_way, other), (way, own) = json.loads(theirs), json.loads(ours)
+    if other_way != way:
+        raise UsageError(
+            f"ranks {peer} and {rank} share the job in different ways: give all ranks "
+            "the same command (ranks: pipeline, or ranks: gather)"
+        )
+    different = _differences(own, other, f"on rank {peer}")
     raise UsageError(
-        f"rank {post.rank} has not the same as the first rank: {words}{more} "
-        f"({where}): give all ranks the same model, options and versions"
+        f"rank {rank} has not the options of rank {peer}: {different}: give all ranks "
+        "the same command"
     )

@@ -1,7 +1,9 @@
 """Messages between ranks as bytes."""
 
 import math
+import socket
 import struct
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,11 @@ _DTYPES: tuple[torch.dtype | None, ...] = (
     torch.bool,
     torch.uint8,
 )
+
+TOKEN_BYTES = 16
+"""The size of the secret that all ranks know."""
+GREETING_SECONDS = 5.0
+"""How long one that connects may take to say who it is."""
 
 Buffer = bytes | memoryview
 Receive = Callable[[memoryview], None]
@@ -78,3 +85,20 @@ def unpacked(receive: Receive, empty: Empty = pageable) -> Message:
         if num_data:
             receive(memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
     return Message(Kind(kind), Address(*address), stage, fingerprint, text, tensor)
+
+
+def greeted_by(there: socket.socket, secret: bytes) -> int | None:
+    """The rank that `there` says it is, after the `secret` of all ranks; None for
+    anybody else, who may send anything, or nothing."""
+    end, num, found = time.monotonic() + GREETING_SECONDS, TOKEN_BYTES + 4, b""
+    try:
+        while len(found) < num:
+            there.settimeout(max(end - time.monotonic(), 0.001))
+            if not (more := there.recv(num - len(found))):
+                return None
+            found += more
+            if found[:TOKEN_BYTES] != secret[: len(found)]:
+                return None
+    except OSError:
+        return None
+    return int.from_bytes(found[TOKEN_BYTES:], "big")

@@ -216,7 +216,7 @@ def test_the_environment_of_torchrun_is_checked() -> None:
     given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert RankEnvironment.of(given) == RankEnvironment(1, 2, "a", 1)
     assert RankEnvironment.of({"LANG": "C"}).is_alone
-    with pytest.raises(UsageError, match="needs RANK, WORLD_SIZE"):
+    with pytest.raises(UsageError, match="and not RANK, WORLD_SIZE"):
         RankEnvironment.of({"MASTER_ADDR": "a", "MASTER_PORT": "1"})
     with pytest.raises(UsageError, match="RANK is 2, and WORLD_SIZE 2"):
         RankEnvironment.of({**given, "RANK": "2"})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -33,6 +35,43 @@ def test_variables_that_cannot_be_are_one_sentence(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         RankEnvironment.of({**GIVEN, **variables})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"RANK": "0"}, "RANK set in the environment, and not WORLD_SIZE, MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set in the environment, and not RANK, MAST"),
+    ],
+)
+def test_a_part_of_the_variables_is_refused(
+    given: Mapping[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job would run alone, on each rank."""
+    for name in GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        RankEnvironment.found()
+
+
+def test_an_address_alone_is_for_another_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in GIVEN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", LOCAL)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert RankEnvironment.found() is None
+
+
+def test_a_port_that_another_program_has_is_named() -> None:
+    with socket.create_server((LOCAL, 0)) as listener:
+        port = listener.getsockname()[1]
+        words = rf"at 127.0.0.1:{port}: another program has that port; give all ranks"
+        with pytest.raises(RanksError, match=words):
+            joining.join(RankEnvironment(0, 2, LOCAL, port))
 
 
 def test_ranks_that_are_started_again_do_not_take_older_entries(
@@ -87,3 +126,41 @@ def test_ranks_that_share_a_job_in_different_ways_say_so() -> None:
         joining.join(RankEnvironment(0, 2, LOCAL, 0), store=store)
     other.join()
     assert found == [1]
+
+
+@pytest.mark.parametrize("way", ["rows", "messages"])
+def test_ranks_with_different_options_name_them(way: str) -> None:
+    store, found = local_store(), []
+
+    def connect(rank: int, window: str) -> None:
+        where = RankEnvironment(rank, 2, LOCAL, 0)
+        with pytest.raises(UsageError) as raised:
+            joining.connect(where, store=store, way=way, same={"window": window})
+        found.append(str(raised.value))
+
+    other = threading.Thread(target=connect, args=(1, "8"))
+    other.start()
+    connect(0, "None")
+    other.join()
+    assert sorted(found) == [
+        "rank 0 has not the options of rank 1: window (None, on rank 1 8): give all "
+        "ranks the same command",
+        "rank 1 has not the options of rank 0: window (8, on rank 0 None): give all "
+        "ranks the same command",
+    ]
+
+
+def test_a_rank_that_loses_the_first_one_says_so() -> None:
+    program = """
+import multiprocessing, threading
+from penstock.offload.jobs.worker import WorkerPipe
+ours, theirs = multiprocessing.Pipe()
+WorkerPipe(theirs, "the first rank is gone")
+ours.close()
+threading.Event().wait(20)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == RanksError.exit_code
+    assert ended.stderr.splitlines()[-1:] == ["the first rank is gone"]

@@ -27,7 +27,8 @@ from penstock.io.errors import (
 )
 from penstock.offload.jobs import ranked
 from penstock.offload.jobs.job import Done, Job
-from penstock.offload.jobs.ranked import OtherRanks, check_ranks
+from penstock.offload.jobs.ranked import OtherRanks
+from penstock.offload.jobs.sharing import check_ranks
 from penstock.offload.tasks.classify_task import Classify
 from penstock.offload.tasks.embed_task import Embed
 from penstock.offload.tasks.generate_task import Generate

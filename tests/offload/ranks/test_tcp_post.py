@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from penstock.io.errors import RanksError
-from penstock.offload.ranks import joining
+from penstock.offload.ranks import joining, wire
 from penstock.offload.ranks.stuck_watch import StuckWatch
 from penstock.offload.ranks.tcp_post import TcpPost
 from penstock.offload.ranks.wire import packed, unpacked
@@ -179,16 +179,16 @@ def test_strangers_at_the_port_are_no_ranks() -> None:
         with one, other:
             other.sendall(sent)
             other.shutdown(socket.SHUT_WR)
-            assert joining._greeted(one, secret) == rank
+            assert wire.greeted_by(one, secret) == rank
 
 
 def test_a_stranger_who_says_nothing_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(joining, "_GREETING_SECONDS", 0.05)
+    monkeypatch.setattr(wire, "GREETING_SECONDS", 0.05)
     one, other = socket.socketpair()
     with one, other:
-        assert joining._greeted(one, bytes(16)) is None
+        assert wire.greeted_by(one, bytes(16)) is None
 
 
 @pytest.mark.parametrize(
