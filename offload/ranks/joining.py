@@ -95,10 +95,10 @@ class RankEnvironment:
     @classmethod
     def found(cls) -> "RankEnvironment | None":
         """What torchrun sets; None where it did not start this process. Raises
-        UsageError if only a part of it is set. An address and a port alone may be there
-        for other programs."""
-        is_started = any(name in os.environ for name in _NEEDED[:2])
-        return cls.of() if is_started else None
+        UsageError if only a part of it is set. An address and a port alone, or a size
+        of one, may be there for other programs."""
+        is_one = os.environ.get("WORLD_SIZE", "1") == "1"
+        return None if is_one and "RANK" not in os.environ else cls.of()
 
     @property
     def is_alone(self) -> bool:

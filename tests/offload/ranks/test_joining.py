@@ -56,13 +56,14 @@ def test_a_part_of_the_variables_is_refused(
         RankEnvironment.found()
 
 
-def test_an_address_alone_is_for_another_program(
+def test_an_address_or_a_size_of_one_is_for_another_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in GIVEN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", LOCAL)
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert RankEnvironment.found() is None
 
 
