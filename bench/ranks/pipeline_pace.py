@@ -2,13 +2,14 @@
 
     python bench/ranks/pipeline_pace.py [--ranks 2] [--rate 50MB] [--pairs 3]
     python bench/ranks/pipeline_pace.py --rate 10GB --sleep 8
+    python bench/ranks/pipeline_pace.py --rate 10GB --sleep 100 --ranks 4 --batches 32
 
 Makes a Llama of 24 blocks (330 MB) in `bench/out`. Each process reads its own blocks at
 no more than `--rate`, as a drive or a link of its own would give them. One process, and
-then `--ranks` of them, complete the same eight prompts, in turns, `--pairs` times. The
-ceiling is the number of ranks: bytes of the model / rate / ranks is what the slowest
-link takes for a pass. With `--sleep` each block takes so many milliseconds more for
-each micro-batch, without using a core: what limits is computing then, as on a slow
+then `--ranks` of them, complete the same `--batches` prompts, in turns, `--pairs`
+times. The ceiling is the number of ranks: bytes of the model / rate / ranks is what the
+slowest link takes for a pass. With `--sleep` each block takes so many milliseconds more
+for each micro-batch, without using a core: what limits is computing then, as on a slow
 processor, and the ceiling is the same. The last line is one JSON object; the exit code
 is 1 if the median ratio is below 1.9 for two ranks (0.95 a rank), or tokens differ.
 
@@ -59,19 +60,19 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def work(model: Any, passes: int) -> dict[str, Any]:
+def work(model: Any, num_batches: int, passes: int) -> dict[str, Any]:
     """Completes the prompts. The first pass, which is not timed, fills the slots."""
     generator = torch.Generator().manual_seed(1)
     given = [
         torch.randint(8, 512, (ROWS, TOKENS), generator=generator)
-        for _ in range(BATCHES)
+        for _ in range(num_batches)
     ]
 
     def complete(ids: torch.Tensor) -> list[int]:
         found = model.generate(ids, max_new_tokens=passes, do_sample=False)
         return [int(token) for token in found.flatten()]
 
-    with penstock.sweep(model, width=BATCHES, seed=1) as sweep:
+    with penstock.sweep(model, width=num_batches, seed=1) as sweep:
         sweep.map(lambda ids: model(ids).logits, given)
         before, start = penstock.statistics(model), time.perf_counter()
         tokens = sweep.map(complete, given)
@@ -85,6 +86,7 @@ def rank(
     where: RankEnvironment,
     folder: Path,
     policy: Policy,
+    num_batches: int,
     passes: int,
     sleep_seconds: float,
 ) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def rank(
         for block in model.model.layers:
             if sleep_seconds and "forward" not in vars(block):  # it is this rank's
                 block.register_forward_pre_hook(lambda *_: time.sleep(sleep_seconds))
-        return work(model, passes)
+        return work(model, num_batches, passes)
 
 
 def main() -> int:
@@ -103,6 +105,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rate", default="50MB")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=BATCHES)
     parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--sleep", type=float, default=0.0, metavar="MS")
     options = parser.parse_args()
@@ -119,7 +122,8 @@ def main() -> int:
     print("|---|---|---|---|---|")
     rate = policy.links["disk"].bandwidth
     for _ in range(options.pairs):
-        how = (folder, policy, options.passes, options.sleep / 1000)
+        counts = (options.batches, options.passes)
+        how = (folder, policy, *counts, options.sleep / 1000)
         alone = run_ranks(1, rank, *how)[0]
         shared = run_ranks(options.ranks, rank, *how)
         is_same &= all(one["tokens"] == alone["tokens"] for one in shared)
