@@ -16,8 +16,8 @@ from ..policy import Policy
 from ..ranks.share import share_of
 from ..weights.blueprint import blueprint
 from .forecast import Forecast
-from .planned import Choice
-from .planner import Planner
+from .planned import Choice, Workload
+from .planner import Objective, Planner
 
 MESSAGE_SECONDS = 3e-4
 """From a block's end to its output's arrival on another rank: an estimate, of TCP."""
@@ -131,9 +131,7 @@ def ranked_planner(model: Path, whole: Planner, group: RankGroup) -> RankedPlann
                 share.recipes,
                 machine,
                 policy,
-                whole.workload,
-                whole.objective,
-                whole.is_sparing,
+                *asked_of(whole),
             )
         )
     own, other = planners
@@ -142,9 +140,7 @@ def ranked_planner(model: Path, whole: Planner, group: RankGroup) -> RankedPlann
         own.recipes,
         machine,
         policy,
-        whole.workload,
-        whole.objective,
-        whole.is_sparing,
+        *asked_of(whole),
         group=group,
         whole=whole,
         other=other,
@@ -178,12 +174,15 @@ def gathering_planner(whole: Planner, group: RankGroup) -> GatheringPlanner:
         whole.recipes,
         machine.model_copy(update={"disk": disk}),
         Policy(**values),
-        whole.workload,
-        whole.objective,
-        whole.is_sparing,
+        *asked_of(whole),
         group=group,
         whole=whole,
     )
+
+
+def asked_of(whole: Planner) -> tuple[Workload, Objective, bool]:
+    """What `whole` plans for, and so do planners for ranks."""
+    return whole.workload, whole.objective, whole.is_sparing
 
 
 def alone(policy: Policy) -> Policy:

@@ -21,7 +21,7 @@ from ..weights.blueprint import blueprint
 from .forecast import Forecast, Forecaster
 from .planned import Choice
 from .planner import Planner
-from .ranked import RankGroup, SharedPlanner, alone, messages_of
+from .ranked import RankGroup, SharedPlanner, alone, asked_of, messages_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,7 @@ def tensor_planner(model: Path, whole: Planner, group: RankGroup) -> TensorPlann
         cut.recipes,
         machine,
         policy,
-        whole.workload,
-        whole.objective,
-        whole.is_sparing,
+        *asked_of(whole),
         group=group,
         whole=whole,
         cut=cut,

@@ -26,6 +26,7 @@ from penstock.offload.tasks.generate_task import Generate
 from penstock.offload.tasks.score_task import Score
 from penstock.offload.tasks.task import Task
 from penstock.offload.tasks.task_progress import TaskProgress
+from shared_work import SMALL_STEPS
 from shares import shared
 
 pytestmark = pytest.mark.usefixtures("own_processes", "no_leaks")
@@ -54,15 +55,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-POLICY = Policy(
-    device_memory="220KiB",
-    gather_rows=1000,
-    resident_below=10,
-    micro_batch_tokens=32,
-    tokens_in_flight=64,
-    micro_batch_sequences=2,
-    sequences_in_flight=4,
-)
+POLICY = SMALL_STEPS.with_settings(["sequences_in_flight=4"])
 
 
 @dataclass
